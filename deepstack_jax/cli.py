@@ -1,0 +1,92 @@
+"""What the verbs share: flags, configuration files, one-line errors, exit codes."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import NoReturn
+
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+from deepstack_jax.config import Config, build_config
+from deepstack_jax.config_checks import ConfigError
+
+EXIT_DONE = 0
+EXIT_ERROR = 1  # a user's mistake, said in one line on stderr
+EXIT_INTERRUPTED = 130  # Ctrl-C, state saved
+EXIT_PREEMPTED = 75  # SIGTERM, state saved: requeue
+
+
+def define_config_flag() -> None:
+    """`--config=configs/name.py:argument`, and `--config.a.b=c` for every key of it."""
+    config_flags.DEFINE_config_file("config", None, "Configuration file, e.g. configs/demo.py or configs/demo.py:baseline.")
+
+
+def parse_config() -> Config:
+    """The checked Config of the parsed flags.
+
+    Raises:
+      ConfigError: no --config, or what `build_config` refuses.
+    """
+    source = flags.FLAGS["config"].value
+    if not isinstance(source, ConfigDict):
+        raise ConfigError("--config is missing; e.g. --config=configs/demo.py")
+    return build_config(source)
+
+
+def writable_folder(path: str, flag: str) -> Path:
+    """Create the folder and prove that it can be written to, before anything expensive starts.
+
+    Raises:
+      ConfigError: naming the folder, the reason and the flag.
+    """
+    folder = Path(path).expanduser()
+    probe = folder / f".probe-{os.getpid()}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.write_bytes(b"\0" * 4096)
+        probe.unlink()
+    except OSError as error:
+        raise ConfigError(f"cannot write to {folder}: {error.strerror}; choose another folder with --{flag}=DIR") from error
+    return folder
+
+
+def run(main: Callable[[], int], errors: tuple[type[Exception], ...], usage: str) -> None:
+    """Parse the flags, run `main`, and exit with its code; an error of the given kinds becomes one line on stderr.
+
+    Anything else is a defect of this package and keeps its traceback.
+    """
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", stream=sys.stderr)
+    warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
+    if any(arg in ("--help", "-h", "-help") for arg in sys.argv[1:]):
+        print(usage.strip())
+        sys.exit(EXIT_DONE)
+    _parse_flags()
+    try:
+        code = main()
+    except (*errors, ConfigError) as error:
+        _fail(str(error))
+    sys.exit(code)
+
+
+def _parse_flags() -> None:
+    try:
+        rest = flags.FLAGS(sys.argv)[1:]
+    except (flags.Error, ConfigError) as error:
+        _fail(str(error))
+    except AttributeError as error:  # how ml_collections reports an unknown --config.a.b; it names the nearest
+        _fail(f"unknown key in a --config flag: {str(error).strip(chr(34))}")
+    except OSError as error:
+        _fail(f"--config names no readable file: {str(error).splitlines()[0]}")
+    if rest:
+        _fail(f"unexpected argument {rest[0]!r}; flags look like --name=value")
+
+
+def _fail(message: str) -> NoReturn:
+    print("error: " + " ".join(message.replace("\\n", " ").split()), file=sys.stderr)
+    sys.exit(EXIT_ERROR)

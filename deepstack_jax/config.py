@@ -1,0 +1,308 @@
+"""A run's configuration: ml_collections files in, frozen dataclasses out. Every default of the package lives here.
+
+A file in `configs/` starts from `default_config()`, changes what it wants and returns the ConfigDict; `build_config` converts
+it once, rejects unknown keys (naming the nearest) and impossible combinations, and nothing below reads a ConfigDict again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import typing
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from ml_collections import ConfigDict
+
+from deepstack_jax.batch import BatchShape
+from deepstack_jax.config_checks import ConfigError, check_config, nearest
+from deepstack_jax.layout.sequence import group_count, visual_token_count
+from deepstack_jax.layout.stack import layer_schedule
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+@dataclass(frozen=True)
+class ImageConfig:
+    """How an image becomes crops (paper section 3.1; `data/image.py`)."""
+
+    mode: str = "deepstack"  # deepstack | anyres | hd | pad | square
+    size: int = 336  # side of a crop in pixels, equal to the vision tower's input
+    num_crops: int = 4  # most cells of the crop grid
+    grid: str = "best"  # best | square (upstream's `2xsample`)
+    fit: str = "stretch"  # stretch | letterbox (upstream's `anyres_unpad`; the crops only)
+    crop_filter: str = "bicubic"
+    global_filter: str = "bicubic"  # bicubic | bilinear | lanczos | box | nearest
+    pinpoints: tuple[tuple[int, int], ...] = ()  # anyres only: (width, height) in pixels
+    mean: tuple[float, float, float] = CLIP_MEAN
+    std: tuple[float, float, float] = CLIP_STD
+
+
+@dataclass(frozen=True)
+class VisionConfig:
+    """A CLIP-shaped vision transformer. The defaults are CLIP ViT-L/14-336."""
+
+    patch_size: int = 14
+    width: int = 1024
+    layers: int = 24
+    heads: int = 16
+    mlp: int = 4096
+    activation: str = "quick_gelu"  # quick_gelu | gelu
+    norm_eps: float = 1e-5
+    feature_layer: int = -2  # index into the hidden states: -1 is the last layer's output, -2 the input of the last layer
+    position_std: float = 0.02  # of freshly drawn position and CLS embeddings
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """A LLaMA-shaped decoder. The defaults are Vicuna-7B v1.5."""
+
+    vocab_size: int = 32000
+    width: int = 4096
+    layers: int = 32
+    heads: int = 32
+    kv_heads: int = 32
+    head_dim: int = 128
+    mlp: int = 11008
+    norm_eps: float = 1e-5
+    rope_theta: float = 10000.0
+    scan: bool = True  # False unrolls the layers: slower to compile, equal results
+    remat: str = "block"  # none | block: recompute each layer in the backward pass
+    embed_std: float = 0.02  # of a freshly drawn token embedding
+    head_std: float = 0.02  # of a freshly drawn head
+
+
+@dataclass(frozen=True)
+class DeepStackConfig:
+    """What stands in the sequence, what is injected, and where (paper sections 3.2 and 4.3)."""
+
+    sequence: str = "global"  # global | zero | crops | global_crops (the last two: the paper's "string" of all tokens)
+    stack: str = "crops"  # none | crops | dummy | global | global_crops
+    sampling: str = "2d"  # 2d | 1d | grid
+    start: int = 1  # group k is added at the input of layer start + k * interval
+    interval: int = 1
+    schedule: tuple[int, ...] = ()  # overrides start and interval: the group (or -1) of every layer
+
+
+@dataclass(frozen=True)
+class SyntheticConfig:
+    """The demo's page generator (`data/synthetic.py`)."""
+
+    seed: int = 0
+    length: int = 1_000_000  # pages; they are drawn when asked for
+    style: str = "checker"  # checker (readable in high resolution only) | legible
+    questions: int = 12
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where examples come from and how they become rows."""
+
+    source: str = "llava"  # llava (JSON or JSONL) | pages (synthetic)
+    root: str = ""  # folder that relative paths below start from
+    train: str = ""  # file of training rows
+    validation: str = ""  # file of held-out rows; empty = none
+    images: str = ""  # image root, relative to `root`
+    template: str = "v1"
+    tokenizer: str = ""  # bytes | words:... | folder with tokenizer.model or tokenizer.json
+    max_length: int = 2048  # T of the longest bucket, visual tokens included
+    buckets: tuple[int, ...] = ()  # shorter lengths that a batch may be padded to; empty = max_length only
+    max_images: int = 1  # images that a row has room for
+    shuffle: bool = True
+    seed: int = 0
+    workers: int = 0  # processes that decode ahead; 0 decodes in a thread of this process
+    prefetch: int = 4  # batches made ahead
+    max_bad_fraction: float = 0.01  # of all examples seen; the run stops above it
+    synthetic: SyntheticConfig = field(default_factory=SyntheticConfig)
+
+
+@dataclass(frozen=True)
+class OptimizerGroup:
+    """One set of parameters that are updated alike. Which parameters: `OptimizerConfig.table`."""
+
+    algorithm: str = "adamw"  # adamw | muon
+    lr: float = 2e-5
+    b1: float = 0.9  # Muon: its momentum
+    b2: float = 0.999
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    """The factor on every group's learning rate over the steps."""
+
+    kind: str = "cosine"  # cosine (to `final`) | linear_tail (constant, then linear to `final` over the last `tail`)
+    warmup: float = 0.03  # share of the steps
+    final: float = 0.0
+    tail: float = 0.25
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """`table` maps every parameter path to a group name or "frozen"; first match wins, a parameter left over is an error."""
+
+    table: tuple[tuple[str, str], ...] = ((".*", "default"),)
+    groups: dict[str, OptimizerGroup] = field(default_factory=lambda: {"default": OptimizerGroup()})
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    clip_norm: float = 1.0
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The loop."""
+
+    steps: int = 0  # 0 = from `epochs`
+    epochs: float = 1.0
+    batch_size: int = 128  # examples per optimizer step, over all hosts
+    accumulation: int = 1  # micro-batches per step; the loss is normalised over all of them
+    loss_chunk: int = 512  # positions whose logits exist at once
+    log_every: int = 10
+    checkpoint_every: int = 500
+    keep: int = 2
+    compute_dtype: str = "bfloat16"  # of activations; parameters are float32
+    weights: str = ""  # Hugging Face folder to start from; empty = draw fresh parameters
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """Held-out loss and exact match by greedy decoding."""
+
+    every: int = 0  # steps between evaluations; 0 = at the end only
+    examples: int = 128  # held-out examples; every answered turn of an example is one question
+    batch_size: int = 64  # questions decoded at once
+    max_new_tokens: int = 32
+    samples: int = 4  # answers shown in the log
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    """Devices per mesh axis; one may be -1 and takes what is left."""
+
+    data: int = -1
+    fsdp: int = 1
+    tensor: int = 1
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything a run depends on."""
+
+    name: str = "deepstack"
+    seed: int = 0
+    image: ImageConfig = field(default_factory=ImageConfig)
+    vision: VisionConfig = field(default_factory=VisionConfig)
+    decoder: DecoderConfig = field(default_factory=DecoderConfig)
+    deepstack: DeepStackConfig = field(default_factory=DeepStackConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+
+    @property
+    def dtype(self) -> str:
+        """dtype of activations."""
+        return self.train.compute_dtype
+
+    @property
+    def patch_side(self) -> int:
+        """Patches along a side of a crop."""
+        return self.image.size // self.vision.patch_size
+
+    @property
+    def groups(self) -> int:
+        """J, the groups of the injected stack."""
+        return group_count(self.deepstack.stack, self.image.num_crops)
+
+    @property
+    def visual_tokens_per_image(self) -> int:
+        """Sequence positions that one image takes."""
+        return visual_token_count(self.deepstack.sequence, self.image.num_crops, self.patch_side**2)
+
+    @property
+    def crop_slots(self) -> int:
+        """C, crops that a row has room for, global views included."""
+        crops = 0 if self.image.mode in ("pad", "square") else self.image.num_crops
+        return self.data.max_images * (1 + crops)
+
+    @property
+    def schedule(self) -> tuple[int, ...]:
+        """The group injected at the input of each decoder layer, or -1."""
+        if self.deepstack.schedule:
+            return self.deepstack.schedule
+        return layer_schedule(self.decoder.layers, self.groups, self.deepstack.start, self.deepstack.interval)
+
+    def batch_shape(self, rows: int, length: int) -> BatchShape:
+        """Static sizes of a batch of `rows` rows padded to `length`."""
+        visual = self.data.max_images * self.visual_tokens_per_image
+        return BatchShape(rows, length, self.crop_slots, self.image.size, visual, self.groups, 1)
+
+
+T = TypeVar("T")
+
+
+def default_config() -> ConfigDict:
+    """All defaults as a ConfigDict, for the files in `configs/` to change."""
+    return ConfigDict(dataclasses.asdict(Config()), convert_dict=True)
+
+
+def build_config(source: ConfigDict | dict[str, Any]) -> Config:
+    """The frozen Config of a ConfigDict, checked.
+
+    Raises:
+      ConfigError: an unknown key (the nearest valid one is named), a value of the wrong type, or an impossible combination.
+    """
+    values = source.to_dict() if isinstance(source, ConfigDict) else dict(source)
+    config = _build(Config, values, "config")
+    check_config(config)
+    return config
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """Plain nested dict of a Config, for JSON; `build_config` reads it back."""
+    return dataclasses.asdict(config)
+
+
+def differences(ours: Config, theirs: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Keys whose values differ, as {dotted key: (ours, theirs)}; both sides as JSON would write them."""
+
+    def flatten(value: Any, path: str) -> dict[str, Any]:
+        if isinstance(value, dict):
+            return {k: v for key in value for k, v in flatten(value[key], f"{path}.{key}" if path else str(key)).items()}
+        return {path: list(value) if isinstance(value, tuple) else value}
+
+    mine, other = (flatten(json.loads(json.dumps(side)), "") for side in (to_dict(ours), theirs))
+    keys = [*mine, *(key for key in other if key not in mine)]
+    return {key: (mine.get(key), other.get(key)) for key in keys if mine.get(key) != other.get(key)}
+
+
+def _build(cls: type[T], values: dict[str, Any], path: str) -> T:
+    hints = typing.get_type_hints(cls)
+    for key in values:
+        if key not in hints:
+            raise ConfigError(f"unknown key {path}.{key}; {nearest(key, hints)}")
+    return cls(**{key: _convert(value, hints[key], f"{path}.{key}") for key, value in values.items()})
+
+
+def _convert(value: Any, hint: Any, path: str) -> Any:
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if dataclasses.is_dataclass(hint):
+        if not isinstance(value, dict):
+            raise ConfigError(f"{path} got {value!r}, expected the keys of {hint.__name__}")
+        return _build(hint, value, path)
+    if origin is dict:
+        return {str(key): _convert(item, args[1], f"{path}.{key}") for key, item in value.items()}
+    if origin is tuple:
+        if not isinstance(value, list | tuple):
+            raise ConfigError(f"{path} got {value!r}, expected a list")
+        items = [args[0]] * len(value) if args[-1] is Ellipsis else list(args)
+        if len(items) != len(value):
+            raise ConfigError(f"{path} got {len(value)} values, expected {len(items)}")
+        return tuple(_convert(item, kind, f"{path}[{i}]") for i, (item, kind) in enumerate(zip(value, items, strict=True)))
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
+        raise ConfigError(f"{path} got {value!r} ({type(value).__name__}), expected {hint.__name__}")
+    return value

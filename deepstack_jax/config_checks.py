@@ -1,0 +1,179 @@
+"""What a configuration must satisfy before anything is built from it: choices, ranges, and combinations that cannot run."""
+
+from __future__ import annotations
+
+import difflib
+import warnings
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+from deepstack_jax.layout.sequence import SEQUENCES, STACKS
+from deepstack_jax.layout.stack import SAMPLINGS
+
+if TYPE_CHECKING:
+    from deepstack_jax.config import Config
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot run; the message names the key, what it got, what was expected and the next move."""
+
+
+def nearest(name: str, valid: Iterable[str]) -> str:
+    """The nearest valid name, or all of them if none is near, as the end of an error message."""
+    valid = sorted(valid)
+    close = difflib.get_close_matches(str(name), valid, n=1, cutoff=0.5)
+    return f"nearest valid name: {close[0]!r}" if close else f"valid names: {', '.join(valid)}"
+
+
+CHOICES = {
+    "image.mode": ("deepstack", "pad", "square"),
+    "image.grid": ("best", "square"),
+    "image.fit": ("stretch", "letterbox"),
+    "image.crop_filter": ("bicubic", "bilinear", "lanczos", "box", "nearest"),
+    "image.global_filter": ("bicubic", "bilinear", "lanczos", "box", "nearest"),
+    "vision.activation": ("quick_gelu", "gelu"),
+    "decoder.remat": ("none", "block"),
+    "deepstack.sequence": SEQUENCES,
+    "deepstack.stack": STACKS,
+    "deepstack.sampling": tuple(SAMPLINGS),
+    "data.source": ("llava", "pages"),
+    "data.synthetic.style": ("checker", "legible"),
+    "optimizer.schedule.kind": ("cosine", "linear_tail"),
+    "train.compute_dtype": ("float32", "bfloat16"),
+}
+
+POSITIVE = (
+    "image.size",
+    "vision.patch_size",
+    "vision.width",
+    "vision.layers",
+    "vision.heads",
+    "vision.mlp",
+    "decoder.vocab_size",
+    "decoder.width",
+    "decoder.layers",
+    "decoder.heads",
+    "decoder.kv_heads",
+    "decoder.head_dim",
+    "decoder.mlp",
+    "deepstack.interval",
+    "data.max_length",
+    "data.max_images",
+    "data.prefetch",
+    "data.synthetic.length",
+    "data.synthetic.questions",
+    "train.batch_size",
+    "train.accumulation",
+    "train.loss_chunk",
+    "train.log_every",
+    "train.checkpoint_every",
+    "train.keep",
+    "evaluation.examples",
+    "evaluation.batch_size",
+    "evaluation.max_new_tokens",
+    "optimizer.clip_norm",
+)
+
+
+def check_config(config: Config) -> None:
+    """Refuse what cannot run, each with the numbers that clash and the next move."""
+    for key, valid in CHOICES.items():
+        value = _lookup(config, key)
+        if value not in valid:
+            raise ConfigError(f"config.{key} got {value!r}; {nearest(value, valid)}")
+    for key in POSITIVE:
+        if _lookup(config, key) <= 0:
+            raise ConfigError(f"config.{key} got {_lookup(config, key)}, expected a number above 0")
+    for name, group in config.optimizer.groups.items():
+        if group.algorithm not in ("adamw", "muon"):
+            raise ConfigError(
+                f"config.optimizer.groups.{name}.algorithm got {group.algorithm!r}; "
+                + nearest(group.algorithm, ("adamw", "muon"))
+            )
+    for pattern, name in config.optimizer.table:
+        if name != "frozen" and name not in config.optimizer.groups:
+            raise ConfigError(
+                f"config.optimizer.table sends {pattern!r} to {name!r}; {nearest(name, (*config.optimizer.groups, 'frozen'))}"
+            )
+    _check_sizes(config)
+    _check_deepstack(config)
+
+
+def _check_sizes(config: Config) -> None:
+    image, vision, decoder, data, train = config.image, config.vision, config.decoder, config.data, config.train
+    divisible = (
+        ("image.size", image.size, "vision.patch_size", vision.patch_size),
+        ("vision.width", vision.width, "vision.heads", vision.heads),
+        ("decoder.heads", decoder.heads, "decoder.kv_heads", decoder.kv_heads),
+        ("train.batch_size", train.batch_size, "train.accumulation", train.accumulation),
+    )
+    for name, value, by, divisor in divisible:
+        if value % divisor:
+            near = max(1, value // divisor) * divisor
+            raise ConfigError(f"config.{name} {value} is not divisible by config.{by} {divisor}; nearest valid: {near}")
+    if decoder.head_dim % 2:
+        raise ConfigError(
+            f"config.decoder.head_dim {decoder.head_dim} is odd; rotary positions turn pairs, choose an even number"
+        )
+    if not -vision.layers - 1 <= vision.feature_layer <= vision.layers:
+        raise ConfigError(f"config.vision.feature_layer {vision.feature_layer} is outside a tower of {vision.layers} layers")
+    if any(bucket > data.max_length for bucket in data.buckets):
+        raise ConfigError(f"config.data.buckets {data.buckets} go beyond config.data.max_length {data.max_length}")
+    needed = config.visual_tokens_per_image * data.max_images
+    if needed >= data.max_length:
+        raise ConfigError(
+            f"{data.max_images} images take {needed} positions; config.data.max_length is {data.max_length}, raise it above {needed}"
+        )
+    if train.steps < 0 or (train.steps == 0 and train.epochs <= 0):
+        raise ConfigError(
+            f"config.train.steps {train.steps} with epochs {train.epochs} trains nothing; set one of them above 0"
+        )
+
+
+def _check_deepstack(config: Config) -> None:
+    image, decoder, stack = config.image, config.decoder, config.deepstack
+    has_crops = image.mode == "deepstack"
+    wants_crops = "crops" in stack.stack or "crops" in stack.sequence
+    if has_crops and image.num_crops < 2:
+        raise ConfigError(
+            f"config.image.num_crops {image.num_crops} leaves no crop grid; use 2 or more, or config.image.mode='pad'"
+        )
+    if wants_crops and not has_crops:
+        raise ConfigError(
+            f"config.deepstack (sequence={stack.sequence!r}, stack={stack.stack!r}) needs crops, but config.image.mode="
+            f"{image.mode!r} makes none; use config.image.mode='deepstack' or config.deepstack.stack='none'"
+        )
+    if "crops" in stack.sequence and stack.stack != "none":
+        raise ConfigError(
+            f"config.deepstack.sequence={stack.sequence!r} already holds the crops; set config.deepstack.stack='none'"
+        )
+    if stack.schedule:
+        if len(stack.schedule) != decoder.layers:
+            raise ConfigError(
+                f"config.deepstack.schedule names {len(stack.schedule)} layers, config.decoder.layers is {decoder.layers}"
+            )
+        if max(stack.schedule) >= config.groups or min(stack.schedule) < -1:
+            raise ConfigError(
+                f"config.deepstack.schedule {stack.schedule} goes beyond the {config.groups} groups 0..{config.groups - 1}"
+            )
+        return
+    if stack.start < 0:
+        raise ConfigError(f"config.deepstack.start {stack.start} is negative; the first layer is 0")
+    if config.groups and stack.start >= decoder.layers:
+        raise ConfigError(
+            f"config.deepstack.start {stack.start} lies beyond the {decoder.layers} decoder layers 0..{decoder.layers - 1}; "
+            "nothing would be injected; lower it, or set config.deepstack.stack='none'"
+        )
+    used = sum(group >= 0 for group in config.schedule)
+    if used < config.groups:
+        warnings.warn(
+            f"{config.groups - used} of {config.groups} groups fall past the last of {decoder.layers} layers, never used "
+            f"(config.deepstack.start {stack.start}, interval {stack.interval})",
+            stacklevel=4,
+        )
+
+
+def _lookup(config: Any, key: str) -> Any:
+    for part in key.split("."):
+        config = getattr(config, part)
+    return config

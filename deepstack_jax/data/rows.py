@@ -1,0 +1,100 @@
+"""Encoded examples into the rows of a Batch: the one place where text, visual tokens and crop slots are lined up."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from deepstack_jax.batch import Batch
+from deepstack_jax.data.tokenize import IMAGE_TOKEN
+from deepstack_jax.layout.sequence import VisualLayout
+
+
+@dataclass(frozen=True)
+class EncodedExample:
+    """One example, tokenised and cut into crops, not yet placed."""
+
+    index: int  # row of the source
+    ids: np.ndarray  # i32[n], IMAGE_TOKEN where an image stands
+    supervised: np.ndarray  # bool[n], tokens that the loss asks for
+    pixels: tuple[np.ndarray, ...]  # per image: u8[views, y, x, 3]
+    layouts: tuple[VisualLayout, ...]  # per image
+
+    @property
+    def length(self) -> int:
+        """Sequence positions after the images are expanded."""
+        return self.ids.size + sum(layout.tokens.size - 1 for layout in self.layouts)
+
+    @property
+    def crops(self) -> int:
+        """Crop slots it takes."""
+        return sum(layout.views for layout in self.layouts)
+
+
+class Cursor(NamedTuple):
+    """What is used of a row so far."""
+
+    token: int = 0
+    crop: int = 0
+    visual: int = 0
+    segment: int = 0
+
+
+def place_example(batch: Batch, row: int, example: EncodedExample, cursor: Cursor, patches: int) -> Cursor:
+    """Write one example into `batch` (in place) at the cursor, as a segment of its own; returns the cursor behind it.
+
+    Raises:
+      ValueError: placeholders and images differ in number, or the example does not fit into what is left of the row.
+        Going on would shift every later image of the row onto wrong text.
+    """
+    slots = np.flatnonzero(example.ids == IMAGE_TOKEN)
+    if slots.size != len(example.layouts):
+        raise ValueError(f"{slots.size} image placeholders but {len(example.layouts)} images")
+    visual = sum(layout.tokens.size for layout in example.layouts)
+    needs = Cursor(example.length, example.crops, visual, 1)
+    room = (batch.tokens.shape[1], batch.pixels.shape[1], batch.token_source.shape[1], batch.example_id.shape[1])
+    for name, used, need, size in zip(("tokens", "crop slots", "visual tokens", "examples"), cursor, needs, room, strict=True):
+        if used + need > size:
+            raise ValueError(f"{need} {name} do not fit: {used} of {size} are used")
+
+    tokens, supervised, index = _expand(example, slots, cursor.visual)
+    span = slice(cursor.token, cursor.token + needs.token)
+    batch.tokens[row, span] = tokens
+    batch.targets[row, span][:-1] = tokens[1:]
+    batch.loss_weights[row, span][:-1] = supervised[1:]
+    batch.positions[row, span] = np.arange(needs.token)
+    batch.segment_ids[row, span] = cursor.segment + 1
+    batch.visual_index[row, span] = index
+    batch.example_id[row, cursor.segment] = example.index
+
+    crop, place = cursor.crop, cursor.visual
+    for pixels, layout in zip(example.pixels, example.layouts, strict=True):
+        placed = layout.place(crop, patches)
+        batch.pixels[row, crop : crop + layout.views] = pixels
+        batch.token_source[row, place : place + layout.tokens.size] = placed.tokens
+        batch.stack_source[row, :, place : place + layout.tokens.size] = placed.stack
+        crop, place = crop + layout.views, place + layout.tokens.size
+    return Cursor(*(used + need for used, need in zip(cursor, needs, strict=True)))
+
+
+def blank_example(batch: Batch, row: int, segment: int, index: int) -> None:
+    """Mark the place of an example that could not be used: its id stays on record, nothing of it is trained on."""
+    batch.example_id[row, segment] = index
+
+
+def _expand(example: EncodedExample, slots: np.ndarray, first: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Tokens i32[n], supervised bool[n] and visual_index i32[n] with every placeholder replaced by its visual tokens."""
+    tokens, supervised, index = [], [], []
+    start = 0
+    for slot, layout in zip(slots, example.layouts, strict=True):
+        visual = layout.tokens.size
+        tokens += [example.ids[start:slot], np.zeros(visual, np.int32)]
+        supervised += [example.supervised[start:slot], np.zeros(visual, bool)]
+        index += [np.full(slot - start, -1, np.int32), np.arange(first, first + visual, dtype=np.int32)]
+        start, first = slot + 1, first + visual
+    tokens.append(example.ids[start:])
+    supervised.append(example.supervised[start:])
+    index.append(np.full(example.ids.size - start, -1, np.int32))
+    return np.concatenate(tokens), np.concatenate(supervised), np.concatenate(index)

@@ -1,0 +1,1 @@
+"""Held-out loss, answers, and how they are scored."""

@@ -1,0 +1,166 @@
+"""LLaMA blocks under one scan whose carry holds the hidden states and `layer_inject`, the stack of high-resolution groups.
+
+The scan compiles one block whatever the depth. `layer_inject` is forwarded by the body untouched and in plain sight, and remat
+wraps injection and block together: so the backward pass saves one hidden state per layer and never the stack.
+"""
+
+from __future__ import annotations
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from deepstack_jax.config import DecoderConfig
+from deepstack_jax.model.attention import AttentionFn, rotary
+from deepstack_jax.model.layers import ACTIVATIONS, RMSNorm, linear
+from deepstack_jax.model.merge import Placement, inject
+from deepstack_jax.types import DecoderOutput, KVCache
+
+ACTIVATION_AXES = ("batch", "sequence", "embed")
+
+
+class Attention(nn.Module):
+    """Grouped-query self-attention with rotary positions (LLaMA)."""
+
+    config: DecoderConfig
+    attend: AttentionFn
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        positions: Int[Array, "B T"],
+        mask: Bool[Array, "B 1 T S"],
+        cache: tuple[Array, Array] | None,
+        filled: Int[Array, ""] | None,
+    ) -> tuple[Float[Array, "B T D"], tuple[Array, Array] | None]:
+        cfg = self.config
+        axes = ("embed", "heads", "head_dim")
+        q = linear((cfg.heads, cfg.head_dim), axes, dtype=self.dtype, name="q")(x)
+        k = linear((cfg.kv_heads, cfg.head_dim), ("embed", "kv_heads", "head_dim"), dtype=self.dtype, name="k")(x)
+        v = linear((cfg.kv_heads, cfg.head_dim), ("embed", "kv_heads", "head_dim"), dtype=self.dtype, name="v")(x)
+        q = nn.with_logical_constraint(rotary(q, positions, cfg.rope_theta), ("batch", "sequence", "heads", "head_dim"))
+        k = rotary(k, positions, cfg.rope_theta)
+        if cache is not None:
+            k, v = (jax.lax.dynamic_update_slice_in_dim(old, new, filled, 1) for old, new in zip(cache, (k, v), strict=True))
+            cache = (k, v)
+        y = self.attend(q, k, v, mask)
+        residual_scale = 1 / (2 * cfg.layers)
+        out = linear(cfg.width, ("heads", "head_dim", "embed"), inputs=2, scale=residual_scale, dtype=self.dtype, name="o")
+        return out(y), cache
+
+
+class SwiGLU(nn.Module):
+    """down(silu(gate(x)) * up(x))."""
+
+    config: DecoderConfig
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        cfg = self.config
+        gate = linear(cfg.mlp, ("embed", "mlp"), dtype=self.dtype, name="gate")(x)
+        up = linear(cfg.mlp, ("embed", "mlp"), dtype=self.dtype, name="up")(x)
+        hidden = nn.with_logical_constraint(ACTIVATIONS["silu"](gate) * up, ("batch", "sequence", "mlp"))
+        return linear(cfg.width, ("mlp", "embed"), scale=1 / (2 * cfg.layers), dtype=self.dtype, name="down")(hidden)
+
+
+class InjectedBlock(nn.Module):
+    """One layer: add this layer's group, then the pre-norm block. This is the unit that remat recomputes."""
+
+    config: DecoderConfig
+    attend: AttentionFn
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        layer_inject: Float[Array, "J B M D"] | None,
+        group: Int[Array, ""],
+        places: Placement | None,
+        positions: Int[Array, "B T"],
+        mask: Bool[Array, "B 1 T S"],
+        cache: tuple[Array, Array] | None,
+        filled: Int[Array, ""] | None,
+    ) -> tuple[Array, Array, tuple[Array, Array] | None]:
+        if layer_inject is not None and places is not None:
+            x = inject(x, layer_inject, group, places)
+        injected = x = nn.with_logical_constraint(x, ACTIVATION_AXES)
+        normed = RMSNorm(self.config.norm_eps, name="attention_norm")(x)
+        attended, cache = Attention(self.config, self.attend, self.dtype, name="attention")(
+            normed, positions, mask, cache, filled
+        )
+        x = nn.with_logical_constraint(x + attended, ACTIVATION_AXES)
+        x = x + SwiGLU(self.config, self.dtype, name="mlp")(RMSNorm(self.config.norm_eps, name="mlp_norm")(x))
+        return nn.with_logical_constraint(x, ACTIVATION_AXES), injected, cache
+
+
+class ScanBody(nn.Module):
+    """One step of the scan: the stack leaves as it came, outside remat, or it would be saved once per layer."""
+
+    config: DecoderConfig
+    attend: AttentionFn
+    dtype: jnp.dtype
+    keep_inputs: bool
+
+    @nn.compact
+    def __call__(self, carry, per_layer, places, positions, mask, filled):
+        x, layer_inject = carry
+        group, cache = per_layer
+        block = nn.remat(InjectedBlock, prevent_cse=False) if self.config.remat == "block" else InjectedBlock
+        x, injected, cache = block(self.config, self.attend, self.dtype, name="block")(
+            x, layer_inject, group, places, positions, mask, cache, filled
+        )
+        return (x, layer_inject), (cache, injected if self.keep_inputs else None)
+
+
+class Decoder(nn.Module):
+    """Layers and final norm of a LLaMA decoder with DeepStack injection (paper section 3.2, figure 2)."""
+
+    config: DecoderConfig
+    schedule: tuple[int, ...]  # group added at the input of each layer, or -1
+    attend: AttentionFn
+    dtype: jnp.dtype
+    keep_inputs: bool = False  # also return the input of every layer, for tests and inspection
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        positions: Int[Array, "B T"],
+        mask: Bool[Array, "B 1 T S"],
+        layer_inject: Float[Array, "J B M D"] | None = None,
+        places: Placement | None = None,
+        cache: KVCache | None = None,
+    ) -> DecoderOutput:
+        """Run all layers.
+
+        Args:
+          x: input embeddings, visual tokens already merged in.
+          positions: rotary position of each token.
+          mask: True where t may attend to s; S = T without a cache, else the cache's slots.
+          layer_inject: the stack, or None: then nothing is injected (text only, baselines, decoding after prefill).
+          places: where visual tokens stand; needed with `layer_inject`.
+          cache: keys and values so far; this call's T tokens are written at slots `filled`..`filled` + T.
+        """
+        cfg = self.config
+        scanned = nn.scan(
+            ScanBody,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast, nn.broadcast),
+            length=cfg.layers,
+            unroll=1 if cfg.scan else cfg.layers,
+            metadata_params={nn.PARTITION_NAME: "layers"},
+        )
+        kv = None if cache is None else (cache.keys, cache.values)
+        filled = None if cache is None else cache.filled
+        per_layer = (jnp.asarray(self.schedule, jnp.int32), kv)
+        body = scanned(cfg, self.attend, self.dtype, self.keep_inputs, name="layers")
+        (x, _), (kv, inputs) = body((x, layer_inject), per_layer, places, positions, mask, filled)
+        if cache is not None:
+            cache = KVCache(kv[0], kv[1], cache.valid, cache.filled + positions.shape[1])
+        return DecoderOutput(RMSNorm(cfg.norm_eps, name="norm")(x), cache, inputs)

@@ -1,0 +1,110 @@
+"""The paper's figure 2 as code: encode, gather, project, merge, decode with injection."""
+
+from __future__ import annotations
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, UInt8
+
+from deepstack_jax.batch import NEWLINE, Batch
+from deepstack_jax.config import Config, DecoderConfig, ImageConfig, VisionConfig
+from deepstack_jax.model.attention import AttentionFn, causal_segment_mask, dot_product
+from deepstack_jax.model.decoder import ACTIVATION_AXES, Decoder
+from deepstack_jax.model.merge import Placement, merge, placement
+from deepstack_jax.model.projector import Projector
+from deepstack_jax.model.vision import VisionTower
+from deepstack_jax.types import DecoderOutput, KVCache
+
+
+class DeepStack(nn.Module):
+    """A DeepStack-L model, and with an empty schedule its baseline LLaVA-1.5."""
+
+    image: ImageConfig
+    vision: VisionConfig
+    decoder: DecoderConfig
+    schedule: tuple[int, ...]  # group of the stack added at the input of each decoder layer, or -1
+    dtype: jnp.dtype = jnp.float32  # of activations; parameters are float32
+    newline: bool = False  # whether there is an `image_newline`
+    attend: AttentionFn = dot_product
+    keep_layer_inputs: bool = False
+
+    def setup(self) -> None:
+        cfg = self.decoder
+        remat = cfg.remat != "none"
+        self.vision_tower = VisionTower(self.vision, self.image.size, self.attend, self.dtype, remat)
+        self.projector = Projector(cfg.width, self.dtype)
+        self.layers = Decoder(cfg, self.schedule, self.attend, self.dtype, self.keep_layer_inputs)
+        embed_init = nn.with_logical_partitioning(nn.initializers.normal(cfg.embed_std), ("vocab", "embed"))
+        self.embed = nn.Embed(cfg.vocab_size, cfg.width, dtype=self.dtype, embedding_init=embed_init)
+        head_init = nn.with_logical_partitioning(nn.initializers.normal(cfg.head_std), ("embed", "vocab"))
+        self.head = nn.Dense(cfg.vocab_size, use_bias=False, dtype=self.dtype, kernel_init=head_init)
+        if self.newline:
+            newline_init = nn.with_logical_partitioning(nn.initializers.normal(cfg.width**-0.5), ("embed",))
+            self.image_newline = self.param("image_newline", newline_init, (cfg.width,))
+
+    def encode(self, pixels: UInt8[Array, "B C y x 3"]) -> Float[Array, "B CP E"]:
+        """Features of every crop. All crops of the batch run as one flat list, so that they can spread over all devices."""
+        rows, crops = pixels.shape[:2]
+        scaled = pixels.reshape(rows * crops, *pixels.shape[2:]).astype(jnp.float32) * (1 / 255)
+        normalised = (scaled - jnp.asarray(self.image.mean)) / jnp.asarray(self.image.std)
+        normalised = nn.with_logical_constraint(normalised, ("crops", None, None, None))
+        features = self.vision_tower(normalised.astype(self.dtype))
+        return features.reshape(rows, -1, features.shape[-1])
+
+    def gather_project(self, features: Float[Array, "B CP E"], source: Int[Array, "B Q"]) -> Float[Array, "B Q D"]:
+        """Visual tokens by index, gathered in the narrow vision width; sentinels become exact zero and the newline."""
+        rows = jnp.take_along_axis(features, jnp.maximum(source, 0)[..., None], axis=1, mode="clip")
+        tokens = jnp.where((source >= 0)[..., None], self.projector(rows), 0)
+        if self.newline:
+            tokens = jnp.where((source == NEWLINE)[..., None], self.image_newline.astype(tokens.dtype), tokens)
+        return tokens
+
+    def visual_tokens(self, batch: Batch) -> tuple[Float[Array, "B M D"], Float[Array, "J B M D"] | None]:
+        """What stands in the sequence, and the stack of groups that is injected (None if the batch has no group)."""
+        features = self.encode(batch.pixels)
+        rows, groups, visual = batch.stack_source.shape
+        source = jnp.concatenate([batch.token_source[:, None], batch.stack_source], axis=1)
+        tokens = self.gather_project(features, source.reshape(rows, -1)).reshape(rows, 1 + groups, visual, -1)
+        stack = jnp.moveaxis(tokens[:, 1:], 1, 0)
+        stack = nn.with_logical_constraint(stack, (None, "batch", None, "embed"))
+        return tokens[:, 0], stack if groups else None
+
+    def inputs(self, batch: Batch) -> tuple[Float[Array, "B T D"], Float[Array, "J B M D"] | None, Placement]:
+        """Input embeddings with the visual tokens in place, the stack, and where its tokens stand."""
+        text = self.embed(batch.tokens)
+        visual, stack = self.visual_tokens(batch)
+        places = placement(batch.visual_index, visual.shape[1])
+        merged = nn.with_logical_constraint(merge(text, visual, places), ACTIVATION_AXES)
+        return merged, stack, places
+
+    def __call__(self, batch: Batch) -> DecoderOutput:
+        """Hidden states of a training batch; `logits` turns them into scores, in chunks."""
+        x, stack, places = self.inputs(batch)
+        output = self.layers(x, batch.positions, causal_segment_mask(batch.segment_ids), stack, places)
+        if self.is_initializing():
+            self.logits(output.hidden[:, :1])
+        return output
+
+    def logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
+        """Scores of the next token, in float32: a bf16 softmax over 32,000 words is off in the first digit."""
+        return self.head(hidden).astype(jnp.float32)
+
+    def prefill(self, batch: Batch, cache: KVCache) -> DecoderOutput:
+        """Fill the cache with the prompts, the stack injected. The cache is empty and has room for more than T slots."""
+        x, stack, places = self.inputs(batch)
+        length, slots = batch.tokens.shape[1], cache.valid.shape[1]
+        mask = jnp.pad(causal_segment_mask(batch.segment_ids), ((0, 0), (0, 0), (0, 0), (0, slots - length)))
+        cache = cache._replace(valid=cache.valid.at[:, :length].set(batch.segment_ids > 0))
+        return self.layers(x, batch.positions, mask, stack, places, cache)
+
+    def decode(self, tokens: Int[Array, "B 1"], positions: Int[Array, "B 1"], cache: KVCache) -> DecoderOutput:
+        """One more token per row. Nothing is injected: the new token is text, and what the stack added sits in the cache."""
+        cache = cache._replace(valid=cache.valid.at[:, cache.filled].set(True))
+        return self.layers(self.embed(tokens), positions, cache.valid[:, None, None, :], None, None, cache)
+
+
+def build_model(config: Config, attend: AttentionFn = dot_product) -> DeepStack:
+    """The model that a run's configuration describes."""
+    return DeepStack(
+        config.image, config.vision, config.decoder, config.schedule, jnp.dtype(config.train.compute_dtype), attend=attend
+    )

@@ -1,0 +1,70 @@
+"""Visual tokens into the sequence and into the layers, both by the one `visual_index`.
+
+Upstream adds a group with a slice per sample (`custom_llama.py`); here the add is a gather over the sequence. Its transpose is
+written as a gather too: a visual token stands at one position at most, so no scatter is needed in either direction.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+
+class Placement(NamedTuple):
+    """Where visual tokens stand, read both ways."""
+
+    index: Int[Array, "B T"]  # which visual token stands at t, -1 = text
+    position: Int[Array, "B M"]  # where visual token m stands, -1 = nowhere
+
+
+def placement(visual_index: Int[Array, "B T"], visual: int) -> Placement:
+    """Invert `visual_index` once per step; both directions are then gathers. `visual` is M."""
+    rows, length = visual_index.shape
+    slots = jnp.where(visual_index >= 0, visual_index, visual)
+    where = jnp.full((rows, visual + 1), -1, jnp.int32)
+    where = where.at[jnp.arange(rows)[:, None], slots].set(jnp.arange(length, dtype=jnp.int32)[None])
+    return Placement(visual_index, where[:, :visual])
+
+
+@jax.custom_vjp
+def spread(tokens: Float[Array, "B M D"], places: Placement) -> Float[Array, "B T D"]:
+    """Visual tokens at their positions, zero at the text."""
+    return _gather_or_zero(tokens, places.index)
+
+
+def _gather_or_zero(x: Array, index: Array) -> Array:
+    rows = jnp.take_along_axis(x, jnp.maximum(index, 0)[..., None], axis=1, mode="clip")
+    return jnp.where((index >= 0)[..., None], rows, jnp.zeros((), x.dtype))
+
+
+def _spread_forward(tokens: Array, places: Placement) -> tuple[Array, Placement]:
+    return spread(tokens, places), places
+
+
+def _spread_backward(places: Placement, cotangent: Array) -> tuple[Array, Placement]:
+    no_gradient = Placement(*(np.zeros(index.shape, jax.dtypes.float0) for index in places))
+    return _gather_or_zero(cotangent, places.position), no_gradient
+
+
+spread.defvjp(_spread_forward, _spread_backward)
+
+
+def merge(text: Float[Array, "B T D"], visual: Float[Array, "B M D"], places: Placement) -> Float[Array, "B T D"]:
+    """The input embeddings: the visual token where one stands, the text embedding elsewhere."""
+    return jnp.where((places.index >= 0)[..., None], spread(visual, places).astype(text.dtype), text)
+
+
+def inject(
+    x: Float[Array, "B T D"], layer_inject: Float[Array, "J B M D"], group: Int[Array, ""], places: Placement
+) -> Float[Array, "B T D"]:
+    """Add one group of the stack to the hidden states at the visual positions (paper equation 2); group -1 adds nothing."""
+
+    def add(x: Array) -> Array:
+        tokens = jax.lax.dynamic_index_in_dim(layer_inject, group, 0, keepdims=False)
+        return x + spread(tokens, places).astype(x.dtype)
+
+    return jax.lax.cond(group >= 0, add, lambda x: x, x)

@@ -1,0 +1,21 @@
+"""The two-layer MLP between vision tower and decoder (LLaVA-1.5's `mlp2x_gelu`), shared by global view and crops."""
+
+from __future__ import annotations
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from deepstack_jax.model.layers import ACTIVATIONS, linear
+
+
+class Projector(nn.Module):
+    """linear, exact (erf) GELU, linear; vision width E to decoder width D."""
+
+    width: int  # D
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*B E"]) -> Float[Array, "*B D"]:
+        x = linear(self.width, ("vision_embed", "embed"), bias=True, dtype=self.dtype, name="fc1")(x)
+        return linear(self.width, ("mlp", "embed"), bias=True, dtype=self.dtype, name="fc2")(ACTIVATIONS["gelu"](x))

@@ -1,0 +1,1 @@
+"""Devices: the mesh, and the one table from logical axes to mesh axes."""

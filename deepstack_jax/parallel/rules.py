@@ -1,0 +1,78 @@
+"""Logical axes of parameters and activations -> axes of the mesh. The model knows the left side only."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import flax.linen as nn
+import jax
+from flax import traverse_util
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from deepstack_jax.config_checks import ConfigError
+
+BATCH_AXES = ("data", "fsdp")
+RULES = (
+    ("batch", BATCH_AXES),
+    ("crops", BATCH_AXES),
+    ("sequence", None),
+    ("embed", "fsdp"),
+    ("vision_embed", "fsdp"),
+    ("heads", "tensor"),
+    ("kv_heads", "tensor"),
+    ("vision_heads", "tensor"),
+    ("mlp", "tensor"),
+    ("vision_mlp", "tensor"),
+    ("vocab", "tensor"),
+    ("head_dim", None),
+    ("patch_pixels", None),
+    ("layers", None),
+    ("vision_layers", None),
+)
+# Activations are split over the batch along fsdp already, so their width is not.
+ACTIVATION_RULES = tuple((name, None if axes == "fsdp" else axes) for name, axes in RULES)
+
+
+@contextmanager
+def use_mesh(mesh: Mesh) -> Iterator[None]:
+    """Within: jitted code runs on `mesh`, and the model's activation axes mean what ACTIVATION_RULES say."""
+    with jax.set_mesh(mesh), nn.logical_axis_rules(ACTIVATION_RULES):
+        yield
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Rows over all batch axes; what stands behind the first axis is whole."""
+    return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+
+
+def param_shardings(mesh: Mesh, boxed: Any) -> Any:
+    """Sharding of every parameter.
+
+    Args:
+      mesh: of the run.
+      boxed: the abstract tree with logical axes, as `jax.eval_shape(model.init, ...)` gives it.
+
+    Raises:
+      ConfigError: naming every parameter that does not divide over its mesh axes.
+    """
+    specs = nn.get_partition_spec(boxed)
+    shardings = nn.logical_to_mesh_sharding(specs, mesh, RULES)
+    problems = []
+    sizes = traverse_util.flatten_dict(nn.unbox(boxed), sep="/")
+    for path, sharding in traverse_util.flatten_dict(shardings, sep="/").items():
+        try:
+            sharding.shard_shape(sizes[path].shape)
+        except ValueError:
+            problems.append(f"{path} {sizes[path].shape} over {sharding.spec}")
+    if problems:
+        raise ConfigError(
+            f"{len(problems)} parameters do not divide over the mesh {dict(mesh.shape)}: {'; '.join(problems[:8])}; "
+            "choose smaller config.mesh.fsdp or config.mesh.tensor"
+        )
+    return shardings

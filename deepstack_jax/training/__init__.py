@@ -1,0 +1,1 @@
+"""One optimizer step, what it updates, and what is saved of it."""

@@ -1,0 +1,92 @@
+"""Saving and resuming with Orbax, asynchronous and atomic: parameters, optimizer, step, place in the data, configuration."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from orbax.checkpoint.checkpoint_managers import LatestN
+
+from deepstack_jax.types import TrainState
+
+log = logging.getLogger(__name__)
+
+
+class CheckpointError(ValueError):
+    """The checkpoints in a workdir cannot be used by this run; nothing was written over."""
+
+
+class Checkpoints:
+    """The checkpoints of one run, in `workdir/checkpoints/<step>/`.
+
+    Args:
+      workdir: an existing folder.
+      keep: newest checkpoints that stay.
+    """
+
+    def __init__(self, workdir: Path, keep: int) -> None:
+        self._directory = (workdir / "checkpoints").absolute()
+        # The manager saves when told to: an interval of its own would drop the save at the end and the one at Ctrl-C.
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=LatestN(keep),
+            save_interval_steps=1,
+            enable_async_checkpointing=True,
+            cleanup_tmp_directories=True,
+        )
+        self._manager = ocp.CheckpointManager(self._directory, options=options)
+
+    @property
+    def latest(self) -> int | None:
+        """Newest step that was saved whole."""
+        return self._manager.latest_step()
+
+    def save(self, state: TrainState, data_state: dict[str, Any], config: dict[str, Any]) -> None:
+        """Write a checkpoint at `state.step`; returns once the state is copied, the files follow in the background."""
+        step = int(jax.device_get(state.step))
+        if step in self._manager.all_steps():
+            return
+        items = {
+            "state": ocp.args.StandardSave(state),
+            "data": ocp.args.JsonSave(data_state),
+            "config": ocp.args.JsonSave(config),
+        }
+        self._manager.save(step, args=ocp.args.Composite(**items), force=True)
+
+    def restore(self, abstract: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
+        """Newest usable checkpoint as (state, data state), or None if there is none at all.
+
+        A damaged checkpoint is passed over, loudly, for the one before.
+
+        Args:
+          abstract: shapes, dtypes and shardings to restore to; they may differ from those that saved.
+
+        Raises:
+          CheckpointError: there are checkpoints and none can be read; starting anew would throw the run away.
+        """
+        steps = sorted(self._manager.all_steps(), reverse=True)
+        problems = []
+        for step in steps:
+            items = {"state": ocp.args.StandardRestore(abstract), "data": ocp.args.JsonRestore()}
+            try:
+                restored = self._manager.restore(step, args=ocp.args.Composite(**items))
+            except Exception as error:  # tensorstore, orbax and json each raise their own kinds on damaged files
+                reason = str(error).splitlines()[0][:300] if str(error) else type(error).__name__
+                problems.append(f"step {step}: {reason}")
+                log.warning("checkpoint %s cannot be read, trying the one before: %s", step, reason)
+                continue
+            return restored["state"], restored["data"]
+        if problems:
+            raise CheckpointError(
+                f"no checkpoint in {self._directory} can be read ({'; '.join(problems)}); move the folder away"
+            )
+        return None
+
+    def wait(self) -> None:
+        """Until all files are written."""
+        self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        self._manager.close()

@@ -1,0 +1,124 @@
+"""Which parameter is updated how: a total regex table, one optax transformation per group, frozen parameters left out whole."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from typing import Any
+
+import jax
+import optax
+from flax import traverse_util
+from optax.contrib import MuonDimensionNumbers, muon
+
+from deepstack_jax.config import OptimizerConfig, OptimizerGroup, ScheduleConfig
+from deepstack_jax.config_checks import ConfigError
+
+FROZEN = "frozen"
+# Parameters stacked over layers carry that axis first; Muon orthogonalises each layer's matrix by itself.
+_STACKED = re.compile(r"(^|/)layers/block/")
+# The output map of attention contracts heads and head_dim; every other kernel contracts one axis.
+_TWO_INPUTS = re.compile(r"(^|/)o/kernel$")
+
+
+def flatten(params: Any) -> dict[str, Any]:
+    """Nested parameters as {"a/b/c": leaf}."""
+    return traverse_util.flatten_dict(params, sep="/")
+
+
+def unflatten(flat: dict[str, Any]) -> Any:
+    """The inverse of `flatten`."""
+    return traverse_util.unflatten_dict(flat, sep="/")
+
+
+def assign_groups(paths: list[str], table: tuple[tuple[str, str], ...]) -> dict[str, str]:
+    """Group of every parameter path; the first pattern found in the path (re.search) wins.
+
+    Raises:
+      ConfigError: naming the parameters that no pattern covers, or the patterns that cover nothing: a misspelt pattern would
+        silently train, or freeze, the wrong weights.
+    """
+    groups, used = {}, set()
+    for path in paths:
+        for row, (pattern, group) in enumerate(table):
+            if re.search(pattern, path):
+                groups[path] = group
+                used.add(row)
+                break
+    left = [path for path in paths if path not in groups]
+    if left:
+        raise ConfigError(f"config.optimizer.table covers no group for {', '.join(left)}; add a row for them")
+    idle = [pattern for row, (pattern, _) in enumerate(table) if row not in used]
+    if idle:
+        raise ConfigError(f"config.optimizer.table rows {idle} match no parameter; parameters are e.g. {', '.join(paths[:4])}")
+    return groups
+
+
+def matrix_axes(path: str, ndim: int) -> MuonDimensionNumbers:
+    """Which axes of a kernel are its inputs and which its outputs, as Muon needs them.
+
+    Under the scan a kernel is 3-D or 4-D and a norm is 2-D, so the number of axes says nothing; the path does.
+    """
+    if not path.endswith("/kernel"):
+        raise ConfigError(
+            f"config.optimizer.table sends {path} to a Muon group, but it is no matrix; send it to an adamw group"
+        )
+    first = 1 if _STACKED.search(path) else 0
+    inputs = 2 if _TWO_INPUTS.search(path) else 1
+    axes = tuple(range(first, ndim))
+    return MuonDimensionNumbers(axes[:inputs], axes[inputs:])
+
+
+def make_schedule(config: ScheduleConfig, steps: int) -> optax.Schedule:
+    """Factor on the learning rates at each of `steps` steps; 1 at the top."""
+    warmup = round(config.warmup * steps)
+    if config.kind == "cosine":
+        return optax.warmup_cosine_decay_schedule(0.0, 1.0, max(1, warmup), max(2, steps), config.final)
+    tail = max(1, round(config.tail * steps))
+    rise = optax.linear_schedule(1 / (warmup + 1), 1.0, max(1, warmup))
+    fall = optax.linear_schedule(1.0, config.final, tail)
+    return optax.join_schedules([rise, optax.constant_schedule(1.0), fall], [warmup, max(warmup, steps - tail)])
+
+
+def make_optimizer(config: OptimizerConfig, groups: dict[str, str], schedule: optax.Schedule) -> optax.GradientTransformation:
+    """The transformation over the flat dict of *trainable* parameters: clip by global norm, then each group's own update."""
+    used = set(groups.values()) - {FROZEN}
+    if not used:
+        raise ConfigError("config.optimizer.table freezes every parameter; nothing would train")
+    transforms = {name: _group_transform(config.groups[name], schedule) for name in used}
+    labels = {path: group for path, group in groups.items() if group != FROZEN}
+    return optax.chain(optax.clip_by_global_norm(config.clip_norm), optax.partition(transforms, labels))
+
+
+def _group_transform(group: OptimizerGroup, schedule: optax.Schedule) -> optax.GradientTransformation:
+    def learning_rate(step: Any) -> Any:
+        return group.lr * schedule(step)
+
+    if group.algorithm == "muon":
+        return muon(
+            learning_rate,
+            beta=group.b1,
+            eps=group.eps,
+            weight_decay=group.weight_decay,
+            muon_weight_dimension_numbers=_all_axes,
+        )
+    return optax.adamw(learning_rate, group.b1, group.b2, group.eps, weight_decay=group.weight_decay)
+
+
+def _all_axes(params: Any) -> Any:
+    return jax.tree_util.tree_map_with_path(lambda path, leaf: matrix_axes(path[0].key, leaf.ndim), params)
+
+
+def describe_groups(
+    config: OptimizerConfig, groups: dict[str, str], sizes: dict[str, int]
+) -> list[tuple[str, str, str, int, int]]:
+    """Rows (group, algorithm, lr, tensors, parameters) for the table printed at the start of a run."""
+    members: dict[str, list[str]] = defaultdict(list)
+    for path, group in groups.items():
+        members[group].append(path)
+    rows = []
+    for name, paths in members.items():
+        group = None if name == FROZEN else config.groups[name]
+        kind, lr = ("-", "-") if group is None else (group.algorithm, f"{group.lr:g}")
+        rows.append((name, kind, lr, len(paths), sum(sizes[path] for path in paths)))
+    return rows

@@ -1,0 +1,36 @@
+"""Pytree structs that pass between rooms, besides the Batch."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from flax import struct
+from jaxtyping import Array, Bool, Float, Int
+
+PyTree = Any
+
+
+class KVCache(NamedTuple):
+    """Keys and values of every layer. Slots fill from the left; a row's padding leaves invalid slots behind."""
+
+    keys: Float[Array, "L B S K H"]
+    values: Float[Array, "L B S K H"]
+    valid: Bool[Array, "B S"]  # slots that a later token of the row may attend to
+    filled: Int[Array, ""]  # slots written so far, the same for all rows
+
+
+@struct.dataclass
+class TrainState:
+    """All that a step changes."""
+
+    step: Int[Array, ""]
+    params: PyTree  # float32 masters
+    opt_state: PyTree
+
+
+class DecoderOutput(NamedTuple):
+    """What the decoder gives back."""
+
+    hidden: Float[Array, "B T D"]  # after the final norm
+    cache: KVCache | None
+    layer_inputs: Float[Array, "L B T D"] | None  # input of every layer, its injection included; on request only

@@ -1,0 +1,199 @@
+"""What a configuration accepts, what it refuses and how it says so."""
+
+import dataclasses
+import json
+import warnings
+
+import pytest
+from ml_collections import ConfigDict
+
+from deepstack_jax.config import Config, build_config, default_config, differences, to_dict
+from deepstack_jax.config_checks import CHOICES, POSITIVE, ConfigError, check_config, nearest
+from tests.unit.tiny import TINY, tiny_config
+
+pytestmark = pytest.mark.quick
+
+
+def nested(key, value):
+    """{"a": {"b": value}} of "a.b"."""
+    for part in reversed(key.split(".")):
+        value = {part: value}
+    return value
+
+
+def test_defaults_build_and_stay_defaults():
+    assert build_config(default_config()) == Config() == build_config({})
+
+
+def test_round_trip_through_json():
+    config = tiny_config({"data.buckets": (24, 28), "deepstack.schedule": (0, 1, 2, 3, -1), "optimizer.clip_norm": 2.0})
+    assert build_config(to_dict(config)) == config
+    assert build_config(json.loads(json.dumps(to_dict(config)))) == config
+    assert build_config(ConfigDict(to_dict(config), convert_dict=True)) == config
+
+
+def test_config_is_frozen_and_hashable_where_jit_needs_it():
+    config = tiny_config()
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.decoder.width = 3
+    assert hash(config.decoder) == hash(tiny_config().decoder)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("decodr", {}, r"unknown key config\.decodr; nearest valid name: 'decoder'"),
+        ("decoder.widht", 3, r"unknown key config\.decoder\.widht; nearest valid name: 'width'"),
+        ("data.synthetic.sed", 3, r"unknown key config\.data\.synthetic\.sed; nearest valid name: 'seed'"),
+        ("mesh.qqqq", 1, r"unknown key config\.mesh\.qqqq; valid names: data, fsdp, tensor"),
+        ("optimizer.groups", {"default": {"rate": 1.0}}, r"unknown key config\.optimizer\.groups\.default\.rate"),
+    ],
+)
+def test_unknown_key_names_the_nearest(key, value, message):
+    with pytest.raises(ConfigError, match=message):
+        build_config(nested(key, value))
+
+
+def test_unknown_key_in_a_config_file_is_caught():
+    config = default_config()
+    config.train.step = 3
+    with pytest.raises(ConfigError, match=r"config\.train\.step; nearest valid name: 'steps'"):
+        build_config(config)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("decoder.width", "32", r"config\.decoder\.width got '32' \(str\), expected int"),
+        ("decoder.width", 32.0, r"config\.decoder\.width got 32\.0 \(float\), expected int"),
+        ("decoder.width", True, r"config\.decoder\.width got True \(bool\), expected int"),
+        ("decoder.scan", 1, r"config\.decoder\.scan got 1 \(int\), expected bool"),
+        ("decoder.norm_eps", "small", r"config\.decoder\.norm_eps got 'small' \(str\), expected float"),
+        ("decoder.norm_eps", True, r"config\.decoder\.norm_eps got True"),
+        ("name", 3, r"config\.name got 3 \(int\), expected str"),
+        ("name", None, r"config\.name got None"),
+        ("decoder", 3, r"config\.decoder got 3, expected the keys of DecoderConfig"),
+        ("data.buckets", 512, r"config\.data\.buckets got 512, expected a list"),
+        ("data.buckets", ["a"], r"config\.data\.buckets\[0\] got 'a'"),
+        ("image.mean", [0.5, 0.5], r"config\.image\.mean got 2 values, expected 3"),
+        ("image.pinpoints", [[672, 336, 1]], r"config\.image\.pinpoints\[0\] got 3 values, expected 2"),
+        ("optimizer.table", [["head", "frozen"], [".*"]], r"config\.optimizer\.table\[1\] got 1 values, expected 2"),
+        ("optimizer.groups", {"default": 1e-4}, r"config\.optimizer\.groups\.default got 0\.0001, expected the keys of"),
+        ("optimizer.groups", "adamw", r"config\.optimizer\.groups got 'adamw', expected"),
+    ],
+)
+def test_wrong_types_name_key_value_and_expectation(key, value, message):
+    with pytest.raises(ConfigError, match=message):
+        build_config(nested(key, value))
+
+
+def test_whole_numbers_are_taken_for_floats():
+    assert build_config(nested("optimizer.clip_norm", 2)).optimizer.clip_norm == 2.0
+    assert isinstance(build_config(nested("image.mean", [0, 0, 1])).image.mean[2], float)
+
+
+@pytest.mark.parametrize("key", CHOICES)
+def test_every_choice_is_checked(key):
+    with pytest.raises(ConfigError, match=rf"config\.{key} got 'qqq'; valid names: .*{CHOICES[key][0]}"):
+        build_config(nested(key, "qqq"))
+    near = CHOICES[key][-1] + "s"
+    with pytest.raises(ConfigError, match=f"nearest valid name: '{CHOICES[key][-1]}'"):
+        build_config(nested(key, near))
+
+
+@pytest.mark.parametrize("key", POSITIVE)
+def test_every_count_must_be_positive(key):
+    for value in (0, -1):
+        with pytest.raises(ConfigError, match=rf"config\.{key} got {float(value) if 'clip' in key else value}, expected"):
+            build_config(nested(key, value))
+
+
+IMPOSSIBLE = [
+    ({"image.size": 10}, "image.size 10 is not divisible by config.vision.patch_size 4; nearest valid: 8"),
+    ({"vision.heads": 3}, "vision.width 16 is not divisible by config.vision.heads 3; nearest valid: 15"),
+    ({"decoder.kv_heads": 3}, "decoder.heads 4 is not divisible by config.decoder.kv_heads 3; nearest valid: 3"),
+    ({"train.accumulation": 3}, "train.batch_size 8 is not divisible by config.train.accumulation 3; nearest valid: 6"),
+    ({"decoder.head_dim": 7}, "head_dim 7 is odd"),
+    ({"vision.feature_layer": -5}, "feature_layer -5 is outside a tower of 3 layers"),
+    ({"vision.feature_layer": 4}, "feature_layer 4 is outside a tower of 3 layers"),
+    ({"data.buckets": (16, 33)}, "buckets (16, 33) go beyond config.data.max_length 32"),
+    ({"data.max_length": 12}, "3 images take 12 positions; config.data.max_length is 12, raise it above 12"),
+    ({"train.epochs": 0.0}, "steps 0 with epochs 0.0 trains nothing"),
+    ({"train.steps": -1}, "steps -1 with epochs 1.0 trains nothing"),
+    ({"image.num_crops": 1}, "num_crops 1 leaves no crop grid; use 2 or more"),
+    ({"image.mode": "pad"}, "needs crops, but config.image.mode='pad' makes none"),
+    ({"image.mode": "square", "deepstack.stack": "none", "deepstack.sequence": "crops", "data.max_images": 1}, "needs crops"),
+    ({"deepstack.sequence": "global_crops", "data.max_images": 1}, "already holds the crops; set config.deepstack.stack='none'"),
+    ({"deepstack.schedule": (0, 1)}, "schedule names 2 layers, config.decoder.layers is 5"),
+    ({"deepstack.schedule": (0, 1, 2, 3, 4)}, "goes beyond the 4 groups 0..3"),
+    ({"deepstack.schedule": (0, 1, 2, 3, -2)}, "goes beyond the 4 groups 0..3"),
+    ({"deepstack.start": -1}, "start -1 is negative"),
+    ({"deepstack.start": 5}, "start 5 lies beyond the 5 decoder layers 0..4"),
+    ({"optimizer.table": (("head", "hot"), (".*", "default"))}, "sends 'head' to 'hot'; valid names: default, frozen"),
+    ({"optimizer.table": (("head", "frosen"), (".*", "default"))}, "nearest valid name: 'frozen'"),
+    ({"optimizer.groups.default.algorithm": "adam"}, "groups.default.algorithm got 'adam'; nearest valid name: 'adamw'"),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), IMPOSSIBLE, ids=[" ".join(changes) for changes, _ in IMPOSSIBLE])
+def test_impossible_combinations_are_refused(changes, message):
+    with pytest.raises(ConfigError) as error:
+        tiny_config(changes)
+    assert message in str(error.value)
+    assert "config." in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_what_is_just_possible_is_accepted():
+    tiny_config({"data.max_length": 13})
+    tiny_config({"vision.feature_layer": 3})
+    tiny_config({"vision.feature_layer": -4})
+    tiny_config({"deepstack.sequence": "global_crops", "deepstack.stack": "none", "data.max_images": 1})
+    tiny_config({"image.mode": "pad", "deepstack.stack": "dummy"})
+    tiny_config({"optimizer.table": (("head", "frozen"), (".*", "default"))})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        tiny_config({"deepstack.schedule": (0, 0, 3, -1, -1)})
+        tiny_config({"deepstack.start": 0})
+
+
+@pytest.mark.parametrize(("start", "interval", "lost"), [(2, 1, 1), (4, 1, 3), (1, 2, 2)])
+def test_groups_past_the_last_layer_are_warned_of(start, interval, lost):
+    with pytest.warns(UserWarning, match=f"{lost} of 4 groups fall past the last of 5 layers"):
+        config = tiny_config({"deepstack.start": start, "deepstack.interval": interval})
+    assert sum(group >= 0 for group in config.schedule) == 4 - lost
+
+
+def test_check_config_sees_a_hand_made_config_too():
+    config = dataclasses.replace(Config(), decoder=dataclasses.replace(Config().decoder, remat="blok"))
+    with pytest.raises(ConfigError, match=r"config\.decoder\.remat got 'blok'; nearest valid name: 'block'"):
+        check_config(config)
+
+
+def test_nearest():
+    assert nearest("colour", ["color", "size"]) == "nearest valid name: 'color'"
+    assert nearest("zzz", ["size", "color"]) == "valid names: color, size"
+
+
+def test_derived_sizes():
+    config = tiny_config()
+    assert (config.patch_side, config.groups, config.visual_tokens_per_image, config.crop_slots) == (2, 4, 4, 15)
+    assert config.schedule == (-1, 0, 1, 2, 3)
+    assert config.batch_shape(6, 24) == (6, 24, 15, 8, 12, 4, 1)
+    pad = tiny_config({"image.mode": "pad", "deepstack.stack": "none"})
+    assert (pad.crop_slots, pad.groups, pad.schedule) == (3, 0, (-1,) * 5)
+    assert tiny_config({"deepstack.schedule": (3, -1, 0, -1, 3)}).schedule == (3, -1, 0, -1, 3)
+
+
+def test_differences_name_dotted_keys_with_both_values():
+    config = tiny_config()
+    assert differences(config, json.loads(json.dumps(to_dict(config)))) == {}
+    other = json.loads(json.dumps(to_dict(tiny_config({"decoder.width": 64, "data.buckets": (16,)}))))
+    del other["seed"]
+    other["mesh"]["old"] = 1
+    assert differences(config, other) == {
+        "decoder.width": (TINY["decoder.width"], 64),
+        "data.buckets": ([], [16]),
+        "seed": (0, None),
+        "mesh.old": (None, 1),
+    }

@@ -1,0 +1,95 @@
+"""The direction of imports, the ban on jax below `data` and `layout`, and the ban on torch, held over every file."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[2] / "deepstack_jax"
+# Every room and the rooms it may import from. A verb may import anything but another verb.
+ALLOWED = {
+    "batch": set(),
+    "layout": {"batch"},
+    "config_checks": {"layout"},
+    "config": {"batch", "layout", "config_checks"},
+    "types": {"batch"},
+    "model": {"batch", "types", "config"},
+    "data": {"batch", "config", "config_checks", "layout"},
+    "parallel": {"batch", "types", "config", "config_checks"},
+    "weights": {"batch", "types", "config", "config_checks"},
+    "training": {"batch", "types", "config", "config_checks", "data", "model", "parallel", "weights"},
+    "inference": {"batch", "types", "config", "config_checks", "data", "model", "parallel", "weights"},
+}
+_BELOW = set(ALLOWED)
+ALLOWED |= {"evaluation": _BELOW, "planning": _BELOW | {"evaluation"}, "cli": {"config", "config_checks"}}
+VERBS = {"train", "evaluate", "generate", "convert", "prepare", "audit", "plan"}
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+def room(file: Path) -> str:
+    return file.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imported(file: Path) -> set[str]:
+    """Every module that the file imports when it runs, in functions too; what only a type checker reads is left out."""
+    names = set()
+    tree = ast.parse(file.read_text())
+    unseen = {node for block in ast.walk(tree) if _only_for_types(block) for node in ast.walk(block)}
+    for node in ast.walk(tree):
+        if node in unseen:
+            continue
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file}: relative import"
+            names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return {name for name in names if name}
+
+
+def _only_for_types(node: ast.AST) -> bool:
+    return isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
+
+
+def test_there_are_files_to_walk():
+    assert len(FILES) > 25
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda f: str(f.relative_to(PACKAGE)))
+def test_imports_go_one_way(file):
+    here = room(file)
+    rooms = {name.split(".")[1] for name in imported(file) if name.startswith("deepstack_jax.")}
+    rooms -= {here, "__version__"}
+    assert not rooms & VERBS, f"{here} imports a verb"
+    if here in VERBS or here == "__init__":
+        return
+    assert here in ALLOWED, f"{here} is a new room: give it a place in the table above"
+    assert rooms <= ALLOWED[here], f"{here} imports {sorted(rooms - ALLOWED[here])}"
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda f: str(f.relative_to(PACKAGE)))
+def test_no_torch_anywhere_and_no_jax_below_data(file):
+    roots = {name.split(".")[0] for name in imported(file)}
+    assert not roots & {"torch", "torchvision", "tensorflow"}
+    if room(file) in {"data", "layout", "batch"}:
+        assert not roots & {"jax", "flax", "optax", "orbax"}
+
+
+@pytest.mark.parametrize("module", ["batch", "layout.sequence", "data.image", "data.conversation", "data.tokenize", "data.sources"])
+def test_data_workers_start_without_jax(module):
+    code = f"import sys, deepstack_jax.{module}; sys.exit('jax' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_no_utils_room():
+    assert not [file for file in FILES if file.stem in {"utils", "util", "helpers", "common", "misc"}]
+
+
+def test_no_default_is_hidden_below_config():
+    """`getattr(config, name, default)` and `config.get` would be a second place for a default."""
+    for file in FILES:
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "getattr":
+                first = ast.unparse(node.args[0])
+                assert len(node.args) < 3 or ("config" not in first and "cfg" not in first), f"{file}: {ast.unparse(node)}"

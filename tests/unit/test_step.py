@@ -1,0 +1,288 @@
+"""The training step: one loss over the global batch, whatever the micro-batches, the chunks and the devices."""
+
+import chex
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from deepstack_jax.batch import empty_batch
+from deepstack_jax.config import MeshConfig
+from deepstack_jax.config_checks import ConfigError
+from deepstack_jax.model.deepstack import build_model
+from deepstack_jax.parallel.distributed import put_batch
+from deepstack_jax.parallel.mesh import check_batch_fits, make_mesh
+from deepstack_jax.parallel.rules import param_shardings, replicated, use_mesh
+from deepstack_jax.training.optimizer import FROZEN, assign_groups, flatten, make_optimizer
+from deepstack_jax.training.step import ModelFns, make_loss, make_train_step, token_loss
+from deepstack_jax.types import TrainState
+from tests.unit.tiny import draw_params, example, make_batch, shapes_in, tiny_config
+
+CONFIG = tiny_config(
+    {
+        "decoder.vocab_size": 62,
+        "decoder.remat": "none",
+        "vision.layers": 2,
+        "data.max_images": 1,
+        "optimizer.table": (
+            ("vision_tower/(cls|positions)", FROZEN),
+            (r"(block/attention/o|block/mlp/down|projector/fc1)/kernel$", "matrices"),
+            (".*", "rest"),
+        ),
+        "optimizer.groups": {
+            "matrices": {"algorithm": "muon", "lr": 0.02, "b1": 0.95, "weight_decay": 0.05},
+            "rest": {"algorithm": "adamw", "lr": 1e-3, "eps": 1e-4},
+        },
+    }
+)
+MODEL = build_model(CONFIG)
+FUNCTIONS = ModelFns(
+    hidden=lambda params, batch: MODEL.apply({"params": params}, batch).hidden,
+    logits=lambda params, hidden: MODEL.apply({"params": params}, hidden, method="logits"),
+)
+
+
+@pytest.fixture(scope="module")
+def batch():
+    """8 rows with 0 to 6 supervised tokens each; every second row is text only."""
+    rows = [[example(CONFIG, row, [(2, 2)] if row % 2 else [], answer=(row * 3) % 7)] for row in range(8)]
+    made = make_batch(CONFIG, rows, length=20)
+    supervised = made.loss_weights.sum(axis=1)
+    assert len(set(supervised.tolist())) > 4
+    return made._replace(example_id=made.example_id.astype(np.int32))
+
+
+@pytest.fixture(scope="module")
+def boxed(batch):
+    return jax.eval_shape(MODEL.init, jax.random.key(0), batch)["params"]
+
+
+@pytest.fixture(scope="module")
+def groups(boxed):
+    return assign_groups(list(flatten(nn.unbox(boxed))), CONFIG.optimizer.table)
+
+
+@pytest.fixture(scope="module")
+def params(boxed):
+    return draw_params(boxed)
+
+
+def first_state(params, groups, optimizer):
+    trainable = {path: leaf for path, leaf in flatten(params).items() if groups[path] != FROZEN}
+    return TrainState(jnp.zeros((), jnp.int32), params, jax.jit(optimizer.init)(trainable))
+
+
+def step_of(groups, optimizer, accumulation=1, chunk=8):
+    schedule = optax.constant_schedule(0.5)
+    return make_train_step(FUNCTIONS, optimizer, groups, schedule, accumulation=accumulation, chunk=chunk)
+
+
+@pytest.fixture(scope="module")
+def reference(params, batch, groups):
+    """One step on one device with the config's own optimizer, without accumulation."""
+    optimizer = make_optimizer(CONFIG.optimizer, groups, optax.constant_schedule(1.0))
+    return jax.jit(step_of(groups, optimizer))(first_state(params, groups, optimizer), batch)
+
+
+@pytest.fixture(scope="module")
+def descent(params, groups):
+    """Gradient descent: (batch, accumulation) -> state and metrics, compiled once for each accumulation.
+
+    Not Adam, whose first step is the sign of the gradient: it would blow rounding up to a whole step.
+    """
+    steps = {n: jax.jit(step_of(groups, optax.sgd(0.05), n)) for n in (1, 2, 4)}
+    return lambda batch, n: steps[n](first_state(params, groups, optax.sgd(0.05)), batch)
+
+
+@pytest.fixture(scope="module")
+def plain_loss(params, batch):
+    """The loss written out on full logits, and the share of targets that the argmax hits."""
+
+    @jax.jit
+    def run(params):
+        logits = FUNCTIONS.logits(params, FUNCTIONS.hidden(params, batch))
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch.targets) * batch.loss_weights
+        hits = (logits.argmax(-1) == batch.targets) * batch.loss_weights
+        total = batch.loss_weights.sum()
+        return losses.sum() / total, hits.sum() / total
+
+    return run(params)
+
+
+@pytest.mark.quick
+def test_loss_equals_optax_on_full_logits(reference, plain_loss, batch):
+    _, metrics = reference
+    assert float(metrics["loss"]) == pytest.approx(float(plain_loss[0]), abs=1e-5)
+    assert float(metrics["token_accuracy"]) == pytest.approx(float(plain_loss[1]), abs=1e-6)
+    assert float(metrics["supervised_tokens"]) == batch.loss_weights.sum()
+    assert float(metrics["lr_factor"]) == 0.5
+
+
+@pytest.mark.quick
+def test_frozen_parameters_stay_equal_to_the_byte_and_all_others_move(reference, params, groups):
+    state, _ = reference
+    assert int(state.step) == 1
+    before, after = flatten(params), flatten(state.params)
+    # post_norm is part of the checkpoint only: no feature is taken behind it.
+    for path, group in groups.items():
+        same = np.asarray(before[path]).tobytes() == np.asarray(after[path]).tobytes()
+        idle = path.startswith("vision_tower/post_norm")
+        assert same == (group == FROZEN or idle), path
+    assert {path for path, group in groups.items() if group == FROZEN} == {"vision_tower/cls", "vision_tower/positions"}
+
+
+def test_only_trainable_parameters_have_a_gradient(params, batch, groups):
+    seen = {}
+
+    def spy(gradients, state, params):
+        seen.update(jax.tree.map(jnp.shape, {"gradients": gradients, "params": params}))
+        return gradients, state
+
+    optimizer = optax.GradientTransformation(lambda params: (), spy)
+    state = jax.eval_shape(step_of(groups, optimizer), TrainState(jnp.zeros((), jnp.int32), params, ()), batch)[0]
+    chex.assert_trees_all_equal_shapes_and_dtypes(state.params, params)
+    trainable = {path: leaf.shape for path, leaf in flatten(params).items() if groups[path] != FROZEN}
+    assert seen["gradients"] == seen["params"] == trainable
+
+
+def test_a_frozen_leaf_need_not_be_differentiable(params, batch, groups):
+    """Integers have no gradient: the step would raise if it differentiated a frozen parameter."""
+    whole = jax.tree.map(lambda leaf: leaf, params)
+    whole["vision_tower"]["positions"] = jnp.round(whole["vision_tower"]["positions"]).astype(jnp.int32)
+    step = step_of(groups, optax.sgd(0.1), accumulation=2)
+    state = first_state(whole, groups, optax.sgd(0.1))
+    chex.assert_trees_all_equal_shapes_and_dtypes(jax.eval_shape(step, state, batch)[0].params, whole)
+    with pytest.raises(TypeError, match="int32"):
+        jax.eval_shape(jax.grad(lambda params: make_loss(FUNCTIONS, 8)(params, batch).loss), whole)
+
+
+def test_accumulation_changes_nothing(params, batch, descent):
+    """Micro-batches hold unequal numbers of supervised tokens: a mean of their means would differ."""
+    per_row = batch.loss_weights.sum(axis=1)
+    assert per_row[0::2].sum() != per_row[1::2].sum()
+    (whole, metrics), *others = (descent(batch, n) for n in (1, 2, 4))
+    moved = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), params, whole.params)
+    assert max(jax.tree.leaves(moved)) > 1e-3
+    for state, numbers in others:
+        chex.assert_trees_all_close(state.params, whole.params, atol=1e-6)
+        chex.assert_trees_all_close(numbers, metrics, rtol=1e-6, atol=1e-6)
+
+
+def test_a_batch_without_a_supervised_token_gives_a_finite_step(params, descent):
+    blank = empty_batch(CONFIG.batch_shape(8, 20)._replace(examples=2))
+    state, metrics = descent(blank._replace(example_id=blank.example_id.astype(np.int32)), 1)
+    chex.assert_tree_all_finite(state.params)
+    chex.assert_trees_all_equal(state.params, params)
+    assert float(metrics["loss"]) == float(metrics["supervised_tokens"]) == 0.0
+
+
+B, T, D, V = 3, 10, 6, 17
+
+
+@pytest.fixture(scope="module")
+def head():
+    rng = np.random.default_rng(0)
+    hidden, kernel = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((B, T, D), (D, V)))
+    weights = jnp.asarray(rng.integers(0, 2, (B, T)) * rng.uniform(0.5, 2, (B, T)), jnp.float32)
+    return hidden, kernel, jnp.asarray(rng.integers(0, V, (B, T))), weights
+
+
+def chunked(chunk):
+    def loss(hidden, kernel, targets, weights):
+        sums = token_loss(lambda h: h @ kernel, hidden, targets, weights, chunk)
+        return sums.loss, sums
+
+    return jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("chunk", [1, 4, 10, 64])
+def test_chunk_size_changes_neither_loss_nor_gradient(head, chunk):
+    hidden, kernel, targets, weights = head
+
+    @jax.jit
+    def full(hidden, kernel):
+        return (optax.softmax_cross_entropy_with_integer_labels(hidden @ kernel, targets) * weights).sum()
+
+    (loss, sums), gradients = jax.jit(chunked(chunk))(*head)
+    expected, expected_gradients = jax.value_and_grad(full, argnums=(0, 1))(hidden, kernel)
+    assert float(loss) == pytest.approx(float(expected), rel=1e-5)
+    chex.assert_trees_all_close(gradients, expected_gradients, atol=1e-5)
+    assert float(sums.weight) == pytest.approx(float(weights.sum()), rel=1e-6)
+    hits = ((hidden @ kernel).argmax(-1) == targets) * weights
+    assert float(sums.correct) == pytest.approx(float(hits.sum()), rel=1e-6)
+
+
+@pytest.mark.quick
+def test_full_logits_never_exist_in_training(head):
+    """Neither at once nor stacked over the chunks for the backward pass."""
+
+    def largest(chunk):
+        shapes = [shape for shape in shapes_in(jax.make_jaxpr(chunked(chunk))(*head)) if shape and shape[-1] == V]
+        return max(int(np.prod(shape)) for shape in shapes)
+
+    assert largest(4) == B * 4 * V
+    assert largest(T) == B * T * V, "the check finds full logits where there are some"
+
+
+def test_full_logits_never_exist_in_the_step(params, batch, groups):
+    """The same in the whole program; vocabulary 62 is the size of nothing else."""
+    step = step_of(groups, optax.sgd(0.1), chunk=4)
+    jaxpr = jax.make_jaxpr(step)(first_state(params, groups, optax.sgd(0.1)), batch)
+    with_words = [shape for shape in shapes_in(jaxpr) if len(shape) > 2 and 62 in shape]
+    assert (8, 4, 62) in with_words
+    assert max(int(np.prod(shape)) for shape in with_words) == 8 * 4 * 62
+
+
+MESHES = {"data8": MeshConfig(8, 1, 1), "fsdp8": MeshConfig(1, 8, 1), "2x2x2": MeshConfig(2, 2, 2)}
+
+
+@pytest.mark.parametrize("name", MESHES)
+def test_sharded_step_equals_one_device(name, boxed, params, batch, groups, reference):
+    mesh = make_mesh(MESHES[name])
+    assert mesh.size == 8
+    optimizer = make_optimizer(CONFIG.optimizer, groups, optax.constant_schedule(1.0))
+    shapes = nn.unbox(boxed)
+    shardings = state_shardings(mesh, param_shardings(mesh, boxed), shapes, groups, optimizer)
+    state = jax.device_put(first_state(params, groups, optimizer), shardings)
+    with use_mesh(mesh):
+        sharded, metrics = jax.jit(step_of(groups, optimizer), out_shardings=(shardings, replicated(mesh)))(state, put_batch(mesh, batch))
+    wide = sharded.params["layers"]["layers"]["block"]["mlp"]["gate"]["kernel"]
+    parts = {"data8": (5, 32, 40), "fsdp8": (5, 4, 40), "2x2x2": (5, 16, 20)}
+    assert wide.sharding.shard_shape(wide.shape) == parts[name]
+    one, one_metrics = reference
+    chex.assert_trees_all_close(jax.device_get(metrics), jax.device_get(one_metrics), rtol=1e-5, atol=1e-5)
+    chex.assert_trees_all_close(jax.device_get(sharded), jax.device_get(one), atol=1e-5)
+
+
+@pytest.mark.quick
+def test_mesh_takes_what_is_left_and_refuses_what_does_not_fit():
+    assert dict(make_mesh(MeshConfig(-1, 2, 2)).shape) == {"data": 2, "fsdp": 2, "tensor": 2}
+    assert dict(make_mesh(MeshConfig(), jax.devices()[:1]).shape) == {"data": 1, "fsdp": 1, "tensor": 1}
+    for sizes in ((3, 1, 1), (-1, 3, 1), (4, 1, 1), (16, 1, 1)):
+        with pytest.raises(ConfigError, match=r"does not cover 8 devices; choose sizes whose product is 8"):
+            make_mesh(MeshConfig(*sizes))
+    for sizes in ((-1, -1, 1), (0, 1, 8), (-2, 1, 1)):
+        with pytest.raises(ConfigError, match="expected positive sizes, at most one of them -1"):
+            make_mesh(MeshConfig(*sizes))
+
+
+@pytest.mark.quick
+def test_a_batch_must_split_over_the_mesh_and_the_hosts():
+    mesh = make_mesh(MeshConfig(4, 2, 1))
+    check_batch_fits(tiny_config(), mesh, 1)
+    with pytest.raises(ConfigError, match="batch_size 12 with accumulation 1 does not split over 8 devices"):
+        check_batch_fits(tiny_config({"train.batch_size": 12}), mesh, 1)
+    with pytest.raises(ConfigError, match="batch_size 8 with accumulation 2 does not split over 8 devices"):
+        check_batch_fits(tiny_config({"train.accumulation": 2}), mesh, 1)
+    with pytest.raises(ConfigError, match="batch_size 8 with accumulation 1 does not split over 3 hosts"):
+        check_batch_fits(tiny_config(), make_mesh(MeshConfig(2, 1, 4)), 3)
+
+
+@pytest.mark.quick
+def test_parameters_that_do_not_divide_are_named(boxed):
+    """62 words do not split over 4 devices."""
+    with pytest.raises(ConfigError, match=r"embed/embedding \(62, 32\) over .*; choose smaller config\.mesh"):
+        param_shardings(make_mesh(MeshConfig(2, 1, 4)), boxed)
