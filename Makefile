@@ -20,7 +20,7 @@ endif
 RUN := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 
-# Compiled programs are kept between runs: the second `make test` is several times faster than the first.
+# Compiled programs are kept between runs and between the targets.
 export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/jax
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_NO_INPUT := 1
@@ -29,7 +29,7 @@ export PIP_NO_INPUT := 1
 # draws the same examples in every run and knows no deadline, so that a busy machine cannot fail a test; plain pytest draws new ones.
 PYTEST = $(RUN) -m pytest -q -n $(WORKERS) --dist loadfile --hypothesis-profile=ci
 
-.PHONY: help venv demo $(DEMOS:%=demo-%) test test-quick test-all lint format clean
+.PHONY: help venv demo readme $(DEMOS:%=demo-%) test test-quick test-all lint format clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -49,6 +49,9 @@ demo: $(DEMOS:%=demo-%) ## train baseline, dummy stack and DeepStack from nothin
 
 $(DEMOS:%=demo-%): demo-%: $(INSTALLED)
 	$(RUN) -m deepstack_jax.train --config=configs/demo.py:$* --workdir=runs/demo/$*
+
+readme: demo ## run the demo and write its table and pictures into README.md
+	$(RUN) -m benchmarks.readme_table runs/demo
 
 test test-quick test-all: export JAX_PLATFORMS ?= cpu
 

@@ -14,7 +14,7 @@ Grids are always `(rows, cols)`.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -26,6 +26,10 @@ NEWLINE = -2  # the learned `image_newline`, which lives in decoder width
 TEXT = -1
 
 
+# numpy arrays on the host, jax arrays inside a step: a type checker that is told one of them is wrong in the other place.
+HostOrDevice = Any
+
+
 class Batch(NamedTuple):
     """One global (or per-host) batch with static shapes; a pytree of numpy or jax arrays.
 
@@ -33,16 +37,16 @@ class Batch(NamedTuple):
     Each entry 0..M-1 stands at most once in a row of `visual_index`.
     """
 
-    tokens: np.ndarray  # i32[B, T] token ids; 0 under a visual token and in the padding
-    targets: np.ndarray  # i32[B, T] the token after t in its own segment
-    loss_weights: np.ndarray  # f32[B, T] 0 where nothing is predicted
-    positions: np.ndarray  # i32[B, T] restart at every segment
-    segment_ids: np.ndarray  # i32[B, T] 1.. per example, 0 = padding
-    pixels: np.ndarray  # u8[B, C, y, x, 3] crop slots shared by all images of the row
-    token_source: np.ndarray  # i32[B, M] encoded token (crop * P + patch) of each visual token, or ZERO, NEWLINE
-    stack_source: np.ndarray  # i32[B, J, M] the same for each injected group
-    visual_index: np.ndarray  # i32[B, T] which of the M stands here, TEXT = -1
-    example_id: np.ndarray  # i64[B, G] rows of the source; -1 = none
+    tokens: HostOrDevice  # i32[B, T] token ids; 0 under a visual token and in the padding
+    targets: HostOrDevice  # i32[B, T] the token after t in its own segment
+    loss_weights: HostOrDevice  # f32[B, T] 0 where nothing is predicted
+    positions: HostOrDevice  # i32[B, T] restart at every segment
+    segment_ids: HostOrDevice  # i32[B, T] 1.. per example, 0 = padding
+    pixels: HostOrDevice  # u8[B, C, y, x, 3] crop slots shared by all images of the row
+    token_source: HostOrDevice  # i32[B, M] encoded token (crop * P + patch) of each visual token, or ZERO, NEWLINE
+    stack_source: HostOrDevice  # i32[B, J, M] the same for each injected group
+    visual_index: HostOrDevice  # i32[B, T] which of the M stands here, TEXT = -1
+    example_id: HostOrDevice  # i64[B, G] rows of the source; -1 = none
 
 
 class BatchShape(NamedTuple):

@@ -288,7 +288,7 @@ def _build(cls: type[T], values: dict[str, Any], path: str) -> T:
 
 def _convert(value: Any, hint: Any, path: str) -> Any:
     origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if dataclasses.is_dataclass(hint):
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
         if not isinstance(value, dict):
             raise ConfigError(f"{path} got {value!r}, expected the keys of {hint.__name__}")
         return _build(hint, value, path)

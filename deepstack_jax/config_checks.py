@@ -122,7 +122,7 @@ def _check_sizes(config: Config) -> None:
     needed = config.visual_tokens_per_image * data.max_images
     if needed >= data.max_length:
         raise ConfigError(
-            f"{data.max_images} images take {needed} positions; config.data.max_length is {data.max_length}, raise it above {needed}"
+            f"{data.max_images} images take {needed} positions; raise config.data.max_length {data.max_length} above {needed}"
         )
     if train.steps < 0 or (train.steps == 0 and train.epochs <= 0):
         raise ConfigError(

@@ -262,7 +262,7 @@ def state_shardings(mesh, params, shapes, groups, optimizer) -> TrainState:
     """Sharding of every leaf of the state; moments lie like their parameters."""
     trainable = {path: sharding for path, sharding in flatten(params).items() if groups[path] != "frozen"}
     sizes = {path: leaf for path, leaf in flatten(shapes).items() if path in trainable}
-    whole = replicated(mesh)
+    whole: Any = replicated(mesh)  # a tree of shardings has the shape of a state, whose leaves are arrays
 
     def place(path: tuple, leaf: Any) -> Any:
         names = [str(getattr(key, "key", "")) for key in path]

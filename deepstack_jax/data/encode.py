@@ -44,9 +44,10 @@ class Encoder:
         messages = normalise(example.messages, template) if example.images else example.messages
         text = encode_conversation(render(messages, template), tokenizer, has_image=bool(example.images))
         encoded = EncodedExample(example.index, text.ids, text.supervised, *self._images(example))
-        if encoded.length > self.config.data.max_length:
+        room = self.config.data.max_length
+        if encoded.length > room:
             raise SampleError(
-                f"{example.name}: {encoded.length} tokens with its images; raise config.data.max_length {self.config.data.max_length}",
+                f"{example.name}: {encoded.length} tokens with its images, a row holds {room}; raise config.data.max_length",
                 example.name,
             )
         return encoded

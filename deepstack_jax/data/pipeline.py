@@ -21,7 +21,7 @@ from deepstack_jax.config import Config
 from deepstack_jax.config_checks import ConfigError
 from deepstack_jax.data.encode import BadExample, Encoder
 from deepstack_jax.data.rows import Cursor, EncodedExample, blank_example, place_example
-from deepstack_jax.data.sources import Example, LlavaJson, SampleError, SourceError
+from deepstack_jax.data.sources import LlavaJson, SampleError, Source, SourceError
 from deepstack_jax.data.synthetic import DocumentPages
 
 
@@ -32,7 +32,7 @@ class Delivered(NamedTuple):
     bad: tuple[BadExample, ...]
 
 
-def open_source(config: Config, split: str) -> Sequence[Example]:
+def open_source(config: Config, split: str) -> Source:
     """The source of the "train" or "validation" split.
 
     Raises:
@@ -54,7 +54,7 @@ def open_source(config: Config, split: str) -> Sequence[Example]:
     return LlavaJson(path, Path(data.root).expanduser() / data.images)
 
 
-def check_images(source: Sequence[Example], config: Config, limit: int = 1000) -> None:
+def check_images(source: Source, config: Config, limit: int = 1000) -> None:
     """Stop before compilation if more images are missing than the run would tolerate; looks at the first `limit` rows.
 
     Raises:
@@ -75,7 +75,7 @@ def check_images(source: Sequence[Example], config: Config, limit: int = 1000) -
 class BatchMaker:
     """Row numbers -> one padded batch, one example per row, as long as the shortest bucket that fits. Runs in the workers."""
 
-    source: Sequence[Example]
+    source: Source
     encoder: Encoder
 
     def __call__(self, indices: Sequence[int]) -> Delivered:
@@ -116,7 +116,7 @@ class TrainingStream(Iterator[Delivered]):
     `state()` is that of the batches handed out, not of those decoded ahead.
     """
 
-    def __init__(self, source: Sequence[Example], config: Config, *, process: int = 0, processes: int = 1) -> None:
+    def __init__(self, source: Source, config: Config, *, process: int = 0, processes: int = 1) -> None:
         self.config = config
         self.processes = processes
         self.examples_per_epoch = len(source)
@@ -127,7 +127,7 @@ class TrainingStream(Iterator[Delivered]):
             raise ConfigError("config.data.buckets: hosts would disagree on the length of a batch; clear it on several hosts")
         order = grain.MapDataset.range(len(source)).seed(config.data.seed)
         order = order.shuffle() if config.data.shuffle else order
-        self._order = order.repeat().batch(rows, batch_fn=list)[process::processes]
+        self._order: Any = order.repeat().batch(rows, batch_fn=list)[process::processes]
         self._make_batch = BatchMaker(source, Encoder(config))
 
     def indices(self, number: int) -> list[int]:

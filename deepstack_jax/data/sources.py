@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO, SupportsIndex
+from typing import Any, BinaryIO, Protocol, SupportsIndex
 
 import numpy as np
 from PIL import Image
@@ -43,6 +43,13 @@ class Example:
     images: tuple[str | bytes | np.ndarray | Image.Image, ...]
     messages: tuple[Message, ...]
     info: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Source(Protocol):
+    """Random access to examples, as Grain asks of a source."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: SupportsIndex, /) -> Example: ...
 
 
 class SourceError(ValueError):

@@ -31,11 +31,15 @@ CELL = 2
 """Side of a checker cell, the factor between page and low-res view; ink and paper differ only inside a cell."""
 
 SHADES = (104, 120, 136, 152)
-"""Gray value of each shade, 44 apart: told apart easily, and far enough from 0 and 255 for `AMPLITUDE` on both sides."""
+"""Gray value of each shade: near the middle, which leaves room for `AMPLITUDE` on both sides."""
 
 AMPLITUDE = 100
 """Half the contrast between the two gray levels of a box: as large as the darkest and brightest shade allow with a margin,
 since the texture is all that a patch embedding has to learn the digits from."""
+
+JITTER = 2
+"""Positions along each axis that a glyph may take within its area, one cell apart. With all
+eight that fit, the digits take more steps to learn than a demo has."""
 
 SHADE_WORDS = ("dark", "dim", "pale", "bright")
 
@@ -184,7 +188,7 @@ def digit_tiles(style: str) -> tuple[np.ndarray, np.ndarray]:
         dots, areas = FONT.repeat(2, axis=1).repeat(2, axis=2), [(0, 0)]
         area = cells
     _, height, width = dots.shape
-    jitters = [(y, x) for y in range(area - height + 1) for x in range(area - width + 1)]
+    jitters = [(y, x) for y in range(min(JITTER, area - height + 1)) for x in range(min(JITTER, area - width + 1))]
     sign = np.full((10, len(areas) * len(jitters), cells, cells), -1)
     for place, (y, x) in enumerate((top + dy, left + dx) for top, left in areas for dy, dx in jitters):
         sign[:, place, y : y + height, x : x + width] = np.where(dots, 1, -1)

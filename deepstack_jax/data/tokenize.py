@@ -345,7 +345,7 @@ class ByteTokenizer:
 
 
 class WordTokenizer:
-    """A closed vocabulary: id 3 + i is `words[i]`, and white space separates words. Adds no BOS. For tasks with counted answers.
+    """A closed vocabulary: id 3 + i is `words[i]`, and white space separates words. There is no BOS.
 
     Raises:
       ValueError: a word is repeated, empty, or holds white space; or a text holds an unknown word.

@@ -14,7 +14,7 @@ from deepstack_jax.config import Config
 from deepstack_jax.data.encode import BadExample, Encoder
 from deepstack_jax.data.pipeline import BatchMaker, collate
 from deepstack_jax.data.rows import EncodedExample
-from deepstack_jax.data.sources import Example
+from deepstack_jax.data.sources import Source
 from deepstack_jax.data.tokenize import load_tokenizer
 from deepstack_jax.evaluation.scorers import exact_match
 from deepstack_jax.types import PyTree
@@ -40,7 +40,7 @@ class Answer:
 
 
 def ask(
-    source: Sequence[Example], config: Config, decode: Callable[[Batch], np.ndarray], examples: int
+    source: Source, config: Config, decode: Callable[[Batch], np.ndarray], examples: int
 ) -> tuple[list[Answer], list[BadExample]]:
     """Ask every answered turn of the first `examples` examples, the true answers of earlier turns given.
 
@@ -67,9 +67,7 @@ def ask(
     return answers, bad
 
 
-def _questions(
-    source: Sequence[Example], config: Config, count: int
-) -> tuple[list[tuple[EncodedExample, dict]], list[BadExample]]:
+def _questions(source: Source, config: Config, count: int) -> tuple[list[tuple[EncodedExample, dict]], list[BadExample]]:
     encoder = Encoder(config)
     questions, bad = [], []
     for index in range(min(count, len(source))):
@@ -112,7 +110,7 @@ class HeldOut:
       put: a host's batch onto the devices.
     """
 
-    def __init__(self, source: Sequence[Example], config: Config, loss: Callable, decode: Callable, put: Callable) -> None:
+    def __init__(self, source: Source, config: Config, loss: Callable, decode: Callable, put: Callable) -> None:
         self._source, self._config = source, config
         self._loss, self._decode, self._put = loss, decode, put
 

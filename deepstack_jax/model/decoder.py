@@ -43,7 +43,7 @@ class Attention(nn.Module):
         v = linear((cfg.kv_heads, cfg.head_dim), ("embed", "kv_heads", "head_dim"), dtype=self.dtype, name="v")(x)
         q = nn.with_logical_constraint(rotary(q, positions, cfg.rope_theta), ("batch", "sequence", "heads", "head_dim"))
         k = rotary(k, positions, cfg.rope_theta)
-        if cache is not None:
+        if cache is not None and filled is not None:
             k, v = (jax.lax.dynamic_update_slice_in_dim(old, new, filled, 1) for old, new in zip(cache, (k, v), strict=True))
             cache = (k, v)
         y = self.attend(q, k, v, mask)

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int
 class Placement(NamedTuple):
     """Where visual tokens stand, read both ways."""
 
-    index: Int[Array, "B T"]  # which visual token stands at t, -1 = text
+    visual: Int[Array, "B T"]  # which visual token stands at t, -1 = text
     position: Int[Array, "B M"]  # where visual token m stands, -1 = nowhere
 
 
@@ -33,7 +33,7 @@ def placement(visual_index: Int[Array, "B T"], visual: int) -> Placement:
 @jax.custom_vjp
 def spread(tokens: Float[Array, "B M D"], places: Placement) -> Float[Array, "B T D"]:
     """Visual tokens at their positions, zero at the text."""
-    return _gather_or_zero(tokens, places.index)
+    return _gather_or_zero(tokens, places.visual)
 
 
 def _gather_or_zero(x: Array, index: Array) -> Array:
@@ -46,7 +46,7 @@ def _spread_forward(tokens: Array, places: Placement) -> tuple[Array, Placement]
 
 
 def _spread_backward(places: Placement, cotangent: Array) -> tuple[Array, Placement]:
-    no_gradient = Placement(*(np.zeros(index.shape, jax.dtypes.float0) for index in places))
+    no_gradient = jax.tree.map(lambda index: np.zeros(index.shape, jax.dtypes.float0), places)
     return _gather_or_zero(cotangent, places.position), no_gradient
 
 
@@ -55,7 +55,7 @@ spread.defvjp(_spread_forward, _spread_backward)
 
 def merge(text: Float[Array, "B T D"], visual: Float[Array, "B M D"], places: Placement) -> Float[Array, "B T D"]:
     """The input embeddings: the visual token where one stands, the text embedding elsewhere."""
-    return jnp.where((places.index >= 0)[..., None], spread(visual, places).astype(text.dtype), text)
+    return jnp.where((places.visual >= 0)[..., None], spread(visual, places).astype(text.dtype), text)
 
 
 def inject(

@@ -93,7 +93,8 @@ class Quarantine:
         if bad and len(self._known) > self._max_fraction * max(seen, self._grace):
             raise QuarantineError(
                 f"{len(self._known)} of {max(seen, self._grace)} examples cannot be used, more than "
-                f"config.data.max_bad_fraction={self._max_fraction}; the last: {bad[-1].reason}; all of them with reasons: {self._path}"
+                f"config.data.max_bad_fraction={self._max_fraction}; the last: {bad[-1].reason}; "
+                f"all of them with reasons: {self._path}"
             )
         return len(self._known)
 

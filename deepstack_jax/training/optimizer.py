@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
+from collections.abc import Hashable
 from typing import Any
 
 import jax
@@ -85,7 +86,9 @@ def make_optimizer(config: OptimizerConfig, groups: dict[str, str], schedule: op
     used = set(groups.values()) - {FROZEN}
     if not used:
         raise ConfigError("config.optimizer.table freezes every parameter; nothing would train")
-    transforms = {name: _group_transform(config.groups[name], schedule) for name in used}
+    transforms: dict[Hashable, optax.GradientTransformation] = {
+        name: _group_transform(config.groups[name], schedule) for name in used
+    }
     labels = {path: group for path, group in groups.items() if group != FROZEN}
     return optax.chain(optax.clip_by_global_norm(config.clip_norm), optax.partition(transforms, labels))
 

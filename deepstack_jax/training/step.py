@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -99,7 +99,8 @@ def make_train_step(
         total = jnp.maximum(sums.weight, 1.0)
         gradients = jax.tree.map(lambda g: g / total, gradients)
         updates, opt_state = optimizer.update(gradients, state.opt_state, trainable)
-        params = unflatten({**frozen, **optax.apply_updates(trainable, updates)})
+        updated: Any = optax.apply_updates(trainable, updates)
+        params = unflatten({**frozen, **updated})
         metrics = {
             "loss": sums.loss / total,
             "token_accuracy": sums.correct / total,

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import warnings
+from typing import Any
 
 import pytest
 from ml_collections import ConfigDict
@@ -14,7 +15,7 @@ from tests.unit.tiny import TINY, tiny_config
 pytestmark = pytest.mark.quick
 
 
-def nested(key, value):
+def nested(key: str, value: Any) -> dict[str, Any]:
     """{"a": {"b": value}} of "a.b"."""
     for part in reversed(key.split(".")):
         value = {part: value}
@@ -33,7 +34,7 @@ def test_round_trip_through_json():
 
 
 def test_config_is_frozen_and_hashable_where_jit_needs_it():
-    config = tiny_config()
+    config: Any = tiny_config()
     with pytest.raises(dataclasses.FrozenInstanceError):
         config.decoder.width = 3
     assert hash(config.decoder) == hash(tiny_config().decoder)
@@ -55,7 +56,7 @@ def test_unknown_key_names_the_nearest(key, value, message):
 
 
 def test_unknown_key_in_a_config_file_is_caught():
-    config = default_config()
+    config: Any = default_config()
     config.train.step = 3
     with pytest.raises(ConfigError, match=r"config\.train\.step; nearest valid name: 'steps'"):
         build_config(config)
@@ -117,13 +118,16 @@ IMPOSSIBLE = [
     ({"vision.feature_layer": -5}, "feature_layer -5 is outside a tower of 3 layers"),
     ({"vision.feature_layer": 4}, "feature_layer 4 is outside a tower of 3 layers"),
     ({"data.buckets": (16, 33)}, "buckets (16, 33) go beyond config.data.max_length 32"),
-    ({"data.max_length": 12}, "3 images take 12 positions; config.data.max_length is 12, raise it above 12"),
+    ({"data.max_length": 12}, "3 images take 12 positions; raise config.data.max_length 12 above 12"),
     ({"train.epochs": 0.0}, "steps 0 with epochs 0.0 trains nothing"),
     ({"train.steps": -1}, "steps -1 with epochs 1.0 trains nothing"),
     ({"image.num_crops": 1}, "num_crops 1 leaves no crop grid; use 2 or more"),
     ({"image.mode": "pad"}, "needs crops, but config.image.mode='pad' makes none"),
     ({"image.mode": "square", "deepstack.stack": "none", "deepstack.sequence": "crops", "data.max_images": 1}, "needs crops"),
-    ({"deepstack.sequence": "global_crops", "data.max_images": 1}, "already holds the crops; set config.deepstack.stack='none'"),
+    (
+        {"deepstack.sequence": "global_crops", "data.max_images": 1},
+        "already holds the crops; set config.deepstack.stack='none'",
+    ),
     ({"deepstack.schedule": (0, 1)}, "schedule names 2 layers, config.decoder.layers is 5"),
     ({"deepstack.schedule": (0, 1, 2, 3, 4)}, "goes beyond the 4 groups 0..3"),
     ({"deepstack.schedule": (0, 1, 2, 3, -2)}, "goes beyond the 4 groups 0..3"),

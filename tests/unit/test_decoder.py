@@ -1,6 +1,7 @@
-"""The decoder alone: injection by index and its gradient, scan against loop, remat, program size, what the backward pass saves."""
+"""The decoder alone: injection and its gradient, scan against loop, remat, program size, what the backward pass saves."""
 
 import dataclasses
+from typing import Any
 
 import chex
 import flax.linen as nn
@@ -106,17 +107,22 @@ def test_placement_is_the_inverse_of_visual_index(index):
 def test_merge_replaces_and_inject_adds(inputs):
     x, _, _, stack, places = inputs
     visual = stack[0]
-    stands = np.asarray(places.index >= 0)[..., None]
-    dense = plain_spread(visual, places.index)
+    stands = np.asarray(places.visual >= 0)[..., None]
+    dense = plain_spread(visual, places.visual)
     chex.assert_trees_all_close(merge(x, visual, places), jnp.where(stands, dense, x), atol=1e-6)
     for group in range(J):
-        expected = x + plain_spread(stack[group], places.index)
+        expected = x + plain_spread(stack[group], places.visual)
         chex.assert_trees_all_close(inject(x, stack, jnp.asarray(group), places), expected, atol=1e-6)
     chex.assert_trees_all_equal(inject(x, stack, jnp.asarray(-1), places), x)
 
 
+with_and_without_jit: Any = chex.variants(with_jit=True, without_jit=True)
+
+
 class Variants(chex.TestCase):
-    @chex.variants(with_jit=True, without_jit=True)
+    variant: Any  # set by chex, once for each variant
+
+    @with_and_without_jit
     def test_causal_segment_mask(self):
         segments = np.array([[1, 1, 2, 2, 0], [0, 1, 1, 1, 1]])
         mask = self.variant(causal_segment_mask)(segments)
@@ -126,7 +132,7 @@ class Variants(chex.TestCase):
                 for s in range(5):
                     assert mask[row, 0, t, s] == (s <= t and segments[row, s] == segments[row, t])
 
-    @chex.variants(with_jit=True, without_jit=True)
+    @with_and_without_jit
     def test_rotary_turns_pairs_and_sees_distances_only(self):
         x = jax.random.normal(jax.random.key(0), (1, 4, 2, 8))
         at = self.variant(lambda positions: rotary(x, positions, 1e4))
@@ -135,7 +141,7 @@ class Variants(chex.TestCase):
         chex.assert_trees_all_close(jnp.linalg.norm(far, axis=-1), jnp.linalg.norm(x, axis=-1), atol=1e-5)
         angles = 2 * 1e4 ** -(np.arange(4) / 4)
         pairs = np.asarray(x[0, 2, :, :4] + 1j * x[0, 2, :, 4:]) * np.exp(1j * angles)
-        np.testing.assert_allclose(zero[0, 2], np.concatenate([pairs.real, pairs.imag], -1), atol=1e-5)
+        np.testing.assert_allclose(zero[0, 2], np.concatenate([np.real(pairs), np.imag(pairs)], -1), atol=1e-5)
         scores = [jnp.einsum("btnh,bsnh->bnts", y, y) for y in (near, far)]
         chex.assert_trees_all_close(*scores, atol=1e-4)
 
@@ -155,7 +161,7 @@ def test_layer_inputs_hold_the_injection(inputs, params):
     chex.assert_shape(output.layer_inputs, (TINY.layers, B, T, D))
     for layer in range(TINY.layers):
         if 2 <= layer < 2 + J:
-            x = x + plain_spread(stack[layer - 2], places.index)
+            x = x + plain_spread(stack[layer - 2], places.visual)
         chex.assert_trees_all_close(output.layer_inputs[layer], x, atol=1e-5)
         layer_params = jax.tree.map(lambda leaf: leaf[layer], params["params"]["layers"]["block"])  # noqa: B023
         x = run_block(layer_params, x)
@@ -250,7 +256,9 @@ def test_grouped_heads_equal_repeated_key_and_value_weights(inputs, params):
     repeated = {name: {"kernel": jnp.repeat(attention[name]["kernel"], repeats, axis=2)} for name in ("k", "v")}
     full = jax.tree.map(lambda leaf: leaf, params)
     full["params"]["layers"]["block"]["attention"] = attention | repeated
-    chex.assert_shape(full["params"]["layers"]["block"]["attention"]["k"]["kernel"], (TINY.layers, D, TINY.heads, TINY.head_dim))
+    chex.assert_shape(
+        full["params"]["layers"]["block"]["attention"]["k"]["kernel"], (TINY.layers, D, TINY.heads, TINY.head_dim)
+    )
     ours = jax.jit(decoder_of().apply)(params, *inputs).hidden
     run_full = jax.jit(decoder_of(kv_heads=TINY.heads).apply)
     chex.assert_trees_all_close(run_full(full, *inputs).hidden, ours, atol=1e-5)

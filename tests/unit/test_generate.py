@@ -1,6 +1,7 @@
 """Greedy decoding with a cache against the plain model: the full forward run again for every token."""
 
 import functools
+import inspect
 
 import chex
 import jax
@@ -124,7 +125,7 @@ def test_the_loop_ends_when_all_rows_have(batch, params, expected):
 
 
 def test_same_shapes_do_not_trace_again(params):
-    once = chex.assert_max_traces(greedy.__wrapped__, n=1)
+    once = chex.assert_max_traces(inspect.unwrap(greedy), n=1)
     once = jax.jit(once, static_argnames=("model", "max_new_tokens", "stop_id"))
     run = functools.partial(once, MODEL, params, max_new_tokens=2, stop_id=NEVER)
     first, second = prompts([0, 1], PROMPT), prompts([2, 3], PROMPT)

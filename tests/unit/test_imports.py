@@ -76,7 +76,10 @@ def test_no_torch_anywhere_and_no_jax_below_data(file):
         assert not roots & {"jax", "flax", "optax", "orbax"}
 
 
-@pytest.mark.parametrize("module", ["batch", "layout.sequence", "data.image", "data.conversation", "data.tokenize", "data.sources"])
+_WORKERS = ["batch", "layout.sequence", "data.image", "data.conversation", "data.tokenize", "data.sources"]
+
+
+@pytest.mark.parametrize("module", _WORKERS)
 def test_data_workers_start_without_jax(module):
     code = f"import sys, deepstack_jax.{module}; sys.exit('jax' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

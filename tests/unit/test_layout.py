@@ -90,9 +90,13 @@ def test_every_variant_of_sequence_and_stack(sequence, stack, grid):
     assert layout.tokens.dtype == layout.stack.dtype == np.int32
 
     overview, zeros = list(range(PATCHES)), [ZERO] * PATCHES
-    crops = [[PATCHES + token for token in group] for group in by_hand("2d", *grid, SIDE)] + [zeros] * (CROPS - cells)
+    crops = [[PATCHES + token for token in group] for group in by_hand("2d", grid[0], grid[1], SIDE)] + [zeros] * (
+        CROPS - cells
+    )
     flat = [token for group in crops for token in group]
-    assert layout.tokens.tolist() == {"global": overview, "zero": zeros, "crops": flat, "global_crops": overview + flat}[sequence]
+    assert (
+        layout.tokens.tolist() == {"global": overview, "zero": zeros, "crops": flat, "global_crops": overview + flat}[sequence]
+    )
     groups = {"none": [], "crops": crops, "dummy": [overview] * CROPS, "global": [overview], "global_crops": [overview, *crops]}
     assert layout.stack.tolist() == groups[stack]
 
@@ -142,7 +146,7 @@ def test_two_images_in_one_row(config):
     assert batch.positions[0, :n].tolist() == list(range(n))
     # BOS, a word, 4 tokens of the first image, a word, 4 tokens of the second, the rest of the text.
     assert batch.visual_index[0, :12].tolist() == [TEXT, TEXT, 0, 1, 2, 3, TEXT, 4, 5, 6, 7, TEXT]
-    assert batch.tokens[0, : n][batch.visual_index[0, :n] == TEXT].tolist() == words(one).tolist()
+    assert batch.tokens[0, :n][batch.visual_index[0, :n] == TEXT].tolist() == words(one).tolist()
     assert not batch.tokens[0][batch.visual_index[0] >= 0].any()
     # Slots: global view and 4 crops of the first image, global view and 2 crops of the second.
     np.testing.assert_array_equal(batch.pixels[0, :8], np.concatenate(one.pixels))

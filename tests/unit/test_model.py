@@ -1,6 +1,7 @@
 """The whole model: what each row sees, what the stack changes, what padding and packing do not, and its full-size shapes."""
 
 import dataclasses
+from typing import Any
 
 import chex
 import flax.linen as nn
@@ -10,8 +11,9 @@ import numpy as np
 import pytest
 from flax import traverse_util
 
-from deepstack_jax.batch import NEWLINE, ZERO
+from deepstack_jax.batch import NEWLINE, ZERO, empty_batch
 from deepstack_jax.config import Config, build_config, default_config
+from deepstack_jax.model.attention import causal_segment_mask
 from deepstack_jax.model.deepstack import build_model
 from deepstack_jax.parallel.rules import RULES
 from tests.unit.tiny import example, make_batch, model_params, only_rows, tiny_config
@@ -73,7 +75,6 @@ def test_shapes(batch, forward, params, tokens_of):
     chex.assert_shape([visual, stack, embeddings], [(8, 12, 32), (4, 8, 12, 32), (8, 32, 32)])
 
 
-@pytest.mark.quick
 def test_every_visual_token_is_the_patch_that_the_paper_names(rows, batch, params, tokens_of):
     """Each view encoded by itself; its patches looked up by their place in the picture, not by index tables."""
     visual, stack, embeddings = tokens_of
@@ -138,8 +139,6 @@ def gradients(batch, params):
     def losses(pixels, added):
         def run(model):
             x, stack, places = model.inputs(batch._replace(pixels=pixels))
-            from deepstack_jax.model.attention import causal_segment_mask
-
             mask = causal_segment_mask(jnp.asarray(batch.segment_ids))
             return model.logits(model.layers(x, batch.positions, mask, stack + added, places).hidden)
 
@@ -191,14 +190,13 @@ def test_a_packed_row_equals_its_examples_alone(rows, batch, params, forward):
 
 @pytest.mark.quick
 def test_left_padding_equals_right_padding(rows, batch, params, forward):
-    left = make_batch(CONFIG, rows[:7] + [[rows[7][0]]], pad_left=3)
-    right = make_batch(CONFIG, rows[:7] + [[rows[7][0]]])
+    left = make_batch(CONFIG, [*rows[:7], [rows[7][0]]], pad_left=3)
+    right = make_batch(CONFIG, [*rows[:7], [rows[7][0]]])
     assert not left.segment_ids[:, :3].any()
     ours, theirs = forward(params, left), forward(params, right)
     close(np.roll(ours, -3, axis=1), theirs, right)
 
 
-@pytest.mark.quick
 def test_sentinels_are_exact(batch, params):
     model = dataclasses.replace(MODEL, newline=True)
     with_newline = model_params(model, batch)
@@ -209,7 +207,9 @@ def test_sentinels_are_exact(batch, params):
     newline = np.asarray(with_newline["image_newline"])
     assert newline.any()
     np.testing.assert_array_equal(np.asarray(tokens)[source == NEWLINE], np.tile(newline, (3, 1)))
-    projected = model.apply({"params": with_newline}, np.zeros((1, 1, 16), np.float32), np.zeros((1, 1), int), method="gather_project")
+    projected = model.apply(
+        {"params": with_newline}, np.zeros((1, 1, 16), np.float32), np.zeros((1, 1), int), method="gather_project"
+    )
     assert np.abs(projected).min() > 0, "projector(0) is not 0: the sentinel is not the projection of nothing"
     real = np.asarray(tokens)[source >= 0]
     assert (np.abs(real).max(axis=1) > 0).all()
@@ -219,15 +219,13 @@ def test_sentinels_are_exact(batch, params):
 
 def test_compute_dtype_is_bfloat16_with_float32_logits(batch, params):
     model = build_model(tiny_config({"train.compute_dtype": "bfloat16"}))
-    output = jax.eval_shape(lambda: model.apply({"params": params}, batch))
-    logits = jax.eval_shape(lambda: model.apply({"params": params}, output_like(output.hidden), method="logits"))
+    output = jax.eval_shape(model.apply, {"params": params}, batch)
+    logits = jax.eval_shape(lambda hidden: model.apply({"params": params}, hidden, method="logits"), output.hidden)
     assert output.hidden.dtype == jnp.bfloat16
     assert logits.dtype == jnp.float32
-    assert {leaf.dtype for leaf in jax.tree.leaves(jax.eval_shape(model.init, jax.random.key(0), batch))} == {jnp.dtype("float32")}
-
-
-def output_like(hidden):
-    return jnp.zeros(hidden.shape, hidden.dtype)
+    assert {leaf.dtype for leaf in jax.tree.leaves(jax.eval_shape(model.init, jax.random.key(0), batch))} == {
+        jnp.dtype("float32")
+    }
 
 
 @pytest.mark.quick
@@ -268,12 +266,10 @@ def test_activations_carry_logical_axes_that_the_rules_know(batch, params, monke
 
 def full_size(**decoder) -> tuple[dict[str, int], Config]:
     """Parameters per part of the model that `Config()` describes, its decoder changed; nothing is allocated."""
-    values = default_config()
+    values: Any = default_config()
     values.decoder.update(decoder)
     config = build_config(values)
     model = build_model(config)
-    from deepstack_jax.batch import empty_batch
-
     batch = empty_batch(config.batch_shape(1, config.data.max_length))
     shapes = nn.unbox(jax.eval_shape(model.init, jax.random.key(0), batch))
     output = jax.eval_shape(model.apply, shapes, batch)
@@ -294,7 +290,6 @@ def test_default_config_is_vicuna_7b_with_clip_l():
     assert config.visual_tokens_per_image == 576
 
 
-@pytest.mark.quick
 def test_vicuna_13b():
     counts, _ = full_size(width=5120, layers=40, heads=40, kv_heads=40, mlp=13824)
     assert counts["embed"] + counts["layers"] + counts["head"] == 13_015_864_320

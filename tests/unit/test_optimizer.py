@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib
+from typing import Any
 
 import chex
 import jax
@@ -11,6 +12,7 @@ import optax
 import pytest
 from flax import linen as nn
 
+from deepstack_jax.batch import empty_batch
 from deepstack_jax.config import OptimizerConfig, OptimizerGroup, ScheduleConfig, build_config
 from deepstack_jax.config_checks import ConfigError
 from deepstack_jax.model.deepstack import build_model
@@ -60,8 +62,6 @@ def test_a_row_that_matches_nothing_is_an_error(table):
 def demo():
     """The demo's config, abstract flat parameters and groups."""
     config = build_config(importlib.import_module("configs.demo").get_config())
-    from deepstack_jax.batch import empty_batch
-
     batch = empty_batch(config.batch_shape(1, config.data.max_length))
     shapes = flatten(nn.unbox(jax.eval_shape(build_model(config).init, jax.random.key(0), batch)["params"]))
     return config, shapes, assign_groups(list(shapes), config.optimizer.table)
@@ -113,10 +113,10 @@ def test_muon_refuses_what_is_no_matrix(demo):
         jax.eval_shape(make_optimizer(config, groups, optax.constant_schedule(1.0)).init, shapes)
 
 
-def one_update(group, gradients, params=None, clip=1e9, steps=1):
+def one_update(group: OptimizerGroup, gradients: Any, params: Any = None, steps: int = 1) -> Any:
     """The last of `steps` updates of one group under a constant schedule, jitted as in a run."""
     groups = dict.fromkeys(gradients, "g")
-    optimizer = make_optimizer(OptimizerConfig(groups={"g": group}, clip_norm=clip), groups, optax.constant_schedule(1.0))
+    optimizer = make_optimizer(OptimizerConfig(groups={"g": group}, clip_norm=1e9), groups, optax.constant_schedule(1.0))
     params = params or jax.tree.map(jnp.zeros_like, gradients)
 
     @jax.jit
@@ -186,7 +186,7 @@ def test_adamw_group_equals_optax_alone():
     group = OptimizerGroup("adamw", lr=0.03, b1=0.8, b2=0.9, eps=1e-6, weight_decay=0.1)
     ours = one_update(group, gradients, params, steps=3)
     optimizer = optax.adamw(0.03, 0.8, 0.9, 1e-6, weight_decay=0.1)
-    state = optimizer.init(params)
+    updates, state = gradients, optimizer.init(params)
     for _ in range(3):
         updates, state = optimizer.update(gradients, state, params)
     chex.assert_trees_all_close(ours, updates, rtol=1e-5, atol=1e-8)
@@ -201,7 +201,7 @@ def test_groups_do_not_see_each_other_but_share_the_schedule_and_the_clip():
     updates, _ = optimizer.update(gradients, optimizer.init(params), params)
     alone_fast = one_update(dataclasses.replace(fast, lr=0.025), {"a/kernel": gradients["a/kernel"]})
     slow_part = [{path: tree[path] for path in ("b/bias", "c/scale")} for tree in (gradients, params)]
-    alone_slow = one_update(dataclasses.replace(slow, lr=0.00025), *slow_part)
+    alone_slow = one_update(dataclasses.replace(slow, lr=0.00025), slow_part[0], slow_part[1])
     chex.assert_trees_all_close(updates, alone_fast | alone_slow, rtol=1e-5, atol=1e-8)
 
 
@@ -209,7 +209,7 @@ def test_clip_is_by_the_norm_over_all_groups():
     gradients = {"a/kernel": jnp.full((1, 1), 3.0), "b/kernel": jnp.full((1, 1), 4.0)}
     config = OptimizerConfig(groups={name: OptimizerGroup("adamw", lr=1.0, b1=0.0, eps=1e3) for name in "ab"}, clip_norm=1.0)
     optimizer = make_optimizer(config, {"a/kernel": "a", "b/kernel": "b"}, optax.constant_schedule(1.0))
-    updates, _ = optimizer.update(gradients, optimizer.init(gradients), gradients)
+    updates: Any = optimizer.update(gradients, optimizer.init(gradients), gradients)[0]
     # eps drowns Adam's own normalisation, so that the update shows the clipped gradient: 0.6 and 0.8.
     clipped = {path: -float(update[0, 0]) * 1e3 for path, update in updates.items()}
     assert clipped == pytest.approx({"a/kernel": 0.6, "b/kernel": 0.8}, rel=2e-3)
@@ -237,7 +237,7 @@ def test_frozen_parameters_have_no_optimizer_state():
 
 
 def factors(config, steps):
-    schedule = make_schedule(config, steps)
+    schedule: Any = make_schedule(config, steps)
     return np.array([float(schedule(step)) for step in range(steps + 1)])
 
 

@@ -11,9 +11,9 @@ from PIL import Image
 
 from deepstack_jax.data.synthetic import (
     AMPLITUDE,
-    BOX_WORDS,
     CHANCE,
     FONT,
+    QUESTION_WORDS,
     SHADE_WORDS,
     SHADES,
     VOCABULARY,
@@ -23,6 +23,10 @@ from deepstack_jax.data.synthetic import (
 )
 
 CELLS = 16  # 2x2 cells along a box
+
+
+# Where a glyph may stand in a box of the checker style.
+PLACES = len(digit_tiles("checker")[1])
 
 
 def per_box(high: int) -> st.SearchStrategy[np.ndarray]:
@@ -59,7 +63,7 @@ def read_digit(page: np.ndarray, box: int) -> tuple[int, int, int]:
 
 
 @settings(max_examples=40, deadline=None)
-@given(per_box(10), per_box(10), per_box(4), per_box(32), per_box(32))
+@given(per_box(10), per_box(10), per_box(4), per_box(PLACES), per_box(PLACES))
 def test_pages_that_differ_in_digits_alone_have_bit_identical_low_res_views(digits, others, shades, places, elsewhere):
     view = low_res(draw_page("checker", digits, shades, places))
     np.testing.assert_array_equal(view, low_res(draw_page("checker", others, shades, elsewhere)))
@@ -77,8 +81,8 @@ def test_the_area_filter_is_blind_and_bicubic_is_not():
 
 
 def test_the_full_page_determines_every_digit_at_every_place_and_shade():
-    digits, places = (grid.ravel() for grid in np.meshgrid(np.arange(10), np.arange(32)))
     _, corners = digit_tiles("checker")
+    digits, places = (grid.ravel() for grid in np.meshgrid(np.arange(10), np.arange(len(corners))))
     for start in range(0, len(digits), 16):
         some, there = digits[start : start + 16], places[start : start + 16]
         page = draw_page("checker", some, np.arange(16) % 4, there)
@@ -93,7 +97,8 @@ def test_the_full_page_determines_every_digit_at_every_place_and_shade():
 def test_every_gray_level_is_the_shade_plus_or_minus_the_amplitude():
     shades = np.arange(16) % 4
     for style in ("checker", "legible"):
-        page = draw_page(style, np.arange(16) % 10, shades, np.arange(16))
+        places = np.arange(16) % len(digit_tiles(style)[1])
+        page = draw_page(style, np.arange(16) % 10, shades, places)
         assert page.dtype == np.uint8
         assert page.shape == (128, 128, 3)
         for box in range(16):
@@ -112,14 +117,13 @@ def test_questions_are_answered_by_the_page(style):
         assert set(words) <= set(VOCABULARY)
         asked = []
         for kind, question, answer in zip(page.info["kinds"], page.messages[::2], page.messages[1::2], strict=True):
-            verb, box_word = question.text.replace("<image>\n", "").split()
-            row, column = divmod(BOX_WORDS.index(box_word), 4)
-            assert verb == {"fine": "digit", "coarse": "shade"}[kind]
+            word = question.text.replace("<image>\n", "")
+            row, column = divmod(QUESTION_WORDS[{"fine": "digit", "coarse": "shade"}[kind]].index(word), 4)
             if kind == "fine":
                 assert answer.text == str(page.info["digits"][row, column])
             else:
                 assert answer.text == SHADE_WORDS[page.info["shades"][row, column]]
-            asked.append((kind, box_word))
+            asked.append((kind, word))
         assert len(set(asked)) == 12, "no box twice within a kind"
 
 
@@ -197,7 +201,7 @@ def test_a_page_may_be_changed_without_changing_the_next():
 
 
 def test_the_vocabulary_has_no_word_twice():
-    assert len(set(VOCABULARY)) == len(VOCABULARY) == 32
+    assert len(set(VOCABULARY)) == len(VOCABULARY) == 10 + 4 + 2 * 16
 
 
 @pytest.mark.parametrize(
