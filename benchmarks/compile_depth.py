@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import platform
 import time
 from pathlib import Path
@@ -54,7 +53,7 @@ def compile_step(config: Config) -> tuple[float, int, int]:
     compiled = lowered.compile()
     seconds = time.perf_counter() - began
     memory = compiled.memory_analysis()
-    return seconds, len(lowered.as_text()), memory.temp_size_in_bytes
+    return seconds, len(lowered.as_text()), memory.temp_size_in_bytes if memory is not None else 0
 
 
 def main() -> None:

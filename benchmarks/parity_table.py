@@ -1,4 +1,4 @@
-"""Measures the distance to the official PyTorch code case by case and writes docs/parity.md: `python -m benchmarks.parity_table`."""
+"""Measures the distance to the official PyTorch code and writes docs/parity.md: `python -m benchmarks.parity_table`."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ DIFFERENCES = """## Where we differ on purpose
 
 | official code | here | held by |
 |---|---|---|
-| positions of visual tokens are found again at every layer, one image per sample | one `visual_index` from the pipeline, any number of images | `tests/unit/test_model.py` |
+| positions found again at every layer, one image per sample | one `visual_index`, any number of images | `tests/unit/test_model.py` |
 | a text-only row shifts the stacks of later rows | a stack belongs to its row | `tests/unit/test_model.py` |
 | left padding moves the injection | left padding equals right padding | `tests/unit/test_model.py` |
 | an empty answer loses its end of turn | it is kept and supervised | `tests/unit/test_tokenize.py` |
 | repeated `<image>` in a turn collapse to one | their number is kept | `tests/unit/test_conversation.py` |
-| a "tokenization mismatch" blanks all labels of a sample | labels come from character offsets and cannot mismatch | `tests/unit/test_tokenize.py` |
+| a "tokenization mismatch" blanks a sample's labels | labels come from character offsets | `tests/unit/test_tokenize.py` |
 | template v0: labels slide by one token a turn | labels stand on the answer | `tests/unit/test_tokenize.py` |
 
-Images of height 3 are read as channels-first by the official preprocessing (`square`, and `pad` at longest side 3); the goldens
-hold it, so we do the same.
+Images of height 3 are read as channels-first by the official preprocessing (`square`, and `pad` at longest side 3); the
+goldens hold it, so we do the same.
 """
 
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
@@ -54,6 +55,23 @@ def writable_folder(path: str, flag: str) -> Path:
     except OSError as error:
         raise ConfigError(f"cannot write to {folder}: {error.strerror}; choose another folder with --{flag}=DIR") from error
     return folder
+
+
+class StopSignals:
+    """Remembers Ctrl-C or SIGTERM until the step is done; a second Ctrl-C stops at once."""
+
+    def __init__(self) -> None:
+        self.exit_code = EXIT_DONE
+        signal.signal(signal.SIGINT, self._handle)
+        signal.signal(signal.SIGTERM, self._handle)
+
+    @property
+    def received(self) -> bool:
+        return self.exit_code != EXIT_DONE
+
+    def _handle(self, number: int, _: Any) -> None:
+        self.exit_code = EXIT_INTERRUPTED if number == signal.SIGINT else EXIT_PREEMPTED
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def run(main: Callable[[], int], errors: tuple[type[Exception], ...], usage: str) -> None:

@@ -19,10 +19,12 @@ import grain
 from deepstack_jax.batch import Batch, check_batch, empty_batch
 from deepstack_jax.config import Config
 from deepstack_jax.config_checks import ConfigError
+from deepstack_jax.data.conversation import get_template
 from deepstack_jax.data.encode import BadExample, Encoder
 from deepstack_jax.data.rows import Cursor, EncodedExample, blank_example, place_example
 from deepstack_jax.data.sources import LlavaJson, SampleError, Source, SourceError
 from deepstack_jax.data.synthetic import DocumentPages
+from deepstack_jax.data.tokenize import Tokenizer, load_tokenizer
 
 
 class Delivered(NamedTuple):
@@ -52,6 +54,22 @@ def open_source(config: Config, split: str) -> Source:
             f"{split} data {path} does not exist; point to it with --config.data.root=DIR --config.data.{split}=FILE"
         )
     return LlavaJson(path, Path(data.root).expanduser() / data.images)
+
+
+def open_tokenizer(config: Config) -> Tokenizer:
+    """The tokenizer, checked against template and decoder before anything is compiled."""
+    if not config.data.tokenizer:
+        raise ConfigError("config.data.tokenizer is empty: give a folder with tokenizer.model with --config.data.tokenizer=DIR")
+    try:
+        tokenizer = load_tokenizer(config.data.tokenizer)
+        get_template(config.data.template)
+    except (ValueError, OSError) as error:
+        raise ConfigError(f"config.data: {error}") from error
+    if tokenizer.vocab_size > config.decoder.vocab_size:
+        raise ConfigError(
+            f"the tokenizer has {tokenizer.vocab_size} ids, config.decoder.vocab_size is {config.decoder.vocab_size}; raise it"
+        )
+    return tokenizer
 
 
 def check_images(source: Source, config: Config, limit: int = 1000) -> None:

@@ -11,6 +11,7 @@ import numpy as np
 
 from deepstack_jax.batch import Batch
 from deepstack_jax.config import Config
+from deepstack_jax.data.conversation import IMAGE_MARK
 from deepstack_jax.data.encode import BadExample, Encoder
 from deepstack_jax.data.pipeline import BatchMaker, collate
 from deepstack_jax.data.rows import EncodedExample
@@ -78,7 +79,7 @@ def _questions(source: Source, config: Config, count: int) -> tuple[list[tuple[E
             bad.append(BadExample(index, str(index), str(error)))
             continue
         kinds = example.info.get("kinds", ())
-        asked = [message.text for message in example.messages if message.role == "human"]
+        asked = [message.text.replace(IMAGE_MARK, "").strip() for message in example.messages if message.role == "human"]
         for turn, (prompt, reference) in enumerate(prompts):
             if prompt.length > config.data.max_length:
                 bad.append(BadExample(index, example.name, f"turn {turn}: a prompt of {prompt.length} tokens"))

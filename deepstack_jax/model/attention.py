@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 
+@runtime_checkable
 class AttentionFn(Protocol):
     """softmax(q k^T / sqrt(H)) v with grouped key/value heads; softmax in float32."""
 

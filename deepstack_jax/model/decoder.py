@@ -9,6 +9,7 @@ from __future__ import annotations
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from deepstack_jax.config import DecoderConfig
@@ -25,7 +26,7 @@ class Attention(nn.Module):
 
     config: DecoderConfig
     attend: AttentionFn
-    dtype: jnp.dtype
+    dtype: DTypeLike
 
     @nn.compact
     def __call__(
@@ -56,7 +57,7 @@ class SwiGLU(nn.Module):
     """down(silu(gate(x)) * up(x))."""
 
     config: DecoderConfig
-    dtype: jnp.dtype
+    dtype: DTypeLike
 
     @nn.compact
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
@@ -72,7 +73,7 @@ class InjectedBlock(nn.Module):
 
     config: DecoderConfig
     attend: AttentionFn
-    dtype: jnp.dtype
+    dtype: DTypeLike
 
     @nn.compact
     def __call__(
@@ -103,7 +104,7 @@ class ScanBody(nn.Module):
 
     config: DecoderConfig
     attend: AttentionFn
-    dtype: jnp.dtype
+    dtype: DTypeLike
     keep_inputs: bool
 
     @nn.compact
@@ -123,7 +124,7 @@ class Decoder(nn.Module):
     config: DecoderConfig
     schedule: tuple[int, ...]  # group added at the input of each layer, or -1
     attend: AttentionFn
-    dtype: jnp.dtype
+    dtype: DTypeLike
     keep_inputs: bool = False  # also return the input of every layer, for tests and inspection
 
     @nn.compact

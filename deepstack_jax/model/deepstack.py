@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import flax.linen as nn
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, UInt8
 
 from deepstack_jax.batch import NEWLINE, Batch
@@ -23,7 +24,7 @@ class DeepStack(nn.Module):
     vision: VisionConfig
     decoder: DecoderConfig
     schedule: tuple[int, ...]  # group of the stack added at the input of each decoder layer, or -1
-    dtype: jnp.dtype = jnp.float32  # of activations; parameters are float32
+    dtype: DTypeLike = jnp.float32  # of activations; parameters are float32
     newline: bool = False  # whether there is an `image_newline`
     attend: AttentionFn = dot_product
     keep_layer_inputs: bool = False

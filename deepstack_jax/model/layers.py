@@ -7,6 +7,7 @@ from collections.abc import Callable
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
@@ -25,7 +26,7 @@ class Linear(nn.Module):
 
     features: tuple[int, ...]
     axes: tuple[str, ...]  # logical axes of the kernel, inputs first
-    dtype: jnp.dtype  # of the product; the weights are float32
+    dtype: DTypeLike  # of the product; the weights are float32
     inputs: int = 1  # trailing axes of x that are contracted
     use_bias: bool = False
     scale: float = 1.0
@@ -47,7 +48,7 @@ def linear(
     features: int | tuple[int, ...],
     axes: tuple[str, ...],
     *,
-    dtype: jnp.dtype,
+    dtype: DTypeLike,
     name: str,
     inputs: int = 1,
     bias: bool = False,
@@ -72,7 +73,7 @@ class RMSNorm(nn.Module):
         return (y * scale).astype(x.dtype)
 
 
-def layer_norm(eps: float, dtype: jnp.dtype, name: str) -> nn.LayerNorm:
+def layer_norm(eps: float, dtype: DTypeLike, name: str) -> nn.LayerNorm:
     """LayerNorm of the vision tower; flax computes its statistics in float32."""
     return nn.LayerNorm(
         epsilon=eps,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import flax.linen as nn
-import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from deepstack_jax.model.layers import ACTIVATIONS, linear
@@ -13,7 +13,7 @@ class Projector(nn.Module):
     """linear, exact (erf) GELU, linear; vision width E to decoder width D."""
 
     width: int  # D
-    dtype: jnp.dtype
+    dtype: DTypeLike
 
     @nn.compact
     def __call__(self, x: Float[Array, "*B E"]) -> Float[Array, "*B D"]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from deepstack_jax.config import VisionConfig
@@ -17,7 +18,7 @@ class EncoderLayer(nn.Module):
 
     config: VisionConfig
     attend: AttentionFn
-    dtype: jnp.dtype
+    dtype: DTypeLike
 
     @nn.compact
     def __call__(self, x: Float[Array, "Z A E"]) -> Float[Array, "Z A E"]:
@@ -43,7 +44,7 @@ class VisionTower(nn.Module):
     config: VisionConfig
     image_size: int
     attend: AttentionFn
-    dtype: jnp.dtype
+    dtype: DTypeLike
     remat: bool = False
 
     @nn.compact
@@ -105,7 +106,7 @@ class EncoderScanBody(nn.Module):
 
     config: VisionConfig
     attend: AttentionFn
-    dtype: jnp.dtype
+    dtype: DTypeLike
 
     @nn.compact
     def __call__(self, x: Array, _: None) -> tuple[Array, None]:

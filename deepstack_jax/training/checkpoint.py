@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,13 @@ import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import LatestN
 
+from deepstack_jax.config import Config, differences
 from deepstack_jax.types import TrainState
 
 log = logging.getLogger(__name__)
+
+# Keys that may change between the parts of one run: they decide what is shown and kept, not what is computed.
+HARMLESS = ("train.log_every", "train.checkpoint_every", "train.keep", "evaluation.", "data.workers", "data.prefetch", "mesh.")
 
 
 class CheckpointError(ValueError):
@@ -90,3 +95,19 @@ class Checkpoints:
 
     def close(self) -> None:
         self._manager.close()
+
+
+def check_same_run(config: Config, workdir: Path) -> None:
+    """Refuse to go on in a workdir of another configuration.
+
+    Raises:
+      CheckpointError: listing every key that differs and would change what is computed.
+    """
+    stored = workdir / "config.json"
+    if not stored.exists():
+        return
+    changed = differences(config, json.loads(stored.read_text()))
+    fatal = {key: values for key, values in changed.items() if not key.startswith(HARMLESS)}
+    if fatal:
+        listed = ", ".join(f"{key}: {theirs!r} there, {ours!r} now" for key, (ours, theirs) in fatal.items())
+        raise CheckpointError(f"{workdir} holds a run of another configuration ({listed}); choose a new --workdir")

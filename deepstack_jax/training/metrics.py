@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import jax
 from tensorboardX import SummaryWriter
 
+from deepstack_jax import __version__
 from deepstack_jax.data.encode import BadExample
 
 
@@ -101,3 +104,16 @@ class Quarantine:
 
 class QuarantineError(ValueError):
     """Too much of the data cannot be used."""
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write whole or not at all."""
+    scratch = path.with_suffix(".tmp")
+    scratch.write_text(json.dumps(value, indent=2) + "\n")
+    os.replace(scratch, path)
+
+
+def versions() -> dict[str, str]:
+    """Versions of what the numbers depend on."""
+    names = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "pillow")
+    return {"deepstack_jax": __version__, **{name: version(name) for name in names}, "devices": str(jax.devices())}
