@@ -24,13 +24,13 @@ DIFFERENCES = """## Where we differ on purpose
 
 | official code | here | held by |
 |---|---|---|
-| positions found again at every layer, one image per sample | one `visual_index`, any number of images | `tests/unit/test_model.py` |
-| a text-only row shifts the stacks of later rows | a stack belongs to its row | `tests/unit/test_model.py` |
-| left padding moves the injection | left padding equals right padding | `tests/unit/test_model.py` |
-| an empty answer loses its end of turn | it is kept and supervised | `tests/unit/test_tokenize.py` |
-| repeated `<image>` in a turn collapse to one | their number is kept | `tests/unit/test_conversation.py` |
-| a "tokenization mismatch" blanks a sample's labels | labels come from character offsets | `tests/unit/test_tokenize.py` |
-| template v0: labels slide by one token a turn | labels stand on the answer | `tests/unit/test_tokenize.py` |
+| positions found again at every layer, one image per sample | one `visual_index`, any number of images | `test_model.py` |
+| a text-only row shifts the stacks of later rows | a stack belongs to its row | `test_model.py` |
+| left padding moves the injection | left padding equals right padding | `test_model.py` |
+| an empty answer loses its end of turn | it is kept and supervised | `test_tokenize.py` |
+| repeated `<image>` in a turn collapse to one | their number is kept | `test_conversation.py` |
+| a "tokenization mismatch" blanks a sample's labels | labels come from character offsets | `test_tokenize.py` |
+| template v0: labels slide by one token a turn | labels stand on the answer | `test_tokenize.py` |
 
 Images of height 3 are read as channels-first by the official preprocessing (`square`, and `pad` at longest side 3); the
 goldens hold it, so we do the same.
@@ -72,8 +72,8 @@ state, the stack, the vision features and the gradients.
 |---|---|---|---|---|
 {chr(10).join(rows)}
 
-Pixels equal the official ones to the bit in all recorded modes, token ids and labels on every conversation that the official code
-accepts (`tests/unit/test_image.py`, `test_tokenize.py`; cases that differ on purpose are listed there with the reason).
+Pixels equal the official ones to the bit in all recorded modes, token ids and labels on every conversation that the official
+code accepts (`tests/unit`: `test_image.py`, `test_tokenize.py`; cases that differ on purpose are listed there with the reason).
 
 {DIFFERENCES}"""
     OUTPUT.write_text(text)

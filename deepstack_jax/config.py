@@ -293,6 +293,8 @@ def _convert(value: Any, hint: Any, path: str) -> Any:
             raise ConfigError(f"{path} got {value!r}, expected the keys of {hint.__name__}")
         return _build(hint, value, path)
     if origin is dict:
+        if not isinstance(value, dict):
+            raise ConfigError(f"{path} got {value!r}, expected a dict of {args[1].__name__}")
         return {str(key): _convert(item, args[1], f"{path}.{key}") for key, item in value.items()}
     if origin is tuple:
         if not isinstance(value, list | tuple):

@@ -52,6 +52,12 @@ def place_example(batch: Batch, row: int, example: EncodedExample, cursor: Curso
     slots = np.flatnonzero(example.ids == IMAGE_TOKEN)
     if slots.size != len(example.layouts):
         raise ValueError(f"{slots.size} image placeholders but {len(example.layouts)} images")
+    views, expected = [len(pixels) for pixels in example.pixels], [layout.views for layout in example.layouts]
+    if views != expected:
+        raise ValueError(f"the images have {views} views, their layouts {expected}")
+    groups = {layout.stack.shape[0] for layout in example.layouts} - {batch.stack_source.shape[1]}
+    if groups:
+        raise ValueError(f"layouts have {groups} groups, the batch has room for {batch.stack_source.shape[1]}")
     visual = sum(layout.tokens.size for layout in example.layouts)
     needs = Cursor(example.length, example.crops, visual, 1)
     room = (batch.tokens.shape[1], batch.pixels.shape[1], batch.token_source.shape[1], batch.example_id.shape[1])

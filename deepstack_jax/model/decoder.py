@@ -156,6 +156,7 @@ class Decoder(nn.Module):
             length=cfg.layers,
             unroll=1 if cfg.scan else cfg.layers,
             metadata_params={nn.PARTITION_NAME: "layers"},
+            check_constancy_invariants=False,  # or the block is traced twice
         )
         kv = None if cache is None else (cache.keys, cache.values)
         filled = None if cache is None else cache.filled

@@ -72,9 +72,11 @@ def matrix_axes(path: str, ndim: int) -> MuonDimensionNumbers:
 
 def make_schedule(config: ScheduleConfig, steps: int) -> optax.Schedule:
     """Factor on the learning rates at each of `steps` steps; 1 at the top."""
-    warmup = round(config.warmup * steps)
+    warmup = min(round(config.warmup * steps), steps - 1)  # at least one step at the top
     if config.kind == "cosine":
-        return optax.warmup_cosine_decay_schedule(0.0, 1.0, max(1, warmup), max(2, steps), config.final)
+        rise = optax.linear_schedule(0.0, 1.0, max(1, warmup))
+        fall = optax.cosine_decay_schedule(1.0, steps - warmup, config.final)
+        return optax.join_schedules([rise, fall], [warmup])
     tail = max(1, round(config.tail * steps))
     rise = optax.linear_schedule(1 / (warmup + 1), 1.0, max(1, warmup))
     fall = optax.linear_schedule(1.0, config.final, tail)

@@ -104,7 +104,7 @@ def make_train_step(
         metrics = {
             "loss": sums.loss / total,
             "token_accuracy": sums.correct / total,
-            "grad_norm": optax.global_norm(gradients),
+            "grad_norm": optax.tree.norm(gradients),
             "lr_factor": schedule(state.step),
             "supervised_tokens": sums.weight,
         }

@@ -9,6 +9,8 @@ from flax import linen as nn
 
 from tests.parity.goldens import PATCHES, build_batch, load_case, load_params
 
+pytestmark = pytest.mark.quick
+
 CASES = ["l_2d", "l_2d_start3_int2", "l_1d", "l_grid", "l_only_global", "l_string_withglobal", "llava15"]
 LOGITS, LOSS = 5e-4, 1e-5
 

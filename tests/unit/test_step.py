@@ -15,8 +15,8 @@ from deepstack_jax.model.deepstack import build_model
 from deepstack_jax.parallel.distributed import put_batch
 from deepstack_jax.parallel.mesh import check_batch_fits, make_mesh
 from deepstack_jax.parallel.rules import param_shardings, replicated, use_mesh
-from deepstack_jax.train import state_shardings
 from deepstack_jax.training.optimizer import FROZEN, assign_groups, flatten, make_optimizer
+from deepstack_jax.training.state import state_shardings
 from deepstack_jax.training.step import ModelFns, make_loss, make_train_step, token_loss
 from deepstack_jax.types import TrainState
 from tests.unit.tiny import draw_params, example, make_batch, shapes_in, tiny_config
