@@ -34,7 +34,7 @@ def get_config(argument: str = "deepstack"):
     config.decoder.heads = config.decoder.kv_heads = 4
     config.decoder.head_dim = 32
     config.decoder.mlp = 256
-    config.decoder.remat = "none"
+    config.decoder.remat = "block"  # recomputing is faster here than moving the residuals
     config.decoder.embed_std = 0.5
     config.decoder.head_std = 0.5 / 128**0.5
     config.deepstack.stack = STACKS[variant]

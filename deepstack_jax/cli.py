@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import signal
 import sys
 import warnings
@@ -35,8 +36,11 @@ def parse_config() -> Config:
       ConfigError: no --config, or what `build_config` refuses.
     """
     source = flags.FLAGS["config"].value
-    if not isinstance(source, ConfigDict):
+    if source is None:
         raise ConfigError("--config is missing; e.g. --config=configs/demo.py")
+    if not isinstance(source, ConfigDict):  # what ml_collections puts in place of a file that it could not read
+        name = config_flags.get_config_filename(flags.FLAGS["config"])
+        raise ConfigError(f"--config={name} names no readable file; e.g. --config=configs/demo.py")
     return build_config(source)
 
 
@@ -89,6 +93,9 @@ def run(main: Callable[[], int], errors: tuple[type[Exception], ...], usage: str
         code = main()
     except (*errors, ConfigError) as error:
         _fail(str(error))
+    except KeyboardInterrupt:  # before the first step, when there is nothing to save, or a second Ctrl-C
+        print("stopped", file=sys.stderr)
+        code = EXIT_INTERRUPTED
     sys.exit(code)
 
 
@@ -96,13 +103,23 @@ def _parse_flags() -> None:
     try:
         rest = flags.FLAGS(sys.argv)[1:]
     except (flags.Error, ConfigError) as error:
-        _fail(str(error))
+        flag, traceback, _ = str(error).partition(": Error whilst parsing config file")
+        _fail(f"{flag}: {str(error).strip().splitlines()[-1]}" if traceback else flag)
     except AttributeError as error:  # how ml_collections reports an unknown --config.a.b; it names the nearest
-        _fail(f"unknown key in a --config flag: {str(error).strip(chr(34))}")
+        _fail(_unknown_key(str(error)))
     except OSError as error:
         _fail(f"--config names no readable file: {str(error).splitlines()[0]}")
     if rest:
         _fail(f"unexpected argument {rest[0]!r}; flags look like --name=value")
+
+
+def _unknown_key(message: str) -> str:
+    """ml_collections' message, which quotes a quotation, put plainly, with the whole flag."""
+    found = re.match(r"\W*(\w+)(?:\W+n?Did you mean\W+(\w+))?", message)
+    key, near = found.groups() if found else (message, None)
+    flag = next((arg.split("=")[0] for arg in sys.argv if f".{key}" in arg.split("=")[0]), key)
+    hint = f"nearest valid name: {near!r}" if near else "all keys and their defaults stand in deepstack_jax/config.py"
+    return f"unknown key {flag}; {hint}"
 
 
 def _fail(message: str) -> NoReturn:

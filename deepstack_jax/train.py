@@ -22,7 +22,7 @@ from deepstack_jax import cli
 from deepstack_jax.batch import Batch, empty_batch
 from deepstack_jax.config import Config, to_dict
 from deepstack_jax.config_checks import ConfigError
-from deepstack_jax.data.conversation import ConversationError
+from deepstack_jax.data.conversation import IMAGE_MARK, ConversationError
 from deepstack_jax.data.image import ImageError
 from deepstack_jax.data.pipeline import TrainingStream, check_images, open_source, open_tokenizer
 from deepstack_jax.data.sources import SourceError
@@ -143,6 +143,7 @@ def main() -> int:
         state, code = loop(run, state)
         if code == cli.EXIT_DONE:
             finish(run, state)
+    stream.close()
     run.metrics.close()
     checkpoints.close()
     return code
@@ -188,7 +189,7 @@ def report_held_out(run: Run, state: TrainState, step: int) -> None:
     run.metrics.text(step, "samples", "\n\n".join(one_line(answer) for answer in shown))
     run.console.print(f"step {step}: validation loss {numbers['validation_loss']:.4f}")
     for answer in shown:
-        run.console.print(f"  {one_line(answer)}", markup=False)
+        run.console.print(f"  {one_line(answer)}", markup=False, soft_wrap=True)
 
 
 def finish(run: Run, state: TrainState) -> None:
@@ -212,7 +213,7 @@ def finish(run: Run, state: TrainState) -> None:
         os.replace(scratch, run.workdir / "predictions.jsonl")
         run.metrics.write(run.steps, {name: value for name, value in results.items() if isinstance(value, float)})
         for answer in answers[: run.config.evaluation.samples]:
-            run.console.print(f"  {one_line(answer)}", markup=False)
+            run.console.print(f"  {one_line(answer)}", markup=False, soft_wrap=True)
     write_json(run.workdir / "results.json", results)
     table = Table(title=f"{run.config.name}: {run.workdir}/results.json", show_header=False)
     for name, value in results.items():
@@ -245,7 +246,8 @@ def visual_tokens_used(batch: Batch) -> int:
 
 def one_line(answer: Answer) -> str:
     mark = "right" if answer.score else "wrong"
-    return f"{mark}: {answer.question!r} -> {answer.prediction!r} (expected {answer.reference!r})"
+    question = answer.question.replace(IMAGE_MARK, "").strip()
+    return f"{mark}: {question!r} -> {answer.prediction!r} (expected {answer.reference!r})"
 
 
 if __name__ == "__main__":

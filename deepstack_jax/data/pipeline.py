@@ -9,6 +9,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import multiprocessing.process
+import os
+import signal
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -192,6 +196,12 @@ class TrainingStream(Iterator[Delivered]):
         self._consumed += 1
         return delivered
 
+    def close(self) -> None:
+        """End the decoding, worker processes included; the next batch would start it again."""
+        if self._iterator is not None:
+            self._iterator.close()
+            self._iterator = None
+
     def _dataset(self, first: int) -> grain.IterDataset:
         """Decoding starts here, in threads of this process or in worker processes."""
         data = self.config.data
@@ -202,4 +212,21 @@ class TrainingStream(Iterator[Delivered]):
         options = grain.MultiprocessingOptions(
             num_workers=data.workers, per_worker_buffer_size=max(1, data.prefetch // data.workers)
         )
-        return inner.mp_prefetch(options)
+        return inner.mp_prefetch(options, _live_and_die_with_the_run)
+
+
+def _live_and_die_with_the_run(worker: int, workers: int) -> None:
+    """A terminal and a job scheduler signal every process of a run: its workers go on, so that it can save and end them.
+
+    They end by themselves when the run was killed; Grain's would wait for it forever.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+    def follow(run: multiprocessing.process.BaseProcess) -> None:
+        run.join()
+        os._exit(1)
+
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        threading.Thread(target=follow, args=(parent,), daemon=True).start()

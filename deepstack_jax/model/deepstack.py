@@ -11,6 +11,7 @@ from deepstack_jax.batch import NEWLINE, Batch
 from deepstack_jax.config import Config, DecoderConfig, ImageConfig, VisionConfig
 from deepstack_jax.model.attention import AttentionFn, causal_segment_mask, dot_product
 from deepstack_jax.model.decoder import ACTIVATION_AXES, Decoder
+from deepstack_jax.model.layers import take_rows
 from deepstack_jax.model.merge import Placement, merge, placement
 from deepstack_jax.model.projector import Projector
 from deepstack_jax.model.vision import VisionTower
@@ -54,11 +55,15 @@ class DeepStack(nn.Module):
 
     def gather_project(self, features: Float[Array, "B CP E"], source: Int[Array, "B Q"]) -> Float[Array, "B Q D"]:
         """Visual tokens by index, gathered in the narrow vision width; sentinels become exact zero and the newline."""
-        rows = jnp.take_along_axis(features, jnp.maximum(source, 0)[..., None], axis=1, mode="clip")
-        tokens = jnp.where((source >= 0)[..., None], self.projector(rows), 0)
+        tokens = jnp.where((source >= 0)[..., None], self.projector(take_rows(features, source)), 0)
         if self.newline:
             tokens = jnp.where((source == NEWLINE)[..., None], self.image_newline.astype(tokens.dtype), tokens)
         return tokens
+
+    def embed_tokens(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+        """Embeddings of text tokens."""
+        table = self.embed.embedding.astype(self.dtype)
+        return take_rows(table[None], tokens.reshape(1, -1)).reshape(*tokens.shape, -1)
 
     def visual_tokens(self, batch: Batch) -> tuple[Float[Array, "B M D"], Float[Array, "J B M D"] | None]:
         """What stands in the sequence, and the stack of groups that is injected (None if the batch has no group)."""
@@ -72,7 +77,7 @@ class DeepStack(nn.Module):
 
     def inputs(self, batch: Batch) -> tuple[Float[Array, "B T D"], Float[Array, "J B M D"] | None, Placement]:
         """Input embeddings with the visual tokens in place, the stack, and where its tokens stand."""
-        text = self.embed(batch.tokens)
+        text = self.embed_tokens(batch.tokens)
         visual, stack = self.visual_tokens(batch)
         places = placement(batch.visual_index, visual.shape[1])
         merged = nn.with_logical_constraint(merge(text, visual, places), ACTIVATION_AXES)
@@ -101,7 +106,7 @@ class DeepStack(nn.Module):
     def decode(self, tokens: Int[Array, "B 1"], positions: Int[Array, "B 1"], cache: KVCache) -> DecoderOutput:
         """One more token per row. Nothing is injected: the new token is text, and what the stack added sits in the cache."""
         cache = cache._replace(valid=cache.valid.at[:, cache.filled].set(True))
-        return self.layers(self.embed(tokens), positions, cache.valid[:, None, None, :], None, None, cache)
+        return self.layers(self.embed_tokens(tokens), positions, cache.valid[:, None, None, :], None, None, cache)
 
 
 def build_model(config: Config, attend: AttentionFn = dot_product) -> DeepStack:

@@ -3,18 +3,56 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),
     "silu": jax.nn.silu,
 }
+
+
+# Largest one-hot matrix, in elements per row of the batch, that stands in for a scatter.
+ONE_HOT_LIMIT = 2**22
+
+
+def take_rows(x: Float[Array, "B R E"], index: Int[Array, "B Q"]) -> Float[Array, "B Q E"]:
+    """x[b, index[b, q]]; an index may repeat, negative ones give row 0.
+
+    The gradient of a gather is a scatter, one row after the other on a CPU; where R * Q is small it is a matmul here.
+    """
+    if x.shape[1] * index.shape[1] > ONE_HOT_LIMIT:
+        return _gather(x, index)
+    return _take_rows(x.shape[1], x, index)
+
+
+def _gather(x: Array, index: Array) -> Array:
+    return jnp.take_along_axis(x, jnp.maximum(index, 0)[..., None], axis=1, mode="clip")
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _take_rows(rows: int, x: Array, index: Array) -> Array:
+    del rows
+    return _gather(x, index)
+
+
+def _take_rows_forward(rows: int, x: Array, index: Array) -> tuple[Array, Array]:
+    return _take_rows(rows, x, index), index
+
+
+def _take_rows_backward(rows: int, index: Array, cotangent: Array) -> tuple[Array, np.ndarray]:
+    one_hot = jax.nn.one_hot(jnp.maximum(index, 0), rows, dtype=cotangent.dtype)
+    return jnp.einsum("bqr,bqe->bre", one_hot, cotangent), np.zeros(index.shape, jax.dtypes.float0)
+
+
+_take_rows.defvjp(_take_rows_forward, _take_rows_backward)
 
 
 class Linear(nn.Module):

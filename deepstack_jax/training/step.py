@@ -39,6 +39,7 @@ def token_loss(
 ) -> LossSums:
     """Summed cross-entropy. Logits exist for `chunk` positions at a time and are recomputed in the backward pass."""
     length = hidden.shape[1]
+    chunk = min(chunk, length)
     chunks = -(-length // chunk)
     pad = chunks * chunk - length
 

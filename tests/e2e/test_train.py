@@ -1,0 +1,267 @@
+"""The train verb from the command line to its files: runs, stops, resumes, real images, and what it says to a mistake."""
+
+from __future__ import annotations
+
+import signal
+import warnings
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+from tests.e2e.receipts import draw_receipts
+from tests.e2e.verb import REPOSITORY, contents, losses, read_json, read_lines, train, train_until
+
+STEPS = 8
+DEMO = {
+    "train.steps": STEPS,
+    "train.batch_size": 8,
+    "train.log_every": 1,
+    "train.checkpoint_every": 1,
+    "data.synthetic.questions": 4,
+    "data.max_length": 24,
+    "evaluation.every": 3,
+    "evaluation.examples": 4,
+    "evaluation.batch_size": 16,
+}
+RECEIPTS = {
+    "train.steps": 2,
+    "train.batch_size": 2,
+    "train.log_every": 1,
+    "image.size": 32,
+    "vision.width": 32,
+    "vision.layers": 2,
+    "vision.mlp": 32,
+    "decoder.width": 32,
+    "decoder.head_dim": 16,
+    "decoder.mlp": 32,
+    "evaluation.every": 1,
+    "evaluation.examples": 2,
+    "evaluation.batch_size": 4,
+    "evaluation.max_new_tokens": 4,
+}
+REAL = REPOSITORY.parent / "shared" / "data" / "receipts"
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory) -> Path:
+    """The workdir of a demo run of STEPS steps that nothing interrupted."""
+    workdir = tmp_path_factory.mktemp("runs") / "demo"
+    done = train("configs/demo.py", workdir, DEMO)
+    assert done.returncode == 0, done.stderr
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory) -> Path:
+    """A folder of drawn receipts in LLaVA JSON."""
+    return draw_receipts(tmp_path_factory.mktemp("receipts"), train=6, validation=2)
+
+
+def saved_state(workdir: Path) -> dict[str, np.ndarray]:
+    """Parameters, optimizer state and step of the newest checkpoint, by path."""
+    steps = sorted(int(path.name) for path in (workdir / "checkpoints").iterdir() if path.name.isdigit())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Orbax advises against reading without a target; here the files are what counts
+        state = ocp.StandardCheckpointer().restore(workdir.absolute() / "checkpoints" / str(steps[-1]) / "state")
+    return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(state)}
+
+
+def test_a_run_leaves_its_files(demo):
+    config, results = (read_json(demo / name) for name in ("config.json", "results.json"))
+    assert config["train"]["steps"] == STEPS
+    assert config["name"] == results["name"] == "deepstack"
+    assert results["steps"] == STEPS
+    assert results["visual_tokens"] == 80  # 16 in the sequence, 4 groups of 16 stacked on them
+    assert results["questions"] == 16
+    assert {"fine_exact_match", "coarse_exact_match", "validation_loss", "seconds_per_step", "parameters"} <= results.keys()
+
+    answers = read_lines(demo / "predictions.jsonl")
+    assert len(answers) == 16
+    assert {answer["kind"] for answer in answers} == {"fine", "coarse"}
+    assert results["exact_match"] == pytest.approx(np.mean([answer["score"] for answer in answers]))
+
+    assert [*losses(demo)] == list(range(1, STEPS + 1))
+    held_out = {
+        record["step"]: record["validation_loss"] for record in read_lines(demo / "metrics.jsonl") if "loss" not in record
+    }
+    assert [*held_out] == [3, 6, STEPS]
+    assert held_out[STEPS] == results["validation_loss"]
+    assert any(path.name.startswith("events.out") for path in (demo / "tensorboard").iterdir())
+
+
+def test_stopped_three_ways_it_ends_at_the_same_bytes(demo, tmp_path):
+    """SIGKILL, Ctrl-C and SIGTERM, each while it evaluates after the named step; the same command goes on every time."""
+    run = ("configs/demo.py", tmp_path / "stopped", DEMO)
+    code, _ = train_until(f"step 3/{STEPS} ", signal.SIGKILL, *run)
+    assert code == -signal.SIGKILL
+    code, printed = train_until(f"step 3/{STEPS} ", signal.SIGINT, *run)
+    assert code == 130, printed
+    assert "resumed from step " in printed
+    assert "stopped at step 3, state saved" in printed
+    code, printed = train_until(f"step 6/{STEPS} ", signal.SIGTERM, *run)
+    assert code == 75, printed
+    assert "resumed from step 3 " in printed
+    last = train(*run)
+    assert last.returncode == 0, last.stderr
+    assert "resumed from step 6 " in last.stdout
+
+    ours, theirs = saved_state(tmp_path / "stopped"), saved_state(demo)
+    assert ours.keys() == theirs.keys()
+    assert any("opt_state" in path for path in ours)
+    assert int(ours[".step" if ".step" in ours else "['step']"]) == STEPS
+    for path, leaf in ours.items():
+        assert leaf.dtype == theirs[path].dtype, path
+        assert leaf.tobytes() == theirs[path].tobytes(), path
+
+    assert losses(tmp_path / "stopped") == losses(demo)
+    results = [read_json(workdir / "results.json") for workdir in (tmp_path / "stopped", demo)]
+    assert [result.pop("seconds_per_step") is None for result in results] == [False, False]
+    assert results[0] == results[1]
+    assert (tmp_path / "stopped" / "predictions.jsonl").read_bytes() == (demo / "predictions.jsonl").read_bytes()
+
+
+def test_drawn_receipts_train_the_same_with_and_without_worker_processes(drawn, tmp_path):
+    curves = []
+    for workers in (0, 2):
+        workdir = tmp_path / f"workers{workers}"
+        done = train("configs/receipts.py", workdir, {**RECEIPTS, "data.root": drawn, "data.workers": workers})
+        assert done.returncode == 0, done.stderr
+        assert "step 1: validation loss" in done.stdout
+        assert "'Transcribe this receipt.' -> " in done.stdout
+        assert len(read_lines(workdir / "predictions.jsonl")) == 2
+        curves.append(losses(workdir))
+    assert [*curves[0]] == [1, 2]
+    assert curves[0] == curves[1]
+
+
+def test_worker_processes_outlast_a_signal_and_end_with_the_run(drawn, tmp_path):
+    run = ("configs/receipts.py", tmp_path / "run", {**RECEIPTS, "data.root": drawn, "data.workers": 2, "train.steps": 200})
+    code, printed = train_until("step 2/200 ", signal.SIGINT, *run, group=True)
+    assert code == 130, printed
+    assert printed.rstrip().endswith("state saved; the same command goes on from here")
+    assert "Traceback" not in printed
+    code, printed = train_until("resumed from step", signal.SIGKILL, *run)
+    assert code == -signal.SIGKILL, printed
+
+
+def test_real_receipts(tmp_path):
+    if not (REAL / "train.json").is_file():
+        pytest.skip(f"no receipts in {REAL}")
+    done = train("configs/receipts.py:baseline", tmp_path / "run", {**RECEIPTS, "data.root": REAL})
+    assert done.returncode == 0, done.stderr
+    assert read_json(tmp_path / "run" / "results.json")["bad_examples"] == 0
+    assert not (tmp_path / "run" / "quarantine.jsonl").exists()
+    assert all(3 < loss < 10 for values in losses(tmp_path / "run").values() for loss in values)  # near log(259) = 5.6
+
+
+IMPOSSIBLE = {
+    "unknown key": ({"decoder.layrs": 3}, ["--config.decoder.layrs", "nearest valid name: 'layers'"]),
+    "wrong type": ({"decoder.layers": "many"}, ["--config.decoder.layers=many"]),
+    "start beyond depth": ({"deepstack.start": 9}, ["config.deepstack.start 9", "0..4", "lower it"]),
+    "stack without crops": ({"image.mode": "pad"}, ["config.image.mode='pad'", "config.deepstack.stack='none'"]),
+    "batch and accumulation": (
+        {"train.accumulation": 3},
+        ["config.train.batch_size 32", "accumulation 3", "nearest valid: 30"],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", IMPOSSIBLE)
+def test_impossible_configuration(case, precious):
+    changes, expected = IMPOSSIBLE[case]
+    refused("configs/demo.py", precious, changes, expected)
+
+
+def test_a_config_file_that_is_not_there_and_arguments_that_are_not_known(precious):
+    refused("configs/dmo.py", precious, {}, ["--config=configs/dmo.py names no readable file"])
+    refused("configs/receipts.py:baselin", precious, {}, ["baselin", "deepstack, baseline"])
+
+
+def test_missing_data(precious, tmp_path):
+    refused("configs/receipts.py", precious, {}, ["train.json does not exist", "--config.data.root=DIR"])
+    nowhere = tmp_path / "nowhere"
+    refused("configs/receipts.py", precious, {"data.root": nowhere}, [str(nowhere / "train.json"), "--config.data.root=DIR"])
+
+
+def test_full_size_recipe_names_what_to_give(precious):
+    refused("configs/llava15.py:finetune", precious, {}, ["config.data.tokenizer", "--config.data.tokenizer=DIR"])
+    given = {"data.tokenizer": "bytes"}
+    refused("configs/llava15.py:finetune", precious, given, ["--config.data.root=DIR"])
+
+
+def test_missing_image(precious, tmp_path):
+    root = draw_receipts(tmp_path / "data", train=6, validation=2)
+    (root / "images" / "train2.jpg").unlink()
+    refused(
+        "configs/receipts.py",
+        precious,
+        {"data.root": root},
+        ["images/train2.jpg", "1 images are missing", "--config.data.images"],
+    )
+
+
+def test_corrupt_image(tmp_path):
+    root = draw_receipts(tmp_path / "data", train=6, validation=2)
+    broken = root / "images" / "train2.jpg"
+    broken.write_bytes(broken.read_bytes()[:200])
+    changes = {**RECEIPTS, "data.root": root, "train.batch_size": 6, "data.max_bad_fraction": 0}
+    refused(
+        "configs/receipts.py",
+        tmp_path / "run",
+        changes,
+        [str(broken), "1 of 6", "config.data.max_bad_fraction=0", "quarantine.jsonl"],
+    )
+    assert [record["name"] for record in read_lines(tmp_path / "run" / "quarantine.jsonl")] == ["train2"]
+
+
+def test_malformed_json(precious, tmp_path):
+    root = draw_receipts(tmp_path / "data", train=6, validation=2)
+    text = (root / "train.json").read_text().splitlines()
+    text[3] = text[3].replace('"image":', '"image"')
+    (root / "train.json").write_text("\n".join(text))
+    refused("configs/receipts.py", precious, {"data.root": root}, ["train.json line 4 ", "'train1'", "malformed JSON", "mend"])
+
+
+def test_unwritable_workdir(tmp_path):
+    (tmp_path / "taken").write_text("a file")
+    refused("configs/demo.py", tmp_path / "taken", {}, [str(tmp_path / "taken"), "--workdir=DIR"])
+    assert (tmp_path / "taken").read_text() == "a file"
+    refused("configs/demo.py", None, {}, ["--workdir is missing"])
+
+
+def test_workdir_of_another_configuration(demo):
+    changes = {**DEMO, "train.batch_size": 4, "image.global_filter": "nearest", "train.log_every": 5}
+    line = refused(
+        "configs/demo.py",
+        demo,
+        changes,
+        ["train.batch_size: 8 there, 4 now", "image.global_filter: 'box' there", "new --workdir"],
+    )
+    assert "log_every" not in line  # it changes what is shown, not what is computed
+
+
+@pytest.fixture
+def precious(tmp_path) -> Path:
+    """A workdir that holds something already."""
+    workdir = tmp_path / "precious"
+    workdir.mkdir()
+    (workdir / "metrics.jsonl").write_text('{"step": 900, "loss": 0.1}\n')
+    (workdir / "results.json").write_text("{}")
+    return workdir
+
+
+def refused(config: str, workdir: Path | None, changes: dict[str, Any], expected: list[str]) -> str:
+    """Run the verb; it must end with 1 and one line that holds every expected part, and leave an old workdir as it is."""
+    before = contents(workdir) if workdir is not None and workdir.is_dir() else {}
+    done = train(config, workdir, changes)
+    assert done.returncode == 1, done.stderr
+    assert done.stderr.startswith("error: ")
+    assert done.stderr.count("\n") == 1
+    assert [part for part in expected if part not in done.stderr] == [], done.stderr
+    if before:
+        assert contents(workdir) == before  # pyright: ignore[reportArgumentType]
+    return done.stderr

@@ -1,0 +1,111 @@
+"""Runs the `train` verb as a user does: in a process of its own, from the root of the repository."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+REPOSITORY = Path(__file__).parents[2]
+TIMEOUT = 300  # seconds that one command may take on a busy machine
+
+# Tiny programs that run for a few steps: XLA's optimizations would cost more than they save.
+ENVIRONMENT = {
+    **{name: value for name, value in os.environ.items() if name != "XLA_FLAGS"},
+    "JAX_PLATFORMS": "cpu",
+    "JAX_COMPILATION_CACHE_DIR": str(REPOSITORY / ".cache" / "jax"),
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+    "COLUMNS": "200",
+}
+
+
+def command(config: str, workdir: Path | None, changes: dict[str, Any]) -> list[str]:
+    """The command line of a run; `changes` holds {"decoder.layers": 3, ...}."""
+    flags = [f"--config.{key}={value}" for key, value in changes.items()]
+    place = [] if workdir is None else [f"--workdir={workdir}"]
+    return [sys.executable, "-m", "deepstack_jax.train", f"--config={config}", *place, *flags]
+
+
+def train(config: str, workdir: Path | None, changes: dict[str, Any]) -> subprocess.CompletedProcess[str]:
+    """One run to its end."""
+    return subprocess.run(
+        command(config, workdir, changes), cwd=REPOSITORY, env=ENVIRONMENT, timeout=TIMEOUT, capture_output=True, text=True
+    )
+
+
+def train_until(
+    line: str, number: signal.Signals, config: str, workdir: Path, changes: dict[str, Any], *, group: bool = False
+) -> tuple[int, str]:
+    """Start a run, send the signal once `line` is part of what it prints; returns the exit code and all that it printed.
+
+    With `group` the signal reaches all processes of the run, as one from a terminal does. The call returns when all have ended.
+    """
+    printed = workdir.with_suffix(".out")
+    with printed.open("w") as file:
+        process = subprocess.Popen(
+            command(config, workdir, changes),
+            cwd=REPOSITORY,
+            env=ENVIRONMENT,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    try:
+        deadline = time.monotonic() + TIMEOUT
+        while line not in printed.read_text():
+            if process.poll() is not None or time.monotonic() > deadline:
+                raise AssertionError(f"the run ended without printing {line!r}:\n{printed.read_text()}")
+            time.sleep(0.01)
+        (os.killpg if group else os.kill)(process.pid, number)
+        code = process.wait(TIMEOUT)
+        while members(process.pid):
+            if time.monotonic() > deadline:
+                raise AssertionError(f"the run is over, its processes {members(process.pid)} go on:\n{printed.read_text()}")
+            time.sleep(0.1)
+        return code, printed.read_text()
+    finally:
+        for left in members(process.pid):
+            os.kill(left, signal.SIGKILL)
+
+
+def members(group: int) -> list[int]:
+    """Processes of a group that still run."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            state, _, leader = path.read_text().rpartition(")")[2].split()[:3]
+        except OSError:  # it ended meanwhile
+            continue
+        if int(leader) == group and state != "Z":
+            found.append(int(path.parent.name))
+    return found
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file."""
+    return json.loads(path.read_text())
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The records of a JSON-lines file."""
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def losses(workdir: Path) -> dict[int, list[float]]:
+    """Every training loss that was logged, by step; a step that was logged twice has two."""
+    found: dict[int, list[float]] = {}
+    for record in read_lines(workdir / "metrics.jsonl"):
+        if "loss" in record:
+            found.setdefault(record["step"], []).append(record["loss"])
+    return found
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file under a folder, to see that nothing was written over."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
