@@ -42,6 +42,7 @@ def get_config(argument: str = "finetune"):
     config.optimizer.schedule.final = 0.0
     config.optimizer.clip_norm = 1.0
 
+    config.train.weights = "checkpoints/llava-v1.5-7b"
     config.train.epochs = 1.0
     config.train.compute_dtype = "bfloat16"
     config.mesh.data = 1

@@ -63,5 +63,5 @@ def get_config(argument: str = "deepstack"):
     config.evaluation.every = 50
     config.evaluation.examples = 16
     config.evaluation.batch_size = 8
-    config.evaluation.max_new_tokens = 64
+    config.evaluation.max_new_tokens = 96  # room for an address; a transcription, up to 273 bytes, is shown cut
     return config

@@ -66,12 +66,16 @@ class StopSignals:
 
     def __init__(self) -> None:
         self.exit_code = EXIT_DONE
-        signal.signal(signal.SIGINT, self._handle)
-        signal.signal(signal.SIGTERM, self._handle)
+        self._before = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
 
     @property
     def received(self) -> bool:
         return self.exit_code != EXIT_DONE
+
+    def release(self) -> None:
+        """Signals mean again what they meant before: there is nothing left to save."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
 
     def _handle(self, number: int, _: Any) -> None:
         self.exit_code = EXIT_INTERRUPTED if number == signal.SIGINT else EXIT_PREEMPTED

@@ -22,10 +22,10 @@ from deepstack_jax import cli
 from deepstack_jax.batch import Batch, empty_batch
 from deepstack_jax.config import Config, to_dict
 from deepstack_jax.config_checks import ConfigError
-from deepstack_jax.data.conversation import IMAGE_MARK, ConversationError
+from deepstack_jax.data.conversation import ConversationError
 from deepstack_jax.data.image import ImageError
 from deepstack_jax.data.pipeline import TrainingStream, check_images, open_source, open_tokenizer
-from deepstack_jax.data.sources import SourceError
+from deepstack_jax.data.sources import Source, SourceError
 from deepstack_jax.data.tokenize import Tokenizer
 from deepstack_jax.evaluation.runner import Answer, HeldOut, mean_by_kind
 from deepstack_jax.inference.generate import greedy
@@ -40,6 +40,7 @@ from deepstack_jax.training.progress import Progress
 from deepstack_jax.training.state import abstract_state, first_state, state_shardings
 from deepstack_jax.training.step import ModelFns, make_loss, make_train_step
 from deepstack_jax.types import TrainState
+from deepstack_jax.weights.io import weight_files
 
 USAGE = """
 Train a DeepStack model; run the same command again to go on where it stopped.
@@ -84,8 +85,7 @@ def main() -> int:
     check_same_run(config, workdir)
     console = Console(highlight=False)
 
-    tokenizer = open_tokenizer(config)
-    source = open_source(config, "train")
+    tokenizer, source = open_inputs(config)
     check_images(source, config)
     held_out_source = open_source(config, "validation") if config.data.source == "pages" or config.data.validation else None
     mesh = make_mesh(config.mesh)
@@ -149,6 +149,20 @@ def main() -> int:
     return code
 
 
+def open_inputs(config: Config) -> tuple[Tokenizer, Source]:
+    """The tokenizer and the training data; all that is missing, weights too, is said at once."""
+    opened, problems = [], []
+    wanted = [partial(open_tokenizer, config), partial(open_source, config, "train")]
+    for opener in wanted + ([partial(weight_files, config.train.weights)] if config.train.weights else []):
+        try:
+            opened.append(opener())
+        except ConfigError as error:
+            problems.append(str(error))
+    if problems:
+        raise ConfigError("; ".join(problems))
+    return opened[0], opened[1]
+
+
 def loop(run: Run, state: TrainState) -> tuple[TrainState, int]:
     """Step until done or told to stop; returns the last state and the exit code."""
     stop = cli.StopSignals()
@@ -173,6 +187,7 @@ def loop(run: Run, state: TrainState) -> tuple[TrainState, int]:
                 run.checkpoints.save(state, run.stream.state(), to_dict(run.config))
     run.checkpoints.save(state, run.stream.state(), to_dict(run.config))
     run.checkpoints.wait()
+    stop.release()
     if stop.received:
         run.console.print(f"stopped at step {step}, state saved; the same command goes on from here")
     return state, stop.exit_code
@@ -193,7 +208,11 @@ def report_held_out(run: Run, state: TrainState, step: int) -> None:
 
 
 def finish(run: Run, state: TrainState) -> None:
-    """Evaluate the trained model; write predictions.jsonl and results.json; print the scores."""
+    """Evaluate the trained model, unless that is done; write predictions.jsonl and results.json; print the scores."""
+    stored = run.workdir / "results.json"
+    if stored.exists() and json.loads(stored.read_text())["steps"] == run.steps:
+        show_results(run, json.loads(stored.read_text()))
+        return
     timed = [record["seconds_per_step"] for record in read_metrics(run.workdir) if "seconds_per_step" in record]
     first = run.stream.peek()
     results: dict[str, Any] = {
@@ -214,7 +233,12 @@ def finish(run: Run, state: TrainState) -> None:
         run.metrics.write(run.steps, {name: value for name, value in results.items() if isinstance(value, float)})
         for answer in answers[: run.config.evaluation.samples]:
             run.console.print(f"  {one_line(answer)}", markup=False, soft_wrap=True)
-    write_json(run.workdir / "results.json", results)
+    write_json(stored, results)
+    show_results(run, results)
+
+
+def show_results(run: Run, results: dict[str, Any]) -> None:
+    """The scores as a table."""
     table = Table(title=f"{run.config.name}: {run.workdir}/results.json", show_header=False)
     for name, value in results.items():
         table.add_row(name, f"{value:.4f}" if isinstance(value, float) else str(value))
@@ -246,8 +270,7 @@ def visual_tokens_used(batch: Batch) -> int:
 
 def one_line(answer: Answer) -> str:
     mark = "right" if answer.score else "wrong"
-    question = answer.question.replace(IMAGE_MARK, "").strip()
-    return f"{mark}: {question!r} -> {answer.prediction!r} (expected {answer.reference!r})"
+    return f"{mark}: {answer.question!r} -> {answer.prediction!r} (expected {answer.reference!r})"
 
 
 if __name__ == "__main__":

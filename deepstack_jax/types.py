@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import jax
+import numpy as np
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
 PyTree = Any
+HostOrDevice = jax.Array | np.ndarray  # where a function may be called outside jit with a batch fresh from the pipeline
 
 
 class KVCache(NamedTuple):

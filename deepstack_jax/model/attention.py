@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from deepstack_jax.types import HostOrDevice
+
 
 @runtime_checkable
 class AttentionFn(Protocol):
@@ -27,7 +29,7 @@ def dot_product(q: Array, k: Array, v: Array, mask: Array | None) -> Array:
     return jax.nn.dot_product_attention(q, k, v, mask=mask)
 
 
-def causal_segment_mask(segment_ids: Int[Array, "B T"]) -> Bool[Array, "B 1 T T"]:
+def causal_segment_mask(segment_ids: Int[HostOrDevice, "B T"]) -> Bool[Array, "B 1 T T"]:
     """True where t may attend to s: same segment, and s not after t. Padding (segment 0) sees padding, so no row is empty."""
     length = segment_ids.shape[1]
     same = segment_ids[:, :, None] == segment_ids[:, None, :]
@@ -35,7 +37,7 @@ def causal_segment_mask(segment_ids: Int[Array, "B T"]) -> Bool[Array, "B 1 T T"
     return (same & causal)[:, None]
 
 
-def rotary(x: Float[Array, "B T N H"], positions: Int[Array, "B T"], theta: float) -> Float[Array, "B T N H"]:
+def rotary(x: Float[Array, "B T N H"], positions: Int[HostOrDevice, "B T"], theta: float) -> Float[Array, "B T N H"]:
     """Rotate the two halves of each head by position * theta**(-2i/H) (RoFormer; halves as in the Hugging Face LLaMA).
 
     Angles are float32: bf16 cannot tell position 257 from 256.

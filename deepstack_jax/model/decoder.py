@@ -16,7 +16,7 @@ from deepstack_jax.config import DecoderConfig
 from deepstack_jax.model.attention import AttentionFn, rotary
 from deepstack_jax.model.layers import ACTIVATIONS, RMSNorm, linear
 from deepstack_jax.model.merge import Placement, inject
-from deepstack_jax.types import DecoderOutput, KVCache
+from deepstack_jax.types import DecoderOutput, HostOrDevice, KVCache
 
 ACTIVATION_AXES = ("batch", "sequence", "embed")
 
@@ -32,7 +32,7 @@ class Attention(nn.Module):
     def __call__(
         self,
         x: Float[Array, "B T D"],
-        positions: Int[Array, "B T"],
+        positions: Int[HostOrDevice, "B T"],
         mask: Bool[Array, "B 1 T S"],
         cache: tuple[Array, Array] | None,
         filled: Int[Array, ""] | None,
@@ -82,7 +82,7 @@ class InjectedBlock(nn.Module):
         layer_inject: Float[Array, "J B M D"] | None,
         group: Int[Array, ""],
         places: Placement | None,
-        positions: Int[Array, "B T"],
+        positions: Int[HostOrDevice, "B T"],
         mask: Bool[Array, "B 1 T S"],
         cache: tuple[Array, Array] | None,
         filled: Int[Array, ""] | None,
@@ -131,7 +131,7 @@ class Decoder(nn.Module):
     def __call__(
         self,
         x: Float[Array, "B T D"],
-        positions: Int[Array, "B T"],
+        positions: Int[HostOrDevice, "B T"],
         mask: Bool[Array, "B 1 T S"],
         layer_inject: Float[Array, "J B M D"] | None = None,
         places: Placement | None = None,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import flax.linen as nn
 import jax.numpy as jnp
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int, UInt8
+from jaxtyping import Array, Float, Int, Num
 
 from deepstack_jax.batch import NEWLINE, Batch
 from deepstack_jax.config import Config, DecoderConfig, ImageConfig, VisionConfig
@@ -15,7 +15,7 @@ from deepstack_jax.model.layers import take_rows
 from deepstack_jax.model.merge import Placement, merge, placement
 from deepstack_jax.model.projector import Projector
 from deepstack_jax.model.vision import VisionTower
-from deepstack_jax.types import DecoderOutput, KVCache
+from deepstack_jax.types import DecoderOutput, HostOrDevice, KVCache
 
 
 class DeepStack(nn.Module):
@@ -44,8 +44,11 @@ class DeepStack(nn.Module):
             newline_init = nn.with_logical_partitioning(nn.initializers.normal(cfg.width**-0.5), ("embed",))
             self.image_newline = self.param("image_newline", newline_init, (cfg.width,))
 
-    def encode(self, pixels: UInt8[Array, "B C y x 3"]) -> Float[Array, "B CP E"]:
-        """Features of every crop. All crops of the batch run as one flat list, so that they can spread over all devices."""
+    def encode(self, pixels: Num[HostOrDevice, "B C y x 3"]) -> Float[Array, "B CP E"]:
+        """Features of every crop; pixels are u8, or floats in 0..255 where a gradient with respect to them is wanted.
+
+        All crops of the batch run as one flat list, so that they can spread over all devices.
+        """
         rows, crops = pixels.shape[:2]
         scaled = pixels.reshape(rows * crops, *pixels.shape[2:]).astype(jnp.float32) * (1 / 255)
         normalised = (scaled - jnp.asarray(self.image.mean)) / jnp.asarray(self.image.std)
@@ -53,14 +56,16 @@ class DeepStack(nn.Module):
         features = self.vision_tower(normalised.astype(self.dtype))
         return features.reshape(rows, -1, features.shape[-1])
 
-    def gather_project(self, features: Float[Array, "B CP E"], source: Int[Array, "B Q"]) -> Float[Array, "B Q D"]:
+    def gather_project(
+        self, features: Float[HostOrDevice, "B CP E"], source: Int[HostOrDevice, "B Q"]
+    ) -> Float[Array, "B Q D"]:
         """Visual tokens by index, gathered in the narrow vision width; sentinels become exact zero and the newline."""
         tokens = jnp.where((source >= 0)[..., None], self.projector(take_rows(features, source)), 0)
         if self.newline:
             tokens = jnp.where((source == NEWLINE)[..., None], self.image_newline.astype(tokens.dtype), tokens)
         return tokens
 
-    def embed_tokens(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+    def embed_tokens(self, tokens: Int[HostOrDevice, "B T"]) -> Float[Array, "B T D"]:
         """Embeddings of text tokens."""
         table = self.embed.embedding.astype(self.dtype)
         return take_rows(table[None], tokens.reshape(1, -1)).reshape(*tokens.shape, -1)

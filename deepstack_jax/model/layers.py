@@ -12,6 +12,8 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
+from deepstack_jax.types import HostOrDevice
+
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),
@@ -23,11 +25,12 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 ONE_HOT_LIMIT = 2**22
 
 
-def take_rows(x: Float[Array, "B R E"], index: Int[Array, "B Q"]) -> Float[Array, "B Q E"]:
+def take_rows(x: Float[HostOrDevice, "B R E"], index: Int[HostOrDevice, "B Q"]) -> Float[Array, "B Q E"]:
     """x[b, index[b, q]]; an index may repeat, negative ones give row 0.
 
     The gradient of a gather is a scatter, one row after the other on a CPU; where R * Q is small it is a matmul here.
     """
+    x, index = jnp.asarray(x), jnp.asarray(index)
     if x.shape[1] * index.shape[1] > ONE_HOT_LIMIT:
         return _gather(x, index)
     return _take_rows(x.shape[1], x, index)

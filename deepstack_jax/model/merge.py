@@ -13,6 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from deepstack_jax.types import HostOrDevice
+
 
 class Placement(NamedTuple):
     """Where visual tokens stand, read both ways."""
@@ -21,9 +23,10 @@ class Placement(NamedTuple):
     position: Int[Array, "B M"]  # where visual token m stands, -1 = nowhere
 
 
-def placement(visual_index: Int[Array, "B T"], visual: int) -> Placement:
+def placement(visual_index: Int[HostOrDevice, "B T"], visual: int) -> Placement:
     """Invert `visual_index` once per step; both directions are then gathers. `visual` is M."""
     rows, length = visual_index.shape
+    visual_index = jnp.asarray(visual_index)
     slots = jnp.where(visual_index >= 0, visual_index, visual)
     where = jnp.full((rows, visual + 1), -1, jnp.int32)
     where = where.at[jnp.arange(rows)[:, None], slots].set(jnp.arange(length, dtype=jnp.int32)[None])

@@ -102,7 +102,7 @@ def test_a_leading_answer_is_dropped():
 
 def test_direct_has_nothing_but_question_and_answer():
     rendered = render([Message("human", "which color"), Message("gpt", "red")], TEMPLATES["direct"])
-    assert (rendered.text, rendered.spans) == ("which color red</s>", ((11, 19),))
+    assert (rendered.text, rendered.spans) == ("which color red", ((11, 15),))
 
 
 @pytest.mark.parametrize(

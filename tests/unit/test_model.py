@@ -13,6 +13,7 @@ from flax import traverse_util
 
 from deepstack_jax.batch import NEWLINE, ZERO, empty_batch
 from deepstack_jax.config import Config, build_config, default_config
+from deepstack_jax.model import layers
 from deepstack_jax.model.attention import causal_segment_mask
 from deepstack_jax.model.deepstack import build_model
 from deepstack_jax.parallel.rules import RULES
@@ -293,3 +294,19 @@ def test_default_config_is_vicuna_7b_with_clip_l():
 def test_vicuna_13b():
     counts, _ = full_size(width=5120, layers=40, heads=40, kv_heads=40, mlp=13824)
     assert counts["embed"] + counts["layers"] + counts["head"] == 13_015_864_320
+
+
+@pytest.mark.quick
+def test_take_rows_has_the_gradient_of_a_gather(monkeypatch):
+    """Repeated and negative indices included; the one-hot matmul and the scatter agree."""
+    x = jax.random.normal(jax.random.key(0), (2, 5, 3))
+    index = jnp.array([[0, 4, 4, -1], [2, -2, 2, 2]])
+    weights = jax.random.normal(jax.random.key(1), (2, 4, 3))
+
+    def loss(x):
+        return (layers.take_rows(x, index) * weights * (index >= 0)[..., None]).sum()
+
+    by_matmul = jax.grad(loss)(x)
+    monkeypatch.setattr(layers, "ONE_HOT_LIMIT", 0)
+    chex.assert_trees_all_close(by_matmul, jax.grad(loss)(x), atol=1e-6)
+    assert not np.any(by_matmul[0, 1:4]), "rows that nobody asked for"

@@ -226,8 +226,8 @@ def test_direct_with_words_trains_the_answer_alone():
     tokenizer = WordTokenizer(["which", "color", "red"])
     rendered = render([Message("human", "<image>\nwhich color"), Message("gpt", "red")], TEMPLATES["direct"])
     encoded = encode_conversation(rendered, tokenizer)
-    assert encoded.ids.tolist() == [1, IMAGE_TOKEN, 3, 4, 5, 2]
-    assert encoded.supervised.tolist() == [False, False, False, False, True, True]
+    assert encoded.ids.tolist() == [IMAGE_TOKEN, 3, 4, 5]
+    assert encoded.supervised.tolist() == [False, False, False, True]
 
 
 def test_trained_bpe_is_deterministic_and_reversible(bpe, tmp_path):
