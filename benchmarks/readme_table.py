@@ -12,7 +12,12 @@ import sys
 from pathlib import Path
 
 REPOSITORY = Path(__file__).parents[1]
-LABELS = {"baseline": "low-res only (LLaVA-1.5)", "dummy": "dummy stack", "deepstack": "**DeepStack**"}
+LABELS = {
+    "baseline": "low-res only (LLaVA-1.5)",
+    "dummy": "dummy stack",
+    "deepstack": "**DeepStack**",
+    "legible": "low-res only, digits drawn plainly",
+}
 
 
 def markdown(summary: dict) -> str:

@@ -27,7 +27,7 @@ TEXT = -1
 
 
 # numpy arrays on the host, jax arrays inside a step: a type checker that is told one of them is wrong in the other place.
-HostOrDevice = Any
+AnyArray = Any
 
 
 class Batch(NamedTuple):
@@ -37,16 +37,16 @@ class Batch(NamedTuple):
     Each entry 0..M-1 stands at most once in a row of `visual_index`.
     """
 
-    tokens: HostOrDevice  # i32[B, T] token ids; 0 under a visual token and in the padding
-    targets: HostOrDevice  # i32[B, T] the token after t in its own segment
-    loss_weights: HostOrDevice  # f32[B, T] 0 where nothing is predicted
-    positions: HostOrDevice  # i32[B, T] restart at every segment
-    segment_ids: HostOrDevice  # i32[B, T] 1.. per example, 0 = padding
-    pixels: HostOrDevice  # u8[B, C, y, x, 3] crop slots shared by all images of the row
-    token_source: HostOrDevice  # i32[B, M] encoded token (crop * P + patch) of each visual token, or ZERO, NEWLINE
-    stack_source: HostOrDevice  # i32[B, J, M] the same for each injected group
-    visual_index: HostOrDevice  # i32[B, T] which of the M stands here, TEXT = -1
-    example_id: HostOrDevice  # i64[B, G] rows of the source; -1 = none
+    tokens: AnyArray  # i32[B, T] token ids; 0 under a visual token and in the padding
+    targets: AnyArray  # i32[B, T] the token after t in its own segment
+    loss_weights: AnyArray  # f32[B, T] 0 where nothing is predicted
+    positions: AnyArray  # i32[B, T] restart at every segment
+    segment_ids: AnyArray  # i32[B, T] 1.. per example, 0 = padding
+    pixels: AnyArray  # u8[B, C, y, x, 3] crop slots shared by all images of the row
+    token_source: AnyArray  # i32[B, M] encoded token (crop * P + patch) of each visual token, or ZERO, NEWLINE
+    stack_source: AnyArray  # i32[B, J, M] the same for each injected group
+    visual_index: AnyArray  # i32[B, T] which of the M stands here, TEXT = -1
+    example_id: AnyArray  # i64[B, G] rows of the source; -1 = none
 
 
 class BatchShape(NamedTuple):
