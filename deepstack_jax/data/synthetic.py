@@ -175,7 +175,7 @@ def digit_tiles(style: str) -> tuple[np.ndarray, np.ndarray]:
 
     In "checker", ink cells hold [[+A, -A], [-A, +A]] and paper cells the opposite phase: every cell, row pair and column
     pair sums to zero, so an area filter gives the shade exactly whichever axis it takes first. In "legible",
-    ink is +A and paper -A throughout: the same two gray levels, readable.
+    ink is A darker than the shade and paper the shade itself, so that both questions can be answered from the low-res view.
 
     Returns:
         `(tiles i16[10, N, 32, 32], corners i64[N])`: N places; the quadrant of each, or -1 in "legible".
@@ -189,10 +189,11 @@ def digit_tiles(style: str) -> tuple[np.ndarray, np.ndarray]:
         area = cells
     _, height, width = dots.shape
     jitters = [(y, x) for y in range(min(JITTER, area - height + 1)) for x in range(min(JITTER, area - width + 1))]
-    sign = np.full((10, len(areas) * len(jitters), cells, cells), -1)
+    paper = -1 if style == "checker" else 0
+    sign = np.full((10, len(areas) * len(jitters), cells, cells), paper)
     for place, (y, x) in enumerate((top + dy, left + dx) for top, left in areas for dy, dx in jitters):
-        sign[:, place, y : y + height, x : x + width] = np.where(dots, 1, -1)
-    phase = np.array([[1, -1], [-1, 1]]) if style == "checker" else np.ones((CELL, CELL), int)
+        sign[:, place, y : y + height, x : x + width] = np.where(dots, 1, paper)
+    phase = np.array([[1, -1], [-1, 1]]) if style == "checker" else -np.ones((CELL, CELL), int)
     tiles = np.kron(sign, phase) * AMPLITUDE
     corners = np.arange(len(areas)).repeat(len(jitters)) if style == "checker" else np.full(len(jitters), -1)
     tiles = tiles.astype(np.int16)

@@ -24,6 +24,7 @@ class Progress:
         self._task = self._bar.add_task("compiling", total=steps, completed=start)
         self._since: tuple[int, float] | None = None
         self._waited = 0.0
+        self._per_step: float | None = None  # the last rate known, for the time left
 
     def __enter__(self) -> Progress:
         self._bar.start()
@@ -46,7 +47,7 @@ class Progress:
         self._since, self._waited = (step, now), 0.0
         if since is None:
             return {}
-        per_step = (now - since[1]) / (step - since[0])
+        per_step = self._per_step = (now - since[1]) / (step - since[0])
         return {
             "seconds_per_step": per_step,
             "examples_per_second": batch_size / per_step,
@@ -64,5 +65,5 @@ class Progress:
             line += f" {values['examples_per_second']:.1f} ex/s data wait {values['data_wait']:.1%}"
         self._bar.update(self._task, completed=step, description=line)
         if not self._console.is_terminal:
-            left = values.get("seconds_per_step", 0) * (self._steps - step)
-            self._console.print(f"step {step}/{self._steps} {line} left {left:.0f}s", soft_wrap=True)
+            left = "" if self._per_step is None else f" left {self._per_step * (self._steps - step):.0f}s"
+            self._console.print(f"step {step}/{self._steps} {line}{left}", soft_wrap=True)
