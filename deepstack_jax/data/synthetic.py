@@ -37,6 +37,9 @@ AMPLITUDE = 100
 """Half the contrast between the two gray levels of a box: as large as the darkest and brightest shade allow with a margin,
 since the texture is all that a patch embedding has to learn the digits from."""
 
+INK = 32
+"""How much darker than its shade the ink of a "legible" digit is: two shades apart, so that neither drowns the other."""
+
 JITTER = 2
 """Positions along each axis that a glyph may take within its area, one cell apart. With all
 eight that fit, the digits take more steps to learn than a demo has."""
@@ -175,7 +178,7 @@ def digit_tiles(style: str) -> tuple[np.ndarray, np.ndarray]:
 
     In "checker", ink cells hold [[+A, -A], [-A, +A]] and paper cells the opposite phase: every cell, row pair and column
     pair sums to zero, so an area filter gives the shade exactly whichever axis it takes first. In "legible",
-    ink is A darker than the shade and paper the shade itself, so that both questions can be answered from the low-res view.
+    ink is INK darker than the shade and paper the shade itself, so that both questions can be answered from the low-res view.
 
     Returns:
         `(tiles i16[10, N, 32, 32], corners i64[N])`: N places; the quadrant of each, or -1 in "legible".
@@ -194,7 +197,7 @@ def digit_tiles(style: str) -> tuple[np.ndarray, np.ndarray]:
     for place, (y, x) in enumerate((top + dy, left + dx) for top, left in areas for dy, dx in jitters):
         sign[:, place, y : y + height, x : x + width] = np.where(dots, 1, paper)
     phase = np.array([[1, -1], [-1, 1]]) if style == "checker" else -np.ones((CELL, CELL), int)
-    tiles = np.kron(sign, phase) * AMPLITUDE
+    tiles = np.kron(sign, phase) * (AMPLITUDE if style == "checker" else INK)
     corners = np.arange(len(areas)).repeat(len(jitters)) if style == "checker" else np.full(len(jitters), -1)
     tiles = tiles.astype(np.int16)
     tiles.flags.writeable = False

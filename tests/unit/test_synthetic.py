@@ -13,6 +13,7 @@ from deepstack_jax.data.synthetic import (
     AMPLITUDE,
     CHANCE,
     FONT,
+    INK,
     QUESTION_WORDS,
     SHADE_WORDS,
     SHADES,
@@ -103,7 +104,9 @@ def test_every_gray_level_is_the_shade_plus_or_minus_the_amplitude():
         assert page.shape == (128, 128, 3)
         for box in range(16):
             shade = SHADES[shades[box]]
-            assert set(np.unique(box_of(page, box))) == {shade - AMPLITUDE, shade + AMPLITUDE if style == "checker" else shade}
+            assert set(np.unique(box_of(page, box))) == (
+                {shade - AMPLITUDE, shade + AMPLITUDE} if style == "checker" else {shade - INK, shade}
+            )
 
 
 @pytest.mark.parametrize("style", ["checker", "legible"])
@@ -154,7 +157,7 @@ def test_the_legible_control_asks_the_same_and_is_readable_in_the_low_res_view()
         for box in range(16):
             view = box_of(low_res(page), box)
             shade = SHADES[plain.info["shades"].ravel()[box]]
-            digit, _, _ = find_digit(view == shade - AMPLITUDE, FONT.repeat(2, 1).repeat(2, 2))
+            digit, _, _ = find_digit(view == shade - INK, FONT.repeat(2, 1).repeat(2, 2))
             assert digit == plain.info["digits"].ravel()[box]
 
 
