@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -210,8 +210,10 @@ def report_held_out(run: Run, state: TrainState, step: int) -> None:
 def finish(run: Run, state: TrainState) -> None:
     """Evaluate the trained model, unless that is done; write predictions.jsonl and results.json; print the scores."""
     stored = run.workdir / "results.json"
-    if stored.exists() and json.loads(stored.read_text())["steps"] == run.steps:
-        show_results(run, json.loads(stored.read_text()))
+    protocol = asdict(run.config.evaluation)
+    known = json.loads(stored.read_text()) if stored.exists() else None
+    if known is not None and (known.get("steps"), known.get("evaluation")) == (run.steps, protocol):
+        show_results(run, known)
         return
     timed = [record["seconds_per_step"] for record in read_metrics(run.workdir) if "seconds_per_step" in record]
     first = run.stream.peek()
@@ -219,6 +221,7 @@ def finish(run: Run, state: TrainState) -> None:
         "name": run.config.name,
         "steps": int(state.step),
         "seconds_per_step": float(np.median(timed)) if timed else None,
+        "evaluation": protocol,
         "parameters": sum(run.sizes.values()),
         "context_length": int(first.tokens.shape[1]),
         "visual_tokens": visual_tokens_used(first),
@@ -241,6 +244,8 @@ def show_results(run: Run, results: dict[str, Any]) -> None:
     """The scores as a table."""
     table = Table(title=f"{run.config.name}: {run.workdir}/results.json", show_header=False)
     for name, value in results.items():
+        if isinstance(value, dict):
+            continue
         table.add_row(name, f"{value:.4f}" if isinstance(value, float) else str(value))
     run.console.print(table)
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from deepstack_jax.config import Config
-from deepstack_jax.data.conversation import Message, get_template, normalise, render
+from deepstack_jax.data.conversation import get_template, normalise, render
 from deepstack_jax.data.image import make_views, open_image
 from deepstack_jax.data.rows import EncodedExample
 from deepstack_jax.data.sources import Example, SampleError
@@ -66,10 +66,6 @@ class Encoder:
             ids, _ = encode_with_images(text, tokenizer, has_image=bool(example.images))
             prompts.append((EncodedExample(example.index, ids, np.zeros(ids.size, bool), *images), message.text))
         return prompts
-
-    def prompt(self, messages: tuple[Message, ...], images: tuple) -> EncodedExample:
-        """The generation prompt of an open conversation; `images` as in Example."""
-        return self.questions(Example(0, "prompt", images, (*messages, Message("gpt", ""))))[-1][0]
 
     def _check_images(self, example: Example) -> None:
         """Refuse what the row has no room for before any image is decoded."""
