@@ -15,7 +15,7 @@ from flax import linen as nn
 
 from deepstack_jax.batch import empty_batch
 from deepstack_jax.config import Config, DataConfig, DecoderConfig, ImageConfig, VisionConfig
-from deepstack_jax.model.deepstack import build_model
+from deepstack_jax.model.variants import build_model
 from deepstack_jax.training.optimizer import assign_groups, flatten, make_optimizer, make_schedule
 from deepstack_jax.training.step import ModelFns, make_train_step
 from deepstack_jax.types import TrainState

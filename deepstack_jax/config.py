@@ -16,7 +16,8 @@ from ml_collections import ConfigDict
 
 from deepstack_jax.batch import BatchShape
 from deepstack_jax.config_checks import ConfigError, check_config, nearest
-from deepstack_jax.layout.sequence import group_count, visual_token_count
+from deepstack_jax.layout.grid import possible_grids
+from deepstack_jax.layout.sequence import LayoutSpec
 from deepstack_jax.layout.stack import layer_schedule
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -35,6 +36,7 @@ class ImageConfig:
     crop_filter: str = "bicubic"
     global_filter: str = "bicubic"  # bicubic | bilinear | lanczos | box | nearest
     pinpoints: tuple[tuple[int, int], ...] = ()  # anyres only: (width, height) in pixels
+    merge: str = "flat"  # anyres only: flat | spatial | spatial_unpad, how the crops' tokens follow the global view's
     mean: tuple[float, float, float] = CLIP_MEAN
     std: tuple[float, float, float] = CLIP_STD
 
@@ -51,13 +53,29 @@ class VisionConfig:
     activation: str = "quick_gelu"  # quick_gelu | gelu
     norm_eps: float = 1e-5
     feature_layer: int = -2  # index into the hidden states: -1 is the last layer's output, -2 the input of the last layer
+    post_layers: int = 0  # layers behind the tower's own (upstream's `post_encoder`); with them the last one's output is used
     position_std: float = 0.02  # of freshly drawn position and CLS embeddings
+
+
+@dataclass(frozen=True)
+class RopeConfig:
+    """Rotary positions: angle i of position p is p / (factor_i * theta ** (2i / H)), cos and sin scaled together."""
+
+    theta: float = 10000.0
+    scaling: str = "none"  # none | linear | llama3 | longrope (Phi-3; upstream's `su`) | yarn (as upstream's Phi-3 has it)
+    factor: float = 1.0  # linear and llama3: how much longer the context became
+    low_freq_factor: float = 1.0  # llama3
+    high_freq_factor: float = 4.0  # llama3
+    original_positions: int = 0  # all but linear: context before it was extended; the long factors are used beyond it
+    short_factor: tuple[float, ...] = ()  # longrope and yarn: one per angle
+    long_factor: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
 class DecoderConfig:
     """A LLaMA-shaped decoder. The defaults are Vicuna-7B v1.5."""
 
+    architecture: str = "llama"  # llama | phi3: how a checkpoint names and fuses its tensors; the arithmetic is one
     vocab_size: int = 32000
     width: int = 4096
     layers: int = 32
@@ -66,7 +84,9 @@ class DecoderConfig:
     head_dim: int = 128
     mlp: int = 11008
     norm_eps: float = 1e-5
-    rope_theta: float = 10000.0
+    max_positions: int = 4096  # longest context that the weights were trained for
+    sliding_window: int = 0  # tokens that a token attends to, itself included; 0 = all before it
+    rope: RopeConfig = field(default_factory=RopeConfig)
     scan: bool = True  # False unrolls the layers: slower to compile, equal results
     remat: str = "block"  # none | block: recompute each layer in the backward pass
     embed_std: float = 0.02  # of a freshly drawn token embedding
@@ -75,7 +95,7 @@ class DecoderConfig:
 
 @dataclass(frozen=True)
 class DeepStackConfig:
-    """What stands in the sequence, what is injected, and where (paper sections 3.2 and 4.3)."""
+    """What stands in the sequence, what is injected, and where (paper sections 3.2, 3.3 and 4.3)."""
 
     sequence: str = "global"  # global | zero | crops | global_crops (the last two: the paper's "string" of all tokens)
     stack: str = "crops"  # none | crops | dummy | global | global_crops
@@ -83,6 +103,10 @@ class DeepStackConfig:
     start: int = 1  # group k is added at the input of layer start + k * interval
     interval: int = 1
     schedule: tuple[int, ...] = ()  # overrides start and interval: the group (or -1) of every layer
+    into: str = "decoder"  # decoder (DeepStack-L) | vision (DeepStack-V: crops into the global view, inside the tower)
+    vision_start: int = -1  # DeepStack-V: map j enters tower layer vision_start + j; -1 = half of the tower's layers
+    pool: int = 1  # side of the squares of projected tokens that are averaged (upstream's `2d_scaledown` has 2)
+    high_res: str = "crops"  # crops | view: one large picture under interpolated positions (upstream's `hires_local`)
 
 
 @dataclass(frozen=True)
@@ -212,26 +236,55 @@ class Config:
         return self.image.size // self.vision.patch_size
 
     @property
+    def layout(self) -> LayoutSpec:
+        """Where every visual token of an image goes."""
+        image, stack = self.image, self.deepstack
+        grids = possible_grids(
+            image.mode, image.num_crops, square=image.grid == "square", pinpoints=image.pinpoints, size=image.size
+        )
+        side = self.patch_side // stack.pool
+        return LayoutSpec(image.mode, side, image.num_crops, grids, stack.sampling, stack.sequence, stack.stack, image.merge)
+
+    @property
     def groups(self) -> int:
         """J, the groups of the injected stack."""
-        return group_count(self.deepstack.stack, self.image.num_crops)
+        return self.layout.groups
 
     @property
     def visual_tokens_per_image(self) -> int:
-        """Sequence positions that one image takes."""
-        return visual_token_count(self.deepstack.sequence, self.image.num_crops, self.patch_side**2)
+        """Most sequence positions that one image takes."""
+        return self.layout.max_tokens
+
+    @property
+    def views_per_image(self) -> int:
+        """Most crop slots that one image takes."""
+        return self.layout.max_views
 
     @property
     def crop_slots(self) -> int:
         """C, crops that a row has room for, global views included."""
-        crops = 0 if self.image.mode in ("pad", "square") else self.image.num_crops
-        return self.data.max_images * (1 + crops)
+        return self.data.max_images * self.views_per_image
+
+    @property
+    def newline(self) -> bool:
+        """Whether the model has an `image_newline`: upstream makes one where a mosaic may want it."""
+        return self.image.mode == "hd" or self.image.merge == "spatial_unpad"
+
+    @property
+    def vision_schedule(self) -> tuple[int, ...]:
+        """DeepStack-V: the group added at the input of each tower layer, or -1; empty where nothing enters the tower."""
+        if self.deepstack.into != "vision":
+            return ()
+        layers, start = self.vision.layers + self.vision.post_layers, self.deepstack.vision_start
+        return layer_schedule(layers, self.groups, self.vision.layers // 2 if start < 0 else start, 1)
 
     @property
     def schedule(self) -> tuple[int, ...]:
         """The group injected at the input of each decoder layer, or -1."""
         if self.deepstack.schedule:
             return self.deepstack.schedule
+        if self.deepstack.into == "vision":
+            return (-1,) * self.decoder.layers
         return layer_schedule(self.decoder.layers, self.groups, self.deepstack.start, self.deepstack.interval)
 
     def batch_shape(self, rows: int, length: int) -> BatchShape:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import difflib
+import math
 import warnings
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-from deepstack_jax.layout.sequence import SEQUENCES, STACKS
+from deepstack_jax.layout.grid import anyres_grids
+from deepstack_jax.layout.sequence import MERGES, SEQUENCES, STACKS
 from deepstack_jax.layout.stack import SAMPLINGS
 
 if TYPE_CHECKING:
@@ -26,16 +28,21 @@ def nearest(name: str, valid: Iterable[str]) -> str:
 
 
 CHOICES = {
-    "image.mode": ("deepstack", "pad", "square"),
+    "image.mode": ("deepstack", "hd", "anyres", "pad", "square"),
+    "image.merge": MERGES,
     "image.grid": ("best", "square"),
     "image.fit": ("stretch", "letterbox"),
     "image.crop_filter": ("bicubic", "bilinear", "lanczos", "box", "nearest"),
     "image.global_filter": ("bicubic", "bilinear", "lanczos", "box", "nearest"),
     "vision.activation": ("quick_gelu", "gelu"),
+    "decoder.architecture": ("llama", "phi3"),
     "decoder.remat": ("none", "block"),
+    "decoder.rope.scaling": ("none", "linear", "llama3", "longrope", "yarn"),
     "deepstack.sequence": SEQUENCES,
     "deepstack.stack": STACKS,
     "deepstack.sampling": tuple(SAMPLINGS),
+    "deepstack.into": ("decoder", "vision"),
+    "deepstack.high_res": ("crops", "view"),
     "data.source": ("llava", "pages"),
     "data.synthetic.style": ("checker", "legible"),
     "optimizer.schedule.kind": ("cosine", "linear_tail"),
@@ -56,7 +63,9 @@ POSITIVE = (
     "decoder.kv_heads",
     "decoder.head_dim",
     "decoder.mlp",
+    "decoder.max_positions",
     "deepstack.interval",
+    "deepstack.pool",
     "data.max_length",
     "data.max_images",
     "data.prefetch",
@@ -95,8 +104,12 @@ def check_config(config: Config) -> None:
             raise ConfigError(
                 f"config.optimizer.table sends {pattern!r} to {name!r}; {nearest(name, (*config.optimizer.groups, 'frozen'))}"
             )
+    _check_image(config)
     _check_sizes(config)
+    _check_rope(config)
     _check_deepstack(config)
+    if config.deepstack.into == "vision":
+        _check_vision_injection(config)
 
 
 def _check_sizes(config: Config) -> None:
@@ -130,19 +143,96 @@ def _check_sizes(config: Config) -> None:
         )
 
 
-def _check_deepstack(config: Config) -> None:
-    image, decoder, stack = config.image, config.decoder, config.deepstack
-    has_crops = image.mode == "deepstack"
+def _check_image(config: Config) -> None:
+    """The image mode, and what of the method it can carry."""
+    image, stack = config.image, config.deepstack
     wants_crops = "crops" in stack.stack or "crops" in stack.sequence
-    if has_crops and image.num_crops < 2:
+    if image.mode in ("deepstack", "hd") and image.num_crops < 2:
         raise ConfigError(
             f"config.image.num_crops {image.num_crops} leaves no crop grid; use 2 or more, or config.image.mode='pad'"
         )
-    if wants_crops and not has_crops:
+    if wants_crops and image.mode not in ("deepstack", "hd"):
         raise ConfigError(
             f"config.deepstack (sequence={stack.sequence!r}, stack={stack.stack!r}) needs crops, but config.image.mode="
             f"{image.mode!r} makes none; use config.image.mode='deepstack' or config.deepstack.stack='none'"
         )
+    if image.mode == "hd" and "crops" in stack.sequence:
+        raise ConfigError(
+            f"config.deepstack.sequence={stack.sequence!r} with config.image.mode='hd', whose sequence holds its cells "
+            "already; use config.deepstack.sequence='global'"
+        )
+    if image.mode == "anyres":
+        if stack.stack != "none" or stack.sequence != "global":
+            raise ConfigError(
+                f"config.image.mode='anyres' is LLaVA-NeXT, which injects nothing; got sequence={stack.sequence!r}, "
+                f"stack={stack.stack!r}; set config.deepstack.stack='none', or use config.image.mode='hd'"
+            )
+        try:
+            anyres_grids(image.pinpoints, image.size)
+        except ValueError as error:
+            raise ConfigError(f"config.image.pinpoints: {error}") from error
+    fixed_grid = image.mode == "deepstack" and image.grid == "square"
+    if stack.high_res == "view" and not fixed_grid:
+        raise ConfigError(
+            "config.deepstack.high_res='view' joins the crops of one square grid; set config.image.mode='deepstack' and "
+            "config.image.grid='square'"
+        )
+    if stack.pool > 1 and (image.mode in ("hd", "anyres") or stack.high_res == "view"):
+        raise ConfigError(
+            f"config.deepstack.pool {stack.pool} averages the tokens of single crops; it goes with config.image.mode "
+            "'deepstack', 'pad' or 'square' and config.deepstack.high_res='crops'"
+        )
+    if config.patch_side < stack.pool:
+        raise ConfigError(f"config.deepstack.pool {stack.pool} is larger than the {config.patch_side} tokens of a crop's side")
+
+
+def _check_rope(config: Config) -> None:
+    """Scaled rotary positions need their numbers."""
+    rope, half = config.decoder.rope, config.decoder.head_dim // 2
+    if rope.scaling in ("longrope", "yarn"):
+        for name, factors in (("short_factor", rope.short_factor), ("long_factor", rope.long_factor)):
+            if len(factors) != half:
+                raise ConfigError(
+                    f"config.decoder.rope.{name} has {len(factors)} entries, expected head_dim / 2 = {half} for "
+                    f"scaling {rope.scaling!r}"
+                )
+    if rope.scaling in ("longrope", "yarn", "llama3") and rope.original_positions < 2:
+        raise ConfigError(
+            f"config.decoder.rope.original_positions is {rope.original_positions}; scaling {rope.scaling!r} needs the context "
+            "length that the weights had before it was extended"
+        )
+    if rope.scaling in ("linear", "llama3") and rope.factor < 1:
+        raise ConfigError(f"config.decoder.rope.factor {rope.factor} shortens the context; expected at least 1")
+
+
+def _check_vision_injection(config: Config) -> None:
+    """DeepStack-V (paper section 3.3): a fixed square of crops enters the tower, nothing enters the decoder."""
+    image, stack, vision = config.image, config.deepstack, config.vision
+    wanted = {
+        "image.mode": (image.mode, "deepstack"),
+        "image.grid": (image.grid, "square"),
+        "deepstack.stack": (stack.stack, "crops"),
+        "deepstack.sequence": (stack.sequence, "global"),
+        "deepstack.sampling": (stack.sampling, "2d"),
+        "deepstack.high_res": (stack.high_res, "crops"),
+        "deepstack.pool": (stack.pool, 1),
+        "image.num_crops": (image.num_crops, math.isqrt(image.num_crops) ** 2),
+    }
+    wrong = [f"config.{key} is {got!r}, set it to {want!r}" for key, (got, want) in wanted.items() if got != want]
+    if wrong:
+        raise ConfigError(f"config.deepstack.into='vision' needs a fixed square of crops: {'; '.join(wrong)}")
+    last = vision.layers + vision.post_layers - 1
+    if stack.vision_start >= vision.layers and vision.post_layers == 0:
+        raise ConfigError(
+            f"config.deepstack.vision_start {stack.vision_start} lies behind the tower's {vision.layers} layers; lower it, or "
+            "add layers with config.vision.post_layers=5"
+        )
+    if not any(group >= 0 for group in config.vision_schedule):
+        raise ConfigError(f"config.deepstack.vision_start {stack.vision_start} is beyond the last layer {last}; lower it")
+
+
+def _check_deepstack(config: Config) -> None:
+    decoder, stack = config.decoder, config.deepstack
     if "crops" in stack.sequence and stack.stack != "none":
         raise ConfigError(
             f"config.deepstack.sequence={stack.sequence!r} already holds the crops; set config.deepstack.stack='none'"
@@ -159,6 +249,8 @@ def _check_deepstack(config: Config) -> None:
         return
     if stack.start < 0:
         raise ConfigError(f"config.deepstack.start {stack.start} is negative; the first layer is 0")
+    if stack.into == "vision":
+        return
     if config.groups and stack.start >= decoder.layers:
         raise ConfigError(
             f"config.deepstack.start {stack.start} lies beyond the {decoder.layers} decoder layers 0..{decoder.layers - 1}; "

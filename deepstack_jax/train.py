@@ -29,7 +29,8 @@ from deepstack_jax.data.sources import Source, SourceError
 from deepstack_jax.data.tokenize import Tokenizer
 from deepstack_jax.evaluation.runner import Answer, HeldOut, mean_by_kind
 from deepstack_jax.inference.generate import greedy
-from deepstack_jax.model.deepstack import DeepStack, build_model
+from deepstack_jax.model.deepstack import DeepStack
+from deepstack_jax.model.variants import build_model
 from deepstack_jax.parallel.distributed import put_batch
 from deepstack_jax.parallel.mesh import check_batch_fits, make_mesh
 from deepstack_jax.parallel.rules import param_shardings, replicated, use_mesh

@@ -18,6 +18,7 @@ class KVCache(NamedTuple):
 
     keys: Float[Array, "L B S K H"]
     values: Float[Array, "L B S K H"]
+    positions: Int[Array, "B S"]  # of the token in each slot
     valid: Bool[Array, "B S"]  # slots that a later token of the row may attend to
     filled: Int[Array, ""]  # slots written so far, the same for all rows
 

@@ -12,7 +12,7 @@ from deepstack_jax.data.image import make_views, open_image
 from deepstack_jax.data.rows import EncodedExample
 from deepstack_jax.data.sources import Example, SampleError
 from deepstack_jax.data.tokenize import encode_conversation, encode_with_images, load_tokenizer
-from deepstack_jax.layout.sequence import VisualLayout, image_layout
+from deepstack_jax.layout.sequence import VisualLayout
 
 
 @dataclass(frozen=True)
@@ -81,14 +81,6 @@ class Encoder:
         pixels, layouts = [], []
         for source in example.images:
             views = make_views(open_image(source), config.image)
-            layout = image_layout(
-                views.grid,
-                config.patch_side,
-                num_crops=config.image.num_crops,
-                sampling=config.deepstack.sampling,
-                sequence=config.deepstack.sequence,
-                stack=config.deepstack.stack,
-            )
             pixels.append(views.pixels)
-            layouts.append(layout)
+            layouts.append(config.layout.layout(views.grid, views.size_wh))
         return tuple(pixels), tuple(layouts)

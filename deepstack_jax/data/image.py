@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image
 
-from deepstack_jax.layout.grid import Grid, anyres_grids, best_grid, candidate_grids, letterbox, square_grid
+from deepstack_jax.layout.grid import Grid, best_grid, letterbox, possible_grids
 
 if TYPE_CHECKING:
     from deepstack_jax.config import ImageConfig
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 MAX_PIXELS = 178_956_970  # where Pillow itself refuses an image as a decompression bomb
 SCRATCH_PIXELS = 2**25  # bounds the scratch image of a very long, thin picture
 
+MODES = ("deepstack", "hd", "anyres", "pad", "square")
 FILTERS = {
     "bicubic": Image.Resampling.BICUBIC,
     "bilinear": Image.Resampling.BILINEAR,
@@ -71,19 +72,13 @@ def open_image(source: str | os.PathLike | bytes | Image.Image | np.ndarray, *, 
 
 def image_grid(size_wh: tuple[int, int], spec: "ImageConfig") -> Grid | None:
     """The (rows, cols) of crops that `make_views` cuts from an image of this (width, height); None where it cuts none."""
-    match spec.mode:
-        case "pad" | "square":
-            return None
-        case "anyres":
-            return best_grid(size_wh, anyres_grids(spec.pinpoints, spec.size), spec.size)
-        case "deepstack" | "hd" if spec.grid == "square":
-            return square_grid(spec.num_crops)
-        case "deepstack" | "hd" if spec.grid == "best":
-            return best_grid(size_wh, candidate_grids(spec.num_crops), spec.size)
-        case "deepstack" | "hd":
-            raise ValueError(f"image grid {spec.grid!r} is unknown; use one of 'best', 'square'")
-        case _:
-            raise ValueError(f"image mode {spec.mode!r} is unknown; use one of 'deepstack', 'hd', 'anyres', 'pad', 'square'")
+    if spec.mode not in MODES:
+        raise ValueError(f"image mode {spec.mode!r} is unknown; use one of {', '.join(map(repr, MODES))}")
+    if spec.grid not in ("best", "square"):
+        raise ValueError(f"image grid {spec.grid!r} is unknown; use one of 'best', 'square'")
+    square = spec.grid == "square"
+    grids = possible_grids(spec.mode, spec.num_crops, square=square, pinpoints=spec.pinpoints, size=spec.size)
+    return best_grid(size_wh, grids, spec.size) if grids else None
 
 
 def make_views(image: Image.Image, spec: "ImageConfig") -> Views:

@@ -19,7 +19,7 @@ def empty_cache(model: DeepStack, rows: int, slots: int) -> KVCache:
     cfg = model.decoder
     shape = (cfg.layers, rows, slots, cfg.kv_heads, cfg.head_dim)
     zeros = jnp.zeros(shape, model.dtype)
-    return KVCache(zeros, zeros, jnp.zeros((rows, slots), bool), jnp.zeros((), jnp.int32))
+    return KVCache(zeros, zeros, jnp.zeros((rows, slots), jnp.int32), jnp.zeros((rows, slots), bool), jnp.zeros((), jnp.int32))
 
 
 @partial(jax.jit, static_argnames=("model", "max_new_tokens", "stop_id"))

@@ -13,10 +13,10 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from deepstack_jax.config import DecoderConfig
-from deepstack_jax.model.attention import AttentionFn, rotary
+from deepstack_jax.model.attention import AttentionFn, Rotary, rotate
 from deepstack_jax.model.layers import ACTIVATIONS, RMSNorm, linear
 from deepstack_jax.model.merge import Placement, inject
-from deepstack_jax.types import DecoderOutput, HostOrDevice, KVCache
+from deepstack_jax.types import DecoderOutput, KVCache
 
 ACTIVATION_AXES = ("batch", "sequence", "embed")
 
@@ -32,7 +32,7 @@ class Attention(nn.Module):
     def __call__(
         self,
         x: Float[Array, "B T D"],
-        positions: Int[HostOrDevice, "B T"],
+        rotary: Rotary,
         mask: Bool[Array, "B 1 T S"],
         cache: tuple[Array, Array] | None,
         filled: Int[Array, ""] | None,
@@ -42,8 +42,8 @@ class Attention(nn.Module):
         q = linear((cfg.heads, cfg.head_dim), axes, dtype=self.dtype, name="q")(x)
         k = linear((cfg.kv_heads, cfg.head_dim), ("embed", "kv_heads", "head_dim"), dtype=self.dtype, name="k")(x)
         v = linear((cfg.kv_heads, cfg.head_dim), ("embed", "kv_heads", "head_dim"), dtype=self.dtype, name="v")(x)
-        q = nn.with_logical_constraint(rotary(q, positions, cfg.rope_theta), ("batch", "sequence", "heads", "head_dim"))
-        k = rotary(k, positions, cfg.rope_theta)
+        q = nn.with_logical_constraint(rotate(q, rotary), ("batch", "sequence", "heads", "head_dim"))
+        k = rotate(k, rotary)
         if cache is not None and filled is not None:
             k, v = (jax.lax.dynamic_update_slice_in_dim(old, new, filled, 1) for old, new in zip(cache, (k, v), strict=True))
             cache = (k, v)
@@ -82,7 +82,7 @@ class InjectedBlock(nn.Module):
         layer_inject: Float[Array, "J B M D"] | None,
         group: Int[Array, ""],
         places: Placement | None,
-        positions: Int[HostOrDevice, "B T"],
+        rotary: Rotary,
         mask: Bool[Array, "B 1 T S"],
         cache: tuple[Array, Array] | None,
         filled: Int[Array, ""] | None,
@@ -91,9 +91,7 @@ class InjectedBlock(nn.Module):
             x = inject(x, layer_inject, group, places)
         injected = x = nn.with_logical_constraint(x, ACTIVATION_AXES)
         normed = RMSNorm(self.config.norm_eps, name="attention_norm")(x)
-        attended, cache = Attention(self.config, self.attend, self.dtype, name="attention")(
-            normed, positions, mask, cache, filled
-        )
+        attended, cache = Attention(self.config, self.attend, self.dtype, name="attention")(normed, rotary, mask, cache, filled)
         x = nn.with_logical_constraint(x + attended, ACTIVATION_AXES)
         x = x + SwiGLU(self.config, self.dtype, name="mlp")(RMSNorm(self.config.norm_eps, name="mlp_norm")(x))
         return nn.with_logical_constraint(x, ACTIVATION_AXES), injected, cache
@@ -108,12 +106,12 @@ class ScanBody(nn.Module):
     keep_inputs: bool
 
     @nn.compact
-    def __call__(self, carry, per_layer, places, positions, mask, filled):
+    def __call__(self, carry, per_layer, places, rotary, mask, filled):
         x, layer_inject = carry
         group, cache = per_layer
         block = nn.remat(InjectedBlock, prevent_cse=False) if self.config.remat == "block" else InjectedBlock
         x, injected, cache = block(self.config, self.attend, self.dtype, name="block")(
-            x, layer_inject, group, places, positions, mask, cache, filled
+            x, layer_inject, group, places, rotary, mask, cache, filled
         )
         return (x, layer_inject), (cache, injected if self.keep_inputs else None)
 
@@ -131,7 +129,7 @@ class Decoder(nn.Module):
     def __call__(
         self,
         x: Float[Array, "B T D"],
-        positions: Int[HostOrDevice, "B T"],
+        rotary: Rotary,
         mask: Bool[Array, "B 1 T S"],
         layer_inject: Float[Array, "J B M D"] | None = None,
         places: Placement | None = None,
@@ -141,7 +139,7 @@ class Decoder(nn.Module):
 
         Args:
           x: input embeddings, visual tokens already merged in.
-          positions: rotary position of each token.
+          rotary: cosine and sine at each token's position.
           mask: True where t may attend to s; S = T without a cache, else the cache's slots.
           layer_inject: the stack, or None: then nothing is injected (text only, baselines, decoding after prefill).
           places: where visual tokens stand; needed with `layer_inject`.
@@ -162,7 +160,7 @@ class Decoder(nn.Module):
         filled = None if cache is None else cache.filled
         per_layer = (jnp.asarray(self.schedule, jnp.int32), kv)
         body = scanned(cfg, self.attend, self.dtype, self.keep_inputs, name="layers")
-        (x, _), (kv, inputs) = body((x, layer_inject), per_layer, places, positions, mask, filled)
+        (x, _), (kv, inputs) = body((x, layer_inject), per_layer, places, rotary, mask, filled)
         if cache is not None:
-            cache = KVCache(kv[0], kv[1], cache.valid, cache.filled + positions.shape[1])
+            cache = cache._replace(keys=kv[0], values=kv[1], filled=cache.filled + mask.shape[2])
         return DecoderOutput(RMSNorm(cfg.norm_eps, name="norm")(x), cache, inputs)

@@ -5,11 +5,20 @@ from __future__ import annotations
 import flax.linen as nn
 import jax.numpy as jnp
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int, Num
+from jaxtyping import Array, Bool, Float, Int, Num
 
 from deepstack_jax.batch import NEWLINE, Batch
-from deepstack_jax.config import Config, DecoderConfig, ImageConfig, VisionConfig
-from deepstack_jax.model.attention import AttentionFn, causal_segment_mask, dot_product
+from deepstack_jax.config import DecoderConfig, ImageConfig, VisionConfig
+from deepstack_jax.model.attention import (
+    AttentionFn,
+    Rotary,
+    causal_segment_mask,
+    dot_product,
+    last_positions,
+    rotary_angles,
+    rotary_table,
+    within_window,
+)
 from deepstack_jax.model.decoder import ACTIVATION_AXES, Decoder
 from deepstack_jax.model.layers import take_rows
 from deepstack_jax.model.merge import Placement, merge, placement
@@ -19,7 +28,7 @@ from deepstack_jax.types import DecoderOutput, HostOrDevice, KVCache
 
 
 class DeepStack(nn.Module):
-    """A DeepStack-L model, and with an empty schedule its baseline LLaVA-1.5."""
+    """DeepStack-L, and by other index arrays DeepStack-HD, LLaVA-1.5, LLaVA-NeXT and most ablations; see `variants.py`."""
 
     image: ImageConfig
     vision: VisionConfig
@@ -49,12 +58,13 @@ class DeepStack(nn.Module):
 
         All crops of the batch run as one flat list, so that they can spread over all devices.
         """
-        rows, crops = pixels.shape[:2]
-        scaled = pixels.reshape(rows * crops, *pixels.shape[2:]).astype(jnp.float32) * (1 / 255)
-        normalised = (scaled - jnp.asarray(self.image.mean)) / jnp.asarray(self.image.std)
-        normalised = nn.with_logical_constraint(normalised, ("crops", None, None, None))
-        features = self.vision_tower(normalised.astype(self.dtype))
-        return features.reshape(rows, -1, features.shape[-1])
+        features = self.vision_tower(self.normalise(pixels.reshape(-1, *pixels.shape[2:])))
+        return features.reshape(pixels.shape[0], -1, features.shape[-1])
+
+    def normalise(self, pixels: Num[HostOrDevice, "Z y x 3"]) -> Float[Array, "Z y x 3"]:
+        """Pixels as the tower was trained on them, spread over all devices."""
+        normalised = (pixels.astype(jnp.float32) * (1 / 255) - jnp.asarray(self.image.mean)) / jnp.asarray(self.image.std)
+        return nn.with_logical_constraint(normalised, ("crops", None, None, None)).astype(self.dtype)
 
     def gather_project(
         self, features: Float[HostOrDevice, "B CP E"], source: Int[HostOrDevice, "B Q"]
@@ -91,7 +101,7 @@ class DeepStack(nn.Module):
     def __call__(self, batch: Batch) -> DecoderOutput:
         """Hidden states of a training batch; `logits` turns them into scores, in chunks."""
         x, stack, places = self.inputs(batch)
-        output = self.layers(x, batch.positions, causal_segment_mask(batch.segment_ids), stack, places)
+        output = self.layers(x, self.rotary(batch.positions, batch.segment_ids), self.mask(batch), stack, places)
         if self.is_initializing():
             self.logits(output.hidden[:, :1])
         return output
@@ -104,18 +114,28 @@ class DeepStack(nn.Module):
         """Fill the cache with the prompts, the stack injected. The cache is empty and has room for more than T slots."""
         x, stack, places = self.inputs(batch)
         length, slots = batch.tokens.shape[1], cache.valid.shape[1]
-        mask = jnp.pad(causal_segment_mask(batch.segment_ids), ((0, 0), (0, 0), (0, 0), (0, slots - length)))
-        cache = cache._replace(valid=cache.valid.at[:, :length].set(batch.segment_ids > 0))
-        return self.layers(x, batch.positions, mask, stack, places, cache)
+        mask = jnp.pad(self.mask(batch), ((0, 0), (0, 0), (0, 0), (0, slots - length)))
+        cache = cache._replace(
+            positions=cache.positions.at[:, :length].set(batch.positions),
+            valid=cache.valid.at[:, :length].set(batch.segment_ids > 0),
+        )
+        return self.layers(x, self.rotary(batch.positions, batch.segment_ids), mask, stack, places, cache)
 
     def decode(self, tokens: Int[Array, "B 1"], positions: Int[Array, "B 1"], cache: KVCache) -> DecoderOutput:
         """One more token per row. Nothing is injected: the new token is text, and what the stack added sits in the cache."""
-        cache = cache._replace(valid=cache.valid.at[:, cache.filled].set(True))
-        return self.layers(self.embed_tokens(tokens), positions, cache.valid[:, None, None, :], None, None, cache)
+        cache = cache._replace(
+            positions=cache.positions.at[:, cache.filled].set(positions[:, 0]), valid=cache.valid.at[:, cache.filled].set(True)
+        )
+        seen = cache.valid[:, None] & within_window(positions, cache.positions, self.decoder.sliding_window)
+        rotary = self.rotary(positions, jnp.ones_like(positions))
+        return self.layers(self.embed_tokens(tokens), rotary, seen[:, None], None, None, cache)
 
+    def mask(self, batch: Batch) -> Bool[Array, "B 1 T T"]:
+        """Which tokens of a row see each other."""
+        return causal_segment_mask(batch.segment_ids, batch.positions, self.decoder.sliding_window)
 
-def build_model(config: Config, attend: AttentionFn = dot_product) -> DeepStack:
-    """The model that a run's configuration describes."""
-    return DeepStack(
-        config.image, config.vision, config.decoder, config.schedule, jnp.dtype(config.train.compute_dtype), attend=attend
-    )
+    def rotary(self, positions: Int[HostOrDevice, "B T"], segment_ids: Int[HostOrDevice, "B T"]) -> Rotary:
+        """Rotary angles of these tokens."""
+        cfg = self.decoder
+        table = rotary_table(cfg.rope, cfg.head_dim, cfg.max_positions)
+        return rotary_angles(table, positions, last_positions(positions, segment_ids))

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int, Num
 
 from deepstack_jax.config import VisionConfig
 from deepstack_jax.model.attention import AttentionFn
-from deepstack_jax.model.layers import ACTIVATIONS, layer_norm, linear
+from deepstack_jax.model.layers import ACTIVATIONS, layer_norm, linear, take_rows
+from deepstack_jax.model.merge import Placement, inject
+from deepstack_jax.types import HostOrDevice
 
 
 class EncoderLayer(nn.Module):
@@ -47,58 +53,148 @@ class VisionTower(nn.Module):
     dtype: DTypeLike
     remat: bool = False
 
-    @nn.compact
-    def __call__(self, pixels: Float[Array, "Z y x 3"]) -> Float[Array, "Z P E"]:
-        """Patch features, CLS dropped. `pixels` are normalised; Z = crops of the whole batch, flattened."""
+    def setup(self) -> None:
         cfg = self.config
+        self.patch_embed = linear(cfg.width, ("patch_pixels", "vision_embed"), dtype=self.dtype, name="patch_embed")
+        init = nn.initializers.normal(cfg.position_std)
+        self.cls = self.param("cls", nn.with_logical_partitioning(init, ("vision_embed",)), (cfg.width,))
+        tokens = (self.image_size // cfg.patch_size) ** 2 + 1
+        axes = (None, "vision_embed")
+        self.positions = self.param("positions", nn.with_logical_partitioning(init, axes), (tokens, cfg.width))
+        self.pre_norm = layer_norm(cfg.norm_eps, self.dtype, "pre_norm")
+        self.post_norm = layer_norm(cfg.norm_eps, self.dtype, "post_norm")
+        scanned = nn.scan(
+            EncoderScanBody,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            length=cfg.layers + cfg.post_layers,
+            metadata_params={nn.PARTITION_NAME: "vision_layers"},
+        )
+        self.layers = scanned(cfg, self.attend, self.dtype, name="layers")
+
+    def __call__(self, pixels: Float[Array, "Z y x 3"]) -> Float[Array, "Z P E"]:
+        """Patch features, CLS dropped. `pixels` are normalised; Z = crops of the whole batch, flattened.
+
+        Pictures larger than the tower was trained on get interpolated positions.
+        """
         x = self._embed(pixels)
-        x = layer_norm(cfg.norm_eps, self.dtype, "pre_norm")(x)
-        x = self._run_layers(x, 0, self.layers_run)
         if self.is_initializing():
-            layer_norm(cfg.norm_eps, self.dtype, "post_norm")(x)
-        return x[:, 1:]
+            self.post_norm(self.layers(x, None)[0])
+        return self._run_layers(x, 0, self.layers_run)[:, 1:]
+
+    def inject(
+        self, crops: Float[Array, "B C y x 3"], source: Int[HostOrDevice, "B J M"], schedule: tuple[int, ...], views: int
+    ) -> Float[Array, "B M E"]:
+        """DeepStack-V (paper section 3.3): features of the global views, the crops' tokens added inside the tower.
+
+        All views run through the first layers as separate pictures; then the crops' tokens are dealt into groups, and each
+        group is added to the global views' tokens at the input of its layer, as the decoder does it.
+
+        Args:
+          crops: normalised, `views` slots per image, its global view first; M = images * P.
+          source: the patch token (crop * P + patch) of every token of every group, or ZERO.
+          schedule: the group added at the input of each layer, or -1.
+          views: slots per image.
+        """
+        rows, slots = crops.shape[:2]
+        x = self._embed(crops.reshape(rows * slots, *crops.shape[2:]))
+        if self.is_initializing():
+            self.post_norm(self.layers(x, None)[0])
+        first = min(schedule.index(0), self.layers_run)
+        x = self._run_layers(x, 0, first).reshape(rows, slots, *x.shape[1:])
+        x = nn.with_logical_constraint(x, ("batch", None, None, "vision_embed"))  # an image's crops meet on its row's device
+        patches = x[:, :, 1:].reshape(rows, -1, x.shape[-1])
+        source = jnp.asarray(source)
+        dealt = take_rows(patches, source.reshape(rows, -1)).reshape(*source.shape, -1)
+        stack = jnp.moveaxis(jnp.where((source >= 0)[..., None], dealt, 0), 1, 0)
+        whole = x[:, ::views]
+        places = _behind_cls(rows, whole.shape[1], whole.shape[2])
+
+        def add(x: Float[Array, "B I A E"], group: Int[Array, ""]) -> Float[Array, "B I A E"]:
+            return inject(x.reshape(rows, -1, x.shape[-1]), stack, group, places).reshape(x.shape)
+
+        layer = EncoderLayer(self.config, self.attend, self.dtype, parent=None)
+
+        def body(x: Array, step: tuple[dict, Array]) -> tuple[Array, None]:
+            params, group = step
+            x = add(x, group).reshape(-1, *x.shape[2:])
+            return layer.apply({"params": params}, x).reshape(whole.shape), None
+
+        groups = jnp.asarray((*schedule, -1), jnp.int32)  # behind the last layer nothing is added
+        whole = self._scan(body, whole, first, self.layers_run, groups[first : self.layers_run])
+        whole = add(whole, groups[self.layers_run])
+        return whole[:, :, 1:].reshape(rows, -1, whole.shape[-1])
 
     @property
     def layers_run(self) -> int:
         """Layers whose output is used: hidden state -2 is the input of the last layer."""
-        layer = self.config.feature_layer
-        return layer if layer >= 0 else self.config.layers + 1 + layer
+        cfg = self.config
+        if cfg.post_layers:
+            return cfg.layers + cfg.post_layers
+        return cfg.feature_layer if cfg.feature_layer >= 0 else cfg.layers + 1 + cfg.feature_layer
 
     def _embed(self, pixels: Float[Array, "Z y x 3"]) -> Float[Array, "Z A E"]:
-        """CLS and patches with their positions; A = P + 1. The patch convolution is written as one matmul."""
-        cfg = self.config
-        side, patch = self.image_size // cfg.patch_size, cfg.patch_size
-        z = pixels.shape[0]
+        """CLS and patches with their positions, normed; A = P + 1. The patch convolution is written as one matmul."""
+        patch = self.config.patch_size
+        z, side = pixels.shape[0], pixels.shape[1] // patch
         patches = pixels.reshape(z, side, patch, side, patch, 3).transpose(0, 1, 3, 2, 4, 5).reshape(z, side**2, -1)
-        x = linear(cfg.width, ("patch_pixels", "vision_embed"), dtype=self.dtype, name="patch_embed")(patches)
-        init = nn.initializers.normal(cfg.position_std)
-        cls = self.param("cls", nn.with_logical_partitioning(init, ("vision_embed",)), (cfg.width,))
-        positions = self.param(
-            "positions", nn.with_logical_partitioning(init, (None, "vision_embed")), (side**2 + 1, cfg.width)
-        )
-        cls_token = jnp.broadcast_to(cls.astype(x.dtype), (z, 1, cfg.width))
-        return jnp.concatenate([cls_token, x], axis=1) + positions.astype(x.dtype)
+        x = self.patch_embed(patches)
+        cls_token = jnp.broadcast_to(self.cls.astype(x.dtype), (z, 1, x.shape[-1]))
+        x = jnp.concatenate([cls_token, x], axis=1) + interpolate_positions(self.positions, side).astype(x.dtype)
+        return self.pre_norm(x)
 
     def _run_layers(self, x: Float[Array, "Z A E"], first: int, last: int) -> Float[Array, "Z A E"]:
         """Layers first..last-1 of the one stacked tree, scanned; so the checkpoint does not depend on where we cut."""
         layer = EncoderLayer(self.config, self.attend, self.dtype, parent=None)
-        if self.is_initializing():
-            stack = nn.scan(
-                EncoderScanBody,
-                variable_axes={"params": 0},
-                split_rngs={"params": True},
-                length=self.config.layers,
-                metadata_params={nn.PARTITION_NAME: "vision_layers"},
-            )
-            return stack(self.config, self.attend, self.dtype, name="layers")(x, None)[0]
-        stacked = nn.unbox(self.variables["params"]["layers"]["block"])
 
         def body(x: Array, params: dict) -> tuple[Array, None]:
             return layer.apply({"params": params}, x), None
 
-        if self.remat:
-            body = jax.checkpoint(body, prevent_cse=False)
-        return jax.lax.scan(body, x, jax.tree.map(lambda leaf: leaf[first:last], stacked))[0]
+        return self._scan(body, x, first, last)
+
+    def _scan(self, body: Callable, x: Array, first: int, last: int, *per_layer: Array) -> Array:
+        stacked = nn.unbox(self.variables["params"]["layers"]["block"])
+        steps = jax.tree.map(lambda leaf: leaf[first:last], stacked)
+        body = jax.checkpoint(body, prevent_cse=False) if self.remat else body
+        return jax.lax.scan(body, x, (steps, *per_layer) if per_layer else steps)[0]
+
+
+def _behind_cls(rows: int, images: int, tokens: int) -> Placement:
+    """Where the patch tokens of each global view stand when the views, CLS first, are joined to one sequence."""
+    patches = tokens - 1
+    visual = np.full((images, tokens), -1, np.int32)
+    visual[:, 1:] = np.arange(images * patches).reshape(images, patches)
+    position = np.arange(images * tokens, dtype=np.int32).reshape(images, tokens)[:, 1:]
+    both = (np.broadcast_to(index.reshape(1, -1), (rows, index.size)) for index in (visual, position))
+    return Placement(*map(jnp.asarray, both))
+
+
+def interpolate_positions(positions: Num[HostOrDevice, "A E"], side: int) -> Num[Array, "Q E"]:
+    """Position embeddings for side x side patches and CLS; Q = side**2 + 1.
+
+    Bicubic between the trained ones, corners not aligned, no antialiasing, as upstream's `custom_embedding` asks of PyTorch.
+    """
+    positions = jnp.asarray(positions)
+    trained = math.isqrt(positions.shape[0] - 1)
+    if side == trained:
+        return positions
+    weights = jnp.asarray(_bicubic(trained, side))
+    grid = positions[1:].reshape(trained, trained, -1)
+    grid = jnp.einsum("yi,xj,ije->yxe", weights, weights, grid, precision="highest")
+    return jnp.concatenate([positions[:1], grid.reshape(side**2, -1)])
+
+
+def _bicubic(old: int, new: int) -> np.ndarray:
+    """f32[new, old] weights of PyTorch's bicubic resizing along one axis: Keys' kernel with a = -0.75, edges repeated."""
+    centre = (np.arange(new) + 0.5) * old / new - 0.5
+    base = np.floor(centre).astype(int)
+    weights = np.zeros((new, old), np.float32)
+    for tap in range(-1, 3):
+        distance = np.abs(centre - (base + tap))
+        near = 1.25 * distance**3 - 2.25 * distance**2 + 1
+        far = -0.75 * (distance**3 - 5 * distance**2 + 8 * distance - 4)
+        np.add.at(weights, (np.arange(new), np.clip(base + tap, 0, old - 1)), np.where(distance <= 1, near, far))
+    return weights
 
 
 class EncoderScanBody(nn.Module):

@@ -7,11 +7,22 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from tests.parity.goldens import PATCHES, build_batch, load_case, load_params
+from tests.parity.goldens import build_batch, load_case, load_params
 
 pytestmark = pytest.mark.quick
 
-CASES = ["l_2d", "l_2d_start3_int2", "l_1d", "l_grid", "l_only_global", "l_string_withglobal", "llava15"]
+CASES = [
+    "l_2d",
+    "l_2d_start3_int2",
+    "l_1d",
+    "l_grid",
+    "l_only_global",
+    "l_string_withglobal",
+    "llava15",
+    "v",
+    "hd",
+    "llava_next",
+]
 LOGITS, LOSS = 5e-4, 1e-5
 
 
@@ -59,6 +70,14 @@ def test_visual_tokens_stack_and_embeddings(run):
         np.testing.assert_allclose(stack, case.arrays["stack"], atol=1e-4)
         empty = ~case.arrays["stack"].any(axis=(2, 3))
         assert not np.asarray(stack)[empty].any(), "groups beyond the grid must be exactly zero"
+    for row in range(2):
+        for name in (f"global_features_{row}", f"visual_tokens_{row}"):
+            if name in case.arrays:
+                official = case.arrays[name]
+                np.testing.assert_allclose(visual[row, : len(official)], official, atol=1e-4)
+        if f"stack_{row}" in case.arrays:
+            official = case.arrays[f"stack_{row}"]
+            np.testing.assert_allclose(stack[:, row, : official.shape[1]], official, atol=1e-4)
 
 
 def test_loss(run):
@@ -85,15 +104,16 @@ def test_vision_hidden_states():
     batch = build_batch(case)
     deepstack = case.model()
     params = load_params(case, nn.unbox(jax.eval_shape(deepstack.init, jax.random.key(0), batch)))
-    features = np.asarray(deepstack.apply(params, batch.pixels, method="encode")).reshape(2, -1, PATCHES, 32)
+    features = np.asarray(deepstack.apply(params, batch.pixels, method="encode")).reshape(2, -1, case.config.layout.patches, 32)
     official = case.arrays["vision_selected"]
     ours = np.concatenate([features[:, 0], features[0, 1:5], features[1, 1:4]])
     np.testing.assert_allclose(ours, official, atol=1e-4)
 
 
-def test_gradients():
+@pytest.mark.parametrize("name", ["l_2d", "v"])
+def test_gradients(name):
     """Norms of every official gradient, and the stored ones element by element."""
-    case = load_case("l_2d")
+    case = load_case(name)
     model = case.model()
     batch = build_batch(case)
     shapes = nn.unbox(jax.eval_shape(model.init, jax.random.key(0), batch))
@@ -111,12 +131,12 @@ def test_gradients():
     flat = official_gradients(ours)
     norms = case.info["grad_l2_norms"]
     assert set(flat) == set(norms)
-    for name, norm in norms.items():
-        assert abs(np.linalg.norm(flat[name]) - norm) <= 1e-4 * max(1.0, norm), name
+    for tensor, norm in norms.items():
+        assert abs(np.linalg.norm(flat[tensor]) - norm) <= 1e-4 * max(1.0, norm), tensor
     stored = {key.removeprefix("grad:"): value for key, value in case.arrays.items() if key.startswith("grad:")}
     assert stored
-    for name, value in stored.items():
-        np.testing.assert_allclose(flat[name], value, atol=5e-4, err_msg=name)
+    for tensor, value in stored.items():
+        np.testing.assert_allclose(flat[tensor], value, atol=5e-4, err_msg=tensor)
 
 
 def official_gradients(tree: dict) -> dict[str, np.ndarray]:

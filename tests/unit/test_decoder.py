@@ -12,10 +12,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deepstack_jax.config import DecoderConfig
+from deepstack_jax.config import DecoderConfig, RopeConfig
 from deepstack_jax.layout.stack import layer_schedule
 from deepstack_jax.model import decoder as decoder_module
-from deepstack_jax.model.attention import causal_segment_mask, dot_product, rotary
+from deepstack_jax.model.attention import (
+    Rotary,
+    causal_segment_mask,
+    dot_product,
+    rotary_angles,
+    rotary_table,
+    rotate,
+)
 from deepstack_jax.model.decoder import Decoder, InjectedBlock
 from deepstack_jax.model.merge import inject, merge, placement, spread
 from tests.unit.tiny import draw_params, shapes_in
@@ -32,15 +39,16 @@ def decoder_of(layers=7, start=1, attend=dot_product, **settings):
 
 @pytest.fixture(scope="module")
 def inputs():
-    """x, positions, mask, stack, places: row 0 holds tokens 2..6, row 1 three of five, out of order."""
+    """x, rotary, mask, stack, places: row 0 holds tokens 2..6, row 1 three of five, out of order."""
     rng = np.random.default_rng(0)
     index = np.full((B, T), -1, np.int32)
     index[0, 2:7] = range(M)
     index[1, [8, 1, 4]] = [0, 3, 4]
     positions = jnp.broadcast_to(jnp.arange(T), (B, T))
-    mask = causal_segment_mask(jnp.ones((B, T), jnp.int32))
+    rotary = rotary_angles(rotary_table(TINY.rope, TINY.head_dim, T), positions, positions)
+    mask = causal_segment_mask(jnp.ones((B, T), jnp.int32), positions)
     x, stack = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((B, T, D), (J, B, M, D)))
-    return x, positions, mask, stack, placement(jnp.asarray(index), M)
+    return x, rotary, mask, stack, placement(jnp.asarray(index), M)
 
 
 @pytest.fixture(scope="module")
@@ -50,9 +58,9 @@ def params(inputs):
 
 def objective(decoder, inputs):
     """(params, x, stack) -> a number that every output feeds."""
-    _, positions, mask, _, places = inputs
+    _, rotary, mask, _, places = inputs
     weights = np.random.default_rng(2).normal(size=(B, T, D)).astype(np.float32)
-    return lambda params, x, stack: (decoder.apply(params, x, positions, mask, stack, places).hidden * weights).sum()
+    return lambda params, x, stack: (decoder.apply(params, x, rotary, mask, stack, places).hidden * weights).sum()
 
 
 def plain_spread(tokens, index):
@@ -125,7 +133,7 @@ class Variants(chex.TestCase):
     @with_and_without_jit
     def test_causal_segment_mask(self):
         segments = np.array([[1, 1, 2, 2, 0], [0, 1, 1, 1, 1]])
-        mask = self.variant(causal_segment_mask)(segments)
+        mask = self.variant(causal_segment_mask)(segments, np.broadcast_to(np.arange(5), (2, 5)))
         chex.assert_shape(mask, (2, 1, 5, 5))
         for row in range(2):
             for t in range(5):
@@ -135,7 +143,7 @@ class Variants(chex.TestCase):
     @with_and_without_jit
     def test_rotary_turns_pairs_and_sees_distances_only(self):
         x = jax.random.normal(jax.random.key(0), (1, 4, 2, 8))
-        at = self.variant(lambda positions: rotary(x, positions, 1e4))
+        at = self.variant(lambda positions: rotate(x, rotary_angles(rotary_table(RopeConfig(), 8, 64), positions, positions)))
         zero, near, far = (at(jnp.arange(4)[None] + shift) for shift in (0, 3, 40))
         chex.assert_trees_all_close(zero[:, 0], x[:, 0], atol=1e-6)
         chex.assert_trees_all_close(jnp.linalg.norm(far, axis=-1), jnp.linalg.norm(x, axis=-1), atol=1e-5)
@@ -149,14 +157,14 @@ class Variants(chex.TestCase):
 @pytest.mark.quick
 def test_layer_inputs_hold_the_injection(inputs, params):
     """Layer by layer against a Python loop over the single blocks, with the schedule read from its definition."""
-    x, positions, mask, stack, places = inputs
+    x, rotary, mask, stack, places = inputs
     decoder = dataclasses.replace(decoder_of(start=2), keep_inputs=True)
     output = jax.jit(decoder.apply)(params, *inputs)
     block = InjectedBlock(TINY, dot_product, jnp.dtype(jnp.float32))
 
     @jax.jit
     def run_block(params, x):
-        return block.apply({"params": params}, x, None, jnp.asarray(-1), None, positions, mask, None, None)[0]
+        return block.apply({"params": params}, x, None, jnp.asarray(-1), None, rotary, mask, None, None)[0]
 
     chex.assert_shape(output.layer_inputs, (TINY.layers, B, T, D))
     for layer in range(TINY.layers):
@@ -213,11 +221,11 @@ class LeakyBody(decoder_module.ScanBody):
     """The mistake that ScanBody avoids: the stack goes through remat and comes back out of it."""
 
     @nn.compact
-    def __call__(self, carry, per_layer, places, positions, mask, filled):
+    def __call__(self, carry, per_layer, places, rotary, mask, filled):
         x, layer_inject = carry
         group, cache = per_layer
         x, layer_inject, cache = nn.remat(LeakyBlock, prevent_cse=False)(self.config, self.attend, self.dtype, name="block")(
-            x, layer_inject, group, places, positions, mask, cache, filled
+            x, layer_inject, group, places, rotary, mask, cache, filled
         )
         return (x, layer_inject), (cache, None)
 
@@ -272,16 +280,15 @@ def test_cache_in_pieces_equals_one_pass(inputs, params):
     """Prefill of any length and the rest token by token: the same hidden states as without a cache."""
     from deepstack_jax.types import KVCache
 
-    x, positions, _, _, _ = inputs
+    x, rotary, mask, _, _ = inputs
     decoder = decoder_of()
-    mask = causal_segment_mask(jnp.ones((B, T), jnp.int32))
     run = jax.jit(decoder.apply)
-    whole = run(params, x, positions, mask).hidden
+    whole = run(params, x, rotary, mask).hidden
     zeros = jnp.zeros((TINY.layers, B, T, TINY.kv_heads, TINY.head_dim))
-    cache = KVCache(zeros, zeros, jnp.zeros((B, T), bool), jnp.zeros((), jnp.int32))
+    cache = KVCache(zeros, zeros, jnp.zeros((B, T), jnp.int32), jnp.zeros((B, T), bool), jnp.zeros((), jnp.int32))
     pieces = []
     for span in (slice(0, 5), slice(5, 10), slice(10, T)):
-        output = run(params, x[:, span], positions[:, span], mask[:, :, span], None, None, cache)
+        output = run(params, x[:, span], Rotary(rotary.cos[:, span], rotary.sin[:, span]), mask[:, :, span], None, None, cache)
         cache = output.cache
         pieces.append(output.hidden)
     assert int(cache.filled) == T

@@ -12,7 +12,7 @@ import pytest
 from deepstack_jax.batch import empty_batch
 from deepstack_jax.data.rows import Cursor, place_example
 from deepstack_jax.inference.generate import empty_cache, greedy
-from deepstack_jax.model.deepstack import build_model
+from deepstack_jax.model.variants import build_model
 from tests.unit.tiny import example, model_params, tiny_config
 
 CONFIG = tiny_config()

@@ -1,5 +1,8 @@
 """Where every visual token goes: sampling tables, the layer schedule, one image's layout, and rows of several images."""
 
+import math
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -8,7 +11,8 @@ from hypothesis import strategies as st
 from deepstack_jax.batch import NEWLINE, TEXT, ZERO, Batch, BatchShape, check_batch, empty_batch
 from deepstack_jax.data.rows import Cursor, EncodedExample, blank_example, place_example
 from deepstack_jax.data.tokenize import IMAGE_TOKEN
-from deepstack_jax.layout.sequence import SEQUENCES, STACKS, VisualLayout, group_count, image_layout, visual_token_count
+from deepstack_jax.layout.grid import candidate_grids, unpad_box
+from deepstack_jax.layout.sequence import SEQUENCES, STACKS, LayoutSpec, VisualLayout
 from deepstack_jax.layout.stack import SAMPLINGS, layer_schedule
 from tests.unit.tiny import example, make_batch, tiny_config
 
@@ -69,24 +73,33 @@ def test_schedule_refuses(start, interval):
         layer_schedule(4, 2, start, interval)
 
 
+def spec_of(**changes) -> LayoutSpec:
+    """DeepStack-L with four crops of 2 x 2 tokens, some of it changed."""
+    plain = LayoutSpec("deepstack", SIDE, CROPS, candidate_grids(CROPS), "2d", "global", "crops", "flat")
+    return replace(plain, **changes)
+
+
 def fits(sequence: str, stack: str) -> bool:
     return "crops" not in sequence or stack == "none"
+
+
+SIZE = (64, 48)  # of an image whose size does not matter
 
 
 @pytest.mark.parametrize("stack", STACKS)
 @pytest.mark.parametrize("sequence", SEQUENCES)
 @pytest.mark.parametrize("grid", [(1, 2), (2, 2)])
 def test_every_variant_of_sequence_and_stack(sequence, stack, grid):
-    settings = {"num_crops": CROPS, "sampling": "2d", "sequence": sequence, "stack": stack}
+    spec = spec_of(sequence=sequence, stack=stack)
     if not fits(sequence, stack):
         with pytest.raises(ValueError, match="tokens per group"):
-            image_layout(grid, SIDE, **settings)
+            spec.layout(grid, SIZE)
         return
-    layout = image_layout(grid, SIDE, **settings)
+    layout = spec.layout(grid, SIZE)
     cells = grid[0] * grid[1]
     assert layout.views == 1 + cells
-    assert layout.tokens.shape == (visual_token_count(sequence, CROPS, PATCHES),)
-    assert layout.stack.shape == (group_count(stack, CROPS), layout.tokens.size)
+    assert layout.tokens.shape == (spec.max_tokens,) == (spec.token_count(grid, SIZE),)
+    assert layout.stack.shape == (spec.groups, layout.tokens.size)
     assert layout.tokens.dtype == layout.stack.dtype == np.int32
 
     overview, zeros = list(range(PATCHES)), [ZERO] * PATCHES
@@ -102,19 +115,84 @@ def test_every_variant_of_sequence_and_stack(sequence, stack, grid):
 
 
 def test_without_crops():
-    layout = image_layout(None, SIDE, num_crops=0, sampling="2d", sequence="global", stack="none")
+    layout = spec_of(mode="pad", num_crops=0, grids=(), stack="none").layout(None, SIZE)
     assert (layout.views, layout.tokens.tolist(), layout.stack.shape) == (1, [0, 1, 2, 3], (0, 4))
 
 
 @pytest.mark.parametrize(("sequence", "stack"), [("global", "crops"), ("crops", "none"), ("global", "global_crops")])
 def test_a_variant_that_needs_crops_says_so(sequence, stack):
-    with pytest.raises(ValueError, match=r"needs crops, but image\.mode"):
-        image_layout(None, SIDE, num_crops=CROPS, sampling="2d", sequence=sequence, stack=stack)
+    with pytest.raises(ValueError, match=r"needs crops, but image mode 'pad' gives the global view alone"):
+        spec_of(mode="pad", grids=(), sequence=sequence, stack=stack).layout(None, SIZE)
 
 
-def test_a_grid_beyond_num_crops_is_refused():
-    with pytest.raises(ValueError, match="grid 2x3 has more cells than num_crops 4"):
-        image_layout((2, 3), SIDE, num_crops=CROPS, sampling="2d", sequence="global", stack="crops")
+def test_a_grid_that_the_mode_does_not_cut_is_refused():
+    with pytest.raises(ValueError, match="grid 2x3 is none of the 7"):
+        spec_of().layout((2, 3), SIZE)
+
+
+def mosaic_by_hand(grid, side, cell_token):
+    """cell_token(cell, y, x) for every place of the picture, rows ended by the newline."""
+    rows, cols = grid
+    lines = []
+    for y in range(rows * side):
+        line = [cell_token((y // side) * cols + x // side, y % side, x % side) for x in range(cols * side)]
+        lines.append([*line, NEWLINE])
+    return lines
+
+
+@pytest.mark.parametrize("crops", [4, 6, 9])
+@pytest.mark.parametrize("grid", [(2, 2), (1, 3), (4, 1)])
+def test_hd_by_its_definition(grid, crops):
+    """576 global tokens, then each row of the cells' mosaic and a newline; every group likewise from each cell's own crops."""
+    up, cells = math.isqrt(crops), grid[0] * grid[1]
+    spec = spec_of(mode="hd", num_crops=crops, grids=candidate_grids(crops))
+    layout = spec.layout(grid, SIZE)
+    assert layout.views == spec.views(grid) == (1 + cells) * (1 + up**2)
+    flat = [token for line in mosaic_by_hand(grid, SIDE, lambda c, y, x: (1 + c) * PATCHES + y * SIDE + x) for token in line]
+    assert layout.tokens.tolist() == list(range(PATCHES)) + flat
+    assert layout.stack.shape == (spec.groups, layout.tokens.size) == (up**2, spec.token_count(grid))
+    assert layout.tokens.size == PATCHES + grid[0] * SIDE * (grid[1] * SIDE + 1)
+
+    def stacked(group: int, view: int, y: int, x: int) -> int:
+        y, x = y * up + group // up, x * up + group % up  # where the token stands in the view's own upsampled picture
+        crop = (1 + cells) + view * up**2 + (y // SIDE) * up + x // SIDE
+        return crop * PATCHES + (y % SIDE) * SIDE + x % SIDE
+
+    for group in range(up**2):
+        overview = [stacked(group, 0, y, x) for y in range(SIDE) for x in range(SIDE)]
+        lines = mosaic_by_hand(grid, SIDE, lambda cell, y, x, group=group: stacked(group, 1 + cell, y, x))
+        assert layout.stack[group].tolist() == overview + [token for line in lines for token in line]
+
+
+def test_hd_context_lengths_of_the_paper():
+    spec = spec_of(mode="hd", side=24)
+    lengths = {grid: spec.token_count(grid) for grid in spec.grids if grid[0] * grid[1] == 4}
+    assert lengths == {(1, 4): 2904, (2, 2): 2928, (4, 1): 2976}
+    assert (spec.max_tokens, spec.max_views) == (2976, 25)
+
+
+PINPOINTS = ((1, 2), (2, 1), (2, 2), (1, 3), (3, 1))
+
+
+@pytest.mark.parametrize("merge", ["flat", "spatial", "spatial_unpad"])
+@given(st.sampled_from(PINPOINTS), st.tuples(st.integers(1, 300), st.integers(1, 300)))
+def test_anyres_by_its_definition(merge, grid, size_wh):
+    side = 4
+    spec = spec_of(mode="anyres", side=side, num_crops=0, grids=PINPOINTS, stack="none", merge=merge)
+    layout = spec.layout(grid, size_wh)
+    assert layout.views == spec.views(grid) == 1 + grid[0] * grid[1]
+    assert layout.stack.shape == (0, layout.tokens.size)
+    assert layout.tokens.size == spec.token_count(grid, size_wh) <= spec.token_count(grid) <= spec.max_tokens
+    whole = list(range(side**2))
+    lines = mosaic_by_hand(grid, side, lambda cell, y, x: (1 + cell) * side**2 + y * side + x)
+    if merge == "flat":
+        expected = range(layout.views * side**2)
+    elif merge == "spatial":
+        expected = whole + [token for line in lines for token in line[:-1]]
+    else:
+        rows, cols = unpad_box(size_wh, grid[0] * side, grid[1] * side)
+        expected = whole + [token for line in lines[rows] for token in [*line[:-1][cols], NEWLINE]]
+    assert layout.tokens.tolist() == list(expected)
 
 
 @given(st.integers(0, 9), st.integers(1, 9))

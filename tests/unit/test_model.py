@@ -15,7 +15,7 @@ from deepstack_jax.batch import NEWLINE, ZERO, empty_batch
 from deepstack_jax.config import Config, build_config, default_config
 from deepstack_jax.model import layers
 from deepstack_jax.model.attention import causal_segment_mask
-from deepstack_jax.model.deepstack import build_model
+from deepstack_jax.model.variants import build_model
 from deepstack_jax.parallel.rules import RULES
 from tests.unit.tiny import example, make_batch, model_params, only_rows, tiny_config
 
@@ -140,8 +140,9 @@ def gradients(batch, params):
     def losses(pixels, added):
         def run(model):
             x, stack, places = model.inputs(batch._replace(pixels=pixels))
-            mask = causal_segment_mask(jnp.asarray(batch.segment_ids))
-            return model.logits(model.layers(x, batch.positions, mask, stack + added, places).hidden)
+            mask = causal_segment_mask(jnp.asarray(batch.segment_ids), jnp.asarray(batch.positions))
+            rotary = model.rotary(batch.positions, batch.segment_ids)
+            return model.logits(model.layers(x, rotary, mask, stack + added, places).hidden)
 
         scores = jax.nn.log_softmax(MODEL.apply({"params": params}, method=run))
         picked = jnp.take_along_axis(scores, batch.targets[..., None], -1)[..., 0]

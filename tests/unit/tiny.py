@@ -17,7 +17,6 @@ from deepstack_jax.batch import Batch, BatchShape, empty_batch
 from deepstack_jax.config import Config, build_config, default_config
 from deepstack_jax.data.rows import Cursor, EncodedExample, place_example
 from deepstack_jax.data.tokenize import IMAGE_TOKEN
-from deepstack_jax.layout.sequence import image_layout
 from deepstack_jax.model.deepstack import DeepStack
 
 TINY = {
@@ -68,17 +67,7 @@ def example(
         ids += [*draw(1), IMAGE_TOKEN]
     ids += draw(words + answer)
     supervised = np.arange(len(ids)) >= len(ids) - answer
-    layouts = tuple(
-        image_layout(
-            grid,
-            config.patch_side,
-            num_crops=config.image.num_crops,
-            sampling=config.deepstack.sampling,
-            sequence=config.deepstack.sequence,
-            stack=config.deepstack.stack,
-        )
-        for grid in grids
-    )
+    layouts = tuple(config.layout.layout(grid, (64, 48)) for grid in grids)
     size = config.image.size
     pixels = tuple(rng.integers(0, 256, (layout.views, size, size, 3), dtype=np.uint8) for layout in layouts)
     return EncodedExample(100 + seed, np.array(ids, np.int32), supervised, pixels, layouts)
@@ -91,7 +80,7 @@ def make_batch(config: Config, rows: Sequence[Sequence[EncodedExample]], length:
     for row, examples in enumerate(rows):
         cursor = Cursor(token=pad_left)
         for one in examples:
-            cursor = place_example(batch, row, one, cursor, config.patch_side**2)
+            cursor = place_example(batch, row, one, cursor, config.layout.patches)
     return batch
 
 

@@ -1,0 +1,88 @@
+"""The variants that index arrays alone cannot make, each one method of DeepStack replaced, and the choice between them."""
+
+from __future__ import annotations
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Num
+
+from deepstack_jax.batch import Batch
+from deepstack_jax.config import Config
+from deepstack_jax.model.attention import AttentionFn, dot_product
+from deepstack_jax.model.deepstack import DeepStack
+from deepstack_jax.model.layers import take_rows
+from deepstack_jax.types import HostOrDevice
+
+
+class DeepStackV(DeepStack):
+    """DeepStack-V (paper section 3.3): the groups enter the vision tower, the sequence sees the global view alone."""
+
+    vision_schedule: tuple[int, ...] = ()  # group added at the input of each tower layer, or -1
+    views: int = 1  # crop slots of an image
+
+    def visual_tokens(self, batch: Batch) -> tuple[Float[Array, "B M D"], None]:
+        """The global views' tokens; the stack is spent inside the tower."""
+        pixels = batch.pixels
+        rows, slots = pixels.shape[:2]
+        crops = self.normalise(pixels.reshape(-1, *pixels.shape[2:])).reshape(rows, slots, *pixels.shape[2:])
+        features = self.vision_tower.inject(crops, batch.stack_source, self.vision_schedule, self.views)
+        patches = features.shape[1] * self.views // slots
+        source = jnp.asarray(batch.token_source)  # counts the tokens of all crops; here are those of the global views
+        whole = source // (self.views * patches) * patches + source % patches
+        return self.gather_project(features, jnp.where(source >= 0, whole, source)), None
+
+
+class PooledDeepStack(DeepStack):
+    """Upstream's `2d_scaledown`: squares of projected tokens are averaged before they are dealt into groups."""
+
+    pool: int = 1  # side of the squares
+
+    def gather_project(
+        self, features: Float[HostOrDevice, "B CP E"], source: Int[HostOrDevice, "B Q"]
+    ) -> Float[Array, "B Q D"]:
+        """Visual tokens by index into the averaged ones; a row or column that fills no square is dropped, as upstream."""
+        rows, side = features.shape[0], self.image.size // self.vision.patch_size
+        tokens = self.projector(features).reshape(-1, side, side, self.decoder.width)
+        tokens = nn.avg_pool(tokens, (self.pool, self.pool), (self.pool, self.pool)).reshape(rows, -1, self.decoder.width)
+        return jnp.where((source >= 0)[..., None], take_rows(tokens, source), 0)
+
+
+class HighResDeepStack(DeepStack):
+    """Upstream's `hires_local`: an image's crops are joined to one large picture that the tower sees as a whole."""
+
+    views: int = 1  # crop slots of an image, its global view included
+    cells: int = 1  # crops along a side
+
+    def encode(self, pixels: Num[HostOrDevice, "B C y x 3"]) -> Float[Array, "B CP E"]:
+        """Features in the order of the crops, as if each had been encoded alone."""
+        rows, cells, size = pixels.shape[0], self.cells, pixels.shape[2]
+        images = pixels.reshape(-1, self.views, *pixels.shape[2:])
+        large = images[:, 1:].reshape(-1, cells, cells, size, size, 3).transpose(0, 1, 3, 2, 4, 5)
+        whole = self.vision_tower(self.normalise(images[:, 0]))
+        parts = self.vision_tower(self.normalise(large.reshape(-1, cells * size, cells * size, 3)))
+        side = size // self.vision.patch_size
+        parts = parts.reshape(-1, cells, side, cells, side, parts.shape[-1]).transpose(0, 1, 3, 2, 4, 5)
+        features = jnp.concatenate([whole[:, None], parts.reshape(-1, cells**2, side**2, parts.shape[-1])], axis=1)
+        return features.reshape(rows, -1, features.shape[-1])
+
+
+def build_model(config: Config, attend: AttentionFn = dot_product, **more: bool) -> DeepStack:
+    """The model that a run's configuration describes; `more` are further fields of DeepStack, e.g. `keep_layer_inputs`."""
+    stack, views = config.deepstack, config.views_per_image
+    settings = {
+        "image": config.image,
+        "vision": config.vision,
+        "decoder": config.decoder,
+        "schedule": config.schedule,
+        "dtype": jnp.dtype(config.train.compute_dtype),
+        "newline": config.newline,
+        "attend": attend,
+        **more,
+    }
+    if stack.into == "vision":
+        return DeepStackV(**settings, vision_schedule=config.vision_schedule, views=views)
+    if stack.pool > 1:
+        return PooledDeepStack(**settings, pool=stack.pool)
+    if stack.high_res == "view":
+        return HighResDeepStack(**settings, views=views, cells=config.layout.grids[0][0])
+    return DeepStack(**settings)
