@@ -7,7 +7,7 @@ import pytest
 from flax import linen as nn
 
 from deepstack_jax.batch import Batch
-from deepstack_jax.config import build_config, default_config
+from deepstack_jax.config import Config, build_config, default_config
 from deepstack_jax.model.variants import build_model
 
 LLAMA_7B = {"decoder.width": 4096, "decoder.layers": 32, "decoder.heads": 32, "decoder.kv_heads": 32, "decoder.mlp": 11008}
@@ -64,3 +64,10 @@ def test_full_size(changes, decoder):
     assert (output.hidden.shape, output.hidden.dtype) == ((b, t, width), jnp.bfloat16)
     logits = jax.eval_shape(lambda v, hidden: model.apply(v, hidden, method="logits"), variables, output.hidden)
     assert logits.shape == (b, t, config.decoder.vocab_size)
+
+
+def test_the_default_configuration_is_vicuna_7b_with_clip_l():
+    config = build_config(default_config())
+    assert config == Config()
+    assert config.schedule == (-1, 0, 1, 2, 3) + (-1,) * 27
+    assert config.visual_tokens_per_image == 576

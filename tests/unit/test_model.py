@@ -1,7 +1,6 @@
 """The whole model: what each row sees, what the stack changes, what padding and packing do not, and its full-size shapes."""
 
 import dataclasses
-from typing import Any
 
 import chex
 import flax.linen as nn
@@ -11,8 +10,7 @@ import numpy as np
 import pytest
 from flax import traverse_util
 
-from deepstack_jax.batch import NEWLINE, ZERO, empty_batch
-from deepstack_jax.config import Config, build_config, default_config
+from deepstack_jax.batch import NEWLINE, ZERO
 from deepstack_jax.model import layers
 from deepstack_jax.model.attention import causal_segment_mask
 from deepstack_jax.model.variants import build_model
@@ -264,37 +262,6 @@ def test_activations_carry_logical_axes_that_the_rules_know(batch, params, monke
         ("batch", "sequence", "mlp"),
     }
     assert {name for axes in seen for name in axes if name} <= dict(RULES).keys()
-
-
-def full_size(**decoder) -> tuple[dict[str, int], Config]:
-    """Parameters per part of the model that `Config()` describes, its decoder changed; nothing is allocated."""
-    values: Any = default_config()
-    values.decoder.update(decoder)
-    config = build_config(values)
-    model = build_model(config)
-    batch = empty_batch(config.batch_shape(1, config.data.max_length))
-    shapes = nn.unbox(jax.eval_shape(model.init, jax.random.key(0), batch))
-    output = jax.eval_shape(model.apply, shapes, batch)
-    chex.assert_shape(output.hidden, (1, 2048, config.decoder.width))
-    counts = {part: sum(leaf.size for leaf in jax.tree.leaves(tree)) for part, tree in shapes["params"].items()}
-    return counts, config
-
-
-@pytest.mark.quick
-def test_default_config_is_vicuna_7b_with_clip_l():
-    counts, config = full_size()
-    assert config == Config()
-    assert counts["embed"] + counts["layers"] + counts["head"] == 6_738_415_616
-    assert counts["vision_tower"] == 303_507_456
-    assert counts["projector"] == 20_979_712
-    assert set(counts) == {"embed", "layers", "head", "vision_tower", "projector"}
-    assert config.schedule == (-1, 0, 1, 2, 3) + (-1,) * 27
-    assert config.visual_tokens_per_image == 576
-
-
-def test_vicuna_13b():
-    counts, _ = full_size(width=5120, layers=40, heads=40, kv_heads=40, mlp=13824)
-    assert counts["embed"] + counts["layers"] + counts["head"] == 13_015_864_320
 
 
 @pytest.mark.quick
