@@ -1,8 +1,13 @@
 """DeepStack-L on the LLaVA-1.5 recipe: `:pretrain` trains the projector, `:finetune` projector and LLM.
 
 Numbers: paper table 10 and section 4.1; LLaVA-1.5 for what the paper takes over. Sizes are Vicuna-7B v1.5 and CLIP
-ViT-L/14-336. Data: LLaVA's published 558k (stage 1) and 665k (stage 2) JSON files under `--config.data.root`.
+ViT-L/14-336. Data: LLaVA's published 558k (stage 1) and 665k (stage 2) under `--config.data.root`, as
+`configs/mixtures/` lists them; `--config.data.train=FILE` trains on one file of your own.
 """
+
+import dataclasses
+import runpy
+from pathlib import Path
 
 from deepstack_jax.config import default_config
 
@@ -25,14 +30,13 @@ def get_config(argument: str = "finetune"):
     config.data.max_length = 2048
     config.data.workers = 8
     if argument == "pretrain":
-        config.data.train = "blip_laion_cc_sbu_558k.json"
-        config.data.images = "images"
+        config.data.sets = mixture("llava_558k")
         config.data.template = "plain"
         config.optimizer.table = ((r"^projector/", "projector"), (r".*", "frozen"))
         config.optimizer.groups = {"projector": adamw(1e-3)}
         config.train.batch_size = 256
     else:
-        config.data.train = "llava_v1_5_mix665k.json"
+        config.data.sets = mixture("llava_665k")
         config.data.template = "v1"
         config.optimizer.table = ((r"^vision_tower/", "frozen"), (r".*", "language"))
         config.optimizer.groups = {"language": adamw(2e-5)}
@@ -53,3 +57,9 @@ def get_config(argument: str = "finetune"):
 def adamw(lr: float) -> dict:
     """AdamW without weight decay, as in both stages of the recipe."""
     return {"algorithm": "adamw", "lr": lr, "b1": 0.9, "b2": 0.999, "eps": 1e-8, "weight_decay": 0.0}
+
+
+def mixture(name: str, table: str = "SETS") -> dict[str, dict]:
+    """A table of configs/mixtures/, found beside this file, whatever folder the run starts from."""
+    sets = runpy.run_path(str(Path(__file__).parent / "mixtures" / f"{name}.py"))[table]
+    return {name: dataclasses.asdict(entry) for name, entry in sets.items()}

@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 
 from deepstack_jax.batch import BatchShape
 from deepstack_jax.config_checks import ConfigError, check_config, nearest
+from deepstack_jax.config_data import DataConfig
 from deepstack_jax.layout.grid import possible_grids
 from deepstack_jax.layout.sequence import LayoutSpec
 from deepstack_jax.layout.stack import layer_schedule
@@ -55,6 +56,13 @@ class VisionConfig:
     feature_layer: int = -2  # index into the hidden states: -1 is the last layer's output, -2 the input of the last layer
     post_layers: int = 0  # layers behind the tower's own (upstream's `post_encoder`); with them the last one's output is used
     position_std: float = 0.02  # of freshly drawn position and CLS embeddings
+
+
+@dataclass(frozen=True)
+class ProjectorConfig:
+    """Linear maps with exact GELU between them, from vision width to decoder width."""
+
+    layers: int = 2  # LLaVA-1.5's `mlp2x_gelu`; 1 is a plain linear map
 
 
 @dataclass(frozen=True)
@@ -110,38 +118,6 @@ class DeepStackConfig:
 
 
 @dataclass(frozen=True)
-class SyntheticConfig:
-    """The demo's page generator (`data/synthetic.py`)."""
-
-    seed: int = 0
-    length: int = 1_000_000  # pages; they are drawn when asked for
-    style: str = "checker"  # checker (readable in high resolution only) | legible
-    questions: int = 12
-
-
-@dataclass(frozen=True)
-class DataConfig:
-    """Where examples come from and how they become rows."""
-
-    source: str = "llava"  # llava (JSON or JSONL) | pages (synthetic)
-    root: str = ""  # folder that relative paths below start from
-    train: str = ""  # file of training rows
-    validation: str = ""  # file of held-out rows; empty = none
-    images: str = ""  # image root, relative to `root`
-    template: str = "v1"
-    tokenizer: str = ""  # bytes | words:... | folder with tokenizer.model or tokenizer.json
-    max_length: int = 2048  # T of the longest bucket, visual tokens included
-    buckets: tuple[int, ...] = ()  # shorter lengths that a batch may be padded to; empty = max_length only
-    max_images: int = 1  # images that a row has room for
-    shuffle: bool = True
-    seed: int = 0
-    workers: int = 0  # processes that decode ahead; 0 decodes in a thread of this process
-    prefetch: int = 4  # batches made ahead
-    max_bad_fraction: float = 0.01  # of all examples seen; the run stops above it
-    synthetic: SyntheticConfig = field(default_factory=SyntheticConfig)
-
-
-@dataclass(frozen=True)
 class OptimizerGroup:
     """One set of parameters that are updated alike. Which parameters: `OptimizerConfig.table`."""
 
@@ -186,7 +162,9 @@ class TrainConfig:
     checkpoint_every: int = 500
     keep: int = 2
     compute_dtype: str = "bfloat16"  # of activations; parameters are float32
-    weights: str = ""  # Hugging Face folder to start from; empty = draw fresh parameters
+    weights: str = ""  # Hugging Face folder to start from, a bare language model included; empty = draw fresh parameters
+    tower: str = ""  # folder of the vision tower, where `weights` neither holds nor names one
+    projector: str = ""  # an mm_projector.bin or mm_projector.safetensors, in place of the one in `weights`
 
 
 @dataclass(frozen=True)
@@ -217,6 +195,7 @@ class Config:
     seed: int = 0
     image: ImageConfig = field(default_factory=ImageConfig)
     vision: VisionConfig = field(default_factory=VisionConfig)
+    projector: ProjectorConfig = field(default_factory=ProjectorConfig)
     decoder: DecoderConfig = field(default_factory=DecoderConfig)
     deepstack: DeepStackConfig = field(default_factory=DeepStackConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -261,9 +240,17 @@ class Config:
         return self.layout.max_views
 
     @property
+    def images_per_row(self) -> int:
+        """Images that a training row has room for."""
+        packing, most = self.data.packing, self.data.max_images
+        if not packing.enabled:
+            return most
+        return max(most, min(packing.max_images, self.data.max_length // self.visual_tokens_per_image))
+
+    @property
     def crop_slots(self) -> int:
-        """C, crops that a row has room for, global views included."""
-        return self.data.max_images * self.views_per_image
+        """C, crops that a training row has room for, global views included."""
+        return self.images_per_row * self.views_per_image
 
     @property
     def newline(self) -> bool:
@@ -288,9 +275,16 @@ class Config:
         return layer_schedule(self.decoder.layers, self.groups, self.deepstack.start, self.deepstack.interval)
 
     def batch_shape(self, rows: int, length: int) -> BatchShape:
-        """Static sizes of a batch of `rows` rows padded to `length`."""
-        visual = self.data.max_images * self.visual_tokens_per_image
-        return BatchShape(rows, length, self.crop_slots, self.image.size, visual, self.groups, 1)
+        """Static sizes of a training batch of `rows` rows padded to `length`."""
+        visual = self.images_per_row * self.visual_tokens_per_image
+        examples = self.data.packing.max_examples if self.data.packing.enabled else 1
+        return BatchShape(rows, length, self.crop_slots, self.image.size, visual, self.groups, examples)
+
+    def padded_shape(self, rows: int, length: int) -> BatchShape:
+        """The same with one example per row, as in evaluation, whether or not training packs."""
+        images = self.data.max_images
+        crops, visual = images * self.views_per_image, images * self.visual_tokens_per_image
+        return BatchShape(rows, length, crops, self.image.size, visual, self.groups, 1)
 
 
 T = TypeVar("T")

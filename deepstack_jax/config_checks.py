@@ -43,7 +43,8 @@ CHOICES = {
     "deepstack.sampling": tuple(SAMPLINGS),
     "deepstack.into": ("decoder", "vision"),
     "deepstack.high_res": ("crops", "view"),
-    "data.source": ("llava", "pages"),
+    "data.source": ("files", "pages"),
+    "data.overlong": ("drop", "cut", "error"),
     "data.synthetic.style": ("checker", "legible"),
     "optimizer.schedule.kind": ("cosine", "linear_tail"),
     "train.compute_dtype": ("float32", "bfloat16"),
@@ -56,6 +57,7 @@ POSITIVE = (
     "vision.layers",
     "vision.heads",
     "vision.mlp",
+    "projector.layers",
     "decoder.vocab_size",
     "decoder.width",
     "decoder.layers",
@@ -69,6 +71,9 @@ POSITIVE = (
     "data.max_length",
     "data.max_images",
     "data.prefetch",
+    "data.packing.window",
+    "data.packing.max_examples",
+    "data.packing.max_images",
     "data.synthetic.length",
     "data.synthetic.questions",
     "train.batch_size",
@@ -105,7 +110,10 @@ def check_config(config: Config) -> None:
                 f"config.optimizer.table sends {pattern!r} to {name!r}; {nearest(name, (*config.optimizer.groups, 'frozen'))}"
             )
     _check_image(config)
+    _check_sets(config)
     _check_sizes(config)
+    if config.data.packing.enabled:
+        _check_packing(config)
     _check_rope(config)
     _check_deepstack(config)
     if config.deepstack.into == "vision":
@@ -140,6 +148,20 @@ def _check_sizes(config: Config) -> None:
     if train.steps < 0 or (train.steps == 0 and train.epochs <= 0):
         raise ConfigError(
             f"config.train.steps {train.steps} with epochs {train.epochs} trains nothing; set one of them above 0"
+        )
+
+
+def _check_packing(config: Config) -> None:
+    """Rows of several examples have one length, and room for any single example."""
+    data, packing = config.data, config.data.packing
+    if data.buckets:
+        raise ConfigError(
+            f"config.data.buckets {data.buckets} with packing, whose rows are all {data.max_length} long; set buckets=()"
+        )
+    if packing.max_images < data.max_images:
+        raise ConfigError(
+            f"config.data.packing.max_images {packing.max_images} is below config.data.max_images {data.max_images}: an "
+            f"example could need more than a row has; use at least {data.max_images}"
         )
 
 
@@ -184,6 +206,26 @@ def _check_image(config: Config) -> None:
         )
     if config.patch_side < stack.pool:
         raise ConfigError(f"config.deepstack.pool {stack.pool} is larger than the {config.patch_side} tokens of a crop's side")
+
+
+def _check_sets(config: Config) -> None:
+    """The sets of a mixture: what can be seen to be wrong before a file is opened."""
+    for name, entry in config.data.sets.items():
+        where = f"config.data.sets.{name}"
+        if not entry.file:
+            raise ConfigError(f"{where}.file is empty; name the file or folder of its rows, relative to config.data.root")
+        if not 0 < entry.repeat < math.inf:
+            raise ConfigError(f"{where}.repeat got {entry.repeat}, expected a number above 0; to leave the set out, remove it")
+        for key in ("rows", "paper"):
+            if getattr(entry, key) < 0:
+                raise ConfigError(f"{where}.{key} got {getattr(entry, key)}, expected 0 (unknown) or the number of rows")
+        for key in ("keep_images", "drop_images", "keep_sources"):
+            for value in getattr(entry, key):
+                if not value or (key != "keep_sources" and value.startswith(("/", "./"))):
+                    expected = (
+                        "a data_source" if key == "keep_sources" else "the beginning of a path below the image root, as 'coco/'"
+                    )
+                    raise ConfigError(f"{where}.{key} holds {value!r}, expected {expected}")
 
 
 def _check_rope(config: Config) -> None:

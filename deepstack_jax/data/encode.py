@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,8 +11,8 @@ from deepstack_jax.config import Config
 from deepstack_jax.data.conversation import get_template, normalise, render
 from deepstack_jax.data.image import make_views, open_image
 from deepstack_jax.data.rows import EncodedExample
-from deepstack_jax.data.sources import Example, SampleError
-from deepstack_jax.data.tokenize import encode_conversation, encode_with_images, load_tokenizer
+from deepstack_jax.data.sources import Example, SampleError, SourceError
+from deepstack_jax.data.tokenize import IMAGE_TOKEN, EncodedText, encode_conversation, encode_with_images, load_tokenizer
 from deepstack_jax.layout.sequence import VisualLayout
 
 
@@ -24,6 +25,10 @@ class BadExample:
     reason: str
 
 
+class OverlongError(SourceError):
+    """An example is longer than a row, and `config.data.overlong` is "error"."""
+
+
 @dataclass(frozen=True)
 class Encoder:
     """Turns examples into rows' content under one configuration. Cheap to send to a worker: the tokenizer is loaded there."""
@@ -31,26 +36,59 @@ class Encoder:
     config: Config
 
     def __call__(self, example: Example) -> EncodedExample | BadExample:
-        """The training form of an example; everything that is wrong with it comes back as BadExample with the reason."""
+        """The training form of an example; everything that is wrong with it comes back as BadExample with the reason.
+
+        Raises:
+          OverlongError: it is longer than a row, and the configuration says to stop then.
+        """
         try:
             return self.encode(example)
+        except OverlongError:
+            raise
         except ValueError as error:
             return BadExample(example.index, example.name, str(error))
 
     def encode(self, example: Example) -> EncodedExample:
         """Like the call, but raises ValueError on an example that cannot be used."""
+        text = self.text(example)
+        pixels, layouts = self._images(example)
+        text = self.fit(example, text, [layout.tokens.size for layout in layouts])
+        return EncodedExample(example.index, text.ids, text.supervised, pixels, layouts)
+
+    def text(self, example: Example) -> EncodedText:
+        """Token ids of an example whole, its images not looked at; raises ValueError where it cannot be used."""
         self._check_images(example)
         template, tokenizer = get_template(self.config.data.template), load_tokenizer(self.config.data.tokenizer)
         messages = normalise(example.messages, template) if example.images else example.messages
-        text = encode_conversation(render(messages, template), tokenizer, has_image=bool(example.images))
-        encoded = EncodedExample(example.index, text.ids, text.supervised, *self._images(example))
-        room = self.config.data.max_length
-        if encoded.length > room:
-            raise SampleError(
-                f"{example.name}: {encoded.length} tokens with its images, a row holds {room}; raise config.data.max_length",
-                example.name,
-            )
-        return encoded
+        return encode_conversation(render(messages, template), tokenizer, has_image=bool(example.images))
+
+    def fit(self, example: Example, text: EncodedText, visual: Sequence[int]) -> EncodedText:
+        """The text that a row has room for beside `visual` visual tokens per image, by `config.data.overlong`.
+
+        Only text at the end is cut, never an image: half of an image's tokens would be trained on as if they were all of it.
+
+        Raises:
+          SampleError: the example is too long and may not be cut, or what would remain holds nothing to learn.
+          OverlongError: it is too long, and the configuration says to stop then.
+        """
+        room, policy = self.config.data.max_length, self.config.data.overlong
+        takes, slots = np.ones(text.ids.size, np.int64), text.ids == IMAGE_TOKEN
+        if slots.sum() != len(visual):
+            raise SampleError(f"{example.name}: {slots.sum()} image placeholders but {len(visual)} images", example.name)
+        takes[slots] = visual
+        if takes.sum() <= room:
+            return text
+        problem = f"{example.name}: {takes.sum()} tokens with its images, a row holds {room}"
+        if policy == "error":
+            raise OverlongError(f"{problem}; raise config.data.max_length, or set config.data.overlong to 'drop' or 'cut'")
+        if policy == "drop":
+            raise SampleError(f"{problem}; raise config.data.max_length", example.name)
+        kept = int(np.searchsorted(takes.cumsum(), room, side="right"))
+        if slots[kept:].any():
+            raise SampleError(f"{problem}, and an image would be cut; raise config.data.max_length", example.name)
+        if not text.supervised[1:kept].any():
+            raise SampleError(f"{problem}, and no answer begins before the cut; raise config.data.max_length", example.name)
+        return EncodedText(text.ids[:kept], text.supervised[:kept])
 
     def questions(self, example: Example) -> list[tuple[EncodedExample, str]]:
         """One generation prompt per answered turn, with the true answers of the turns before it, and the expected answer."""

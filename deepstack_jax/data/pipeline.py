@@ -1,63 +1,48 @@
-"""Grain pipelines from a source to batches. The order is a pure function of (seed, epoch), and the state is one batch index.
+"""Grain pipelines from a source to batches. What is in a batch is a pure function of its number (`data/schedule.py`).
 
-Shuffle, repeat and batch are index arithmetic on a random-access dataset, done before any worker process: so the batch with
-number n is the same for every number of workers and hosts, a run resumes at the byte where it stopped, and no example is seen
-twice in an epoch.
+Shuffle, repeat, packing and batching are index arithmetic, done before any worker process: so the batch with number n is
+the same for every number of workers and hosts, a run resumes at the byte where it stopped, and no example is seen twice in an
+epoch.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import multiprocessing.process
-import os
-import signal
-import threading
+import math
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import grain
+import numpy as np
+from absl import flags
+from rich.table import Table
 
-from deepstack_jax.batch import Batch, check_batch, empty_batch
+from deepstack_jax.batch import Batch, BatchShape, check_batch, empty_batch
 from deepstack_jax.config import Config
 from deepstack_jax.config_checks import ConfigError
 from deepstack_jax.data.conversation import get_template
 from deepstack_jax.data.encode import BadExample, Encoder
-from deepstack_jax.data.rows import Cursor, EncodedExample, blank_example, place_example
-from deepstack_jax.data.sources import LlavaJson, SampleError, Source, SourceError
-from deepstack_jax.data.synthetic import DocumentPages
+from deepstack_jax.data.lengths import length_index
+from deepstack_jax.data.mixture import epoch_order
+from deepstack_jax.data.open import check_images as check_images
+from deepstack_jax.data.open import open_source as open_source
+from deepstack_jax.data.packing import Limits
+from deepstack_jax.data.rows import Cursor, EncodedExample, Size, blank_example, place_example
+from deepstack_jax.data.schedule import PackedSchedule, PaddedSchedule, Schedule
+from deepstack_jax.data.sources import SampleError, Source
 from deepstack_jax.data.tokenize import Tokenizer, load_tokenizer
+from deepstack_jax.data.workers import live_and_die_with_the_run
 
 
 class Delivered(NamedTuple):
-    """A batch and the examples of it that were left blank."""
+    """This host's part of a batch, and what was left blank in it."""
 
     batch: Batch
     bad: tuple[BadExample, ...]
-
-
-def open_source(config: Config, split: str) -> Source:
-    """The source of the "train" or "validation" split.
-
-    Raises:
-      ConfigError: no file is configured, or it does not exist; the message names the flag that points to it.
-      SourceError: the file exists but cannot be read as examples.
-    """
-    data = config.data
-    if data.source == "pages":
-        pages = data.synthetic
-        return DocumentPages(pages.seed, pages.length, pages.style, pages.questions, split)
-    name = data.train if split == "train" else data.validation
-    if not name:
-        raise ConfigError(f"config.data.{split} is empty: name the LLaVA JSON file with --config.data.{split}=FILE")
-    path = Path(data.root).expanduser() / name
-    if not path.is_file():
-        raise ConfigError(
-            f"{split} data {path} does not exist; point to it with --config.data.root=DIR --config.data.{split}=FILE"
-        )
-    return LlavaJson(path, Path(data.root).expanduser() / data.images)
+    examples: int  # that were due in this part, bad ones included
 
 
 def open_tokenizer(config: Config) -> Tokenizer:
@@ -76,32 +61,12 @@ def open_tokenizer(config: Config) -> Tokenizer:
     return tokenizer
 
 
-def check_images(source: Source, config: Config, limit: int = 1000) -> None:
-    """Stop before compilation if more images are missing than the run would tolerate; looks at the first `limit` rows.
-
-    Raises:
-      SourceError: with the first missing paths and the flag that points to the image root.
-    """
-    if not isinstance(source, LlavaJson):
-        return
-    missing = source.missing_images(limit)
-    if len(missing) > config.data.max_bad_fraction * min(limit, len(source)):
-        raise SourceError(
-            f"{len(missing)} images are missing among the first {min(limit, len(source))} rows, e.g. {missing[0]}; "
-            "point to the image root with --config.data.root=DIR and --config.data.images=FOLDER, "
-            f"or allow more than config.data.max_bad_fraction={config.data.max_bad_fraction}"
-        )
-
-
 @dataclass(frozen=True)
 class BatchMaker:
-    """Row numbers -> one padded batch, one example per row, as long as the shortest bucket that fits. Runs in the workers."""
+    """Loads rows of the source into the form that batches are put together from."""
 
     source: Source
     encoder: Encoder
-
-    def __call__(self, indices: Sequence[int]) -> Delivered:
-        return collate([self.load(int(index)) for index in indices], self.encoder.config)
 
     def load(self, index: int) -> EncodedExample | BadExample:
         """The training form of row `index` of the source, or why it cannot be used."""
@@ -112,19 +77,78 @@ class BatchMaker:
         return self.encoder(example)
 
 
-def collate(examples: Sequence[EncodedExample | BadExample], config: Config) -> Delivered:
-    """One example per row, right padded to a bucket; the place of a bad one stays blank, with its id on record."""
-    longest = max((example.length for example in examples if isinstance(example, EncodedExample)), default=0)
+@dataclass(frozen=True)
+class StepMaker:
+    """Number of a batch -> one host's part of it. Runs in the workers.
+
+    `sizes` i32[rows of the source, 3] is what the schedule was made from, if it was made from lengths.
+    """
+
+    maker: BatchMaker
+    schedule: Schedule
+    sizes: np.ndarray | None
+    process: int
+    processes: int
+
+    def rows(self, number: int) -> tuple[list[list[int]], int | None]:
+        """The rows of the source in each row of this host's part, and the longest example of all hosts' parts."""
+        step = self.schedule.step(number)
+        share = self.schedule.rows // self.processes
+        return step.rows[self.process * share : (self.process + 1) * share], step.longest
+
+    def __call__(self, number: int) -> Delivered:
+        rows, longest = self.rows(int(number))
+        config = self.maker.encoder.config
+        loaded = [[self._load(index) for index in row] for row in rows]
+        if not config.data.packing.enabled:
+            return collate([example for [(example, _)] in loaded], config, longest)
+        return _fill(config.batch_shape(len(rows), config.data.max_length), loaded, config.layout.patches)
+
+    def _load(self, index: int) -> tuple[EncodedExample | BadExample, Size]:
+        """An example and the room that is kept for it. One that needs another is blank: packs are never made again."""
+        example = self.maker.load(index)
+        if self.sizes is None:
+            return example, Size()
+        planned = Size(*map(int, self.sizes[index]))
+        if isinstance(example, EncodedExample) and example.size != planned:
+            reason = (
+                f"row {index} has the size {tuple(example.size)} in tokens, crop slots, visual tokens, the length index says "
+                f"{tuple(planned)}: its data changed since; delete the folder lengths/ of the cache to measure again"
+            )
+            example = BadExample(index, f"row {index}", reason)
+        return example, planned
+
+
+def collate(examples: Sequence[EncodedExample | BadExample], config: Config, longest: int | None = None) -> Delivered:
+    """One example per row, right padded to a bucket; the place of a bad one stays blank, with its id on record.
+
+    Args:
+      examples: of the rows in order.
+      config: the run.
+      longest: of the examples of all hosts; None = that of `examples`.
+    """
+    if longest is None:
+        longest = max((example.length for example in examples if isinstance(example, EncodedExample)), default=0)
     length = min((bucket for bucket in config.data.buckets if bucket >= longest), default=config.data.max_length)
-    patches = config.patch_side**2
-    batch = empty_batch(config.batch_shape(len(examples), length))
-    for row, example in enumerate(examples):
-        if isinstance(example, BadExample):
-            blank_example(batch, row, 0, example.index)
-        else:
-            place_example(batch, row, example, Cursor(), patches)
+    rows = [[(example, Size())] for example in examples]
+    return _fill(config.padded_shape(len(rows), length), rows, config.layout.patches)
+
+
+def _fill(shape: BatchShape, rows: Sequence[Sequence[tuple[EncodedExample | BadExample, Size]]], patches: int) -> Delivered:
+    """A batch with every row's examples one behind the other; where a bad one was due, room of the given size stays blank."""
+    batch = empty_batch(shape)
+    bad = []
+    for row, examples in enumerate(rows):
+        cursor = Cursor()
+        for example, room in examples:
+            if isinstance(example, BadExample):
+                blank_example(batch, row, cursor.segment, example.index)
+                bad.append(example)
+                cursor = cursor.after(room)
+            else:
+                cursor = place_example(batch, row, example, cursor, patches)
     check_batch(batch, patches)
-    return Delivered(batch, tuple(example for example in examples if isinstance(example, BadExample)))
+    return Delivered(batch, tuple(bad), sum(map(len, rows)))
 
 
 class TrainingStream(Iterator[Delivered]):
@@ -132,37 +156,61 @@ class TrainingStream(Iterator[Delivered]):
 
     Args:
       source: random access, of examples.
-      config: the run.
+      config: the run. Packing, and buckets on several hosts, need the lengths of all examples: they are measured here, which
+        takes minutes for large data, or read from the cache.
       process, processes: this host and the number of hosts; a host reads only its slice of each global batch.
+      devices: along the batch axes of the mesh, of all hosts. Every micro-batch of packed rows splits over them and over hosts.
+
+    Attributes:
+      rows: of a global batch; under packing fewer than `config.train.batch_size`.
 
     `state()` is that of the batches handed out, not of those decoded ahead.
+
+    Raises:
+      ConfigError, SourceError: lengths cannot be measured, or the batch size cannot be reached; see `data/lengths.py`.
     """
 
-    def __init__(self, source: Source, config: Config, *, process: int = 0, processes: int = 1) -> None:
+    def __init__(self, source: Source, config: Config, *, process: int = 0, processes: int = 1, devices: int = 1) -> None:
         self.config = config
-        self.processes = processes
-        self.examples_per_epoch = len(source)
-        self._consumed = 0
+        self._next = 0
         self._iterator: Any = None
-        rows = config.train.batch_size // processes
-        if processes > 1 and config.data.buckets:
-            raise ConfigError("config.data.buckets: hosts would disagree on the length of a batch; clear it on several hosts")
-        order = grain.MapDataset.range(len(source)).seed(config.data.seed)
-        order = order.shuffle() if config.data.shuffle else order
-        self._order: Any = order.repeat().batch(rows, batch_fn=list)[process::processes]
-        self._make_batch = BatchMaker(source, Encoder(config))
+        data, order = config.data, epoch_order(source, config.data.seed, config.data.shuffle)
+        self.examples_per_epoch = len(order)
+        batch_size, several = config.train.batch_size, processes > 1 and bool(data.buckets)
+        sizes = length_index(source, config) if data.packing.enabled or several else None
+        self.schedule: PackedSchedule | PaddedSchedule
+        if data.packing.enabled and sizes is not None:
+            divisor = math.lcm(devices, processes) * config.train.accumulation
+            self.schedule = PackedSchedule(order, sizes, Limits.of(config), data.packing.window, batch_size, divisor)
+        else:
+            self.schedule = PaddedSchedule(order, batch_size, sizes)
+        self.rows = self.schedule.rows
+        if self.rows % processes:
+            near = max(1, round(self.rows / processes)) * processes
+            raise ConfigError(
+                f"config.train.batch_size {self.rows} does not split over {processes} hosts; nearest valid: {near}"
+            )
+        self._make = StepMaker(BatchMaker(source, Encoder(config)), self.schedule, sizes, process, processes)
+
+    def steps(self, epochs: float) -> int:
+        """Batches that go through the data so often; the same with and without packing within 2%."""
+        return self.schedule.steps(epochs)
+
+    def describe(self) -> Table | None:
+        """How well packed rows are used; None without packing."""
+        return self.schedule.describe() if isinstance(self.schedule, PackedSchedule) else None
 
     def indices(self, number: int) -> list[int]:
-        """Rows of the source in this host's part of batch `number`."""
-        return [int(index) for index in self._order[number]]
+        """Rows of the source in this host's part of batch `number`, in order."""
+        return [index for row in self._make.rows(number)[0] for index in row]
 
     def peek(self) -> Batch:
         """The first batch of all, without moving on."""
-        return self._make_batch(self.indices(0)).batch
+        return self._make(0).batch
 
     def state(self) -> dict[str, Any]:
         """Where the next batch begins, and what the order was computed from; the same on every host."""
-        return {"next_batch": self._consumed, "order": self._fingerprint()}
+        return {**self.schedule.place(self._next), "order": self._fingerprint()}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go on from a saved state.
@@ -170,30 +218,36 @@ class TrainingStream(Iterator[Delivered]):
         Raises:
           ConfigError: the data or its order are not those of the saved run; going on would repeat and miss examples.
         """
-        ours = self._fingerprint()
-        if state["order"] != ours:
-            changed = {key: (state["order"].get(key), ours[key]) for key in ours if state["order"].get(key) != ours[key]}
+        ours, theirs = self._fingerprint(), state["order"]
+        if theirs != ours:
+            keys = [*ours, *(key for key in theirs if key not in ours)]
+            changed = {key: (theirs.get(key), ours.get(key)) for key in keys if theirs.get(key) != ours.get(key)}
             raise ConfigError(f"the checkpoint's data order differs in {changed} (saved, now); start a new --workdir")
-        self._consumed = int(state["next_batch"])
-        self._iterator = None
+        self.close()
+        self._next = self.schedule.resume(state)
 
     def _fingerprint(self) -> dict[str, Any]:
         data = self.config.data
-        source = data.synthetic if data.source == "pages" else (data.train, data.images)
+        files = (data.train, data.images) if data.train else sorted(data.sets.items())
+        source = data.synthetic if data.source == "pages" else files
         digest = hashlib.sha256(json.dumps([data.source, str(source)]).encode()).hexdigest()[:16]
         return {
             "source": digest,
             "rows": self.examples_per_epoch,
             "seed": data.seed,
             "shuffle": data.shuffle,
-            "batch_size": self.config.train.batch_size,
+            **self.schedule.order(),
         }
 
     def __next__(self) -> Delivered:
         if self._iterator is None:
-            self._iterator = iter(self._dataset(self._consumed))
-        delivered = next(self._iterator)
-        self._consumed += 1
+            self._iterator = iter(self._dataset(self._next))
+        try:
+            delivered = next(self._iterator)
+        except Exception:  # the source broke down: Grain's workers and threads must not outlive it into the exit of Python
+            self.close()
+            raise
+        self._next += 1
         return delivered
 
     def close(self) -> None:
@@ -205,28 +259,17 @@ class TrainingStream(Iterator[Delivered]):
     def _dataset(self, first: int) -> grain.IterDataset:
         """Decoding starts here, in threads of this process or in worker processes."""
         data = self.config.data
-        batches = self._order[first:].map(self._make_batch)
+        batches = grain.MapDataset.range(first, sys.maxsize).map(self._make)
         if data.workers == 0:
             return batches.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=data.prefetch))
+        if not flags.FLAGS.is_parsed():  # Grain asks for flags of its own; from Python nobody has parsed any
+            flags.FLAGS.mark_as_parsed()
         inner = batches.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=1))
         options = grain.MultiprocessingOptions(
             num_workers=data.workers, per_worker_buffer_size=max(1, data.prefetch // data.workers)
         )
-        return inner.mp_prefetch(options, _live_and_die_with_the_run)
+        return inner.mp_prefetch(options, _start_worker)
 
 
-def _live_and_die_with_the_run(worker: int, workers: int) -> None:
-    """A terminal and a job scheduler signal every process of a run: its workers go on, so that it can save and end them.
-
-    They end by themselves when the run was killed; Grain's would wait for it forever.
-    """
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
-
-    def follow(run: multiprocessing.process.BaseProcess) -> None:
-        run.join()
-        os._exit(1)
-
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        threading.Thread(target=follow, args=(parent,), daemon=True).start()
+def _start_worker(worker: int, workers: int) -> None:
+    live_and_die_with_the_run()

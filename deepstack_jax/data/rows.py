@@ -12,6 +12,14 @@ from deepstack_jax.data.tokenize import IMAGE_TOKEN
 from deepstack_jax.layout.sequence import VisualLayout
 
 
+class Size(NamedTuple):
+    """What an example takes of a row."""
+
+    tokens: int = 0  # sequence positions, visual tokens included
+    crops: int = 0  # crop slots
+    visual: int = 0  # visual tokens
+
+
 @dataclass(frozen=True)
 class EncodedExample:
     """One example, tokenised and cut into crops, not yet placed."""
@@ -28,9 +36,10 @@ class EncodedExample:
         return self.ids.size + sum(layout.tokens.size - 1 for layout in self.layouts)
 
     @property
-    def crops(self) -> int:
-        """Crop slots it takes."""
-        return sum(layout.views for layout in self.layouts)
+    def size(self) -> Size:
+        """What it takes of a row."""
+        views, visual = (layout.views for layout in self.layouts), (layout.tokens.size for layout in self.layouts)
+        return Size(self.length, sum(views), sum(visual))
 
 
 class Cursor(NamedTuple):
@@ -40,6 +49,10 @@ class Cursor(NamedTuple):
     crop: int = 0
     visual: int = 0
     segment: int = 0
+
+    def after(self, size: Size) -> Cursor:
+        """The cursor behind an example of this size."""
+        return Cursor(self.token + size.tokens, self.crop + size.crops, self.visual + size.visual, self.segment + 1)
 
 
 def place_example(batch: Batch, row: int, example: EncodedExample, cursor: Cursor, patches: int) -> Cursor:
@@ -58,8 +71,7 @@ def place_example(batch: Batch, row: int, example: EncodedExample, cursor: Curso
     groups = {layout.stack.shape[0] for layout in example.layouts} - {batch.stack_source.shape[1]}
     if groups:
         raise ValueError(f"layouts have {groups} groups, the batch has room for {batch.stack_source.shape[1]}")
-    visual = sum(layout.tokens.size for layout in example.layouts)
-    needs = Cursor(example.length, example.crops, visual, 1)
+    needs = Cursor(*example.size, 1)
     room = (batch.tokens.shape[1], batch.pixels.shape[1], batch.token_source.shape[1], batch.example_id.shape[1])
     for name, used, need, size in zip(("tokens", "crop slots", "visual tokens", "examples"), cursor, needs, room, strict=True):
         if used + need > size:
@@ -82,7 +94,7 @@ def place_example(batch: Batch, row: int, example: EncodedExample, cursor: Curso
         batch.token_source[row, place : place + layout.tokens.size] = placed.tokens
         batch.stack_source[row, :, place : place + layout.tokens.size] = placed.stack
         crop, place = crop + layout.views, place + layout.tokens.size
-    return Cursor(*(used + need for used, need in zip(cursor, needs, strict=True)))
+    return cursor.after(example.size)
 
 
 def blank_example(batch: Batch, row: int, segment: int, index: int) -> None:

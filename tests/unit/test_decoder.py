@@ -164,7 +164,7 @@ def test_layer_inputs_hold_the_injection(inputs, params):
 
     @jax.jit
     def run_block(params, x):
-        return block.apply({"params": params}, x, None, jnp.asarray(-1), None, rotary, mask, None, None)[0]
+        return block.apply({"params": params}, x, None, jnp.asarray(-1), None, rotary, mask, None, (jnp.asarray(0), None))[0]
 
     chex.assert_shape(output.layer_inputs, (TINY.layers, B, T, D))
     for layer in range(TINY.layers):
@@ -222,12 +222,12 @@ class LeakyBody(decoder_module.ScanBody):
 
     @nn.compact
     def __call__(self, carry, per_layer, places, rotary, mask, filled):
-        x, layer_inject = carry
-        group, cache = per_layer
+        x, layer_inject, cache = carry
+        group, layer = per_layer
         x, layer_inject, cache = nn.remat(LeakyBlock, prevent_cse=False)(self.config, self.attend, self.dtype, name="block")(
-            x, layer_inject, group, places, rotary, mask, cache, filled
+            x, layer_inject, group, places, rotary, mask, cache, (layer, filled)
         )
-        return (x, layer_inject), (cache, None)
+        return (x, layer_inject, cache), None
 
 
 class LeakyBlock(InjectedBlock):

@@ -1,4 +1,4 @@
-"""Greedy decoding with a cache against the plain model: the full forward run again for every token."""
+"""Decoding with a cache against the plain model: the full forward run again for every token."""
 
 import functools
 import inspect
@@ -11,7 +11,9 @@ import pytest
 
 from deepstack_jax.batch import empty_batch
 from deepstack_jax.data.rows import Cursor, place_example
-from deepstack_jax.inference.generate import empty_cache, greedy
+from deepstack_jax.inference.generate import CHUNK, NO_TOKEN, answer_ids, empty_cache, greedy, prefill, stop_array
+from deepstack_jax.inference.options import Options
+from deepstack_jax.inference.sampling import greedy_sampling
 from deepstack_jax.model.variants import build_model
 from tests.unit.tiny import example, model_params, tiny_config
 
@@ -96,6 +98,11 @@ def test_batched_equals_alone(params, expected):
         np.testing.assert_array_equal(alone[0], expected[row])
 
 
+def test_one_token_is_an_answer(batch, params, expected):
+    answers = greedy(MODEL, params, batch, max_new_tokens=1, stop_id=NEVER)
+    np.testing.assert_array_equal(answers, expected[:, :1])
+
+
 def test_answers_end_at_stop_id(batch, params, expected):
     stop = int(expected[0, 2])
     answers = np.asarray(greedy(MODEL, params, batch, max_new_tokens=NEW, stop_id=stop))
@@ -121,7 +128,7 @@ def test_the_loop_ends_when_all_rows_have(batch, params, expected):
     spy = Spy(**{field: getattr(MODEL, field) for field in MODEL.__dataclass_fields__ if field not in ("parent", "name")})
     greedy(spy, params, prompts([0, 0], PROMPT), max_new_tokens=NEW, stop_id=stop).block_until_ready()
     jax.effects_barrier()
-    assert len(calls) == longest + 1 < NEW
+    assert len(calls) == longest < NEW, "the last token is not read again"
 
 
 def test_same_shapes_do_not_trace_again(params):
@@ -132,6 +139,107 @@ def test_same_shapes_do_not_trace_again(params):
     assert (np.asarray(run(first)) != np.asarray(run(second))).any()
     with pytest.raises(AssertionError, match="traced"):
         run(prompts([0, 1], PROMPT + 1))
+
+
+LONG = CHUNK + 5
+BLIND_MARGIN = 1e-3  # below it two float32 programs may rank the two likeliest tokens differently
+
+
+def decoded(params, batch, sampling=None, **changes):
+    """All tokens of `answer_ids`, i32[B, Y]."""
+    settings = {"stop_ids": [NEVER], "max_new_tokens": LONG, "room": 32} | changes
+    return np.concatenate(list(answer_ids(MODEL, params, batch, sampling or greedy_sampling(4), **settings)), axis=1)
+
+
+@pytest.fixture(scope="module")
+def long_answers(batch, params):
+    return decoded(params, batch)
+
+
+def test_chunks_join_to_the_one_loop(batch, params, long_answers, expected):
+    chex.assert_shape(long_answers, (4, LONG))
+    np.testing.assert_array_equal(long_answers[:, :NEW], expected)
+    np.testing.assert_array_equal(decoded(params, batch, every=3), long_answers)
+    sizes = [piece.shape[1] for piece in pieces_of(params, batch, 4)]
+    assert sizes == [1, 4, 4, 4, 4, 4]
+
+
+def pieces_of(params, batch, every):
+    sampling = greedy_sampling(4)
+    return list(answer_ids(MODEL, params, batch, sampling, stop_ids=[NEVER], max_new_tokens=LONG, room=32, every=every))
+
+
+def test_greedy_rows_do_not_depend_on_their_batch(params, long_answers, next_token, record_property):
+    """0, 1 and 3 images, prompts of four lengths. Where the two likeliest tokens are nearer than 1e-3, rows may part."""
+    near = 0
+    for row in range(4):
+        alone = decoded(params, prompts([row], PROMPT), greedy_sampling(1))[0]
+        margins = margins_of(next_token, row, alone)
+        first = next((at for at, margin in enumerate(margins) if margin < BLIND_MARGIN), LONG)
+        near += sum(margin < BLIND_MARGIN for margin in margins)
+        assert alone[:first].tolist() == long_answers[row, :first].tolist()
+        assert first > NEW
+    record_property("tokens", 4 * LONG)
+    record_property("margins_below_1e-3", near)
+    assert near <= 2, f"{near} of {4 * LONG} margins are too small to compare: draw other weights"
+
+
+def margins_of(next_token, row, answer):
+    """By how much each token of a row's answer won, by the full forward."""
+    batch, margins = prompts([row], PROMPT + LONG), []
+    length = int((batch.segment_ids > 0).sum())
+    for token in answer:
+        best, margin = next_token(batch, np.array([length]))
+        margins.append(float(margin))
+        assert int(best[0]) == token or margin < BLIND_MARGIN
+        batch.tokens[0, length], batch.segment_ids[0, length], batch.positions[0, length] = token, 1, length
+        length += 1
+    return margins
+
+
+def test_drawn_rows_do_not_depend_on_their_batch(batch, params):
+    seeds = [7, 7, 8, 9]
+    (together,) = Options(temperature=1.3, top_k=20, seed=seeds).sampling(4, 4)
+    answers = decoded(params, batch, together)
+    again = decoded(params, batch, together)
+    np.testing.assert_array_equal(answers, again)
+    for row, seed in enumerate(seeds):
+        (alone,) = Options(temperature=1.3, top_k=20, seed=seed).sampling(1, 1)
+        np.testing.assert_array_equal(decoded(params, prompts([row], PROMPT), alone)[0], answers[row])
+    (other,) = Options(temperature=1.3, top_k=20, seed=[1, 2, 3, 4]).sampling(4, 4)
+    assert (decoded(params, batch, other) != answers).any(axis=1).all()
+
+
+def test_several_stop_ids_end_rows_and_are_no_part_of_them(batch, params, long_answers):
+    stops = [int(long_answers[0, 2]), int(long_answers[2, 4])]
+    answers = decoded(params, batch, stop_ids=stops)
+    for ours, free in zip(answers, long_answers, strict=True):
+        hits = np.flatnonzero(np.isin(free, stops))
+        end = hits[0] if hits.size else LONG
+        assert ours[:end].tolist() == free[: min(end, answers.shape[1])].tolist()
+        assert (ours[end:] == NO_TOKEN).all()
+
+
+def test_a_second_prompt_of_the_same_bucket_compiles_nothing(params):
+    """Other words, images, sampling, stop ids and lengths of the answer; counted by jax itself."""
+    compiled = []
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda event, *_, **__: compiled.append(event) if event.endswith("backend_compile_duration") else None
+    )
+    decoded(params, prompts([0, 1, 2, 3], PROMPT))
+    before = len(compiled)
+    (drawing,) = Options(temperature=0.8, top_p=0.9, top_k=5, seed=4).sampling(4, 4)
+    decoded(params, prompts([3, 2, 1, 0], PROMPT), drawing, stop_ids=[5, 6, 7], max_new_tokens=9, every=2)
+    assert len(compiled) == before
+    jax.jit(lambda x: x + 1)(np.arange(77))
+    assert len(compiled) > before, "the count must see a compilation"
+
+
+def test_stop_ids_are_padded(batch, params):
+    assert stop_array([3]).tolist() == [3] + [NO_TOKEN] * 7
+    assert stop_array(range(9)).size == 16
+    state = prefill(MODEL, params, batch, greedy_sampling(4), stop_array([]), room=8)
+    assert not state.done.any()
 
 
 def test_an_empty_row_gives_stop_ids(batch, params):

@@ -1,4 +1,4 @@
-"""LLaVA JSON: what is read, what is refused and how it is said, and what opening a large file costs."""
+"""JSON files of rows, and rows of every style: what is read, what is refused and how it is said, and what opening costs."""
 
 import json
 import pickle
@@ -11,9 +11,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deepstack_jax.data import sources
+from deepstack_jax.data import json_rows
 from deepstack_jax.data.conversation import Message
-from deepstack_jax.data.sources import Example, LlavaJson, SampleError, SourceError
+from deepstack_jax.data.file_source import FileSource
+from deepstack_jax.data.open import open_files
+from deepstack_jax.data.sources import Example, Outline, SampleError, SourceError
 
 
 def row(name: object = "a", image: object = "x.jpg", question: str = "<image>\nWhat?", answer: str = "This.") -> dict:
@@ -37,8 +39,10 @@ def write(folder: Path, content: object, name: str = "data.json") -> Path:
     return path
 
 
-def opened(folder: Path, content: object, name: str = "data.json") -> LlavaJson:
-    return LlavaJson(write(folder, content, name), folder)
+def opened(folder: Path, content: object, name: str = "data.json") -> FileSource:
+    source = open_files(str(write(folder, content, name)), str(folder))
+    assert isinstance(source, FileSource)
+    return source
 
 
 def test_a_row_becomes_an_example(tmp_path):
@@ -76,7 +80,7 @@ def test_any_layout_read_through_any_window_gives_the_rows_back(texts, layout, w
     else:
         content = " \n" + json.dumps(rows, **layout) + "\n"
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sources, "_WINDOW_BYTES", window)
+        patch.setattr(json_rows, "_WINDOW_BYTES", window)
         source = opened(Path(folder), content, "data.jsonl" if as_lines else "data.json")
         assert len(source) == len(rows)
         for index, each in enumerate(rows):
@@ -91,7 +95,7 @@ def test_a_byte_order_mark_is_no_content(tmp_path):
 
 @pytest.mark.parametrize("window", [5, 1 << 20])
 def test_a_file_cut_anywhere_is_refused(tmp_path, monkeypatch, window):
-    monkeypatch.setattr(sources, "_WINDOW_BYTES", window)
+    monkeypatch.setattr(json_rows, "_WINDOW_BYTES", window)
     whole = json.dumps([row("é"), text_row(), 12], ensure_ascii=False).encode()
     for end in range(len(whole)):
         with pytest.raises(SourceError, match=r"line 1 column \d+"):
@@ -143,29 +147,31 @@ def test_a_broken_line_of_json_lines_is_named(tmp_path):
 
 
 def test_an_endless_row_is_refused_without_reading_the_rest(tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "_WINDOW_BYTES", 64)
-    monkeypatch.setattr(sources, "_MAX_ROW_BYTES", 512)
+    monkeypatch.setattr(json_rows, "_WINDOW_BYTES", 64)
+    monkeypatch.setattr(json_rows, "_MAX_ROW_BYTES", 512)
     path = write(tmp_path, '[{"id": "open' + " " * 100_000 + '"}]')
     with path.open("rb") as file:
-        scanner = sources._array_spans(file)
+        scanner = json_rows._array_spans(file)
         with pytest.raises(ValueError, match="cut inside a row"):
             next(scanner)
         assert file.tell() <= 1024
 
 
 def test_a_missing_file_and_a_missing_root_are_named(tmp_path):
-    with pytest.raises(SourceError, match=r"cannot read .*nothing\.json: No such file"):
-        LlavaJson(tmp_path / "nothing.json", tmp_path)
-    with pytest.raises(SourceError, match=r"cannot read .*: Is a directory"):
-        LlavaJson(tmp_path, tmp_path)
-    with pytest.raises(SourceError, match=r"image root .*nowhere is not a folder"):
-        LlavaJson(write(tmp_path, [row()]), tmp_path / "nowhere")
+    with pytest.raises(SourceError, match=r"nothing\.json does not exist; give a \.json"):
+        open_files(str(tmp_path / "nothing.json"), str(tmp_path))
+    path = str(write(tmp_path, [row()]))
+    with pytest.raises(SourceError, match=r"image root .*nowhere is not a folder; give the folder"):
+        open_files(path, str(tmp_path / "nowhere"))
+    with pytest.raises(SourceError, match=rf"folder {tmp_path} holds data\.json; give a \.json"):
+        open_files(str(tmp_path), str(tmp_path))
 
 
 ROW_ERRORS = [
     (3, "row 1", "is a number, expected an object"),
-    (None, "row 1", "is a null, expected an object"),
-    ({"id": "x"}, "x", "has no conversations"),
+    (None, "row 1", "is null, expected an object"),
+    ({"id": "x"}, "x", "has no conversations, messages or texts, but id; name the turns"),
+    (row("x") | {"messages": []}, "x", "has conversations and messages, expected one of them"),
     (row("x") | {"conversations": []}, "x", "has no conversations"),
     (row("x") | {"conversations": {}}, "x", "has no conversations"),
     (row("x") | {"conversations": ["hi"]}, "x", "has no conversations"),
@@ -208,7 +214,7 @@ def test_bytes_that_are_not_utf8_spoil_their_row_only(tmp_path):
     good = json.dumps(row()).encode()
     source = opened(tmp_path, b"[" + good + b"," + good.replace(b"This", b"Th\xe9s") + b"]")
     assert source[0].messages[1].text == "This."
-    with pytest.raises(SampleError, match="row 1: not UTF-8"):
+    with pytest.raises(SampleError, match=r"row 1 \(id 'row 1'\): not UTF-8"):
         source[1]
 
 
@@ -224,7 +230,7 @@ def test_source_and_errors_travel_between_processes(tmp_path):
     assert len(packed) < 5000 * 12 + 2000, "offsets only"
     copy = pickle.loads(packed)
     assert copy[4321] == source[4321]
-    assert repr(copy) == repr(source) == "LlavaJson('data.json', rows=5001)"
+    assert repr(copy) == repr(source) == "JsonRows('data.json', rows=5001)"
     with pytest.raises(SampleError) as caught:
         copy[5000]
     error = pickle.loads(pickle.dumps(caught.value))
@@ -234,11 +240,10 @@ def test_source_and_errors_travel_between_processes(tmp_path):
 def test_a_file_that_changes_under_a_run_is_an_error_of_the_file(tmp_path):
     source = opened(tmp_path, [row("one"), row("two")])
     write(tmp_path, [row("another"), row("two")])
-    with pytest.raises(SourceError, match=r"data\.json changed while in use") as caught:
+    with pytest.raises(SourceError, match=r"data\.json any more: it changed while in use") as caught:
         source[1]
     assert not isinstance(caught.value, SampleError)
-    source_path = Path(source.path)
-    source_path.unlink()
+    Path(source.rows.path).unlink()
     with pytest.raises(SourceError, match="any more: No such file"):
         source[1]
 
@@ -249,7 +254,7 @@ def test_missing_images_are_found_without_opening_any(tmp_path):
     source = opened(tmp_path, [row(image=name) for name in names] + [text_row(), {"id": "bad"}])
     gone = [str(tmp_path / f"gone{number}.jpg") for number in (1, 2, 3)]
     assert source.missing_images(10) == gone
-    assert source.missing_images(2) == gone[:2]
+    assert source.missing_images(2) == gone[:1], "looks at so many rows"
 
 
 @pytest.mark.slow
@@ -259,9 +264,9 @@ def test_a_hundred_thousand_rows_open_in_three_seconds_and_300_megabytes(tmp_pat
     # VmHWM, as ru_maxrss would include the peak of the parent, this test run
     script = f"""
 import re, time
-from deepstack_jax.data.sources import LlavaJson
+from deepstack_jax.data.open import open_files
 start = time.perf_counter()
-source = LlavaJson({str(path)!r}, {str(tmp_path)!r})
+source = open_files({str(path)!r}, {str(tmp_path)!r})
 seconds = time.perf_counter() - start
 peak = re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1]
 print(len(source), seconds, int(peak) / 1024)
@@ -271,3 +276,26 @@ print(len(source), seconds, int(peak) / 1024)
     assert rows == 100_000
     assert seconds < 3
     assert megabytes < 300
+
+
+def test_outlines_go_over_every_row_also_unusable_ones(tmp_path):
+    rows = [
+        row("a", "./d/x.jpg") | {"data_source": "vqa"},
+        3,
+        text_row("t"),
+        row("m", ["y", "z"]),
+        row(5, "../x"),
+        {"image": "w"},
+    ]
+    source = opened(tmp_path, rows)
+    assert list(source.outlines()) == [
+        Outline("a", ("d/x.jpg",), "vqa"),
+        Outline("row 1", (), ""),
+        Outline("t", (), ""),
+        Outline("m", ("y", "z"), ""),
+        Outline("5", (), ""),
+        Outline("row 5", ("w",), ""),
+    ]
+    good = json.dumps(row("é")).encode()
+    broken = opened(tmp_path, b"[" + good + b"," + good.replace(b"This", b"Th\xe9s") + b"]")
+    assert [outline.name for outline in broken.outlines()] == ["é", "row 1"]

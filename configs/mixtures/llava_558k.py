@@ -1,0 +1,16 @@
+"""Stage 1: LLaVA's 558k captioned images of LAION, CC and SBU (LCS-558K), 181 MB of JSON and 27 GB of images."""
+
+from deepstack_jax.config_data import SetConfig
+
+HUB = "https://huggingface.co/datasets/liuhaotian/LLaVA-Pretrain"
+
+SETS = {
+    "lcs558k": SetConfig(
+        file="blip_laion_cc_sbu_558k.json",
+        images="images",
+        rows=558_128,
+        file_from=f"{HUB} (blip_laion_cc_sbu_558k.json)",
+        images_from=f"{HUB} (images.zip, unpacked into images/)",
+        licence="other: those of CC-3M and BLIP, see the data set's card",
+    ),
+}

@@ -1,0 +1,74 @@
+"""The data sections of a run's configuration; `config.py` puts them into the whole."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class SyntheticConfig:
+    """The demo's page generator (`data/synthetic.py`)."""
+
+    seed: int = 0
+    length: int = 1_000_000  # pages; they are drawn when asked for
+    style: str = "checker"  # checker (readable in high resolution only) | legible
+    questions: int = 12
+
+
+@dataclass(frozen=True)
+class PackingConfig:
+    """Several examples in a row, each attending to itself alone (`data/packing.py`)."""
+
+    enabled: bool = False
+    window: int = 256  # examples of the shuffled order that wait to be chosen from
+    max_examples: int = 16  # G, examples that a row has room for
+    # Images that a row has crop slots for, or fewer where `data.max_length` does not hold so many. An empty slot costs the
+    # vision tower as much as a full one: with many text-only examples fewer are cheaper, and text fills the rest of the row.
+    max_images: int = 4
+
+
+@dataclass(frozen=True)
+class SetConfig:
+    """One set of a mixture (`data/mixture.py`): rows of a file, chosen by their image paths or their data_source.
+
+    Image paths are compared as the file writes them, from their first letter on; "<text>" stands for that of a row that
+    names no image file. A `keep_images` that ends with "/" is a folder, and must be there.
+    """
+
+    file: str = ""  # relative to `data.root`; several sets may share one
+    images: str = ""  # image root of the file, relative to `data.root`
+    rows: int = 0  # expected; 0 = unknown
+    exact: bool = True  # False: `rows` is known in thousands only
+    paper: int = 0  # rows that the paper prints, where they differ from what was published; shown, nothing else
+    repeat: float = 1.0  # how often an epoch goes through the set; 0.5 = one half, the next epoch the other half
+    keep_images: tuple[str, ...] = ()  # beginnings of image paths; empty = all rows
+    drop_images: tuple[str, ...] = ()  # beginnings of image paths that are not wanted, whatever else holds
+    keep_sources: tuple[str, ...] = ()  # values of the rows' "data_source"; empty = all rows
+    file_from: str = ""  # where to get the file, for the message that it is missing
+    images_from: str = ""  # where to get the images
+    licence: str = ""  # as published
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where examples come from and how they become rows."""
+
+    source: str = "files"  # files (`data/open.py` lists the formats) | pages (synthetic)
+    root: str = ""  # folder that relative paths below start from
+    train: str = ""  # file of training rows; where it names one, `sets` are not looked at
+    sets: dict[str, SetConfig] = field(default_factory=dict)  # the mixture to train on, by name
+    validation: str = ""  # held-out rows; empty = none
+    images: str = ""  # image root, relative to `root`
+    template: str = "v1"
+    tokenizer: str = ""  # bytes | words:... | folder with tokenizer.model or tokenizer.json
+    max_length: int = 2048  # T of the longest bucket, visual tokens included
+    buckets: tuple[int, ...] = ()  # shorter lengths that a batch may be padded to; empty = max_length only
+    overlong: str = "drop"  # an example longer than that: drop (and count) | cut (text at its end) | error (stop the run)
+    max_images: int = 1  # images that an example may have
+    shuffle: bool = True
+    seed: int = 0
+    workers: int = 0  # processes that decode ahead; 0 decodes in a thread of this process
+    prefetch: int = 4  # batches made ahead
+    max_bad_fraction: float = 0.01  # of all examples seen; the run stops above it
+    packing: PackingConfig = field(default_factory=PackingConfig)
+    synthetic: SyntheticConfig = field(default_factory=SyntheticConfig)

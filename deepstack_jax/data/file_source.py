@@ -1,0 +1,123 @@
+"""Rows of a container and the folder of their images as a source of examples."""
+
+import operator
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import islice
+from typing import Protocol, SupportsIndex
+
+from deepstack_jax.data import files
+from deepstack_jax.data.conversation import ConversationError
+from deepstack_jax.data.normaliser import RowError, row_name, to_example, to_outline
+from deepstack_jax.data.sources import Example, Outline, SampleError, SourceError
+
+
+class Rows(Protocol):
+    """A container of rows by random access, cheap to pickle: `JsonRows`, `ParquetRows` or `ArrowRows`.
+
+    Attributes:
+        path: file, folder or pattern that the user named.
+    """
+
+    path: str
+
+    def __len__(self) -> int: ...
+
+    def place(self, index: int) -> str:
+        """File and row, for messages."""
+        ...
+
+    def read(self, index: int) -> object:
+        """Row `index` as it stands; RowError where it alone is damaged, SourceError where the container is."""
+        ...
+
+    def scan(self) -> Iterator[object]:
+        """All rows in order, or the few columns of them that an outline needs; None for one that cannot be read."""
+        ...
+
+
+class FileSource:
+    """Examples of a container, by random access; images are named and not opened, except those behind a URL.
+
+    A path on this machine stays a path in `Example.images`; an image under a root that is a URL is fetched and comes as its
+    encoded bytes, since what decodes images knows no network.
+
+    Args:
+        rows: the container.
+        image_root: absolute folder or URL that image paths start from; "" = every image is embedded.
+
+    Raises:
+        SourceError: the image root is no folder.
+    """
+
+    def __init__(self, rows: Rows, image_root: str) -> None:
+        self.rows, self.image_root = rows, image_root
+        try:
+            # A web server need not list its folders: there, missing images show when they are looked for.
+            known = not image_root or image_root.startswith(("http://", "https://")) or files.is_folder(image_root)
+        except OSError as error:
+            raise SourceError(
+                f"cannot reach image root {image_root}: {error.strerror}; check the URL and your access"
+            ) from error
+        if not known:
+            raise SourceError(f"image root {image_root} is not a folder; give the folder that the image paths start from")
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __repr__(self) -> str:  # Grain compares this text when it restores an iterator: no address, no machine's folder
+        return f"{type(self.rows).__name__}({self.rows.path.rstrip('/').split('/')[-1]!r}, rows={len(self)})"
+
+    def __getitem__(self, index: SupportsIndex) -> Example:
+        """Row `index`.
+
+        Raises:
+            IndexError: outside 0..len-1.
+            SampleError: when this row is not a usable conversation; says which row, what is wrong and how to mend it.
+            SourceError: when the container changed or vanished since it was opened.
+        """
+        index = operator.index(index)
+        if not 0 <= index < len(self):
+            raise IndexError(f"row {index} is outside 0..{len(self) - 1} of {self.rows.path}")
+        row: object = None
+        try:
+            row = self.rows.read(index)
+            example = to_example(row, index, self.image_root)
+            return replace(example, images=tuple(map(_fetched, example.images))) if files.is_url(self.image_root) else example
+        except (RowError, ConversationError) as error:
+            name = row_name(row, index)
+            raise SampleError(f"{self.rows.place(index)} (id {name!r}): {error}", name) from error.__cause__
+
+    def outlines(self) -> Iterator[Outline]:
+        """Name, image paths and data_source of every row, in one pass over the container.
+
+        Raises:
+            SourceError: when the container changed or vanished since it was opened.
+        """
+        try:
+            for index, row in enumerate(self.rows.scan()):
+                yield to_outline(row, index)
+        except OSError as error:
+            raise SourceError(
+                f"cannot read {self.rows.path} any more: {error.strerror}; put it back and start again"
+            ) from error
+
+    def missing_images(self, rows: int) -> list[str]:
+        """Image files named by the first `rows` rows that do not exist, each once, in order.
+
+        Looks at names only; a file that exists may still not decode. Rows that are unusable are left to the reader of the
+        rows, who counts them.
+        """
+        wanted: dict[str, None] = {}
+        for outline in islice(self.outlines(), rows):
+            wanted.update((files.under(self.image_root, name), None) for name in outline.images if self.image_root)
+        return files.missing(wanted)
+
+
+def _fetched(image: object) -> object:
+    if not isinstance(image, str):
+        return image
+    try:
+        return files.read_bytes(image)
+    except OSError as error:
+        raise RowError(f"cannot read image {image}: {error.strerror}; put it there or remove the row") from error

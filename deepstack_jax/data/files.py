@@ -1,0 +1,248 @@
+"""Files by path or URL. Local ones go through the operating system, others (gs://, s3://, memory://) through fsspec, by ranges.
+
+Whatever goes wrong, here or in a backend of fsspec, is an OSError whose `strerror` is one line to show.
+"""
+
+import contextlib
+import errno
+import hashlib
+import io
+import os
+import posixpath
+import re
+import tempfile
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from glob import glob as local_glob
+from typing import IO, Any
+
+from fsspec.core import url_to_fs
+
+BUFFER_BYTES = 8 << 20
+"""What a stream over the network asks for at once."""
+
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
+_LOCAL = "file://"
+_THREADS = 16  # requests under way at once; latency dominates, not bandwidth
+
+
+def is_url(path: str) -> bool:
+    """Whether the path names something that only fsspec can reach; "file://" does not."""
+    return _URL.match(path) is not None and not path.startswith(_LOCAL)
+
+
+def absolute(path: str | os.PathLike[str]) -> str:
+    """An absolute local path, `~` expanded, or the URL without a slash at its end."""
+    path = os.fspath(path)
+    if is_url(path):
+        return path.rstrip("/") if not path.endswith("://") else path
+    return os.path.abspath(os.path.expanduser(path.removeprefix(_LOCAL)))
+
+
+def under(root: str, name: str) -> str:
+    """The relative path `name` below an absolute `root`, to the letter: nothing in `name` is expanded."""
+    return f"{root}/{name}" if is_url(root) else os.path.join(root, name)
+
+
+def join(root: str, name: str) -> str:
+    """`name` as a user means it, starting from `root`; either may be a URL, and an absolute path or a URL stands for itself."""
+    if not name or is_url(name) or name.startswith((_LOCAL, "~", "/")):
+        return absolute(name or root)
+    return absolute(under(absolute(root), posixpath.normpath(name)))
+
+
+def size(path: str) -> int:
+    """Bytes of a file."""
+    if not is_url(path):
+        return os.stat(path).st_size
+    with _backend(path) as (system, inner):
+        length = system.size(inner)
+        if length is None:
+            raise OSError(errno.EIO, "its size is unknown there, so it cannot be read by ranges", path)
+        return int(length)
+
+
+def is_file(path: str) -> bool:
+    """Whether a file is there."""
+    if not is_url(path):
+        return os.path.isfile(path)
+    with _backend(path) as (system, inner):
+        return system.isfile(inner)
+
+
+def is_folder(path: str) -> bool:
+    """Whether a folder is there; object stores have one wherever a name continues behind the slash."""
+    if not is_url(path):
+        return os.path.isdir(path)
+    with _backend(path) as (system, inner):
+        return system.isdir(inner)
+
+
+def names(folder: str) -> list[str]:
+    """Names of what lies in a folder, sorted."""
+    if not is_url(folder):
+        return sorted(os.listdir(folder))
+    with _backend(folder) as (system, inner):
+        return sorted({posixpath.basename(str(path).rstrip("/")) for path in system.ls(inner, detail=False)})
+
+
+def glob(pattern: str) -> list[str]:
+    """Paths or URLs of the files that match, sorted."""
+    if not is_url(pattern):
+        return sorted(local_glob(pattern))
+    with _backend(pattern) as (system, inner):
+        return sorted(system.unstrip_protocol(str(path)) for path in system.glob(inner))
+
+
+def read_bytes(path: str) -> bytes:
+    """All of a file."""
+    if not is_url(path):
+        with open(path, "rb") as file:
+            return file.read()
+    with _backend(path) as (system, inner):
+        return system.cat_file(inner)
+
+
+def read_range(path: str, start: int, length: int, whole: int) -> bytes:
+    """`length` bytes from `start` on of a file that had `whole` bytes when it was opened; OSError where it has no longer."""
+    if is_url(path):
+        with _backend(path) as (system, inner):
+            data = system.cat_file(inner, start=start, end=start + length)
+    else:
+        with open(path, "rb", buffering=0) as file:
+            now = os.fstat(file.fileno()).st_size
+            if now != whole:
+                raise OSError(errno.ESTALE, f"it changed while in use ({now} bytes, {whole} when opened)", path)
+            file.seek(start)
+            data = file.read(length)
+    if len(data) != length:
+        raise OSError(errno.EIO, f"got {len(data)} bytes for a range of {length}", path)
+    return data
+
+
+def open_binary(path: str, buffer: int = BUFFER_BYTES) -> IO[bytes]:
+    """A seekable file to read from; of a remote one `buffer` bytes are fetched at once."""
+    if not is_url(path):
+        return open(path, "rb")
+    return io.BufferedReader(_RemoteFile(path), buffer)
+
+
+def missing(paths: Iterable[str]) -> list[str]:
+    """Those of `paths` where no file is, in their order."""
+    paths = list(paths)
+    if any(map(is_url, paths)):
+        with ThreadPoolExecutor(_THREADS) as pool:
+            there = list(pool.map(is_file, paths))
+    else:
+        there = list(map(os.path.isfile, paths))
+    return [path for path, found in zip(paths, there, strict=True) if not found]
+
+
+def in_parallel(function: Any, paths: Iterable[str]) -> list[Any]:
+    """`function` of every path, in their order; several at once where the network answers."""
+    paths = list(paths)
+    if not any(map(is_url, paths)):
+        return list(map(function, paths))
+    with ThreadPoolExecutor(_THREADS) as pool:
+        return list(pool.map(function, paths))
+
+
+def cache_folder() -> str:
+    """Where copies of remote files are kept: DEEPSTACK_CACHE, or ~/.cache/deepstack_jax."""
+    return absolute(os.environ.get("DEEPSTACK_CACHE") or "~/.cache/deepstack_jax")
+
+
+def local_copy(path: str) -> str:
+    """A local path with the content of `path`: itself, or a copy in the cache, fetched once per version of the remote file.
+
+    For formats whose readers need a file of the operating system. The copy appears when it is whole.
+    """
+    if not is_url(path):
+        return path
+    with _backend(path) as (system, inner):
+        version = hashlib.sha256(f"{path} {system.ukey(inner)}".encode()).hexdigest()[:24]
+        folder = os.path.join(cache_folder(), "copies", version)
+        copy = os.path.join(folder, posixpath.basename(path))
+        if not os.path.isfile(copy):
+            os.makedirs(folder, exist_ok=True)
+            with tempfile.NamedTemporaryFile(dir=folder, delete=False) as partial:
+                pass
+            try:
+                system.get_file(inner, partial.name)
+                os.replace(partial.name, copy)
+            finally:
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(partial.name)
+    return copy
+
+
+def publish(local: str, path: str) -> None:
+    """Move a finished local file to `path`, in one step: a rename on the same file system, or an upload."""
+    if not is_url(path):
+        with open(local, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(local, path)
+        return
+    with _backend(path) as (system, inner):
+        system.put_file(local, inner)
+    os.unlink(local)
+
+
+def remove(path: str) -> None:
+    """Delete a file."""
+    if not is_url(path):
+        os.unlink(path)
+        return
+    with _backend(path) as (system, inner):
+        system.rm_file(inner)
+
+
+class _RemoteFile(io.RawIOBase):
+    """A remote file as ranges, one request per read."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__()
+        self._path, self._size, self._at = path, size(path), 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._at
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET, /) -> int:
+        self._at = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._size}[whence] + offset
+        return self._at
+
+    def readinto(self, buffer: Any, /) -> int:
+        length = min(len(buffer), max(0, self._size - self._at))
+        if length:
+            buffer[:length] = read_range(self._path, self._at, length, self._size)
+            self._at += length
+        return length
+
+
+@contextlib.contextmanager
+def _backend(path: str) -> Iterator[tuple[Any, str]]:
+    """The fsspec file system of a URL and the name inside it; errors of any kind leave as OSError with a reason."""
+    try:
+        yield url_to_fs(path)
+    except OSError as error:
+        if error.strerror:
+            raise
+        kinds = {FileNotFoundError: errno.ENOENT, PermissionError: errno.EACCES, IsADirectoryError: errno.EISDIR}
+        number = kinds.get(type(error))
+        raise OSError(number or errno.EIO, os.strerror(number) if number else _one_line(error), path) from error
+    except ImportError as error:  # fsspec says which package is missing
+        raise OSError(
+            errno.EPROTONOSUPPORT, f"{_one_line(error)} (for gs:// pip install 'deepstack-jax[gcs]')", path
+        ) from error
+    except Exception as error:  # every backend raises kinds of its own
+        raise OSError(errno.EIO, _one_line(error), path) from error
+
+
+def _one_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]

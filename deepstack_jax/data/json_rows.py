@@ -1,0 +1,230 @@
+"""Rows of a JSON array or of JSON lines by random access: one pass finds where each row stands, reading is a range."""
+
+import codecs
+import json
+import re
+from collections.abc import Iterator
+from typing import IO
+
+import numpy as np
+
+from deepstack_jax.data import files
+from deepstack_jax.data.normaliser import RowError, row_name
+from deepstack_jax.data.sources import SourceError
+
+LINE_SUFFIXES = (".jsonl", ".ndjson")
+
+_WINDOW_BYTES = 8 << 20
+_MAX_ROW_BYTES = 64 << 20
+"""A row that does not parse within this much text is malformed; without a bound one missing quote would load the whole file."""
+
+_SPACE = re.compile(r"[ \t\r\n]*")
+_DECODER = json.JSONDecoder()
+
+
+class JsonRows:
+    """Rows of a JSON file (one array; or one object per line where the name ends in .jsonl), by random access.
+
+    Only the place of each row is kept in memory (12 bytes a row); a row is read and parsed when asked for, so the object is
+    cheap to send to worker processes.
+
+    Args:
+        path: the JSON file, a local path or a URL.
+
+    Raises:
+        SourceError: when the file cannot be read, is not JSON (line, column, last good id), holds no array or no rows.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        try:
+            self._size = files.size(path)
+            with files.open_binary(path) as file:
+                spans = np.fromiter(_row_spans(path, file), np.dtype((np.int64, 2)))
+        except OSError as error:
+            raise SourceError(f"cannot read {path}: {error.strerror}; give an existing JSON file of rows") from error
+        if not len(spans):
+            raise SourceError(f"{path} holds no rows; expected at least one conversation")
+        self._starts = np.ascontiguousarray(spans[:, 0])
+        self._lengths = spans[:, 1].astype(np.int32)
+
+    def __len__(self) -> int:
+        return len(self._starts)
+
+    def place(self, index: int) -> str:
+        """Where row `index` stands, for messages."""
+        return f"{self.path} row {index}"
+
+    def read(self, index: int) -> object:
+        """Row `index`, parsed.
+
+        Raises:
+            RowError: bytes that are not UTF-8.
+            SourceError: the file changed or vanished since it was opened: the offsets would point anywhere.
+        """
+        start, length = int(self._starts[index]), int(self._lengths[index])
+        try:
+            data = files.read_range(self.path, start, length, self._size)
+        except OSError as error:
+            message = f"cannot read {self.path} any more: {error.strerror}; put it back as it was and start again"
+            raise SourceError(message) from error
+        return self._parse(data)
+
+    def scan(self) -> Iterator[object]:
+        """All rows in order, read in one go; None in place of one that cannot be read."""
+        with files.open_binary(self.path) as file:
+            for start, length in zip(self._starts.tolist(), self._lengths.tolist(), strict=True):
+                file.seek(start)
+                try:
+                    yield self._parse(file.read(length))
+                except RowError:
+                    yield None
+
+    def _parse(self, data: bytes) -> object:
+        try:
+            return json.loads(data.decode("utf-8"))
+        except UnicodeDecodeError as error:
+            raise RowError(f"not UTF-8 ({error.reason}); save the file as UTF-8") from error
+        except ValueError as error:  # it was JSON when the file was opened
+            raise SourceError(f"cannot read {self.path} any more: it changed while in use; start again") from error
+
+
+def _row_spans(path: str, file: IO[bytes]) -> Iterator[tuple[int, int]]:
+    """(byte offset, byte length) of every row; raises `SourceError` at the first place that is not JSON."""
+    rows, last = 0, None
+    file.seek(3 if file.read(3) == codecs.BOM_UTF8 else 0)
+    scan = _line_spans(file) if path.endswith(LINE_SUFFIXES) else _array_spans(file)
+    try:
+        for last in scan:
+            rows += 1
+            yield last
+    except _SyntaxError as error:
+        last_id = "no good row before it" if last is None else f"last good id {row_name(_read_row(path, last), rows - 1)!r}"
+        line, column = _line_and_column(path, error.offset)
+        where = f"{path} line {line} column {column}"
+        raise SourceError(f"{where}: {error} (at row {rows}, {last_id}); mend the file there or write it again") from None
+
+
+class _SyntaxError(ValueError):
+    """What is wrong with the file's syntax, and at which byte."""
+
+    def __init__(self, message: str, offset: int) -> None:
+        super().__init__(message)
+        self.offset = offset
+
+
+def _json_failure(error: ValueError | RecursionError, start: int = 0) -> tuple[int, str]:
+    """Position and reason; nesting too deep and numbers too long for Python have no position, so `start` stands for it."""
+    return (error.pos, error.msg) if isinstance(error, json.JSONDecodeError) else (start, str(error))
+
+
+def _line_spans(file: IO[bytes]) -> Iterator[tuple[int, int]]:
+    """Rows of a JSON-lines file; blank lines are no rows."""
+    offset = file.tell()
+    for line in file:
+        start = offset + len(line) - len(line.lstrip())
+        text = line.strip().decode("latin-1")
+        if text:
+            try:
+                json.loads(text)
+            except (ValueError, RecursionError) as error:
+                at, why = _json_failure(error)
+                raise _SyntaxError(f"malformed JSON, {why}", start + at) from None
+            yield start, len(text)
+        offset += len(line)
+
+
+def _array_spans(file: IO[bytes]) -> Iterator[tuple[int, int]]:
+    """Rows of a file that is one JSON array."""
+    scan = _Scanner(file)
+    if scan.peek() != "[":
+        raise _SyntaxError("expected one array of rows, [{...}, ...]; one object per line needs the suffix .jsonl", scan.offset)
+    scan.position += 1
+    if scan.peek() != "]":
+        while True:
+            scan.peek()
+            yield scan.skip_value()
+            if scan.peek() == "]":
+                break
+            if scan.peek() != ",":
+                cut = "the array is cut: the file ends before its ]" if not scan.peek() else "expected , or ] after a row"
+                raise _SyntaxError(cut, scan.offset)
+            scan.position += 1
+    scan.position += 1
+    if scan.peek():
+        raise _SyntaxError("text after the end of the array", scan.offset)
+
+
+class _Scanner:
+    """Walks JSON text through a window, so that a large file is never in memory as a whole.
+
+    Bytes are read as Latin-1: one character per byte, so positions are byte offsets, and JSON's syntax, all ASCII, is
+    untouched. The strings inside come out garbled; rows are decoded properly when they are read.
+    """
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+        self._base = file.tell()
+        self._text = ""
+        self.position = 0
+
+    @property
+    def offset(self) -> int:
+        return self._base + self.position
+
+    def peek(self) -> str:
+        """The next character that is not white space, moving up to it; "" at the end of the file."""
+        while True:
+            self.position = _SPACE.match(self._text, self.position).end()  # pyright: ignore[reportOptionalMemberAccess]
+            if self.position < len(self._text):
+                return self._text[self.position]
+            if not self._read_on():
+                return ""
+
+    def skip_value(self) -> tuple[int, int]:
+        """(offset, length) of the value that starts here, moving past it; raises `_SyntaxError` where it is malformed."""
+        while True:
+            try:
+                end = _DECODER.raw_decode(self._text, self.position)[1]
+            except (ValueError, RecursionError) as error:
+                if len(self._text) - self.position < _MAX_ROW_BYTES and self._read_on():
+                    continue
+                raise self._malformed(error) from None
+            if end < len(self._text) or not self._read_on():  # a number at the window's edge may go on behind it
+                start, self.position = self.position, end
+                return self._base + start, end - start
+
+    def _malformed(self, error: ValueError | RecursionError) -> _SyntaxError:
+        at, why = _json_failure(error, self.position)
+        cut = why.startswith("Unterminated") or at >= len(self._text.rstrip())
+        return _SyntaxError(f"{'the array is cut inside a row' if cut else 'malformed JSON'}, {why}", self._base + at)
+
+    def _read_on(self) -> bool:
+        """Drop the text already walked and add as much as is still needed; False at the end of the file."""
+        pending = len(self._text) - self.position
+        more = self._file.read(max(_WINDOW_BYTES, pending))  # doubling keeps one very long row linear
+        if more:
+            self._base += self.position
+            self._text = self._text[self.position :] + more.decode("latin-1")
+            self.position = 0
+        return bool(more)
+
+
+def _read_row(path: str, span: tuple[int, int]) -> object:
+    with files.open_binary(path) as file:
+        file.seek(span[0])
+        return json.loads(file.read(span[1]).decode("utf-8", "replace"))
+
+
+def _line_and_column(path: str, offset: int) -> tuple[int, int]:
+    """Line and column, both from 1 and in characters, of a byte offset."""
+    line, start, at = 1, 0, 0
+    with files.open_binary(path) as file:
+        while at < offset:
+            block = file.read(min(_WINDOW_BYTES, offset - at))
+            if b"\n" in block:
+                line += block.count(b"\n")
+                start = at + block.rfind(b"\n") + 1
+            at += len(block)
+        file.seek(start)
+        return line, len(file.read(offset - start).decode("utf-8", "replace")) + 1

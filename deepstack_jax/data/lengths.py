@@ -1,0 +1,252 @@
+"""The length index: how much of a row every example of a source takes, measured once without decoding images, and kept."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import pickle
+import shutil
+import uuid
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict
+from functools import partial
+from io import BytesIO
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from rich.console import Console
+from rich.progress import Progress
+
+from deepstack_jax.config import Config
+from deepstack_jax.data import files
+from deepstack_jax.data.encode import Encoder
+from deepstack_jax.data.image import MAX_PIXELS, ImageError, image_grid
+from deepstack_jax.data.rows import Size
+from deepstack_jax.data.sources import Example, SampleError, Source, SourceError
+from deepstack_jax.data.workers import live_and_die_with_the_run
+
+CHUNK = 512  # rows measured between two saves: a second or two, which is also how long Ctrl-C takes
+UNKNOWN = Size()  # of an example that cannot be used: it takes a place among a row's examples, and no room
+
+_VERSION = 1  # of what the numbers mean
+
+
+def image_size(source: str | os.PathLike[str] | bytes | np.ndarray | Image.Image) -> tuple[int, int]:
+    """(width, height) of what `open_image` would give, read from the image's header.
+
+    Raises:
+      ImageError: there is no such header. An image that is damaged behind it still has a size.
+    """
+    if isinstance(source, np.ndarray):
+        return source.shape[1], source.shape[0]
+    if isinstance(source, Image.Image):
+        return source.size
+    try:
+        with Image.open(BytesIO(source) if isinstance(source, bytes) else source) as image:
+            width, height = image.size
+    except Exception as error:  # PIL's readers raise nearly anything on damaged bytes
+        raise ImageError(f"cannot read the size of an image: {error}") from error
+    if not 0 < width * height <= MAX_PIXELS:
+        raise ImageError(f"an image of {width}x{height} pixels, expected 1 to {MAX_PIXELS} of them")
+    return width, height
+
+
+def measure(example: Example, encoder: Encoder) -> Size:
+    """The size of `encoder.encode(example)`, images known by their headers only; raises ValueError as that does."""
+    text, config, layout = encoder.text(example), encoder.config, encoder.config.layout
+    sizes = [image_size(source) for source in example.images]
+    grids = [image_grid(size, config.image) for size in sizes]
+    visual = [layout.token_count(grid, size) for grid, size in zip(grids, sizes, strict=True)]
+    text = encoder.fit(example, text, visual)
+    return Size(text.ids.size - len(visual) + sum(visual), sum(map(layout.views, grids)), sum(visual))
+
+
+def measure_rows(rows: range, source: Source, encoder: Encoder) -> np.ndarray:
+    """Sizes i32[n, 3] of some rows of a source; UNKNOWN where an example cannot be used.
+
+    Raises:
+      SourceError: the source as a whole cannot be read, or an example is too long and the configuration says to stop then.
+    """
+    return np.array([_measure_row(row, source, encoder) for row in rows], np.int32).reshape(-1, 3)
+
+
+def length_index(source: Source, config: Config, console: Console | None = None) -> np.ndarray:
+    """Sizes i32[rows, 3] (see `Size`) of every row of a source under a configuration, from the cache where they are known.
+
+    Measuring is spread over `config.data.workers` processes and saved every CHUNK rows: stopped, it goes on from there.
+
+    Args:
+      console: where progress is shown while many rows are measured; the standard error stream if None.
+
+    Raises:
+      SourceError: the source cannot be read, the cache cannot be written, or more of the rows than
+        `config.data.max_bad_fraction` cannot be used: the run would find out later, one batch at a time.
+    """
+    file = Path(files.cache_folder()) / "lengths" / f"{_key(source, config)}.npy"
+    sizes = _load(file, len(source))
+    if sizes is not None:
+        return sizes
+    encoder, chunks = Encoder(config), file.with_suffix("")
+    sizes = _measure_all(source, encoder, chunks, console or Console(stderr=True))
+    problem = too_many_bad(sizes, source, encoder)
+    if not problem:
+        _save(file, sizes)
+    shutil.rmtree(chunks, ignore_errors=True)  # after a problem, too: what could not be used is looked at again next time
+    if problem:
+        raise SourceError(problem)
+    return sizes
+
+
+def too_many_bad(sizes: np.ndarray, source: Source, encoder: Encoder) -> str:
+    """What to say, with the first reasons, where more rows than `config.data.max_bad_fraction` cannot be used; else ""."""
+    bad = np.flatnonzero(sizes[:, 0] == 0)
+    allowed = encoder.config.data.max_bad_fraction
+    if len(bad) <= allowed * len(sizes):
+        return ""
+    reasons = "; ".join(_reason(int(row), source, encoder) for row in bad[:3])
+    return (
+        f"{len(bad)} of {len(sizes)} examples cannot be used, more than config.data.max_bad_fraction={allowed}; mend them, "
+        f"or allow more; the first: {reasons}"
+    )
+
+
+def _measure_row(row: int, source: Source, encoder: Encoder) -> Size:
+    try:
+        return measure(source[row], encoder)
+    except SampleError:
+        return UNKNOWN
+    except SourceError:
+        raise
+    except ValueError:
+        return UNKNOWN
+
+
+def _reason(row: int, source: Source, encoder: Encoder) -> str:
+    """Why a row cannot be used."""
+    try:
+        measure(source[row], encoder)
+    except ValueError as error:
+        return str(error)
+    return f"row {row} can be used by now"
+
+
+def _measure_all(source: Source, encoder: Encoder, folder: Path, console: Console) -> np.ndarray:
+    """Measure chunk by chunk; chunks that an earlier attempt left in `folder` are taken over."""
+    rows = len(source)
+    chunks = [range(start, min(start + CHUNK, rows)) for start in range(0, rows, CHUNK)]
+    found = {chunk: _load(_part(folder, chunk), len(chunk)) for chunk in chunks}
+    parts = {chunk: sizes for chunk, sizes in found.items() if sizes is not None}
+    missing = [chunk for chunk in chunks if chunk not in parts]
+    workers = min(encoder.config.data.workers, len(missing) // 4)  # a process starts as slowly as a few chunks are measured
+    with Progress(console=console, transient=True, disable=len(missing) < 4) as progress:
+        task = progress.add_task("measuring examples", total=rows, completed=sum(map(len, chunks)) - sum(map(len, missing)))
+        for chunk, sizes in zip(missing, _measured(missing, source, encoder, workers), strict=True):
+            parts[chunk] = sizes
+            _save(_part(folder, chunk), sizes)
+            progress.advance(task, len(chunk))
+    return np.concatenate([parts[chunk] for chunk in chunks])
+
+
+def _measured(chunks: Iterable[range], source: Source, encoder: Encoder, workers: int) -> Iterator[np.ndarray]:
+    """`measure_rows` of every chunk, in order, in worker processes if there are any."""
+    if not workers:
+        yield from map(partial(measure_rows, source=source, encoder=encoder), chunks)
+        return
+    # Not forked: a run has threads by now, and a forked copy of a locked lock stays locked.
+    pool = ProcessPoolExecutor(workers, get_context("spawn"), _start_worker, (source, encoder))
+    try:
+        yield from pool.map(_work, chunks)
+    except BrokenProcessPool as error:
+        raise SourceError(
+            f"one of {workers} processes that measure examples was killed, perhaps for want of memory; lower config.data.workers, "
+            "the same command goes on from here"
+        ) from error
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+_work_on: Callable[[range], np.ndarray]
+
+
+def _start_worker(source: Source, encoder: Encoder) -> None:
+    global _work_on
+    live_and_die_with_the_run()
+    _work_on = partial(measure_rows, source=source, encoder=encoder)
+
+
+def _work(chunk: range) -> np.ndarray:
+    return _work_on(chunk)
+
+
+def _key(source: Source, config: Config) -> str:
+    """Names the index by all that it depends on: rows, tokenizer, template, and how images become tokens.
+
+    Of the rows, what a source keeps of them (where each one stands) and a few texts are looked at; an example whose size turns
+    out to be another one all the same is noticed when it is put into its row.
+    """
+    data, layout = config.data, config.layout
+    looked_at = np.unique(np.linspace(0, len(source) - 1, 64, dtype=np.int64))
+    known = {
+        "version": _VERSION,
+        "source": hashlib.sha256(pickle.dumps(source, protocol=4)).hexdigest(),
+        "rows": [_text_of(source, int(row)) for row in looked_at],
+        "tokenizer": _tokenizer_version(data.tokenizer),
+        "data": [data.template, data.max_length, data.max_images, data.overlong],
+        "image": asdict(config.image),
+        "layout": asdict(layout),
+    }
+    return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:24]
+
+
+def _text_of(source: Source, row: int) -> str:
+    try:
+        example = source[row]
+    except SampleError as error:
+        return str(error)
+    return repr((example.name, len(example.images), example.messages))
+
+
+def _tokenizer_version(spec: str) -> str:
+    """The configured name, and the size and time of every file that it may stand for."""
+    path = Path(spec).expanduser()
+    found = sorted(path.glob("*token*")) if path.is_dir() else [Path(spec.removeprefix("words:@"))]
+    stats = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in found if file.is_file()]
+    return repr((spec, stats))
+
+
+def _part(folder: Path, chunk: range) -> Path:
+    return folder / f"{chunk.start:09d}.npy"
+
+
+def _load(file: Path, rows: int) -> np.ndarray | None:
+    """Stored sizes; None where there are none, or not of so many rows."""
+    try:
+        sizes = np.load(file)
+    except (OSError, ValueError, EOFError):
+        return None
+    return sizes if sizes.shape == (rows, 3) and sizes.dtype == np.int32 else None
+
+
+def _save(file: Path, sizes: np.ndarray) -> None:
+    """Write whole or not at all, also where several hosts write the same file at once.
+
+    Raises:
+      SourceError: it cannot be written; a start that measures everything again each time would be found out late.
+    """
+    scratch = file.with_name(f"{file.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with scratch.open("wb") as out:
+            np.save(out, sizes)
+        os.replace(scratch, file)
+    except FileNotFoundError:  # another host has finished first, and has removed the folder of parts
+        return
+    except OSError as error:
+        raise SourceError(
+            f"cannot keep the length index in {file.parent}: {error.strerror}; set DEEPSTACK_CACHE to a writable folder"
+        ) from error

@@ -1,0 +1,322 @@
+"""Several sets of examples as one source, and the order in which an epoch goes through them."""
+
+from __future__ import annotations
+
+import operator
+import os
+import posixpath
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import compress
+from typing import SupportsIndex
+
+import numpy as np
+from grain.experimental import index_shuffle
+from numpy.typing import ArrayLike
+from rich.markup import escape
+from rich.table import Table
+
+from deepstack_jax.config_checks import ConfigError
+from deepstack_jax.config_data import SetConfig
+from deepstack_jax.data import files
+from deepstack_jax.data.selection import TEXT_ROWS, RowFilter, Selection, select
+from deepstack_jax.data.sources import Example, Outline, OutlinedSource, SampleError, Source, SourceError
+
+_COLUMNS = ("set", "file", "found", "expected", "paper", "repeat", "per epoch", "")
+_ROUNDS = 8  # with Grain's usual 4, rows that follow each other in the file still follow each other at preferred distances
+_EXACT_TOLERANCE = 0.01
+_ROUNDED_ROWS, _ROUNDED_TOLERANCE = 500, 0.10  # what rounding to thousands explains
+
+
+@dataclass(frozen=True)
+class EpochOrder:
+    """Which row stands at which place of which epoch: computed when asked for, nothing is stored.
+
+    Each set is an endless stream that goes through its rows again and again, in a fixed order of its own; an epoch takes
+    the next round(size * repeat) rows of every stream and shuffles them all together. So a repeat of 2 gives every row
+    twice per epoch, 0.5 one half of the rows and in the next epoch the other half, 1.5 all of them and one half again.
+
+    Args:
+        sizes: rows of each set; a global row number counts through the sets, one behind the other.
+        repeats: how often an epoch goes through each set, above 0.
+        seed: of the shuffle, at least 0.
+        shuffle: False goes through the sets one behind the other, in the order of their rows.
+
+    Raises:
+        ValueError: a set that would give no row, as nobody would notice that it is never seen.
+    """
+
+    sizes: tuple[int, ...]
+    repeats: tuple[float, ...]
+    seed: int
+    shuffle: bool = True
+
+    def __post_init__(self) -> None:
+        if len(self.sizes) != len(self.repeats) or not self.sizes:
+            raise ValueError(f"got {len(self.sizes)} sizes and {len(self.repeats)} repeats; give one of each per set")
+        for number, (size, count) in enumerate(zip(self.sizes, self.counts, strict=True)):
+            if count < 1:
+                repeat = self.repeats[number]
+                raise ValueError(f"set {number}: {size} rows with repeat {repeat} give no row per epoch; raise its repeat")
+
+    @cached_property
+    def counts(self) -> tuple[int, ...]:
+        """Rows that each set gives per epoch, the same in every epoch."""
+        return tuple(round(size * repeat) for size, repeat in zip(self.sizes, self.repeats, strict=True))
+
+    def __len__(self) -> int:
+        """Rows per epoch."""
+        return sum(self.counts)
+
+    def __call__(self, epoch: int, positions: ArrayLike) -> np.ndarray:
+        """The global rows, i64 in the shape of `positions`, at these places (0..len-1) of the epoch (from 0).
+
+        Raises:
+            IndexError: a place outside the epoch.
+        """
+        asked = np.asarray(positions, np.int64)
+        places = asked.ravel()
+        if places.size and not 0 <= places.min() <= places.max() < len(self):
+            outside = places.min() if places.min() < 0 else places.max()
+            raise IndexError(f"position {outside} is outside 0..{len(self) - 1} of an epoch")
+        if self.shuffle:
+            places = self._permuted(places, len(self), 0, epoch)
+        sizes, counts = np.array(self.sizes, np.int64), np.array(self.counts, np.int64)
+        ends = np.cumsum(counts)
+        which = np.searchsorted(ends, places, side="right")
+        rows = (epoch * counts[which] + places - (ends - counts)[which]) % sizes[which]
+        if self.shuffle:
+            # The share of a set that an epoch leaves out must not be a stretch of its file.
+            for number in np.flatnonzero(counts % sizes):
+                mine = which == number
+                rows[mine] = self._permuted(rows[mine], self.sizes[number], 1, int(number))
+        return ((np.cumsum(sizes) - sizes)[which] + rows).reshape(asked.shape)
+
+    def _permuted(self, places: np.ndarray, size: int, purpose: int, number: int) -> np.ndarray:
+        """Places in a pseudo-random permutation of 0..size-1; neighbouring seeds must not give neighbouring epochs' orders."""
+        seed = int(np.random.SeedSequence((self.seed, purpose, number)).generate_state(1)[0])
+        return np.vectorize(index_shuffle, otypes=[np.int64])(places, size - 1, seed, _ROUNDS)
+
+
+def epoch_order(source: Source, seed: int, shuffle: bool) -> EpochOrder:
+    """The order of any source's rows; one that is no mixture is gone through once per epoch."""
+    if isinstance(source, Mixture):
+        return EpochOrder(source.sizes, source.repeats, seed, shuffle)
+    return EpochOrder((len(source),), (1.0,), seed, shuffle)
+
+
+@dataclass(frozen=True)
+class Part:
+    """One set of a mixture: the rows i32[n] that it takes of its source, and what its config says."""
+
+    name: str
+    source: OutlinedSource
+    rows: np.ndarray
+    config: SetConfig
+
+
+class Mixture:
+    """Several sets as one source, by random access: their rows one behind the other, each once.
+
+    How often an epoch goes through a set is the business of `epoch_order`. Examples carry the number of their row in the
+    mixture, and the name of their set in `info["set"]`.
+    """
+
+    def __init__(self, parts: Sequence[Part]) -> None:
+        self.parts = tuple(parts)
+        self.sizes = tuple(len(part.rows) for part in self.parts)
+        self.repeats = tuple(part.config.repeat for part in self.parts)
+        self._ends = np.cumsum(self.sizes)
+
+    def __len__(self) -> int:
+        return sum(self.sizes)
+
+    def __repr__(self) -> str:  # Grain compares this text when it restores an iterator: no address, no machine's folder
+        return f"Mixture({', '.join(f'{part.name}={len(part.rows)}*{part.config.repeat:g}' for part in self.parts)})"
+
+    def __getitem__(self, index: SupportsIndex) -> Example:
+        """Row `index` of the mixture; raises IndexError outside it, and what the set's source raises."""
+        index = operator.index(index)
+        if not 0 <= index < len(self):
+            raise IndexError(f"row {index} is outside 0..{len(self) - 1} of {self!r}")
+        number = int(np.searchsorted(self._ends, index, side="right"))
+        part = self.parts[number]
+        example = part.source[int(part.rows[index - (self._ends[number] - self.sizes[number])])]
+        return replace(example, index=index, info={**example.info, "set": part.name})
+
+    def outlines(self) -> Iterator[Outline]:
+        """Of every row, in order; no image is read."""
+        for part in self.parts:
+            mine = np.zeros(len(part.source), bool)
+            mine[part.rows] = True
+            yield from compress(part.source.outlines(), mine)
+
+    def missing_images(self, rows: int) -> list[str]:
+        """Image files that do not exist, each once, among about `rows` rows, spread evenly over every set.
+
+        Unlike a single file's first rows, these show a set whose images were never fetched, or only in part.
+        """
+        wanted: dict[str, None] = {}
+        for part in self.parts:
+            looks = min(len(part.rows), max(1, rows // len(self.parts)))
+            for row in part.rows[np.linspace(0, len(part.rows) - 1, looks).astype(int)]:
+                try:
+                    images = part.source[int(row)].images
+                except SampleError:
+                    continue  # left to the reader of the rows, who counts them
+                wanted.update((image, None) for image in images if isinstance(image, str))
+        return files.missing(wanted)
+
+
+def open_mixture(
+    sets: Mapping[str, SetConfig], root: str, open_files: Callable[[str, str], OutlinedSource], cache: str = ""
+) -> Mixture:
+    """The mixture of `sets`, each file opened once, with a warning for everything that is not as the sets say.
+
+    Args:
+        sets: by name.
+        root: folder or URL that files and image roots start from.
+        open_files: path and image root -> source.
+        cache: folder where the rows that filters take are kept; "" = the package's cache folder.
+
+    Raises:
+        ConfigError: files or image folders are missing: all are named at once, with where to get them.
+        SourceError: a file cannot be read, or a set has no rows; going on would train on another mixture than asked for.
+    """
+    _check_present(sets, root)
+    chosen: dict[str, tuple[OutlinedSource, np.ndarray]] = {}
+    for (file, images), names in _by_file(sets).items():
+        path = files.join(root, file)
+        source = open_files(path, files.join(root, images))
+        filters = [RowFilter(sets[name].keep_images, sets[name].drop_images, sets[name].keep_sources) for name in names]
+        selection = select(path, source, filters, cache or files.cache_folder())
+        for name, rows in zip(names, selection.rows, strict=True):
+            if not len(rows):
+                raise SourceError(f"set {name} takes none of the {len(source)} rows of {path}; {_contents(selection)}")
+            chosen[name] = (source, rows)
+        _warn_of_rows(path, names, filters, selection)
+    parts = [Part(name, *chosen[name], config) for name, config in sets.items()]
+    for part in parts:
+        problem = count_problem(part)
+        if problem:
+            warnings.warn(f"set {part.name}: {problem}", stacklevel=2)
+    return Mixture(parts)
+
+
+def count_problem(part: Part) -> str:
+    """What is wrong with the number of a set's rows, in a line; "" where it is as expected, or nothing is known of it."""
+    found, expected, exact = len(part.rows), part.config.rows, part.config.exact
+    off = abs(found - expected)
+    allowed = _EXACT_TOLERANCE * expected if exact else min(_ROUNDED_ROWS, _ROUNDED_TOLERANCE * expected)
+    if not expected or off <= allowed:
+        return ""
+    known = "exactly" if exact else "rounded to thousands"
+    return (
+        f"{found:,} rows found, {expected:,} expected ({known}); {part.config.file} is cut, or another release: get it again, "
+        f"or set config.data.sets.{part.name}.rows"
+    )
+
+
+def describe_mixture(mixture: Mixture) -> Table:
+    """Found against expected rows, per set and in all; "paper" is what the paper prints, "per epoch" what training sees."""
+    configs = [part.config for part in mixture.parts]
+    counts = epoch_order(mixture, 0, False).counts
+    rows = []
+    for part, entry, count in zip(mixture.parts, configs, counts, strict=True):
+        known = f"{'' if entry.exact else '~'}{entry.rows:,}" if entry.rows else "?"
+        verdict = "[bold red]not as expected" if count_problem(part) else "[green]ok" if entry.rows else ""
+        paper = f"{entry.paper:,}" if entry.paper else ""
+        name, file = escape(part.name), escape(entry.file)
+        rows.append((name, file, f"{len(part.rows):,}", known, paper, f"{entry.repeat:g}", f"{count:,}", verdict))
+    expected = [entry.rows for entry in configs]
+    # The sum of those that are known would be taken for the whole.
+    known, paper = f"{sum(expected):,}" if all(expected) else "?", sum(entry.paper for entry in configs)
+    rows.append(("all", "", f"{len(mixture):,}", known, f"{paper:,}" if paper else "", "", f"{sum(counts):,}", ""))
+
+    table = Table(title="Training mixture", title_justify="left")
+    used = [column for column in range(len(rows[0])) if any(row[column] for row in rows)]
+    for column in used:
+        table.add_column(_COLUMNS[column], justify="left" if column in (0, 1) else "right")
+    for row in rows:
+        table.add_row(*(row[column] for column in used), end_section=row is rows[-2])
+    return table
+
+
+def _by_file(sets: Mapping[str, SetConfig]) -> dict[tuple[str, str], list[str]]:
+    """Names of the sets that share a file and its image root."""
+    shared: dict[tuple[str, str], list[str]] = {}
+    for name, entry in sets.items():
+        shared.setdefault((entry.file, entry.images), []).append(name)
+    return shared
+
+
+def _check_present(sets: Mapping[str, SetConfig], root: str) -> None:
+    """Everything that can be seen to be missing before a file is opened, in one message."""
+    missing: dict[str, tuple[str, list[str]]] = {}
+    for name, entry in sets.items():
+        images = files.join(root, entry.images)
+        folders = [files.join(images, start) for start in entry.keep_images if start.endswith("/")]
+        wanted = {files.join(root, entry.file): entry.file_from} | dict.fromkeys([images, *folders], entry.images_from)
+        for path, origin in wanted.items():
+            if not _exists(path):
+                missing.setdefault(path, (origin, []))[1].append(name)
+    if missing:
+        said = [f"{path} (set {', '.join(names)}{f'; from {o}' if o else ''})" for path, (o, names) in missing.items()]
+        raise ConfigError(
+            f"{len(missing)} files or folders of the mixture are missing: {' | '.join(said)}; put them there, point to another "
+            "place with --config.data.root=DIR, or train on one file with --config.data.train=FILE"
+        )
+
+
+def _exists(path: str) -> bool:
+    if path.startswith(("http://", "https://")):
+        return True  # a web server need not list its folders; opening says what is missing
+    try:
+        if files.is_file(path) or files.is_folder(path):
+            return True
+        if any(mark in path for mark in "*?["):
+            return bool(files.glob(path))
+        folder = posixpath.dirname(path)  # FOLDER/SPLIT: whether there is such a split, opening says
+        splits = ("dataset_dict.json", "*.parquet", "data/*.parquet")
+        return files.is_folder(folder) and any(files.glob(f"{folder}/{name}") for name in splits)
+    except OSError as error:
+        raise SourceError(f"cannot reach {path}: {error.strerror}; check the URL and your access") from error
+
+
+def _warn_of_rows(path: str, names: Sequence[str], filters: Sequence[RowFilter], selection: Selection) -> None:
+    """Rows and names that the filters of a file leave over, or have in common."""
+    file = os.path.basename(path.rstrip("/"))
+    if selection.left:
+        warnings.warn(
+            f"{file}: {sum(selection.left.values()):,} rows belong to none of the sets {', '.join(names)}, by image folder or "
+            f"data_source: {_listed(selection.left)}; add a set, or name them in drop_images",
+            stacklevel=3,
+        )
+    if selection.shared:
+        warnings.warn(f"{file}: {selection.shared:,} rows belong to several of the sets {', '.join(names)}", stacklevel=3)
+    for name, condition in zip(names, filters, strict=True):
+        unknown = [value for value in condition.keep_sources if value not in selection.data_sources]
+        if unknown:
+            warnings.warn(
+                f"set {name}: no row of {file} has data_source {', '.join(map(repr, unknown))}; the file has "
+                f"{_listed(selection.data_sources)}; correct config.data.sets.{name}.keep_sources",
+                stacklevel=3,
+            )
+
+
+def _contents(selection: Selection) -> str:
+    """What a file holds, for somebody whose filter found nothing."""
+    left, data_sources = _listed(selection.left) or "nothing", _listed(selection.data_sources)
+    return (
+        f"left over, by image folder or data_source: {left}; every data_source: {data_sources}; correct its keep_images, "
+        f"drop_images or keep_sources ({TEXT_ROWS!r} names rows without an image file)"
+    )
+
+
+def _listed(counts: Mapping[str, int], limit: int = 20) -> str:
+    """Names with their numbers of rows, the most frequent first."""
+    ordered = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+    more = [f"and {len(ordered) - limit} more"] if len(ordered) > limit else []
+    return ", ".join([*(f"{name!r} {count:,}" for name, count in ordered[:limit]), *more])

@@ -1,0 +1,222 @@
+"""Rows of the field's data sets, told apart by their keys, into one `Example`; placeholders are made to agree with images.
+
+| key | style | images | where they stand |
+|---|---|---|---|
+| `conversations` | LLaVA: [{"from": "human" or "gpt", "value": text}] | `image` or `images` | at `<image>` in the text |
+| `messages` | TRL: [{"role", "content": text or parts}] | `images` or `image` | image parts, else before the first question |
+| `texts` | The Cauldron: [{"user", "assistant", "source"}] | `images` or `image` | before the first question |
+"""
+
+import posixpath
+import re
+from collections.abc import Callable
+from typing import Any
+from urllib.parse import unquote
+
+from deepstack_jax.data import files
+from deepstack_jax.data.conversation import IMAGE_MARK, Message, parse
+from deepstack_jax.data.sources import Example, Outline
+
+IMAGE_KEYS = ("image", "images")
+
+_LONE_SURROGATE = re.compile("[\ud800-\udfff]")
+_ROLES = {"user": "human", "assistant": "gpt"}
+
+
+class RowError(ValueError):
+    """What is wrong with a row, without its place; the source adds file, row and id."""
+
+
+def to_example(row: object, index: int, image_root: str) -> Example:
+    """The Example of a parsed row of any style.
+
+    Args:
+        row: as JSON, parquet or arrow give it: a dict; images as a path, encoded bytes or {"bytes", "path"}, one or a list.
+        index: its number in the source.
+        image_root: absolute folder or URL that image paths start from; "" = there is none.
+
+    Raises:
+        RowError, ConversationError: it is no conversation, or its images and placeholders differ in number: there would be no
+            telling which image belongs where.
+    """
+    if not isinstance(row, dict):
+        raise RowError(f"is {_kind(row)}, expected an object with id, image and conversations")
+    style = _style(row)
+    images = _images(row, image_root)
+    messages = _READERS[style](row[style], len(images))
+    for number, message in enumerate(messages):
+        if _LONE_SURROGATE.search(message.text):
+            raise RowError(f"turn {number} holds half a surrogate pair, which no tokenizer can encode; remove that character")
+    _check_placeholders(messages, len(images))
+    info = {key: value for key, value in row.items() if value is not None and key not in ("id", *IMAGE_KEYS, style)}
+    return Example(index, row_name(row, index), images, messages, info)
+
+
+def to_outline(row: object, index: int) -> Outline:
+    """The Outline of a row, or of the few columns of it that were read; paths that no row may have are left out."""
+    if not isinstance(row, dict):
+        return Outline(row_name(row, index), (), "")
+    try:
+        values = _image_values(row)
+    except RowError:
+        values = []
+    named = [value.get("path") if isinstance(value, dict) and not value.get("bytes") else value for value in values]
+    paths = tuple(posixpath.normpath(value) for value in named if isinstance(value, str) and value and not _escapes(value))
+    source = row.get("data_source")
+    return Outline(row_name(row, index), paths, source if isinstance(source, str) else "")
+
+
+def row_name(row: object, index: int) -> str:
+    """The row's id as text; "row N" where it has none that can be shown."""
+    name = row.get("id") if isinstance(row, dict) else None
+    return str(name) if isinstance(name, str | int) and name != "" else f"row {index}"
+
+
+def check_columns(columns: list[str]) -> str:
+    """What is wrong with the columns of a table, as the end of a sentence; "" where its rows can be conversations."""
+    if set(columns) & set(_READERS):
+        return ""
+    return f"has the columns {', '.join(columns) or '(none)'}; expected one of {', '.join(_READERS)}, rename the one that is it"
+
+
+def _style(row: dict[str, Any]) -> str:
+    found = [key for key in _READERS if row.get(key) is not None]
+    if len(found) > 1:
+        raise RowError(f"has {' and '.join(found)}, expected one of them; remove the one that is not to be trained on")
+    if not found:
+        held = ", ".join(map(str, row)) or "nothing"
+        raise RowError(f"has no conversations, messages or texts, but {held}; name the turns by one of these keys")
+    return found[0]
+
+
+def _image_values(row: dict[str, Any]) -> list[Any]:
+    """What the row gives for each image, unread."""
+    given = [key for key in IMAGE_KEYS if row.get(key) is not None and row[key] != []]
+    if len(given) > 1:
+        raise RowError("has image and images, expected one of them; remove the other")
+    value = row[given[0]] if given else []
+    return value if isinstance(value, list) else [value]
+
+
+def _images(row: dict[str, Any], root: str) -> tuple[str | bytes, ...]:
+    return tuple(_image(value, root) for value in _image_values(row))
+
+
+def _image(value: object, root: str) -> str | bytes:
+    """Encoded bytes, or an absolute path inside `root` (links inside the root may lead anywhere: the user set them)."""
+    if isinstance(value, dict):
+        if isinstance(value.get("bytes"), bytes):
+            return value["bytes"]
+        if value.get("path") is None:
+            raise RowError("image holds neither bytes nor a path, expected one of them; write the images into the table again")
+        value = value["path"]
+    if isinstance(value, bytes):
+        return value
+    if not isinstance(value, str) or not value or "\0" in value:
+        raise RowError(f"image is {value!r:.80}, expected a path relative to the image root, or a list of them")
+    if not root:
+        raise RowError(f"image {value!r} is a path, but there is no image root; give the folder that it starts from")
+    read_as = [value, unquote(value)] if files.is_url(root) else [value]  # some servers decode "%2e%2e" by themselves
+    if any(map(_escapes, read_as)):
+        raise RowError(f"image {value!r} leaves the image root {root}; make it a path relative to the root")
+    if files.is_url(value) or (files.is_url(root) and any(mark in value for mark in ("::", "?", "#"))):
+        raise RowError(f"image {value!r} is no path under the image root {root}; put the image there and name it by its path")
+    return files.under(root, posixpath.normpath(value))
+
+
+def _escapes(name: str) -> bool:
+    return posixpath.isabs(name) or posixpath.normpath(name).split("/")[0] == ".."
+
+
+def _llava(turns: object, _images: int) -> tuple[Message, ...]:
+    if not isinstance(turns, list) or not turns or not all(isinstance(turn, dict) for turn in turns):
+        raise RowError('has no conversations; expected [{"from": "human", "value": ...}, {"from": "gpt", "value": ...}]')
+    for number, turn in enumerate(turns):
+        if turn.get("from") == "system":
+            raise _system_turn(number)
+    return parse(turns)
+
+
+def _trl(turns: object, images: int) -> tuple[Message, ...]:
+    if not isinstance(turns, list) or not turns or not all(isinstance(turn, dict) for turn in turns):
+        raise RowError('has no messages; expected [{"role": "user", "content": ...}, {"role": "assistant", "content": ...}]')
+    messages = []
+    for number, turn in enumerate(turns):
+        role = turn.get("role")
+        if role == "system":
+            raise _system_turn(number)
+        if role not in _ROLES:
+            raise RowError(f"turn {number}: role is {role!r:.40}, expected 'user' or 'assistant'; remove or rename the turn")
+        messages.append(Message(_ROLES[role], _content(turn.get("content"), number)))
+    if all(isinstance(turn["content"], str) for turn in turns):
+        return _images_first(messages, images)
+    return tuple(messages)
+
+
+def _content(content: object, turn: int) -> str:
+    """Text of a TRL message: its parts one after the other, as chat templates join them."""
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, list):
+        raise RowError(f"turn {turn}: content is {_kind(content)}, expected a text or a list of parts")
+    pieces = []
+    for part in content:
+        kind, text = (part.get("type"), part.get("text")) if isinstance(part, dict) else (None, None)
+        if kind == "image":
+            pieces.append(IMAGE_MARK)
+        elif kind == "text" and isinstance(text, str):
+            pieces.append(text)
+        else:
+            expected = '{"type": "text", "text": ...} or {"type": "image"}'
+            raise RowError(f"turn {turn}: part {part!r:.80} of content, expected {expected}; write it as one of them")
+    return "".join(pieces)
+
+
+def _cauldron(turns: object, images: int) -> tuple[Message, ...]:
+    if not isinstance(turns, list) or not turns or not all(isinstance(turn, dict) for turn in turns):
+        raise RowError('has no texts; expected [{"user": ..., "assistant": ...}]')
+    messages = []
+    for number, turn in enumerate(turns):
+        for key, role in _ROLES.items():
+            if not isinstance(turn.get(key), str):
+                raise RowError(f"texts {number}: {key} is {_kind(turn.get(key))}, expected a text; complete or remove the turn")
+            messages.append(Message(role, turn[key]))
+    return _images_first(messages, images)
+
+
+_READERS: dict[str, Callable[[Any, int], tuple[Message, ...]]] = {
+    "conversations": _llava,
+    "messages": _trl,
+    "texts": _cauldron,
+}
+
+
+def _images_first(messages: list[Message], images: int) -> tuple[Message, ...]:
+    """All images in front of the first question, where the style has no placeholders and the row none of its own."""
+    first = next((number for number, message in enumerate(messages) if message.role == "human"), None)
+    if first is None or any(IMAGE_MARK in message.text for message in messages):
+        return tuple(messages)
+    messages[first] = Message("human", f"{IMAGE_MARK}\n" * images + messages[first].text)
+    return tuple(messages)
+
+
+def _system_turn(number: int) -> RowError:
+    return RowError(
+        f"turn {number} is a system prompt, but every template holds its own (data.template); remove the turn, or put its "
+        "words into the first question"
+    )
+
+
+def _check_placeholders(messages: tuple[Message, ...], images: int) -> None:
+    """One `<image>` per image: with any other count there is no telling which image belongs where."""
+    spoken = messages[1:] if messages[0].role == "gpt" else messages  # templates drop a leading answer, and an image in it
+    found = sum(message.text.count(IMAGE_MARK) for message in spoken)
+    if found != images:
+        mend = "name the missing images" if found > images else f"put one {IMAGE_MARK} per image into a human turn"
+        raise RowError(f"has {found} {IMAGE_MARK} for {images} images, expected {images}; {mend} or remove the surplus")
+
+
+def _kind(value: object) -> str:
+    """The value's type by JSON's name, with its article."""
+    kinds = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", int: "a number", float: "a number"}
+    return "null" if value is None else kinds.get(type(value), f"a {type(value).__name__}")

@@ -1,0 +1,159 @@
+"""Which rows of a file each set of a mixture takes: filters over image paths and `data_source`, looked up once and cached."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import tempfile
+import zipfile
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+
+import numpy as np
+from fsspec.core import url_to_fs
+from rich.console import Console
+from rich.progress import track
+
+from deepstack_jax.data.files import glob
+from deepstack_jax.data.sources import Outline, OutlinedSource
+
+TEXT_ROWS = "<text>"
+"""Stands for the image path of a row that names no image file, so that filters can tell such rows: text, or embedded images."""
+
+_FORMAT = 1  # of the cached files; a change of it makes old ones unread
+
+
+@dataclass(frozen=True)
+class RowFilter:
+    """What of a file a set takes. Empty = no condition; all that are given must hold.
+
+    Attributes:
+        keep_images: beginnings of image paths, relative to the image root; a row passes with one image under one of them.
+        drop_images: the same; a row with one image under one of them is not wanted, and not missed either.
+        keep_sources: values of the rows' "data_source".
+    """
+
+    keep_images: tuple[str, ...] = ()
+    drop_images: tuple[str, ...] = ()
+    keep_sources: tuple[str, ...] = ()
+
+    @property
+    def takes_all(self) -> bool:
+        """Whether there is nothing to look at."""
+        return not (self.keep_images or self.drop_images or self.keep_sources)
+
+    def drops(self, outline: Outline) -> bool:
+        """Whether the row is named as not wanted."""
+        return any(name.startswith(self.drop_images) for name in outline.images or (TEXT_ROWS,))
+
+    def keeps(self, outline: Outline) -> bool:
+        """Whether the row meets the conditions to be kept; `drops` is another question."""
+        if self.keep_sources and outline.data_source not in self.keep_sources:
+            return False
+        return not self.keep_images or any(name.startswith(self.keep_images) for name in outline.images or (TEXT_ROWS,))
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The rows of one file that each filter takes, and what the file holds besides.
+
+    Attributes:
+        rows: i32[n] per filter, row numbers of the file in ascending order.
+        left: rows that no filter takes and none drops, by the first two folders of their image, or their data_source.
+        shared: rows that more than one filter takes.
+        data_sources: rows of every "data_source" of the file; "" = the row names none. Empty where no filter asked.
+    """
+
+    rows: tuple[np.ndarray, ...]
+    left: Mapping[str, int]
+    shared: int
+    data_sources: Mapping[str, int]
+
+
+def select(path: str, source: OutlinedSource, filters: Sequence[RowFilter], cache: str) -> Selection:
+    """The rows that each filter takes of the file at `path`, which `source` is opened on.
+
+    A file is looked through once, in one pass for all filters; the answer is kept in the folder `cache` under the file's
+    version (path, size, time of the last change) and the filters.
+    """
+    if all(condition.takes_all for condition in filters):
+        every = np.arange(len(source), dtype=np.int32)
+        return Selection((every,) * len(filters), {}, len(source) if len(filters) > 1 else 0, {})
+    key = _key(path, filters)
+    kept = os.path.join(cache, "selections", f"{key}.npz")
+    found = _load(kept, len(filters)) if key else None
+    if found is None:
+        found = scan(source, filters, os.path.basename(path.rstrip("/")))
+        if key:
+            with contextlib.suppress(OSError):  # a cache that cannot be written costs the next start a pass, nothing else
+                _save(found, kept)
+    return found
+
+
+def scan(source: OutlinedSource, filters: Sequence[RowFilter], name: str) -> Selection:
+    """One pass over the outlines of a file. A row that cannot be read has no images, so it goes with the text-only ones."""
+    takers: list[list[int]] = [[] for _ in filters]
+    left: Counter[str] = Counter()
+    data_sources: Counter[str] = Counter()
+    shared = 0
+    outlines = track(
+        source.outlines(), f"filtering {name}", len(source), console=Console(stderr=True), transient=True, update_period=0.5
+    )
+    for row, outline in enumerate(outlines):
+        data_sources[outline.data_source] += 1
+        taken, dropped = 0, False
+        for condition, rows in zip(filters, takers, strict=True):
+            if condition.drop_images and condition.drops(outline):
+                dropped = True
+            elif condition.keeps(outline):
+                rows.append(row)
+                taken += 1
+        shared += taken > 1
+        if not taken and not dropped:
+            left[_label(outline)] += 1
+    return Selection(tuple(np.array(rows, np.int32) for rows in takers), left, shared, data_sources)
+
+
+def _label(outline: Outline) -> str:
+    if outline.images:
+        return "/".join([*outline.images[0].split("/")[:-1][:2], ""])
+    return outline.data_source or TEXT_ROWS
+
+
+def _key(path: str, filters: Sequence[RowFilter]) -> str:
+    """Changes with every file behind `path` (fsspec's key: name, size, times) and with every filter; "" where none is found,
+    as for one split of a folder.
+    """
+    system, inner = url_to_fs(path)
+    files = sorted(system.find(inner)) or [url_to_fs(name)[1] for name in glob(path)]
+    if not files:
+        return ""
+    versions = [(str(name), system.ukey(name)) for name in files]
+    described = json.dumps([_FORMAT, path, versions, [asdict(condition) for condition in filters]])
+    return hashlib.sha256(described.encode()).hexdigest()[:32]
+
+
+def _save(selection: Selection, path: str) -> None:
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    rest = json.dumps({"left": selection.left, "shared": selection.shared, "data_sources": selection.data_sources})
+    with tempfile.NamedTemporaryFile(dir=os.path.dirname(path), delete=False) as partial:
+        try:
+            np.savez(partial, *selection.rows, rest=np.array(rest))
+            os.replace(partial.name, path)
+        except OSError:
+            os.unlink(partial.name)
+            raise
+
+
+def _load(path: str, filters: int) -> Selection | None:
+    """None where there is nothing, or nothing whole."""
+    try:
+        with open(path, "rb") as file, np.load(file, allow_pickle=False) as stored:
+            rest = json.loads(str(stored["rest"]))
+            rows = tuple(stored[f"arr_{number}"] for number in range(filters))
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        return None
+    return Selection(rows, rest["left"], rest["shared"], rest["data_sources"])

@@ -1,0 +1,293 @@
+"""ArrayRecord shards: every example comes back whole, the same examples give the same bytes, damage is named exactly."""
+
+import json
+import pickle
+import shutil
+import uuid
+from io import BytesIO
+from pathlib import Path
+
+import fsspec
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from deepstack_jax.data import files, records
+from deepstack_jax.data.conversation import Message
+from deepstack_jax.data.open import open_files
+from deepstack_jax.data.records import RecordShards, RecordWriter, decode_example, encode_example, read_manifest, verify
+from deepstack_jax.data.sources import Example, Outline, SampleError, SourceError
+from deepstack_jax.data.synthetic import DocumentPages
+
+RECEIPTS = Path(__file__).parents[3] / "shared" / "data" / "receipts"
+
+
+def example(index: int, size: int = 1000) -> Example:
+    pixels = np.random.default_rng(index).integers(0, 256, size, np.uint8).tobytes()
+    turns = (Message("human", f"<image>\nWhat is ü{index}?"), Message("gpt", ""))
+    return Example(index, f"r{index}", (pixels,), turns, {"data_source": f"set{index % 2}"})
+
+
+def write(folder: Path, count: int = 20, **kwargs: int) -> list[Example]:
+    examples = [example(index) for index in range(count)]
+    with RecordWriter(str(folder), {"from": "made"}, **kwargs) as writer:
+        for each in examples:
+            writer.write(each)
+    return examples
+
+
+text = st.text(st.characters(exclude_categories=("Cs",)), max_size=20)
+plain = st.none() | st.booleans() | st.integers(-(2**63), 2**64 - 1) | st.floats(allow_nan=False) | text | st.binary(max_size=9)
+values = st.recursive(
+    plain, lambda inner: st.lists(inner) | st.tuples(inner, inner) | st.dictionaries(text, inner), max_leaves=6
+)
+messages = st.lists(st.builds(Message, st.sampled_from(["human", "gpt"]), text), max_size=4).map(tuple)
+examples = st.builds(
+    Example, st.just(3), text, st.lists(st.binary(max_size=40), max_size=3).map(tuple), messages, st.dictionaries(text, values)
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(examples)
+def test_a_record_holds_all_of_an_example(original):
+    record = encode_example(original)
+    assert decode_example(record, 3) == original
+    assert encode_example(original) == record
+
+
+def test_pixels_and_paths_become_encoded_bytes(tmp_path):
+    gray, colour = np.arange(12, dtype=np.uint8).reshape(3, 4), np.arange(36, dtype=np.uint8).reshape(3, 4, 3)
+    Image.fromarray(colour).save(tmp_path / "a.png")
+    sources = (gray, gray[..., None], colour, Image.fromarray(colour), str(tmp_path / "a.png"))
+    images = decode_example(encode_example(Example(0, "a", sources, ())), 0).images
+    for stored, expected in zip(images, (gray, gray, colour, colour, colour), strict=True):
+        assert isinstance(stored, bytes)
+        with Image.open(BytesIO(stored)) as image:
+            np.testing.assert_array_equal(np.asarray(image), expected)
+    assert images[4] == (tmp_path / "a.png").read_bytes(), "a file is stored as it is"
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        (Example(0, "bad", ("/nowhere/x.jpg",), ()), r"bad: cannot read image /nowhere/x\.jpg: No such file"),
+        (Example(0, "bad", (), (), {"when": object()}), "bad: got a object: .*; expected text, numbers"),
+        (Example(0, "bad", (), (), {"big": 2**70}), "bad: .*expected text, numbers"),
+        (Example(0, "bad", (), (Message("human", "\ud800"),)), "bad: .*surrogates"),
+        (Example(0, "bad", (np.zeros((2, 2, 7), np.uint8),), ()), "bad: .*expected uint8"),
+    ],
+)
+def test_an_example_that_cannot_be_stored_leaves_the_others(tmp_path, bad, message):
+    with RecordWriter(str(tmp_path / "set"), {}) as writer:
+        writer.write(example(0))
+        with pytest.raises(SampleError, match=message) as caught:
+            writer.write(bad)
+        writer.write(example(1))
+    assert caught.value.name == "bad"
+    assert [each.name for each in RecordShards(str(tmp_path / "set"))] == ["r0", "r1"]
+
+
+def test_random_access_over_shards(tmp_path):
+    written = write(tmp_path / "set", shard_bytes=4000)
+    source = open_files(str(tmp_path / "set"), "")
+    assert isinstance(source, RecordShards)
+    assert [shard["rows"] for shard in source.manifest["shards"]] == [4, 4, 4, 4, 4]
+    assert len(source) == 20
+    for index in np.random.default_rng(0).permutation(20):
+        assert source[index] == written[index]
+    assert list(source.outlines()) == [Outline(each.name, (), each.info["data_source"]) for each in written]
+    assert source.missing_images(5) == []
+    for index in (-1, 20):
+        with pytest.raises(IndexError, match=r"outside 0\.\.19"):
+            source[index]
+    packed = pickle.dumps(source)
+    assert len(packed) < 3000
+    copy = pickle.loads(packed)
+    assert copy[13] == written[13]
+    assert repr(copy) == repr(source)
+    assert str(tmp_path) not in repr(source)
+
+
+def test_the_same_examples_give_the_same_bytes(tmp_path):
+    for name in ("one", "two"):
+        write(tmp_path / name, shard_bytes=7000)
+    held = sorted(path.name for path in (tmp_path / "one").iterdir())
+    assert held == ["manifest.json", "shard-00000.array_record", "shard-00001.array_record", "shard-00002.array_record"]
+    assert held == sorted(path.name for path in (tmp_path / "two").iterdir())
+    for name in held:
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+
+
+def test_the_manifest_counts_what_is_there(tmp_path):
+    write(tmp_path / "set", shard_bytes=7000)
+    manifest = verify(str(tmp_path / "set"))
+    assert manifest == read_manifest(str(tmp_path / "set"))
+    assert (manifest["source"], manifest["rows"], manifest["images"]) == ({"from": "made"}, 20, 20)
+    sizes = {shard["file"]: shard["bytes"] for shard in manifest["shards"]}
+    assert sizes == {path.name: path.stat().st_size for path in (tmp_path / "set").glob("*.array_record")}
+    assert manifest["bytes"] == sum(sizes.values())
+
+
+def test_an_unfinished_run_leaves_nothing_that_reads_and_can_be_repeated(tmp_path):
+    folder = tmp_path / "set"
+
+    def interrupted() -> None:
+        with RecordWriter(str(folder), {}, shard_bytes=2000) as writer:
+            for index in range(9):
+                writer.write(example(index))
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert not list(folder.glob(".writing-*")), "nothing half written is left"
+    for opener in (RecordShards, verify, lambda path: open_files(path, "")):
+        with pytest.raises(SourceError, match=r"manifest\.json: No such file.*not finished, prepare it again"):
+            opener(str(folder))
+    written = write(folder, 2)
+    assert sorted(path.name for path in folder.iterdir()) == ["manifest.json", "shard-00000.array_record"]
+    assert list(RecordShards(str(folder))) == written
+    with pytest.raises(SourceError, match="holds a finished set of examples already; name another folder or delete it"):
+        RecordWriter(str(folder), {})
+
+
+def test_a_set_without_examples_or_a_place_is_refused(tmp_path):
+    with pytest.raises(SourceError, match="no example was written"), RecordWriter(str(tmp_path / "set"), {}):
+        pass
+    assert list((tmp_path / "set").iterdir()) == []
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SourceError, match=r"cannot write to .*file: File exists; name another folder"):
+        RecordWriter(str(tmp_path / "file"), {})
+
+
+def test_missing_and_cut_shards_are_all_named_when_opening(tmp_path):
+    folder = tmp_path / "set"
+    write(folder, shard_bytes=4000)
+    shards = sorted(folder.glob("*.array_record"))
+    shards[1].unlink()
+    whole = shards[3].read_bytes()
+    shards[3].write_bytes(whole[:-1000])
+    wanted = (
+        rf"set: shard-00001\.array_record cannot be read \(No such file or directory\); "
+        rf"shard-00003\.array_record has {len(whole) - 1000} of {len(whole)} bytes; fetch these shards again"
+    )
+    for opener in (RecordShards, verify):
+        with pytest.raises(SourceError, match=wanted):
+            opener(str(folder))
+    shards[1].write_bytes(shards[0].read_bytes())
+    shards[3].write_bytes(b"\0" * len(whole))
+    with pytest.raises(SourceError, match=r"set: shard-00003\.array_record has 0 readable rows of 4; fetch"):
+        RecordShards(str(folder))
+
+
+def test_changed_content_is_found_by_verify_and_is_one_bad_sample(tmp_path):
+    folder = tmp_path / "set"
+    with RecordWriter(str(folder), {}) as writer:
+        for index in range(6):
+            writer.write(example(index, 100_000))
+    shard = folder / "shard-00000.array_record"
+    data = bytearray(shard.read_bytes())
+    data[data.index(example(3, 100_000).images[0][:50]) + 20] ^= 1
+    shard.write_bytes(data)
+    with pytest.raises(SourceError, match=r"shard-00000\.array_record has other content than when it was written"):
+        verify(str(folder))
+    source = RecordShards(str(folder))
+    with pytest.raises(SampleError, match=r"shard-00000\.array_record row 3: damaged \(.*\); fetch or prepare") as caught:
+        source[3]
+    assert caught.value.name == "row 3"
+    assert "\n" not in str(caught.value)
+    assert [source[index].name for index in (2, 4)] == ["r2", "r4"]
+    assert [outline.name for outline in source.outlines()] == ["r0", "r1", "r2", "row 3", "r4", "r5"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("{", r"manifest\.json is no JSON"),
+        ("[]", r"says format, version \(None, None\), expected \('deepstack_jax examples', 1\)"),
+        ({"version": 2}, r"says format, version \('deepstack_jax examples', 2\)"),
+        ({"rows": 19}, "lists 20 rows in shards and 19 in all"),
+        ({"shards": [{"file": "a"}]}, "lacks or misnames an entry"),
+        ({"shards": None}, "lacks or misnames an entry"),
+        ({"shards": [{"file": "../x", "rows": 20, "bytes": 1, "sha256": ""}]}, "lists 20 rows"),
+    ],
+)
+def test_a_damaged_manifest_is_refused(tmp_path, change, message):
+    write(tmp_path / "set")
+    path = tmp_path / "set" / "manifest.json"
+    path.write_text(change if isinstance(change, str) else json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(SourceError, match=message):
+        RecordShards(str(tmp_path / "set"))
+
+
+def test_a_shard_that_vanishes_or_changes_under_a_run_is_an_error_of_the_set(tmp_path):
+    write(tmp_path / "set", shard_bytes=4000)
+    source = RecordShards(str(tmp_path / "set"))
+    shards = sorted((tmp_path / "set").glob("*.array_record"))
+    assert source[0].name == "r0"
+    shards[1].unlink()
+    with pytest.raises(
+        SourceError, match=r"shard-00001\.array_record changed while in use: 0 rows, 4 in manifest\.json"
+    ) as caught:
+        source[5]
+    assert not isinstance(caught.value, SampleError)
+
+
+def test_writing_and_reading_behind_a_url(tmp_path, monkeypatch):
+    monkeypatch.setenv("DEEPSTACK_CACHE", str(tmp_path / "cache"))
+    system, url = fsspec.filesystem("memory"), f"memory://{uuid.uuid4().hex}/set"
+    written = [example(index) for index in range(10)]
+    with RecordWriter(url, {"from": "made"}, shard_bytes=4000) as writer:
+        for each in written:
+            writer.write(each)
+    assert verify(url)["rows"] == 10
+    source = open_files(url, "")
+    assert not (tmp_path / "cache").exists(), "opening fetches no shard"
+    assert source[9] == written[9]
+    assert len(list((tmp_path / "cache").rglob("*.array_record"))) == 1, "only the shard that was read"
+    assert [source[index] for index in range(10)] == written
+    write(tmp_path / "local", 10, shard_bytes=4000)
+    for name in files.names(url):
+        assert files.read_bytes(f"{url}/{name}") == (tmp_path / "local" / name).read_bytes()
+    system.rm(f"{url}/shard-00001.array_record")
+    with pytest.raises(SourceError, match=r"shard-00001\.array_record cannot be read \(No such file"):
+        open_files(url, "")
+
+
+def test_synthetic_pages_and_receipts_survive_the_way_through(tmp_path):
+    pages = DocumentPages(0, 4, "checker", 3, "train")
+    with RecordWriter(str(tmp_path / "pages"), {}) as writer:
+        for index in range(4):
+            writer.write(pages[index])
+    for index, stored in enumerate(RecordShards(str(tmp_path / "pages"))):
+        assert (stored.index, stored.messages, stored.info["kinds"]) == (
+            index,
+            pages[index].messages,
+            pages[index].info["kinds"],
+        )
+        assert stored.info.keys() == pages[index].info.keys()
+        np.testing.assert_array_equal(stored.info["digits"], pages[index].info["digits"])
+        assert isinstance(stored.images[0], bytes)
+        with Image.open(BytesIO(stored.images[0])) as image:
+            np.testing.assert_array_equal(np.asarray(image.convert("RGB")), pages[index].images[0])
+    shutil.rmtree(tmp_path / "pages")
+    if not RECEIPTS.is_dir():
+        pytest.skip(f"no receipts in {RECEIPTS}")
+    receipts = open_files(str(RECEIPTS / "val.json"), str(RECEIPTS))
+    with RecordWriter(str(tmp_path / "receipts"), {"from": "val.json"}, shard_bytes=1 << 20) as writer:
+        for index in range(40):
+            writer.write(receipts[index])
+    stored = RecordShards(str(tmp_path / "receipts"))
+    assert len(stored.manifest["shards"]) > 1
+    for index in range(40):
+        original = receipts[index]
+        assert (stored[index].name, stored[index].messages) == (original.name, original.messages)
+        assert stored[index].images == tuple(Path(str(image)).read_bytes() for image in original.images)
+
+
+def test_a_full_disk_is_said_and_leaves_no_set(tmp_path, monkeypatch):
+    monkeypatch.setattr(records, "_count", lambda path: 3)  # what a shard holds whose end could not be written
+    with pytest.raises(SourceError, match="3 of 20 rows of a shard were written; is the disk full"):
+        write(tmp_path / "set")
+    assert list((tmp_path / "set").iterdir()) == []
