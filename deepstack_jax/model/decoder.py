@@ -19,6 +19,21 @@ from deepstack_jax.model.merge import Placement, inject
 from deepstack_jax.types import DecoderOutput, KVCache
 
 ACTIVATION_AXES = ("batch", "sequence", "embed")
+Cache = tuple[Float[Array, "L B S K H"], Float[Array, "L B S K H"]]  # keys and values of all layers
+CachePlace = tuple[Array, Array | None]  # i32[] this layer, i32[] the slots filled so far
+
+
+def _through_cache(cache: Cache, new: tuple[Array, Array], at: CachePlace) -> tuple[Cache, tuple[Array, Array]]:
+    """The cache with new keys and values at this layer's next slots, and all of this layer's."""
+    layer, filled = at
+    if filled is None:
+        raise ValueError("a cache came without the number of its filled slots; pass a KVCache to the decoder")
+    keys, values = (
+        jax.lax.dynamic_update_slice(whole, part[None], (layer, 0, filled, 0, 0))
+        for whole, part in zip(cache, new, strict=True)
+    )
+    k, v = (jax.lax.dynamic_index_in_dim(whole, layer, 0, keepdims=False) for whole in (keys, values))
+    return (keys, values), (k, v)
 
 
 class Attention(nn.Module):
@@ -34,9 +49,9 @@ class Attention(nn.Module):
         x: Float[Array, "B T D"],
         rotary: Rotary,
         mask: Bool[Array, "B 1 T S"],
-        cache: tuple[Array, Array] | None,
-        filled: Int[Array, ""] | None,
-    ) -> tuple[Float[Array, "B T D"], tuple[Array, Array] | None]:
+        cache: Cache | None,
+        at: CachePlace,
+    ) -> tuple[Float[Array, "B T D"], Cache | None]:
         cfg = self.config
         axes = ("embed", "heads", "head_dim")
         q = linear((cfg.heads, cfg.head_dim), axes, dtype=self.dtype, name="q")(x)
@@ -44,9 +59,8 @@ class Attention(nn.Module):
         v = linear((cfg.kv_heads, cfg.head_dim), ("embed", "kv_heads", "head_dim"), dtype=self.dtype, name="v")(x)
         q = nn.with_logical_constraint(rotate(q, rotary), ("batch", "sequence", "heads", "head_dim"))
         k = rotate(k, rotary)
-        if cache is not None and filled is not None:
-            k, v = (jax.lax.dynamic_update_slice_in_dim(old, new, filled, 1) for old, new in zip(cache, (k, v), strict=True))
-            cache = (k, v)
+        if cache is not None:
+            cache, (k, v) = _through_cache(cache, (k, v), at)
         y = self.attend(q, k, v, mask)
         residual_scale = 1 / (2 * cfg.layers)
         out = linear(cfg.width, ("heads", "head_dim", "embed"), inputs=2, scale=residual_scale, dtype=self.dtype, name="o")
@@ -84,21 +98,25 @@ class InjectedBlock(nn.Module):
         places: Placement | None,
         rotary: Rotary,
         mask: Bool[Array, "B 1 T S"],
-        cache: tuple[Array, Array] | None,
-        filled: Int[Array, ""] | None,
-    ) -> tuple[Array, Array, tuple[Array, Array] | None]:
+        cache: Cache | None,
+        at: CachePlace,
+    ) -> tuple[Array, Array, Cache | None]:
         if layer_inject is not None and places is not None:
             x = inject(x, layer_inject, group, places)
         injected = x = nn.with_logical_constraint(x, ACTIVATION_AXES)
         normed = RMSNorm(self.config.norm_eps, name="attention_norm")(x)
-        attended, cache = Attention(self.config, self.attend, self.dtype, name="attention")(normed, rotary, mask, cache, filled)
+        attended, cache = Attention(self.config, self.attend, self.dtype, name="attention")(normed, rotary, mask, cache, at)
         x = nn.with_logical_constraint(x + attended, ACTIVATION_AXES)
         x = x + SwiGLU(self.config, self.dtype, name="mlp")(RMSNorm(self.config.norm_eps, name="mlp_norm")(x))
         return nn.with_logical_constraint(x, ACTIVATION_AXES), injected, cache
 
 
 class ScanBody(nn.Module):
-    """One step of the scan: the stack leaves as it came, outside remat, or it would be saved once per layer."""
+    """One step of the scan: the stack leaves as it came, outside remat, or it would be saved once per layer.
+
+    The cache of all layers rides in the carry, where it is written in place; as an output per layer it would be copied whole
+    for every token.
+    """
 
     config: DecoderConfig
     attend: AttentionFn
@@ -107,13 +125,13 @@ class ScanBody(nn.Module):
 
     @nn.compact
     def __call__(self, carry, per_layer, places, rotary, mask, filled):
-        x, layer_inject = carry
-        group, cache = per_layer
+        x, layer_inject, cache = carry
+        group, layer = per_layer
         block = nn.remat(InjectedBlock, prevent_cse=False) if self.config.remat == "block" else InjectedBlock
         x, injected, cache = block(self.config, self.attend, self.dtype, name="block")(
-            x, layer_inject, group, places, rotary, mask, cache, filled
+            x, layer_inject, group, places, rotary, mask, cache, (layer, filled)
         )
-        return (x, layer_inject), (cache, injected if self.keep_inputs else None)
+        return (x, layer_inject, cache), injected if self.keep_inputs else None
 
 
 class Decoder(nn.Module):
@@ -158,9 +176,9 @@ class Decoder(nn.Module):
         )
         kv = None if cache is None else (cache.keys, cache.values)
         filled = None if cache is None else cache.filled
-        per_layer = (jnp.asarray(self.schedule, jnp.int32), kv)
+        per_layer = (jnp.asarray(self.schedule, jnp.int32), jnp.arange(cfg.layers, dtype=jnp.int32))
         body = scanned(cfg, self.attend, self.dtype, self.keep_inputs, name="layers")
-        (x, _), (kv, inputs) = body((x, layer_inject), per_layer, places, rotary, mask, filled)
+        (x, _, kv), inputs = body((x, layer_inject, kv), per_layer, places, rotary, mask, filled)
         if cache is not None:
             cache = cache._replace(keys=kv[0], values=kv[1], filled=cache.filled + mask.shape[2])
         return DecoderOutput(RMSNorm(cfg.norm_eps, name="norm")(x), cache, inputs)

@@ -8,7 +8,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, Num
 
 from deepstack_jax.batch import NEWLINE, Batch
-from deepstack_jax.config import DecoderConfig, ImageConfig, VisionConfig
+from deepstack_jax.config import DecoderConfig, ImageConfig, ProjectorConfig, VisionConfig
 from deepstack_jax.model.attention import (
     AttentionFn,
     Rotary,
@@ -32,6 +32,7 @@ class DeepStack(nn.Module):
 
     image: ImageConfig
     vision: VisionConfig
+    project: ProjectorConfig
     decoder: DecoderConfig
     schedule: tuple[int, ...]  # group of the stack added at the input of each decoder layer, or -1
     dtype: DTypeLike = jnp.float32  # of activations; parameters are float32
@@ -43,7 +44,7 @@ class DeepStack(nn.Module):
         cfg = self.decoder
         remat = cfg.remat != "none"
         self.vision_tower = VisionTower(self.vision, self.image.size, self.attend, self.dtype, remat)
-        self.projector = Projector(cfg.width, self.dtype)
+        self.projector = Projector(self.project, cfg.width, self.dtype)
         self.layers = Decoder(cfg, self.schedule, self.attend, self.dtype, self.keep_layer_inputs)
         embed_init = nn.with_logical_partitioning(nn.initializers.normal(cfg.embed_std), ("vocab", "embed"))
         self.embed = nn.Embed(cfg.vocab_size, cfg.width, dtype=self.dtype, embedding_init=embed_init)
@@ -90,9 +91,11 @@ class DeepStack(nn.Module):
         stack = nn.with_logical_constraint(stack, (None, "batch", None, "embed"))
         return tokens[:, 0], stack if groups else None
 
-    def inputs(self, batch: Batch) -> tuple[Float[Array, "B T D"], Float[Array, "J B M D"] | None, Placement]:
-        """Input embeddings with the visual tokens in place, the stack, and where its tokens stand."""
+    def inputs(self, batch: Batch) -> tuple[Float[Array, "B T D"], Float[Array, "J B M D"] | None, Placement | None]:
+        """Input embeddings with the visual tokens in place, the stack, and where its tokens stand (None in a batch of text)."""
         text = self.embed_tokens(batch.tokens)
+        if batch.token_source.shape[1] == 0:
+            return text, None, None
         visual, stack = self.visual_tokens(batch)
         places = placement(batch.visual_index, visual.shape[1])
         merged = nn.with_logical_constraint(merge(text, visual, places), ACTIVATION_AXES)

@@ -1,4 +1,4 @@
-"""The two-layer MLP between vision tower and decoder (LLaVA-1.5's `mlp2x_gelu`), shared by global view and crops."""
+"""The MLP between vision tower and decoder (LLaVA-1.5's `mlp2x_gelu`), shared by global view and crops."""
 
 from __future__ import annotations
 
@@ -6,16 +6,21 @@ import flax.linen as nn
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from deepstack_jax.config import ProjectorConfig
 from deepstack_jax.model.layers import ACTIVATIONS, linear
 
 
 class Projector(nn.Module):
     """linear, exact (erf) GELU, linear; vision width E to decoder width D."""
 
+    config: ProjectorConfig
     width: int  # D
     dtype: DTypeLike
 
     @nn.compact
     def __call__(self, x: Float[Array, "*B E"]) -> Float[Array, "*B D"]:
         x = linear(self.width, ("vision_embed", "embed"), bias=True, dtype=self.dtype, name="fc1")(x)
-        return linear(self.width, ("mlp", "embed"), bias=True, dtype=self.dtype, name="fc2")(ACTIVATIONS["gelu"](x))
+        for number in range(2, self.config.layers + 1):
+            x = ACTIVATIONS["gelu"](x)
+            x = linear(self.width, ("mlp", "embed"), bias=True, dtype=self.dtype, name=f"fc{number}")(x)
+        return x

@@ -72,6 +72,7 @@ def build_model(config: Config, attend: AttentionFn = dot_product, **more: bool)
     settings = {
         "image": config.image,
         "vision": config.vision,
+        "project": config.projector,
         "decoder": config.decoder,
         "schedule": config.schedule,
         "dtype": jnp.dtype(config.train.compute_dtype),

@@ -8,7 +8,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-from flax import traverse_util
+from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from deepstack_jax.config_checks import ConfigError
@@ -64,8 +64,8 @@ def param_shardings(mesh: Mesh, boxed: Any) -> Any:
     specs = nn.get_partition_spec(boxed)
     shardings = nn.logical_to_mesh_sharding(specs, mesh, RULES)
     problems = []
-    sizes = traverse_util.flatten_dict(nn.unbox(boxed), sep="/")
-    for path, sharding in traverse_util.flatten_dict(shardings, sep="/").items():
+    sizes = flatten_dict(nn.unbox(boxed), sep="/")
+    for path, sharding in flatten_dict(shardings, sep="/").items():
         try:
             sharding.shard_shape(sizes[path].shape)
         except ValueError:

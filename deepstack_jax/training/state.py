@@ -14,9 +14,10 @@ from deepstack_jax.batch import Batch
 from deepstack_jax.config import Config
 from deepstack_jax.model.deepstack import DeepStack
 from deepstack_jax.parallel.rules import replicated
-from deepstack_jax.training.optimizer import FROZEN, flatten, unflatten
+from deepstack_jax.training.optimizer import FROZEN, flatten
 from deepstack_jax.types import PyTree, TrainState
-from deepstack_jax.weights.io import load_official
+from deepstack_jax.weights.folders import Checkpoint, open_checkpoint
+from deepstack_jax.weights.load import absent_leaves, load_params, stored_leaves
 
 
 def new_state(params: PyTree, groups: dict[str, str], optimizer: optax.GradientTransformation) -> TrainState:
@@ -54,6 +55,18 @@ def state_shardings(
     return TrainState(step=whole, params=params, opt_state=jax.tree_util.tree_map_with_path(place, opt_state))
 
 
+def find_weights(config: Config) -> Checkpoint:
+    """The checkpoint that `train.weights` names, every tensor checked against the run's model, none of them read.
+
+    Raises:
+      WeightsError: it is missing, of other sizes, or lacks tensors that only a trained model has.
+    """
+    train = config.train
+    found = open_checkpoint(train.weights, tower=train.tower, projector=train.projector, run=config)
+    stored_leaves(found.tensors, config, fresh=dict.fromkeys(absent_leaves(found.tensors, config)))
+    return found
+
+
 def first_state(
     config: Config,
     model: DeepStack,
@@ -72,7 +85,14 @@ def first_state(
             return new_state(nn.unbox(model.init(key, sample))["params"], groups, optimizer)
 
         return jax.jit(draw, out_shardings=shardings)(jax.random.key(config.seed))
-    shapes = nn.unbox(jax.eval_shape(model.init, jax.random.key(0), sample))["params"]
-    loaded = load_official(config.train.weights, {path: leaf.shape for path, leaf in flatten(shapes).items()})
-    params = jax.device_put(unflatten(loaded), shardings.params)
+    found = find_weights(config)
+    fresh = {}
+    if absent := absent_leaves(found.tensors, config):
+
+        def draw_absent(key: jax.Array) -> dict[str, jax.Array]:
+            drawn = flatten(nn.unbox(model.init(key, sample))["params"])
+            return {path: drawn[path] for path in absent}
+
+        fresh = jax.device_get(jax.jit(draw_absent)(jax.random.key(config.seed)))
+    params = load_params(found.tensors, config, shardings=shardings.params, fresh=fresh)
     return jax.jit(lambda params: new_state(params, groups, optimizer), out_shardings=shardings)(params)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import json
 import shutil
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,34 +16,16 @@ from PIL import Image
 from safetensors.numpy import load_file, save_file
 
 from deepstack_jax.batch import Batch, empty_batch
-from deepstack_jax.config import Config, build_config, default_config
+from deepstack_jax.config import Config
 from deepstack_jax.data.image import image_grid, make_views
 from deepstack_jax.data.rows import Cursor, EncodedExample, place_example
 from deepstack_jax.model.deepstack import DeepStack
 from deepstack_jax.model.variants import build_model
-from deepstack_jax.weights.names import from_official
+from deepstack_jax.weights import load as weights
+from deepstack_jax.weights.folders import Checkpoint, open_checkpoint
+from deepstack_jax.weights.names import Table, to_theirs
 
 GOLDEN = Path(__file__).parents[1] / "golden"
-CROP = 28
-ABLATIONS = {
-    "": {},
-    "string_withglobal": {"deepstack.sequence": "global_crops", "deepstack.stack": "none"},
-    "only_global_features": {"deepstack.sequence": "zero", "deepstack.stack": "global"},
-    "2xsample+deepstack_vit+lsvit_start_layer_2": {
-        "image.grid": "square",
-        "deepstack.into": "vision",
-        "deepstack.vision_start": 2,
-    },
-}
-TOWER = {
-    "image.size": CROP,
-    "vision.patch_size": 7,
-    "vision.width": 32,
-    "vision.layers": 4,
-    "vision.heads": 4,
-    "vision.mlp": 64,
-    "train.compute_dtype": "float32",
-}
 
 
 @dataclass(frozen=True)
@@ -48,6 +33,7 @@ class Case:
     name: str
     info: dict
     arrays: dict[str, np.ndarray]
+    checkpoint: Checkpoint
     config: Config
 
     def model(self, **more) -> DeepStack:
@@ -55,38 +41,19 @@ class Case:
 
 
 def load_case(name: str) -> Case:
+    """A case through the importer: configuration and weights come from the checkpoint folder as users have it."""
     info = json.loads((GOLDEN / name / "case.json").read_text())
     with np.load(GOLDEN / name / "case.npz") as stored:
         arrays = dict(stored)
-    c = info["config"]
-    keys = TOWER | {
-        "decoder.architecture": info["arch"].replace("llava", "llama"),
-        "decoder.vocab_size": c["vocab_size"],
-        "decoder.width": c["hidden_size"],
-        "decoder.layers": c["num_hidden_layers"],
-        "decoder.heads": c["num_attention_heads"],
-        "decoder.kv_heads": c["num_key_value_heads"],
-        "decoder.head_dim": c["hidden_size"] // c["num_attention_heads"],
-        "decoder.mlp": c["intermediate_size"],
-        "decoder.norm_eps": c["rms_norm_eps"],
-        "decoder.rope.theta": c["rope_theta"],
-    }
-    mode = c["image_aspect_ratio"]
-    if mode in ("pad", "anyres"):
-        keys |= {"image.mode": mode, "image.merge": c["mm_patch_merge_type"], "image.num_crops": 0, "deepstack.stack": "none"}
-        keys["image.pinpoints"] = tuple(tuple(size) for size in c.get("image_grid_pinpoints", ()))
-    else:
-        keys |= {
-            "image.mode": "hd" if c["is_anyres_deepstack"] else "deepstack",
-            "image.num_crops": c["num_crops"],
-            "deepstack.sampling": c["deepstack_sampling"],
-            "deepstack.start": c["deepstack_start_id"],
-            "deepstack.interval": c["deepstack_interval"],
-            **ABLATIONS[c["deepstack_args_for_ablation"]],
-        }
-    source = default_config()
-    source.update_from_flattened_dict(keys)
-    return Case(name, info, arrays, build_config(source))
+    folder = Path(_scratch().name) / name
+    checkpoint = open_checkpoint(folder / "hf" if folder.exists() else write_folder(name, folder))
+    train = dataclasses.replace(checkpoint.config.train, compute_dtype="float32")
+    return Case(name, info, arrays, checkpoint, dataclasses.replace(checkpoint.config, train=train))
+
+
+@functools.cache
+def _scratch() -> tempfile.TemporaryDirectory:
+    return tempfile.TemporaryDirectory(prefix="golden-")
 
 
 def official_tensors(weights: str) -> dict[str, np.ndarray]:
@@ -109,11 +76,22 @@ def write_folder(name: str, folder: Path) -> Path:
     return folder / "hf"
 
 
-def load_params(case: Case, shapes: dict) -> dict:
-    """Official weights in our tree; `shapes` is the abstract parameter tree."""
-    flat = {"/".join(path): leaf.shape for path, leaf in traverse_util.flatten_dict(shapes["params"]).items()}
-    ours = from_official(official_tensors(case.info["hf_weights"]), flat)
-    return {"params": traverse_util.unflatten_dict({tuple(path.split("/")): leaf for path, leaf in ours.items()})}
+def load_params(case: Case) -> dict:
+    """The case's weights as variables of our model."""
+    return {"params": weights.load_params(case.checkpoint.tensors, case.config)}
+
+
+def official_names(case: Case, tree: dict) -> dict[str, np.ndarray]:
+    """A tree like the parameters (say, their gradients) under the official names and shapes, by the exporter's table."""
+    leaves = {"/".join(path): np.asarray(leaf) for path, leaf in traverse_util.flatten_dict(tree).items()}
+    table, named = Table(case.config), {}
+    for name, foreign in table.tensors.items():
+        parts = []
+        for path, layer in foreign.parts:
+            leaf = table.leaves[path]
+            parts.append(to_theirs(leaves[path][layer] if leaf.stacked else leaves[path], leaf, foreign.shape))
+        named[name] = np.concatenate(parts)
+    return named
 
 
 def open_images() -> list[Image.Image]:

@@ -5,9 +5,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import linen as nn
 
-from tests.parity.goldens import build_batch, load_case, load_params
+from tests.parity.goldens import build_batch, load_case, load_params, official_names
 
 pytestmark = pytest.mark.quick
 
@@ -22,6 +21,7 @@ CASES = [
     "v",
     "hd",
     "llava_next",
+    "phi",
 ]
 LOGITS, LOSS = 5e-4, 1e-5
 
@@ -31,8 +31,7 @@ def run(request):
     case = load_case(request.param)
     model = case.model(keep_layer_inputs=True)
     batch = build_batch(case)
-    shapes = nn.unbox(jax.eval_shape(model.init, jax.random.key(0), batch))
-    params = load_params(case, shapes)
+    params = load_params(case)
 
     @jax.jit
     def forward(params, batch):
@@ -88,11 +87,12 @@ def test_loss(run):
     assert abs(loss - case.arrays["loss"]) < LOSS
 
 
-def test_every_hidden_state():
-    case = load_case("l_2d")
+@pytest.mark.parametrize("name", ["l_2d", "phi"])
+def test_every_hidden_state(name):
+    case = load_case(name)
     model = case.model(keep_layer_inputs=True)
     batch = build_batch(case)
-    params = load_params(case, nn.unbox(jax.eval_shape(model.init, jax.random.key(0), batch)))
+    params = load_params(case)
     output = jax.jit(model.apply)(params, batch)
     real = case.arrays["attention_mask_expanded"]
     for layer, ours in enumerate(np.asarray(output.layer_inputs)):
@@ -103,21 +103,20 @@ def test_vision_hidden_states():
     case = load_case("l_2d")
     batch = build_batch(case)
     deepstack = case.model()
-    params = load_params(case, nn.unbox(jax.eval_shape(deepstack.init, jax.random.key(0), batch)))
+    params = load_params(case)
     features = np.asarray(deepstack.apply(params, batch.pixels, method="encode")).reshape(2, -1, case.config.layout.patches, 32)
     official = case.arrays["vision_selected"]
     ours = np.concatenate([features[:, 0], features[0, 1:5], features[1, 1:4]])
     np.testing.assert_allclose(ours, official, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["l_2d", "v"])
+@pytest.mark.parametrize("name", ["l_2d", "v", "phi"])
 def test_gradients(name):
     """Norms of every official gradient, and the stored ones element by element."""
     case = load_case(name)
     model = case.model()
     batch = build_batch(case)
-    shapes = nn.unbox(jax.eval_shape(model.init, jax.random.key(0), batch))
-    params = load_params(case, shapes)
+    params = load_params(case)
 
     @jax.jit
     @jax.grad
@@ -128,7 +127,8 @@ def test_gradients(name):
 
     ours = gradient(params)
     chex.assert_trees_all_equal_shapes(ours, params)
-    flat = official_gradients(ours)
+    named = official_names(case, ours["params"]).items()
+    flat = {name: leaf for name, leaf in named if leaf.any()}  # upstream has no gradient where we have zero
     norms = case.info["grad_l2_norms"]
     assert set(flat) == set(norms)
     for tensor, norm in norms.items():
@@ -137,29 +137,3 @@ def test_gradients(name):
     assert stored
     for tensor, value in stored.items():
         np.testing.assert_allclose(flat[tensor], value, atol=5e-4, err_msg=tensor)
-
-
-def official_gradients(tree: dict) -> dict[str, np.ndarray]:
-    """Our gradient tree under the official names and shapes; parameters that have no gradient upstream are left out."""
-    from flax import traverse_util
-
-    from deepstack_jax.weights.names import official_rows
-
-    flat = {"/".join(path): np.asarray(leaf) for path, leaf in traverse_util.flatten_dict(tree["params"]).items()}
-    named = {}
-    for row in official_rows(newline=False):
-        layers = flat[row.ours] if "{}" in row.theirs else flat[row.ours][None]
-        for layer, leaf in enumerate(layers):
-            name = row.theirs.format(layer)
-            if row.layout == "linear":
-                leaf = (
-                    leaf.reshape(-1, leaf.shape[-1]).T
-                    if name.endswith(("o_proj.weight", "out_proj.weight"))
-                    else leaf.reshape(leaf.shape[0], -1).T
-                )
-            elif row.layout == "patches":
-                leaf = leaf.reshape(7, 7, 3, -1).transpose(3, 2, 0, 1)
-            else:
-                leaf = leaf if leaf.ndim < 2 or "embedd" in name or "embed_tokens" in name else leaf.reshape(-1)
-            named[name] = leaf
-    return {name: leaf for name, leaf in named.items() if leaf.any()}

@@ -1,0 +1,167 @@
+"""Convert checkpoints: `python -m deepstack_jax.convert --from=DIR --to=DIR`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from absl import flags
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.table import Table
+
+from deepstack_jax import cli
+from deepstack_jax.config import Config
+from deepstack_jax.config_checks import ConfigError
+from deepstack_jax.data.tokenize import load_tokenizer
+from deepstack_jax.training.checkpoint import CheckpointError, restore_params
+from deepstack_jax.weights.folders import Checkpoint, has_tokenizer, open_checkpoint
+from deepstack_jax.weights.io import read_json
+from deepstack_jax.weights.load import stored_leaves
+from deepstack_jax.weights.save import DTYPES, FORMATS, LeafLike, Written, save_checkpoint
+
+USAGE = """
+Convert a checkpoint into a folder that the official DeepStack code, LLaVA or transformers loads.
+
+  python -m deepstack_jax.convert --from=runs/receipts --to=exports/receipts --dtype=bfloat16
+  python -m deepstack_jax.convert --from=checkpoints/llava-v1.5-7b --to=exports/llava-hf --format=llava-hf
+  python -m deepstack_jax.convert --from=stage1 --base=lmsys/vicuna-7b-v1.5 --to=exports/stage1
+
+  --from=DIR|ID       a training workdir; or a folder or hub id of DeepStack, LLaVA-1.5, LLaVA-NeXT or llava-hf
+  --to=DIR            new folder; nothing is written over without --force
+  --tower=DIR|ID      vision tower, in place of the one that config.json names
+  --base=DIR|ID       language model under a folder that holds a projector alone
+  --projector=FILE    an mm_projector.bin, in place of the folder's
+  --dtype=DTYPE       float32, bfloat16 or float16; as stored if not given
+  --format=FORMAT     official (default), or llava-hf for LLaVA-1.5 and LLaVA-NeXT in transformers
+  --max_shard=SIZE    most bytes of one file (default 5GB)
+  --force             replace what is in --to
+
+Exit codes: 0 done; 1 a mistake in the input, said in one line, nothing written.
+"""
+
+TEXT_FLAGS = {
+    "from": "Checkpoint or training workdir to read.",
+    "to": "Folder to write.",
+    "tower": "Folder or hub id of the vision tower.",
+    "base": "Folder or hub id of the language model under a projector.",
+    "projector": "An mm_projector.bin.",
+    "dtype": "float32, bfloat16 or float16.",
+    "format": "official or llava-hf.",
+    "max_shard": "Most bytes of one file.",
+}
+DEFAULTS = {"format": "official", "max_shard": "5GB"}
+for _name, _meaning in TEXT_FLAGS.items():
+    flags.DEFINE_string(_name, DEFAULTS.get(_name, ""), _meaning)
+flags.DEFINE_bool("force", False, "Replace what is in --to.")
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model that can be written: from a run or from a checkpoint folder."""
+
+    config: Config
+    leaves: Mapping[str, LeafLike]
+    dtype: str
+    tokenizer: str
+    carried: Mapping[str, Any]
+    what: str
+
+
+def main() -> int:
+    given = {name: str(flags.FLAGS[name].value or "") for name in TEXT_FLAGS}
+    for name in ("from", "to"):
+        if not given[name]:
+            raise ConfigError(f"--{name} is missing; e.g. --from=checkpoints/llava-v1.5-7b --to=exports/llava")
+    for name, valid in (("dtype", ("", *DTYPES)), ("format", FORMATS)):
+        if given[name] not in valid:
+            raise ConfigError(f"--{name} got {given[name]!r}, expected {', '.join(filter(None, valid))}")
+    target = Path(given["to"]).expanduser().absolute()
+    cli.writable_folder(str(target.parent), "to")
+    console = Console(highlight=False)
+    workdir = Path(given["from"]).expanduser()
+    source = open_run(workdir) if is_workdir(workdir) else open_folder(given)
+    dtype = given["dtype"] or source.dtype
+    total = sum(int(np.prod(leaf.shape)) for leaf in source.leaves.values()) * DTYPES[dtype][1].itemsize
+    columns = (TextColumn("writing"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+        bar = progress.add_task("", total=total)
+        written = save_checkpoint(
+            source.leaves,
+            source.config,
+            target,
+            tokenizer_folder=source.tokenizer,
+            dtype=dtype,
+            max_shard=given["max_shard"],
+            form=given["format"],
+            carried=source.carried,
+            force=bool(flags.FLAGS["force"].value),
+            progress=lambda nbytes: progress.advance(bar, nbytes),
+        )
+    console.print(describe(source, target, given["format"], dtype, written))
+    return cli.EXIT_DONE
+
+
+def is_workdir(folder: Path) -> bool:
+    """Whether the folder is a training run's: our configuration, which has no model_type, and checkpoints."""
+    file = folder / "config.json"
+    return (folder / "checkpoints").is_dir() and file.exists() and "model_type" not in read_json(file)
+
+
+def open_run(workdir: Path) -> Source:
+    """The newest parameters of a run."""
+    step, config, leaves = restore_params(workdir)
+    folder, carried = config.data.tokenizer, {}
+    if folder:
+        try:
+            tokenizer = load_tokenizer(folder)
+        except (ValueError, OSError) as error:
+            raise ConfigError(f"the run's tokenizer {folder} cannot be read: {error}; put it back where it was") from error
+        carried = {"eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
+        carried |= {} if tokenizer.bos_id is None else {"bos_token_id": tokenizer.bos_id}
+    files = folder if folder and os.path.isdir(folder) and has_tokenizer(Path(folder)) else ""
+    return Source(config, leaves, "float32", files, carried, f"run {config.name}, step {step}")
+
+
+def open_folder(given: Mapping[str, str]) -> Source:
+    """A checkpoint folder, nothing of it read yet."""
+    checkpoint = open_checkpoint(given["from"], tower=given["tower"], base=given["base"], projector=given["projector"])
+    leaves = stored_leaves(checkpoint.tensors, checkpoint.config)
+    what = f"{checkpoint.path.name}, {len(checkpoint.tensors)} tensors"
+    return Source(checkpoint.config, leaves, stored_dtype(checkpoint), checkpoint.tokenizer, checkpoint.carried, what)
+
+
+def stored_dtype(checkpoint: Checkpoint) -> str:
+    """The dtype of the checkpoint's own weights, read off the largest of them."""
+    largest = max(checkpoint.tensors.values(), key=lambda tensor: tensor.nbytes)
+    return next((name for name, (_, kind) in DTYPES.items() if kind == largest.dtype), "float32")
+
+
+def describe(source: Source, target: Path, form: str, dtype: str, written: Written) -> Table:
+    """What was converted into what."""
+    config = source.config
+    vision, decoder, stack = config.vision, config.decoder, config.deepstack
+    table = Table(title=f"{target}", show_header=False)
+    rows = {
+        "from": source.what,
+        "format": f"{form}, {dtype}, {written.files} file{'s' if written.files > 1 else ''}",
+        "tensors": f"{written.tensors:,}",
+        "parameters": f"{written.parameters:,}",
+        "bytes": f"{written.nbytes:,}",
+        "vision": f"CLIP, {vision.layers} + {vision.post_layers} layers of {vision.width}, {config.image.size} px",
+        "decoder": f"{decoder.architecture}, {decoder.layers} layers of {decoder.width}, vocabulary {decoder.vocab_size:,}",
+        "image": f"{config.image.mode}, {config.image.num_crops} crops" if stack.stack != "none" else config.image.mode,
+        "deepstack": f"{stack.stack} into {stack.into}, {stack.sampling}" if stack.stack != "none" else "nothing injected",
+        "tokenizer": source.tokenizer or "none found, none written",
+    }
+    for name, value in rows.items():
+        table.add_row(name, value)
+    return table
+
+
+if __name__ == "__main__":
+    cli.run(main, (CheckpointError,), USAGE)

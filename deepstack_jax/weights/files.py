@@ -1,0 +1,112 @@
+"""Tensors on disk: which there are in a safetensors file, without reading them, and each one's bytes when asked for.
+
+A tensor is mapped into memory when it is read and let go with the array, so that a checkpoint never stands in memory whole.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from deepstack_jax.config_checks import ConfigError
+
+DTYPES = {
+    "F64": np.dtype(np.float64),
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "I64": np.dtype(np.int64),  # buffers of older transformers, which are left out
+}
+_MAX_HEADER = 100_000_000  # bytes; the format's own limit
+
+
+class WeightsError(ConfigError):
+    """A checkpoint that cannot be used; the message names what, what was expected and the next move."""
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor in a file. `read` gives it as an array over the file's bytes; nothing is read before its elements are."""
+
+    file: Path
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    read: Callable[[], np.ndarray]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def map_bytes(file: Path, offset: int, dtype: np.dtype, count: int) -> np.ndarray:
+    """`count` elements of a file as a flat read-only array."""
+    if count == 0:
+        return np.empty(0, dtype)
+    raw = np.memmap(file, np.uint8, mode="r", offset=offset, shape=(count * dtype.itemsize,))
+    return raw.view(np.ndarray).view(dtype)
+
+
+def open_safetensors(file: Path) -> dict[str, StoredTensor]:
+    """The tensors of a safetensors file, by name.
+
+    Raises:
+      WeightsError: the file is cut off, is no safetensors file, or holds numbers of a kind that is not read here.
+    """
+    size = file.stat().st_size
+    with file.open("rb") as opened:
+        length = int.from_bytes(opened.read(8), "little")
+        if size < 8 or length > min(size - 8, _MAX_HEADER):
+            raise WeightsError(_damaged(file, f"its header of {length} bytes does not fit into {size}"))
+        try:
+            header = json.loads(opened.read(length))
+            header.pop("__metadata__", None)
+            return {name: _described(file, name, entry, 8 + length, size) for name, entry in header.items()}
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            if isinstance(error, WeightsError):
+                raise
+            raise WeightsError(_damaged(file, "its header cannot be read")) from error
+
+
+def _described(file: Path, name: str, entry: dict[str, Any], start: int, size: int) -> StoredTensor:
+    if entry["dtype"] not in DTYPES:
+        raise WeightsError(
+            f"{file}: {name} is stored as {entry['dtype']}, expected one of {', '.join(DTYPES)}; quantised weights are "
+            "not read: give the folder of the full-precision model"
+        )
+    dtype, shape = DTYPES[entry["dtype"]], tuple(entry["shape"])
+    first, last = entry["data_offsets"]
+    if start + last > size or first < 0 or last - first != math.prod(shape) * dtype.itemsize:
+        raise WeightsError(_damaged(file, f"{name} should end at byte {start + last}, the file has {size}"))
+    return StoredTensor(file, dtype, shape, lambda: map_bytes(file, start + first, dtype, math.prod(shape)).reshape(shape))
+
+
+def _damaged(file: Path, reason: str) -> str:
+    return f"{file} is no whole safetensors file ({reason}); copy or download it again"
+
+
+def copy_into(out: np.ndarray, part: np.ndarray) -> None:
+    """`out[...] = part`, in strips: the plain copy of a large transposed matrix misses the cache at every element."""
+    strip = 128  # columns: so many lines of `part` stay in the cache until they are used up
+    if part.ndim < 2 or part.strides[-1] == min(part.strides):
+        out[...] = part
+    elif part.ndim == 3 and part.shape[2] <= strip and part.strides[0] == min(part.strides):
+        for middle in range(part.shape[1]):
+            out[:, middle] = part[:, middle]
+    else:
+        for at in range(0, part.shape[-1], strip):
+            out[..., at : at + strip] = part[..., at : at + strip]
+
+
+def aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """Like np.empty, at an address that jax on a CPU takes over as it is instead of copying."""
+    nbytes, alignment = math.prod(shape) * dtype.itemsize, 64
+    raw = np.empty(nbytes + alignment, np.uint8)
+    start = -raw.ctypes.data % alignment
+    return raw[start : start + nbytes].view(dtype).reshape(shape)

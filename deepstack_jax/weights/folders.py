@@ -1,0 +1,259 @@
+"""Opening a checkpoint: which folders belong to it, and all of its tensors under one naming."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+import warnings
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+from deepstack_jax.config import Config
+from deepstack_jax.weights.files import StoredTensor, WeightsError
+from deepstack_jax.weights.hf_config import BARE, CARRIED, check_against, from_hf, is_llava_hf, tower_from
+from deepstack_jax.weights.hf_decoder import decoder_from
+from deepstack_jax.weights.hf_export import tower_to_hf
+from deepstack_jax.weights.io import open_files, read_json, weight_files
+from deepstack_jax.weights.names import TOWER, canonical
+
+PROJECTOR_FILE = "mm_projector.bin"
+# Towers whose sizes are the defaults of our Config: a checkpoint with one of them inside needs no second folder.
+_DEFAULT_TOWERS = ("openai/clip-vit-large-patch14-336",)
+_NEWLINE = "model.image_newline"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model on disk, found and described, not yet read.
+
+    Attributes:
+      path: its folder.
+      config: what it computes.
+      tensors: by official name; `load_params(checkpoint.tensors, checkpoint.config)` reads them.
+      tokenizer: folder with the tokenizer's files, or "".
+      template: the conversation template that such a model is trained with.
+      tower: folder of its vision tower, or "".
+      carried: keys of its config.json that our Config does not describe, for an export.
+    """
+
+    path: Path
+    config: Config
+    tensors: Mapping[str, StoredTensor]
+    tokenizer: str
+    template: str
+    tower: str
+    carried: Mapping[str, Any]
+
+
+def open_checkpoint(
+    path: str | Path, *, tower: str = "", base: str = "", projector: str = "", run: Config | None = None
+) -> Checkpoint:
+    """Find everything that belongs to a checkpoint; reads its JSON files and the tables of its weight files.
+
+    What it is is told by config.json alone. Tensors inside the folder win over those of `tower` and `base`, a projector
+    file over all; what is missing in the end shows when parameters are loaded.
+
+    Args:
+      path: a folder, or a hub id (looked for in the local cache first).
+      tower: folder or hub id of the vision tower, in place of config.json's mm_vision_tower.
+      base: folder or hub id of the language model under a folder that holds a projector alone (LLaVA's stage 1).
+      projector: an mm_projector.bin, in place of the one in the folder.
+      run: a run's configuration: it says what is computed; the sizes must agree. A bare language model needs one.
+
+    Raises:
+      WeightsError: something is missing, ambiguous, or of a kind that is not read here.
+    """
+    folder = find_folder(path)
+    if (folder / "adapter_config.json").exists():
+        raise WeightsError(
+            f"{folder} holds a LoRA adapter, expected whole weights; merge it into its base model first (peft: "
+            "PeftModel.from_pretrained(...).merge_and_unload().save_pretrained(...))"
+        )
+    values = read_json(folder / "config.json")
+    bare, inner = values.get("model_type") in BARE, is_llava_hf(values)
+    tower_folder = None if inner and not tower else find_tower(tower or values.get("mm_vision_tower", ""), folder, bool(tower))
+    base_folder = find_folder(base) if base else None
+    tensors = _collect(folder, values, base_folder, tower_folder, projector)
+    stored = _describe(folder, values, tower_folder, tensors, run)
+    if base_folder is not None:
+        _check_base(base_folder, stored)
+    config, carried = stored, {key: value for key, value in values.items() if key in CARRIED}
+    if tower_folder is not None:
+        carried |= {k: v for k, v in read_json(tower_folder / "config.json").items() if k == "projection_dim"}
+    if run is not None:
+        check_against(run, stored, bare=bare)
+        config = run
+        if _NEWLINE in tensors and not run.newline:
+            warnings.warn(
+                f"{folder} has an image_newline, which config.image.mode={run.image.mode!r} does not use", stacklevel=2
+            )
+            del tensors[_NEWLINE]
+    return Checkpoint(
+        path=folder,
+        config=config,
+        tensors=tensors,
+        tokenizer=next((str(at) for at in (folder, base_folder) if at is not None and has_tokenizer(at)), ""),
+        template=stored.data.template,
+        tower=str(tower_folder or ""),
+        carried=carried,
+    )
+
+
+def find_folder(path: str | Path) -> Path:
+    """The folder behind a path or a hub id.
+
+    Raises:
+      WeightsError: neither is there.
+    """
+    folder = Path(path).expanduser()
+    if os.path.isdir(folder):  # unlike Path.is_dir, says no to a name that is too long
+        return folder
+    name = str(path)
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        raise WeightsError(f"no folder {name}; give a checkpoint folder with its config.json, or a hub id such as org/name")
+    cached = _cached(name)
+    if cached is not None and (cached / "config.json").exists():
+        try:
+            weight_files(cached)
+            return cached
+        except WeightsError:  # only a part of it was ever fetched
+            pass
+    try:
+        rest = ["*.json", "*.model", "*.txt", "mm_projector.bin"]
+        fetched = Path(huggingface_hub.snapshot_download(name, allow_patterns=[*rest, "*.safetensors"]))
+        if not any(fetched.glob("*.safetensors")):
+            huggingface_hub.snapshot_download(name, allow_patterns=[*rest, "*.bin"])
+        return fetched
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise WeightsError(f"{name} is no folder, and not to be had from the hub ({reason}); give a folder") from error
+
+
+def _cached(name: str) -> Path | None:
+    try:
+        return Path(huggingface_hub.snapshot_download(name, local_files_only=True))
+    except (LocalEntryNotFoundError, HFValidationError, OSError):
+        return None
+
+
+def find_tower(name: str, beside: Path, must: bool = False) -> Path | None:
+    """The vision tower's folder: an absolute path, beside config.json, in its parent folder, or in the hub cache; else None.
+
+    Args:
+      name: a path or hub id. beside: the folder with config.json.
+      must: the user named it: then it may also lie in the working directory or on the hub.
+
+    Raises:
+      WeightsError: with `must`, it is nowhere.
+    """
+    if must:
+        return find_folder(name)
+    if not name:
+        return None
+    places = [Path(name)] if Path(name).is_absolute() else [beside / name, beside.resolve().parent / name]
+    found = next((place for place in places if (place / "config.json").exists()), None)
+    if found is None and re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        found = _cached(name)
+    return found if found is not None and (found / "config.json").exists() else None
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether the folder holds a tokenizer that can be read."""
+    return any((folder / file).exists() for file in ("tokenizer.model", "tokenizer.json"))
+
+
+def _describe(
+    folder: Path, values: Mapping[str, Any], tower: Path | None, tensors: Mapping[str, StoredTensor], run: Config | None
+) -> Config:
+    """The Config of the folder's config.json and its tower's; a bare language model takes its recipe from the run."""
+    name = values.get("mm_vision_tower")
+    tower_json = read_json(tower / "config.json") if tower is not None else None
+    if tower_json is None and name in _DEFAULT_TOWERS and any(tensor.startswith(TOWER) for tensor in tensors):
+        tower_json = tower_to_hf(Config())
+    beside = folder if is_llava_hf(values) else tower
+    preprocessor = beside / "preprocessor_config.json" if beside is not None else None
+    pixels = read_json(preprocessor) if preprocessor is not None and preprocessor.exists() else {}
+    if values.get("model_type") not in BARE:
+        return from_hf(values, tower_json, pixels)
+    if run is None or tower_json is None:
+        raise WeightsError(
+            f"{folder} is a bare {values['model_type']}: what is built on it is not said; "
+            + ("give the vision tower's folder with --tower=DIR" if run is not None else "give the run's configuration with it")
+        )
+    vision, size = tower_from(tower_json)
+    kind = BARE[values["model_type"]]
+    return dataclasses.replace(
+        run,
+        vision=dataclasses.replace(vision, feature_layer=run.vision.feature_layer, post_layers=run.vision.post_layers),
+        image=dataclasses.replace(run.image, size=size),
+        decoder=decoder_from(values, kind),
+        data=dataclasses.replace(run.data, template="phi3_instruct" if kind == "phi3" else "v1"),
+    )
+
+
+def _check_base(base: Path, stored: Config) -> None:
+    """Refuse a base model of other sizes than the projector's config.json says."""
+    values = read_json(base / "config.json")
+    if values.get("model_type") in BARE:
+        decoder = decoder_from(values, BARE[values["model_type"]])
+        try:
+            check_against(stored, dataclasses.replace(stored, decoder=decoder))
+        except WeightsError as error:
+            raise WeightsError(f"--base={base}: {error}") from error
+
+
+def _collect(
+    folder: Path, values: Mapping[str, Any], base: Path | None, tower: Path | None, projector: str
+) -> dict[str, StoredTensor]:
+    """All tensors by official name: the folder's own, then what the others add."""
+    own = folder / PROJECTOR_FILE
+    try:
+        files = weight_files(folder)
+    except WeightsError:
+        if not own.exists():
+            raise
+        if base is None:
+            raise WeightsError(f"{folder} holds a projector alone; give its language model with --base=DIR") from None
+        files = []
+    tensors = _named(files, "llava-hf" if is_llava_hf(values) else "official")
+    if projector or not any(".mm_projector." in name for name in tensors):
+        file = Path(projector).expanduser() if projector else own
+        if projector and not file.is_file():
+            raise WeightsError(f"no file {file}; give an mm_projector.bin with --projector=FILE")
+        if file.exists():
+            tensors |= _named([file], "projector")
+    if base is not None:
+        naming = "llava-hf" if is_llava_hf(read_json(base / "config.json")) else "official"
+        tensors = _named(weight_files(base), naming) | tensors
+    if tower is not None and not any(name.startswith(TOWER) for name in tensors):
+        tensors |= _named(weight_files(tower), "clip")
+    return tensors
+
+
+def _named(files: Iterable[Path], naming: str) -> dict[str, StoredTensor]:
+    """Tensors of some files by official name.
+
+    Raises:
+      WeightsError: two of them are the same parameter; all such are listed.
+    """
+    found: dict[str, StoredTensor] = {}
+    twice = []
+    for name, tensor in open_files(files):
+        official = canonical(name, naming)
+        if official is None:
+            continue
+        if official in found:
+            twice.append(f"{official} in {found[official].file.name} and {tensor.file.name}")
+        found[official] = tensor
+    if twice:
+        raise WeightsError(
+            f"{len(twice)} tensors stand in the folder twice: {'; '.join(twice)}. Files of two checkpoints may be mixed: "
+            "keep those of one, with their index"
+        )
+    return found

@@ -1,0 +1,200 @@
+"""Language models: a Hugging Face config.json as DecoderConfig, and back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from deepstack_jax.config import DecoderConfig, RopeConfig
+from deepstack_jax.config_checks import nearest
+from deepstack_jax.weights.files import WeightsError
+
+# What transformers assumes where a config.json says nothing.
+_COMMON = {
+    "hidden_act": "silu",
+    "hidden_size": 4096,
+    "max_position_embeddings": 2048,
+    "num_attention_heads": 32,
+    "num_hidden_layers": 32,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10000.0,
+    "vocab_size": 32000,
+}
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "llama": _COMMON | {"intermediate_size": 11008},
+    "mistral": _COMMON
+    | {
+        "intermediate_size": 14336,
+        "max_position_embeddings": 131072,
+        "num_key_value_heads": 8,
+        "sliding_window": 4096,
+    },
+    "phi3": _COMMON
+    | {
+        "hidden_size": 3072,
+        "intermediate_size": 8192,
+        "max_position_embeddings": 4096,
+        "original_max_position_embeddings": 4096,
+        "rms_norm_eps": 1e-5,
+        "vocab_size": 32064,
+    },
+}
+_SCALINGS = {
+    "linear": {"factor"},
+    "llama3": {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"},
+    "longrope": {"short_factor", "long_factor", "original_max_position_embeddings"},
+    "yarn": {"short_factor", "long_factor", "original_max_position_embeddings"},
+}
+_SCALINGS["su"] = _SCALINGS["longrope"]
+
+
+def expect(values: Mapping[str, Any], key: str, *allowed: Any, move: str) -> None:
+    """Refuse a value that changes what is computed in a way that is not implemented.
+
+    Raises:
+      WeightsError: naming the key, the value, the values that can be read, and `move`.
+    """
+    if key in values and values[key] not in allowed:
+        wanted = " or ".join(repr(value) for value in allowed)
+        raise WeightsError(f"config.json: {key} is {values[key]!r}, expected {wanted}; {move}")
+
+
+def decoder_from(values: Mapping[str, Any], kind: str) -> DecoderConfig:
+    """The decoder of a config.json.
+
+    Args:
+      values: the object, or its `text_config`. kind: llama | mistral | phi3.
+
+    Raises:
+      WeightsError: a size is missing or a number it cannot be, or the model computes something that is not implemented.
+    """
+    get = DEFAULTS[kind] | {key: value for key, value in values.items() if value is not None}
+    other = "choose a checkpoint without it"
+    expect(values, "attention_bias", False, None, move=other)
+    expect(values, "mlp_bias", False, None, move=other)
+    expect(values, "hidden_act", "silu", None, move=other)
+    expect(values, "tie_word_embeddings", False, None, move="save the model with a head of its own first")
+    expect(values, "partial_rotary_factor", 1.0, None, move=other)
+    heads, width = number(get, "num_attention_heads"), number(get, "hidden_size")
+    head_dim = number(get | {"head_dim": get.get("head_dim", width // heads)}, "head_dim")
+    window = 0
+    if kind != "llama" and values.get("sliding_window", DEFAULTS[kind].get("sliding_window")) is not None:
+        window = number(get, "sliding_window")
+    return DecoderConfig(
+        architecture="phi3" if kind == "phi3" else "llama",
+        vocab_size=number(get, "vocab_size"),
+        width=width,
+        layers=number(get, "num_hidden_layers"),
+        heads=heads,
+        kv_heads=number(get | {"num_key_value_heads": get.get("num_key_value_heads", heads)}, "num_key_value_heads"),
+        head_dim=head_dim,
+        mlp=number(get, "intermediate_size"),
+        norm_eps=real(get, "rms_norm_eps"),
+        max_positions=number(get, "max_position_embeddings"),
+        sliding_window=window,
+        rope=_rope_from(values, get, kind),
+    )
+
+
+def _rope_from(values: Mapping[str, Any], get: Mapping[str, Any], kind: str) -> RopeConfig:
+    """Rotary positions: `rope_theta` and `rope_scaling`, which transformers 5 writes as one `rope_parameters`."""
+    scaling = dict(values.get("rope_parameters") or values.get("rope_scaling") or {})
+    theta = real({"rope_theta": get["rope_theta"]} | scaling, "rope_theta")
+    scaling.pop("rope_theta", None)
+    kinds = [scaling.pop(key, None) for key in ("rope_type", "type")]
+    name = kinds[0] or kinds[1] or ("unnamed" if scaling else "default")
+    expect(scaling, "partial_rotary_factor", 1.0, None, move="choose a checkpoint without it")
+    scaling = {key: value for key, value in scaling.items() if value is not None and key != "partial_rotary_factor"}
+    if name == "default":
+        return RopeConfig(theta=theta)
+    if name not in _SCALINGS or (name == "yarn" and kind != "phi3"):
+        raise WeightsError(
+            f"config.json: rope_scaling has type {name!r}, expected linear, llama3, su or longrope (yarn for Phi-3 only); "
+            f"{nearest(name, _SCALINGS)}"
+        )
+    unknown = sorted(set(scaling) - _SCALINGS[name])
+    if unknown:
+        raise WeightsError(
+            f"config.json: rope_scaling of type {name!r} has {', '.join(unknown)}, expected "
+            f"{', '.join(sorted(_SCALINGS[name]))}; remove what changes nothing, or choose a checkpoint without it"
+        )
+    needed = _SCALINGS[name] - {"original_max_position_embeddings", "low_freq_factor", "high_freq_factor"}
+    if needed - set(scaling):
+        raise WeightsError(
+            f"config.json: rope_scaling of type {name!r} lacks {', '.join(sorted(needed - set(scaling)))}; take "
+            "config.json from the model's source"
+        )
+    original = scaling.pop("original_max_position_embeddings", None) or get.get("original_max_position_embeddings", 0)
+    numbers: dict[str, Any] = {k: tuple(map(float, v)) if isinstance(v, list) else float(v) for k, v in scaling.items()}
+    name = "longrope" if name == "su" else name
+    return RopeConfig(theta=theta, scaling=name, original_positions=0 if name == "linear" else int(original), **numbers)
+
+
+def decoder_to(config: DecoderConfig) -> dict[str, Any]:
+    """The keys of config.json that describe the decoder.
+
+    Raises:
+      WeightsError: the heads have a width that the official code cannot have.
+    """
+    if config.head_dim * config.heads != config.width:
+        raise WeightsError(
+            f"config.decoder has {config.heads} heads of {config.head_dim} in a width of {config.width}; the official code has "
+            f"heads of width / heads = {config.width / config.heads:g}; there is no official form of this model"
+        )
+    rope = config.rope
+    scaling: dict[str, Any] | None = None
+    if rope.scaling == "linear":
+        scaling = {"type": "linear", "factor": rope.factor}
+    elif rope.scaling == "llama3":
+        scaling = {"rope_type": "llama3", "factor": rope.factor, "low_freq_factor": rope.low_freq_factor}
+        scaling |= {"high_freq_factor": rope.high_freq_factor, "original_max_position_embeddings": rope.original_positions}
+    elif rope.scaling != "none":
+        name = "su" if rope.scaling == "longrope" else rope.scaling
+        scaling = {"type": name, "short_factor": list(rope.short_factor), "long_factor": list(rope.long_factor)}
+    values = {
+        "hidden_act": "silu",
+        "hidden_size": config.width,
+        "intermediate_size": config.mlp,
+        "max_position_embeddings": config.max_positions,
+        "num_attention_heads": config.heads,
+        "num_hidden_layers": config.layers,
+        "num_key_value_heads": config.kv_heads,
+        "rms_norm_eps": config.norm_eps,
+        "rope_scaling": scaling,
+        "rope_theta": rope.theta,
+        "tie_word_embeddings": False,
+        "vocab_size": config.vocab_size,
+    }
+    if config.architecture == "phi3":
+        values["original_max_position_embeddings"] = rope.original_positions or config.max_positions
+        values["sliding_window"] = config.sliding_window or None
+    elif config.sliding_window:
+        values["sliding_window"] = config.sliding_window
+    else:
+        values["attention_bias"] = False
+    return values
+
+
+def number(values: Mapping[str, Any], key: str, *, above: int | None = 0) -> int:
+    """A whole number of config.json, larger than `above`.
+
+    Raises:
+      WeightsError: it is something else.
+    """
+    value = values[key]
+    if not isinstance(value, int) or isinstance(value, bool) or (above is not None and value <= above):
+        wanted = "a whole number" + ("" if above is None else f" above {above}")
+        raise WeightsError(f"config.json: {key} is {value!r}, expected {wanted}; take it from the model's source")
+    return value
+
+
+def real(values: Mapping[str, Any], key: str) -> float:
+    """A number of config.json.
+
+    Raises:
+      WeightsError: it is something else.
+    """
+    value = values[key]
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        raise WeightsError(f"config.json: {key} is {value!r}, expected a number; take it from the model's source")
+    return float(value)

@@ -1,0 +1,269 @@
+"""Writing a checkpoint folder that the official code (or transformers) loads: tensor after tensor, and whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import ml_dtypes
+import numpy as np
+
+from deepstack_jax.config import Config
+from deepstack_jax.weights.files import WeightsError, copy_into
+from deepstack_jax.weights.hf_export import (
+    TOWER_FOLDER,
+    preprocessor_to_hf,
+    to_hf,
+    to_llava_hf,
+    tower_to_hf,
+)
+from deepstack_jax.weights.names import TOWER, Table, llava_hf_name, to_theirs
+
+DTYPES = {
+    "float32": ("F32", np.dtype(np.float32)),
+    "bfloat16": ("BF16", np.dtype(ml_dtypes.bfloat16)),
+    "float16": ("F16", np.dtype(np.float16)),
+}
+FORMATS = ("official", "llava-hf")
+TOKENIZER_FILES = (
+    "tokenizer.model",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "generation_config.json",
+)
+_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
+
+
+class LeafLike(Protocol):
+    """A parameter: an array of jax or numpy, or a `StoredLeaf`."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    def __getitem__(self, index: Any, /) -> Any: ...
+
+
+class Out(NamedTuple):
+    """A tensor to be written."""
+
+    name: str
+    shape: tuple[int, ...]
+    make: Callable[[], np.ndarray]
+
+
+class Written(NamedTuple):
+    """What an export wrote."""
+
+    tensors: int
+    parameters: int
+    nbytes: int
+    files: int
+
+
+def save_checkpoint(
+    leaves: Mapping[str, LeafLike],
+    config: Config,
+    folder: str | Path,
+    *,
+    tokenizer_folder: str = "",
+    dtype: str = "float32",
+    max_shard: str = "5GB",
+    form: str = "official",
+    carried: Mapping[str, Any] | None = None,
+    force: bool = False,
+    progress: Callable[[int], None] = lambda nbytes: None,
+) -> Written:
+    """Write config.json, the weights in safetensors, the vision tower's own folder and the tokenizer.
+
+    Everything is written beside the folder and renamed at the end, so that there is never half a checkpoint. One tensor
+    stands in memory at a time beyond `leaves`.
+
+    Args:
+      leaves: parameters by "/"-joined path. folder: must not exist or be empty, unless `force`.
+      tokenizer_folder: where the tokenizer's files are copied from; "" writes none.
+      dtype: float32 | bfloat16 | float16. max_shard: most bytes of a file, e.g. "5GB".
+      form: official (DeepStack, LLaVA) | llava-hf (baselines only, for transformers).
+      carried: keys of config.json that our Config does not describe, as `Checkpoint.carried`.
+      progress: called with the bytes of every tensor written.
+
+    Raises:
+      WeightsError: the folder is not empty, the model has no such form, parameters are missing or do not fit, or a value is
+        beyond the dtype's range. Nothing is left behind.
+    """
+    folder, size = Path(folder).expanduser(), shard_size(max_shard)
+    for value, valid, flag in ((dtype, tuple(DTYPES), "dtype"), (form, FORMATS, "format")):
+        if value not in valid:
+            raise WeightsError(f"--{flag} got {value!r}, expected {', '.join(valid)}")
+    if folder.exists() and not force and (not folder.is_dir() or any(folder.iterdir())):
+        raise WeightsError(f"{folder} is not empty; choose another folder, or replace it with --force")
+    outs = list(_tensors(leaves, config, form))
+    image_token = config.decoder.vocab_size  # the row behind the vocabulary
+    values = to_hf(config, carried, dtype) if form == "official" else to_llava_hf(config, image_token, dtype)
+    scratch = folder.parent / f".{folder.name}.tmp-{os.getpid()}"
+    try:
+        scratch.mkdir(parents=True)
+        files = write_shards(outs, scratch, dtype, size, progress)
+        _write_json(scratch / "config.json", values)
+        if form == "official":
+            _write_tower(outs, tower_to_hf(config, carried, dtype), preprocessor_to_hf(config), scratch / TOWER_FOLDER, dtype)
+        else:
+            pixels = preprocessor_to_hf(config) | {"do_pad": config.image.mode == "pad"}
+            kind = "LlavaNextImageProcessor" if config.image.mode == "anyres" else "LlavaImageProcessor"
+            _write_json(scratch / "preprocessor_config.json", pixels | {"image_processor_type": kind})
+        _copy_tokenizer(tokenizer_folder, scratch)
+        _move_into_place(scratch, folder)
+    except OSError as error:
+        raise WeightsError(f"cannot write {folder}: {error.strerror or error}; choose another folder") from error
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    parameters = sum(int(np.prod(out.shape)) for out in outs)
+    return Written(len(outs), parameters, parameters * DTYPES[dtype][1].itemsize, files)
+
+
+def shard_size(text: str) -> int:
+    """Bytes of "5GB", "500MB" or a plain number.
+
+    Raises:
+      WeightsError: it is none.
+    """
+    match = re.fullmatch(r"(\d+)\s*([KMG]B)?", str(text).strip(), re.IGNORECASE)
+    if not match or int(match[1]) == 0:
+        raise WeightsError(f"--max_shard got {text!r}, expected a size such as 5GB or 500MB")
+    return int(match[1]) * _UNITS[(match[2] or "").upper()]
+
+
+def _tensors(leaves: Mapping[str, LeafLike], config: Config, form: str) -> Iterator[Out]:
+    """Every tensor of the export, in the order of the model, made when it is written."""
+    table = Table(config)
+    wrong = [
+        f"{path}: {'missing' if path not in leaves else f'shape {tuple(leaves[path].shape)}, expected {leaf.shape}'}"
+        for path, leaf in table.leaves.items()
+        if path not in leaves or tuple(leaves[path].shape) != leaf.shape
+    ]
+    wrong += [f"{path}: unknown" for path in leaves if path not in table.leaves]
+    if wrong:
+        raise WeightsError(
+            f"{len(wrong)} parameters do not fit the configuration: {'; '.join(wrong)}; use the run's own config"
+        )
+
+    def part(path: str, layer: int, shape: tuple[int, ...]) -> np.ndarray:
+        leaf = table.leaves[path]
+        whole = tuple(slice(None) for _ in leaf.shape)
+        return to_theirs(np.asarray(leaves[path][layer if leaf.stacked else whole]), leaf, shape)
+
+    for name, foreign in table.tensors.items():
+
+        def make(parts: tuple[tuple[str, int], ...] = foreign.parts, shape: tuple[int, ...] = foreign.shape) -> np.ndarray:
+            made = [part(path, layer, shape) for path, layer in parts]
+            return made[0] if len(made) == 1 else np.concatenate(made)
+
+        if form == "official":
+            yield Out(name, foreign.shape, make)
+        elif name in ("model.embed_tokens.weight", "lm_head.weight"):
+            rows, width = foreign.shape
+            yield Out(llava_hf_name(name), (rows + 1, width), lambda make=make: _with_image_row(make()))
+        else:
+            yield Out(llava_hf_name(name), foreign.shape, make)
+
+
+def _with_image_row(table: np.ndarray) -> np.ndarray:
+    """A table of words with one more, for `<image>`: their mean, whose logit is never the largest."""
+    return np.concatenate([table, table.mean(axis=0, keepdims=True, dtype=np.float64).astype(table.dtype)])
+
+
+def write_shards(outs: list[Out], folder: Path, dtype: str, size: int, progress: Callable[[int], None]) -> int:
+    """Write tensors into one file, or into several of at most `size` bytes with an index; returns how many."""
+    itemsize = DTYPES[dtype][1].itemsize
+    shards: list[list[Out]] = [[]]
+    held = 0
+    for out in outs:
+        nbytes = int(np.prod(out.shape)) * itemsize
+        if shards[-1] and held + nbytes > size:
+            shards.append([])
+            held = 0
+        shards[-1].append(out)
+        held += nbytes
+    if len(shards) == 1:
+        write_safetensors(folder / "model.safetensors", shards[0], dtype, progress)
+        return 1
+    weight_map = {}
+    for number, shard in enumerate(shards, 1):
+        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        write_safetensors(folder / file, shard, dtype, progress)
+        weight_map |= {out.name: file for out in shard}
+    total = sum(int(np.prod(out.shape)) for out in outs) * itemsize
+    _write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map})
+    return len(shards)
+
+
+def write_safetensors(file: Path, outs: list[Out], dtype: str, progress: Callable[[int], None]) -> None:
+    """One file, one tensor in memory at a time; the library's own writer wants all of them at once.
+
+    Raises:
+      WeightsError: a finite value does not fit the dtype.
+    """
+    code, kind = DTYPES[dtype]
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for out in outs:
+        start, end = end, end + int(np.prod(out.shape)) * kind.itemsize
+        header[out.name] = {"dtype": code, "shape": list(out.shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with file.open("wb") as opened:
+        opened.write(len(text).to_bytes(8, "little") + text)
+        for out in outs:
+            array = out.make()
+            cast = np.empty(out.shape, kind)
+            with np.errstate(over="ignore"):
+                copy_into(cast, array)
+            if dtype == "float16" and not np.isfinite(cast).all() and np.isfinite(array).all():
+                raise WeightsError(f"{out.name} has values beyond float16's 65504; use --dtype=bfloat16 or float32")
+            opened.write(cast.reshape(-1).view(np.uint8).data)
+            progress(cast.nbytes)
+            del array, cast  # or they would stand beside the next one
+
+
+def _write_tower(outs: list[Out], values: Mapping[str, Any], pixels: Mapping[str, Any], folder: Path, dtype: str) -> None:
+    """The vision tower's own folder, which the official loader opens first; the layers behind it stay with the model."""
+    folder.mkdir()
+    tower = [out._replace(name=out.name.removeprefix(TOWER)) for out in outs if out.name.startswith(TOWER)]
+    write_safetensors(folder / "model.safetensors", tower, dtype, lambda nbytes: None)
+    _write_json(folder / "config.json", values)
+    _write_json(folder / "preprocessor_config.json", pixels)
+
+
+def _copy_tokenizer(source: str, folder: Path) -> None:
+    if not source:
+        return
+    files = [Path(source).expanduser() / name for name in TOKENIZER_FILES]
+    present = [file for file in files if file.is_file()]
+    if not any(file.name in ("tokenizer.model", "tokenizer.json") for file in present):
+        raise WeightsError(f"no tokenizer.model and no tokenizer.json in {source}; give the tokenizer's folder, or none")
+    for file in present:
+        shutil.copyfile(file, folder / file.name)
+
+
+def _move_into_place(scratch: Path, folder: Path) -> None:
+    """Rename; a folder that is replaced is moved aside first and deleted last."""
+    if not folder.exists():
+        scratch.rename(folder)
+        return
+    aside = folder.parent / f".{folder.name}.old-{os.getpid()}"
+    folder.rename(aside)
+    try:
+        scratch.rename(folder)
+    except OSError:
+        aside.rename(folder)
+        raise
+    shutil.rmtree(aside)
+
+
+def _write_json(file: Path, values: Mapping[str, Any]) -> None:
+    file.write_text(json.dumps(values, indent=2) + "\n")

@@ -1,0 +1,139 @@
+"""Live comparisons with transformers and torch, which the package itself does not need: run where torch is installed."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from flax import linen as nn
+
+from deepstack_jax.weights.files import WeightsError
+from deepstack_jax.weights.folders import open_checkpoint
+from deepstack_jax.weights.load import load_params, stored_leaves
+from deepstack_jax.weights.pickles import open_bin
+from deepstack_jax.weights.save import save_checkpoint
+from tests.parity.goldens import build_batch, load_case, official_tensors, open_images, write_folder
+
+torch = pytest.importorskip("torch", reason="torch is not installed: the package does not need it, only this comparison does")
+transformers = pytest.importorskip("transformers")
+
+LOGITS = 5e-4
+
+
+def exported(name: str, folder) -> dict:
+    """The golden case in `folder`/out as transformers wants it; returns its config.json."""
+    checkpoint = open_checkpoint(write_folder(name, folder))
+    leaves = stored_leaves(checkpoint.tensors, checkpoint.config)
+    save_checkpoint(leaves, checkpoint.config, folder / "out", form="llava-hf", max_shard="300KB")
+    return json.loads((folder / "out" / "config.json").read_text())
+
+
+def normalised(case, pixels: np.ndarray) -> Any:
+    """u8[..., y, x, 3] as transformers' towers want it."""
+    image = case.config.image
+    values = (pixels.astype(np.float32) * (1 / 255) - np.float32(image.mean)) / np.float32(image.std)
+    return torch.tensor(np.moveaxis(values, -1, -3))
+
+
+@pytest.mark.parametrize("name", ["llava15", "llava_next"])
+def test_our_llava_hf_export_gives_the_official_logits(name, tmp_path):
+    case = load_case(name)
+    image_token = exported(name, tmp_path)["image_token_index"]
+    kind = "LlavaForConditionalGeneration" if name == "llava15" else "LlavaNextForConditionalGeneration"
+    model, report = getattr(transformers, kind).from_pretrained(tmp_path / "out", dtype=torch.float32, output_loading_info=True)
+    assert not report["missing_keys"]
+    assert not report["unexpected_keys"]
+    model.eval()
+    batch = build_batch(case)
+    for row, picture in enumerate(open_images()):
+        real = int((batch.segment_ids[row] > 0).sum())
+        ids = np.where(batch.visual_index[row] >= 0, image_token, batch.tokens[row])[:real]
+        views = int(np.any(batch.pixels[row], axis=(1, 2, 3)).sum())
+        pixels = normalised(case, batch.pixels[row, :views])
+        more = {"image_sizes": torch.tensor([picture.size[::-1]])} if name == "llava_next" else {}
+        with torch.no_grad():
+            output = model(
+                input_ids=torch.tensor(ids[None].astype(np.int64)),
+                pixel_values=pixels[None] if name == "llava_next" else pixels,
+                **more,
+            )
+        logits = output.logits[0, :, : case.config.decoder.vocab_size].numpy()
+        at = case.arrays["logit_positions"]
+        wanted = case.arrays["logits"][row][at < real]
+        np.testing.assert_allclose(logits[at[at < real]], wanted, atol=LOGITS)
+
+
+@pytest.mark.parametrize("name", ["llava15", "llava_next"])
+def test_what_transformers_saves_is_read(name, tmp_path):
+    exported(name, tmp_path)
+    kind = "LlavaForConditionalGeneration" if name == "llava15" else "LlavaNextForConditionalGeneration"
+    getattr(transformers, kind).from_pretrained(tmp_path / "out").save_pretrained(tmp_path / "theirs")
+    stored = open_checkpoint(tmp_path / "theirs")
+    ours = open_checkpoint(tmp_path / "out")
+    for section in ("vision", "decoder", "deepstack"):
+        assert getattr(stored.config, section) == getattr(ours.config, section)
+    leaves = stored_leaves(stored.tensors, stored.config)
+    official = open_checkpoint(tmp_path / "hf")
+    for path, leaf in stored_leaves(official.tensors, official.config).items():
+        whole = tuple(slice(0, n) for n in leaf.shape)
+        np.testing.assert_array_equal(leaves[path][whole], leaf[whole], err_msg=path)
+
+
+def test_bare_clip_and_bare_llama_of_transformers(tmp_path):
+    """Towers and language models as transformers writes them today give the outputs of the model that they came from."""
+    case = load_case("llava15")
+    tower = transformers.CLIPVisionModel.from_pretrained(write_folder("llava15", tmp_path).parent / "clip").eval()
+    tower.save_pretrained(tmp_path / "tower")
+    text = transformers.LlamaConfig(
+        vocab_size=560, hidden_size=48, intermediate_size=96, num_hidden_layers=6, num_attention_heads=4, num_key_value_heads=4,
+        rms_norm_eps=1e-5, max_position_embeddings=2048,
+    )  # fmt: skip
+    language = transformers.LlamaForCausalLM(text).eval()
+    language.save_pretrained(tmp_path / "language")
+    official = official_tensors(case.info["hf_weights"])
+    projector = {name: torch.tensor(tensor) for name, tensor in official.items() if "mm_projector" in name}
+    torch.save(projector, tmp_path / "mm_projector.bin")
+    opened = open_checkpoint(
+        tmp_path / "language", tower=str(tmp_path / "tower"), projector=str(tmp_path / "mm_projector.bin"), run=case.config
+    )
+    model = case.model()
+    batch = build_batch(case, [0])
+    params = {"params": load_params(opened.tensors, opened.config)}
+    shapes = nn.unbox(jax.eval_shape(model.init, jax.random.key(0), batch))
+    assert jax.tree.map(lambda leaf: leaf.shape, params) == jax.tree.map(lambda leaf: leaf.shape, shapes)
+    with torch.no_grad():
+        states = tower(normalised(case, batch.pixels[0]), output_hidden_states=True).hidden_states
+        text_only = np.array([[1, 17, 99, 254, 33]])
+        wanted = language(torch.tensor(text_only)).logits.numpy()
+    encoded = np.asarray(model.apply(params, batch.pixels, method="encode"))
+    np.testing.assert_allclose(encoded[0], states[-2][0, 1:].numpy(), atol=1e-4)
+    text_batch = batch._replace(
+        tokens=text_only.astype(np.int32),
+        positions=np.arange(5, dtype=np.int32)[None],
+        segment_ids=np.ones((1, 5), np.int32),
+        visual_index=np.full((1, 5), -1, np.int32),
+    )
+    logits = model.apply(params, model.apply(params, text_batch).hidden, method="logits")
+    np.testing.assert_allclose(np.asarray(logits), wanted, atol=LOGITS)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_bin_files_of_torch(dtype, tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    base = torch.randn(6, 8, generator=generator).to(getattr(torch, dtype))
+    tensors = {"whole": base, "turned": base.T, "part": base[2:5, 1:7:2], "scalar": base[0, 0], "empty": base[:0]}
+    torch.save(tensors, tmp_path / "new.bin")
+    torch.save({name: torch.nn.Parameter(tensor) for name, tensor in tensors.items()}, tmp_path / "parameters.bin")
+    for file in ("new.bin", "parameters.bin"):
+        opened = open_bin(tmp_path / file)
+        assert set(opened) == set(tensors)
+        for name, tensor in tensors.items():
+            read = opened[name].read()
+            assert read.shape == tuple(tensor.shape)
+            np.testing.assert_array_equal(read.astype(np.float32), tensor.float().numpy(), err_msg=f"{file} {name}")
+    torch.save(tensors, tmp_path / "old.bin", _use_new_zipfile_serialization=False)
+    with pytest.raises(WeightsError, match=r"before version 1\.6.*torch\.save"):
+        open_bin(tmp_path / "old.bin")

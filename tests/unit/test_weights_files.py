@@ -1,0 +1,191 @@
+"""Tensors on disk: safetensors and .bin, whole, sharded, damaged and hostile."""
+
+import json
+import os
+import pickle
+import shutil
+
+import ml_dtypes
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
+
+from deepstack_jax.weights.files import WeightsError, aligned_empty, copy_into, open_safetensors
+from deepstack_jax.weights.io import open_files, weight_files
+from deepstack_jax.weights.pickles import open_bin
+from deepstack_jax.weights.save import DTYPES, Out, shard_size, write_safetensors, write_shards
+from tests.parity.goldens import GOLDEN
+from tests.unit.bins import write_archive, write_bin
+
+pytestmark = pytest.mark.quick
+WEIGHTS = GOLDEN / "weights" / "llama_mha" / "model.safetensors"
+
+quick_draws = settings(max_examples=30, deadline=None)
+
+
+def outs_of(tensors: dict[str, np.ndarray]) -> list[Out]:
+    return [Out(name, tensor.shape, lambda tensor=tensor: tensor) for name, tensor in tensors.items()]
+
+
+def nothing(nbytes: int) -> None:
+    del nbytes
+
+
+@quick_draws
+@given(
+    shapes=st.lists(st.lists(st.integers(0, 5), max_size=3).map(tuple), min_size=1, max_size=4),
+    dtype=st.sampled_from(list(DTYPES)),
+)
+def test_what_is_written_is_what_the_library_and_we_read(shapes, dtype, tmp_path_factory):
+    rng = np.random.default_rng(len(shapes))
+    tensors = {f"t{at}": rng.standard_normal(shape).astype(np.float32) for at, shape in enumerate(shapes)}
+    file = tmp_path_factory.mktemp("written") / "model.safetensors"
+    write_safetensors(file, outs_of(tensors), dtype, nothing)
+    ours = open_safetensors(file)
+    with safe_open(file, "numpy") as opened:
+        assert set(opened.keys()) == set(tensors) == set(ours)
+        for name, tensor in tensors.items():
+            wanted = tensor.astype(DTYPES[dtype][1])
+            assert opened.get_slice(name).get_shape() == list(tensor.shape) == list(ours[name].shape)
+            assert ours[name].read().tobytes() == wanted.tobytes()
+            if dtype != "bfloat16":
+                assert opened.get_tensor(name).tobytes() == wanted.tobytes()
+
+
+@quick_draws
+@given(
+    st.permutations(range(3)),
+    st.permutations([st.integers(1, 300), st.integers(1, 9), st.integers(1, 9)]).flatmap(lambda s: st.tuples(*s)),
+)
+def test_copies_in_strips_equal_plain_copies(axes, shape):
+    source = np.arange(np.prod(shape), dtype=np.int32).reshape(shape).transpose(axes)
+    out = aligned_empty(source.shape, np.dtype(np.float64))
+    copy_into(out, source)
+    np.testing.assert_array_equal(out, source)
+    assert out.ctypes.data % 64 == 0
+
+
+def test_several_files_with_and_without_an_index_equal_one(tmp_path):
+    tensors = load_file(WEIGHTS)
+    count = write_shards(outs_of(tensors), tmp_path, "float32", shard_size("100KB"), nothing)
+    assert count == len(list(tmp_path.glob("model-*.safetensors"))) > 5
+    assert max(file.stat().st_size for file in tmp_path.glob("model-*.safetensors")) < 130_000
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in tensors.values())
+    for _ in ("with", "without"):
+        found = dict(open_files(weight_files(tmp_path)))
+        assert {name: found[name].read().tobytes() for name in found} == {name: t.tobytes() for name, t in tensors.items()}
+        (tmp_path / "model.safetensors.index.json").unlink(missing_ok=True)
+
+
+def test_a_missing_shard_is_named(tmp_path):
+    write_shards(outs_of(load_file(WEIGHTS)), tmp_path, "float32", 200_000, nothing)
+    gone = sorted(tmp_path.glob("model-00002-*.safetensors"))[0]
+    gone.unlink()
+    with pytest.raises(WeightsError, match=rf"{gone.name} missing; download the rest"):
+        weight_files(tmp_path)
+
+
+@pytest.mark.parametrize("keep", [4, 100, 5000])
+def test_a_file_that_is_cut_off_is_refused(keep, tmp_path):
+    (tmp_path / "model.safetensors").write_bytes(WEIGHTS.read_bytes()[:keep])
+    with pytest.raises(WeightsError, match=r"no whole safetensors file .* copy or download it again"):
+        open_safetensors(tmp_path / "model.safetensors")
+
+
+def test_quantised_and_absent_weights_are_refused(tmp_path):
+    save_file({"a": np.zeros(3, np.int8)}, tmp_path / "model.safetensors")
+    with pytest.raises(WeightsError, match=r"a is stored as I8, expected one of F64.*full-precision"):
+        open_safetensors(tmp_path / "model.safetensors")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "training_args.bin").write_bytes(b"x")
+    with pytest.raises(WeightsError, match=r"no \*\.safetensors and no pytorch_model\*\.bin"):
+        weight_files(tmp_path / "empty")
+    with pytest.raises(WeightsError, match="no folder"):
+        weight_files(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
+def test_bin_equals_safetensors(dtype, tmp_path):
+    tensors = {name: tensor.astype(dtype) for name, tensor in load_file(WEIGHTS).items()}
+    names = list(tensors)
+    for part, some in enumerate((names[:20], names[20:]), 1):
+        write_bin(tmp_path / f"pytorch_model-0000{part}-of-00002.bin", {name: tensors[name] for name in some})
+    shutil.copyfile(
+        tmp_path / "pytorch_model-00001-of-00002.bin", tmp_path / "mm_projector.bin"
+    )  # no part of the model's files
+    found = dict(open_files(weight_files(tmp_path)))
+    assert set(found) == set(tensors)
+    for name, tensor in tensors.items():
+        assert found[name].read().tobytes() == tensor.tobytes()
+        assert found[name].dtype == tensor.dtype
+
+
+def test_views_into_a_storage_are_read_and_checked(tmp_path):
+    table = np.arange(24, dtype=np.float32)
+    write_bin(tmp_path / "view.bin", {"a": table}, view=(2, (3, 4), (1, 6)))
+    wanted = [[2 + i + 6 * j for j in range(4)] for i in range(3)]
+    np.testing.assert_array_equal(open_bin(tmp_path / "view.bin")["a"].read()[:, :3], np.array(wanted)[:, :3])
+    for view in ((2, (3, 5), (1, 6)), (-1, (2,), (1,)), (0, (2,), (-1,))):
+        write_bin(tmp_path / "bad.bin", {"a": table}, view=view)
+        with pytest.raises(WeightsError, match="reaches beyond its storage"):
+            open_bin(tmp_path / "bad.bin")
+
+
+class Hostile:
+    """Pickles as a call of `function`."""
+
+    def __init__(self, function, *arguments):
+        self.function, self.arguments = function, arguments
+
+    def __reduce__(self):
+        return self.function, self.arguments
+
+
+@pytest.mark.parametrize("protocol", [0, 2, 4])
+def test_no_code_in_a_pickle_runs(protocol, tmp_path):
+    mark = tmp_path / "mark"
+    for at, attack in enumerate(
+        (
+            Hostile(os.system, f"touch {mark}"),
+            Hostile(exec, f"open({str(mark)!r}, 'w')"),
+            {"model": Hostile(os.mkdir, str(mark))},
+            Hostile(getattr, Hostile(__import__, "os"), "system"),
+        )
+    ):
+        file = tmp_path / f"{at}.bin"
+        write_archive(file, pickle.dumps(attack, protocol), {})
+        with pytest.raises(WeightsError, match=r"asks for .*, expected tensors only; nothing of it was run"):
+            open_bin(file)
+    assert not mark.exists()
+
+
+def test_other_pickles_are_refused(tmp_path):
+    old = tmp_path / "old.bin"
+    old.write_bytes(pickle.dumps({"a": 1}))
+    with pytest.raises(WeightsError, match=r"before version 1\.6.*torch\.save\(torch\.load\('.*old\.bin', weights_only=True\)"):
+        open_bin(old)
+    for content in ([1, 2], {"a": 1}, {"a": {"b": "c"}}):
+        write_archive(tmp_path / "other.bin", pickle.dumps(content), {})
+        with pytest.raises(WeightsError, match=r"more than named tensors; save model\.state_dict\(\) alone"):
+            open_bin(tmp_path / "other.bin")
+    write_archive(tmp_path / "torn.bin", pickle.dumps({"a": 1})[:-3], {})
+    with pytest.raises(WeightsError, match="no readable file of tensors"):
+        open_bin(tmp_path / "torn.bin")
+
+
+def test_sizes_of_files():
+    assert [shard_size(text) for text in ("5GB", "500MB", "12 kb", "7")] == [5 * 10**9, 5 * 10**8, 12_000, 7]
+    for text in ("", "5TB", "0", "-1GB", "five"):
+        with pytest.raises(WeightsError, match=r"--max_shard got .*expected a size such as 5GB"):
+            shard_size(text)
+
+
+def test_float16_that_overflows_is_refused_and_infinities_stay(tmp_path):
+    with pytest.raises(WeightsError, match=r"big has values beyond float16.*--dtype=bfloat16"):
+        write_safetensors(tmp_path / "a", outs_of({"big": np.array([1e6], np.float32)}), "float16", nothing)
+    write_safetensors(tmp_path / "b", outs_of({"inf": np.array([np.inf], np.float32)}), "float16", nothing)
+    assert np.isinf(open_safetensors(tmp_path / "b")["inf"].read()).all()
