@@ -38,10 +38,9 @@ from deepstack_jax.training.checkpoint import CheckpointError, Checkpoints, chec
 from deepstack_jax.training.metrics import MetricsLog, Quarantine, QuarantineError, read_metrics, versions, write_json
 from deepstack_jax.training.optimizer import assign_groups, describe_groups, flatten, make_optimizer, make_schedule
 from deepstack_jax.training.progress import Progress
-from deepstack_jax.training.state import abstract_state, first_state, state_shardings
+from deepstack_jax.training.state import abstract_state, find_weights, first_state, state_shardings
 from deepstack_jax.training.step import ModelFns, make_loss, make_train_step
 from deepstack_jax.types import TrainState
-from deepstack_jax.weights.io import weight_files
 
 USAGE = """
 Train a DeepStack model; run the same command again to go on where it stopped.
@@ -154,7 +153,7 @@ def open_inputs(config: Config) -> tuple[Tokenizer, Source]:
     """The tokenizer and the training data; all that is missing, weights too, is said at once."""
     opened, problems = [], []
     wanted = [partial(open_tokenizer, config), partial(open_source, config, "train")]
-    for opener in wanted + ([partial(weight_files, config.train.weights)] if config.train.weights else []):
+    for opener in wanted + ([partial(find_weights, config)] if config.train.weights else []):
         try:
             opened.append(opener())
         except ConfigError as error:

@@ -1,0 +1,133 @@
+"""Tokens per second of cached greedy decoding at batch 1, against transformers' `generate` and against reading the weights.
+
+`python -m benchmarks.decode` prints a table. The same LLaMA sizes, random weights, float32 and number of threads on both sides;
+without torch the second column stays empty. The floor is the time to read every parameter that a token needs once, at the
+bandwidth that a sum over an array reaches here; a model that fits into the processor's cache may be faster than that.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+from deepstack_jax.config import Config, DataConfig, DecoderConfig, DeepStackConfig, ImageConfig, TrainConfig, VisionConfig
+from deepstack_jax.inference.generate import answer_ids
+from deepstack_jax.inference.prompts import example, pack
+from deepstack_jax.inference.sampling import greedy_sampling
+from deepstack_jax.model.variants import build_model
+
+PROMPT, NEW, REPEATS = 60, 129, 5
+VOCABULARY = 8000
+SIZES = {"4M": (192, 4, 4), "17M": (384, 6, 6), "48M": (640, 8, 10), "110M": (768, 14, 12)}  # width, layers, heads
+
+
+def config_of(width: int, layers: int, heads: int) -> Config:
+    """A LLaVA-1.5 whose tower is next to nothing."""
+    decoder = DecoderConfig("llama", VOCABULARY, width, layers, heads, heads, width // heads, 8 * width // 3 // 16 * 16)
+    return Config(
+        image=ImageConfig(mode="pad", size=28),
+        vision=VisionConfig(patch_size=14, width=16, layers=2, heads=2, mlp=32),
+        decoder=decoder,
+        deepstack=DeepStackConfig(stack="none"),
+        data=DataConfig(max_length=512),
+        train=TrainConfig(compute_dtype="float32"),
+    )
+
+
+def seconds_per_token(run: Callable[[int], Any]) -> float:
+    """Median over runs of the time of NEW tokens less that of one, prefill with it, per token."""
+
+    def timed(tokens: int) -> float:
+        start = time.perf_counter()
+        run(tokens)
+        return time.perf_counter() - start
+
+    for tokens in (NEW, 1):
+        timed(tokens)
+    return float(np.median([(timed(NEW) - timed(1)) / (NEW - 1) for _ in range(REPEATS)]))
+
+
+def ours(config: Config) -> tuple[float, int]:
+    """(seconds per token, bytes of the parameters that a token reads)."""
+    model = build_model(config)
+    batch = pack([example(np.arange(3, 3 + PROMPT, dtype=np.int32), [])], config)
+    shapes = nn.unbox(jax.eval_shape(model.init, jax.random.key(0), batch))["params"]
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(lambda leaf: jnp.asarray(rng.normal(0, 0.02, leaf.shape), jnp.float32), shapes)
+
+    def run(tokens: int) -> None:
+        made = answer_ids(model, params, batch, greedy_sampling(1), stop_ids=[], max_new_tokens=tokens, room=192)
+        assert sum(ids.shape[1] for ids in made) == tokens
+
+    read = jax.tree.leaves([params["layers"], params["head"]])
+    return seconds_per_token(run), sum(leaf.nbytes for leaf in read)
+
+
+def theirs(config: Config) -> float | None:
+    """Seconds per token of transformers, None without torch."""
+    try:
+        import torch  # pyright: ignore[reportMissingImports] (not a requirement)
+        from transformers import LlamaConfig, LlamaForCausalLM
+    except ImportError:
+        return None
+    cfg = config.decoder
+    shape = LlamaConfig(
+        vocab_size=cfg.vocab_size,
+        hidden_size=cfg.width,
+        intermediate_size=cfg.mlp,
+        num_hidden_layers=cfg.layers,
+        num_attention_heads=cfg.heads,
+        num_key_value_heads=cfg.kv_heads,
+        max_position_embeddings=cfg.max_positions,
+    )
+    model = LlamaForCausalLM(shape).eval()
+    ids = torch.arange(3, 3 + PROMPT)[None]
+
+    def run(tokens: int) -> None:
+        with torch.inference_mode():
+            out = model.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                do_sample=False,
+                max_new_tokens=tokens,
+                min_new_tokens=tokens,
+                pad_token_id=0,
+            )
+        assert out.shape[1] == PROMPT + tokens
+
+    return seconds_per_token(run)
+
+
+def bandwidth() -> float:
+    """Bytes per second of summing an array that no cache holds."""
+    array, total = jnp.ones(2**27, jnp.float32), jax.jit(jnp.sum)
+    total(array).block_until_ready()
+    times = []
+    for _ in range(7):
+        start = time.perf_counter()
+        total(array).block_until_ready()
+        times.append(time.perf_counter() - start)
+    return array.nbytes / min(times)
+
+
+def main() -> None:
+    speed = bandwidth()
+    print(f"memory: {speed / 1e9:.1f} GB/s; prompt {PROMPT}, {NEW} tokens, median of {REPEATS}")
+    print("| parameters read per token | ours, tokens/s | transformers, tokens/s | ratio | share of the bandwidth floor |")
+    print("|---|---|---|---|---|")
+    for name, sizes in SIZES.items():
+        config = config_of(*sizes)
+        mine, nbytes = ours(config)
+        other = theirs(config)
+        against = "| | |" if other is None else f"| {1 / other:.0f} | {other / mine:.2f}x |"
+        print(f"| {name} ({nbytes / 1e6:.0f} MB) | {1 / mine:.0f} {against} {nbytes / speed / mine:.0%} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

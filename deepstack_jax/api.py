@@ -1,0 +1,233 @@
+"""Load a model, ask it about images, read its scores, save it: `import deepstack_jax as dsx; lmm = dsx.load("folder")`."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax import numpy as jnp
+from jax.typing import DTypeLike
+
+from deepstack_jax.config import Config
+from deepstack_jax.config_checks import ConfigError, nearest
+from deepstack_jax.data.tokenize import HFTokenizer, SentencePieceTokenizer, Tokenizer, load_tokenizer
+from deepstack_jax.inference.answers import Answer, Answerer, Chat, Turn
+from deepstack_jax.inference.options import Options, RequestError
+from deepstack_jax.inference.scores import score
+from deepstack_jax.model.variants import build_model
+from deepstack_jax.training.checkpoint import restore_params
+from deepstack_jax.training.optimizer import flatten, unflatten
+from deepstack_jax.types import PyTree
+from deepstack_jax.weights.folders import find_folder, open_checkpoint
+from deepstack_jax.weights.io import read_json
+from deepstack_jax.weights.load import load_params
+from deepstack_jax.weights.save import save_checkpoint
+
+__all__ = ["LMM", "Answer", "Chat", "ConfigError", "Options", "RequestError", "load", "save_hf"]
+
+DTYPES = ("float32", "bfloat16")
+UNKNOWN = 0  # id of `<unk>` in the vocabularies of LLaMA and Phi-3
+
+
+@dataclass(frozen=True)
+class LMM:
+    """A large multimodal model, ready to answer.
+
+    Attributes:
+      config: the run or checkpoint; `config.train.compute_dtype` is that of the activations.
+      params: the parameter tree.
+      tokenizer: None where the checkpoint has none; then `logits` works and `generate` does not.
+      template: name of the conversation template that the model was trained on.
+      pad_id: the token that `logits` takes for padding at the ends of a row.
+      tokenizer_folder: where the tokenizer came from, "" without files; `save_hf` copies them.
+      carried: keys of the checkpoint's config.json that `config` does not describe; `save_hf` writes them again.
+    """
+
+    config: Config
+    params: PyTree = field(repr=False)
+    tokenizer: Tokenizer | None = field(repr=False)
+    template: str
+    pad_id: int = 0
+    tokenizer_folder: str = ""
+    carried: Mapping[str, Any] = field(default_factory=dict, repr=False)
+
+    @cached_property
+    def answerer(self) -> Answerer:
+        """What answers; it keeps the one module that all compiled programs belong to."""
+        return Answerer(build_model(self.config), self.params, self.config, self.tokenizer, self.template)
+
+    def generate(
+        self, images: Sequence[Any] | None, prompt: str | Sequence[str], *, batch_size: int = 8, **options: Any
+    ) -> Any:
+        """Answer a prompt about images, or a list of prompts.
+
+        Args:
+          images: of one prompt, a list of paths, PIL images, u8[y, x, 3] arrays or encoded bytes, or None; of several prompts,
+            a list of such lists, or None.
+          prompt: the user's words. With as many `<image>` as images, each stands where the words put it; without any, the
+            images come first.
+          batch_size: prompts that are answered at once; what is said does not depend on it.
+          options: max_new_tokens=64, temperature=0.0, top_p=1.0, top_k=0, stop=(), seed=0, template=None; see `Options`.
+
+        Returns:
+          The answer, or a list of answers.
+
+        Raises:
+          RequestError: an option out of range, images that do not fit the placeholders, a prompt that does not fit the context,
+            no tokenizer.
+          ImageError: an image that cannot be read.
+        """
+        if isinstance(prompt, str):
+            return self.answers([(images or (), prompt)], options_of(options), batch_size=batch_size)[0].text
+        given = [()] * len(prompt) if images is None else list(images)
+        if len(given) != len(prompt):
+            raise RequestError(f"images got {len(given)} lists for {len(prompt)} prompts; give one per prompt, [] for none")
+        pairs = [(mine or (), words) for mine, words in zip(given, prompt, strict=True)]
+        return [answer.text for answer in self.answers(pairs, options_of(options), batch_size=batch_size)]
+
+    def answers(self, prompts: Sequence[tuple[Sequence[Any], str]], options: Options, *, batch_size: int = 8) -> list[Answer]:
+        """As `generate`, for (images, prompt) pairs, with the number of tokens of each answer."""
+        conversations = [[Turn("human", words, images)] for images, words in prompts]
+        return self.answerer.answers(conversations, options, batch_size)
+
+    def stream(self, images: Sequence[Any] | None, prompt: str, **options: Any) -> Any:
+        """The answer of `generate` in pieces (an iterator of str) as they are made; joined they are what `generate` returns.
+
+        What `generate` raises is raised at the call, not at the first piece.
+        """
+        return self.answerer.stream([Turn("human", prompt, images or ())], options_of(options))
+
+    def chat(self, **options: Any) -> Chat:
+        """A conversation that remembers its turns; options as of `generate`."""
+        return Chat(self.answerer, options_of(options))
+
+    def logits(
+        self, input_ids: Any, images: Sequence[Sequence[Any] | None] | None = None, attention_mask: Any = None
+    ) -> np.ndarray:
+        """Scores of the next token at every position, for the official code's inputs; needs no tokenizer.
+
+        Args:
+          input_ids: int[B, T0] with -200 where an image stands, padded on either side.
+          images: one list of PIL images per row, [] for a row of text.
+          attention_mask: int or bool[B, T0], 0 = padding. Without it the runs of the pad id at both ends of a row are padding,
+            and any other is a token.
+
+        Returns:
+          f32[B, T, V]; T is the longest row with its images, padded with zeros on the input's side. For parity load in float32
+          and call under `jax.default_matmul_precision("highest")`.
+
+        Raises:
+          RequestError: shapes that do not fit, ids out of range, another number of images than of -200, a row beyond the
+            context.
+          ImageError: an image that cannot be read.
+        """
+        model = self.answerer.model
+        return score(model, self.params, self.config, input_ids, images, attention_mask, self.pad_id)
+
+
+def options_of(options: Mapping[str, Any]) -> Options:
+    """Options by keyword.
+
+    Raises:
+      RequestError: an unknown name, or a value out of range.
+    """
+    names = [known.name for known in dataclasses.fields(Options)]
+    unknown = [name for name in options if name not in names]
+    if unknown:
+        raise RequestError(f"unknown option {unknown[0]!r}; {nearest(unknown[0], names)}")
+    return Options(**options)
+
+
+def load(path: str | PathLike[str], dtype: DTypeLike | None = None) -> LMM:
+    """Read a model.
+
+    Args:
+      path: a Hugging Face folder or hub id (official DeepStack, LLaVA-1.5/NeXT, either naming), or the workdir of a training
+        run, whose newest checkpoint is taken.
+      dtype: float32 or bfloat16, of parameters and activations; None = float32 on a CPU, bfloat16 on accelerators.
+
+    Raises:
+      WeightsError, ConfigError: the folder, its config.json, weights or tokenizer do not fit together or are not known here.
+      CheckpointError: a workdir without a checkpoint that can be read.
+    """
+    kind = np.dtype(dtype if dtype is not None else "float32" if jax.default_backend() == "cpu" else "bfloat16").name
+    if kind not in DTYPES:
+        raise ConfigError(f"dtype got {kind}, expected {' or '.join(DTYPES)}")
+    folder = find_folder(Path(path))
+    if is_workdir(folder):
+        return _load_workdir(folder, kind)
+    found = open_checkpoint(folder)
+    config = _computing_in(found.config, kind)
+    tokenizer = _tokenizer(found.tokenizer, config) if found.tokenizer else None
+    params = load_params(found.tensors, config, np.dtype(kind))
+    pad_id = UNKNOWN if tokenizer is None else tokenizer.pad_id  # upstream pads with it, whatever config.json says
+    return LMM(config, params, tokenizer, found.template, pad_id, found.tokenizer, found.carried)
+
+
+def save_hf(lmm: LMM, folder: str | PathLike[str], *, dtype: str = "", force: bool = False) -> None:
+    """Write a folder (safetensors, config.json, clip/, tokenizer) that the official code loads.
+
+    Args:
+      folder: must not exist or be empty, unless `force`.
+      dtype: float32 | bfloat16 | float16 of the file; "" = as loaded.
+
+    Raises:
+      WeightsError: the folder is not empty, or the model has no such form; nothing is left behind.
+    """
+    save_checkpoint(
+        flatten(lmm.params),
+        lmm.config,
+        Path(folder),
+        tokenizer_folder=lmm.tokenizer_folder,
+        dtype=dtype or lmm.config.train.compute_dtype,
+        carried=lmm.carried,
+        force=force,
+    )
+
+
+def is_workdir(folder: Path) -> bool:
+    """Whether the folder was written by the `train` verb."""
+    file = folder / "config.json"
+    return (folder / "checkpoints").is_dir() and file.is_file() and "model_type" not in read_json(file)
+
+
+def _load_workdir(workdir: Path, kind: str) -> LMM:
+    _, config, leaves = restore_params(workdir)
+    config = _computing_in(config, kind)
+    tokenizer = _tokenizer(config.data.tokenizer, config)
+    params = unflatten({path: jnp.asarray(leaf, kind) for path, leaf in leaves.items()})
+    carried = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
+    carried = {key: id for key, id in carried.items() if id is not None}
+    return LMM(config, params, tokenizer, config.data.template, tokenizer.pad_id, _files_of(tokenizer), carried)
+
+
+def _files_of(tokenizer: Tokenizer) -> str:
+    """Where the tokenizer's files lie, "" for one that has none."""
+    if isinstance(tokenizer, SentencePieceTokenizer):
+        return str(tokenizer.folder)
+    return str(tokenizer.file.parent) if isinstance(tokenizer, HFTokenizer) else ""
+
+
+def _computing_in(config: Config, kind: str) -> Config:
+    return dataclasses.replace(config, train=dataclasses.replace(config.train, compute_dtype=kind))
+
+
+def _tokenizer(name: str, config: Config) -> Tokenizer:
+    """The tokenizer, checked against the vocabulary."""
+    try:
+        tokenizer = load_tokenizer(name)
+    except (ValueError, OSError) as error:
+        raise ConfigError(f"tokenizer {name!r} cannot be read: {error}") from error
+    if tokenizer.vocab_size > config.decoder.vocab_size:
+        raise ConfigError(
+            f"the tokenizer in {name} has {tokenizer.vocab_size} ids, the model {config.decoder.vocab_size}; it is another "
+            "model's: put the right one into the folder"
+        )
+    return tokenizer

@@ -1,0 +1,85 @@
+"""What a user may ask of an answer, checked before anything is read or compiled."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+
+from deepstack_jax.data.tokenize import Tokenizer
+from deepstack_jax.inference.sampling import Sampling
+
+
+@runtime_checkable
+class AnswerTokenizer(Tokenizer, Protocol):
+    """A Tokenizer, in a form that annotations of this room can be checked against at run time."""
+
+
+class RequestError(ValueError):
+    """A prompt, an image count or an option that cannot be answered; one line with what, got, expected and the next move."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """How an answer is made.
+
+    Attributes:
+      max_new_tokens: most tokens of the answer.
+      temperature: 0 = always the most likely token; 1 = as the model weighs them.
+      top_p: probability of the nucleus that is drawn from, in (0, 1].
+      top_k: number of likeliest tokens that are drawn from; 0 = all.
+      stop: the answer ends before the first of these strings, besides the template's own end of turn.
+      seed: of the noise; one for all prompts, or one each. A prompt draws the same alone and in any batch.
+      template: name of the conversation template; None = the checkpoint's own.
+    """
+
+    max_new_tokens: int = 64
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    stop: str | Sequence[str] = ()
+    seed: int | Sequence[int] = 0
+    template: str | None = None
+
+    def __post_init__(self) -> None:
+        """Raises RequestError on a value out of range."""
+        _within("max_new_tokens", self.max_new_tokens, int, self.max_new_tokens >= 1, "a whole number from 1 on")
+        _within("temperature", self.temperature, float, 0 <= self.temperature < float("inf"), "0 (greedy) or more")
+        _within("top_p", self.top_p, float, 0 < self.top_p <= 1, "more than 0 and at most 1 (1 = all tokens)")
+        _within("top_k", self.top_k, int, self.top_k >= 0, "0 (all tokens) or more")
+        for text in self.stops:
+            _within("stop", text, str, bool(text), "strings that are not empty")
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        """`stop` as a tuple."""
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+
+    def sampling(self, prompts: int, rows: int) -> list[Sampling]:
+        """The settings of `prompts` prompts as arrays, `rows` at a time, the last ones padded.
+
+        Raises:
+          RequestError: the number of seeds is another than that of the prompts.
+        """
+        seeds = [self.seed] * prompts if isinstance(self.seed, int | np.integer) else list(self.seed)
+        if len(seeds) != prompts:
+            raise RequestError(f"seed got {len(seeds)} numbers for {prompts} prompts; give one, or one per prompt")
+        parts = []
+        for first in range(0, prompts, rows):
+            part = [int(seed) & 0x7FFFFFFF for seed in seeds[first : first + rows]]
+            parts.append(
+                Sampling(
+                    temperature=np.full(rows, self.temperature, np.float32),
+                    top_p=np.full(rows, self.top_p, np.float32),
+                    top_k=np.full(rows, min(self.top_k, 2**31 - 1), np.int32),
+                    seed=np.array(part + [0] * (rows - len(part)), np.int32),
+                )
+            )
+        return parts
+
+
+def _within(name: str, value: Any, kind: type, fits: bool, expected: str) -> None:
+    if not fits or (kind is int and int(value) != value):
+        raise RequestError(f"{name} got {value!r}, expected {expected}")
