@@ -1,0 +1,129 @@
+"""One example as the model gets it: read back from the batch that the pipeline makes of it, never computed a second time."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import NamedTuple
+
+import numpy as np
+
+from deepstack_jax.config import Config
+from deepstack_jax.data.encode import BadExample, Encoder, OverlongError
+from deepstack_jax.data.image import image_grid
+from deepstack_jax.data.lengths import image_size
+from deepstack_jax.data.pipeline import collate
+from deepstack_jax.data.sources import Example, SampleError, Source
+from deepstack_jax.layout.grid import Grid
+
+
+class Layer(NamedTuple):
+    """A layer at whose input a group of the stack is added."""
+
+    kind: str  # "layer" of the decoder | "vision layer" of the tower (DeepStack-V)
+    number: int  # from 0
+    group: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.kind} {self.number}"
+
+
+def injecting_layers(config: Config) -> tuple[Layer, ...]:
+    """The layers that get a group, in order; none for a baseline."""
+    kind, schedule = ("vision layer", config.vision_schedule) if config.vision_schedule else ("layer", config.schedule)
+    return tuple(Layer(kind, number, group) for number, group in enumerate(schedule) if group >= 0)
+
+
+@dataclass(frozen=True)
+class SeenImage:
+    """One image's part of a batch row. Encoded tokens count from its first view: view * P + token.
+
+    Attributes:
+      size_wh: (width, height) of the original in pixels.
+      grid: (rows, cols) of its crops; None without crops.
+      pixels: u8[views, S, S, 3].
+      tokens: i32[m] the encoded token at every sequence position of the image, or a sentinel below 0.
+      stack: i32[J, m] the encoded token of every group that is added there, or a sentinel.
+    """
+
+    size_wh: tuple[int, int]
+    grid: Grid | None
+    pixels: np.ndarray
+    tokens: np.ndarray
+    stack: np.ndarray
+
+    def uses(self, layers: Sequence[Layer], patches: int) -> tuple[np.ndarray, np.ndarray]:
+        """What becomes of every encoded token: bool[views, P] whether it stands in the sequence, and bool[K, views, P] at which
+        of K layers it is added.
+        """
+        used = np.zeros((1 + len(layers), len(self.pixels) * patches), bool)
+        for row, source in zip(used, [self.tokens, *(self.stack[layer.group] for layer in layers)], strict=True):
+            row[source[source >= 0]] = True
+        used = used.reshape(len(used), -1, patches)
+        return used[0], used[1:]
+
+
+@dataclass(frozen=True)
+class SeenExample:
+    """One example's row of a batch, without its padding.
+
+    Attributes:
+      example: what the source gave.
+      tokens: i32[n] token ids; meaningless where an image stands.
+      supervised: bool[n] tokens that the loss asks for.
+      image_of: i64[n] number of the image that a token belongs to, -1 for text.
+      images: in the order of the sequence.
+      row_length: positions of the row, padding included.
+    """
+
+    example: Example
+    tokens: np.ndarray
+    supervised: np.ndarray
+    image_of: np.ndarray
+    images: tuple[SeenImage, ...]
+    row_length: int
+
+
+def see(source: Source, index: int, config: Config) -> SeenExample | BadExample:
+    """Row `index` of a source as a batch holds it, or why the run could not use it.
+
+    Raises:
+      SourceError: the source as a whole cannot be read.
+    """
+    try:
+        example = source[index]
+    except SampleError as error:
+        return BadExample(index, error.name, str(error))
+    try:
+        encoded = Encoder(config)(example)
+    except OverlongError as error:
+        return BadExample(index, example.name, f"{error}; the run would stop here")
+    if isinstance(encoded, BadExample):
+        return encoded
+    batch, patches = collate([encoded], config).batch, config.layout.patches
+    length = int((batch.segment_ids[0] > 0).sum())
+    visual = batch.visual_index[0, :length]
+    visual_ends = np.cumsum([layout.tokens.size for layout in encoded.layouts], dtype=np.int64)
+    view_ends = np.cumsum([layout.views for layout in encoded.layouts], dtype=np.int64)
+    images = []
+    for picture, views, places in zip(example.images, _spans(view_ends), _spans(visual_ends), strict=True):
+        shift, size_wh = views.start * patches, image_size(picture)
+        tokens, stack = (
+            np.where(source >= 0, source - shift, source)
+            for source in (batch.token_source[0, places], batch.stack_source[0, :, places])
+        )
+        images.append(SeenImage(size_wh, image_grid(size_wh, config.image), batch.pixels[0, views], tokens, stack))
+    return SeenExample(
+        example=example,
+        tokens=batch.tokens[0, :length],
+        supervised=np.concatenate([[False], batch.loss_weights[0, : length - 1] > 0]),  # the weight stands one before its token
+        image_of=np.where(visual >= 0, np.searchsorted(visual_ends, visual, side="right"), -1),
+        images=tuple(images),
+        row_length=batch.tokens.shape[1],
+    )
+
+
+def _spans(ends: np.ndarray) -> list[slice]:
+    return [slice(start, end) for start, end in pairwise([0, *ends.tolist()])]

@@ -1,0 +1,148 @@
+"""Numbers over many examples: lengths, grids, supervised tokens, and how full rows would be. No image is decoded for them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from rich.console import Console
+from rich.progress import track
+
+from deepstack_jax.config import Config
+from deepstack_jax.data.encode import BadExample, Encoder, OverlongError
+from deepstack_jax.data.image import image_grid
+from deepstack_jax.data.lengths import image_size
+from deepstack_jax.data.mixture import epoch_order
+from deepstack_jax.data.packing import Limits, pack
+from deepstack_jax.data.rows import Size
+from deepstack_jax.data.sources import Example, SampleError, Source
+from deepstack_jax.layout.grid import Grid
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What an example takes of a row, and what of it is learnt."""
+
+    size: Size
+    supervised: int  # tokens that the loss asks for
+    grids: tuple[Grid | None, ...]  # per image
+    origin: str  # its set in a mixture, else its "data_source"; "" where it has neither
+
+
+@dataclass(frozen=True)
+class Survey:
+    """Many examples, measured in the order of training.
+
+    Attributes:
+      rows: rows of the source that were looked at, in order.
+      usable: sizes and shares of those that a run can use.
+      bad: the others.
+    """
+
+    rows: tuple[int, ...]
+    usable: tuple[Measured, ...]
+    bad: tuple[BadExample, ...]
+
+    @property
+    def sizes(self) -> np.ndarray:
+        """i32[n, 3] of the usable examples (see `Size`)."""
+        return np.array([one.size for one in self.usable], np.int32).reshape(-1, 3)
+
+    @property
+    def supervised_share(self) -> float:
+        """Supervised tokens among all sequence positions of the usable examples, 0..1; 0 if there is none."""
+        tokens = int(self.sizes[:, 0].sum())
+        return sum(one.supervised for one in self.usable) / tokens if tokens else 0.0
+
+    def grids(self) -> Counter[str]:
+        """Images by the grid of their crops, "rows×cols"."""
+        return Counter(grid_name(grid) for one in self.usable for grid in one.grids)
+
+
+def grid_name(grid: Grid | None) -> str:
+    """ "2×3" for two rows of three crops."""
+    return "no crops" if grid is None else f"{grid[0]}×{grid[1]}"
+
+
+def choose_rows(source: Source, config: Config, count: int, seed: int | None) -> list[int]:
+    """The first `count` rows of the training order, or with a seed, rows drawn at random from an epoch."""
+    order = epoch_order(source, config.data.seed, config.data.shuffle)
+    count = min(count, len(order))
+    places = np.arange(count) if seed is None else np.random.default_rng(seed).choice(len(order), count, replace=False)
+    return order(0, places).tolist()
+
+
+def survey(source: Source, config: Config, rows: Sequence[int], console: Console) -> Survey:
+    """Measure rows of a source; one that cannot be used is put down with its reason and never stops the survey.
+
+    Raises:
+      SourceError: the source as a whole cannot be read.
+    """
+    encoder = Encoder(config)
+    usable, bad = [], []
+    for row in track(rows, "measuring examples", console=console, transient=True, disable=not console.is_terminal):
+        measured = _measure_row(source, row, encoder)
+        (bad if isinstance(measured, BadExample) else usable).append(measured)
+    return Survey(tuple(rows), tuple(usable), tuple(bad))
+
+
+def measure(example: Example, encoder: Encoder) -> Measured:
+    """Sizes and supervised tokens of an example, its images known by their headers; raises ValueError if it cannot be used."""
+    config, layout = encoder.config, encoder.config.layout
+    whole = encoder.text(example)
+    sizes = [image_size(source) for source in example.images]
+    grids = tuple(image_grid(size, config.image) for size in sizes)
+    visual = [layout.token_count(grid, size) for grid, size in zip(grids, sizes, strict=True)]
+    text = encoder.fit(example, whole, visual)
+    size = Size(text.ids.size - len(visual) + sum(visual), sum(map(layout.views, grids)), sum(visual))
+    origin = str(example.info.get("set") or example.info.get("data_source") or "")
+    return Measured(size, int(text.supervised[1:].sum()), grids, origin)
+
+
+def padded_efficiency(sizes: np.ndarray, config: Config) -> float:
+    """Share of token slots that are no padding, 0..1, with one example per row and batches padded to their bucket."""
+    batch, slots = config.train.batch_size, 0
+    for start in range(0, len(sizes), batch):
+        part = sizes[start : start + batch, 0]
+        slots += len(part) * min((b for b in config.data.buckets if b >= part.max()), default=config.data.max_length)
+    return float(sizes[:, 0].sum() / slots) if slots else 0.0
+
+
+def packed_efficiency(sizes: np.ndarray, config: Config) -> tuple[float, float]:
+    """Share of useful token slots, 0..1, and examples per row, if packing were on and these examples were an epoch."""
+    packing = replace(config.data.packing, enabled=True)
+    limits = Limits.of(replace(config, data=replace(config.data, packing=packing)))
+    packs = pack(np.arange(len(sizes)), sizes, limits, packing.window)
+    if not len(packs):
+        return 0.0, 0.0
+    return float(packs.fill(sizes)[0] / (len(packs) * limits.tokens)), len(sizes) / len(packs)
+
+
+def by_origin(usable: Iterable[Measured]) -> list[tuple[str, int, float, float]]:
+    """(set, examples, mean tokens, supervised share) of every set, the largest first; empty where no example names one."""
+    groups: dict[str, list[Measured]] = {}
+    for one in usable:
+        groups.setdefault(one.origin, []).append(one)
+    if set(groups) <= {""}:
+        return []
+    rows = []
+    for name, members in sorted(groups.items(), key=lambda item: -len(item[1])):
+        tokens = sum(one.size.tokens for one in members)
+        share = sum(one.supervised for one in members) / tokens
+        rows.append((name or "(none named)", len(members), tokens / len(members), share))
+    return rows
+
+
+def _measure_row(source: Source, row: int, encoder: Encoder) -> Measured | BadExample:
+    try:
+        example = source[row]
+    except SampleError as error:
+        return BadExample(row, error.name, str(error))
+    try:
+        return measure(example, encoder)
+    except OverlongError as error:
+        return BadExample(row, example.name, f"{error}; the run would stop here")
+    except ValueError as error:
+        return BadExample(row, example.name, str(error))
