@@ -18,7 +18,8 @@ from deepstack_jax.auditing.seen import see
 from deepstack_jax.auditing.survey import choose_rows, survey
 from deepstack_jax.config import Config
 from deepstack_jax.config_checks import ConfigError
-from deepstack_jax.data.pipeline import open_source, open_tokenizer
+from deepstack_jax.data.open import open_source
+from deepstack_jax.data.pipeline import open_tokenizer
 from deepstack_jax.data.sources import Source, SourceError
 from deepstack_jax.data.tokenize import Tokenizer
 

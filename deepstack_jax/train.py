@@ -24,7 +24,9 @@ from deepstack_jax.config import Config, to_dict
 from deepstack_jax.config_checks import ConfigError
 from deepstack_jax.data.conversation import ConversationError
 from deepstack_jax.data.image import ImageError
-from deepstack_jax.data.pipeline import TrainingStream, check_images, open_source, open_tokenizer
+from deepstack_jax.data.mixture import Mixture, describe_mixture
+from deepstack_jax.data.open import check_images, open_source
+from deepstack_jax.data.pipeline import TrainingStream, open_tokenizer
 from deepstack_jax.data.sources import Source, SourceError
 from deepstack_jax.data.tokenize import Tokenizer
 from deepstack_jax.evaluation.runner import Answer, HeldOut, mean_by_kind
@@ -90,8 +92,12 @@ def main() -> int:
     held_out_source = open_source(config, "validation") if config.data.source == "pages" or config.data.validation else None
     mesh = make_mesh(config.mesh)
     check_batch_fits(config, mesh, jax.process_count())
-    stream = TrainingStream(source, config, process=jax.process_index(), processes=jax.process_count())
-    steps = config.train.steps or max(1, round(config.train.epochs * len(source) / config.train.batch_size))
+    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    stream = TrainingStream(source, config, process=jax.process_index(), processes=jax.process_count(), devices=shards)
+    steps = config.train.steps or stream.steps(config.train.epochs)
+    for table in (describe_mixture(source) if isinstance(source, Mixture) else None, stream.describe()):
+        if table is not None:
+            console.print(table)
 
     model = build_model(config)
     sample = empty_batch(config.batch_shape(1, config.data.max_length))

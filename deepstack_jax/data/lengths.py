@@ -163,8 +163,8 @@ def _measured(chunks: Iterable[range], source: Source, encoder: Encoder, workers
         yield from pool.map(_work, chunks)
     except BrokenProcessPool as error:
         raise SourceError(
-            f"one of {workers} processes that measure examples was killed, perhaps for want of memory; lower config.data.workers, "
-            "the same command goes on from here"
+            f"one of {workers} processes that measure examples was killed, perhaps for want of memory; lower "
+            "config.data.workers; the same command goes on from here"
         ) from error
     finally:
         pool.shutdown(cancel_futures=True)

@@ -13,7 +13,6 @@ from itertools import compress
 from typing import SupportsIndex
 
 import numpy as np
-from grain.experimental import index_shuffle
 from numpy.typing import ArrayLike
 from rich.markup import escape
 from rich.table import Table
@@ -97,6 +96,8 @@ class EpochOrder:
     def _permuted(self, places: np.ndarray, size: int, purpose: int, number: int) -> np.ndarray:
         """Places in a pseudo-random permutation of 0..size-1; neighbouring seeds must not give neighbouring epochs' orders."""
         seed = int(np.random.SeedSequence((self.seed, purpose, number)).generate_state(1)[0])
+        from grain.experimental import index_shuffle  # imports jax, which opening a file can do without
+
         return np.vectorize(index_shuffle, otypes=[np.int64])(places, size - 1, seed, _ROUNDS)
 
 

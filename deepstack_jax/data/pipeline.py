@@ -27,8 +27,6 @@ from deepstack_jax.data.conversation import get_template
 from deepstack_jax.data.encode import BadExample, Encoder
 from deepstack_jax.data.lengths import length_index
 from deepstack_jax.data.mixture import epoch_order
-from deepstack_jax.data.open import check_images as check_images
-from deepstack_jax.data.open import open_source as open_source
 from deepstack_jax.data.packing import Limits
 from deepstack_jax.data.rows import Cursor, EncodedExample, Size, blank_example, place_example
 from deepstack_jax.data.schedule import PackedSchedule, PaddedSchedule, Schedule

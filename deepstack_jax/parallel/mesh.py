@@ -37,7 +37,12 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
 
 
 def check_batch_fits(config: Config, mesh: Mesh, processes: int) -> None:
-    """Raise ConfigError where a micro-batch does not split evenly over the batch axes of the mesh, or over the hosts."""
+    """Raise ConfigError where a micro-batch does not split evenly over the batch axes of the mesh, or over the hosts.
+
+    Packed rows are as many as do: see `data/schedule.py`.
+    """
+    if config.data.packing.enabled:
+        return
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
     for name, divisor in (("devices along data x fsdp", shards), ("hosts", processes)):
         step = divisor * config.train.accumulation

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from io import BytesIO
 
 import numpy as np
@@ -146,6 +148,31 @@ def test_worker_processes_measure_the_same(monkeypatch):
     source = MadeExamples(80, refused=(5,))
     sizes = length_index(source, make_config({"data.workers": 2}))
     np.testing.assert_array_equal(sizes, measure_rows(range(80), source, Encoder(make_config())))
+
+
+@dataclass(frozen=True)
+class Deadly(MadeExamples):
+    """Kills the worker process that reads row 20."""
+
+    def __getitem__(self, index: int) -> Example:
+        if index == 20 and multiprocessing.parent_process() is not None:
+            os._exit(9)
+        return super().__getitem__(index)
+
+
+def test_a_killed_worker_process_is_said_in_a_line_and_what_was_measured_is_kept(monkeypatch):
+    monkeypatch.setattr(lengths, "CHUNK", 8)
+    source = Deadly(40)
+    with pytest.raises(
+        SourceError, match=r"one of 1 processes that measure .* was killed.*; lower config.data.workers; the same"
+    ):
+        length_index(source, make_config({"data.workers": 1}))
+    measured = []
+    monkeypatch.setattr(
+        lengths, "measure_rows", lambda rows, **given: measured.append(rows.start) or measure_rows(rows, **given)
+    )
+    assert length_index(source, make_config()).shape == (40, 3)
+    assert measured == [16, 24, 32]
 
 
 @pytest.mark.parametrize("damage", [b"", b"\x93NUMPY garbage", None], ids=["empty", "garbage", "other rows"])
