@@ -1,6 +1,6 @@
-"""Writes the demo's measured table and pictures into README.md: `python -m benchmarks.readme_table runs/demo`.
+"""Writes the demo's measured table, pictures and answers into README.md: `python -m benchmarks.readme_table runs/demo`.
 
-Numbers in the README come from here and from nowhere else; run it after `make demo` (`make readme` does both).
+Numbers and answers in the README come from here and from nowhere else; run it after `make demo` (`make readme` does both).
 """
 
 from __future__ import annotations
@@ -8,8 +8,13 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import subprocess
 import sys
 from pathlib import Path
+
+from deepstack_jax.config import build_config
+from deepstack_jax.data.image import open_image
+from deepstack_jax.data.open import open_source
 
 REPOSITORY = Path(__file__).parents[1]
 LABELS = {
@@ -36,18 +41,57 @@ def markdown(summary: dict) -> str:
     return "\n".join(lines)
 
 
+PYTHON = """import deepstack_jax as dsx
+lmm = dsx.load({model!r})
+print(lmm.generate([{page!r}], {fine!r}))
+print(lmm.generate([[{page!r}], None], [{coarse!r}, {fine!r}]))
+dsx.save_hf(lmm, {out!r}, force=True)
+print(dsx.load({out!r}).logits([[1, -200, 5]], [[{page!r}]]).shape)"""
+
+
+def answers(demo: Path) -> str:
+    """What the trained demo says about a held-out page, from Python, the command line and in a conversation."""
+    config = build_config(json.loads((demo / "deepstack" / "config.json").read_text()))
+    example, page = open_source(config, "validation")[0], demo / "page.png"
+    open_image(example.images[0]).save(page)
+    asked = [message.text.replace("<image>", "").strip() for message in example.messages if message.role == "human"]
+    fine = next(words for words in asked if words.startswith("digit"))
+    coarse = next(words for words in asked if words.startswith("shade"))
+    model, verb = str(demo / "deepstack"), [sys.executable, "-m", "deepstack_jax.generate"]
+    script = PYTHON.format(model=model, page=str(page), fine=fine, coarse=coarse, out=str(demo / "exported"))
+    said = _run([sys.executable, "-c", script]).splitlines()
+    lines = ["```python"]
+    for line in script.splitlines():
+        lines.append(line.removeprefix("print(").removesuffix(")") if line.startswith("print(") else line)
+        if line.startswith("print("):
+            lines[-1] += f"  # {said.pop(0)}"
+    command = ["--model=" + model, f"--image={page}"]
+    said_once = _run([*verb, *command, f"--prompt={fine}", "--json"])
+    said_twice = _run([*verb, *command, "--chat"], f"{coarse}\n{fine}\n").splitlines()
+    lines += ["```", "", "```console", f"$ python -m deepstack_jax.generate {' '.join(command)} --prompt={fine!r} --json"]
+    lines += [said_once.strip(), f"$ python -m deepstack_jax.generate {' '.join(command)} --chat"]
+    lines += [f"> {coarse}", said_twice[0], f"> {fine}", said_twice[1], "```"]
+    return "\n".join(lines)
+
+
+def _run(command: list[str], typed: str = "") -> str:
+    return subprocess.run(command, input=typed, capture_output=True, text=True, check=True, cwd=REPOSITORY).stdout
+
+
 def main(folder: str) -> int:
-    """Rewrite the part of README.md between the demo marks, and refresh docs/images."""
+    """Rewrite the parts of README.md between the marks, and refresh docs/images."""
     demo, readme = Path(folder), REPOSITORY / "README.md"
     if not (demo / "summary.json").is_file():
         print(f"error: {demo}/summary.json does not exist; run `make demo` first", file=sys.stderr)
         return 1
-    table = markdown(json.loads((demo / "summary.json").read_text()))
-    marked = re.compile(r"(<!-- demo:begin[^\n]*-->\n).*?(<!-- demo:end -->)", re.DOTALL)
-    text, count = marked.subn(lambda match: match[1] + table + "\n" + match[2], readme.read_text())
-    if count != 1:
-        print("error: README.md has no demo:begin and demo:end marks", file=sys.stderr)
-        return 1
+    parts = {"demo": markdown(json.loads((demo / "summary.json").read_text())), "answers": answers(demo)}
+    text = readme.read_text()
+    for name, part in parts.items():
+        marked = re.compile(rf"(<!-- {name}:begin[^\n]*-->\n).*?(<!-- {name}:end -->)", re.DOTALL)
+        text, count = marked.subn(lambda match, part=part: match[1] + part + "\n" + match[2], text)
+        if count != 1:
+            print(f"error: README.md has no {name}:begin and {name}:end marks", file=sys.stderr)
+            return 1
     readme.write_text(text)
     images = REPOSITORY / "docs" / "images"
     images.mkdir(parents=True, exist_ok=True)

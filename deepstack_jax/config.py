@@ -57,6 +57,13 @@ class VisionConfig:
     post_layers: int = 0  # layers behind the tower's own (upstream's `post_encoder`); with them the last one's output is used
     position_std: float = 0.02  # of freshly drawn position and CLS embeddings
 
+    @property
+    def layers_run(self) -> int:
+        """Layers whose output is used: hidden state -2 is the input of the last layer."""
+        if self.post_layers:
+            return self.layers + self.post_layers
+        return self.feature_layer if self.feature_layer >= 0 else self.layers + 1 + self.feature_layer
+
 
 @dataclass(frozen=True)
 class ProjectorConfig:
@@ -259,11 +266,15 @@ class Config:
 
     @property
     def vision_schedule(self) -> tuple[int, ...]:
-        """DeepStack-V: the group added at the input of each tower layer, or -1; empty where nothing enters the tower."""
+        """DeepStack-V: the group added at the input of each tower layer, or -1; empty where nothing enters the tower.
+
+        The feature is the input of layer `vision.layers_run`; what would enter behind that is left out.
+        """
         if self.deepstack.into != "vision":
             return ()
         layers, start = self.vision.layers + self.vision.post_layers, self.deepstack.vision_start
-        return layer_schedule(layers, self.groups, self.vision.layers // 2 if start < 0 else start, 1)
+        schedule = layer_schedule(layers, self.groups, self.vision.layers // 2 if start < 0 else start, 1)
+        return tuple(group if layer <= self.vision.layers_run else -1 for layer, group in enumerate(schedule))
 
     @property
     def schedule(self) -> tuple[int, ...]:

@@ -126,7 +126,8 @@ def _check_sizes(config: Config) -> None:
         ("image.size", image.size, "vision.patch_size", vision.patch_size),
         ("vision.width", vision.width, "vision.heads", vision.heads),
         ("decoder.heads", decoder.heads, "decoder.kv_heads", decoder.kv_heads),
-        ("train.batch_size", train.batch_size, "train.accumulation", train.accumulation),
+        # Packed rows are as many as split; their number follows from the lengths.
+        ("train.batch_size", 0 if data.packing.enabled else train.batch_size, "train.accumulation", train.accumulation),
     )
     for name, value, by, divisor in divisible:
         if value % divisor:
@@ -269,8 +270,15 @@ def _check_vision_injection(config: Config) -> None:
             f"config.deepstack.vision_start {stack.vision_start} lies behind the tower's {vision.layers} layers; lower it, or "
             "add layers with config.vision.post_layers=5"
         )
-    if not any(group >= 0 for group in config.vision_schedule):
+    if stack.vision_start > last:
         raise ConfigError(f"config.deepstack.vision_start {stack.vision_start} is beyond the last layer {last}; lower it")
+    unused = config.groups - sum(group >= 0 for group in config.vision_schedule)
+    if unused:
+        warnings.warn(
+            f"{unused} of {config.groups} maps fall behind the tower layer whose input is the feature ({vision.layers_run}), "
+            f"never used (config.deepstack.vision_start {stack.vision_start})",
+            stacklevel=4,
+        )
 
 
 def _check_deepstack(config: Config) -> None:

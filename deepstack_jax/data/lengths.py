@@ -50,7 +50,9 @@ def image_size(source: str | os.PathLike[str] | bytes | np.ndarray | Image.Image
         with Image.open(BytesIO(source) if isinstance(source, bytes) else source) as image:
             width, height = image.size
     except Exception as error:  # PIL's readers raise nearly anything on damaged bytes
-        raise ImageError(f"cannot read the size of an image: {error}") from error
+        name = f"<{len(source)} bytes>" if isinstance(source, bytes) else os.fspath(source)
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        raise ImageError(f"cannot read image {name}: {reason}") from error
     if not 0 < width * height <= MAX_PIXELS:
         raise ImageError(f"an image of {width}x{height} pixels, expected 1 to {MAX_PIXELS} of them")
     return width, height

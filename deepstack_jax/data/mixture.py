@@ -24,7 +24,7 @@ from deepstack_jax.data.selection import TEXT_ROWS, RowFilter, Selection, select
 from deepstack_jax.data.sources import Example, Outline, OutlinedSource, SampleError, Source, SourceError
 
 _COLUMNS = ("set", "file", "found", "expected", "paper", "repeat", "per epoch", "")
-_ROUNDS = 8  # with Grain's usual 4, rows that follow each other in the file still follow each other at preferred distances
+SHUFFLE_ROUNDS = 8  # with Grain's usual 4, rows that follow each other in the file still follow each other at preferred distances
 _EXACT_TOLERANCE = 0.01
 _ROUNDED_ROWS, _ROUNDED_TOLERANCE = 500, 0.10  # what rounding to thousands explains
 
@@ -98,7 +98,7 @@ class EpochOrder:
         seed = int(np.random.SeedSequence((self.seed, purpose, number)).generate_state(1)[0])
         from grain.experimental import index_shuffle  # imports jax, which opening a file can do without
 
-        return np.vectorize(index_shuffle, otypes=[np.int64])(places, size - 1, seed, _ROUNDS)
+        return np.vectorize(index_shuffle, otypes=[np.int64])(places, size - 1, seed, SHUFFLE_ROUNDS)
 
 
 def epoch_order(source: Source, seed: int, shuffle: bool) -> EpochOrder:

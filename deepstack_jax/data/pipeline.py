@@ -26,7 +26,7 @@ from deepstack_jax.config_checks import ConfigError
 from deepstack_jax.data.conversation import get_template
 from deepstack_jax.data.encode import BadExample, Encoder
 from deepstack_jax.data.lengths import length_index
-from deepstack_jax.data.mixture import epoch_order
+from deepstack_jax.data.mixture import SHUFFLE_ROUNDS, epoch_order
 from deepstack_jax.data.packing import Limits
 from deepstack_jax.data.rows import Cursor, EncodedExample, Size, blank_example, place_example
 from deepstack_jax.data.schedule import PackedSchedule, PaddedSchedule, Schedule
@@ -234,6 +234,7 @@ class TrainingStream(Iterator[Delivered]):
             "rows": self.examples_per_epoch,
             "seed": data.seed,
             "shuffle": data.shuffle,
+            "rounds": SHUFFLE_ROUNDS,  # of the shuffle: checkpoints of another kind of order name another number, or none
             **self.schedule.order(),
         }
 

@@ -125,7 +125,10 @@ class RecordWriter:
     def _finish_shard(self) -> None:
         if self._writer is None:
             return
-        self._writer.close()
+        try:
+            self._writer.close()
+        except RuntimeError as error:
+            raise SourceError(f"cannot write to {self.folder}: {error}; is the disk full?") from error
         scratch = os.path.join(self._scratch.name, "shard")
         written = _count(scratch)
         if written != self._rows:  # a full disk shows here

@@ -80,7 +80,7 @@ class VisionTower(nn.Module):
         x = self._embed(pixels)
         if self.is_initializing():
             self.post_norm(self.layers(x, None)[0])
-        return self._run_layers(x, 0, self.layers_run)[:, 1:]
+        return self._run_layers(x, 0, self.config.layers_run)[:, 1:]
 
     def inject(
         self, crops: Float[Array, "B C y x 3"], source: Int[HostOrDevice, "B J M"], schedule: tuple[int, ...], views: int
@@ -100,7 +100,7 @@ class VisionTower(nn.Module):
         x = self._embed(crops.reshape(rows * slots, *crops.shape[2:]))
         if self.is_initializing():
             self.post_norm(self.layers(x, None)[0])
-        first = min(schedule.index(0), self.layers_run)
+        first = schedule.index(0) if 0 in schedule else self.config.layers_run
         x = self._run_layers(x, 0, first).reshape(rows, slots, *x.shape[1:])
         x = nn.with_logical_constraint(x, ("batch", None, None, "vision_embed"))  # an image's crops meet on its row's device
         patches = x[:, :, 1:].reshape(rows, -1, x.shape[-1])
@@ -121,17 +121,9 @@ class VisionTower(nn.Module):
             return layer.apply({"params": params}, x).reshape(whole.shape), None
 
         groups = jnp.asarray((*schedule, -1), jnp.int32)  # behind the last layer nothing is added
-        whole = self._scan(body, whole, first, self.layers_run, groups[first : self.layers_run])
-        whole = add(whole, groups[self.layers_run])
+        whole = self._scan(body, whole, first, self.config.layers_run, groups[first : self.config.layers_run])
+        whole = add(whole, groups[self.config.layers_run])
         return whole[:, :, 1:].reshape(rows, -1, whole.shape[-1])
-
-    @property
-    def layers_run(self) -> int:
-        """Layers whose output is used: hidden state -2 is the input of the last layer."""
-        cfg = self.config
-        if cfg.post_layers:
-            return cfg.layers + cfg.post_layers
-        return cfg.feature_layer if cfg.feature_layer >= 0 else cfg.layers + 1 + cfg.feature_layer
 
     def _embed(self, pixels: Float[Array, "Z y x 3"]) -> Float[Array, "Z A E"]:
         """CLS and patches with their positions, normed; A = P + 1. The patch convolution is written as one matmul."""
