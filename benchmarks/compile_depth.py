@@ -26,9 +26,7 @@ REPEATS = 3
 
 def tiny(layers: int, scan: bool) -> Config:
     """A DeepStack-L model that is small in everything but depth."""
-    decoder = DecoderConfig(
-        vocab_size=64, width=64, layers=layers, heads=4, kv_heads=4, head_dim=16, mlp=128, scan=scan
-    )
+    decoder = DecoderConfig(vocab_size=64, width=64, layers=layers, heads=4, kv_heads=4, head_dim=16, mlp=128, scan=scan)
     image = ImageConfig(size=32, num_crops=4)
     vision = VisionConfig(patch_size=8, width=32, layers=3, heads=4, mlp=64)
     return Config(image=image, vision=vision, decoder=decoder, data=DataConfig(max_length=64))

@@ -135,9 +135,9 @@ def main() -> None:
 
 Largest absolute error against outputs recorded from the official implementation (torch {versions["torch"]},
 transformers {versions["transformers"]}) on tiny random weights (`tests/golden/README.md`), in float32 on
-{jax.devices()[0].platform}, jax {jax.__version__}; written by `python -m benchmarks.parity_table`. Configuration and weights
-come through the importer, pixels from the PNG files. Held to 5e-4 (logits) and 1e-5 (loss) by `tests/parity`, which also compares
-every hidden state, the stack, the vision features and the gradients.
+{jax.devices()[0].platform}, jax {jax.__version__}; written by `python -m benchmarks.parity_table`.
+Configuration and weights come through the importer, pixels from the PNG files. Held to 5e-4 (logits) and 1e-5 (loss) by
+`tests/parity`, which also compares every hidden state, the stack, the vision features and the gradients.
 
 {recorded()}
 

@@ -42,11 +42,12 @@ def markdown(summary: dict) -> str:
 
 
 PYTHON = """import deepstack_jax as dsx
-lmm = dsx.load({model!r})
-print(lmm.generate([{page!r}], {fine!r}))
-print(lmm.generate([[{page!r}], None], [{coarse!r}, {fine!r}]))
-dsx.save_hf(lmm, {out!r}, force=True)
-print(dsx.load({out!r}).logits([[1, -200, 5]], [[{page!r}]]).shape)"""
+
+lmm = dsx.load({model})
+print(lmm.generate([{page}], {fine}, max_new_tokens=1))
+print(lmm.generate([[{page}], [{page}]], [{coarse}, {fine}], max_new_tokens=1))
+dsx.save_hf(lmm, {out}, force=True)
+print(dsx.load({out}).logits([[1, -200, 5]], [[{page}]]).shape)"""
 
 
 def answers(demo: Path) -> str:
@@ -58,17 +59,18 @@ def answers(demo: Path) -> str:
     fine = next(words for words in asked if words.startswith("digit"))
     coarse = next(words for words in asked if words.startswith("shade"))
     model, verb = str(demo / "deepstack"), [sys.executable, "-m", "deepstack_jax.generate"]
-    script = PYTHON.format(model=model, page=str(page), fine=fine, coarse=coarse, out=str(demo / "exported"))
+    names = {"model": model, "page": str(page), "fine": fine, "coarse": coarse, "out": str(demo.parent / "exported")}
+    script = PYTHON.format(**{name: json.dumps(value) for name, value in names.items()})
     said = _run([sys.executable, "-c", script]).splitlines()
     lines = ["```python"]
     for line in script.splitlines():
         lines.append(line.removeprefix("print(").removesuffix(")") if line.startswith("print(") else line)
         if line.startswith("print("):
             lines[-1] += f"  # {said.pop(0)}"
-    command = ["--model=" + model, f"--image={page}"]
+    command = ["--model=" + model, f"--image={page}", "--max_new_tokens=1"]
     said_once = _run([*verb, *command, f"--prompt={fine}", "--json"])
     said_twice = _run([*verb, *command, "--chat"], f"{coarse}\n{fine}\n").splitlines()
-    lines += ["```", "", "```console", f"$ python -m deepstack_jax.generate {' '.join(command)} --prompt={fine!r} --json"]
+    lines += ["```", "", "```console", f"$ python -m deepstack_jax.generate {' '.join(command)} --prompt={fine} --json"]
     lines += [said_once.strip(), f"$ python -m deepstack_jax.generate {' '.join(command)} --chat"]
     lines += [f"> {coarse}", said_twice[0], f"> {fine}", said_twice[1], "```"]
     return "\n".join(lines)

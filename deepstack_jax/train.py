@@ -22,7 +22,7 @@ from deepstack_jax import cli
 from deepstack_jax.batch import Batch, empty_batch
 from deepstack_jax.config import Config, to_dict
 from deepstack_jax.config_checks import ConfigError
-from deepstack_jax.data.conversation import ConversationError
+from deepstack_jax.data.conversation import ConversationError, get_template
 from deepstack_jax.data.image import ImageError
 from deepstack_jax.data.mixture import Mixture, describe_mixture
 from deepstack_jax.data.open import check_images, open_source
@@ -31,6 +31,7 @@ from deepstack_jax.data.sources import Source, SourceError
 from deepstack_jax.data.tokenize import Tokenizer
 from deepstack_jax.evaluation.runner import Answer, HeldOut, mean_by_kind
 from deepstack_jax.inference.generate import greedy
+from deepstack_jax.inference.text import end_of_turn
 from deepstack_jax.model.deepstack import DeepStack
 from deepstack_jax.model.variants import build_model
 from deepstack_jax.parallel.distributed import put_batch
@@ -173,13 +174,16 @@ def loop(run: Run, state: TrainState) -> tuple[TrainState, int]:
     """Step until done or told to stop; returns the last state and the exit code."""
     stop = cli.StopSignals()
     train, every = run.config.train, run.config.evaluation.every
-    step = int(state.step)
+    step, before = int(state.step), None
     with Progress(step, run.steps, run.console) as progress:
         while step < run.steps and not stop.received:
             with progress.waiting():
                 delivered = next(run.stream)
             bad = run.quarantine.add(delivered.bad, (step + 1) * train.batch_size)
             state, numbers = run.train_step(state, put_batch(run.mesh, delivered.batch))
+            # One step ahead of the device and no further: else batches pile up there, and the wait for data looks longer.
+            jax.block_until_ready(before)
+            before = numbers
             step += 1
             if step % train.log_every == 0 or step == run.steps:
                 values = {name: float(value) for name, value in jax.device_get(numbers).items()}
@@ -257,8 +261,10 @@ def show_results(run: Run, results: dict[str, Any]) -> None:
 
 
 def make_decode(model: DeepStack, config: Config, tokenizer: Tokenizer) -> Any:
+    ends = tuple(end_of_turn(get_template(config.data.template), tokenizer)[0])
+
     def decode(params: Any, batch: Batch) -> jax.Array:
-        return greedy(model, params, batch, max_new_tokens=config.evaluation.max_new_tokens, stop_id=tokenizer.eos_id)
+        return greedy(model, params, batch, max_new_tokens=config.evaluation.max_new_tokens, stop_ids=ends)
 
     return decode
 

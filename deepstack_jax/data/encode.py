@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -12,8 +13,37 @@ from deepstack_jax.data.conversation import get_template, normalise, render
 from deepstack_jax.data.image import make_views, open_image
 from deepstack_jax.data.rows import EncodedExample
 from deepstack_jax.data.sources import Example, SampleError, SourceError
-from deepstack_jax.data.tokenize import IMAGE_TOKEN, EncodedText, encode_conversation, encode_with_images, load_tokenizer
+from deepstack_jax.data.tokenize import (
+    IMAGE_TOKEN,
+    EncodedText,
+    Tokenizer,
+    encode_conversation,
+    encode_with_images,
+    load_tokenizer,
+)
 from deepstack_jax.layout.sequence import VisualLayout
+
+
+def check_end_of_turn(template: str, tokenizer: Tokenizer) -> None:
+    """Refuse a template whose end of turn is a special token that the tokenizer does not have.
+
+    Spelt out in pieces it would be learnt as text, and an answer would never end at the token that stops it.
+
+    Raises:
+      ConversationError: no such template. ValueError: the end of turn is not one token.
+    """
+    end = get_template(template).end.strip()
+    if not re.fullmatch(r"<[^<>\s]+>", end):
+        return
+    try:
+        ids = tokenizer.encode(end)[0]
+    except ValueError:
+        ids = ()
+    if len(ids) != 1:
+        raise ValueError(
+            f"template {template!r} ends a turn with {end}, which the tokenizer reads as {len(ids)} tokens, expected one "
+            "special token; choose the template that the tokenizer was made for, or add the token to it"
+        )
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from deepstack_jax.data.selection import TEXT_ROWS, RowFilter, Selection, select
 from deepstack_jax.data.sources import Example, Outline, OutlinedSource, SampleError, Source, SourceError
 
 _COLUMNS = ("set", "file", "found", "expected", "paper", "repeat", "per epoch", "")
-SHUFFLE_ROUNDS = 8  # with Grain's usual 4, rows that follow each other in the file still follow each other at preferred distances
+SHUFFLE_ROUNDS = 8  # with Grain's usual 4, rows that are neighbours in the file still lie at preferred distances
 _EXACT_TOLERANCE = 0.01
 _ROUNDED_ROWS, _ROUNDED_TOLERANCE = 500, 0.10  # what rounding to thousands explains
 

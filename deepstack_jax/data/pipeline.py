@@ -23,8 +23,7 @@ from rich.table import Table
 from deepstack_jax.batch import Batch, BatchShape, check_batch, empty_batch
 from deepstack_jax.config import Config
 from deepstack_jax.config_checks import ConfigError
-from deepstack_jax.data.conversation import get_template
-from deepstack_jax.data.encode import BadExample, Encoder
+from deepstack_jax.data.encode import BadExample, Encoder, check_end_of_turn
 from deepstack_jax.data.lengths import length_index
 from deepstack_jax.data.mixture import SHUFFLE_ROUNDS, epoch_order
 from deepstack_jax.data.packing import Limits
@@ -49,7 +48,7 @@ def open_tokenizer(config: Config) -> Tokenizer:
         raise ConfigError("config.data.tokenizer is empty: give a folder with tokenizer.model with --config.data.tokenizer=DIR")
     try:
         tokenizer = load_tokenizer(config.data.tokenizer)
-        get_template(config.data.template)
+        check_end_of_turn(config.data.template, tokenizer)
     except (ValueError, OSError) as error:
         raise ConfigError(f"config.data: {error}") from error
     if tokenizer.vocab_size > config.decoder.vocab_size:

@@ -18,6 +18,7 @@ from deepstack_jax.data.rows import EncodedExample
 from deepstack_jax.data.sources import Source
 from deepstack_jax.data.tokenize import load_tokenizer
 from deepstack_jax.evaluation.scorers import exact_match
+from deepstack_jax.inference.generate import NO_TOKEN
 from deepstack_jax.types import PyTree
 
 # Fills the last batch up to its static size.
@@ -48,7 +49,7 @@ def ask(
     Args:
       source: held-out examples.
       config: the run; questions are decoded `evaluation.batch_size` at a time.
-      decode: batch of prompts -> i32[B, Y] tokens, ended by the tokenizer's end-of-text id.
+      decode: batch of prompts -> i32[B, Y] tokens, NO_TOKEN behind the end.
       examples: how many examples at the most.
 
     Returns:
@@ -62,7 +63,7 @@ def ask(
         part = questions[first : first + size]
         batch = collate([prompt for prompt, _ in part] + [_NOBODY] * (size - len(part)), config).batch
         for (_, answer), ids in zip(part, decode(batch), strict=False):
-            end = np.flatnonzero(ids == tokenizer.eos_id)
+            end = np.flatnonzero(ids == NO_TOKEN)
             said = tokenizer.decode(ids[: end[0]] if end.size else ids).strip()
             answers.append(Answer(**{**answer, "prediction": said, "score": exact_match(said, answer["reference"])}))
     return answers, bad

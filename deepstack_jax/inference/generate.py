@@ -140,26 +140,25 @@ def answer_ids(
         made = int(now)
 
 
-@partial(jax.jit, static_argnames=("model", "max_new_tokens", "stop_id"))
-def greedy(model: DeepStack, params: Any, batch: Batch, *, max_new_tokens: int, stop_id: int) -> Int[Array, "B Y"]:
-    """The most likely continuation of each row's prompt, up to and without `stop_id`, as one compiled program.
+@partial(jax.jit, static_argnames=("model", "max_new_tokens", "stop_ids"))
+def greedy(model: DeepStack, params: Any, batch: Batch, *, max_new_tokens: int, stop_ids: tuple[int, ...]) -> Int[Array, "B Y"]:
+    """The most likely continuation of each row's prompt, up to and without a stop id, as one compiled program.
 
     Args:
       model: its configuration; decoding compiles once per model, batch shape and max_new_tokens.
       params: the parameter tree.
       batch: right-padded prompts, one segment per row.
       max_new_tokens: Y, the most tokens per row.
-      stop_id: ends a row; the loop ends when all rows have.
+      stop_ids: end a row; the loop ends when all rows have.
 
     Returns:
-      i32[B, Y] tokens, `stop_id` from the end of each answer on.
+      i32[B, Y] tokens, NO_TOKEN from the end of each answer on.
     """
-    sampling, stops = greedy_sampling(batch.tokens.shape[0]), stop_array([stop_id])
+    sampling, stops = greedy_sampling(batch.tokens.shape[0]), stop_array(stop_ids)
     state = prefill(model, params, batch, sampling, stops, room=max_new_tokens)
     first = state.token[:, None]
     _, more = advance(model, params, state, sampling, stops, jnp.int32(max_new_tokens), chunk=max_new_tokens)
-    answers = jnp.concatenate([first, more[:, :-1]], axis=1)
-    return jnp.where(answers == NO_TOKEN, stop_id, answers)
+    return jnp.concatenate([first, more[:, :-1]], axis=1)
 
 
 def _end(token: Array, done: Array, stop_ids: HostOrDevice) -> tuple[Array, Array]:

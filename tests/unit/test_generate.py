@@ -80,7 +80,7 @@ def expected(next_token):
 def test_cache_equals_running_the_model_again(batch, params, expected, next_token):
     lengths = (batch.segment_ids > 0).sum(axis=1)
     assert len(set(lengths.tolist())) == 4
-    answers = greedy(MODEL, params, batch, max_new_tokens=NEW, stop_id=NEVER)
+    answers = greedy(MODEL, params, batch, max_new_tokens=NEW, stop_ids=(NEVER,))
     chex.assert_shape(answers, (4, NEW))
     np.testing.assert_array_equal(answers, expected)
     assert len(np.unique(expected)) > 6, "answers must tell rows and steps apart"
@@ -94,24 +94,26 @@ def test_cache_equals_running_the_model_again(batch, params, expected, next_toke
 def test_batched_equals_alone(params, expected):
     """Alone, a row has no neighbours and less padding."""
     for row in range(4):
-        alone = greedy(MODEL, params, prompts([row], PROMPT - 1), max_new_tokens=NEW, stop_id=NEVER)
+        alone = greedy(MODEL, params, prompts([row], PROMPT - 1), max_new_tokens=NEW, stop_ids=(NEVER,))
         np.testing.assert_array_equal(alone[0], expected[row])
 
 
 def test_one_token_is_an_answer(batch, params, expected):
-    answers = greedy(MODEL, params, batch, max_new_tokens=1, stop_id=NEVER)
+    answers = greedy(MODEL, params, batch, max_new_tokens=1, stop_ids=(NEVER,))
     np.testing.assert_array_equal(answers, expected[:, :1])
 
 
 def test_answers_end_at_stop_id(batch, params, expected):
     stop = int(expected[0, 2])
-    answers = np.asarray(greedy(MODEL, params, batch, max_new_tokens=NEW, stop_id=stop))
+    answers = np.asarray(greedy(MODEL, params, batch, max_new_tokens=NEW, stop_ids=(stop,)))
     for ours, free in zip(answers, expected, strict=True):
         hits = np.flatnonzero(free == stop)
         end = hits[0] if hits.size else NEW
-        assert ours.tolist() == [*free[:end], *[stop] * (NEW - end)]
+        assert ours.tolist() == [*free[:end], *[NO_TOKEN] * (NEW - end)]
     assert (answers[0, :2] == expected[0, :2]).all()
-    assert (answers != stop).any(axis=0).sum() > 3, "other rows go on"
+    assert (answers != NO_TOKEN).any(axis=0).sum() > 3, "other rows go on"
+    both = np.asarray(greedy(MODEL, params, batch, max_new_tokens=NEW, stop_ids=(NEVER, stop)))
+    np.testing.assert_array_equal(both, answers)
 
 
 def test_the_loop_ends_when_all_rows_have(batch, params, expected):
@@ -126,15 +128,15 @@ def test_the_loop_ends_when_all_rows_have(batch, params, expected):
             return super().decode(tokens, positions, cache)
 
     spy = Spy(**{field: getattr(MODEL, field) for field in MODEL.__dataclass_fields__ if field not in ("parent", "name")})
-    greedy(spy, params, prompts([0, 0], PROMPT), max_new_tokens=NEW, stop_id=stop).block_until_ready()
+    greedy(spy, params, prompts([0, 0], PROMPT), max_new_tokens=NEW, stop_ids=(stop,)).block_until_ready()
     jax.effects_barrier()
     assert len(calls) == longest < NEW, "the last token is not read again"
 
 
 def test_same_shapes_do_not_trace_again(params):
     once = chex.assert_max_traces(inspect.unwrap(greedy), n=1)
-    once = jax.jit(once, static_argnames=("model", "max_new_tokens", "stop_id"))
-    run = functools.partial(once, MODEL, params, max_new_tokens=2, stop_id=NEVER)
+    once = jax.jit(once, static_argnames=("model", "max_new_tokens", "stop_ids"))
+    run = functools.partial(once, MODEL, params, max_new_tokens=2, stop_ids=(NEVER,))
     first, second = prompts([0, 1], PROMPT), prompts([2, 3], PROMPT)
     assert (np.asarray(run(first)) != np.asarray(run(second))).any()
     with pytest.raises(AssertionError, match="traced"):
@@ -242,10 +244,10 @@ def test_stop_ids_are_padded(batch, params):
     assert not state.done.any()
 
 
-def test_an_empty_row_gives_stop_ids(batch, params):
+def test_an_empty_row_gives_no_token(batch, params):
     blank = empty_batch(CONFIG.batch_shape(4, PROMPT))
-    answers = greedy(MODEL, params, blank, max_new_tokens=NEW, stop_id=NEVER)
-    assert (np.asarray(answers) == NEVER).all()
+    answers = greedy(MODEL, params, blank, max_new_tokens=NEW, stop_ids=(NEVER,))
+    assert (np.asarray(answers) == NO_TOKEN).all()
 
 
 @pytest.mark.quick

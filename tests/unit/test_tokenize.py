@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from deepstack_jax.data.conversation import TEMPLATES, ConversationError, Message, get_template, normalise, parse, render
+from deepstack_jax.data.encode import check_end_of_turn
 from deepstack_jax.data.tokenize import (
     IGNORE,
     IMAGE_TOKEN,
@@ -292,3 +293,20 @@ def test_load_tokenizer_finds_the_kind_and_says_what_it_tried(bpe, tmp_path):
     assert load_tokenizer("bytes") is load_tokenizer("bytes")
     with pytest.raises(FileNotFoundError, match=r"neither .*tokenizer\.model nor .*tokenizer\.json exists; expected 'bytes'"):
         load_tokenizer(str(tmp_path))
+
+
+@pytest.mark.parametrize(("template", "fits"), [("v1", True), ("plain", True), ("phi3_instruct", False), ("llama_3", False)])
+def test_the_end_of_turn_must_be_a_token_of_the_tokenizer(template, fits):
+    """Otherwise it would be learnt letter by letter, and an answer would run on past it."""
+    tokenizer = load_tokenizer(str(GOLDEN / "tokenizer" / "llama_legacy_false"))
+    if fits:
+        check_end_of_turn(template, tokenizer)
+        return
+    with pytest.raises(
+        ValueError, match=rf"template '{template}' ends a turn with <\|\w+\|>, .* tokens, expected one special token"
+    ):
+        check_end_of_turn(template, tokenizer)
+
+
+def test_phi3_has_its_own_end_of_turn():
+    check_end_of_turn("phi3_instruct", load_tokenizer(str(GOLDEN / "tokenizer" / "phi3_rstrip")))
