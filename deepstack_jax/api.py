@@ -16,7 +16,7 @@ from jax import numpy as jnp
 from jax.typing import DTypeLike
 
 from deepstack_jax.config import Config
-from deepstack_jax.config_checks import ConfigError, nearest
+from deepstack_jax.config_checks import ConfigError
 from deepstack_jax.data.tokenize import HFTokenizer, SentencePieceTokenizer, Tokenizer, load_tokenizer
 from deepstack_jax.inference.answers import Answer, Answerer, Chat, Turn
 from deepstack_jax.inference.options import Options, RequestError
@@ -85,12 +85,16 @@ class LMM:
           ImageError: an image that cannot be read.
         """
         if isinstance(prompt, str):
-            return self.answers([(images or (), prompt)], options_of(options), batch_size=batch_size)[0].text
+            return self.answers([(images or (), prompt)], Options().but(options), batch_size=batch_size)[0].text
+        if not isinstance(prompt, list | tuple):
+            raise RequestError(f"prompt is a {type(prompt).__name__}, expected a string or a list of strings")
+        if not isinstance(images, list | tuple | None):
+            raise RequestError(f"images is a {type(images).__name__}, expected a list of image lists, one per prompt")
         given = [()] * len(prompt) if images is None else list(images)
         if len(given) != len(prompt):
             raise RequestError(f"images got {len(given)} lists for {len(prompt)} prompts; give one per prompt, [] for none")
         pairs = [(mine or (), words) for mine, words in zip(given, prompt, strict=True)]
-        return [answer.text for answer in self.answers(pairs, options_of(options), batch_size=batch_size)]
+        return [answer.text for answer in self.answers(pairs, Options().but(options), batch_size=batch_size)]
 
     def answers(self, prompts: Sequence[tuple[Sequence[Any], str]], options: Options, *, batch_size: int = 8) -> list[Answer]:
         """As `generate`, for (images, prompt) pairs, with the number of tokens of each answer."""
@@ -102,11 +106,11 @@ class LMM:
 
         What `generate` raises is raised at the call, not at the first piece.
         """
-        return self.answerer.stream([Turn("human", prompt, images or ())], options_of(options))
+        return self.answerer.stream([Turn("human", prompt, images or ())], Options().but(options))
 
     def chat(self, **options: Any) -> Chat:
         """A conversation that remembers its turns; options as of `generate`."""
-        return Chat(self.answerer, options_of(options))
+        return Chat(self.answerer, Options().but(options))
 
     def logits(
         self, input_ids: Any, images: Sequence[Sequence[Any] | None] | None = None, attention_mask: Any = None
@@ -132,19 +136,6 @@ class LMM:
         return score(model, self.params, self.config, input_ids, images, attention_mask, self.pad_id)
 
 
-def options_of(options: Mapping[str, Any]) -> Options:
-    """Options by keyword.
-
-    Raises:
-      RequestError: an unknown name, or a value out of range.
-    """
-    names = [known.name for known in dataclasses.fields(Options)]
-    unknown = [name for name in options if name not in names]
-    if unknown:
-        raise RequestError(f"unknown option {unknown[0]!r}; {nearest(unknown[0], names)}")
-    return Options(**options)
-
-
 def load(path: str | PathLike[str], dtype: DTypeLike | None = None) -> LMM:
     """Read a model.
 
@@ -157,7 +148,10 @@ def load(path: str | PathLike[str], dtype: DTypeLike | None = None) -> LMM:
       WeightsError, ConfigError: the folder, its config.json, weights or tokenizer do not fit together or are not known here.
       CheckpointError: a workdir without a checkpoint that can be read.
     """
-    kind = np.dtype(dtype if dtype is not None else "float32" if jax.default_backend() == "cpu" else "bfloat16").name
+    try:
+        kind = np.dtype(dtype if dtype is not None else "float32" if jax.default_backend() == "cpu" else "bfloat16").name
+    except TypeError:
+        kind = str(dtype)
     if kind not in DTYPES:
         raise ConfigError(f"dtype got {kind}, expected {' or '.join(DTYPES)}")
     folder = find_folder(Path(path))
@@ -165,7 +159,8 @@ def load(path: str | PathLike[str], dtype: DTypeLike | None = None) -> LMM:
         return _load_workdir(folder, kind)
     found = open_checkpoint(folder)
     config = _computing_in(found.config, kind)
-    tokenizer = _tokenizer(found.tokenizer, config) if found.tokenizer else None
+    name = found.tokenizer or config.data.tokenizer
+    tokenizer = _tokenizer(name, config) if name else None
     params = load_params(found.tensors, config, np.dtype(kind))
     pad_id = UNKNOWN if tokenizer is None else tokenizer.pad_id  # upstream pads with it, whatever config.json says
     return LMM(config, params, tokenizer, found.template, pad_id, found.tokenizer, found.carried)

@@ -170,9 +170,10 @@ def _check_image(config: Config) -> None:
     """The image mode, and what of the method it can carry."""
     image, stack = config.image, config.deepstack
     wants_crops = "crops" in stack.stack or "crops" in stack.sequence
-    if image.mode in ("deepstack", "hd") and image.num_crops < 2:
+    fewest = 1 if image.grid == "square" else 2
+    if image.mode in ("deepstack", "hd") and image.num_crops < fewest:
         raise ConfigError(
-            f"config.image.num_crops {image.num_crops} leaves no crop grid; use 2 or more, or config.image.mode='pad'"
+            f"config.image.num_crops {image.num_crops} leaves no crop grid; use {fewest} or more, or config.image.mode='pad'"
         )
     if wants_crops and image.mode not in ("deepstack", "hd"):
         raise ConfigError(
@@ -259,7 +260,7 @@ def _check_vision_injection(config: Config) -> None:
         "deepstack.sampling": (stack.sampling, "2d"),
         "deepstack.high_res": (stack.high_res, "crops"),
         "deepstack.pool": (stack.pool, 1),
-        "image.num_crops": (image.num_crops, math.isqrt(image.num_crops) ** 2),
+        "image.num_crops": (image.num_crops, max(2, math.isqrt(image.num_crops)) ** 2),
     }
     wrong = [f"config.{key} is {got!r}, set it to {want!r}" for key, (got, want) in wanted.items() if got != want]
     if wrong:

@@ -17,6 +17,7 @@ from typing import Any, Protocol
 import numpy as np
 import sentencepiece
 import tokenizers
+from google.protobuf.message import DecodeError
 from sentencepiece import sentencepiece_model_pb2, sentencepiece_pb2
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
@@ -223,7 +224,10 @@ class SentencePieceTokenizer:
 
 
 def _processor(model_file: Path, *, dummy_prefix: bool) -> sentencepiece.SentencePieceProcessor:
-    model = sentencepiece_model_pb2.ModelProto.FromString(model_file.read_bytes())  # pyright: ignore[reportAttributeAccessIssue]
+    try:
+        model = sentencepiece_model_pb2.ModelProto.FromString(model_file.read_bytes())  # pyright: ignore[reportAttributeAccessIssue]
+    except DecodeError as error:
+        raise ValueError(f"{model_file} is no sentencepiece model: {error}; download it again") from error
     model.normalizer_spec.add_dummy_prefix = model.normalizer_spec.add_dummy_prefix and dummy_prefix
     return sentencepiece.SentencePieceProcessor(model_proto=model.SerializeToString())
 

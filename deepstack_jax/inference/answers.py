@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -135,18 +134,20 @@ class Chat:
         self._answerer, self._options = answerer, options
         self.turns: tuple[Turn, ...] = ()
 
-    def ask(self, prompt: str, images: Sequence[Any] = (), **options: Any) -> str:
+    def ask(self, prompt: str, images: Any = (), **options: Any) -> str:
         """The answer to the next question, which may bring images; options override those of the conversation."""
         return "".join(self.stream(prompt, images, **options))
 
-    def stream(self, prompt: str, images: Sequence[Any] = (), **options: Any) -> Generator[str, None, None]:
+    def stream(self, prompt: str, images: Any = (), **options: Any) -> Generator[str, None, None]:
         """The same in pieces. An answer that is not read to its end is remembered as far as it was read.
 
         What raises leaves the conversation as it was.
         """
+        if not isinstance(images, list | tuple):
+            raise RequestError(f"images is a {type(images).__name__}, expected a list; put a single image into a list")
         cut = [cut_image(image, self._answerer.config) for image in images]
         asked = (*self.turns, Turn("human", prompt, cut))
-        return self._listen(asked, self._answerer.stream(asked, dataclasses.replace(self._options, **options)))
+        return self._listen(asked, self._answerer.stream(asked, self._options.but(options)))
 
     def clear(self) -> None:
         """Forget all turns and images."""

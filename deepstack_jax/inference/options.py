@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
+from deepstack_jax.config_checks import nearest
 from deepstack_jax.data.tokenize import Tokenizer
 from deepstack_jax.inference.sampling import Sampling
 
@@ -44,13 +45,27 @@ class Options:
     template: str | None = None
 
     def __post_init__(self) -> None:
-        """Raises RequestError on a value out of range."""
+        """Raises RequestError on a value of the wrong type or out of range."""
+        _check_types(vars(self))
         _within("max_new_tokens", self.max_new_tokens, int, self.max_new_tokens >= 1, "a whole number from 1 on")
         _within("temperature", self.temperature, float, 0 <= self.temperature < float("inf"), "0 (greedy) or more")
         _within("top_p", self.top_p, float, 0 < self.top_p <= 1, "more than 0 and at most 1 (1 = all tokens)")
         _within("top_k", self.top_k, int, self.top_k >= 0, "0 (all tokens) or more")
         for text in self.stops:
-            _within("stop", text, str, bool(text), "strings that are not empty")
+            _within("stop", text, str, isinstance(text, str) and bool(text), "strings that are not empty")
+
+    def but(self, changes: Mapping[str, Any]) -> Options:
+        """The same with some of them changed.
+
+        Raises:
+          RequestError: an unknown name, or a value out of range.
+        """
+        names = [known.name for known in fields(self)]
+        unknown = [name for name in changes if name not in names]
+        if unknown:
+            raise RequestError(f"unknown option {unknown[0]!r}; {nearest(unknown[0], names)}")
+        _check_types(changes)
+        return replace(self, **changes)
 
     @property
     def stops(self) -> tuple[str, ...]:
@@ -78,6 +93,26 @@ class Options:
                 )
             )
         return parts
+
+
+_WHOLE = (int, np.integer)
+_NUMBER = (int, float, np.integer, np.floating)
+_KINDS: dict[str, tuple[tuple[type, ...], str]] = {
+    "max_new_tokens": (_WHOLE, "a whole number from 1 on"),
+    "temperature": (_NUMBER, "0 (greedy) or more"),
+    "top_p": (_NUMBER, "more than 0 and at most 1 (1 = all tokens)"),
+    "top_k": (_WHOLE, "0 (all tokens) or more"),
+    "stop": ((str, list, tuple), "a string or a list of them"),
+    "seed": ((*_WHOLE, list, tuple, np.ndarray), "a whole number, or one per prompt"),
+    "template": ((str, type(None)), "the name of a conversation template"),
+}
+
+
+def _check_types(values: Mapping[str, Any]) -> None:
+    for name, value in values.items():
+        kinds, expected = _KINDS[name]
+        if not isinstance(value, kinds) or isinstance(value, bool):
+            raise RequestError(f"{name} got {value!r}, expected {expected}")
 
 
 def _within(name: str, value: Any, kind: type, fits: bool, expected: str) -> None:

@@ -33,7 +33,7 @@ def score(
     pad_id: int,
 ) -> np.ndarray:
     """As `api.LMM.logits`, which see."""
-    ids = np.asarray(input_ids)
+    ids = _array("input_ids", input_ids)
     if ids.ndim != 2 or not np.issubdtype(ids.dtype, np.integer) or not ids.size:
         raise RequestError(
             f"input_ids got {ids.dtype}{list(ids.shape)}, expected integers [rows, tokens]; pad the rows to one length"
@@ -69,8 +69,15 @@ def padded_left(mask: np.ndarray) -> bool:
     return not mask[:, 0].all() and bool(mask[:, -1].all())
 
 
+def _array(name: str, values: Any) -> np.ndarray:
+    try:
+        return np.asarray(values)
+    except ValueError as error:
+        raise RequestError(f"{name} has rows of several lengths, expected one; pad them (with an attention_mask)") from error
+
+
 def _as_mask(attention_mask: Any, shape: tuple[int, ...]) -> np.ndarray:
-    mask = np.asarray(attention_mask)
+    mask = _array("attention_mask", attention_mask)
     if mask.shape != shape:
         raise RequestError(f"attention_mask got shape {list(mask.shape)}, expected that of input_ids, {list(shape)}")
     return mask.astype(bool)
@@ -79,6 +86,8 @@ def _as_mask(attention_mask: Any, shape: tuple[int, ...]) -> np.ndarray:
 def _rows(ids: np.ndarray, mask: np.ndarray, images: Any, config: Config) -> list:
     """Every row without its padding, and with its images cut."""
     images = [None] * len(ids) if images is None else images
+    if not isinstance(images, list | tuple):
+        raise RequestError(f"images is a {type(images).__name__}, expected one list of images per row of input_ids")
     if len(images) != len(ids):
         raise RequestError(f"images got {len(images)} lists for {len(ids)} rows of input_ids; give one per row, [] for text")
     kept = [row[real] for row, real in zip(ids, mask, strict=True)]

@@ -26,6 +26,8 @@ DTYPES = {
 }
 _MAX_HEADER = 100_000_000  # bytes; the format's own limit
 
+BEYOND_FILE = "deepstack_jax.json"  # in a folder that we wrote: what the official files cannot say
+
 
 class WeightsError(ConfigError):
     """A checkpoint that cannot be used; the message names what, what was expected and the next move."""

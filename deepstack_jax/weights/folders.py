@@ -13,9 +13,11 @@ from typing import Any
 
 import huggingface_hub
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from ml_collections import ConfigDict
 
-from deepstack_jax.config import Config
-from deepstack_jax.weights.files import StoredTensor, WeightsError
+from deepstack_jax.config import Config, build_config, to_dict
+from deepstack_jax.config_checks import ConfigError
+from deepstack_jax.weights.files import BEYOND_FILE, StoredTensor, WeightsError
 from deepstack_jax.weights.hf_config import BARE, CARRIED, check_against, from_hf, is_llava_hf, tower_from
 from deepstack_jax.weights.hf_decoder import decoder_from
 from deepstack_jax.weights.hf_export import tower_to_hf
@@ -83,7 +85,7 @@ def open_checkpoint(
     stored = _describe(folder, values, tower_folder, tensors, run)
     if base_folder is not None:
         _check_base(base_folder, stored)
-    config, carried = stored, {key: value for key, value in values.items() if key in CARRIED}
+    config, carried = _with_beyond(stored, folder), {key: value for key, value in values.items() if key in CARRIED}
     if tower_folder is not None:
         carried |= {k: v for k, v in read_json(tower_folder / "config.json").items() if k == "projection_dim"}
     if run is not None:
@@ -99,7 +101,7 @@ def open_checkpoint(
         config=config,
         tensors=tensors,
         tokenizer=next((str(at) for at in (folder, base_folder) if at is not None and has_tokenizer(at)), ""),
-        template=stored.data.template,
+        template=config.data.template if run is None else stored.data.template,
         tower=str(tower_folder or ""),
         carried=carried,
     )
@@ -195,6 +197,19 @@ def _describe(
         decoder=decoder_from(values, kind),
         data=dataclasses.replace(run.data, template="phi3_instruct" if kind == "phi3" else "v1"),
     )
+
+
+def _with_beyond(stored: Config, folder: Path) -> Config:
+    """The Config with what an export of ours wrote beside the official files."""
+    file = folder / BEYOND_FILE
+    if not file.is_file():
+        return stored
+    values = ConfigDict(to_dict(stored), convert_dict=True)
+    try:
+        values.update_from_flattened_dict(read_json(file))
+        return build_config(values)
+    except (KeyError, TypeError, AttributeError, ConfigError) as error:
+        raise WeightsError(f"{file} does not fit the rest of the folder: {error}; delete it to load the plain model") from error
 
 
 def _check_base(base: Path, stored: Config) -> None:

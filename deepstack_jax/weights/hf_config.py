@@ -57,6 +57,13 @@ CARRIED = (
     "resid_pdrop",
     "use_cache",
 )
+# Keys of the multimodal part that official and LLaVA's folders have, those that only their trainers read included.
+KNOWN = (
+    *("deepstack_args_for_ablation", "deepstack_interval", "deepstack_sampling", "deepstack_start_id"),
+    *("mm_hidden_size", "mm_patch_merge_type", "mm_projector_lr", "mm_projector_type", "mm_resampler_type"),
+    *("mm_use_im_patch_token", "mm_use_im_start_end", "mm_vision_select_feature", "mm_vision_select_layer"),
+    *("mm_vision_tower", "mm_vision_tower_lr"),
+)
 MERGES = CHOICES["image.merge"]
 
 
@@ -102,8 +109,8 @@ def _from_official(values: Mapping[str, Any], tower: Mapping[str, Any] | None, p
     _refuse(values)
     if tower is None:
         raise WeightsError(
-            f"config.json: mm_vision_tower is {values.get('mm_vision_tower')!r}, which is no folder here; give the "
-            "tower's folder with --tower=DIR"
+            f"config.json: mm_vision_tower is {values.get('mm_vision_tower')!r}, which is no folder here; put the "
+            "tower's folder beside config.json under that name, or name it: convert --tower=DIR, train --config.train.tower=DIR"
         )
     kind = OFFICIAL[values["model_type"]]
     vision, size = tower_from(tower)
@@ -133,10 +140,21 @@ def _from_official(values: Mapping[str, Any], tower: Mapping[str, Any] | None, p
 def _refuse(values: Mapping[str, Any]) -> None:
     """What official folders can ask for and nothing here computes."""
     other = "choose a checkpoint without it"
+    _refuse_unknown(values)
     for key in ("twoviews_unshare", "s2", "mm_use_im_start_end"):
         expect(values, key, False, None, move=other)
     expect(values, "mm_vision_select_feature", "patch", None, move=other)
     expect(values, "mm_resampler_type", None, move=other)
+
+
+def _refuse_unknown(values: Mapping[str, Any]) -> None:
+    """Keys of the multimodal part that nobody here knows: a misspelt one would silently be its default."""
+    for key, value in values.items():
+        if key.startswith(("mm_", "deepstack_")) and key not in KNOWN and value is not None:
+            raise WeightsError(
+                f"config.json: {key} is {value!r}, a key that the official code does not have; {nearest(key, KNOWN)}; "
+                "remove it if nothing depends on it"
+            )
 
 
 def _projector(values: Mapping[str, Any]) -> ProjectorConfig:
@@ -155,7 +173,7 @@ def _deepstack(values: Mapping[str, Any], tower_layers: int) -> dict[str, dict[s
     image, stack = parts["image"], parts["deepstack"]
     if "num_crops" not in values:
         raise WeightsError("config.json: num_crops is missing, which image_aspect_ratio 'deepstack' needs; the paper has 4")
-    image["num_crops"] = number(values, "num_crops")
+    image["num_crops"] = number(values, "num_crops", above=0 if image.get("grid") == "square" else 1)
     image["mode"] = "hd" if values.get("is_anyres_deepstack") else "deepstack"
     image["merge"] = _merge(values)
     counts = {"deepstack_start_id": 1, "deepstack_interval": 1} | dict(values)

@@ -68,7 +68,7 @@ def _multimodal(config: Config) -> dict[str, Any]:
         "freeze_mm_mlp_adapter": False,
         "image_aspect_ratio": aspect,
         "mm_hidden_size": config.vision.width,
-        "mm_patch_merge_type": "spatial_unpad" if image.mode == "hd" else image.merge,
+        "mm_patch_merge_type": image.merge,
         "mm_projector_type": "linear" if config.projector.layers == 1 else f"mlp{config.projector.layers}x_gelu",
         "mm_use_im_patch_token": False,
         "mm_use_im_start_end": False,

@@ -216,6 +216,8 @@ def _cause(missing: list[str], unknown: list[str], wrong: Mapping[str, tuple[int
         return "num_hidden_layers in config.json is not what the files hold, or a shard is missing"
     if missing and all(name.startswith("model.vision_tower.") for name in missing):
         return "The vision tower is not in the checkpoint: give its folder with --tower=DIR"
+    if missing and all("mm_projector" in name for name in missing) and any("mm_projector" in name for name in shapes):
+        return "The projector has other layers than mm_projector_type in config.json says; compare the two"
     if missing and all("mm_projector" in name for name in missing):
         return "There is no projector: give it with --projector=FILE (mm_projector.bin), or train one over a bare model"
     if any("image_newline" in name for name in (*missing, *unknown)):

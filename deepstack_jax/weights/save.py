@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -13,8 +14,9 @@ from typing import Any, NamedTuple, Protocol
 import ml_dtypes
 import numpy as np
 
-from deepstack_jax.config import Config
-from deepstack_jax.weights.files import WeightsError, copy_into
+from deepstack_jax.config import Config, differences, to_dict
+from deepstack_jax.weights.files import BEYOND_FILE, WeightsError, copy_into
+from deepstack_jax.weights.hf_config import from_hf
 from deepstack_jax.weights.hf_export import (
     TOWER_FOLDER,
     preprocessor_to_hf,
@@ -38,6 +40,8 @@ TOKENIZER_FILES = (
     "added_tokens.json",
     "generation_config.json",
 )
+_SECTIONS = ("image.", "vision.", "projector.", "decoder.", "deepstack.")  # of the configuration, that say what is computed
+_HOW_IT_RUNS = ("vision.position_std", "decoder.embed_std", "decoder.head_std", "decoder.scan", "decoder.remat")  # and not that
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
@@ -100,7 +104,9 @@ def save_checkpoint(
     for value, valid, flag in ((dtype, tuple(DTYPES), "dtype"), (form, FORMATS, "format")):
         if value not in valid:
             raise WeightsError(f"--{flag} got {value!r}, expected {', '.join(valid)}")
-    if folder.exists() and not force and (not folder.is_dir() or any(folder.iterdir())):
+    if folder.exists() and not folder.is_dir():
+        raise WeightsError(f"{folder} is a file; name a folder that is new or empty")
+    if folder.exists() and not force and any(folder.iterdir()):
         raise WeightsError(f"{folder} is not empty; choose another folder, or replace it with --force")
     outs = list(_tensors(leaves, config, form))
     image_token = config.decoder.vocab_size  # the row behind the vocabulary
@@ -116,6 +122,10 @@ def save_checkpoint(
             pixels = preprocessor_to_hf(config) | {"do_pad": config.image.mode == "pad"}
             kind = "LlavaNextImageProcessor" if config.image.mode == "anyres" else "LlavaImageProcessor"
             _write_json(scratch / "preprocessor_config.json", pixels | {"image_processor_type": kind})
+        _warn_of_filters(config)
+        beyond = _beyond(config, values, dtype) if form == "official" else {}
+        if beyond:
+            _write_json(scratch / BEYOND_FILE, beyond)
         _copy_tokenizer(tokenizer_folder, scratch)
         _move_into_place(scratch, folder)
     except OSError as error:
@@ -124,6 +134,29 @@ def save_checkpoint(
         shutil.rmtree(scratch, ignore_errors=True)
     parameters = sum(int(np.prod(out.shape)) for out in outs)
     return Written(len(outs), parameters, parameters * DTYPES[dtype][1].itemsize, files)
+
+
+def _warn_of_filters(config: Config) -> None:
+    keys = ("crop_filter", "global_filter")
+    other = [f"config.image.{key}={getattr(config.image, key)!r}" for key in keys if getattr(config.image, key) != "bicubic"]
+    if other:
+        warnings.warn(
+            f"{', '.join(other)}: other code resizes bicubically and will see other pixels than this model was trained on; "
+            f"here {BEYOND_FILE} in an official folder tells",
+            stacklevel=3,
+        )
+
+
+def _beyond(config: Config, values: Mapping[str, Any], dtype: str) -> dict[str, Any]:
+    """What of the configuration an official folder cannot say, by dotted key; the importer here reads it back."""
+    told = from_hf(values, tower_to_hf(config, dtype=dtype), preprocessor_to_hf(config))
+    ours = {key: pair[0] for key, pair in differences(config, to_dict(told)).items()}
+    kept = {key: value for key, value in ours.items() if key.startswith(_SECTIONS) and key not in _HOW_IT_RUNS}
+    if config.data.template != told.data.template:
+        kept["data.template"] = config.data.template
+    if config.data.tokenizer.startswith(("bytes", "words:")):  # made from these words, without files
+        kept["data.tokenizer"] = config.data.tokenizer
+    return kept
 
 
 def shard_size(text: str) -> int:

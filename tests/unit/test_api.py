@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 import deepstack_jax as dsx
-from deepstack_jax.api import LMM, options_of
+from deepstack_jax.api import LMM, Options
 from deepstack_jax.data.image import ImageError
 from deepstack_jax.data.tokenize import IMAGE_TOKEN, load_tokenizer
 from deepstack_jax.inference.options import RequestError
@@ -64,10 +64,10 @@ def test_images_in_every_form_are_the_same(lmm, together, tmp_path):
 
 
 def test_a_stop_string_ends_the_answer_before_it(lmm):
-    free = lmm.answers([(IMAGES[1], PROMPTS[1])], options_of({"max_new_tokens": 24, "template": "direct"}))[0]
+    free = lmm.answers([(IMAGES[1], PROMPTS[1])], Options(max_new_tokens=24, template="direct"))[0]
     stop = next(pair for pair in (free.text[at : at + 2] for at in range(3, 20)) if free.text.index(pair) > 2)
     options = {"max_new_tokens": 24, "template": "direct", "stop": stop}
-    cut = lmm.answers([(IMAGES[1], PROMPTS[1])], options_of(options))[0]
+    cut = lmm.answers([(IMAGES[1], PROMPTS[1])], Options(**options))[0]
     assert cut.text == free.text[: free.text.index(stop)].strip()
     assert cut.tokens < free.tokens == 24
     assert "".join(lmm.stream(IMAGES[1], PROMPTS[1], **options)) == cut.text
@@ -199,3 +199,22 @@ def test_importing_the_package_stays_light():
     assert dsx.LMM is LMM
     with pytest.raises(AttributeError, match="no attribute 'lod'; it has LMM, Chat, load, save_hf"):
         _ = dsx.lod
+
+
+@pytest.mark.parametrize(
+    ("ask", "message"),
+    [
+        (lambda lmm: lmm.generate(None, None), "prompt is a NoneType, expected a string or a list"),
+        (lambda lmm: lmm.generate(None, "x", max_new_tokens="5"), "max_new_tokens got '5', expected a whole number"),
+        (lambda lmm: lmm.generate(None, "x", temperature=None), "temperature got None, expected 0"),
+        (lambda lmm: lmm.generate(None, "x", stop=3), "stop got 3, expected a string"),
+        (lambda lmm: lmm.generate(None, "x", seed="x"), "seed got 'x', expected a whole number"),
+        (lambda lmm: lmm.chat().ask("x", max_tokens=3), "unknown option 'max_tokens'; nearest valid name: 'max_new_tokens'"),
+        (lambda lmm: lmm.chat().ask("x", IMAGES[1][0]), "expected a list; put a single image into a list"),
+        (lambda lmm: lmm.logits([[1, -200, 3], [1]], [[IMAGES[1][0]], []]), "input_ids has rows of several lengths"),
+        (lambda lmm: lmm.logits([[1, -200, 3]], IMAGES[1][0]), "expected one list of images per row"),
+    ],
+)
+def test_a_value_of_the_wrong_type_is_one_line(lmm, ask, message):
+    with pytest.raises(RequestError, match=message):
+        ask(lmm)

@@ -310,3 +310,9 @@ def test_the_end_of_turn_must_be_a_token_of_the_tokenizer(template, fits):
 
 def test_phi3_has_its_own_end_of_turn():
     check_end_of_turn("phi3_instruct", load_tokenizer(str(GOLDEN / "tokenizer" / "phi3_rstrip")))
+
+
+def test_a_damaged_model_file_is_named(tmp_path):
+    (tmp_path / "tokenizer.model").write_bytes(b"version https://git-lfs.github.com/spec/v1")
+    with pytest.raises(ValueError, match=r"tokenizer\.model is no sentencepiece model: .*; download it again"):
+        load_tokenizer(str(tmp_path))

@@ -19,6 +19,7 @@ from deepstack_jax.config import Config, DecoderConfig, VisionConfig
 from deepstack_jax.model.variants import build_model
 from deepstack_jax.weights.files import WeightsError
 from deepstack_jax.weights.folders import open_checkpoint
+from deepstack_jax.weights.io import read_json
 from deepstack_jax.weights.load import absent_leaves, load_params, stored_leaves
 from deepstack_jax.weights.names import TOWER, Table, llava_hf_name
 from deepstack_jax.weights.save import save_checkpoint
@@ -312,7 +313,7 @@ def test_the_tower_inside_wins_and_one_outside_is_found_beside_or_above(folder, 
     shutil.move(tmp_path / "clip", folder / "clip")
     same(read(open_checkpoint(folder)), outside)
     shutil.move(folder / "clip", tmp_path / "elsewhere")
-    with pytest.raises(WeightsError, match=r"mm_vision_tower is 'clip', which is no folder here; give .*--tower=DIR"):
+    with pytest.raises(WeightsError, match=r"mm_vision_tower is 'clip', which is no folder here; put .*--tower=DIR"):
         open_checkpoint(folder)
     same(read(open_checkpoint(folder, tower=str(tmp_path / "elsewhere"))), outside)
     change_config(folder, mm_vision_tower=str(tmp_path / "elsewhere"))
@@ -444,3 +445,31 @@ def test_hub_ids_are_found_in_the_cache(tmp_path, monkeypatch):
     same(read(open_checkpoint("org/model")), read(open_checkpoint(hf)))
     with pytest.raises(WeightsError, match=r"org/absent is no folder, and not to be had from the hub \(.*\); give a folder"):
         open_checkpoint("org/absent")
+
+
+def test_what_official_files_cannot_say_stands_beside_them(folder, tmp_path):
+    """Filters, template and a tokenizer without files come back; a plain model gets no such file."""
+    found = open_checkpoint(folder)
+    leaves = stored_leaves(found.tensors, found.config)
+    save_checkpoint(leaves, found.config, tmp_path / "plain", carried=found.carried)
+    assert not (tmp_path / "plain" / "deepstack_jax.json").exists()
+    image = dataclasses.replace(found.config.image, global_filter="box")
+    data = dataclasses.replace(found.config.data, template="plain", tokenizer="words:a b")
+    changed = dataclasses.replace(found.config, image=image, data=data)
+    with pytest.warns(UserWarning, match=r"config\.image\.global_filter='box': other code resizes bicubically"):
+        save_checkpoint(leaves, changed, tmp_path / "box", carried=found.carried)
+    again = open_checkpoint(tmp_path / "box")
+    assert again.config == changed
+    assert again.template == "plain"
+    assert read_json(tmp_path / "box" / "config.json") == read_json(tmp_path / "plain" / "config.json")
+    (tmp_path / "box" / "deepstack_jax.json").write_text('{"image.global_filtre": "box"}')
+    with pytest.raises(WeightsError, match=r"deepstack_jax\.json does not fit the rest of the folder"):
+        open_checkpoint(tmp_path / "box")
+
+
+def test_a_file_in_the_way_is_left_alone(folder, tmp_path):
+    found = open_checkpoint(folder)
+    (tmp_path / "out").write_text("mine")
+    with pytest.raises(WeightsError, match="is a file; name a folder that is new or empty"):
+        save_checkpoint(stored_leaves(found.tensors, found.config), found.config, tmp_path / "out", force=True)
+    assert (tmp_path / "out").read_text() == "mine"
