@@ -59,12 +59,12 @@ Images of height 3 are read as channels-first by the official preprocessing (`sq
 goldens hold it, so we do the same. A sliding window of w lets a token see w tokens before it, as upstream's masks do;
 transformers 5 lets it see w - 1.
 
-While an answer crosses LongRoPE's original context, keys in the cache keep the short factors, as upstream; a forward pass over the
-whole text takes the long ones for all of it. `tokenizer_model_max_length` cuts nothing here.
+While an answer crosses LongRoPE's original context, keys in the cache keep the short factors, as upstream; a forward pass over
+the whole text takes the long ones for all of it. `tokenizer_model_max_length` cuts nothing here.
 
-The official code runs these and we refuse them, each in one line: DeepStack-V without `2xsample` (it works there while every image
-happens to have `num_crops` cells), `deepstack_interval` 0 and a negative `deepstack_start_id`, `mlp1x_gelu` (one layer under the
-names of several), dynamic rotary scaling, attention biases, another activation than SiLU, and rows beyond
+The official code runs these and we refuse them, each in one line: DeepStack-V without `2xsample` (it works there while every
+image happens to have `num_crops` cells), `deepstack_interval` 0 and a negative `deepstack_start_id`, `mlp1x_gelu` (one layer
+under the names of several), dynamic rotary scaling, attention biases, another activation than SiLU, and rows beyond
 `max_position_embeddings`.
 """
 

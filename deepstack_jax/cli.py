@@ -109,7 +109,7 @@ def _parse_flags() -> None:
     except (flags.Error, ConfigError) as error:
         flag, traceback, _ = str(error).partition(": Error whilst parsing config file")
         _fail(f"{flag}: {str(error).strip().splitlines()[-1]}" if traceback else flag)
-    except AttributeError as error:  # how ml_collections reports an unknown --config.a.b; it names the nearest
+    except (AttributeError, KeyError) as error:  # how ml_collections reports an unknown --config.a.b; it names the nearest
         _fail(_unknown_key(str(error)))
     except OSError as error:
         _fail(f"--config names no readable file: {str(error).splitlines()[0]}")

@@ -23,6 +23,7 @@ from deepstack_jax.batch import Batch, empty_batch
 from deepstack_jax.config import Config, to_dict
 from deepstack_jax.config_checks import ConfigError
 from deepstack_jax.data.conversation import ConversationError, get_template
+from deepstack_jax.data.encode import BadExample
 from deepstack_jax.data.image import ImageError
 from deepstack_jax.data.mixture import Mixture, describe_mixture
 from deepstack_jax.data.open import check_images, open_source
@@ -174,12 +175,15 @@ def loop(run: Run, state: TrainState) -> tuple[TrainState, int]:
     """Step until done or told to stop; returns the last state and the exit code."""
     stop = cli.StopSignals()
     train, every = run.config.train, run.config.evaluation.every
-    step, before = int(state.step), None
+    first = step = int(state.step)
+    before, bad = None, 0
     with Progress(step, run.steps, run.console) as progress:
         while step < run.steps and not stop.received:
             with progress.waiting():
                 delivered = next(run.stream)
-            bad = run.quarantine.add(delivered.bad, (step + 1) * train.batch_size)
+            before_bad, bad = bad, run.quarantine.add(delivered.bad, (step + 1 - first) * train.batch_size)
+            if bad and not before_bad:
+                run.console.print(f"step {step + 1}: {one_line_of(delivered.bad[0])}", markup=False, soft_wrap=True)
             state, numbers = run.train_step(state, put_batch(run.mesh, delivered.batch))
             # One step ahead of the device and no further: else batches pile up there, and the wait for data looks longer.
             jax.block_until_ready(before)
@@ -198,6 +202,8 @@ def loop(run: Run, state: TrainState) -> tuple[TrainState, int]:
     run.checkpoints.save(state, run.stream.state(), to_dict(run.config))
     run.checkpoints.wait()
     stop.release()
+    if bad:
+        run.console.print(f"{bad} examples were left out, with reasons in {run.workdir}/quarantine.jsonl", soft_wrap=True)
     if stop.received:
         run.console.print(f"stopped at step {step}, state saved; the same command goes on from here")
     return state, stop.exit_code
@@ -283,6 +289,10 @@ def visual_tokens_used(batch: Batch) -> int:
     """Most distinct encoded tokens that any row of the batch sees, in the sequence or injected."""
     rows = zip(batch.token_source, batch.stack_source, strict=True)
     return max(np.unique(source[source >= 0]).size for source in (np.concatenate([t, s.ravel()]) for t, s in rows))
+
+
+def one_line_of(bad: BadExample) -> str:
+    return f"an example cannot be used and stays blank (further ones are only counted): {bad.reason}"
 
 
 def one_line(answer: Answer) -> str:

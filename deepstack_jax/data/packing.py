@@ -174,12 +174,13 @@ class _Waiting:
                 one, other = (a, first), (b, total - first)
                 if one == other and len(self._places[one]) < 2:
                     continue
-                if self._visual(one) + self._visual(other) <= visual:
+                if self._visual(one) + self._visual(other, 1 if one == other else 0) <= visual:
                     return one, other
         return None
 
-    def _visual(self, kind: _Kind) -> int:
-        return self.sizes[self._places[kind][0]][2]
+    def _visual(self, kind: _Kind, behind: int = 0) -> int:
+        """Visual tokens of the example of this kind that is taken next, or of one behind it: they may differ."""
+        return self.sizes[self._places[kind][behind]][2]
 
     def _take(self, kind: _Kind) -> int:
         place = self._places[kind].popleft()

@@ -23,6 +23,7 @@ from rich.table import Table
 from deepstack_jax.batch import Batch, BatchShape, check_batch, empty_batch
 from deepstack_jax.config import Config
 from deepstack_jax.config_checks import ConfigError
+from deepstack_jax.data import files
 from deepstack_jax.data.encode import BadExample, Encoder, check_end_of_turn
 from deepstack_jax.data.lengths import length_index
 from deepstack_jax.data.mixture import SHUFFLE_ROUNDS, epoch_order
@@ -110,7 +111,7 @@ class StepMaker:
         if isinstance(example, EncodedExample) and example.size != planned:
             reason = (
                 f"row {index} has the size {tuple(example.size)} in tokens, crop slots, visual tokens, the length index says "
-                f"{tuple(planned)}: its data changed since; delete the folder lengths/ of the cache to measure again"
+                f"{tuple(planned)}: its data changed since; delete {files.cache_folder()}/lengths and start anew"
             )
             example = BadExample(index, f"row {index}", reason)
         return example, planned

@@ -77,29 +77,31 @@ class Quarantine:
     def __init__(self, workdir: Path, max_fraction: float, examples: int) -> None:
         self._path = workdir / "quarantine.jsonl"
         self._max_fraction, self._grace = max_fraction, min(self.GRACE, examples)
+        self._bad: set[int] = set()  # of this attempt: what was mended since the last one no longer counts
         self._known: set[int] = set()
         if self._path.exists():
             self._known = {json.loads(line)["index"] for line in self._path.read_text().splitlines()}
 
     def add(self, bad: tuple[BadExample, ...], seen: int) -> int:
-        """Record the bad ones among `seen` examples so far; returns how many distinct ones there are.
+        """Record the bad ones among `seen` examples since this attempt began; returns how many distinct ones there are.
 
         Raises:
           QuarantineError: they are more than the configured share. Training on would silently shrink the data.
         """
         for example in bad:
+            self._bad.add(example.index)
             if example.index in self._known:
                 continue
             self._known.add(example.index)
             with self._path.open("a") as file:
                 file.write(json.dumps({"index": example.index, "name": example.name, "reason": example.reason}) + "\n")
-        if bad and len(self._known) > self._max_fraction * max(seen, self._grace):
+        if bad and len(self._bad) > self._max_fraction * max(seen, self._grace):
             raise QuarantineError(
-                f"{len(self._known)} of {max(seen, self._grace)} examples cannot be used, more than "
+                f"{len(self._bad)} of {max(seen, self._grace)} examples cannot be used, more than "
                 f"config.data.max_bad_fraction={self._max_fraction}; the last: {bad[-1].reason}; "
                 f"all of them with reasons: {self._path}"
             )
-        return len(self._known)
+        return len(self._bad)
 
 
 class QuarantineError(ValueError):

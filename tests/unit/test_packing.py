@@ -322,3 +322,22 @@ def test_packing_that_cannot_work_is_refused():
     for key in ("window", "max_examples", "max_images"):
         with pytest.raises(ConfigError, match=rf"data.packing.{key} got 0"):
             tiny_config(TINY | {f"data.packing.{key}": 0})
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 6), st.integers(0, 2), st.integers(0, 9)), min_size=1, max_size=40), st.integers(1, 12)
+)
+def test_no_pack_is_overfull_where_equal_lengths_have_other_visual_tokens(sizes, window):
+    """Examples of equal tokens and crops may differ in visual tokens, as those of several images do."""
+    limits = Limits(tokens=12, crops=4, visual=9, examples=4)
+    wanted = np.array(sizes, np.int32)
+    packs = pack(np.arange(len(wanted)), wanted, limits, window)
+    filled = [wanted[packs[number]].sum(axis=0) for number in range(len(packs))]
+    assert all((total <= limits[:3]).all() for total in filled)
+    assert sorted(row for number in range(len(packs)) for row in packs[number]) == list(range(len(wanted)))
+
+
+def test_two_of_one_kind_are_weighed_one_by_one():
+    sizes = np.array([[2, 1, 1], [5, 1, 1], [5, 1, 9]], np.int32)
+    packs = pack(np.arange(3), sizes, Limits(tokens=12, crops=4, visual=9, examples=4), 3)
+    assert [sorted(packs[number]) for number in range(len(packs))] == [[0, 1], [2]]
