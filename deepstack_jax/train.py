@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -13,13 +12,11 @@ from typing import Any
 import jax
 import numpy as np
 from absl import flags
-from flax import linen as nn
-from jax.sharding import Mesh
 from rich.console import Console
 from rich.table import Table
 
 from deepstack_jax import cli
-from deepstack_jax.batch import Batch, empty_batch
+from deepstack_jax.batch import Batch
 from deepstack_jax.config import Config, to_dict
 from deepstack_jax.config_checks import ConfigError
 from deepstack_jax.data.conversation import ConversationError, get_template
@@ -34,16 +31,16 @@ from deepstack_jax.evaluation.runner import Answer, HeldOut, mean_by_kind
 from deepstack_jax.inference.generate import greedy
 from deepstack_jax.inference.text import end_of_turn
 from deepstack_jax.model.deepstack import DeepStack
-from deepstack_jax.model.variants import build_model
 from deepstack_jax.parallel.distributed import put_batch
 from deepstack_jax.parallel.mesh import check_batch_fits, make_mesh
-from deepstack_jax.parallel.rules import param_shardings, replicated, use_mesh
+from deepstack_jax.parallel.rules import use_mesh
 from deepstack_jax.training.checkpoint import CheckpointError, Checkpoints, check_same_run
 from deepstack_jax.training.metrics import MetricsLog, Quarantine, QuarantineError, read_metrics, versions, write_json
-from deepstack_jax.training.optimizer import assign_groups, describe_groups, flatten, make_optimizer, make_schedule
+from deepstack_jax.training.optimizer import describe_groups
+from deepstack_jax.training.program import Program, build_program, first_state
 from deepstack_jax.training.progress import Progress
-from deepstack_jax.training.state import abstract_state, find_weights, first_state, state_shardings
-from deepstack_jax.training.step import ModelFns, make_loss, make_train_step
+from deepstack_jax.training.state import find_weights
+from deepstack_jax.training.step import StepFn
 from deepstack_jax.types import TrainState
 
 USAGE = """
@@ -70,10 +67,9 @@ class Run:
     config: Config
     workdir: Path
     steps: int
-    sizes: dict[str, int]  # elements of every parameter
-    mesh: Mesh
+    program: Program
     stream: TrainingStream
-    train_step: Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]
+    train_step: StepFn
     held_out: HeldOut | None
     checkpoints: Checkpoints
     metrics: MetricsLog
@@ -101,21 +97,13 @@ def main() -> int:
         if table is not None:
             console.print(table)
 
-    model = build_model(config)
-    sample = empty_batch(config.batch_shape(1, config.data.max_length))
-    boxed = jax.eval_shape(model.init, jax.random.key(config.seed), sample)["params"]
-    shapes = nn.unbox(boxed)
-    sizes = {path: int(np.prod(leaf.shape)) for path, leaf in flatten(shapes).items()}
-    groups = assign_groups(list(sizes), config.optimizer.table)
-    schedule = make_schedule(config.optimizer.schedule, steps)
-    optimizer = make_optimizer(config.optimizer, groups, schedule)
-    shardings = state_shardings(mesh, param_shardings(mesh, boxed), shapes, groups, optimizer)
-    console.print(describe_run(config, groups, sizes, steps, mesh))
+    program = build_program(config, mesh, steps)
+    console.print(describe_run(program, steps))
 
     checkpoints = Checkpoints(workdir, config.train.keep)
-    restored = checkpoints.restore(abstract_state(shapes, shardings, groups, optimizer))
+    restored = checkpoints.restore(program.abstract_state())
     if restored is None:
-        state = first_state(config, model, sample, groups, optimizer, shardings)
+        state = first_state(program)
     else:
         state, place = restored
         stream.restore(place)
@@ -123,24 +111,17 @@ def main() -> int:
     write_json(workdir / "config.json", to_dict(config))
     write_json(workdir / "versions.json", versions())
 
-    functions = ModelFns(
-        hidden=lambda params, batch: model.apply({"params": params}, batch).hidden,
-        logits=lambda params, hidden: model.apply({"params": params}, hidden, method="logits"),
-    )
-    accumulation, chunk = config.train.accumulation, config.train.loss_chunk
-    step_fn = make_train_step(functions, optimizer, groups, schedule, accumulation=accumulation, chunk=chunk)
     held_out = None
     if held_out_source is not None:
-        decode = make_decode(model, config, tokenizer)
-        held_out = HeldOut(held_out_source, config, jax.jit(make_loss(functions, chunk)), decode, partial(put_batch, mesh))
+        decode = make_decode(program.model, config, tokenizer)
+        held_out = HeldOut(held_out_source, config, jax.jit(program.loss), decode, partial(put_batch, mesh))
     run = Run(
         config=config,
         workdir=workdir,
         steps=steps,
-        sizes=sizes,
-        mesh=mesh,
+        program=program,
         stream=stream,
-        train_step=jax.jit(step_fn, donate_argnums=0, out_shardings=(shardings, replicated(mesh))),
+        train_step=program.jit_step(),
         held_out=held_out,
         checkpoints=checkpoints,
         metrics=MetricsLog(workdir, int(state.step)),
@@ -184,7 +165,7 @@ def loop(run: Run, state: TrainState) -> tuple[TrainState, int]:
             before_bad, bad = bad, run.quarantine.add(delivered.bad, (step + 1 - first) * train.batch_size)
             if bad and not before_bad:
                 run.console.print(f"step {step + 1}: {one_line_of(delivered.bad[0])}", markup=False, soft_wrap=True)
-            state, numbers = run.train_step(state, put_batch(run.mesh, delivered.batch))
+            state, numbers = run.train_step(state, put_batch(run.program.mesh, delivered.batch))
             # One step ahead of the device and no further: else batches pile up there, and the wait for data looks longer.
             jax.block_until_ready(before)
             before = numbers
@@ -238,7 +219,7 @@ def finish(run: Run, state: TrainState) -> None:
         "steps": int(state.step),
         "seconds_per_step": float(np.median(timed)) if timed else None,
         "evaluation": protocol,
-        "parameters": sum(run.sizes.values()),
+        "parameters": sum(run.program.sizes.values()),
         "context_length": int(first.tokens.shape[1]),
         "visual_tokens": visual_tokens_used(first),
     }
@@ -275,12 +256,13 @@ def make_decode(model: DeepStack, config: Config, tokenizer: Tokenizer) -> Any:
     return decode
 
 
-def describe_run(config: Config, groups: dict[str, str], sizes: dict[str, int], steps: int, mesh: Any) -> Table:
+def describe_run(program: Program, steps: int) -> Table:
     """What trains, how, and on what."""
-    devices = ", ".join(f"{name} {size}" for name, size in mesh.shape.items())
+    config, sizes = program.config, program.sizes
+    devices = ", ".join(f"{name} {size}" for name, size in program.mesh.shape.items())
     title = f"{config.name}: {sum(sizes.values()):,} parameters, {steps} steps of {config.train.batch_size}, mesh {devices}"
     table = Table("group", "optimizer", "lr", "tensors", "parameters", title=title)
-    for name, kind, lr, tensors, parameters in describe_groups(config.optimizer, groups, sizes):
+    for name, kind, lr, tensors, parameters in describe_groups(config.optimizer, program.groups, sizes):
         table.add_row(name, kind, lr, str(tensors), f"{parameters:,}")
     return table
 

@@ -7,17 +7,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from flax import linen as nn
 from jax.sharding import Mesh
 
-from deepstack_jax.batch import Batch
 from deepstack_jax.config import Config
-from deepstack_jax.model.deepstack import DeepStack
 from deepstack_jax.parallel.rules import replicated
 from deepstack_jax.training.optimizer import FROZEN, flatten
 from deepstack_jax.types import PyTree, TrainState
 from deepstack_jax.weights.folders import Checkpoint, open_checkpoint
-from deepstack_jax.weights.load import absent_leaves, load_params, stored_leaves
+from deepstack_jax.weights.load import absent_leaves, stored_leaves
 
 
 def new_state(params: PyTree, groups: dict[str, str], optimizer: optax.GradientTransformation) -> TrainState:
@@ -65,34 +62,3 @@ def find_weights(config: Config) -> Checkpoint:
     found = open_checkpoint(train.weights, tower=train.tower, projector=train.projector, run=config)
     stored_leaves(found.tensors, config, fresh=dict.fromkeys(absent_leaves(found.tensors, config)))
     return found
-
-
-def first_state(
-    config: Config,
-    model: DeepStack,
-    sample: Batch,
-    groups: dict[str, str],
-    optimizer: optax.GradientTransformation,
-    shardings: TrainState,
-) -> TrainState:
-    """Parameters drawn from the seed, or read from `train.weights`, and a fresh optimizer, born where they belong.
-
-    Drawn values do not depend on the mesh: jax's random bits are the same under any sharding.
-    """
-    if not config.train.weights:
-
-        def draw(key: jax.Array) -> TrainState:
-            return new_state(nn.unbox(model.init(key, sample))["params"], groups, optimizer)
-
-        return jax.jit(draw, out_shardings=shardings)(jax.random.key(config.seed))
-    found = find_weights(config)
-    fresh = {}
-    if absent := absent_leaves(found.tensors, config):
-
-        def draw_absent(key: jax.Array) -> dict[str, jax.Array]:
-            drawn = flatten(nn.unbox(model.init(key, sample))["params"])
-            return {path: drawn[path] for path in absent}
-
-        fresh = jax.device_get(jax.jit(draw_absent)(jax.random.key(config.seed)))
-    params = load_params(found.tensors, config, shardings=shardings.params, fresh=fresh)
-    return jax.jit(lambda params: new_state(params, groups, optimizer), out_shardings=shardings)(params)

@@ -14,6 +14,8 @@ from deepstack_jax.batch import Batch
 from deepstack_jax.training.optimizer import FROZEN, flatten, unflatten
 from deepstack_jax.types import PyTree, TrainState
 
+StepFn = Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]
+
 
 class ModelFns(NamedTuple):
     """What the step needs of a model."""
@@ -78,7 +80,7 @@ def make_train_step(
     *,
     accumulation: int,
     chunk: int,
-) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]:
+) -> StepFn:
     """`train_step(state, batch) -> (state, metrics)`.
 
     The loss is sum(losses * weights) / sum(weights) over the *whole* batch: gradients of sums are added over micro-batches and

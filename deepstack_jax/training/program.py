@@ -1,0 +1,142 @@
+"""What a run computes, put together once from its configuration and mesh; nothing of it is traced or placed yet.
+
+`train` runs it, and whoever wants to know what it costs lowers the very same step for devices that are not here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import jax
+import numpy as np
+import optax
+from flax import linen as nn
+from jax.sharding import Mesh
+
+from deepstack_jax.batch import Batch, empty_batch
+from deepstack_jax.config import Config
+from deepstack_jax.model.deepstack import DeepStack
+from deepstack_jax.model.variants import build_model
+from deepstack_jax.parallel.rules import batch_sharding, param_shardings, replicated
+from deepstack_jax.training.optimizer import assign_groups, flatten, make_optimizer, make_schedule
+from deepstack_jax.training.state import abstract_state, find_weights, new_state, state_shardings
+from deepstack_jax.training.step import LossSums, ModelFns, StepFn, make_loss, make_train_step
+from deepstack_jax.types import PyTree, TrainState
+from deepstack_jax.weights.load import absent_leaves, load_params
+
+
+@dataclass(frozen=True)
+class Program:
+    """A run's model, optimizer and step, and where every leaf of its state lies.
+
+    Attributes:
+      sample: a blank batch of one row, enough to trace the model.
+      shapes: the abstract parameters.
+      sizes: elements of every parameter, by path.
+      groups: optimizer group of every parameter, or "frozen".
+      shardings: of every leaf of the state.
+      loss: (params, batch) -> LossSums.
+      step: the train step as a pure function.
+    """
+
+    config: Config
+    mesh: Mesh
+    model: DeepStack
+    sample: Batch
+    shapes: PyTree
+    sizes: dict[str, int]
+    groups: dict[str, str]
+    schedule: optax.Schedule
+    optimizer: optax.GradientTransformation
+    shardings: TrainState
+    loss: Callable[[PyTree, Batch], LossSums]
+    step: StepFn
+
+    def abstract_state(self) -> TrainState:
+        """Shapes, dtypes and shardings of the state: what a checkpoint is restored to and a step is compiled for."""
+        return abstract_state(self.shapes, self.shardings, self.groups, self.optimizer)
+
+    def abstract_batch(self, rows: int, length: int) -> Batch:
+        """The same of a global batch of `rows` rows of `length` positions; ids as the device sees them (i32)."""
+        shape = self.config.batch_shape(1, length)  # one row is made, not a batch of pixels
+        place = batch_sharding(self.mesh)
+
+        def describe(array: np.ndarray) -> jax.ShapeDtypeStruct:
+            dtype = np.dtype(np.int32) if array.dtype == np.int64 else array.dtype
+            return jax.ShapeDtypeStruct((rows, *array.shape[1:]), dtype, sharding=place)
+
+        return Batch(*map(describe, empty_batch(shape)))
+
+    def jit_step(self) -> StepFn:
+        """The step under jit: the old state's buffers are reused, the metrics are on every device."""
+        return jax.jit(self.step, donate_argnums=0, out_shardings=(self.shardings, replicated(self.mesh)))
+
+
+def build_program(config: Config, mesh: Mesh, steps: int) -> Program:
+    """Put a run together.
+
+    Args:
+      config: of the run.
+      mesh: devices that are here, or descriptions of some that are not.
+      steps: of the learning rate's schedule.
+
+    Raises:
+      ConfigError: parameters that no group covers or that do not divide over the mesh.
+    """
+    model = build_model(config)
+    sample = empty_batch(config.batch_shape(1, config.data.max_length))
+    boxed = jax.eval_shape(model.init, jax.random.key(config.seed), sample)["params"]
+    shapes = nn.unbox(boxed)
+    sizes = {path: int(np.prod(leaf.shape)) for path, leaf in flatten(shapes).items()}
+    groups = assign_groups(list(sizes), config.optimizer.table)
+    schedule = make_schedule(config.optimizer.schedule, steps)
+    optimizer = make_optimizer(config.optimizer, groups, schedule)
+    functions = ModelFns(
+        hidden=lambda params, batch: model.apply({"params": params}, batch).hidden,
+        logits=lambda params, hidden: model.apply({"params": params}, hidden, method="logits"),
+    )
+    accumulation, chunk = config.train.accumulation, config.train.loss_chunk
+    return Program(
+        config=config,
+        mesh=mesh,
+        model=model,
+        sample=sample,
+        shapes=shapes,
+        sizes=sizes,
+        groups=groups,
+        schedule=schedule,
+        optimizer=optimizer,
+        shardings=state_shardings(mesh, param_shardings(mesh, boxed), shapes, groups, optimizer),
+        loss=make_loss(functions, chunk),
+        step=make_train_step(functions, optimizer, groups, schedule, accumulation=accumulation, chunk=chunk),
+    )
+
+
+def first_state(program: Program) -> TrainState:
+    """Parameters drawn from the seed, or read from `train.weights`, and a fresh optimizer, born where they belong.
+
+    Drawn values do not depend on the mesh: jax's random bits are the same under any sharding.
+    """
+    config, shardings = program.config, program.shardings
+
+    def draw_params(key: jax.Array) -> PyTree:
+        return nn.unbox(program.model.init(key, program.sample))["params"]
+
+    def begin(params: PyTree) -> TrainState:
+        return new_state(params, program.groups, program.optimizer)
+
+    key = jax.random.key(config.seed)
+    if not config.train.weights:
+        return jax.jit(lambda key: begin(draw_params(key)), out_shardings=shardings)(key)
+    found = find_weights(config)
+    fresh = {}
+    if absent := absent_leaves(found.tensors, config):
+
+        def draw_absent(key: jax.Array) -> dict[str, jax.Array]:
+            drawn = flatten(draw_params(key))
+            return {path: drawn[path] for path in absent}
+
+        fresh = jax.device_get(jax.jit(draw_absent)(key))
+    params = load_params(found.tensors, config, shardings=shardings.params, fresh=fresh)
+    return jax.jit(begin, out_shardings=shardings)(params)
