@@ -11,14 +11,10 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from flax import linen as nn
 
-from deepstack_jax.batch import empty_batch
 from deepstack_jax.config import Config, DataConfig, DecoderConfig, ImageConfig, VisionConfig
-from deepstack_jax.model.variants import build_model
-from deepstack_jax.training.optimizer import assign_groups, flatten, make_optimizer, make_schedule
-from deepstack_jax.training.step import ModelFns, make_train_step
-from deepstack_jax.types import TrainState
+from deepstack_jax.parallel.mesh import make_mesh
+from deepstack_jax.training.program import build_program
 
 OUTPUT = Path(__file__).parents[1] / "docs" / "compile_depth.md"
 REPEATS = 3
@@ -34,22 +30,11 @@ def tiny(layers: int, scan: bool) -> Config:
 
 def compile_step(config: Config) -> tuple[float, int, int]:
     """(seconds to lower and compile, bytes of the lowered program, bytes of temporaries)."""
-    model = build_model(config)
-    batch = empty_batch(config.batch_shape(4, config.data.max_length))
-    batch = batch._replace(example_id=batch.example_id.astype(np.int32))
-    shapes = nn.unbox(jax.eval_shape(model.init, jax.random.key(0), batch))["params"]
-    groups = assign_groups(list(flatten(shapes)), config.optimizer.table)
-    schedule = make_schedule(config.optimizer.schedule, 10)
-    optimizer = make_optimizer(config.optimizer, groups, schedule)
-    functions = ModelFns(
-        lambda params, batch: model.apply({"params": params}, batch).hidden,
-        lambda params, hidden: model.apply({"params": params}, hidden, method="logits"),
-    )
-    step = make_train_step(functions, optimizer, groups, schedule, accumulation=1, chunk=64)
-    state = jax.eval_shape(lambda p: TrainState(jax.numpy.zeros((), jax.numpy.int32), p, optimizer.init(flatten(p))), shapes)
+    program = build_program(config, make_mesh(config.mesh, jax.devices()[:1]), steps=10)
+    state, batch = program.abstract_state(), program.abstract_batch(4, config.data.max_length)
     jax.clear_caches()
     began = time.perf_counter()
-    lowered = jax.jit(step, donate_argnums=0).lower(state, batch)
+    lowered = program.jit_step().lower(state, batch)
     compiled = lowered.compile()
     seconds = time.perf_counter() - began
     memory = compiled.memory_analysis()

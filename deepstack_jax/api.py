@@ -22,8 +22,8 @@ from deepstack_jax.inference.answers import Answer, Answerer, Chat, Turn
 from deepstack_jax.inference.options import Options, RequestError
 from deepstack_jax.inference.scores import score
 from deepstack_jax.model.variants import build_model
-from deepstack_jax.training.checkpoint import restore_params
 from deepstack_jax.training.optimizer import flatten, unflatten
+from deepstack_jax.training.trained import restore_params
 from deepstack_jax.types import PyTree
 from deepstack_jax.weights.folders import find_folder, open_checkpoint
 from deepstack_jax.weights.io import read_json

@@ -62,11 +62,16 @@ def writable_folder(path: str, flag: str) -> Path:
 
 
 class StopSignals:
-    """Remembers Ctrl-C or SIGTERM until the step is done; a second Ctrl-C stops at once."""
+    """Remembers Ctrl-C or SIGTERM until the step is done; a second Ctrl-C stops at once.
 
-    def __init__(self) -> None:
+    Args:
+      leave_sigterm: somebody else listens to it: jax's preemption service, where a run has several hosts.
+    """
+
+    def __init__(self, *, leave_sigterm: bool = False) -> None:
         self.exit_code = EXIT_DONE
-        self._before = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        numbers = (signal.SIGINT,) if leave_sigterm else (signal.SIGINT, signal.SIGTERM)
+        self._before = {number: signal.signal(number, self._handle) for number in numbers}
 
     @property
     def received(self) -> bool:

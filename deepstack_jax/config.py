@@ -103,7 +103,9 @@ class DecoderConfig:
     sliding_window: int = 0  # tokens that a token attends to, itself included; 0 = all before it
     rope: RopeConfig = field(default_factory=RopeConfig)
     scan: bool = True  # False unrolls the layers: slower to compile, equal results
-    remat: str = "block"  # none | block: recompute each layer in the backward pass
+    # What the backward pass recomputes: none | block (all of a layer) | dots (all but its matrix products) | offload (the same,
+    # the products kept in the host's memory)
+    remat: str = "block"
     embed_std: float = 0.02  # of a freshly drawn token embedding
     head_std: float = 0.02  # of a freshly drawn head
 
@@ -134,6 +136,7 @@ class OptimizerGroup:
     b2: float = 0.999
     eps: float = 1e-8
     weight_decay: float = 0.0
+    moment_dtype: str = "float32"  # float32 | bfloat16: of the first moment; the second is float32, as its squares ask for
 
 
 @dataclass(frozen=True)
@@ -167,8 +170,13 @@ class TrainConfig:
     loss_chunk: int = 512  # positions whose logits exist at once
     log_every: int = 10
     checkpoint_every: int = 500
-    keep: int = 2
+    keep: int = 2  # newest checkpoints that stay
+    keep_every: int = 0  # those at every so many steps stay too; 0 = none
+    keep_best: int = 0  # so many of the lowest held-out loss stay too, of those saved at an evaluation
+    max_bad_steps: int = 10  # steps in a row without a finite loss and gradient, after which the run stops
     compute_dtype: str = "bfloat16"  # of activations; parameters are float32
+    frozen_dtype: str = "float32"  # float32 | bfloat16: of parameters that do not train; bfloat16 halves their memory
+    wandb: str = ""  # project that Weights & Biases shows the run in; empty = none
     weights: str = ""  # Hugging Face folder to start from, a bare language model included; empty = draw fresh parameters
     tower: str = ""  # folder of the vision tower, where `weights` neither holds nor names one
     projector: str = ""  # an mm_projector.bin or mm_projector.safetensors, in place of the one in `weights`
@@ -183,6 +191,13 @@ class EvaluationConfig:
     batch_size: int = 64  # questions decoded at once
     max_new_tokens: int = 32
     samples: int = 4  # answers shown in the log
+
+
+@dataclass(frozen=True)
+class ProfileConfig:
+    """A trace of some steps for TensorBoard or Perfetto."""
+
+    steps: str = ""  # FIRST:LAST, as 10:15; empty = none
 
 
 @dataclass(frozen=True)
@@ -210,6 +225,7 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
 
     @property
     def dtype(self) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import re
 import warnings
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
@@ -36,7 +37,7 @@ CHOICES = {
     "image.global_filter": ("bicubic", "bilinear", "lanczos", "box", "nearest"),
     "vision.activation": ("quick_gelu", "gelu"),
     "decoder.architecture": ("llama", "phi3"),
-    "decoder.remat": ("none", "block"),
+    "decoder.remat": ("none", "block", "dots", "offload"),
     "decoder.rope.scaling": ("none", "linear", "llama3", "longrope", "yarn"),
     "deepstack.sequence": SEQUENCES,
     "deepstack.stack": STACKS,
@@ -48,6 +49,7 @@ CHOICES = {
     "data.synthetic.style": ("checker", "legible"),
     "optimizer.schedule.kind": ("cosine", "linear_tail"),
     "train.compute_dtype": ("float32", "bfloat16"),
+    "train.frozen_dtype": ("float32", "bfloat16"),
 }
 
 POSITIVE = (
@@ -82,6 +84,7 @@ POSITIVE = (
     "train.log_every",
     "train.checkpoint_every",
     "train.keep",
+    "train.max_bad_steps",
     "evaluation.examples",
     "evaluation.batch_size",
     "evaluation.max_new_tokens",
@@ -99,11 +102,12 @@ def check_config(config: Config) -> None:
         if _lookup(config, key) <= 0:
             raise ConfigError(f"config.{key} got {_lookup(config, key)}, expected a number above 0")
     for name, group in config.optimizer.groups.items():
-        if group.algorithm not in ("adamw", "muon"):
-            raise ConfigError(
-                f"config.optimizer.groups.{name}.algorithm got {group.algorithm!r}; "
-                + nearest(group.algorithm, ("adamw", "muon"))
-            )
+        for key, value, valid in (
+            ("algorithm", group.algorithm, ("adamw", "muon")),
+            ("moment_dtype", group.moment_dtype, ("float32", "bfloat16")),
+        ):
+            if value not in valid:
+                raise ConfigError(f"config.optimizer.groups.{name}.{key} got {value!r}; {nearest(value, valid)}")
     for pattern, name in config.optimizer.table:
         if name != "frozen" and name not in config.optimizer.groups:
             raise ConfigError(
@@ -112,6 +116,7 @@ def check_config(config: Config) -> None:
     _check_image(config)
     _check_sets(config)
     _check_sizes(config)
+    _check_train(config)
     if config.data.packing.enabled:
         _check_packing(config)
     _check_rope(config)
@@ -146,10 +151,24 @@ def _check_sizes(config: Config) -> None:
         raise ConfigError(
             f"{data.max_images} images take {needed} positions; raise config.data.max_length {data.max_length} above {needed}"
         )
+
+
+def _check_train(config: Config) -> None:
+    """How long a run lasts, what it keeps and what it records."""
+    train, steps = config.train, config.profile.steps
     if train.steps < 0 or (train.steps == 0 and train.epochs <= 0):
         raise ConfigError(
             f"config.train.steps {train.steps} with epochs {train.epochs} trains nothing; set one of them above 0"
         )
+    for key in ("keep_every", "keep_best"):
+        if getattr(train, key) < 0:
+            raise ConfigError(f"config.train.{key} got {getattr(train, key)}, expected 0 (none) or more")
+    if train.keep_best and not config.evaluation.every:
+        raise ConfigError(
+            f"config.train.keep_best {train.keep_best} needs a held-out loss to tell the best by; set config.evaluation.every"
+        )
+    if steps and not (re.fullmatch(r"\d+:\d+", steps) and 0 < int(steps.split(":")[0]) <= int(steps.split(":")[1])):
+        raise ConfigError(f"config.profile.steps got {steps!r}, expected FIRST:LAST from step 1 on, as 10:15")
 
 
 def _check_packing(config: Config) -> None:

@@ -18,7 +18,8 @@ from deepstack_jax import cli
 from deepstack_jax.config import Config
 from deepstack_jax.config_checks import ConfigError
 from deepstack_jax.data.tokenize import load_tokenizer
-from deepstack_jax.training.checkpoint import CheckpointError, restore_params
+from deepstack_jax.training.checkpoint import CheckpointError
+from deepstack_jax.training.trained import restore_params
 from deepstack_jax.weights.folders import Checkpoint, has_tokenizer, open_checkpoint
 from deepstack_jax.weights.io import read_json
 from deepstack_jax.weights.load import stored_leaves

@@ -3,44 +3,47 @@
 from __future__ import annotations
 
 import json
-import os
-from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 from absl import flags
+from jax.sharding import Mesh
 from rich.console import Console
 from rich.table import Table
 
 from deepstack_jax import cli
 from deepstack_jax.batch import Batch
-from deepstack_jax.config import Config, to_dict
+from deepstack_jax.config import Config, build_config, to_dict
 from deepstack_jax.config_checks import ConfigError
 from deepstack_jax.data.conversation import ConversationError, get_template
-from deepstack_jax.data.encode import BadExample
 from deepstack_jax.data.image import ImageError
+from deepstack_jax.data.inputs import describe_files
 from deepstack_jax.data.mixture import Mixture, describe_mixture
 from deepstack_jax.data.open import check_images, open_source
 from deepstack_jax.data.pipeline import TrainingStream, open_tokenizer
 from deepstack_jax.data.sources import Source, SourceError
 from deepstack_jax.data.tokenize import Tokenizer
-from deepstack_jax.evaluation.runner import Answer, HeldOut, mean_by_kind
+from deepstack_jax.evaluation.reports import finish, report_held_out, seconds_per_step, visual_tokens_used
+from deepstack_jax.evaluation.runner import HeldOut
 from deepstack_jax.inference.generate import greedy
 from deepstack_jax.inference.text import end_of_turn
 from deepstack_jax.model.deepstack import DeepStack
-from deepstack_jax.parallel.distributed import put_batch
+from deepstack_jax.parallel.distributed import is_first_host, put_batch
 from deepstack_jax.parallel.mesh import check_batch_fits, make_mesh
 from deepstack_jax.parallel.rules import use_mesh
-from deepstack_jax.training.checkpoint import CheckpointError, Checkpoints, check_same_run
-from deepstack_jax.training.metrics import MetricsLog, Quarantine, QuarantineError, read_metrics, versions, write_json
+from deepstack_jax.training.checkpoint import CheckpointError, Checkpoints, check_room, check_same_run
+from deepstack_jax.training.compiled import CompiledSteps, compile_first
+from deepstack_jax.training.journal import Journal
+from deepstack_jax.training.loop import NotFiniteError, Run, loop
+from deepstack_jax.training.manifest import run_manifest
+from deepstack_jax.training.metrics import MetricsLog, Quarantine, QuarantineError, start_wandb, write_json
 from deepstack_jax.training.optimizer import describe_groups
 from deepstack_jax.training.program import Program, build_program, first_state
-from deepstack_jax.training.progress import Progress
+from deepstack_jax.training.replay import ReplayError, replay
+from deepstack_jax.training.report import ReportError, report
 from deepstack_jax.training.state import find_weights
-from deepstack_jax.training.step import StepFn
 from deepstack_jax.types import TrainState
 
 USAGE = """
@@ -49,49 +52,44 @@ Train a DeepStack model; run the same command again to go on where it stopped.
   python -m deepstack_jax.train --config=configs/demo.py --workdir=runs/demo/deepstack
   python -m deepstack_jax.train --config=configs/receipts.py --config.data.root=DIR --workdir=runs/receipts
   python -m deepstack_jax.train --config=configs/demo.py:baseline --config.train.steps=100 --workdir=runs/short
+  python -m deepstack_jax.train --report=runs/receipts
+  python -m deepstack_jax.train --replay=runs/receipts/replay/step-123.json
 
   --config=FILE[:ARGUMENT]   configuration file; --config.KEY=VALUE overrides any key of it
   --workdir=DIR              checkpoints, metrics.jsonl, tensorboard/, predictions.jsonl and results.json go here
+  --report=WORKDIR           where the time of a run went, and curves as PNG; trains nothing
+  --replay=FILE              do a skipped step again, from the checkpoint before it, and say what in it is not finite
 
 Exit codes: 0 done; 1 a mistake in the input, said in one line; 75 stopped by SIGTERM and 130 by Ctrl-C, state saved.
 """
 
 flags.DEFINE_string("workdir", None, "Folder for everything that the run writes.")
+flags.DEFINE_string("report", None, "Print where the time of the run in this workdir went, and draw its curves.")
+flags.DEFINE_string("replay", None, "A file of WORKDIR/replay/: do that step again.")
 cli.define_config_flag()
 
 
-@dataclass(frozen=True)
-class Run:
-    """What the loop needs, put together by `main`."""
-
-    config: Config
-    workdir: Path
-    steps: int
-    program: Program
-    stream: TrainingStream
-    train_step: StepFn
-    held_out: HeldOut | None
-    checkpoints: Checkpoints
-    metrics: MetricsLog
-    quarantine: Quarantine
-    console: Console
-
-
 def main() -> int:
+    console = Console(highlight=False, quiet=not is_first_host())
+    asked = {name: flags.FLAGS[name].value for name in ("workdir", "report", "replay")}
+    if asked["report"]:
+        report(Path(asked["report"]), console)
+        return cli.EXIT_DONE
+    if asked["replay"]:
+        return replay_step(Path(asked["replay"]), console)
     config = cli.parse_config()
-    if not flags.FLAGS["workdir"].value:
+    if not asked["workdir"]:
         raise ConfigError("--workdir is missing; e.g. --workdir=runs/demo")
-    workdir = cli.writable_folder(flags.FLAGS["workdir"].value, "workdir")
-    check_same_run(config, workdir)
-    console = Console(highlight=False)
+    workdir = cli.writable_folder(asked["workdir"], "workdir")
+    for difference in check_same_run(config, workdir):
+        console.print(f"goes on with another {difference}", markup=False, soft_wrap=True)
+    journal = Journal(workdir if is_first_host() else None)
 
     tokenizer, source = open_inputs(config)
     check_images(source, config)
     held_out_source = open_source(config, "validation") if config.data.source == "pages" or config.data.validation else None
     mesh = make_mesh(config.mesh)
-    check_batch_fits(config, mesh, jax.process_count())
-    shards = mesh.shape["data"] * mesh.shape["fsdp"]
-    stream = TrainingStream(source, config, process=jax.process_index(), processes=jax.process_count(), devices=shards)
+    stream = open_stream(config, source, mesh)
     steps = config.train.steps or stream.steps(config.train.epochs)
     for table in (describe_mixture(source) if isinstance(source, Mixture) else None, stream.describe()):
         if table is not None:
@@ -99,8 +97,10 @@ def main() -> int:
 
     program = build_program(config, mesh, steps)
     console.print(describe_run(program, steps))
+    if warning := check_room(workdir, program.abstract_state()):
+        console.print(f"warning: {warning}: room for fewer than three checkpoints", markup=False, soft_wrap=True)
 
-    checkpoints = Checkpoints(workdir, config.train.keep)
+    checkpoints = Checkpoints(workdir, config.train)
     restored = checkpoints.restore(program.abstract_state())
     if restored is None:
         state = first_state(program)
@@ -108,33 +108,49 @@ def main() -> int:
         state, place = restored
         stream.restore(place)
         console.print(f"resumed from step {int(state.step)} in {workdir}")
-    write_json(workdir / "config.json", to_dict(config))
-    write_json(workdir / "versions.json", versions())
+    about = {"config": to_dict(config), **run_manifest(data_files(config, source, held_out_source))}
+    journal.start({name: about[name] for name in ("command", "git", "devices", "hosts")})
+    if is_first_host():
+        write_json(workdir / "config.json", about["config"])
+        write_json(workdir / "manifest.json", about)
 
     held_out = None
     if held_out_source is not None:
         decode = make_decode(program.model, config, tokenizer)
         held_out = HeldOut(held_out_source, config, jax.jit(program.loss), decode, partial(put_batch, mesh))
+    log = open_log(config, workdir, int(state.step))
+
+    def evaluate(state: TrainState, step: int) -> float | None:
+        return None if held_out is None else report_held_out(held_out, config, state.params, step, log, console)
+
     run = Run(
         config=config,
         workdir=workdir,
         steps=steps,
         program=program,
         stream=stream,
-        train_step=program.jit_step(),
-        held_out=held_out,
+        step=compile_first(CompiledSteps(program), journal, console),
+        evaluate=evaluate,
         checkpoints=checkpoints,
-        metrics=MetricsLog(workdir, int(state.step)),
-        quarantine=Quarantine(workdir, config.data.max_bad_fraction, len(source)),
+        metrics=log,
+        journal=journal,
+        quarantine=Quarantine(workdir, config.data.max_bad_fraction, len(source), jax.process_index()),
         console=console,
+        about=about,
     )
-    with use_mesh(mesh):
-        state, code = loop(run, state)
-        if code == cli.EXIT_DONE:
-            finish(run, state)
-    stream.close()
-    run.metrics.close()
-    checkpoints.close()
+    stop = cli.StopSignals(leave_sigterm=jax.process_count() > 1)
+    try:
+        with use_mesh(mesh):
+            state = loop(run, state, lambda: stop.received)
+            code = end(run, state, stop)
+            if code == cli.EXIT_DONE:
+                with journal.spend("evaluation"):
+                    finish(held_out, config, state.params, facts(run), workdir, log, console)
+        journal.stop(int(state.step), {cli.EXIT_DONE: "done", cli.EXIT_PREEMPTED: "preempted"}.get(code, "interrupted"))
+    finally:
+        stream.close()
+        log.close()
+        checkpoints.close()
     return code
 
 
@@ -152,99 +168,65 @@ def open_inputs(config: Config) -> tuple[Tokenizer, Source]:
     return opened[0], opened[1]
 
 
-def loop(run: Run, state: TrainState) -> tuple[TrainState, int]:
-    """Step until done or told to stop; returns the last state and the exit code."""
-    stop = cli.StopSignals()
-    train, every = run.config.train, run.config.evaluation.every
-    first = step = int(state.step)
-    before, bad = None, 0
-    with Progress(step, run.steps, run.console) as progress:
-        while step < run.steps and not stop.received:
-            with progress.waiting():
-                delivered = next(run.stream)
-            before_bad, bad = bad, run.quarantine.add(delivered.bad, (step + 1 - first) * train.batch_size)
-            if bad and not before_bad:
-                run.console.print(f"step {step + 1}: {one_line_of(delivered.bad[0])}", markup=False, soft_wrap=True)
-            state, numbers = run.train_step(state, put_batch(run.program.mesh, delivered.batch))
-            # One step ahead of the device and no further: else batches pile up there, and the wait for data looks longer.
-            jax.block_until_ready(before)
-            before = numbers
-            step += 1
-            if step % train.log_every == 0 or step == run.steps:
-                values = {name: float(value) for name, value in jax.device_get(numbers).items()}
-                values |= progress.rates(step, train.batch_size) | {"bad_examples": bad}
-                run.metrics.write(step, values)
-                progress.show(step, values)
-            if every and step % every == 0 and step < run.steps:
-                report_held_out(run, state, step)
-                progress.forget()
-            if step % train.checkpoint_every == 0 and step < run.steps:
-                run.checkpoints.save(state, run.stream.state(), to_dict(run.config))
-    run.checkpoints.save(state, run.stream.state(), to_dict(run.config))
-    run.checkpoints.wait()
+def open_stream(config: Config, source: Source, mesh: Mesh) -> TrainingStream:
+    """This host's part of every batch."""
+    check_batch_fits(config, mesh, jax.process_count())
+    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    return TrainingStream(source, config, process=jax.process_index(), processes=jax.process_count(), devices=shards)
+
+
+def data_files(config: Config, source: Source, held_out: Source | None) -> dict[str, dict[str, str]]:
+    """For each split the files behind it, for the manifest."""
+    splits = {"train": source} | ({} if held_out is None else {"validation": held_out})
+    return {split: describe_files(config, split, opened) for split, opened in splits.items()}
+
+
+def open_log(config: Config, workdir: Path, step: int) -> MetricsLog:
+    """Where the run's numbers go; on one host only."""
+    if not is_first_host():
+        return MetricsLog(None, step)
+    project = config.train.wandb
+    shown = start_wandb(project, workdir, config.name, to_dict(config)) if project else None
+    return MetricsLog(workdir, step, shown)
+
+
+def end(run: Run, state: TrainState, stop: cli.StopSignals) -> int:
+    """The exit code of a loop that has saved its state; from here on signals mean again what they meant before."""
     stop.release()
-    if bad:
-        run.console.print(f"{bad} examples were left out, with reasons in {run.workdir}/quarantine.jsonl", soft_wrap=True)
-    if stop.received:
-        run.console.print(f"stopped at step {step}, state saved; the same command goes on from here")
-    return state, stop.exit_code
+    step = int(state.step)
+    if step == run.steps:
+        return cli.EXIT_DONE
+    run.console.print(f"stopped at step {step}, state saved; the same command goes on from here")
+    return stop.exit_code or cli.EXIT_PREEMPTED  # another host was told to stop
 
 
-def report_held_out(run: Run, state: TrainState, step: int) -> None:
-    """Held-out loss and a few answers, to the console and the logs."""
-    if run.held_out is None:
-        return
-    numbers = run.held_out.loss(state.params)
-    answers, _ = run.held_out.answers(state.params, 1)
-    shown = answers[: run.config.evaluation.samples]
-    run.metrics.write(step, numbers)
-    run.metrics.text(step, "samples", "\n\n".join(one_line(answer) for answer in shown))
-    run.console.print(f"step {step}: validation loss {numbers['validation_loss']:.4f}")
-    for answer in shown:
-        run.console.print(f"  {one_line(answer)}", markup=False, soft_wrap=True)
-
-
-def finish(run: Run, state: TrainState) -> None:
-    """Evaluate the trained model, unless that is done; write predictions.jsonl and results.json; print the scores."""
-    stored = run.workdir / "results.json"
-    protocol = asdict(run.config.evaluation)
-    known = json.loads(stored.read_text()) if stored.exists() else None
-    if known is not None and (known.get("steps"), known.get("evaluation")) == (run.steps, protocol):
-        show_results(run, known)
-        return
-    timed = [record["seconds_per_step"] for record in read_metrics(run.workdir) if "seconds_per_step" in record]
+def facts(run: Run) -> dict[str, Any]:
+    """What results.json says besides scores."""
     first = run.stream.peek()
-    results: dict[str, Any] = {
-        "name": run.config.name,
-        "steps": int(state.step),
-        "seconds_per_step": float(np.median(timed)) if timed else None,
-        "evaluation": protocol,
+    return {
+        "steps": run.steps,
+        "seconds_per_step": seconds_per_step(run.workdir),
         "parameters": sum(run.program.sizes.values()),
         "context_length": int(first.tokens.shape[1]),
         "visual_tokens": visual_tokens_used(first),
     }
-    if run.held_out is not None:
-        results |= run.held_out.loss(state.params)
-        answers, bad = run.held_out.answers(state.params, run.config.evaluation.examples)
-        results |= mean_by_kind(answers) | {"questions": len(answers), "bad_examples": len(bad)}
-        scratch = run.workdir / "predictions.tmp"
-        scratch.write_text("".join(json.dumps(answer.as_dict()) + "\n" for answer in answers))
-        os.replace(scratch, run.workdir / "predictions.jsonl")
-        run.metrics.write(run.steps, {name: value for name, value in results.items() if isinstance(value, float)})
-        for answer in answers[: run.config.evaluation.samples]:
-            run.console.print(f"  {one_line(answer)}", markup=False, soft_wrap=True)
-    write_json(stored, results)
-    show_results(run, results)
 
 
-def show_results(run: Run, results: dict[str, Any]) -> None:
-    """The scores as a table."""
-    table = Table(title=f"{run.config.name}: {run.workdir}/results.json", show_header=False)
-    for name, value in results.items():
-        if isinstance(value, dict):
-            continue
-        table.add_row(name, f"{value:.4f}" if isinstance(value, float) else str(value))
-    run.console.print(table)
+def replay_step(file: Path, console: Console) -> int:
+    """Build the run that a bundle lies in, and do its step again."""
+    workdir = file.absolute().parents[1]
+    try:
+        config = build_config(json.loads((workdir / "config.json").read_text()))
+    except OSError as error:
+        raise ReplayError(f"{workdir} holds no run: {error}; name a file WORKDIR/replay/step-N.json") from error
+    _, source = open_inputs(config)
+    mesh = make_mesh(config.mesh)
+    stream = open_stream(config, source, mesh)
+    program = build_program(config, mesh, config.train.steps or stream.steps(config.train.epochs))
+    with use_mesh(mesh):
+        replay(file, program, stream, Checkpoints(workdir, config.train), console)
+    stream.close()
+    return cli.EXIT_DONE
 
 
 def make_decode(model: DeepStack, config: Config, tokenizer: Tokenizer) -> Any:
@@ -267,21 +249,6 @@ def describe_run(program: Program, steps: int) -> Table:
     return table
 
 
-def visual_tokens_used(batch: Batch) -> int:
-    """Most distinct encoded tokens that any row of the batch sees, in the sequence or injected."""
-    rows = zip(batch.token_source, batch.stack_source, strict=True)
-    return max(np.unique(source[source >= 0]).size for source in (np.concatenate([t, s.ravel()]) for t, s in rows))
-
-
-def one_line_of(bad: BadExample) -> str:
-    return f"an example cannot be used and stays blank (further ones are only counted): {bad.reason}"
-
-
-def one_line(answer: Answer) -> str:
-    mark = "right" if answer.score else "wrong"
-    return f"{mark}: {answer.question!r} -> {answer.prediction!r} (expected {answer.reference!r})"
-
-
 if __name__ == "__main__":
-    errors = (SourceError, ImageError, ConversationError, CheckpointError, QuarantineError)
-    cli.run(main, errors, USAGE)
+    own = (CheckpointError, NotFiniteError, QuarantineError, ReplayError, ReportError)
+    cli.run(main, (SourceError, ImageError, ConversationError, *own), USAGE)

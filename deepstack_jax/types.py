@@ -27,9 +27,11 @@ class KVCache(NamedTuple):
 class TrainState:
     """All that a step changes."""
 
-    step: Int[Array, ""]
-    params: PyTree  # float32 masters
+    step: Int[Array, ""]  # batches consumed
+    params: PyTree  # float32 masters; frozen ones in `train.frozen_dtype`
     opt_state: PyTree
+    bad_steps: Int[Array, ""]  # of the batches consumed, those whose loss or gradient was not finite: nothing was updated
+    bad_in_a_row: Int[Array, ""]  # the latest of them that follow each other without a good one
 
 
 class DecoderOutput(NamedTuple):

@@ -202,6 +202,10 @@ class TrainingStream(Iterator[Delivered]):
         """Rows of the source in this host's part of batch `number`, in order."""
         return [index for row in self._make.rows(number)[0] for index in row]
 
+    def examples(self, number: int) -> list[int]:
+        """The same of all hosts' parts."""
+        return [index for row in self.schedule.step(number).rows for index in row]
+
     def peek(self) -> Batch:
         """The first batch of all, without moving on."""
         return self._make(0).batch

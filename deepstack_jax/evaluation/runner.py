@@ -113,7 +113,7 @@ class HeldOut:
     """
 
     def __init__(self, source: Source, config: Config, loss: Callable, decode: Callable, put: Callable) -> None:
-        self._source, self._config = source, config
+        self.source, self._config = source, config
         self._loss, self._decode, self._put = loss, decode, put
 
     def loss(self, params: PyTree) -> dict[str, float]:
@@ -130,11 +130,11 @@ class HeldOut:
         def decode(batch: Batch) -> np.ndarray:
             return np.asarray(jax.device_get(self._decode(params, self._put(batch))))
 
-        return ask(self._source, self._config, decode, examples)
+        return ask(self.source, self._config, decode, examples)
 
     def _batches(self) -> Iterator[Batch]:
-        maker = BatchMaker(self._source, Encoder(self._config))
-        count, rows = min(self._config.evaluation.examples, len(self._source)), self._config.evaluation.batch_size
+        maker = BatchMaker(self.source, Encoder(self._config))
+        count, rows = min(self._config.evaluation.examples, len(self.source)), self._config.evaluation.batch_size
         for first in range(0, count, rows):
             examples = [maker.load(index) for index in range(first, min(count, first + rows))]
             yield collate(examples + [_NOBODY] * (rows - len(examples)), self._config).batch

@@ -18,6 +18,12 @@ from deepstack_jax.model.layers import ACTIVATIONS, RMSNorm, linear
 from deepstack_jax.model.merge import Placement, inject
 from deepstack_jax.types import DecoderOutput, KVCache
 
+# What a layer keeps for its backward pass, by `remat`. Matrix products with weights are most of a layer's work.
+REMAT = {
+    "block": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "offload": jax.checkpoint_policies.offload_dot_with_no_batch_dims("device", "pinned_host"),
+}
 ACTIVATION_AXES = ("batch", "sequence", "embed")
 Cache = tuple[Float[Array, "L B S K H"], Float[Array, "L B S K H"]]  # keys and values of all layers
 CachePlace = tuple[Array, Array | None]  # i32[] this layer, i32[] the slots filled so far
@@ -127,7 +133,8 @@ class ScanBody(nn.Module):
     def __call__(self, carry, per_layer, places, rotary, mask, filled):
         x, layer_inject, cache = carry
         group, layer = per_layer
-        block = nn.remat(InjectedBlock, prevent_cse=False) if self.config.remat == "block" else InjectedBlock
+        remat = self.config.remat
+        block = InjectedBlock if remat == "none" else nn.remat(InjectedBlock, prevent_cse=False, policy=REMAT[remat])
         x, injected, cache = block(self.config, self.attend, self.dtype, name="block")(
             x, layer_inject, group, places, rotary, mask, cache, (layer, filled)
         )

@@ -1,30 +1,62 @@
-"""Saving and resuming with Orbax, asynchronous and atomic: parameters, optimizer, step, place in the data, configuration."""
+"""Saving and resuming with Orbax, asynchronous and atomic: parameters, optimizer, step, place in the data, configuration.
+
+Every checkpoint holds a checksum of each of its arrays, made on the device from the state itself. It is read back and compared
+after it was written, before an older one may go, and again when a run resumes from it.
+"""
 
 from __future__ import annotations
 
 import json
 import logging
+import shutil
+from concurrent.futures import Future, ThreadPoolExecutor
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
-from orbax.checkpoint.checkpoint_managers import LatestN
+from orbax.checkpoint.checkpoint_managers import (
+    AnyPreservationPolicy,
+    BestN,
+    CustomSteps,
+    EveryNSteps,
+    LatestN,
+    PreservationContext,
+)
 
-from deepstack_jax.config import Config, build_config, differences
-from deepstack_jax.training.optimizer import flatten, unflatten
+from deepstack_jax.config import Config, TrainConfig, differences
+from deepstack_jax.parallel.distributed import barrier, first_host_says, is_first_host
+from deepstack_jax.training.checksums import checksums, checksums_on_disk, damage, mismatches
 from deepstack_jax.types import TrainState
-from deepstack_jax.weights.names import Table
 
 log = logging.getLogger(__name__)
 
 # Keys that may change between the parts of one run: they decide what is shown and kept, not what is computed.
-HARMLESS = ("train.log_every", "train.checkpoint_every", "train.keep", "evaluation.", "data.workers", "data.prefetch", "mesh.")
+HARMLESS = (
+    "train.log_every",
+    "train.checkpoint_every",
+    "train.keep",
+    "train.max_bad_steps",
+    "train.wandb",
+    "evaluation.",
+    "profile.",
+    "data.workers",
+    "data.prefetch",
+    "mesh.",
+)
 
 
 class CheckpointError(ValueError):
-    """The checkpoints in a workdir cannot be used by this run; nothing was written over."""
+    """The checkpoints in a workdir cannot be used by this run, or none could be written; no good one was touched."""
+
+
+class Info(NamedTuple):
+    """A checkpoint as Orbax's preservation policies see it."""
+
+    step: int
+    time: datetime
+    metrics: float | None  # held-out loss
 
 
 class Checkpoints:
@@ -32,110 +64,250 @@ class Checkpoints:
 
     Args:
       workdir: an existing folder.
-      keep: newest checkpoints that stay.
+      train: says which ones stay: the newest `keep`, those at every `keep_every` steps, the `keep_best` of the lowest held-out
+        loss. An old one goes when a newer one was read back whole, not before.
     """
 
-    def __init__(self, workdir: Path, keep: int) -> None:
-        self._directory = (workdir / "checkpoints").absolute()
+    def __init__(self, workdir: Path, train: TrainConfig) -> None:
+        self._workdir = workdir.absolute()
+        self._directory = self._workdir / "checkpoints"
+        self._train = train
+        self._manager = self._open()
+        self._reader = ThreadPoolExecutor(1, thread_name_prefix="read-back")
+        self._pending: tuple[int, Future[str]] | None = None
+        self._losses = {step: self._loss_of(step) for step in self._manager.all_steps()}
+        self._good = set(self._losses)  # taken as good until they are read: nothing is deleted before a newer one was
+
+    def _open(self) -> ocp.CheckpointManager:
         # The manager saves when told to: an interval of its own would drop the save at the end and the one at Ctrl-C.
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=LatestN(keep),
+            preservation_policy=LatestN(None),
             save_interval_steps=1,
             enable_async_checkpointing=True,
             cleanup_tmp_directories=True,
         )
-        self._manager = ocp.CheckpointManager(self._directory, options=options)
+        return ocp.CheckpointManager(self._directory, options=options)
 
     @property
-    def latest(self) -> int | None:
-        """Newest step that was saved whole."""
-        return self._manager.latest_step()
+    def latest(self) -> int:
+        """Newest step that was saved whole and is not known to be damaged; 0 = none, the run's beginning."""
+        return max(self._good, default=0)
 
-    def save(self, state: TrainState, data_state: dict[str, Any], config: dict[str, Any]) -> None:
-        """Write a checkpoint at `state.step`; returns once the state is copied, the files follow in the background."""
+    def save(self, state: TrainState, data: dict[str, Any], about: dict[str, Any], loss: float | None = None) -> None:
+        """Write a checkpoint at `state.step`; returns once the state is copied, the files follow in the background.
+
+        A save that fails is said loudly and training goes on: the next one tries again. On several hosts it stops the run.
+
+        Args:
+          data: place in the data.
+          about: what the run is: configuration, versions.
+          loss: the held-out loss at this step, where it is known.
+        """
         step = int(jax.device_get(state.step))
-        if step in self._manager.all_steps():
+        self.settle()
+        if step in self._good:
             return
         items = {
             "state": ocp.args.StandardSave(state),
-            "data": ocp.args.JsonSave(data_state),
-            "config": ocp.args.JsonSave(config),
+            "sums": ocp.args.JsonSave(checksums(state)),
+            "data": ocp.args.JsonSave(data),
+            "about": ocp.args.JsonSave(about),
+            "scores": ocp.args.JsonSave({"validation_loss": loss}),
         }
-        self._manager.save(step, args=ocp.args.Composite(**items), force=True)
+        self._losses[step] = loss
+        try:
+            self._manager.save(step, args=ocp.args.Composite(**items), force=True)
+        except Exception as error:  # a full disk comes as OSError, ValueError or XlaRuntimeError, by the place it strikes
+            self._failed(step, _reason(error))
+            return
+        self._pending = step, self._reader.submit(self._read_back, self._manager, step)
 
-    def restore(self, abstract: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
+    def settle(self) -> None:
+        """Wait until what was saved is written and read back; then let old ones go."""
+        if self._pending is None:
+            return
+        step, future = self._pending
+        self._pending = None
+        problem = first_host_says(future.result())
+        if problem:
+            self._failed(step, problem)
+            return
+        self._good.add(step)
+        for old in sorted(self._good - self._kept()):
+            self._manager.delete(old)
+            self._good.remove(old)
+
+    def finish(self, step: int) -> None:
+        """Wait for the last save.
+
+        Raises:
+          CheckpointError: step `step` is not saved; the message says where the run would go on from.
+        """
+        self.settle()
+        if step not in self._good:
+            raise CheckpointError(
+                f"the state of step {step} could not be saved in {self._directory} ({self._free()}); the newest good "
+                f"checkpoint is step {self.latest}: make room and run the same command again, it goes on from there"
+            )
+
+    def close(self) -> None:
+        self._reader.shutdown()
+        self._manager.close()
+
+    def restore(self, abstract: TrainState, step: int | None = None) -> tuple[TrainState, dict[str, Any]] | None:
         """Newest usable checkpoint as (state, data state), or None if there is none at all.
 
-        A damaged checkpoint is passed over, loudly, for the one before.
+        A damaged checkpoint is passed over, loudly, for the one before, and put aside in `workdir/damaged/`.
 
         Args:
           abstract: shapes, dtypes and shardings to restore to; they may differ from those that saved.
+          step: this one, and no other.
 
         Raises:
-          CheckpointError: there are checkpoints and none can be read; starting anew would throw the run away.
+          CheckpointError: there are checkpoints and none can be read, since starting anew would throw the run away; or the
+            weights in one are not those of this model, each of them named.
         """
-        steps = sorted(self._manager.all_steps(), reverse=True)
-        problems = []
-        for step in steps:
-            items = {"state": ocp.args.StandardRestore(abstract), "data": ocp.args.JsonRestore()}
+        steps = sorted(self._good if step is None else self._good & {step}, reverse=True)
+        problems: dict[int, str] = {}
+        for candidate in steps:
+            self._check_tree(candidate, abstract)
+            items = {
+                "state": ocp.args.StandardRestore(abstract),
+                "data": ocp.args.JsonRestore(),
+                "sums": ocp.args.JsonRestore(),
+            }
             try:
-                restored = self._manager.restore(step, args=ocp.args.Composite(**items))
+                restored = self._manager.restore(candidate, args=ocp.args.Composite(**items))
+                problem = damage(restored["sums"], checksums(restored["state"]))
             except Exception as error:  # tensorstore, orbax and json each raise their own kinds on damaged files
-                reason = str(error).splitlines()[0][:300] if str(error) else type(error).__name__
-                problems.append(f"step {step}: {reason}")
-                log.warning("checkpoint %s cannot be read, trying the one before: %s", step, reason)
-                continue
-            return restored["state"], restored["data"]
-        if problems:
-            raise CheckpointError(
-                f"no checkpoint in {self._directory} can be read ({'; '.join(problems)}); move the folder away"
+                restored, problem = None, _reason(error)
+            if restored is not None and not problem:
+                self._put_aside(problems)
+                return restored["state"], restored["data"]
+            problems[candidate] = problem
+            log.warning("checkpoint %s is damaged, trying the one before: %s", candidate, problem)
+        if problems or step is not None:
+            listed = (
+                "; ".join(f"step {number}: {problem}" for number, problem in problems.items()) or f"step {step} is not there"
             )
+            raise CheckpointError(f"no checkpoint in {self._directory} can be read ({listed}); move the folder away")
         return None
 
-    def wait(self) -> None:
-        """Until all files are written."""
-        self._manager.wait_until_finished()
+    def _check_tree(self, step: int, abstract: TrainState) -> None:
+        try:
+            stored = self._manager.item_metadata(step)["state"].tree
+        except Exception:  # damaged: reading the arrays says how
+            return
+        wrong = mismatches(stored, abstract)
+        if wrong:
+            raise CheckpointError(
+                f"{len(wrong)} arrays of checkpoint {step} in {self._directory} are not those of this model: "
+                f"{'; '.join(wrong)}; was it written by another configuration or version? choose a new --workdir"
+            )
 
-    def close(self) -> None:
-        self._manager.close()
+    def _read_back(self, manager: ocp.CheckpointManager, step: int) -> str:
+        """What is wrong with a checkpoint on its way to disk, "" if nothing; in a thread of the first host."""
+        if not is_first_host():
+            return ""
+        try:
+            manager.wait_until_finished()
+            folder = self._directory / str(step)
+            expected = json.loads((folder / "sums" / "metadata").read_text())
+            return damage(expected, checksums_on_disk(folder / "state"))
+        except Exception as error:  # whatever a full or broken disk raises
+            return _reason(error)
+
+    def _failed(self, step: int, reason: str) -> None:
+        """Say that a save failed, clear what is left of it, and open anew: the manager does not survive a failed save."""
+        if jax.process_count() > 1:
+            raise CheckpointError(f"checkpoint {step} could not be written ({reason}); newest good one: step {self.latest}")
+        log.warning(
+            "checkpoint %s could not be written (%s; %s); the newest good one is step %s; training goes on, and the next save "
+            "tries again",
+            *(step, reason, self._free(), self.latest),
+        )
+        self._losses.pop(step, None)
+        try:
+            self._manager.close()
+        except Exception as error:  # the same failure once more
+            log.info("closing after a failed save: %s", _reason(error))
+        for left in self._directory.glob(f"{step}*"):
+            shutil.rmtree(left, ignore_errors=True)
+        self._manager = self._open()
+
+    def _kept(self) -> set[int]:
+        """Of the good checkpoints those that stay."""
+        train = self._train
+        policies = [LatestN(train.keep), CustomSteps(self._pinned())]
+        if train.keep_every:
+            policies.append(EveryNSteps(train.keep_every))
+        if train.keep_best:
+            best = BestN(get_metric_fn=float, reverse=True, n=train.keep_best, keep_checkpoints_without_metrics=False)
+            policies.append(best)
+        infos: Any = [Info(step, datetime.now(UTC), self._losses.get(step)) for step in sorted(self._good)]
+        stay = AnyPreservationPolicy(policies).should_preserve(infos, context=PreservationContext())
+        return {info.step for info, stays in zip(infos, stay, strict=True) if stays}
+
+    def _pinned(self) -> list[int]:
+        """Checkpoints that a replay starts from."""
+        return [json.loads(file.read_text())["checkpoint"] for file in (self._workdir / "replay").glob("*.json")]
+
+    def _loss_of(self, step: int) -> float | None:
+        try:
+            return json.loads((self._directory / str(step) / "scores" / "metadata").read_text())["validation_loss"]
+        except (OSError, ValueError, KeyError):  # damaged: it is not the best, and restoring says what is wrong
+            return None
+
+    def _put_aside(self, problems: dict[int, str]) -> None:
+        """Out of the way, so that the run can save at the same steps again; not deleted, since somebody may want to look."""
+        for step in problems:
+            target = self._workdir / "damaged" / f"{step}-{datetime.now(UTC):%Y%m%d-%H%M%S}"
+            if is_first_host():
+                target.parent.mkdir(exist_ok=True)
+                (self._directory / str(step)).rename(target)
+            log.warning("damaged checkpoint %s was moved to %s", step, target)
+            self._good.discard(step)
+        if problems:
+            barrier("damaged checkpoints moved")
+            self._manager.reload()
+
+    def _free(self) -> str:
+        return f"{shutil.disk_usage(self._workdir).free / 1e6:,.0f} MB free"
 
 
-def check_same_run(config: Config, workdir: Path) -> None:
-    """Refuse to go on in a workdir of another configuration.
+def check_room(workdir: Path, state: TrainState) -> str | None:
+    """A warning where the disk holds fewer checkpoints than will be kept; None where there is room.
+
+    Args:
+      state: abstract or real; its size is that of a checkpoint.
+
+    Raises:
+      CheckpointError: not even one fits: better known now than after the first thousand steps.
+    """
+    needed = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+    free = shutil.disk_usage(workdir).free
+    numbers = f"a checkpoint takes {needed / 1e6:,.1f} MB, {workdir} has {free / 1e6:,.1f} MB free"
+    if free < needed:
+        raise CheckpointError(f"{numbers}; make room or choose another --workdir")
+    return numbers if free < 3 * needed else None
+
+
+def check_same_run(config: Config, workdir: Path) -> list[str]:
+    """Refuse to go on in a workdir of another configuration; returns the differences that do no harm, one line each.
 
     Raises:
       CheckpointError: listing every key that differs and would change what is computed.
     """
     stored = workdir / "config.json"
     if not stored.exists():
-        return
+        return []
     changed = differences(config, json.loads(stored.read_text()))
-    fatal = {key: values for key, values in changed.items() if not key.startswith(HARMLESS)}
+    lines = {key: f"{key}: {theirs!r} there, {ours!r} now" for key, (ours, theirs) in changed.items()}
+    fatal = [line for key, line in lines.items() if not key.startswith(HARMLESS)]
     if fatal:
-        listed = ", ".join(f"{key}: {theirs!r} there, {ours!r} now" for key, (ours, theirs) in fatal.items())
-        raise CheckpointError(f"{workdir} holds a run of another configuration ({listed}); choose a new --workdir")
+        raise CheckpointError(f"{workdir} holds a run of another configuration ({', '.join(fatal)}); choose a new --workdir")
+    return list(lines.values())
 
 
-def restore_params(workdir: Path) -> tuple[int, Config, dict[str, np.ndarray]]:
-    """What a run has learned so far: its newest step, its configuration and its parameters by path, in host memory.
-
-    Optimizer and data state are not read. A damaged checkpoint is passed over, loudly, for the one before.
-
-    Raises:
-      CheckpointError: there is no checkpoint that can be read.
-    """
-    config = build_config(json.loads((workdir / "config.json").read_text()))
-    shapes = {path: leaf.shape for path, leaf in Table(config).leaves.items()}
-    abstract = {"params": unflatten({path: jax.ShapeDtypeStruct(shape, np.float32) for path, shape in shapes.items()})}
-    as_numpy = jax.tree.map(lambda leaf: ocp.RestoreArgs(restore_type=np.ndarray, dtype=leaf.dtype), abstract)
-    wanted = ocp.args.PyTreeRestore(item=abstract, restore_args=as_numpy, partial_restore=True)
-    folders = [folder for folder in (workdir / "checkpoints").absolute().glob("*") if folder.name.isdigit()]
-    problems = []
-    for folder in sorted(folders, key=lambda folder: int(folder.name), reverse=True):
-        try:
-            with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-                return int(folder.name), config, flatten(reader.restore(folder / "state", args=wanted)["params"])
-        except Exception as error:  # tensorstore, orbax and json each raise their own kinds on damaged files
-            problems.append(f"step {folder.name}: {(str(error).splitlines() or [type(error).__name__])[0][:300]}")
-            log.warning("checkpoint %s cannot be read, trying the one before: %s", folder, problems[-1])
-    raise CheckpointError(f"no checkpoint in {workdir} can be read ({'; '.join(problems) or 'there is none'}); train it first")
+def _reason(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:300]

@@ -2,53 +2,92 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import logging
 import os
 from collections.abc import Mapping
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import jax
+import numpy as np
 from tensorboardX import SummaryWriter
 
-from deepstack_jax import __version__
+from deepstack_jax.config_checks import ConfigError
 from deepstack_jax.data.encode import BadExample
+
+log = logging.getLogger(__name__)
 
 
 class MetricsLog:
-    """Appends one JSON line per record to metrics.jsonl, and its numbers to TensorBoard.
+    """Appends one JSON line per record to metrics.jsonl, and shows its numbers in TensorBoard and Weights & Biases.
 
     Args:
-      workdir: an existing folder.
+      workdir: an existing folder; None writes nothing, as on all hosts but the first.
       resume_step: records past it are dropped: the steps after the checkpoint run again.
+      wandb_run: of the package wandb, where the run is shown there too.
     """
 
-    def __init__(self, workdir: Path, resume_step: int) -> None:
-        self._path = workdir / "metrics.jsonl"
-        if self._path.exists():
+    def __init__(self, workdir: Path | None, resume_step: int, wandb_run: Any = None) -> None:
+        self._file, self._board, self._wandb = None, None, wandb_run
+        if workdir is None:
+            return
+        path = workdir / "metrics.jsonl"
+        if path.exists():
             kept = [line for line in read_metrics(workdir) if line["step"] <= resume_step]
-            scratch = self._path.with_suffix(".tmp")
+            scratch = path.with_suffix(".tmp")
             scratch.write_text("".join(json.dumps(line) + "\n" for line in kept))
-            os.replace(scratch, self._path)
-        self._file = self._path.open("a")
+            os.replace(scratch, path)
+        self._file = path.open("a")
         self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=resume_step + 1 if resume_step else None)
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
         """Record `values` at `step`; numbers become curves."""
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
-        self._file.flush()
-        for name, value in values.items():
-            if isinstance(value, int | float):
-                self._board.add_scalar(name, value, step)
+        if self._file is None or self._board is None:
+            return
+        try:
+            self._file.write(json.dumps({"step": step, **values}) + "\n")
+            self._file.flush()
+        except OSError as error:  # a full disk must not end a run that can still save
+            log.warning("the numbers of step %s are not written: %s", step, error.strerror)
+        numbers = {name: value for name, value in values.items() if isinstance(value, int | float)}
+        for name, value in numbers.items():
+            self._board.add_scalar(name, value, step)
+        if self._wandb is not None:
+            self._wandb.log(numbers, step=step)
 
-    def text(self, step: int, name: str, markdown: str) -> None:
-        """Show a text in TensorBoard."""
+    def sample(self, step: int, name: str, markdown: str, picture: np.ndarray | None) -> None:
+        """Show a text, and what it is about as u8[y, x, 3]."""
+        if self._board is None:
+            return
         self._board.add_text(name, markdown, step)
+        if picture is not None:
+            self._board.add_image(name, picture, step, dataformats="HWC")
 
     def close(self) -> None:
-        self._file.close()
-        self._board.close()
+        if self._file is not None and self._board is not None:
+            self._file.close()
+            self._board.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+
+def start_wandb(project: str, workdir: Path, name: str, config: dict[str, Any]) -> Any:
+    """The run of the package wandb for this workdir: a new one, or the one that an earlier attempt began.
+
+    Raises:
+      ConfigError: the package is not there.
+    """
+    try:
+        wandb = importlib.import_module("wandb")
+    except ImportError as error:
+        raise ConfigError(
+            f"config.train.wandb={project!r} needs the package wandb: pip install wandb, or leave config.train.wandb empty"
+        ) from error
+    stored = workdir / "wandb_id.txt"
+    if not stored.exists():
+        stored.write_text(wandb.util.generate_id())
+    return wandb.init(project=project, name=name, id=stored.read_text(), resume="allow", dir=str(workdir), config=config)
 
 
 def read_metrics(workdir: Path) -> list[dict[str, Any]]:
@@ -70,38 +109,44 @@ class Quarantine:
       max_fraction: share of the examples seen so far that may be bad; judged as if at least GRACE had been seen, or the whole
         source where it is smaller, so that one bad image in the first batch is no catastrophe.
       examples: rows of the source.
+      host: number of this process; each keeps a list of its own, that of the first is quarantine.jsonl.
     """
 
     GRACE = 1000
 
-    def __init__(self, workdir: Path, max_fraction: float, examples: int) -> None:
-        self._path = workdir / "quarantine.jsonl"
+    def __init__(self, workdir: Path, max_fraction: float, examples: int, host: int = 0) -> None:
+        self._path = workdir / ("quarantine.jsonl" if host == 0 else f"quarantine-{host}.jsonl")
         self._max_fraction, self._grace = max_fraction, min(self.GRACE, examples)
         self._bad: set[int] = set()  # of this attempt: what was mended since the last one no longer counts
         self._known: set[int] = set()
+        self._last = ""
         if self._path.exists():
             self._known = {json.loads(line)["index"] for line in self._path.read_text().splitlines()}
 
-    def add(self, bad: tuple[BadExample, ...], seen: int) -> int:
-        """Record the bad ones among `seen` examples since this attempt began; returns how many distinct ones there are.
-
-        Raises:
-          QuarantineError: they are more than the configured share. Training on would silently shrink the data.
-        """
+    def add(self, bad: tuple[BadExample, ...]) -> int:
+        """Record the bad ones; returns how many distinct ones this host has met in this attempt."""
         for example in bad:
             self._bad.add(example.index)
+            self._last = example.reason
             if example.index in self._known:
                 continue
             self._known.add(example.index)
             with self._path.open("a") as file:
                 file.write(json.dumps({"index": example.index, "name": example.name, "reason": example.reason}) + "\n")
-        if bad and len(self._bad) > self._max_fraction * max(seen, self._grace):
+        return len(self._bad)
+
+    def check(self, bad: int, seen: int) -> None:
+        """Judge the number of bad examples of all hosts among `seen` examples since this attempt began.
+
+        Raises:
+          QuarantineError: they are more than the configured share. Training on would silently shrink the data.
+        """
+        if bad > self._max_fraction * max(seen, self._grace):
             raise QuarantineError(
-                f"{len(self._bad)} of {max(seen, self._grace)} examples cannot be used, more than "
-                f"config.data.max_bad_fraction={self._max_fraction}; the last: {bad[-1].reason}; "
+                f"{bad} of {max(seen, self._grace)} examples cannot be used, more than "
+                f"config.data.max_bad_fraction={self._max_fraction}; the last: {self._last or 'on another host'}; "
                 f"all of them with reasons: {self._path}"
             )
-        return len(self._bad)
 
 
 class QuarantineError(ValueError):
@@ -113,9 +158,3 @@ def write_json(path: Path, value: Any) -> None:
     scratch = path.with_suffix(".tmp")
     scratch.write_text(json.dumps(value, indent=2) + "\n")
     os.replace(scratch, path)
-
-
-def versions() -> dict[str, str]:
-    """Versions of what the numbers depend on."""
-    names = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "pillow")
-    return {"deepstack_jax": __version__, **{name: version(name) for name in names}, "devices": str(jax.devices())}

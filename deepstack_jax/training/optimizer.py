@@ -104,10 +104,13 @@ def _group_transform(group: OptimizerGroup, schedule: optax.Schedule) -> optax.G
             learning_rate,
             beta=group.b1,
             eps=group.eps,
+            mu_dtype=group.moment_dtype,
             weight_decay=group.weight_decay,
             muon_weight_dimension_numbers=_all_axes,
         )
-    return optax.adamw(learning_rate, group.b1, group.b2, group.eps, weight_decay=group.weight_decay)
+    return optax.adamw(
+        learning_rate, group.b1, group.b2, group.eps, mu_dtype=group.moment_dtype, weight_decay=group.weight_decay
+    )
 
 
 def _all_axes(params: Any) -> Any:

@@ -36,6 +36,7 @@ class Program:
       sizes: elements of every parameter, by path.
       groups: optimizer group of every parameter, or "frozen".
       shardings: of every leaf of the state.
+      functions: the model as functions of parameters.
       loss: (params, batch) -> LossSums.
       step: the train step as a pure function.
     """
@@ -50,12 +51,13 @@ class Program:
     schedule: optax.Schedule
     optimizer: optax.GradientTransformation
     shardings: TrainState
+    functions: ModelFns
     loss: Callable[[PyTree, Batch], LossSums]
     step: StepFn
 
     def abstract_state(self) -> TrainState:
         """Shapes, dtypes and shardings of the state: what a checkpoint is restored to and a step is compiled for."""
-        return abstract_state(self.shapes, self.shardings, self.groups, self.optimizer)
+        return abstract_state(self.shapes, self.shardings, self.groups, self.optimizer, self.config.train.frozen_dtype)
 
     def abstract_batch(self, rows: int, length: int) -> Batch:
         """The same of a global batch of `rows` rows of `length` positions; ids as the device sees them (i32)."""
@@ -68,7 +70,7 @@ class Program:
 
         return Batch(*map(describe, empty_batch(shape)))
 
-    def jit_step(self) -> StepFn:
+    def jit_step(self) -> jax.stages.Wrapped:
         """The step under jit: the old state's buffers are reused, the metrics are on every device."""
         return jax.jit(self.step, donate_argnums=0, out_shardings=(self.shardings, replicated(self.mesh)))
 
@@ -108,6 +110,7 @@ def build_program(config: Config, mesh: Mesh, steps: int) -> Program:
         schedule=schedule,
         optimizer=optimizer,
         shardings=state_shardings(mesh, param_shardings(mesh, boxed), shapes, groups, optimizer),
+        functions=functions,
         loss=make_loss(functions, chunk),
         step=make_train_step(functions, optimizer, groups, schedule, accumulation=accumulation, chunk=chunk),
     )
@@ -124,7 +127,7 @@ def first_state(program: Program) -> TrainState:
         return nn.unbox(program.model.init(key, program.sample))["params"]
 
     def begin(params: PyTree) -> TrainState:
-        return new_state(params, program.groups, program.optimizer)
+        return new_state(params, program.groups, program.optimizer, config.train.frozen_dtype)
 
     key = jax.random.key(config.seed)
     if not config.train.weights:

@@ -2,28 +2,35 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
 
+# What the line shows of the numbers at hand, in this order.
+_SHOWN = (
+    ("loss", "loss {:.4f}"),
+    ("token_accuracy", "acc {:.3f}"),
+    ("lr", "lr {:.2e}"),
+    ("grad_norm", "grad {:.2f}"),
+    ("examples_per_second", "{:.1f} ex/s"),
+    ("supervised_tokens_per_second", "{:.0f} tok/s"),
+    ("tflops_per_device", "{:.3g} TFLOP/s"),
+    ("mfu", "MFU {:.1%}"),
+    ("data_wait", "data wait {:.1%}"),
+    ("padding", "padding {:.1%}"),
+)
+
 
 class Progress:
-    """Shows one line that moves on a terminal, and one line per log interval elsewhere. Measures between log intervals.
-
-    The first interval holds the compilation, so it yields no rate.
-    """
+    """Shows one line that moves on a terminal, and one line per log interval elsewhere."""
 
     def __init__(self, start: int, steps: int, console: Console) -> None:
         self._console, self._steps = console, steps
         columns = (BarColumn(bar_width=20), MofNCompleteColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
         self._bar = RichProgress(*columns, console=console, disable=not console.is_terminal)
         self._task = self._bar.add_task("compiling", total=steps, completed=start)
-        self._since: tuple[int, float] | None = None
-        self._waited = 0.0
         self._per_step: float | None = None  # the last rate known, for the time left
 
     def __enter__(self) -> Progress:
@@ -33,37 +40,21 @@ class Progress:
     def __exit__(self, *_: object) -> None:
         self._bar.stop()
 
-    @contextmanager
-    def waiting(self) -> Iterator[None]:
-        """Count the time inside as waiting for data."""
-        began = time.perf_counter()
-        yield
-        self._waited += time.perf_counter() - began
-
-    def rates(self, step: int, batch_size: int) -> dict[str, float]:
-        """Seconds per step, examples per second and the share of time spent waiting for data, since the last call."""
-        now = time.perf_counter()
-        since, waited = self._since, self._waited
-        self._since, self._waited = (step, now), 0.0
-        if since is None:
-            return {}
-        per_step = self._per_step = (now - since[1]) / (step - since[0])
-        return {
-            "seconds_per_step": per_step,
-            "examples_per_second": batch_size / per_step,
-            "data_wait": waited / (now - since[1]),
-        }
-
-    def forget(self) -> None:
-        """Start measuring anew, after work that is not a step."""
-        self._since = None
-
     def show(self, step: int, values: Mapping[str, float]) -> None:
         """Bring the line up to date with the latest numbers."""
-        line = f"loss {values['loss']:.4f} acc {values['token_accuracy']:.3f} grad {values['grad_norm']:.2f}"
-        if "examples_per_second" in values:
-            line += f" {values['examples_per_second']:.1f} ex/s data wait {values['data_wait']:.1%}"
+        line = " ".join(text.format(values[name]) for name, text in _SHOWN if name in values)
+        if values["bad_steps"]:
+            line += f" skipped {values['bad_steps']:.0f}"
+        self._per_step = values.get("seconds_per_step", self._per_step)
         self._bar.update(self._task, completed=step, description=line)
         if not self._console.is_terminal:
-            left = "" if self._per_step is None else f" left {self._per_step * (self._steps - step):.0f}s"
+            left = "" if self._per_step is None else f" left {_duration(self._per_step * (self._steps - step))}"
             self._console.print(f"step {step}/{self._steps} {line}{left}", soft_wrap=True)
+
+
+def _duration(seconds: float) -> str:
+    """As 42s, 3m 07s, 5h 12m."""
+    if seconds < 60:
+        return f"{seconds:.0f}s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes}m {rest:02}s" if minutes < 60 else f"{minutes // 60}h {minutes % 60:02}m"

@@ -11,23 +11,38 @@ from jax.sharding import Mesh
 
 from deepstack_jax.config import Config
 from deepstack_jax.parallel.rules import replicated
-from deepstack_jax.training.optimizer import FROZEN, flatten
+from deepstack_jax.training.optimizer import FROZEN, flatten, unflatten
 from deepstack_jax.types import PyTree, TrainState
 from deepstack_jax.weights.folders import Checkpoint, open_checkpoint
 from deepstack_jax.weights.load import absent_leaves, stored_leaves
 
 
-def new_state(params: PyTree, groups: dict[str, str], optimizer: optax.GradientTransformation) -> TrainState:
+def new_state(
+    params: PyTree, groups: dict[str, str], optimizer: optax.GradientTransformation, frozen_dtype: str = "float32"
+) -> TrainState:
     """The state before the first step; only trainable parameters have optimizer state."""
-    trainable = {path: leaf for path, leaf in flatten(params).items() if groups[path] != FROZEN}
-    return TrainState(step=jnp.zeros((), jnp.int32), params=params, opt_state=optimizer.init(trainable))
+    flat = flatten(params)
+    trainable = {path: leaf for path, leaf in flat.items() if groups[path] != FROZEN}
+    frozen = {path: leaf.astype(frozen_dtype) for path, leaf in flat.items() if groups[path] == FROZEN}
+    none = jnp.zeros((), jnp.int32)
+    return TrainState(
+        step=none,
+        params=unflatten({**trainable, **frozen}),
+        opt_state=optimizer.init(trainable),
+        bad_steps=none,
+        bad_in_a_row=none,
+    )
 
 
 def abstract_state(
-    shapes: PyTree, shardings: TrainState, groups: dict[str, str], optimizer: optax.GradientTransformation
+    shapes: PyTree,
+    shardings: TrainState,
+    groups: dict[str, str],
+    optimizer: optax.GradientTransformation,
+    frozen_dtype: str = "float32",
 ) -> TrainState:
     """Shapes, dtypes and shardings of the state, for restoring."""
-    state = jax.eval_shape(lambda params: new_state(params, groups, optimizer), shapes)
+    state = jax.eval_shape(lambda params: new_state(params, groups, optimizer, frozen_dtype), shapes)
     return jax.tree.map(lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), state, shardings)
 
 
@@ -49,7 +64,8 @@ def state_shardings(
         return trainable[owner] if owner and leaf.shape == sizes[owner].shape else whole
 
     opt_state = jax.eval_shape(optimizer.init, sizes)
-    return TrainState(step=whole, params=params, opt_state=jax.tree_util.tree_map_with_path(place, opt_state))
+    placed = jax.tree_util.tree_map_with_path(place, opt_state)
+    return TrainState(step=whole, params=params, opt_state=placed, bad_steps=whole, bad_in_a_row=whole)
 
 
 def find_weights(config: Config) -> Checkpoint:

@@ -86,6 +86,9 @@ def make_train_step(
     The loss is sum(losses * weights) / sum(weights) over the *whole* batch: gradients of sums are added over micro-batches and
     divided once at the end, so that the number of micro-batches does not change the result. Frozen parameters are constants
     of the differentiated function: they have no gradient buffer and no optimizer state.
+
+    A step whose loss or gradient norm is not finite changes neither parameters nor optimizer, and is counted in the state; the
+    batch is consumed all the same.
     """
     loss_fn = make_loss(model, chunk)
 
@@ -101,19 +104,44 @@ def make_train_step(
         gradients, sums = _accumulate(jax.grad(loss_sum, has_aux=True), trainable, batch, accumulation)
         total = jnp.maximum(sums.weight, 1.0)
         gradients = jax.tree.map(lambda g: g / total, gradients)
+        loss, norm = sums.loss / total, optax.tree.norm(gradients)
+        good = jnp.isfinite(loss) & jnp.isfinite(norm)
+        factor = schedule(state.step - state.bad_steps)  # the optimizer counts its updates, not the batches
         updates, opt_state = optimizer.update(gradients, state.opt_state, trainable)
         updated: Any = optax.apply_updates(trainable, updates)
-        params = unflatten({**frozen, **updated})
+        # A choice per element, which XLA fuses into the update: a branch would hold both states.
+        updated, opt_state = jax.tree.map(
+            lambda new, old: jnp.where(good, new, old), (updated, opt_state), (trainable, state.opt_state)
+        )
+        bad = (~good).astype(jnp.int32)
+        state = TrainState(
+            step=state.step + 1,
+            params=unflatten({**frozen, **updated}),
+            opt_state=opt_state,
+            bad_steps=state.bad_steps + bad,
+            bad_in_a_row=(state.bad_in_a_row + bad) * bad,
+        )
         metrics = {
-            "loss": sums.loss / total,
+            "loss": loss,
             "token_accuracy": sums.correct / total,
-            "grad_norm": optax.tree.norm(gradients),
-            "lr_factor": schedule(state.step),
+            "grad_norm": norm,
+            "lr_factor": factor,
             "supervised_tokens": sums.weight,
+            "padding": jnp.mean(batch.segment_ids == 0),
+            "segment_squares": _segment_squares(batch),
+            "good": good,
+            "bad_steps": state.bad_steps,
+            "bad_in_a_row": state.bad_in_a_row,
         }
-        return TrainState(step=state.step + 1, params=params, opt_state=opt_state), metrics
+        return state, metrics
 
     return train_step
+
+
+def _segment_squares(batch: Batch) -> Float[Array, ""]:
+    """Sum of the squared lengths of all segments: twice the pairs that causal attention looks at."""
+    segments = jax.nn.one_hot(batch.segment_ids, batch.example_id.shape[1] + 1, dtype=jnp.float32)
+    return jnp.square(segments.sum(axis=1)[:, 1:]).sum()
 
 
 def _accumulate(grad_fn: Callable, trainable: PyTree, batch: Batch, parts: int) -> tuple[PyTree, LossSums]:

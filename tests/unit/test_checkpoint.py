@@ -8,16 +8,18 @@ import jax.numpy as jnp
 import optax
 import pytest
 
-from deepstack_jax.config import Config, to_dict
+from deepstack_jax.config import Config, TrainConfig, to_dict
 from deepstack_jax.data.encode import BadExample
 from deepstack_jax.training.checkpoint import CheckpointError, Checkpoints, check_same_run
 from deepstack_jax.training.metrics import MetricsLog, Quarantine, QuarantineError, read_metrics
+from deepstack_jax.training.state import new_state
 from deepstack_jax.types import TrainState
 
 
 def state_at(step: int) -> TrainState:
     params = {"a": {"kernel": jnp.arange(6.0).reshape(2, 3) + step}}
-    return TrainState(step=jnp.asarray(step, jnp.int32), params=params, opt_state=optax.adam(1e-3).init(params))
+    state = new_state(params, {"a/kernel": "default"}, optax.adam(1e-3))
+    return state.replace(step=jnp.asarray(step, jnp.int32))
 
 
 def abstract() -> TrainState:
@@ -27,10 +29,10 @@ def abstract() -> TrainState:
 
 @pytest.fixture
 def saved(tmp_path):
-    checkpoints = Checkpoints(tmp_path, keep=2)
+    checkpoints = Checkpoints(tmp_path, TrainConfig(keep=2))
     for step in (1, 2, 3):
         checkpoints.save(state_at(step), {"next_batch": step}, to_dict(Config()))
-    checkpoints.wait()
+    checkpoints.finish(3)
     yield tmp_path
     checkpoints.close()
 
@@ -45,7 +47,7 @@ def damage(folder):
 
 @pytest.mark.quick
 def test_the_newest_checkpoint_comes_back_to_the_byte_and_old_ones_go(saved):
-    checkpoints = Checkpoints(saved, keep=2)
+    checkpoints = Checkpoints(saved, TrainConfig(keep=2))
     state, data = checkpoints.restore(abstract())
     chex.assert_trees_all_equal(state, state_at(3))
     assert data == {"next_batch": 3}
@@ -54,21 +56,21 @@ def test_the_newest_checkpoint_comes_back_to_the_byte_and_old_ones_go(saved):
 
 def test_a_damaged_newest_checkpoint_falls_back_loudly(saved, caplog):
     damage(saved / "checkpoints" / "3")
-    state, data = Checkpoints(saved, keep=2).restore(abstract())
+    state, data = Checkpoints(saved, TrainConfig(keep=2)).restore(abstract())
     chex.assert_trees_all_equal(state, state_at(2))
     assert data == {"next_batch": 2}
-    assert "checkpoint 3 cannot be read" in caplog.text
+    assert "checkpoint 3 is damaged" in caplog.text
 
 
 def test_nothing_starts_anew_over_damaged_checkpoints(saved):
     for step in (2, 3):
         damage(saved / "checkpoints" / str(step))
     with pytest.raises(CheckpointError, match=r"no checkpoint in .* can be read"):
-        Checkpoints(saved, keep=2).restore(abstract())
+        Checkpoints(saved, TrainConfig(keep=2)).restore(abstract())
 
 
 def test_no_checkpoint_is_no_error(tmp_path):
-    assert Checkpoints(tmp_path, keep=1).restore(abstract()) is None
+    assert Checkpoints(tmp_path, TrainConfig(keep=1)).restore(abstract()) is None
 
 
 def test_another_configuration_is_refused_and_listed(tmp_path):
@@ -84,11 +86,12 @@ def test_another_configuration_is_refused_and_listed(tmp_path):
 def test_the_quarantine_counts_each_example_once_and_stops_past_its_share(tmp_path):
     quarantine = Quarantine(tmp_path, max_fraction=0.01, examples=200)
     first, second, third = (BadExample(index, f"id{index}", f"reason {index}") for index in (5, 9, 11))
-    assert quarantine.add((first,), seen=8) == 1
-    assert quarantine.add((first, second), seen=16) == 2
-    assert Quarantine(tmp_path, 0.01, 200).add((second,), seen=8) == 1, "what was mended since does not count again"
+    assert quarantine.add((first,)) == 1
+    assert quarantine.add((first, second)) == 2
+    assert Quarantine(tmp_path, 0.01, 200).add((second,)) == 1, "what was mended since does not count again"
+    quarantine.check(quarantine.add(()), seen=16)
     with pytest.raises(QuarantineError, match=r"3 of 200 .* reason 11"):
-        quarantine.add((third,), seen=24)
+        quarantine.check(quarantine.add((third,)), seen=24)
     lines = [json.loads(line) for line in (tmp_path / "quarantine.jsonl").read_text().splitlines()]
     assert [line["name"] for line in lines] == ["id5", "id9", "id11"]
 

@@ -17,9 +17,8 @@ from deepstack_jax.parallel.distributed import put_batch
 from deepstack_jax.parallel.mesh import check_batch_fits, make_mesh
 from deepstack_jax.parallel.rules import param_shardings, replicated, use_mesh
 from deepstack_jax.training.optimizer import FROZEN, assign_groups, flatten, make_optimizer
-from deepstack_jax.training.state import state_shardings
+from deepstack_jax.training.state import new_state, state_shardings
 from deepstack_jax.training.step import ModelFns, make_loss, make_train_step, token_loss
-from deepstack_jax.types import TrainState
 from tests.unit.tiny import draw_params, example, make_batch, shapes_in, tiny_config
 
 CONFIG = tiny_config(
@@ -72,8 +71,7 @@ def params(boxed):
 
 
 def first_state(params, groups, optimizer):
-    trainable = {path: leaf for path, leaf in flatten(params).items() if groups[path] != FROZEN}
-    return TrainState(jnp.zeros((), jnp.int32), params, jax.jit(optimizer.init)(trainable))
+    return jax.jit(lambda params: new_state(params, groups, optimizer))(params)
 
 
 def step_of(groups, optimizer, accumulation=1, chunk=8):
@@ -131,7 +129,7 @@ def test_only_trainable_parameters_have_a_gradient(params, batch, groups):
         return updates, state
 
     optimizer = optax.GradientTransformation(lambda params: (), spy)
-    state = jax.eval_shape(step_of(groups, optimizer), TrainState(jnp.zeros((), jnp.int32), params, ()), batch)[0]
+    state = jax.eval_shape(step_of(groups, optimizer), new_state(params, groups, optimizer), batch)[0]
     chex.assert_trees_all_equal_shapes_and_dtypes(state.params, params)
     trainable = {path: leaf.shape for path, leaf in flatten(params).items() if groups[path] != FROZEN}
     assert seen["gradients"] == seen["params"] == trainable
@@ -142,7 +140,7 @@ def test_a_frozen_leaf_need_not_be_differentiable(params, batch, groups):
     whole = jax.tree.map(lambda leaf: leaf, params)
     whole["vision_tower"]["positions"] = jnp.round(whole["vision_tower"]["positions"]).astype(jnp.int32)
     step = step_of(groups, optax.sgd(0.1), accumulation=2)
-    state = first_state(whole, groups, optax.sgd(0.1))
+    state = first_state(whole, groups, optax.sgd(0.1)).replace(params=whole)
     chex.assert_trees_all_equal_shapes_and_dtypes(jax.eval_shape(step, state, batch)[0].params, whole)
     with pytest.raises(TypeError, match="int32"):
         jax.eval_shape(jax.grad(lambda params: make_loss(FUNCTIONS, 8)(params, batch).loss), whole)

@@ -1,0 +1,92 @@
+"""Where the time of a run goes, over all its attempts, as lines of journal.jsonl: enough to tell later what was lost.
+
+An attempt is one start of the program on a workdir. Times are written with every log line, so that a kill loses one interval.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+log = logging.getLogger(__name__)
+
+# What an attempt's time is spent on; "step" is what the loop does besides the others.
+KINDS = ("init", "compile", "data", "step", "checkpoint", "evaluation")
+
+
+class Journal:
+    """Counts seconds by kind and appends them to `workdir/journal.jsonl`.
+
+    Args:
+      workdir: an existing folder; None counts and writes nothing, as on all hosts but the first.
+    """
+
+    def __init__(self, workdir: Path | None) -> None:
+        self._path = None if workdir is None else workdir / "journal.jsonl"
+        self._rest = "init"  # what time counts as that nothing else claims
+        self._spent: dict[str, float] = defaultdict(float)
+        self._since = time.perf_counter()
+        self._claimed = 0.0  # seconds since then that a kind has claimed
+
+    def start(self, about: dict[str, Any]) -> None:
+        """Record the beginning of an attempt."""
+        self._append({"event": "start", **about})
+
+    def begin_loop(self, step: int) -> None:
+        """From here on time counts as "step"; what came before is written down with the step that the attempt goes on from."""
+        self._settle_rest()
+        self._rest = "step"
+        self._append({"event": "resume", "step": step})
+
+    @contextmanager
+    def spend(self, kind: str) -> Iterator[None]:
+        """Count the time inside as `kind`."""
+        began, claimed = time.perf_counter(), self._claimed
+        yield
+        inside = time.perf_counter() - began - (self._claimed - claimed)  # less what a kind within has taken
+        self._spent[kind] += inside
+        self._claimed += inside
+
+    def flush(self, step: int) -> dict[str, float]:
+        """Write the seconds by kind since the last time, and return them; `step` is the last step done."""
+        self._settle_rest()
+        spent = {kind: round(seconds, 6) for kind, seconds in self._spent.items()}
+        self._append({"event": "time", "step": step, "seconds": spent})
+        self._spent.clear()
+        return spent
+
+    def stop(self, step: int, why: str) -> None:
+        """Record the end of an attempt that was not killed."""
+        self.flush(step)
+        self._append({"event": "stop", "step": step, "why": why})
+
+    def _settle_rest(self) -> None:
+        now = time.perf_counter()
+        self._spent[self._rest] += now - self._since - self._claimed
+        self._since, self._claimed = now, 0.0
+
+    def _append(self, record: dict[str, Any]) -> None:
+        if self._path is None:
+            return
+        try:
+            with self._path.open("a") as file:
+                file.write(json.dumps({"time": round(time.time(), 3), **record}) + "\n")
+        except OSError as error:  # a full disk must not end a run that can still save
+            log.warning("cannot write to %s: %s", self._path, error.strerror)
+
+
+def read_journal(workdir: Path) -> list[dict[str, Any]]:
+    """All records of a run; a line that a kill or a full disk cut short is left out."""
+    records = []
+    for line in (workdir / "journal.jsonl").read_text().splitlines():
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return records
