@@ -68,10 +68,12 @@ test-quick: $(INSTALLED) ## the part marked `quick`, which CI also runs on the n
 test-all: $(INSTALLED) ## every test
 	$(PYTEST) $(ARGS)
 
-lint: $(INSTALLED) ## ruff (rules and format) and pyright
+lint: $(INSTALLED) ## ruff (rules and format), pyright, and the linters of shell scripts and of the Dockerfile
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m pyright --pythonpath $(RUN)
+	$(VENV)/bin/shellcheck --external-sources launch/*.sh launch/slurm.sbatch
+	$(VENV)/bin/hadolint launch/Dockerfile
 
 format: $(INSTALLED) ## format the code and fix what ruff can fix
 	$(RUN) -m ruff check --fix-only --quiet .

@@ -1,0 +1,264 @@
+#!/usr/bin/env bash
+# Train on one TPU slice through the Cloud TPU API (queued resources and ssh): the quick path, without a cluster.
+# That API is in maintenance and has no chips newer than v6e; for several slices and for long runs see launch/gke.sh.
+#
+#   launch/tpu_vm.sh up --name=stage2-7b --zone=ZONE --topology=v5p:4x4x4 --spot --bucket=BUCKET -- \
+#     --config=configs/llava15.py:finetune --config.data.root=/gcs/data --workdir=/gcs/runs/stage2-7b
+#
+#   up        create, install, run and watch
+#   create    ask for the slice and wait until it is there
+#   install   copy HEAD of this repository to every worker and install it
+#   run       start train on every worker
+#   tail      follow the log of worker 0, or of --worker=N
+#   watch     until the run is done; after a preemption make the slice anew and go on from the last checkpoint
+#   status    state of the slice and exit code, or `running`, of every worker
+#   stop      SIGTERM to every worker: the state is saved
+#   delete    give the slice back; it costs until then
+#
+#   --name=NAME  --zone=ZONE  --project=PROJECT (gcloud's own otherwise)
+#   --topology=v5p:4x4x4     slice, as `plan` writes it
+#   --on-demand              create at once or fail, instead of waiting in the queue
+#   --spot                   cheaper, and taken away at any time
+#   --bucket=BUCKET          mounted at /gcs on every worker; data and workdir must be there, since a slice loses its disks
+#   --runtime-version=V      of the VM image; by default the one of the generation
+#   --max-restarts=20        how often `watch` goes on after preemptions
+#   --poll=30                seconds between two looks at the slice
+#   --dry-run                print the commands
+# Everything after -- goes to python -m deepstack_jax.train. `watch` and `up` exit with train's code; Ctrl-C leaves the run going.
+set -euo pipefail
+# shellcheck source=launch/lib.sh
+source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
+
+REPOSITORY=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+readonly VERBS="up create install run tail watch status stop delete" WORKER_SCRIPT="bash deepstack_jax/launch/worker.sh"
+readonly MAX_FAILED_CALLS=5 # of gcloud in a row before `watch` gives up
+NAME="" ZONE="" PROJECT="" SHAPE="" BUCKET="" RUNTIME_VERSION="" QUEUED=true SPOT=false WORKER=0 MAX_RESTARTS=20 POLL=30
+TRAIN=()
+
+parse_arguments() {
+  while (($#)); do
+    case $1 in
+      --name=*) NAME=${1#*=} ;;
+      --zone=*) ZONE=${1#*=} ;;
+      --project=*) PROJECT=${1#*=} ;;
+      --topology=*) SHAPE=${1#*=} ;;
+      --bucket=*) BUCKET=${1#*=} ;;
+      --runtime-version=*) RUNTIME_VERSION=${1#*=} ;;
+      --on-demand) QUEUED=false ;;
+      --spot) SPOT=true ;;
+      --worker=*) WORKER=${1#*=} ;;
+      --max-restarts=*) MAX_RESTARTS=${1#*=} ;;
+      --poll=*) POLL=${1#*=} ;;
+      --dry-run) DRY_RUN=true ;;
+      --)
+        shift
+        TRAIN=("$@")
+        return
+        ;;
+      *) die "unknown argument $1; launch/tpu_vm.sh --help lists them" ;;
+    esac
+    shift
+  done
+}
+
+check_arguments() {
+  need_flag name "$NAME" stage2-7b
+  check_name "$NAME"
+  need_flag zone "$ZONE" us-east5-a
+  [[ $WORKER =~ ^([0-9]+|all)$ ]] || die "--worker=$WORKER: expected a number or all"
+  check_count max-restarts "$MAX_RESTARTS"
+  [[ $POLL =~ ^[0-9]+(\.[0-9]+)?$ ]] || die "--poll=$POLL: expected seconds, e.g. --poll=30"
+  if [[ $1 == create || $1 == up || $1 == watch ]]; then
+    need_flag topology "$SHAPE" v5p:4x4x4
+    parse_topology "$SHAPE"
+    local compact
+    compact=$(compact_topology)
+    [[ $compact == "$TOPOLOGY" ]] || die "--topology=$SHAPE: the Cloud TPU API makes $TYPE as $compact; take that, or launch/gke.sh"
+  fi
+  if [[ $1 == run || $1 == up || $1 == watch ]]; then
+    check_train_arguments "${TRAIN[@]}"
+  fi
+  need_tool gcloud "install it from https://cloud.google.com/sdk/docs/install"
+}
+
+# tpu COMMAND...: gcloud compute tpus COMMAND... in the zone and project of this slice.
+tpu() {
+  run gcloud compute tpus "$@" --zone="$ZONE" ${PROJECT:+"--project=$PROJECT"} --quiet
+}
+
+on_all() {
+  tpu tpu-vm ssh "$NAME" --worker=all --command="$1"
+}
+
+create() {
+  local options=(--accelerator-type="$TYPE")
+  $SPOT && options+=(--spot)
+  if $QUEUED; then
+    tpu queued-resources create "$NAME" --node-id="$NAME" --runtime-version="${RUNTIME_VERSION:-$RUNTIME}" "${options[@]}"
+  else
+    tpu tpu-vm create "$NAME" --version="${RUNTIME_VERSION:-$RUNTIME}" "${options[@]}"
+  fi
+  $DRY_RUN || wait_until_ready
+}
+
+wait_until_ready() {
+  local condition
+  while true; do
+    condition=$(slice_condition)
+    case $condition in
+      ready) return ;;
+      waiting) echo "$(date +%T) $NAME waits for its chips" ;;
+      *) die "$NAME did not come up ($condition); launch/tpu_vm.sh status shows why, delete gives it back" ;;
+    esac
+    sleep "$POLL"
+  done
+}
+
+# What gcloud says of the queue entry and the node, in one word: waiting, ready, preempted, missing, unknown (gcloud failed).
+slice_condition() {
+  local queue=ACTIVE node
+  if $QUEUED; then
+    queue=$(state queued-resources "state.state")
+  fi
+  case $queue in
+    ACTIVE) ;;
+    ACCEPTED | CREATING | PROVISIONING | WAITING_FOR_RESOURCES | DELETING) echo waiting && return ;;
+    SUSPENDING | SUSPENDED) echo preempted && return ;;
+    *) echo "${queue,,}" && return ;;
+  esac
+  node=$(state tpu-vm "state")
+  case $node in
+    READY) echo ready ;;
+    PREEMPTED | TERMINATED | STOPPED) echo preempted ;;
+    MISSING | UNKNOWN) echo "${node,,}" ;;
+    *) echo waiting ;;
+  esac
+}
+
+# A call that fails for want of a network must not look like a slice that is gone.
+state() {
+  local answer
+  if answer=$(tpu "$1" describe "$NAME" --format="value($2)" 2>&1); then
+    tail -n 1 <<<"$answer"
+  elif [[ $answer == *NOT_FOUND* || $answer == *"not found"* ]]; then
+    echo MISSING
+  else
+    echo UNKNOWN
+  fi
+}
+
+install() {
+  local archive
+  archive=$(mktemp --suffix=.tar.gz)
+  [[ -z $(git -C "$REPOSITORY" status --porcelain 2>/dev/null) ]] || echo "warning: changes that are not committed are not installed" >&2
+  run git -C "$REPOSITORY" archive --prefix=deepstack_jax/ --output="$archive" HEAD
+  tpu tpu-vm scp "$archive" "$NAME:deepstack_jax.tar.gz" --worker=all
+  rm -f "$archive"
+  on_all "rm -rf deepstack_jax && tar xzf deepstack_jax.tar.gz && $WORKER_SCRIPT install ${BUCKET:+"--bucket=$BUCKET"}"
+}
+
+run_train() {
+  on_all "$WORKER_SCRIPT start -- $(quoted "${TRAIN[@]}")"
+}
+
+delete() {
+  if $QUEUED; then
+    tpu queued-resources delete "$NAME" --force
+  else
+    tpu tpu-vm delete "$NAME"
+  fi
+}
+
+status() {
+  if $QUEUED; then
+    tpu queued-resources describe "$NAME" --format="value(state)"
+  fi
+  tpu tpu-vm describe "$NAME" --format="value(state,health)"
+  on_all "$WORKER_SCRIPT status"
+}
+
+# What the workers say, in one word: running, done, stopped (by hand), again (all ended, at least one by SIGTERM or lost),
+# failed:CODE, unknown (gcloud failed).
+run_condition() {
+  local answer code ended="done"
+  answer=$(on_all "$WORKER_SCRIPT status" 2>/dev/null) || { echo unknown && return; }
+  answer=$(grep -o 'exit=[a-z0-9]*' <<<"$answer" | cut -d= -f2) || { echo unknown && return; }
+  for code in $answer; do
+    [[ $code =~ ^(0|running|stopped|lost|none|$EXIT_PREEMPTED)$ ]] || { echo "failed:$code" && return; }
+  done
+  for code in $answer; do
+    case $code in
+      running) echo running && return ;;
+      stopped) ended=stopped ;;
+      0) ;;
+      *) [[ $ended == stopped ]] || ended=again ;;
+    esac
+  done
+  echo "$ended"
+}
+
+watch() {
+  local failed_calls=0 restarts=0 condition
+  while true; do
+    condition=$(slice_condition)
+    [[ $condition == ready ]] && condition=$(run_condition)
+    if [[ $condition == unknown ]]; then
+      ((++failed_calls < MAX_FAILED_CALLS)) || die "gcloud failed $failed_calls times in a row; the run may go on: launch/tpu_vm.sh status"
+    else
+      failed_calls=0
+    fi
+    case $condition in
+      done) echo "$NAME is done; launch/tpu_vm.sh delete gives the slice back" && return ;;
+      stopped) echo "$NAME was stopped by hand; launch/tpu_vm.sh run goes on, delete gives the slice back" && exit "$EXIT_PREEMPTED" ;;
+      again | preempted | missing)
+        ((++restarts <= MAX_RESTARTS)) || die "$NAME was stopped more than $MAX_RESTARTS times; --max-restarts allows more"
+        go_on "$condition" "$restarts"
+        ;;
+      failed:*)
+        echo "error: train failed on $NAME with code ${condition#*:}; launch/tpu_vm.sh tail shows why" >&2
+        on_all "$WORKER_SCRIPT stop"
+        exit "${condition#*:}"
+        ;;
+      failed) die "the queue entry of $NAME failed; launch/tpu_vm.sh status shows why" ;;
+    esac
+    sleep "$POLL"
+  done
+}
+
+# go_on CONDITION RESTART: start again, on a new slice where the old one is gone; train resumes from its workdir.
+go_on() {
+  echo "$(date +%T) $NAME: $1; restart $2 of $MAX_RESTARTS"
+  if [[ $1 != again ]]; then
+    [[ $1 == missing ]] || delete
+    create
+    install
+  fi
+  run_train
+}
+
+main() {
+  local verb=${1:-}
+  if [[ $# == 0 || " $* " == *" --help "* ]]; then
+    usage "${BASH_SOURCE[0]}"
+    exit 0
+  fi
+  [[ " $VERBS " == *" $verb "* ]] || die "unknown verb '$verb'; valid: $VERBS"
+  shift
+  parse_arguments "$@"
+  check_arguments "$verb"
+  case $verb in
+    up)
+      create
+      install
+      run_train
+      $DRY_RUN || watch
+      ;;
+    run) run_train ;;
+    tail) tpu tpu-vm ssh "$NAME" --worker="$WORKER" --command="tail -n 100 -F run/log" ;;
+    watch) if $DRY_RUN; then status; else watch; fi ;;
+    stop) on_all "$WORKER_SCRIPT stop" ;;
+    *) "$verb" ;;
+  esac
+}
+
+main "$@"

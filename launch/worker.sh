@@ -1,0 +1,107 @@
+#!/usr/bin/env bash
+# What launch/tpu_vm.sh runs on every worker of a slice; of no use anywhere else.
+#
+#   launch/worker.sh install [--bucket=BUCKET]   Python 3.12, the package with its TPU extra in ~/venv, the bucket at /gcs
+#   launch/worker.sh start -- TRAIN ARGUMENTS    in the background; ~/run holds its log, process id and exit code
+#   launch/worker.sh status                      running, stopped (by `stop`), lost (gone without an exit code), none, or the exit code
+#   launch/worker.sh stop                        SIGTERM: the state is saved
+#   --dry-run after the verb prints the commands
+set -euo pipefail
+# shellcheck source=launch/lib.sh
+source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
+
+REPOSITORY=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+readonly RUN=$HOME/run MOUNT=/gcs UV=$HOME/.local/bin/uv KEY=/usr/share/keyrings/cloud.google.asc
+
+install_package() {
+  # The system's Python is older than the package asks for.
+  if [[ ! -x $UV ]]; then
+    run bash -c "curl -LsSf https://astral.sh/uv/install.sh | sh"
+  fi
+  run "$UV" venv --quiet --clear --python=3.12 "$HOME/venv"
+  run "$UV" pip install --quiet --python="$HOME/venv/bin/python" "${REPOSITORY}[tpu]"
+}
+
+mount_bucket() {
+  mountpoint -q "$MOUNT" && return
+  if ! command -v gcsfuse >/dev/null; then
+    local line
+    line="deb [signed-by=$KEY] https://packages.cloud.google.com/apt gcsfuse-$(lsb_release -cs) main"
+    run sudo bash -c "curl -fsSL https://packages.cloud.google.com/apt/doc/apt-key.gpg > $KEY"
+    run sudo bash -c "echo '$line' > /etc/apt/sources.list.d/gcsfuse.list"
+    run sudo bash -c "apt-get update -qq && apt-get install -qq gcsfuse"
+  fi
+  run sudo mkdir -p "$MOUNT"
+  run sudo gcsfuse --implicit-dirs -o allow_other "$1" "$MOUNT"
+}
+
+# The shell around `train` outlives the SIGTERM that its whole group gets, to write the exit code down.
+start() {
+  local cache=${JAX_COMPILATION_CACHE_DIR:-$HOME/.cache/jax} script
+  mountpoint -q "$MOUNT" && cache=$MOUNT/cache/jax
+  [[ $(status) != running ]] || die "a run goes on already on $(hostname); launch/tpu_vm.sh stop ends it"
+  script="cd $(quoted "$REPOSITORY"); trap : TERM; echo \$\$ > $RUN/pid"
+  script+="; $(quoted env PYTHONUNBUFFERED=1 "JAX_COMPILATION_CACHE_DIR=$cache" "$HOME/venv/bin/python" -m deepstack_jax.train "$@")"
+  script+="; echo \$? > $RUN/exit"
+  if $DRY_RUN; then
+    quoted setsid bash -c "$script"
+    return
+  fi
+  mkdir -p "$RUN"
+  rm -f "$RUN/exit" "$RUN/pid" "$RUN/stopped"
+  setsid bash -c "$script" >>"$RUN/log" 2>&1 </dev/null &
+  until [[ -s $RUN/pid ]]; do sleep 0.05; done
+}
+
+status() {
+  if [[ -s $RUN/exit && $(<"$RUN/exit") == "$EXIT_PREEMPTED" && -e $RUN/stopped ]]; then
+    echo stopped
+  elif [[ -s $RUN/exit ]]; then
+    cat "$RUN/exit"
+  elif [[ ! -s $RUN/pid ]]; then
+    echo none
+  elif kill -0 "$(<"$RUN/pid")" 2>/dev/null; then
+    echo running
+  else
+    echo lost
+  fi
+}
+
+stop() {
+  [[ $(status) == running ]] || return 0
+  run touch "$RUN/stopped"
+  run kill -TERM -- "-$(<"$RUN/pid")"
+}
+
+main() {
+  local verb=${1:-} bucket=""
+  if [[ $# == 0 || " $* " == *" --help "* ]]; then
+    usage "${BASH_SOURCE[0]}"
+    exit 0
+  fi
+  shift
+  while (($#)); do
+    case $1 in
+      --bucket=*) bucket=${1#*=} ;;
+      --dry-run) DRY_RUN=true ;;
+      --)
+        shift
+        break
+        ;;
+      *) die "unknown argument $1; launch/worker.sh --help lists them" ;;
+    esac
+    shift
+  done
+  case $verb in
+    install)
+      install_package
+      [[ -z $bucket ]] || mount_bucket "$bucket"
+      ;;
+    start) start "$@" ;;
+    status) echo "exit=$(status)" ;;
+    stop) stop ;;
+    *) die "unknown verb '$verb'; valid: install start status stop" ;;
+  esac
+}
+
+main "$@"

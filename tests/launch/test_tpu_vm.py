@@ -1,0 +1,269 @@
+"""tpu_vm.sh against a stub gcloud that records its calls and plays a slice of two workers, where worker.sh really runs."""
+
+import os
+import shutil
+import signal
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.launch.scripts import LAUNCH, SECONDS, TRAIN, Tools, background, wait_for
+
+SLICE = ("--name=a", "--zone=z", "--topology=v5e:4x4", "--poll=0.05")
+WHERE = "--zone=z --quiet"
+
+# A state file each for the queue entry and the node, a home folder for each worker. `queue` lists the answers to come, of which the
+# last stays. `offline` makes every call fail.
+GCLOUD = r"""
+shift 2; group=$1 verb=$2 worker=all command=""
+for word in "$@"; do case $word in --command=*) command=${word#*=} ;; --worker=*) worker=${word#*=} ;; esac; done
+cd "$STATE" || exit 9
+if [ -e offline ]; then echo "ERROR: cannot reach the server" >&2; exit 1; fi
+make_slice() { for i in 0 1; do mkdir -p w$i/.local/bin; cp "$STATE/uv" w$i/.local/bin/uv; done; echo READY > node; }
+gone() { echo "ERROR: NOT_FOUND: a" >&2; exit 1; }
+case "$group $verb" in
+  "queued-resources create") printf 'WAITING_FOR_RESOURCES\nACTIVE\n' > queue; make_slice ;;
+  "tpu-vm create") make_slice ;;
+  "queued-resources describe")
+    [ -e queue ] || gone
+    head -n 1 queue
+    [ "$(wc -l < queue)" = 1 ] || sed -i 1d queue ;;
+  "tpu-vm describe") [ -e node ] || gone; cat node ;;
+  *" delete") rm -rf queue node w0 w1 ;;
+  "tpu-vm scp") for i in 0 1; do cp "$3" "w$i/${4#a:}"; done ;;
+  "tpu-vm ssh")
+    [ "$worker" = all ] && worker="0 1"
+    for i in $worker; do (export HOME=$STATE/w$i; cd "$HOME" && bash -c "$command") || exit; done ;;
+esac
+"""
+UV = r"""#!/bin/bash
+echo "uv $*" >> "$STATE/uv.log"
+if [ "$1" = venv ]; then mkdir -p "${!#}/bin" && cp "$STATE/python" "${!#}/bin/python"; fi
+"""
+# In place of train: worker I does in its N-th run what the I-th word of line N of `plan` says: a code, or `wait` for SIGTERM.
+PYTHON = r"""#!/bin/bash
+number=${HOME: -1}
+echo "$PWD $JAX_COMPILATION_CACHE_DIR $*" >> "$STATE/train.$number"
+trap 'exit 75' TERM
+todo=$(sed -n "$(wc -l < "$STATE/train.$number")p" "$STATE/plan" | cut -d' ' -f$((number + 1)))
+while [ "$todo" = wait ]; do sleep 0.02; done
+exit "$todo"
+"""
+
+
+class Slice:
+    """The stub's state, and tpu_vm.sh in a repository of its own, so that what is committed there is what gets installed."""
+
+    def __init__(self, folder: Path) -> None:
+        self.state, self.tools = folder / "state", Tools(folder)
+        self.state.mkdir()
+        self.tools.add("gcloud", GCLOUD)
+        for name, text in (("uv", UV), ("python", PYTHON)):
+            (self.state / name).write_text(text)
+            (self.state / name).chmod(0o755)
+        self.repository = folder / "repository"
+        shutil.copytree(LAUNCH, self.repository / "launch")
+        identity = ("-c", "user.name=a", "-c", "user.email=a@b", "-c", "commit.gpgsign=false")
+        for command in (("init", "-q"), ("add", "."), (*identity, "commit", "-qm", "all")):
+            subprocess.run(["git", *command], cwd=self.repository, check=True)
+
+    def plan(self, *runs: str) -> None:
+        (self.state / "plan").write_text("".join(f"{line}\n" for line in runs))
+
+    def command(self, verb: str, *options: str) -> list[str]:
+        script = str(self.repository / "launch" / "tpu_vm.sh")
+        return ["bash", script, verb, *SLICE, *options, "--", *TRAIN]
+
+    @property
+    def environment(self) -> dict[str, str]:
+        return self.tools.environment(STATE=str(self.state))
+
+    def run(self, verb: str, *options: str) -> subprocess.CompletedProcess[str]:
+        command = self.command(verb, *options)
+        return subprocess.run(command, capture_output=True, text=True, env=self.environment, timeout=SECONDS, check=False)
+
+    def calls(self) -> list[str]:
+        """Calls that change something, the archive's name and what stands in all of them left out."""
+        archive = [word for call in self.tools.calls() for word in call.split() if word.endswith(".tar.gz") and "/tmp" in word]
+        calls = [call.removeprefix("gcloud compute tpus ").removesuffix(f" {WHERE}") for call in self.tools.calls()]
+        calls = [call for call in calls if " describe " not in call and not call.endswith("worker.sh status")]
+        return [
+            call.replace(name, "ARCHIVE") for call in calls for name in [next((n for n in archive if n in call), "ARCHIVE")]
+        ]
+
+    def runs(self, worker: int) -> list[str]:
+        path = self.state / f"train.{worker}"
+        return path.read_text().splitlines() if path.exists() else []
+
+    def exit_codes(self) -> list[str]:
+        return [path.read_text().strip() for path in sorted(self.state.glob("w?/run/exit"))]
+
+
+@pytest.fixture
+def tpu(tmp_path):
+    made = Slice(tmp_path)
+    yield made
+    for path in made.state.glob("w?/run/pid"):
+        if not path.with_name("exit").exists():
+            subprocess.run(["kill", "-KILL", "--", f"-{path.read_text().strip()}"], stderr=subprocess.DEVNULL, check=False)
+
+
+CREATE = "queued-resources create a --node-id=a --runtime-version=v2-alpha-tpuv5-lite --accelerator-type=v5litepod-16"
+COPY = "tpu-vm scp ARCHIVE a:deepstack_jax.tar.gz --worker=all"
+INSTALL = (
+    "tpu-vm ssh a --worker=all --command=rm -rf deepstack_jax && tar xzf deepstack_jax.tar.gz && "
+    "bash deepstack_jax/launch/worker.sh install "
+)
+START = f"tpu-vm ssh a --worker=all --command=bash deepstack_jax/launch/worker.sh start -- {' '.join(TRAIN)}"
+DELETE = "queued-resources delete a --force"
+
+
+def test_up_waits_installs_runs_and_ends_with_the_run(tpu):
+    tpu.plan("0 0")
+    done = tpu.run("up")
+    assert done.returncode == 0, done.stderr
+    assert tpu.calls() == [CREATE, COPY, INSTALL, START]
+    assert "a waits for its chips" in done.stdout
+    assert "a is done" in done.stdout
+    for worker in (0, 1):
+        home = tpu.state / f"w{worker}"
+        assert tpu.runs(worker) == [f"{home}/deepstack_jax {home}/.cache/jax -m deepstack_jax.train {' '.join(TRAIN)}"]
+        assert (
+            f"pip install --quiet --python={home}/venv/bin/python {home}/deepstack_jax[tpu]"
+            in (tpu.state / "uv.log").read_text()
+        )
+    assert tpu.exit_codes() == ["0", "0"]
+
+
+def test_a_preempted_slice_is_made_anew_and_the_run_goes_on(tpu):
+    tpu.plan("wait wait", "0 0")
+    with background(tpu.command("up"), tpu.environment) as process:
+        wait_for(lambda: tpu.runs(0) and tpu.runs(1), "both workers")
+        pids = [path.read_text().strip() for path in tpu.state.glob("w?/run/pid")]
+        for pid in pids:
+            os.killpg(int(pid), signal.SIGKILL)
+        (tpu.state / "node").write_text("PREEMPTED\n")
+        (tpu.state / "queue").write_text("SUSPENDED\n")
+        assert process.wait(timeout=SECONDS) == 0
+        assert "a: preempted; restart 1 of 20" in process.stdout.read()
+    assert tpu.calls() == [CREATE, COPY, INSTALL, START, DELETE, CREATE, COPY, INSTALL, START]
+    assert len(pids) == len(tpu.runs(0)) == len(tpu.runs(1)) == 2
+    assert len(set(tpu.runs(0))) == 1  # the very same command: train resumes from its workdir
+
+
+def test_a_slice_that_is_gone_is_made_anew(tpu):
+    tpu.plan("0 0")
+    assert tpu.run("watch").returncode == 0
+    assert tpu.calls() == [CREATE, COPY, INSTALL, START]
+
+
+def test_exit_code_75_starts_again_on_the_same_slice(tpu):
+    tpu.plan("75 75", "75 0", "0 0")
+    done = tpu.run("up")
+    assert done.returncode == 0, done.stderr
+    assert tpu.calls() == [CREATE, COPY, INSTALL, START, START, START]
+    assert "a: again; restart 2 of 20" in done.stdout
+
+
+def test_restarts_are_bounded(tpu):
+    tpu.plan("75 75", "75 75", "75 75")
+    done = tpu.run("up", "--max-restarts=2")
+    assert done.returncode == 1
+    assert "error: a was stopped more than 2 times; --max-restarts allows more" in done.stderr
+
+
+def test_a_failure_stops_the_other_workers_and_is_the_exit_code(tpu):
+    tpu.plan("wait 3")
+    done = tpu.run("up")
+    assert done.returncode == 3
+    assert "error: train failed on a with code 3; launch/tpu_vm.sh tail shows why" in done.stderr
+    assert tpu.calls()[-1].endswith("worker.sh stop")
+    wait_for(lambda: tpu.exit_codes() == ["75", "3"], "worker 0 to save")
+
+
+def test_stop_saves_and_is_no_preemption(tpu):
+    tpu.plan("wait wait")
+    with background(tpu.command("up"), tpu.environment) as process:
+        wait_for(lambda: tpu.runs(0) and tpu.runs(1), "both workers")
+        assert tpu.run("stop").returncode == 0
+        assert process.wait(timeout=SECONDS) == 75
+        assert "a was stopped by hand" in process.stdout.read()
+    assert tpu.exit_codes() == ["75", "75"]
+    assert len(tpu.runs(0)) == 1
+
+
+def test_a_vanished_process_is_started_again(tpu):
+    tpu.plan("wait wait", "0 0")
+    with background(tpu.command("up"), tpu.environment) as process:
+        wait_for(lambda: tpu.runs(0) and tpu.runs(1), "both workers")
+        for path in tpu.state.glob("w?/run/pid"):
+            os.killpg(int(path.read_text()), signal.SIGKILL)
+        assert process.wait(timeout=SECONDS) == 0
+
+
+def test_two_runs_at_once_are_refused(tpu):
+    tpu.plan("wait wait")
+    assert [tpu.run(verb).returncode for verb in ("create", "install", "run")] == [0, 0, 0]
+    again = tpu.run("run")
+    assert again.returncode == 1
+    assert "a run goes on already on" in again.stderr
+    assert "exit=running\nexit=running\n" in tpu.run("status").stdout
+    assert tpu.run("stop").returncode == 0
+
+
+def test_without_a_network_nothing_is_deleted(tpu):
+    (tpu.state / "offline").touch()
+    done = tpu.run("watch")
+    assert done.returncode == 1
+    assert "gcloud failed 5 times in a row; the run may go on" in done.stderr
+    assert tpu.calls() == []
+
+
+def test_on_demand_spot_project_and_version(tpu):
+    tpu.plan("0 0")
+    assert tpu.run("create", "--on-demand", "--spot", "--topology=v6e:2x4", "--runtime-version=v9").returncode == 0
+    assert tpu.run("delete", "--on-demand", "--project=p").returncode == 0
+    create, delete = tpu.tools.calls()[0], tpu.tools.calls()[-1]
+    assert create == f"gcloud compute tpus tpu-vm create a --version=v9 --accelerator-type=v6e-8 --spot {WHERE}"
+    assert delete == "gcloud compute tpus tpu-vm delete a --zone=z --project=p --quiet"
+
+
+def test_a_queue_entry_that_fails_is_said(tpu):
+    tpu.plan("0 0")
+    (tpu.state / "queue").write_text("FAILED\n")
+    done = tpu.run("watch")
+    assert done.returncode == 1
+    assert "the queue entry of a failed; launch/tpu_vm.sh status shows why" in done.stderr
+
+
+def test_tail_follows_one_worker(tpu):
+    assert tpu.run("tail", "--worker=1", "--dry-run").stdout == (
+        f"gcloud compute tpus tpu-vm ssh a --worker=1 '--command=tail -n 100 -F run/log' {WHERE}\n"
+    )
+
+
+def test_changes_that_are_not_committed_are_told(tpu):
+    (tpu.repository / "new.py").touch()
+    assert "warning: changes that are not committed are not installed" in tpu.run("install", "--dry-run").stderr
+
+
+@pytest.mark.parametrize(("topology", "kind"), [("v5p:4x4x4", "v5p-128"), ("v5p:2x2x1", "v5p-8"), ("v5p:4x8x12", "v5p-768")])
+def test_v5p_is_counted_in_tensorcores(tpu, topology, kind):
+    done = tpu.run("create", f"--topology={topology}", "--dry-run")
+    assert f"--runtime-version=v2-alpha-tpuv5 --accelerator-type={kind} " in done.stdout
+
+
+def test_worker_mounts_the_bucket_once(tpu):
+    for name, body in (("mountpoint", "exit 1"), ("sudo", ""), ("gcsfuse", "")):
+        tpu.tools.add(name, body)
+    command = ["bash", str(LAUNCH / "worker.sh"), "install", "--bucket=b"]
+    home = tpu.state / "home"
+    (home / ".local" / "bin").mkdir(parents=True)
+    shutil.copy(tpu.state / "uv", home / ".local" / "bin" / "uv")
+    subprocess.run(command, env=tpu.environment | {"HOME": str(home)}, check=True)
+    assert tpu.tools.calls()[-2:] == ["sudo mkdir -p /gcs", "sudo gcsfuse --implicit-dirs -o allow_other b /gcs"]
+    tpu.tools.add("mountpoint", "exit 0")
+    before = len(tpu.tools.calls())
+    subprocess.run(command, env=tpu.environment | {"HOME": str(home)}, check=True)
+    assert tpu.tools.calls()[before:] == ["mountpoint -q /gcs"]
