@@ -1,6 +1,7 @@
 """The batch script's body, with a stub srun that starts real local processes as SLURM does: one per GPU."""
 
 import json
+import os
 import re
 import signal
 import sys
@@ -142,14 +143,18 @@ def test_jax_finds_its_processes_by_itself(tools):
     program.parent.mkdir()
     (program.parent / "__init__.py").touch()
     program.write_text(
-        "import jax\n"
+        "import jax, os\n"
         "jax.distributed.initialize()\n"
-        "print('seen', jax.process_index(), jax.process_count(), len(jax.devices()), len(jax.local_devices()), flush=True)\n"
+        "seen = jax.process_index(), jax.process_count(), len(jax.devices()), len(jax.local_devices())\n"
+        "os.write(1, f'seen {seen}\\n'.encode())\n"  # in one piece: both write to one pipe
     )
     options = (f"--python={sys.executable}", "--", *TRAIN)
-    done = run("slurm.sbatch", *options, tools=tools, folder=tools.bin.parent, **variables(tools, JAX_PLATFORMS="cpu"))
+    environment = variables(
+        tools, JAX_PLATFORMS="cpu", SLURM_JOB_ID=str(os.getpid())
+    )  # jax takes the port from the job's number
+    done = run("slurm.sbatch", *options, tools=tools, folder=tools.bin.parent, **environment)
     assert done.returncode == 0, done.stderr
-    assert sorted(re.findall(r"seen .*", done.stdout)) == ["seen 0 2 2 1", "seen 1 2 2 1"]
+    assert sorted(re.findall(r"seen .*", done.stdout)) == ["seen (0, 2, 2, 1)", "seen (1, 2, 2, 1)"]
 
 
 def test_the_options_of_the_job():

@@ -13,7 +13,7 @@ from tests.launch.scripts import LAUNCH, SECONDS, TRAIN, Tools, background, wait
 SLICE = ("--name=a", "--zone=z", "--topology=v5e:4x4", "--poll=0.05")
 WHERE = "--zone=z --quiet"
 
-# A state file each for the queue entry and the node, a home folder for each worker. `queue` lists the answers to come, of which the
+# A state file each for the queue entry and the node, a home folder for each worker. `queue` lists the answers to come; the
 # last stays. `offline` makes every call fail.
 GCLOUD = r"""
 shift 2; group=$1 verb=$2 worker=all command=""
