@@ -60,6 +60,8 @@ def background(command: list[str], environment: dict[str, str]) -> Iterator[subp
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
+        if process.stdout:
+            process.stdout.close()
 
 
 def wait_for(condition: Callable[[], object], what: str) -> None:

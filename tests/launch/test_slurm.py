@@ -77,7 +77,7 @@ def test_one_task_per_gpu_with_what_jax_looks_for(tools):
     assert [task["arguments"] for task in tasks] == [["-m", "deepstack_jax.train", *TRAIN]] * 2
     assert [task["environment"]["SLURM_LOCALID"] for task in tasks] == ["0", "1"]
     (call,) = tools.calls()
-    assert call.startswith("srun --gpu-bind=none --cpus-per-task=3 --kill-on-bad-exit=0 --wait=60 --label task -m")
+    assert call.startswith("srun --gpu-bind=none --cpus-per-task=3 --kill-on-bad-exit=0 --wait=120 --label task -m")
 
 
 def test_results_can_be_repeated_and_the_choice_of_kernels_is_kept(tools):
