@@ -92,7 +92,8 @@ def run(main: Callable[[], int], errors: tuple[type[Exception], ...], usage: str
 
     Anything else is a defect of this package and keeps its traceback.
     """
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", stream=sys.stderr)
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", stream=sys.stderr, force=True)
+    logging.getLogger().handlers[0].addFilter(_is_for_the_user)
     warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
     if any(arg in ("--help", "-h", "-help") for arg in sys.argv[1:]):
         print(usage.strip())
@@ -106,6 +107,11 @@ def run(main: Callable[[], int], errors: tuple[type[Exception], ...], usage: str
         print("stopped", file=sys.stderr)
         code = EXIT_INTERRUPTED
     sys.exit(code)
+
+
+def _is_for_the_user(record: logging.LogRecord) -> bool:
+    """Orbax logs every failure several times, with tracebacks; what fails in it is said by us, once."""
+    return "/orbax/" not in record.pathname and record.name != "asyncio"
 
 
 def _parse_flags() -> None:

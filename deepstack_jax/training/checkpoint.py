@@ -310,4 +310,6 @@ def check_same_run(config: Config, workdir: Path) -> list[str]:
 
 
 def _reason(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:300]
+    """In one line; of a long chain of causes the beginning and the end, where the first cause stands."""
+    text = (str(error).splitlines() or [type(error).__name__])[0]
+    return text if len(text) <= 300 else f"{text[:120]} ... {text[-160:]}"

@@ -190,6 +190,8 @@ class Records:
           NotFiniteError: too many in a row.
         """
         run, limit = self._run, self._run.config.train.max_bad_steps
+        if not all(numbers["good"] for _, numbers in fetched):
+            run.checkpoints.settle()  # so that a bundle names the newest
         for step, numbers in fetched:
             if numbers["good"]:
                 continue

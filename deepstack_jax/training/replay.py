@@ -71,13 +71,15 @@ class Findings(NamedTuple):
 
     Attributes:
       losses: mean loss of every row of the batch; a row is one example, or a pack of several.
-      parameters: names of the trainable parameters whose gradient is not finite.
-      state: names of the parameters that are not finite themselves.
+      gradients: names of the trainable parameters whose gradient is not finite.
+      parameters: names of the parameters that are not finite themselves.
+      trainable: number of trainable parameters.
     """
 
     losses: list[float]
+    gradients: list[str]
     parameters: list[str]
-    state: list[str]
+    trainable: int
 
 
 def examine(program: Program, state: TrainState, batch: Batch) -> Findings:
@@ -85,7 +87,8 @@ def examine(program: Program, state: TrainState, batch: Batch) -> Findings:
     losses = jax.device_get(jax.jit(_row_losses(program))(state.params, batch))
     bad = jax.device_get(jax.jit(_bad_gradients(program))(state.params, batch))
     unfit = jax.device_get(jax.jit(lambda params: jax.tree.map(_any_bad, flatten(params)))(state.params))
-    return Findings(losses.tolist(), [name for name in bad if bad[name]], [name for name in unfit if unfit[name]])
+    gradients, parameters = ([name for name in names if names[name]] for names in (bad, unfit))
+    return Findings(losses.tolist(), gradients, parameters, len(bad))
 
 
 def _any_bad(array: Array) -> Array:
@@ -136,7 +139,7 @@ def replay(file: Path, program: Program, stream: TrainingStream, checkpoints: Ch
         stream.restore(place)
     else:
         state = first_state(program)
-    console.print(f"step {bundle.step} of {file}, walked to from step {int(state.step)}")
+    console.print(f"step {bundle.step} of {file}, walked to from step {int(state.step)}", soft_wrap=True)
     step = program.jit_step()
     for number in range(int(state.step) + 1, bundle.step):
         state, numbers = step(state, put_batch(program.mesh, next(stream).batch))
@@ -145,7 +148,7 @@ def replay(file: Path, program: Program, stream: TrainingStream, checkpoints: Ch
     batch = put_batch(program.mesh, delivered.batch)
     findings = examine(program, state, batch)
     _, numbers = step(state, batch)
-    console.print(describe(bundle, findings, delivered.batch, numbers))
+    console.print(describe(bundle, findings, delivered.batch, numbers), markup=False, soft_wrap=True)
     return findings
 
 
@@ -157,9 +160,10 @@ def describe(bundle: Bundle, findings: Findings, batch: Batch, numbers: Mapping[
         if not math.isfinite(loss):
             members = [int(index) for index in batch.example_id[row] if index >= 0]
             lines.append(f"row {row}: loss {loss}; rows of the source: {', '.join(map(str, members))}")
-    for what, names in (("gradients", findings.parameters), ("parameters", findings.state)):
+    for what, names in (("gradients", findings.gradients), ("parameters", findings.parameters)):
         if names:
-            lines.append(f"{what} that are not finite: {', '.join(names)}")
+            listed = "all of them" if len(names) == findings.trainable else ", ".join(names)
+            lines.append(f"{what} that are not finite: {listed}")
     if len(lines) == 1:
         lines.append("all of it is finite here: the numbers depend on the machine or its software")
     return "\n".join(lines)
