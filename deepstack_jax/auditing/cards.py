@@ -11,10 +11,11 @@ from PIL import Image
 
 from deepstack_jax.auditing import pictures
 from deepstack_jax.auditing.pictures import Sheet
-from deepstack_jax.auditing.prompt import Piece, prompt_runs
+from deepstack_jax.auditing.prompt import Piece, prompt_runs, special_names
 from deepstack_jax.auditing.seen import Layer, SeenExample, SeenImage, injecting_layers
 from deepstack_jax.auditing.survey import grid_name
 from deepstack_jax.config import Config
+from deepstack_jax.data.conversation import get_template
 from deepstack_jax.data.encode import BadExample
 from deepstack_jax.data.image import open_image
 from deepstack_jax.data.tokenize import Tokenizer
@@ -71,7 +72,7 @@ def make_card(number: int, seen: SeenExample | BadExample, config: Config, token
     """The card of a sample, number `number` of the page."""
     if isinstance(seen, BadExample):
         return SampleCard(number, seen.name, seen.index, reason=seen.reason)
-    runs = tuple(prompt_runs(seen, tokenizer))
+    runs = tuple(prompt_runs(seen, tokenizer, special_names(tokenizer, get_template(config.data.template))))
     length, visual = len(seen.tokens), int((seen.image_of >= 0).sum())
     supervised = int(seen.supervised.sum())
     facts = (
@@ -79,6 +80,7 @@ def make_card(number: int, seen: SeenExample | BadExample, config: Config, token
         Fact("of them text", f"{length - visual:,}"),
         Fact("of them visual", f"{visual:,}"),
         Fact("supervised", f"{supervised:,} ({supervised / length:.1%})"),
+        *([Fact("cut from its end", f"{seen.cut:,} tokens")] if seen.cut else []),
         Fact("crop slots", f"{sum(len(image.pixels) for image in seen.images)} of {config.crop_slots}"),
         Fact("padding alone in its row", f"{seen.row_length - length:,} of {seen.row_length:,}"),
     )

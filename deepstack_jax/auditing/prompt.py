@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import astuple, dataclass
 from itertools import groupby
 
 import numpy as np
 
 from deepstack_jax.auditing.seen import SeenExample
 from deepstack_jax.batch import NEWLINE, ZERO
+from deepstack_jax.data.conversation import Template
 from deepstack_jax.data.tokenize import Tokenizer
 
 _HALF_CHARACTER = "\ufffd"  # how a tokenizer shows bytes that are no character, or not yet
 _CONTEXT = 8  # tokens before a token that tell whether its text starts with a space
+_MARK = re.compile(r"<[^<>\s]+>|\[/?[A-Z_]+\]")  # what a template may write that is a special token: <|end|>, [/INST]
 
 
 @dataclass(frozen=True)
@@ -26,10 +29,22 @@ class Piece:
     hint: str  # position and id
 
 
-def prompt_runs(seen: SeenExample, tokenizer: Tokenizer) -> list[tuple[bool, list[Piece]]]:
+def special_names(tokenizer: Tokenizer, template: Template) -> dict[int, str]:
+    """By id, how special tokens are shown: those of the template as it writes them, the tokenizer's own by their role."""
+    marks = sorted(set(_MARK.findall(" ".join(map(str, astuple(template))))))
+    ids = {mark: tokenizer.encode(mark)[0].tolist() for mark in marks}
+    names = {found[0]: mark for mark, found in ids.items() if len(found) == 1}
+    roles = {tokenizer.pad_id: "PAD", tokenizer.bos_id: "BOS", tokenizer.eos_id: "EOS"}
+    return names | {id: role for id, role in roles.items() if id is not None}
+
+
+def prompt_runs(seen: SeenExample, tokenizer: Tokenizer, names: Mapping[int, str]) -> list[tuple[bool, list[Piece]]]:
     """The whole sequence in order, as runs of (supervised, pieces).
 
     Joined, the texts are what the model reads: they come from the token ids, not from the conversation.
+
+    Args:
+      names: of special tokens (see `special_names`); others are shown by their id.
     """
     pieces: list[Piece] = []
     before: list[int] = []
@@ -40,7 +55,7 @@ def prompt_runs(seen: SeenExample, tokenizer: Tokenizer) -> list[tuple[bool, lis
             pieces.append(_image(seen, image, position, count))
         else:
             span = slice(position, position + count)
-            pieces += _text(seen.tokens[span].tolist(), seen.supervised[span].tolist(), before, position, tokenizer)
+            pieces += _text(seen.tokens[span].tolist(), seen.supervised[span].tolist(), before, position, tokenizer, names)
             before = seen.tokens[span].tolist()[-_CONTEXT:]
         position += count
     return [(supervised, list(run)) for supervised, run in groupby(pieces, key=lambda piece: piece.supervised)]
@@ -76,8 +91,14 @@ def token_texts(ids: Sequence[int], tokenizer: Tokenizer, before: Sequence[int] 
     return found
 
 
-def _text(ids: list[int], supervised: list[bool], before: list[int], position: int, tokenizer: Tokenizer) -> list[Piece]:
-    names = {tokenizer.pad_id: "PAD", tokenizer.bos_id: "BOS", tokenizer.eos_id: "EOS"}
+def _text(
+    ids: list[int],
+    supervised: list[bool],
+    before: list[int],
+    position: int,
+    tokenizer: Tokenizer,
+    names: Mapping[int, str],
+) -> list[Piece]:
     pieces, waiting = [], []
     for here, (id, text, learnt) in enumerate(zip(ids, token_texts(ids, tokenizer, before), supervised, strict=True), position):
         waiting.append(id)

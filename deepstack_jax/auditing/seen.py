@@ -76,6 +76,7 @@ class SeenExample:
       image_of: i64[n] number of the image that a token belongs to, -1 for text.
       images: in the order of the sequence.
       row_length: positions of the row, padding included.
+      cut: tokens at the end of its text that the row had no room for (`config.data.overlong` "cut").
     """
 
     example: Example
@@ -84,6 +85,7 @@ class SeenExample:
     image_of: np.ndarray
     images: tuple[SeenImage, ...]
     row_length: int
+    cut: int
 
 
 def see(source: Source, index: int, config: Config) -> SeenExample | BadExample:
@@ -96,8 +98,9 @@ def see(source: Source, index: int, config: Config) -> SeenExample | BadExample:
         example = source[index]
     except SampleError as error:
         return BadExample(index, error.name, str(error))
+    encoder = Encoder(config)
     try:
-        encoded = Encoder(config)(example)
+        encoded = encoder(example)
     except OverlongError as error:
         return BadExample(index, example.name, f"{error}; the run would stop here")
     if isinstance(encoded, BadExample):
@@ -122,6 +125,7 @@ def see(source: Source, index: int, config: Config) -> SeenExample | BadExample:
         image_of=np.where(visual >= 0, np.searchsorted(visual_ends, visual, side="right"), -1),
         images=tuple(images),
         row_length=batch.tokens.shape[1],
+        cut=encoder.text(example).ids.size - encoded.ids.size,
     )
 
 

@@ -17,7 +17,7 @@ from deepstack_jax.auditing import pictures, survey
 from deepstack_jax.auditing.cards import make_card
 from deepstack_jax.auditing.charts import draw_charts
 from deepstack_jax.auditing.page import layer_chips, method, quarantined, render_page
-from deepstack_jax.auditing.prompt import prompt_runs, token_texts
+from deepstack_jax.auditing.prompt import prompt_runs, special_names, token_texts
 from deepstack_jax.auditing.seen import SeenExample, injecting_layers, see
 from deepstack_jax.batch import NEWLINE
 from deepstack_jax.config import Config, build_config, default_config
@@ -171,7 +171,7 @@ def test_hd_cells_have_a_stack_each_and_the_upsampled_picture_is_put_together_ag
     np.testing.assert_array_equal(sheets["cells, upsampled"].injected.argmax(axis=0), y % 2 * 2 + x % 2)
     newlines = int((found.images[0].tokens == NEWLINE).sum())
     assert newlines == 2 * SIDE
-    runs = prompt_runs(found, ByteTokenizer())
+    runs = prompt_runs(found, ByteTokenizer(), special_names(ByteTokenizer(), get_template("direct")))
     assert f"image 1: {5 * SIDE**2 + newlines} visual tokens, {newlines} newlines among them" in [
         p.text for _, run in runs for p in run
     ]
@@ -218,7 +218,7 @@ def test_prompt_is_the_conversation_and_marks_its_answers():
     found = seen(config, SQUARE)
     template = get_template("v1")
     rendered = render(normalise(TURNS, template), template)
-    runs = prompt_runs(found, ByteTokenizer())
+    runs = prompt_runs(found, ByteTokenizer(), special_names(ByteTokenizer(), template))
     names = {"BOS": "", "EOS": "</s>", f"image 1: {SIDE**2} visual tokens": "<image>"}
     text = "".join(names[piece.text] if piece.kind != "text" else piece.text for _, run in runs for piece in run)
     assert text == rendered.text
@@ -227,6 +227,28 @@ def test_prompt_is_the_conversation_and_marks_its_answers():
     hints = {piece.text: piece.hint for _, run in runs for piece in run}
     assert re.fullmatch(r"positions \d+ to \d+, ids \[\d+, \d+, \d+\]", hints["漢"])  # three bytes make up the character
     assert hints["BOS"] == "position 0, id 1"
+
+
+def test_special_tokens_are_shown_as_the_template_writes_them():
+    folder, template = str(GOLDEN / "tokenizer" / "phi3_rstrip"), get_template("phi3_instruct")
+    config = small_config(data__template="phi3_instruct", data__tokenizer=folder, decoder__vocab_size=600)
+    found = see(Listed([example(0, SQUARE)]), 0, config)
+    assert isinstance(found, SeenExample)
+    tokenizer = load_tokenizer(folder)
+    runs = prompt_runs(found, tokenizer, special_names(tokenizer, template))
+    special = [(piece.text, learnt) for learnt, run in runs for piece in run if piece.kind == "special"]
+    assert [name for name, _ in special] == ["BOS", "<|system|>", "<|end|>", "<|user|>", "<|end|>", "<|assistant|>", "<|end|>"]
+    assert [learnt for _, learnt in special] == [False] * 6 + [True]
+
+
+def test_a_card_says_how_much_was_cut():
+    config = small_config(data__overlong="cut", data__max_length=40)
+    source = Listed([example(0, SQUARE, turns=(TURNS[0], Message("gpt", answer))) for answer in ("x" * 60, "x")])
+    cut, whole = (dict(make_card(1, see(source, row, config), config, ByteTokenizer()).facts) for row in (0, 1))
+    tokens = len(Encoder(config).text(source[0]).ids) - 1 + SIDE**2  # the placeholder is a token of its own
+    assert cut["tokens"] == "40"
+    assert cut["cut from its end"] == f"{tokens - 40} tokens"
+    assert "cut from its end" not in whole
 
 
 def _tokenizers(folder: Path) -> dict[str, Tokenizer]:
@@ -371,6 +393,8 @@ def test_page_marks_what_is_supervised_and_nothing_else(mixed):
     assert "image 2: 16 visual tokens" in page.text
     assert "Say <image>." in page.text  # a word where there is no image
     assert "Text only: no image." in page.text
+    # An end of turn that is learnt must look it: the label of a special token would hide the mark behind it.
+    assert re.search(r"\nmark \.label \{ background: none;", html)
 
 
 def test_page_of_data_that_is_all_bad():
