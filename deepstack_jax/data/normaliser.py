@@ -10,6 +10,7 @@
 import posixpath
 import re
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 from urllib.parse import unquote
 
@@ -43,10 +44,11 @@ def to_example(row: object, index: int, image_root: str) -> Example:
         raise RowError(f"is {_kind(row)}, expected an object with id, image and conversations")
     style = _style(row)
     images = _images(row, image_root)
-    messages = _READERS[style](row[style], len(images))
+    messages = _READERS[style](_turns(row[style]), len(images))
     for number, message in enumerate(messages):
         if _LONE_SURROGATE.search(message.text):
             raise RowError(f"turn {number} holds half a surrogate pair, which no tokenizer can encode; remove that character")
+    _check_order(messages)
     _check_placeholders(messages, len(images))
     info = {key: value for key, value in row.items() if value is not None and key not in ("id", *IMAGE_KEYS, style)}
     return Example(index, row_name(row, index), images, messages, info)
@@ -87,6 +89,15 @@ def _style(row: dict[str, Any]) -> str:
         held = ", ".join(map(str, row)) or "nothing"
         raise RowError(f"has no conversations, messages or texts, but {held}; name the turns by one of these keys")
     return found[0]
+
+
+def _turns(value: object) -> object:
+    """Turns one by one, where `datasets` stored them column by column: {"from": [...], "value": [...]}, its old `Sequence`."""
+    if not isinstance(value, dict) or not all(isinstance(column, list) for column in value.values()):
+        return value
+    if len({len(column) for column in value.values()}) > 1:
+        raise RowError(f"has columns of turns that differ in length ({', '.join(map(str, value))}); write the table again")
+    return [dict(zip(value, turn, strict=True)) for turn in zip(*value.values(), strict=True)]
 
 
 def _image_values(row: dict[str, Any]) -> list[Any]:
@@ -205,6 +216,14 @@ def _system_turn(number: int) -> RowError:
         f"turn {number} is a system prompt, but every template holds its own (data.template); remove the turn, or put its "
         "words into the first question"
     )
+
+
+def _check_order(messages: tuple[Message, ...]) -> None:
+    """Speakers alternate, whatever the template: told here, it is known before a run. Which one may end it, the use decides."""
+    for number, (before, message) in enumerate(pairwise(messages), 1):
+        if message.role == before.role:
+            expected = "human" if message.role == "gpt" else "gpt"
+            raise RowError(f"turn {number}: got {message.role!r}, expected {expected!r}; turns alternate, join or remove one")
 
 
 def _check_placeholders(messages: tuple[Message, ...], images: int) -> None:

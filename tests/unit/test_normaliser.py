@@ -38,6 +38,13 @@ def test_styles_agree(row):
 
 
 @pytest.mark.parametrize("row", [LLAVA, TRL, CAULDRON], ids=["llava", "trl", "cauldron"])
+def test_turns_may_be_stored_column_by_column(row):
+    style = next(key for key in ("conversations", "messages", "texts") if key in row)
+    columns = {key: [turn[key] for turn in row[style]] for key in row[style][0]}
+    assert to_example(row | {style: columns}, 3, ROOT) == to_example(row, 3, ROOT)
+
+
+@pytest.mark.parametrize("row", [LLAVA, TRL, CAULDRON], ids=["llava", "trl", "cauldron"])
 def test_other_keys_are_kept_and_nulls_are_absent(row):
     keys = {"id": None, "data_source": "vqa", "difficulty": 3, "nothing": None, "image": None, "images": None}
     keys |= dict.fromkeys(("conversations", "messages", "texts"))  # a table has every column in every row
@@ -117,6 +124,10 @@ BAD = [
     (LLAVA | {"image": {"bytes": None, "path": None}}, "image holds neither bytes nor a path"),
     (LLAVA | {"image": {"bytes": None, "path": "/their/disk.jpg"}}, "'/their/disk.jpg' leaves the image root"),
     (LLAVA | {"image": [None]}, "image is None, expected a path"),
+    (LLAVA | {"conversations": LLAVA["conversations"][:1] * 2}, "turn 1: got 'human', expected 'gpt'; turns alternate"),
+    (TRL | {"messages": [*TRL["messages"], ANSWER]}, "turn 2: got 'gpt', expected 'human'; turns alternate"),
+    (LLAVA | {"conversations": {"from": ["human"], "value": ["<image>", "x"]}}, "columns of turns that differ in length"),
+    (LLAVA | {"conversations": {"from": "human", "value": "<image>"}}, "has no conversations; expected"),
     (LLAVA | {"image": "https://example.com/x.jpg"}, "is no path under the image root .*; put the image there"),
 ]
 

@@ -251,10 +251,19 @@ def shows(pixels: np.ndarray, source: np.ndarray, patches: int) -> np.ndarray:
     return np.concatenate([np.where(source >= 0, source % patches, source)[:, None], crops], axis=1)
 
 
-@pytest.mark.parametrize("mode", ["deepstack", "hd"])
-def test_packed_equals_unpacked_for_every_example(mode):
-    config = tiny_config(TINY | ({"image.mode": "hd", "data.max_length": 160} if mode == "hd" else {}))
-    alone = tiny_config(TINY | {"data.packing.enabled": False, "data.max_length": config.data.max_length, "image.mode": mode})
+VARIANTS = {
+    "L": {},
+    "V": {"deepstack.into": "vision", "image.grid": "square"},
+    "HD": {"image.mode": "hd", "data.max_length": 160},
+    "pad": {"image.mode": "pad", "deepstack.stack": "none"},
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*maps fall behind the tower layer")
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_packed_equals_unpacked_for_every_example(variant):
+    config = tiny_config(TINY | VARIANTS[variant])
+    alone = tiny_config(TINY | VARIANTS[variant] | {"data.packing.enabled": False})
     source = MadeExamples(30)
     packed, steps = stepper(config, source), 6
     together: dict[int, list[np.ndarray]] = {}
