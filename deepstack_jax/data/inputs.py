@@ -18,10 +18,8 @@ from fsspec.core import url_to_fs
 from deepstack_jax.config import Config
 from deepstack_jax.data import files
 from deepstack_jax.data.file_source import FileSource
-from deepstack_jax.data.mixture import Mixture
+from deepstack_jax.data.mixture import Mixture, row_choice
 from deepstack_jax.data.sources import Source
-
-_SET_KEYS = ("file", "images", "keep_images", "drop_images", "keep_sources")  # that choose rows
 
 
 class Named(NamedTuple):
@@ -43,8 +41,7 @@ def describe_options(config: Config, split: str, source: Source, shard_rows: int
     if data.source == "pages":
         return options | {"config.data.synthetic": asdict(data.synthetic)}
     if isinstance(source, Mixture):
-        chosen = {name: asdict(entry) for name, entry in data.sets.items()}
-        return options | {f"config.data.sets.{name}": {key: chosen[name][key] for key in _SET_KEYS} for name in chosen}
+        return options | {f"config.data.sets.{name}": row_choice(entry) for name, entry in data.sets.items()}
     name = data.train if split == "train" else data.validation
     return options | {f"config.data.{split}": name, "config.data.images": data.images}
 

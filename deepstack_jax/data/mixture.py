@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import compress
-from typing import SupportsIndex
+from typing import Any, SupportsIndex
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -106,6 +106,11 @@ def epoch_order(source: Source, seed: int, shuffle: bool) -> EpochOrder:
     if isinstance(source, Mixture):
         return EpochOrder(source.sizes, source.repeats, seed, shuffle)
     return EpochOrder((len(source),), (1.0,), seed, shuffle)
+
+
+def row_choice(entry: SetConfig) -> dict[str, Any]:
+    """What of a set's config decides which rows it takes; the rest is expectation and description."""
+    return {key: getattr(entry, key) for key in ("file", "images", "keep_images", "drop_images", "keep_sources")}
 
 
 @dataclass(frozen=True)

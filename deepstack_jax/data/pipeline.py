@@ -26,7 +26,7 @@ from deepstack_jax.config_checks import ConfigError
 from deepstack_jax.data import files
 from deepstack_jax.data.encode import BadExample, Encoder, check_end_of_turn
 from deepstack_jax.data.lengths import length_index
-from deepstack_jax.data.mixture import SHUFFLE_ROUNDS, epoch_order
+from deepstack_jax.data.mixture import SHUFFLE_ROUNDS, epoch_order, row_choice
 from deepstack_jax.data.packing import Limits
 from deepstack_jax.data.rows import Cursor, EncodedExample, Size, blank_example, place_example
 from deepstack_jax.data.schedule import PackedSchedule, PaddedSchedule, Schedule
@@ -230,8 +230,8 @@ class TrainingStream(Iterator[Delivered]):
 
     def _fingerprint(self) -> dict[str, Any]:
         data = self.config.data
-        files = (data.train, data.images) if data.train else sorted(data.sets.items())
-        source = data.synthetic if data.source == "pages" else files
+        sets = sorted((name, row_choice(entry), entry.repeat) for name, entry in data.sets.items())
+        source = data.synthetic if data.source == "pages" else (data.train, data.images) if data.train else sets
         digest = hashlib.sha256(json.dumps([data.source, str(source)]).encode()).hexdigest()[:16]
         return {
             "source": digest,

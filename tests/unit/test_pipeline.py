@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import nullcontext
 from functools import lru_cache
 from typing import Any
 
@@ -182,6 +183,22 @@ def test_a_checkpoint_of_another_order_is_refused(change, said):
     ) as caught:
         stream.restore(state)
     assert said in str(caught.value)
+
+
+SETS = {"a": {"file": "a.json", "rows": 30}, "b": {"file": "b.json", "licence": "none"}}
+
+
+@pytest.mark.parametrize(
+    ("entry", "refused"),
+    [({"rows": 31, "exact": False, "paper": 5, "licence": "MIT", "file_from": "x"}, False)]
+    + [(change, True) for change in ({"repeat": 2.0}, {"file": "c.json"}, {"drop_images": ("x/",)}, {"keep_sources": ("v",)})],
+)
+def test_only_what_chooses_rows_ties_a_checkpoint_to_its_sets(entry, refused):
+    """A warning of a wrong count asks to correct `rows`: the run must still go on."""
+    state = TrainingStream(SOURCE, make_config("packed", data__sets=SETS)).state()
+    stream = TrainingStream(SOURCE, make_config("packed", data__sets=SETS | {"a": SETS["a"] | entry}))
+    with pytest.raises(ConfigError, match="'source'") if refused else nullcontext():
+        stream.restore(state)
 
 
 def test_other_data_under_the_same_name_is_refused():
