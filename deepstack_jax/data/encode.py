@@ -23,6 +23,8 @@ from deepstack_jax.data.tokenize import (
 )
 from deepstack_jax.layout.sequence import VisualLayout
 
+_NO_TOKEN = "<|\uf8ff|>"  # of a private character, so that no tokenizer has it: what this becomes, anything unknown does
+
 
 def check_end_of_turn(template: str, tokenizer: Tokenizer) -> None:
     """Refuse a template whose end of turn is a special token that the tokenizer does not have.
@@ -35,15 +37,21 @@ def check_end_of_turn(template: str, tokenizer: Tokenizer) -> None:
     end = get_template(template).end.strip()
     if not re.fullmatch(r"<[^<>\s]+>", end):
         return
-    try:
-        ids = tokenizer.encode(end)[0]
-    except ValueError:
-        ids = ()
-    if len(ids) != 1:
+    ids = _ids(end, tokenizer)
+    if len(ids) != 1 or ids == _ids(_NO_TOKEN, tokenizer):
+        what = f"{len(ids)} tokens" if len(ids) != 1 else f"its unknown token ({ids[0]})"
         raise ValueError(
-            f"template {template!r} ends a turn with {end}, which the tokenizer reads as {len(ids)} tokens, expected one "
+            f"template {template!r} ends a turn with {end}, which the tokenizer reads as {what}, expected one "
             "special token; choose the template that the tokenizer was made for, or add the token to it"
         )
+
+
+def _ids(text: str, tokenizer: Tokenizer) -> list[int]:
+    """Token ids; none where the tokenizer has no word for it."""
+    try:
+        return tokenizer.encode(text)[0].tolist()
+    except ValueError:
+        return []
 
 
 @dataclass(frozen=True)
