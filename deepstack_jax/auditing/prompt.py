@@ -12,6 +12,7 @@ import numpy as np
 from deepstack_jax.auditing.seen import SeenExample
 from deepstack_jax.batch import NEWLINE, ZERO
 from deepstack_jax.data.conversation import Template
+from deepstack_jax.data.encode import known_ids
 from deepstack_jax.data.tokenize import Tokenizer
 
 _HALF_CHARACTER = "\ufffd"  # how a tokenizer shows bytes that are no character, or not yet
@@ -32,7 +33,7 @@ class Piece:
 def special_names(tokenizer: Tokenizer, template: Template) -> dict[int, str]:
     """By id, how special tokens are shown: those of the template as it writes them, the tokenizer's own by their role."""
     marks = sorted(set(_MARK.findall(" ".join(map(str, astuple(template))))))
-    ids = {mark: tokenizer.encode(mark)[0].tolist() for mark in marks}
+    ids = {mark: known_ids(mark, tokenizer) for mark in marks}
     names = {found[0]: mark for mark, found in ids.items() if len(found) == 1}
     roles = {tokenizer.pad_id: "PAD", tokenizer.bos_id: "BOS", tokenizer.eos_id: "EOS"}
     return names | {id: role for id, role in roles.items() if id is not None}

@@ -37,8 +37,8 @@ def check_end_of_turn(template: str, tokenizer: Tokenizer) -> None:
     end = get_template(template).end.strip()
     if not re.fullmatch(r"<[^<>\s]+>", end):
         return
-    ids = _ids(end, tokenizer)
-    if len(ids) != 1 or ids == _ids(_NO_TOKEN, tokenizer):
+    ids = known_ids(end, tokenizer)
+    if len(ids) != 1 or ids == known_ids(_NO_TOKEN, tokenizer):
         what = f"{len(ids)} tokens" if len(ids) != 1 else f"its unknown token ({ids[0]})"
         raise ValueError(
             f"template {template!r} ends a turn with {end}, which the tokenizer reads as {what}, expected one "
@@ -46,7 +46,7 @@ def check_end_of_turn(template: str, tokenizer: Tokenizer) -> None:
         )
 
 
-def _ids(text: str, tokenizer: Tokenizer) -> list[int]:
+def known_ids(text: str, tokenizer: Tokenizer) -> list[int]:
     """Token ids; none where the tokenizer has no word for it."""
     try:
         return tokenizer.encode(text)[0].tolist()
