@@ -229,11 +229,17 @@ def _processor(model_file: Path, *, dummy_prefix: bool) -> sentencepiece.Sentenc
     except DecodeError as error:
         raise ValueError(f"{model_file} is no sentencepiece model: {error}; download it again") from error
     model.normalizer_spec.add_dummy_prefix = model.normalizer_spec.add_dummy_prefix and dummy_prefix
-    return sentencepiece.SentencePieceProcessor(model_proto=model.SerializeToString())
+    try:
+        return sentencepiece.SentencePieceProcessor(model_proto=model.SerializeToString())
+    except RuntimeError as error:  # its own way of saying that pieces are missing
+        raise ValueError(f"{model_file} is no whole sentencepiece model: {error}; download it again") from error
 
 
 def _read_json(file: Path) -> dict[str, Any]:
-    return json.loads(file.read_text("utf-8")) if file.is_file() else {}
+    try:
+        return json.loads(file.read_text("utf-8")) if file.is_file() else {}
+    except ValueError as error:
+        raise ValueError(f"{file} is no JSON ({error}); download it again") from error
 
 
 def _as_tokens(value: Any) -> list[dict[str, Any]]:

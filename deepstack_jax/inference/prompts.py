@@ -105,10 +105,8 @@ def check_context(length: int, max_new_tokens: int, config: Config, name: str = 
         move = f"lower max_new_tokens to {context - length}, or shorten the prompt"
     else:
         move = "shorten the prompt or give fewer images"
-    raise RequestError(
-        f"{name} takes {length} tokens with its images and the answer up to {max_new_tokens}, the context of this model is "
-        f"{context}; {move}"
-    )
+    answer = f" and the answer up to {max_new_tokens}" if max_new_tokens else ""
+    raise RequestError(f"{name} takes {length} tokens with its images{answer}, the context of this model is {context}; {move}")
 
 
 def pack(examples: Sequence[EncodedExample], config: Config, *, rows: int | None = None) -> Batch:

@@ -80,6 +80,8 @@ def _as_mask(attention_mask: Any, shape: tuple[int, ...]) -> np.ndarray:
     mask = _array("attention_mask", attention_mask)
     if mask.shape != shape:
         raise RequestError(f"attention_mask got shape {list(mask.shape)}, expected that of input_ids, {list(shape)}")
+    if not np.isin(mask, (0, 1)).all():
+        raise RequestError(f"attention_mask holds {mask[~np.isin(mask, (0, 1))][0]}, expected 1 at tokens and 0 at padding")
     return mask.astype(bool)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from deepstack_jax.config import Config
@@ -21,6 +22,16 @@ _POOLED = "scaledown_clip"
 _REFUSED = {_POOLED: "shrinks the sequence but not the stack; it goes with image_aspect_ratio 'pad', here use 2d_scaledown"}
 KNOWN = (*_STACKS, "hires_local", "2xsample", "anyres_unpad", "inconsistent", "deepstack_vit", _START + "<layer>", *_REFUSED)
 _POST_ENCODER = 5  # layers that upstream puts behind a tower whose own layers all come before the injection
+
+
+def ablation_text(values: Mapping[str, Any]) -> str:
+    """The official string of a config.json, "" where it has none; WeightsError where it is no string."""
+    text = values.get("deepstack_args_for_ablation") or ""
+    if not isinstance(text, str):
+        raise WeightsError(
+            f"config.json: deepstack_args_for_ablation is {text!r}, expected names joined by '+', such as '2xsample'"
+        )
+    return text
 
 
 def ablations_from(text: str, tower_layers: int) -> dict[str, dict[str, Any]]:
@@ -101,6 +112,8 @@ def ablations_to(config: Config) -> str:
         return "+".join([*flags, "deepstack_vit", f"{_START}{start}"])
     official = {pair: name for name, pair in _STACKS.items()}
     pair = (stack.sequence, stack.stack)
+    if pair == ("zero", "none"):  # either of the two that blank the sequence, their injection behind the last layer
+        pair = ("zero", "global")
     if pair in official:
         flags.append(official[pair])
     elif pair not in (("global", "crops"), ("global", "none")):

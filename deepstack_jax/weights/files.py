@@ -67,13 +67,22 @@ def open_safetensors(file: Path) -> dict[str, StoredTensor]:
         if size < 8 or length > min(size - 8, _MAX_HEADER):
             raise WeightsError(_damaged(file, f"its header of {length} bytes does not fit into {size}"))
         try:
-            header = json.loads(opened.read(length))
+            header = json.loads(opened.read(length), object_pairs_hook=_once)
             header.pop("__metadata__", None)
             return {name: _described(file, name, entry, 8 + length, size) for name, entry in header.items()}
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             if isinstance(error, WeightsError):
                 raise
-            raise WeightsError(_damaged(file, "its header cannot be read")) from error
+            reason = f": {error}" if type(error) is ValueError else ""
+            raise WeightsError(_damaged(file, f"its header cannot be read{reason}")) from error
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON, whose keys must all differ: of two tensors under one name neither can be trusted."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a name stands there twice")
+    return found
 
 
 def _described(file: Path, name: str, entry: dict[str, Any], start: int, size: int) -> StoredTensor:

@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 from deepstack_jax.config import Config, build_config, to_dict
 from deepstack_jax.config_checks import ConfigError
 from deepstack_jax.weights.files import BEYOND_FILE, StoredTensor, WeightsError
-from deepstack_jax.weights.hf_config import BARE, CARRIED, check_against, from_hf, is_llava_hf, tower_from
+from deepstack_jax.weights.hf_config import BARE, CARRIED, WORDED, check_against, from_hf, is_llava_hf, tower_from
 from deepstack_jax.weights.hf_decoder import decoder_from
 from deepstack_jax.weights.hf_export import tower_to_hf
 from deepstack_jax.weights.io import open_files, read_json, weight_files
@@ -79,13 +79,17 @@ def open_checkpoint(
         )
     values = read_json(folder / "config.json")
     bare, inner = values.get("model_type") in BARE, is_llava_hf(values)
-    tower_folder = None if inner and not tower else find_tower(tower or values.get("mm_vision_tower", ""), folder, bool(tower))
+    named = values.get("mm_vision_tower") or ""
+    if not isinstance(named, str):
+        raise WeightsError(f"config.json: mm_vision_tower is {named!r}, expected the name of a folder; take it from the source")
+    tower_folder = None if inner and not tower else find_tower(tower or named, folder, bool(tower))
     base_folder = find_folder(base) if base else None
     tensors = _collect(folder, values, base_folder, tower_folder, projector)
     stored = _describe(folder, values, tower_folder, tensors, run)
     if base_folder is not None:
         _check_base(base_folder, stored)
-    config, carried = _with_beyond(stored, folder), {key: value for key, value in values.items() if key in CARRIED}
+    config = _with_beyond(stored, folder)
+    carried = {key: value for key, value in values.items() if key in (*CARRIED, *WORDED)}
     if tower_folder is not None:
         carried |= {k: v for k, v in read_json(tower_folder / "config.json").items() if k == "projection_dim"}
     if run is not None:

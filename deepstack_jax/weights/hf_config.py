@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import difflib
 import math
 import re
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
 from deepstack_jax.config import Config, DataConfig, DeepStackConfig, ImageConfig, ProjectorConfig, VisionConfig
 from deepstack_jax.config_checks import CHOICES, ConfigError, check_config, nearest
-from deepstack_jax.weights.ablations import ablations_from, pooled_baseline
+from deepstack_jax.weights.ablations import ablation_text, ablations_from, pooled_baseline
 from deepstack_jax.weights.files import WeightsError
 from deepstack_jax.weights.hf_decoder import decoder_from, expect, number, real
 
@@ -57,9 +59,15 @@ CARRIED = (
     "resid_pdrop",
     "use_cache",
 )
+# Keys that can say the same in several ways; an export keeps the folder's own way where it still says the same.
+WORDED = ("deepstack_args_for_ablation", "deepstack_start_id", "deepstack_sampling", "image_grid_pinpoints")
+# Keys of the multimodal part that have no prefix to be known by.
+UNPREFIXED = ("is_anyres_deepstack", "num_crops", "twoviews_unshare")
 # Keys of the multimodal part that official and LLaVA's folders have, those that only their trainers read included.
 KNOWN = (
+    *UNPREFIXED,
     *("deepstack_args_for_ablation", "deepstack_interval", "deepstack_sampling", "deepstack_start_id"),
+    *("image_aspect_ratio", "image_crop_resolution", "image_grid_pinpoints", "image_split_resolution"),
     *("mm_hidden_size", "mm_patch_merge_type", "mm_projector_lr", "mm_projector_type", "mm_resampler_type"),
     *("mm_use_im_patch_token", "mm_use_im_start_end", "mm_vision_select_feature", "mm_vision_select_layer"),
     *("mm_vision_tower", "mm_vision_tower_lr"),
@@ -121,9 +129,9 @@ def _from_official(values: Mapping[str, Any], tower: Mapping[str, Any] | None, p
     decoder = decoder_from(values, kind)
     parts = _deepstack(values, vision.layers) if values.get("image_aspect_ratio") == "deepstack" else _baseline(values)
     if values["model_type"] in DEEPSTACK and parts["image"]["mode"] in ("pad", "square"):
-        parts["deepstack"] |= pooled_baseline(values.get("deepstack_args_for_ablation") or "")
+        parts["deepstack"] |= pooled_baseline(ablation_text(values))
     if parts["deepstack"].get("start", 0) >= decoder.layers:  # upstream then injects nothing
-        parts["deepstack"] |= {"stack": "none", "start": DeepStackConfig.start}
+        parts["deepstack"] = _never_injected(parts["deepstack"], decoder.layers)
     image = ImageConfig(size=size, **{**_pixels(preprocessor, size), **parts["image"]})
     vision = dataclasses.replace(vision, **parts["vision"])
     config = Config(
@@ -150,7 +158,9 @@ def _refuse(values: Mapping[str, Any]) -> None:
 def _refuse_unknown(values: Mapping[str, Any]) -> None:
     """Keys of the multimodal part that nobody here knows: a misspelt one would silently be its default."""
     for key, value in values.items():
-        if key.startswith(("mm_", "deepstack_")) and key not in KNOWN and value is not None:
+        if key in KNOWN or value is None:
+            continue
+        if key.startswith(("mm_", "image_", "deepstack_")) or difflib.get_close_matches(key, UNPREFIXED, cutoff=0.85):
             raise WeightsError(
                 f"config.json: {key} is {value!r}, a key that the official code does not have; {nearest(key, KNOWN)}; "
                 "remove it if nothing depends on it"
@@ -169,7 +179,7 @@ def _projector(values: Mapping[str, Any]) -> ProjectorConfig:
 
 def _deepstack(values: Mapping[str, Any], tower_layers: int) -> dict[str, dict[str, Any]]:
     """Image and DeepStack values of image_aspect_ratio 'deepstack', defaults as upstream has them."""
-    parts = ablations_from(values.get("deepstack_args_for_ablation") or "", tower_layers)
+    parts = ablations_from(ablation_text(values), tower_layers)
     image, stack = parts["image"], parts["deepstack"]
     if "num_crops" not in values:
         raise WeightsError("config.json: num_crops is missing, which image_aspect_ratio 'deepstack' needs; the paper has 4")
@@ -203,6 +213,17 @@ def _baseline(values: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     if aspect == "anyres":
         image["pinpoints"] = pinpoints_from(values.get("image_grid_pinpoints"))
     return {"image": image, "deepstack": {"stack": "none"}, "vision": {}}
+
+
+def _never_injected(stack: dict[str, Any], layers: int) -> dict[str, Any]:
+    """DeepStack values of a folder whose injection begins behind the last layer."""
+    if stack.get("into") != "vision" and stack.get("stack") != "none":
+        warnings.warn(
+            f"config.json: deepstack_start_id is {stack['start']}, behind the last of {layers} layers: nothing is injected",
+            stacklevel=2,
+        )
+        stack = stack | {"stack": "none"}
+    return stack | {"start": DeepStackConfig.start}
 
 
 def _merge(values: Mapping[str, Any]) -> str:
@@ -300,6 +321,12 @@ def _pixels(preprocessor: Mapping[str, Any], size: int) -> dict[str, Any]:
         raise WeightsError(f"preprocessor_config.json: crop_size is {crop}, expected the tower's {size}; take its own file")
     expect(preprocessor, "resample", 3, None, move="only bicubic resizing (3) is what the official code computes with")
     keys = (("image_mean", "mean"), ("image_std", "std"))
+    for key in (theirs for theirs, _ in keys if theirs in preprocessor):
+        value = preprocessor[key]
+        if not isinstance(value, list) or len(value) != 3 or not all(isinstance(number, int | float) for number in value):
+            raise WeightsError(
+                f"preprocessor_config.json: {key} is {value!r}, expected three numbers; take the tower's own file"
+            )
     return {ours: tuple(map(float, preprocessor[theirs])) for theirs, ours in keys if theirs in preprocessor}
 
 

@@ -98,7 +98,12 @@ def decoder_from(values: Mapping[str, Any], kind: str) -> DecoderConfig:
 
 def _rope_from(values: Mapping[str, Any], get: Mapping[str, Any], kind: str) -> RopeConfig:
     """Rotary positions: `rope_theta` and `rope_scaling`, which transformers 5 writes as one `rope_parameters`."""
-    scaling = dict(values.get("rope_parameters") or values.get("rope_scaling") or {})
+    given = values.get("rope_parameters") or values.get("rope_scaling") or {}
+    if not isinstance(given, Mapping):
+        raise WeightsError(
+            f"config.json: rope_scaling is {given!r}, expected an object with a type; take it from the model's source"
+        )
+    scaling = dict(given)
     theta = real({"rope_theta": get["rope_theta"]} | scaling, "rope_theta")
     scaling.pop("rope_theta", None)
     kinds = [scaling.pop(key, None) for key in ("rope_type", "type")]

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
 from deepstack_jax.config import Config
 from deepstack_jax.weights.ablations import ablations_to
 from deepstack_jax.weights.files import WeightsError
-from deepstack_jax.weights.hf_config import CARRIED
+from deepstack_jax.weights.hf_config import CARRIED, WORDED, from_hf
 from deepstack_jax.weights.hf_decoder import decoder_to
 
 TOWER_FOLDER = "clip"
@@ -58,7 +59,32 @@ def to_hf(config: Config, carried: Mapping[str, Any] | None = None, dtype: str =
         values |= _deepstack(config)
         values["model_type"] = "deepstack_phi" if phi else "deepstack_llama"
         values["architectures"] = ["DeepstackPhiForCausalLM" if phi else "DeepstackLlamaForCausalLM"]
-    return dict(sorted(values.items()))
+    return dict(sorted(_as_worded(values, config, carried or {}).items()))
+
+
+def _as_worded(values: dict[str, Any], config: Config, carried: Mapping[str, Any]) -> dict[str, Any]:
+    """Keys that can say the same in several ways, in the words of the folder that the model came from.
+
+    Several ways: the order of ablations, "inconsistent" for "anyres_unpad", any start behind the last layer, what upstream
+    does not look at (an HD folder's sampling). A model that was changed since has its own words.
+    """
+    tower, pixels = tower_to_hf(config), preprocessor_to_hf(config)
+
+    def meaning(values: Mapping[str, Any]) -> Config | None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            try:
+                return from_hf(values, tower, pixels)
+            except WeightsError:
+                return None
+
+    wanted = [key for key in WORDED if key in values and carried.get(key, values[key]) != values[key]]
+    meant = meaning(values) if wanted else None
+    for key in wanted:
+        worded = values | {key: carried[key]}
+        if meant is not None and meaning(worded) == meant:
+            values = worded
+    return values
 
 
 def _multimodal(config: Config) -> dict[str, Any]:
@@ -98,7 +124,8 @@ def _deepstack(config: Config) -> dict[str, Any]:
             )
         sampling = "2d" if config.image.mode in ("pad", "square") else "2d_scaledown"  # there an ablation says it
     single = config.image.mode in ("pad", "square")  # upstream then injects nothing, whatever the rest says
-    nothing = stack.stack == "none" and stack.sequence == "global" and not single  # said by a start behind the last layer
+    said = stack.sequence in ("global", "zero") and not single
+    nothing = stack.stack == "none" and said  # by a start behind the last layer
     return {
         "deepstack_interval": stack.interval,
         "deepstack_sampling": sampling,

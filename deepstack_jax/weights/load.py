@@ -77,6 +77,13 @@ def stored_leaves(
     """
     table, fresh = Table(config), fresh or {}
     check_tensors({name: tensor.shape for name, tensor in tensors.items()}, table, drawn=fresh)
+    whole = [
+        f"{name} is {tensors[name].dtype}" for name in table.tensors if name in tensors and tensors[name].dtype.kind in "iub"
+    ]
+    if whole:
+        raise WeightsError(
+            f"weights must be floating point, got {'; '.join(whole)}; give the folder of the full-precision model"
+        )
     return {path: StoredLeaf(leaf, tensors, dtype, fresh.get(path)) for path, leaf in table.leaves.items()}
 
 

@@ -122,8 +122,8 @@ def save_checkpoint(
             pixels = preprocessor_to_hf(config) | {"do_pad": config.image.mode == "pad"}
             kind = "LlavaNextImageProcessor" if config.image.mode == "anyres" else "LlavaImageProcessor"
             _write_json(scratch / "preprocessor_config.json", pixels | {"image_processor_type": kind})
-        _warn_of_filters(config)
         beyond = _beyond(config, values, dtype) if form == "official" else {}
+        _warn_of_other_code(config, beyond)
         if beyond:
             _write_json(scratch / BEYOND_FILE, beyond)
         _copy_tokenizer(tokenizer_folder, scratch)
@@ -136,13 +136,20 @@ def save_checkpoint(
     return Written(len(outs), parameters, parameters * DTYPES[dtype][1].itemsize, files)
 
 
-def _warn_of_filters(config: Config) -> None:
+def _warn_of_other_code(config: Config, beyond: Mapping[str, Any]) -> None:
     keys = ("crop_filter", "global_filter")
-    other = [f"config.image.{key}={getattr(config.image, key)!r}" for key in keys if getattr(config.image, key) != "bicubic"]
-    if other:
+    filters = [f"config.image.{key}={getattr(config.image, key)!r}" for key in keys if getattr(config.image, key) != "bicubic"]
+    if filters:
         warnings.warn(
-            f"{', '.join(other)}: other code resizes bicubically and will see other pixels than this model was trained on; "
+            f"{', '.join(filters)}: other code resizes bicubically and will see other pixels than this model was trained on; "
             f"here {BEYOND_FILE} in an official folder tells",
+            stacklevel=3,
+        )
+    rest = [f"config.{key}={value!r}" for key, value in beyond.items() if not key.startswith("data.")]
+    rest = [what for what in rest if what not in filters]
+    if rest:
+        warnings.warn(
+            f"{', '.join(rest)}: the official code has no such model and will compute another one; here {BEYOND_FILE} tells",
             stacklevel=3,
         )
 

@@ -156,8 +156,15 @@ WRONG = {
     "lists": ({"input_ids": [[1, 2]], "images": [[], []]}, ["images got 2 lists for 1 rows", "one per row"]),
     "flat": ({"input_ids": [[1, IMAGE_TOKEN]], "images": IMAGES[1]}, ["images[0] is a Image", "expected a list of images"]),
     "mask": ({"input_ids": [[1, 2]], "attention_mask": [[1]]}, ["attention_mask got shape [1, 1]", "[1, 2]"]),
+    "mask of scores": (
+        {"input_ids": [[1, 2]], "attention_mask": [[0.0, -1e9]]},
+        ["attention_mask holds -1000000000.0, expected", "1 at tokens"],
+    ),
     "padding": ({"input_ids": [[1, 2], [0, 0]]}, ["row 1 of input_ids holds nothing but padding", "leave it out"]),
-    "context": ({"input_ids": np.ones((1, 300), int)}, ["row 0 takes 300 tokens", "context of this model is 256"]),
+    "context": (
+        {"input_ids": np.ones((1, 300), int)},
+        ["row 0 takes 300 tokens with its images, the context of this model is 256"],
+    ),
 }
 
 

@@ -355,6 +355,28 @@ def test_tensors_that_do_not_fit_are_all_listed_with_a_guess(drop, add, message,
     assert "\n" not in str(caught.value)
 
 
+def test_whole_numbers_are_no_weights(folder):
+    change(folder, **{"model.norm.weight": np.ones(48, np.int64)})
+    checkpoint = open_checkpoint(folder)
+    with pytest.raises(WeightsError, match=r"weights must be floating point, got model\.norm\.weight is int64"):
+        load_params(checkpoint.tensors, checkpoint.config)
+
+
+def test_a_tower_must_be_named(folder):
+    change_config(folder, mm_vision_tower=3)
+    with pytest.raises(WeightsError, match="mm_vision_tower is 3, expected the name of a folder"):
+        open_checkpoint(folder)
+
+
+def test_an_hd_run_with_another_sampling_is_another_model_to_the_official_code(tmp_path):
+    """Upstream deals HD's crops in one way, whatever its config.json says."""
+    found = open_checkpoint(write_folder("hd", tmp_path))
+    changed = dataclasses.replace(found.config, deepstack=dataclasses.replace(found.config.deepstack, sampling="grid"))
+    with pytest.warns(UserWarning, match=r"config\.deepstack\.sampling='grid': the official code has no such model"):
+        save_checkpoint(stored_leaves(found.tensors, changed), changed, tmp_path / "out", carried=found.carried)
+    assert open_checkpoint(tmp_path / "out").config == changed
+
+
 def test_a_tensor_in_two_files_is_an_error_that_names_both(folder):
     tensors = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").rename(folder / "model-1.safetensors")

@@ -74,9 +74,40 @@ def test_official_synonyms_and_values_that_upstream_does_not_look_at():
     newline = from_hf(golden(mm_patch_merge_type="spatial_unpad"), TOWER)
     assert newline.newline
     assert to_hf(newline)["mm_patch_merge_type"] == "spatial_unpad"
-    nothing = from_hf(golden(deepstack_start_id=6), TOWER)
+    with pytest.warns(UserWarning, match="deepstack_start_id is 6, behind the last of 6 layers: nothing is injected"):
+        nothing = from_hf(golden(deepstack_start_id=6), TOWER)
     assert nothing.deepstack.stack == "none"
     assert to_hf(nothing)["deepstack_start_id"] == 6
+
+
+WORDINGS = [
+    ("l_2d", {"deepstack_args_for_ablation": "inconsistent+dummy_local+2xsample"}),
+    ("v", {"deepstack_args_for_ablation": "lsvit_start_layer_1+deepstack_vit+anyres_unpad+2xsample"}),
+    ("hd", {"deepstack_sampling": "grid"}),
+    ("v", {"deepstack_sampling": "1d", "deepstack_start_id": 9}),
+    ("l_2d", {"deepstack_start_id": 9}),
+    ("l_2d", {"deepstack_start_id": 6, "deepstack_args_for_ablation": "dummy_local"}),
+    ("l_2d", {"deepstack_start_id": 7, "deepstack_args_for_ablation": "global_and_local"}),
+    ("l_only_global", {"deepstack_start_id": 6}),
+    ("l_string_withglobal", {"deepstack_start_id": 6}),
+    ("llava_next", {"image_grid_pinpoints": "[(28, 56), (84, 28)]"}),
+]
+
+
+@pytest.mark.filterwarnings("ignore:.*nothing is injected", "ignore:.*never used")
+@pytest.mark.parametrize(("case", "changes"), WORDINGS)
+def test_an_export_keeps_the_words_of_the_folder(case, changes):
+    values = golden(case, **changes)
+    config = from_hf(values, TOWER)
+    assert to_hf(config, values) == values
+    assert from_hf(to_hf(config), TOWER) == config, "its own words, without the folder's, say the same"
+
+
+def test_a_model_that_was_changed_since_has_its_own_words():
+    values = golden(deepstack_args_for_ablation="inconsistent+dummy_local")
+    config = from_hf(values, TOWER)
+    config = dataclasses.replace(config, deepstack=dataclasses.replace(config.deepstack, stack="crops", start=2))
+    assert to_hf(config, values) == golden(deepstack_args_for_ablation="anyres_unpad", deepstack_start_id=2)
 
 
 @pytest.mark.parametrize(("kind", "layers"), [("linear", 1), ("mlp2x_gelu", 2), ("mlp4x_gelu", 4)])
@@ -186,6 +217,11 @@ def test_transformers_5_writes_rotary_positions_as_one_entry():
         ({"s2": True}, "s2 is True"),
         ({"mm_use_im_start_end": True}, "mm_use_im_start_end is True"),
         ({"deepstack_start_idx": 3}, r"deepstack_start_idx is 3, a key .* nearest valid name: 'deepstack_start_id'"),
+        ({"is_anyres_deepstak": True}, r"is_anyres_deepstak is True, a key .* nearest valid name: 'is_anyres_deepstack'"),
+        ({"num_crop": 9}, r"num_crop is 9, a key .* nearest valid name: 'num_crops'"),
+        ({"image_aspekt_ratio": "pad"}, r"image_aspekt_ratio is 'pad', a key .* nearest valid name: 'image_aspect_ratio'"),
+        ({"deepstack_args_for_ablation": ["2xsample"]}, r"ablation is \['2xsample'\], expected names joined by '\+'"),
+        ({"rope_scaling": "linear"}, "rope_scaling is 'linear', expected an object with a type"),
         ({"mm_resampler": "perceiver"}, "mm_resampler is 'perceiver', a key that the official code does not have"),
         ({"num_crops": 1}, "num_crops is 1, expected a whole number above 1"),
         ({"mm_projector_type": "identity"}, r"mm_projector_type is 'identity', expected linear or mlpNx_gelu"),
@@ -255,3 +291,6 @@ def test_a_preprocessor_of_another_size_is_refused():
         from_hf(golden(), TOWER, {"crop_size": {"height": 224, "width": 224}})
     with pytest.raises(WeightsError, match="resample is 2, expected 3"):
         from_hf(golden(), TOWER, {"resample": 2})
+    for mean in ("0.5", [0.5, 0.5], [0.5, None, 0.5]):
+        with pytest.raises(WeightsError, match=r"image_mean is .*, expected three numbers"):
+            from_hf(golden(), TOWER, {"image_mean": mean})

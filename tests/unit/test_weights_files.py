@@ -96,6 +96,23 @@ def test_a_file_that_is_cut_off_is_refused(keep, tmp_path):
         open_safetensors(tmp_path / "model.safetensors")
 
 
+@pytest.mark.parametrize(
+    ("header", "reason"),
+    [
+        ('{"a": ENTRY, "b": ENTRY, "a": ENTRY}', "its header cannot be read: a name stands there twice"),
+        ("[" * 50000, "its header cannot be read"),
+        ('{"a": [1]}', "its header cannot be read"),
+    ],
+)
+def test_a_header_that_says_nothing_sure_is_refused(header, reason, tmp_path):
+    entry = json.dumps({"dtype": "F32", "shape": [1], "data_offsets": [0, 4]})
+    text = header.replace("ENTRY", entry).encode()
+    (tmp_path / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + bytes(4))
+    with pytest.raises(WeightsError, match=reason) as caught:
+        open_safetensors(tmp_path / "model.safetensors")
+    assert "\n" not in str(caught.value)
+
+
 def test_quantised_and_absent_weights_are_refused(tmp_path):
     save_file({"a": np.zeros(3, np.int8)}, tmp_path / "model.safetensors")
     with pytest.raises(WeightsError, match=r"a is stored as I8, expected one of F64.*full-precision"):
