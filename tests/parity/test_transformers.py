@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
+import deepstack_jax as dsx
+from deepstack_jax.data.image import make_views
 from deepstack_jax.weights.files import WeightsError
 from deepstack_jax.weights.folders import open_checkpoint
 from deepstack_jax.weights.load import load_params, stored_leaves
@@ -118,6 +120,49 @@ def test_bare_clip_and_bare_llama_of_transformers(tmp_path):
     )
     logits = model.apply(params, model.apply(params, text_batch).hidden, method="logits")
     np.testing.assert_allclose(np.asarray(logits), wanted, atol=LOGITS)
+
+
+FACTORS = [1.0, 1.2, 1.5, 2.0, 2.5, 3.0]
+LONGROPE = {
+    "rope_type": "longrope", "rope_theta": 1e4, "short_factor": FACTORS, "long_factor": [3 * factor for factor in FACTORS],
+    "original_max_position_embeddings": 16,
+}  # fmt: skip
+RANDOM = {
+    "llama": {"model_type": "llama", "num_key_value_heads": 2},
+    "phi3": {"model_type": "phi3", "num_key_value_heads": 4},
+    "phi3, fewer keys than queries": {"model_type": "phi3", "num_key_value_heads": 2},
+    "phi3, sliding window": {"model_type": "phi3", "sliding_window": 7},
+    "phi3, short factors": {"model_type": "phi3", "rope_parameters": LONGROPE | {"original_max_position_embeddings": 64}},
+    "phi3, long factors": {"model_type": "phi3", "rope_parameters": LONGROPE, "original_max_position_embeddings": 16},
+}
+
+
+@pytest.mark.parametrize("name", RANDOM)
+def test_random_llavas_of_transformers_over_llama_and_phi3(name, tmp_path):
+    """Saved in shards, read here, and compared at every position of a row with a picture."""
+    torch.manual_seed(3)
+    sizes = {"hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4}
+    words = {"vocab_size": 300, "max_position_embeddings": 128, "rms_norm_eps": 1e-5, "tie_word_embeddings": False}
+    more = {"pad_token_id": 0, "eos_token_id": 2, "bos_token_id": 1} | RANDOM[name]
+    tower = {"model_type": "clip_vision_model", "image_size": 28, "patch_size": 7, "hidden_size": 32, "intermediate_size": 64}
+    config = transformers.LlavaConfig(
+        vision_config=tower | {"num_hidden_layers": 4, "num_attention_heads": 4},
+        text_config=sizes | words | more,
+        image_token_index=299,
+    )
+    model = transformers.LlavaForConditionalGeneration(config).eval()
+    for weight in model.parameters():
+        torch.nn.init.normal_(weight, mean=float(weight.ndim == 1), std=0.15)
+    model.save_pretrained(tmp_path, max_shard_size="100KB")
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps({"crop_size": {"height": 28, "width": 28}}))
+    lmm, picture = dsx.load(tmp_path), open_images()[0]
+    ids = [1, 7, -200, *range(40, 52)]
+    pixels = make_views(picture.convert("RGB"), lmm.config.image).pixels
+    values = (pixels.astype(np.float32) / 255 - np.float32(lmm.config.image.mean)) / np.float32(lmm.config.image.std)
+    with torch.no_grad():
+        expanded = [token for id in ids for token in ([299] * 16 if id == -200 else [id])]
+        wanted = model(input_ids=torch.tensor([expanded]), pixel_values=torch.tensor(np.moveaxis(values, -1, -3))).logits
+    np.testing.assert_allclose(lmm.logits([ids], [[picture]]), wanted.numpy(), atol=LOGITS)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
