@@ -28,7 +28,7 @@ from orbax.checkpoint.checkpoint_managers import (
 from deepstack_jax.config import Config, TrainConfig, differences
 from deepstack_jax.parallel.distributed import barrier, first_host_says, is_first_host
 from deepstack_jax.training.checksums import checksums, checksums_on_disk, damage, mismatches
-from deepstack_jax.types import TrainState
+from deepstack_jax.types import PyTree, TrainState
 
 log = logging.getLogger(__name__)
 
@@ -86,7 +86,9 @@ class Checkpoints:
             enable_async_checkpointing=True,
             cleanup_tmp_directories=True,
         )
-        return ocp.CheckpointManager(self._directory, options=options)
+        handlers: dict[str, Any] = {name: ocp.JsonCheckpointHandler() for name in ("sums", "data", "about", "scores")}
+        handlers["state"] = ocp.StandardCheckpointHandler()
+        return ocp.CheckpointManager(self._directory, options=options, item_handlers=handlers)
 
     @property
     def latest(self) -> int:
@@ -275,7 +277,7 @@ class Checkpoints:
         return f"{shutil.disk_usage(self._workdir).free / 1e6:,.0f} MB free"
 
 
-def check_room(workdir: Path, state: TrainState) -> str | None:
+def check_room(workdir: Path, state: PyTree) -> str | None:
     """A warning where the disk holds fewer checkpoints than will be kept; None where there is room.
 
     Args:

@@ -252,4 +252,4 @@ class Trace(contextlib.AbstractContextManager):
 
 
 def one_line_of(bad: BadExample) -> str:
-    return f"an example cannot be used and stays blank (further ones are only counted): {bad.reason}"
+    return f"example {bad.name} cannot be used and stays blank (further ones are only counted): {bad.reason}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import logging
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -42,7 +43,7 @@ class MetricsLog:
         self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=resume_step + 1 if resume_step else None)
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
-        """Record `values` at `step`; numbers become curves."""
+        """Record `values` at `step`; finite numbers become curves."""
         if self._file is None or self._board is None:
             return
         try:
@@ -50,7 +51,7 @@ class MetricsLog:
             self._file.flush()
         except OSError as error:  # a full disk must not end a run that can still save
             log.warning("the numbers of step %s are not written: %s", step, error.strerror)
-        numbers = {name: value for name, value in values.items() if isinstance(value, int | float)}
+        numbers = {name: value for name, value in values.items() if isinstance(value, int | float) and math.isfinite(value)}
         for name, value in numbers.items():
             self._board.add_scalar(name, value, step)
         if self._wandb is not None:

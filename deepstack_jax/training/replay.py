@@ -26,6 +26,7 @@ from deepstack_jax.types import PyTree, TrainState
 
 # Each bundle keeps a checkpoint from being deleted; a run that has gone bad would keep them all.
 MOST_BUNDLES = 8
+_SHOWN = 8  # names in a line
 
 
 class ReplayError(ValueError):
@@ -160,10 +161,11 @@ def describe(bundle: Bundle, findings: Findings, batch: Batch, numbers: Mapping[
         if not math.isfinite(loss):
             members = [int(index) for index in batch.example_id[row] if index >= 0]
             lines.append(f"row {row}: loss {loss}; rows of the source: {', '.join(map(str, members))}")
-    for what, names in (("gradients", findings.gradients), ("parameters", findings.parameters)):
+    gradients = f"gradients that are not finite, of {findings.trainable}"
+    for what, names in ((gradients, findings.gradients), ("parameters that are not finite", findings.parameters)):
         if names:
-            listed = "all of them" if len(names) == findings.trainable else ", ".join(names)
-            lines.append(f"{what} that are not finite: {listed}")
+            more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+            lines.append(f"{what}: {', '.join(names[:_SHOWN])}{more}")
     if len(lines) == 1:
         lines.append("all of it is finite here: the numbers depend on the machine or its software")
     return "\n".join(lines)

@@ -8,8 +8,14 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
 
 REPOSITORY = Path(__file__).parents[2]
 TIMEOUT = 300  # seconds that one command may take on a busy machine
@@ -40,11 +46,18 @@ def train(config: str, workdir: Path | None, changes: dict[str, Any]) -> subproc
 
 
 def train_until(
-    line: str, number: signal.Signals, config: str, workdir: Path, changes: dict[str, Any], *, group: bool = False
+    line: str | Callable[[str], bool],
+    number: signal.Signals,
+    config: str,
+    workdir: Path,
+    changes: dict[str, Any],
+    *,
+    group: bool = False,
 ) -> tuple[int, str]:
     """Start a run, send the signal once `line` is part of what it prints; returns the exit code and all that it printed.
 
-    With `group` the signal reaches all processes of the run, as one from a terminal does. The call returns when all have ended.
+    `line` may also be a function of what it has printed so far. With `group` the signal reaches all processes of the run, as
+    one from a terminal does. The call returns when all have ended.
     """
     printed = workdir.with_suffix(".out")
     with printed.open("w") as file:
@@ -58,7 +71,8 @@ def train_until(
         )
     try:
         deadline = time.monotonic() + TIMEOUT
-        while line not in printed.read_text():
+        reached = line if callable(line) else lambda text: line in text
+        while not reached(printed.read_text()):
             if process.poll() is not None or time.monotonic() > deadline:
                 raise AssertionError(f"the run ended without printing {line!r}:\n{printed.read_text()}")
             time.sleep(0.01)
@@ -85,6 +99,25 @@ def members(group: int) -> list[int]:
         if int(leader) == group and state != "Z":
             found.append(int(path.parent.name))
     return found
+
+
+def saved_state(workdir: Path, step: int | None = None) -> dict[str, np.ndarray]:
+    """Parameters, optimizer state and counters of a checkpoint, the newest if none is named, by path."""
+    steps = sorted(int(path.name) for path in (workdir / "checkpoints").iterdir() if path.name.isdigit())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Orbax advises against reading without a target; here the files are what counts
+        folder = workdir.absolute() / "checkpoints" / str(step or steps[-1]) / "state"
+        state = ocp.StandardCheckpointer().restore(folder)
+    return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(state)}
+
+
+def assert_same_bytes(ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray]) -> None:
+    """Two states as `saved_state` gives them are equal, every one of their arrays."""
+    assert ours.keys() == theirs.keys()
+    assert any("opt_state" in path for path in ours)
+    for path, leaf in ours.items():
+        assert leaf.dtype == theirs[path].dtype, path
+        assert leaf.tobytes() == theirs[path].tobytes(), path
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -1,17 +1,23 @@
 """Saving, restoring, falling back over damage, and the bounds of the quarantine."""
 
 import json
+import subprocess
 
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from deepstack_jax.config import Config, TrainConfig, to_dict
 from deepstack_jax.data.encode import BadExample
-from deepstack_jax.training.checkpoint import CheckpointError, Checkpoints, check_same_run
+from deepstack_jax.training.checkpoint import CheckpointError, Checkpoints, check_room, check_same_run
+from deepstack_jax.training.checksums import _sum, checksums, checksums_on_disk
 from deepstack_jax.training.metrics import MetricsLog, Quarantine, QuarantineError, read_metrics
+from deepstack_jax.training.replay import write_bundle
 from deepstack_jax.training.state import new_state
 from deepstack_jax.types import TrainState
 
@@ -69,6 +75,148 @@ def test_nothing_starts_anew_over_damaged_checkpoints(saved):
         Checkpoints(saved, TrainConfig(keep=2)).restore(abstract())
 
 
+def test_a_changed_number_is_found_though_every_file_can_be_read(saved, caplog):
+    """Arrays without a check of their own: here the sum that was made before saving is changed, as a flipped bit would."""
+    sums = saved / "checkpoints" / "3" / "sums" / "metadata"
+    values = json.loads(sums.read_text())
+    sums.write_text(json.dumps(values | {"params.a.kernel": values["params.a.kernel"] ^ 1}))
+    state, _ = Checkpoints(saved, TrainConfig(keep=2)).restore(abstract())
+    chex.assert_trees_all_equal(state, state_at(2))
+    assert "1 arrays changed: params.a.kernel" in caplog.text
+
+
+def test_a_damaged_checkpoint_is_put_aside_so_that_its_step_can_be_saved_again(saved):
+    damage(saved / "checkpoints" / "3")
+    again = Checkpoints(saved, TrainConfig(keep=2))
+    again.restore(abstract())
+    assert [path.name.split("-")[0] for path in (saved / "damaged").iterdir()] == ["3"]
+    again.save(state_at(3), {"next_batch": 3}, {})
+    again.finish(3)
+    again.close()
+    state, _ = Checkpoints(saved, TrainConfig(keep=2)).restore(abstract())
+    chex.assert_trees_all_equal(state, state_at(3))
+
+
+def steps_in(workdir):
+    return sorted(int(folder.name) for folder in (workdir / "checkpoints").iterdir())
+
+
+def test_the_newest_every_nth_the_best_and_what_a_replay_needs_stay(tmp_path):
+    write_bundle(tmp_path, 8, [1, 2], 7, {"loss": float("nan"), "grad_norm": 1.0})
+    checkpoints = Checkpoints(tmp_path, TrainConfig(keep=2, keep_every=5, keep_best=1))
+    losses = {3: 0.9, 6: 0.2, 9: 0.5}
+    for step in range(1, 13):
+        checkpoints.save(state_at(step), {}, {}, losses.get(step))
+    checkpoints.finish(12)
+    assert steps_in(tmp_path) == [5, 6, 7, 10, 11, 12]
+    checkpoints.close()
+    later = Checkpoints(tmp_path, TrainConfig(keep=1, keep_best=1))  # losses are known of what an earlier attempt saved
+    later.save(state_at(13), {}, {}, 0.4)
+    later.finish(13)
+    assert steps_in(tmp_path) == [6, 7, 13]
+    later.close()
+
+
+def test_no_checkpoint_goes_before_a_newer_one_was_read_back(tmp_path, monkeypatch, caplog):
+    checkpoints = Checkpoints(tmp_path, TrainConfig(keep=1))
+    checkpoints.save(state_at(1), {}, {})
+    checkpoints.settle()
+
+    def lose_an_array(folder):
+        sums = checksums_on_disk(folder)
+        del sums["params.a.kernel"]
+        return sums
+
+    monkeypatch.setattr("deepstack_jax.training.checkpoint.checksums_on_disk", lose_an_array)
+    checkpoints.save(state_at(2), {}, {})
+    with pytest.raises(CheckpointError, match=r"state of step 2 could not be saved .* newest good checkpoint is step 1"):
+        checkpoints.finish(2)
+    assert "checkpoint 2 could not be written (1 arrays missing: params.a.kernel" in caplog.text
+    assert steps_in(tmp_path) == [1]
+    monkeypatch.undo()
+    checkpoints.save(state_at(3), {}, {})
+    checkpoints.finish(3)
+    assert steps_in(tmp_path) == [3]
+    checkpoints.close()
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of its own with room for one checkpoint of 4 MB and not for two."""
+    if subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=6m", "tmpfs", tmp_path], check=False, capture_output=True
+    ).returncode:
+        pytest.skip("a disk that fills needs the right to mount one")
+    yield tmp_path
+    subprocess.run(["umount", "-l", tmp_path], check=True)
+
+
+def test_a_full_disk_stops_no_training_and_costs_no_good_checkpoint(small_disk, caplog):
+    noise = np.random.default_rng(0).integers(0, 2**32, 2**20, dtype=np.uint32)  # nothing that compresses
+
+    def large(step):
+        params = {"a": {"kernel": jax.lax.bitcast_convert_type(jnp.asarray(noise + step), jnp.float32)}}
+        return new_state(params, {"a/kernel": "default"}, optax.sgd(1e-3)).replace(step=jnp.asarray(step, jnp.int32))
+
+    checkpoints = Checkpoints(small_disk, TrainConfig(keep=1))
+    for step in (1, 2):
+        checkpoints.save(large(step), {"next_batch": step}, {})
+    checkpoints.settle()
+    assert checkpoints.latest == 1
+    assert "checkpoint 2 could not be written" in caplog.text
+    assert "newest good one is step 1; training goes on" in caplog.text
+    checkpoints.save(large(3), {}, {})
+    with pytest.raises(CheckpointError, match=r"step 3 could not be saved .* step 1: make room and run the same command again"):
+        checkpoints.finish(3)
+    assert steps_in(small_disk) == [1], "what a failed save leaves is taken away, it fills the disk"
+    checkpoints.close()
+    place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    wanted = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), large(0))
+    state, data = Checkpoints(small_disk, TrainConfig(keep=1)).restore(wanted)
+    assert (int(state.step), data) == (1, {"next_batch": 1})
+
+
+def test_room_is_looked_at_before_anything_is_computed(small_disk):
+    def state(megabytes):
+        return {"a": jax.ShapeDtypeStruct((megabytes * 2**18,), jnp.float32)}
+
+    assert check_room(small_disk, state(1)) is None
+    assert "a checkpoint takes 3.1 MB" in check_room(small_disk, state(3))
+    with pytest.raises(CheckpointError, match=r"takes 8\.4 MB, .* has 6.* MB free; make room or choose another --workdir"):
+        check_room(small_disk, state(8))
+
+
+def test_weights_of_another_model_are_all_named(saved):
+    other = abstract()
+    kernel = other.params["a"]["kernel"]
+    wrong = other.replace(
+        params={"a": {"kernel": jax.ShapeDtypeStruct((2, 4), kernel.dtype), "bias": kernel}},
+        step=jax.ShapeDtypeStruct((), jnp.float32),
+    )
+    with pytest.raises(CheckpointError) as caught:
+        Checkpoints(saved, TrainConfig(keep=2)).restore(wrong)
+    for part in (
+        "3 arrays of checkpoint 3",
+        "params.a.bias is missing",
+        "params.a.kernel has the shape (2, 3), expected (2, 4)",
+        "step is int32, expected float32",
+        "choose a new --workdir",
+    ):
+        assert part in str(caught.value)
+    assert steps_in(saved) == [2, 3], "it is whole: it is not put aside"
+
+
+@given(st.integers(0, 2**31), st.sampled_from(["float32", "bfloat16", "int32"]), st.lists(st.integers(1, 5), max_size=3))
+@settings(deadline=None, max_examples=20)
+def test_checksums_on_the_device_and_on_disk_agree_and_every_bit_counts(seed, dtype, shape):
+    bits = np.random.default_rng(seed).integers(0, 2**16, shape, dtype=np.uint16)
+    array = jnp.asarray(bits).astype(dtype)
+    assert checksums({"a": array})["a"] == _sum(np.asarray(array))
+    flipped = np.asarray(array).copy().reshape(-1).view(f"u{array.dtype.itemsize}")
+    flipped[seed % flipped.size] ^= 1 << (seed % (8 * array.dtype.itemsize))
+    assert _sum(flipped) != _sum(np.asarray(array))
+
+
 def test_no_checkpoint_is_no_error(tmp_path):
     assert Checkpoints(tmp_path, TrainConfig(keep=1)).restore(abstract()) is None
 
@@ -81,6 +229,14 @@ def test_another_configuration_is_refused_and_listed(tmp_path):
     with pytest.raises(CheckpointError, match=r"decoder\.layers: 7 there, 32 now") as caught:
         check_same_run(Config(), tmp_path)
     assert "log_every" not in str(caught.value), "how often to log is no part of what is computed"
+
+
+def test_harmless_differences_are_listed_and_accepted(tmp_path):
+    stored = to_dict(Config())
+    stored["train"]["log_every"] = 99
+    stored["mesh"]["fsdp"] = 8
+    (tmp_path / "config.json").write_text(json.dumps(stored))
+    assert check_same_run(Config(), tmp_path) == ["train.log_every: 99 there, 10 now", "mesh.fsdp: 8 there, 1 now"]
 
 
 def test_the_quarantine_counts_each_example_once_and_stops_past_its_share(tmp_path):

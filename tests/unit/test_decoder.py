@@ -187,7 +187,8 @@ def test_scan_loop_and_remat_agree_in_values_and_gradients(inputs, params):
     scanned = value_and_gradients()
     assert all(np.abs(leaf).max() > 1e-3 for leaf in jax.tree.leaves(scanned))
     chex.assert_trees_all_close(value_and_gradients(scan=False), scanned, rtol=1e-4, atol=1e-4)
-    chex.assert_trees_all_close(value_and_gradients(remat="block"), scanned, rtol=1e-4, atol=1e-4)
+    for remat in decoder_module.REMAT:
+        chex.assert_trees_all_close(value_and_gradients(remat=remat), scanned, rtol=1e-4, atol=1e-4)
 
 
 def test_unrolled_program_really_is_unrolled(inputs, params):
@@ -237,9 +238,9 @@ class LeakyBlock(InjectedBlock):
         return x, layer_inject, cache
 
 
-def saved_stacks(inputs):
+def saved_stacks(inputs, remat="block"):
     """How often an array with a stack per layer exists in the gradient of the scanned, rematted decoder."""
-    decoder = decoder_of(remat="block")
+    decoder = decoder_of(remat=remat)
     shapes = nn.unbox(jax.eval_shape(decoder.init, jax.random.key(0), *inputs))
     gradient = jax.grad(objective(decoder, inputs), argnums=(0, 1, 2))
     found = list(shapes_in(jax.make_jaxpr(gradient)(shapes, inputs[0], inputs[3])))
@@ -248,8 +249,29 @@ def saved_stacks(inputs):
 
 
 @pytest.mark.quick
-def test_backward_pass_saves_no_stack_per_layer(inputs):
-    assert saved_stacks(inputs) == 0
+@pytest.mark.parametrize("remat", decoder_module.REMAT)
+def test_backward_pass_saves_no_stack_per_layer(inputs, remat):
+    assert saved_stacks(inputs, remat) == 0
+
+
+@pytest.mark.quick
+def test_remat_policies_save_what_they_say(inputs):
+    """Of a layer's products `dots` and `offload` keep those with weights, e.g. the gate's [B, T, F], one for every layer."""
+
+    def products(remat):
+        decoder = decoder_of(remat=remat)
+        shapes = nn.unbox(jax.eval_shape(decoder.init, jax.random.key(0), *inputs))
+        jaxpr = jax.make_jaxpr(jax.grad(objective(decoder, inputs)))(shapes, inputs[0], inputs[3])
+        return list(shapes_in(jaxpr)).count((decoder.config.layers, B, T, TINY.mlp)), "pinned_host" in str(
+            jaxpr
+        ) or "<host>" in str(jaxpr)
+
+    kept = {remat: products(remat) for remat in ("none", *decoder_module.REMAT)}
+    assert kept["block"] == (0, False)
+    assert kept["dots"][0] > 0
+    assert not kept["dots"][1]
+    assert kept["offload"][0] > 0
+    assert kept["offload"][1]
 
 
 @pytest.mark.quick

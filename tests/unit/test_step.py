@@ -1,5 +1,7 @@
 """The training step: one loss over the global batch, whatever the micro-batches, the chunks and the devices."""
 
+import dataclasses
+
 import chex
 import flax.linen as nn
 import jax
@@ -17,6 +19,7 @@ from deepstack_jax.parallel.distributed import put_batch
 from deepstack_jax.parallel.mesh import check_batch_fits, make_mesh
 from deepstack_jax.parallel.rules import param_shardings, replicated, use_mesh
 from deepstack_jax.training.optimizer import FROZEN, assign_groups, flatten, make_optimizer
+from deepstack_jax.training.program import build_program
 from deepstack_jax.training.state import new_state, state_shardings
 from deepstack_jax.training.step import ModelFns, make_loss, make_train_step, token_loss
 from tests.unit.tiny import draw_params, example, make_batch, shapes_in, tiny_config
@@ -193,6 +196,69 @@ def test_a_batch_without_a_supervised_token_changes_nothing(descent):
     before, after, metrics = descent(blank._replace(example_id=blank.example_id.astype(np.int32)), 1)
     chex.assert_trees_all_equal(after, before)
     assert float(metrics["loss"]) == float(metrics["supervised_tokens"]) == 0.0
+
+
+def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(params, batch, groups):
+    """Good, bad, bad, good: the state after it equals, to the byte, that after two good ones; only the counters tell."""
+    optimizer = make_optimizer(CONFIG.optimizer, groups, optax.constant_schedule(1.0))
+    step = jax.jit(step_of(groups, optimizer))
+    poisoned = batch._replace(loss_weights=batch.loss_weights.copy())
+    poisoned.loss_weights[3, np.flatnonzero(batch.loss_weights[3])[0]] = np.nan
+
+    def run(batches):
+        state, seen = first_state(params, groups, optimizer), []
+        for one in batches:
+            state, metrics = step(state, one)
+            seen.append((bool(metrics["good"]), int(metrics["bad_steps"]), int(metrics["bad_in_a_row"])))
+        return state, seen
+
+    state, seen = run([batch, poisoned, poisoned, batch])
+    assert seen == [(True, 0, 0), (False, 1, 1), (False, 2, 2), (True, 2, 0)]
+    expected, _ = run([batch, batch])
+    assert (int(state.step), int(expected.step)) == (4, 2)
+    chex.assert_trees_all_equal((state.params, state.opt_state), (expected.params, expected.opt_state))
+
+
+def test_frozen_parameters_cost_neither_optimizer_state_nor_gradients_in_the_compiled_program(boxed, batch):
+    """All of the tower and the decoder frozen, as in stage 1: the program's own account of its memory, not the tree's."""
+
+    def compiled(table, frozen_dtype):
+        config = dataclasses.replace(
+            CONFIG,
+            optimizer=dataclasses.replace(CONFIG.optimizer, table=table),
+            train=dataclasses.replace(CONFIG.train, frozen_dtype=frozen_dtype),
+        )
+        program = build_program(config, make_mesh(MeshConfig(), jax.devices()[:1]), steps=10)
+        lowered = program.jit_step().lower(program.abstract_state(), program.abstract_batch(8, 20))
+        return program, lowered.compile().memory_analysis()
+
+    every, all_memory = compiled(((".*", "rest"),), "float32")
+    stage1 = (("^projector/", "rest"), (".*", FROZEN))
+    program, memory = compiled(stage1, "float32")
+    _, half = compiled(stage1, "bfloat16")
+    total, trainable = (
+        4 * sum(sizes.values()) for sizes in (every.sizes, {k: v for k, v in program.sizes.items() if "proj" in k})
+    )
+    assert total > 8 * trainable
+    saved = all_memory.argument_size_in_bytes - memory.argument_size_in_bytes
+    assert saved == pytest.approx(2 * (total - trainable), rel=0.01), "two moments of every frozen parameter"
+    assert memory.argument_size_in_bytes - half.argument_size_in_bytes == pytest.approx((total - trainable) / 2, rel=0.01)
+    assert all_memory.temp_size_in_bytes - memory.temp_size_in_bytes > 0.7 * (total - trainable), "their gradients"
+
+
+def test_first_moments_in_bfloat16(boxed, params, batch, groups):
+    config = dataclasses.replace(
+        CONFIG.optimizer,
+        groups={name: dataclasses.replace(group, moment_dtype="bfloat16") for name, group in CONFIG.optimizer.groups.items()},
+    )
+    optimizer = make_optimizer(config, groups, optax.constant_schedule(1.0))
+    state = jax.eval_shape(step_of(groups, optimizer), first_state(params, groups, optimizer), batch)[0]
+    dtypes = {jax.tree_util.keystr(path): leaf.dtype for path, leaf in jax.tree_util.tree_leaves_with_path(state.opt_state)}
+    first = [dtype for path, dtype in dtypes.items() if ".mu" in path]
+    assert first
+    assert set(first) == {jnp.dtype("bfloat16")}
+    assert {dtype for path, dtype in dtypes.items() if ".nu" in path} == {jnp.dtype("float32")}
+    assert {leaf.dtype for leaf in jax.tree.leaves(state.params)} == {jnp.dtype("float32")}
 
 
 B, T, D, V = 3, 10, 6, 17

@@ -1,0 +1,85 @@
+"""A step without a finite number: skipped, counted, kept for a replay that walks to it; too many in a row end the run."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from deepstack_jax.config import build_config
+from deepstack_jax.data.open import open_source
+from deepstack_jax.data.pipeline import TrainingStream
+from tests.e2e.verb import ENVIRONMENT, REPOSITORY, TIMEOUT, read_json, read_lines, train
+
+STEPS, BAD = 6, 5
+DEMO = {
+    "train.steps": STEPS,
+    "train.batch_size": 4,
+    "train.log_every": 3,
+    "train.checkpoint_every": 2,
+    "train.keep": 1,
+    "data.synthetic.questions": 4,
+    "data.max_length": 24,
+    "evaluation.examples": 2,
+    "evaluation.batch_size": 8,
+}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> tuple[Path, list[list[int]]]:
+    """A run whose step BAD was poisoned, and the examples of every step."""
+    workdir = tmp_path_factory.mktemp("bad") / "run"
+    first = train("configs/demo.py", workdir, {**DEMO, "train.steps": 2})
+    assert first.returncode == 0, first.stderr
+    config = build_config(read_json(workdir / "config.json"))
+    stream = TrainingStream(open_source(config, "train"), config)
+    examples = [stream.examples(number) for number in range(STEPS)]
+    return workdir.with_name("poisoned"), examples
+
+
+def poisoned(which: list[int], *flags: str) -> subprocess.CompletedProcess[str]:
+    words = [sys.executable, "-m", "tests.e2e.poisoned", ",".join(map(str, which)), *flags]
+    return subprocess.run(words, cwd=REPOSITORY, env=ENVIRONMENT, timeout=TIMEOUT, capture_output=True, text=True)
+
+
+def flags(workdir: Path, **changes: int) -> list[str]:
+    values = DEMO | {key.replace("__", "."): value for key, value in changes.items()}
+    return ["--config=configs/demo.py", f"--workdir={workdir}", *(f"--config.{key}={value}" for key, value in values.items())]
+
+
+def test_a_bad_step_is_skipped_kept_and_replayed(run):
+    workdir, examples = run
+    done = poisoned([examples[BAD - 1][0]], *flags(workdir))
+    assert done.returncode == 0, done.stderr
+    assert f"step {BAD}: loss nan, gradient norm nan: skipped, nothing was updated" in done.stdout
+    assert [line["bad_steps"] for line in read_lines(workdir / "metrics.jsonl") if "loss" in line] == [0, 1]
+    bundle = read_json(workdir / "replay" / f"step-{BAD}.json")
+    assert bundle["examples"] == examples[BAD - 1]
+    assert bundle["checkpoint"] == BAD - 1
+    assert sorted(path.name for path in (workdir / "checkpoints").iterdir()) == [str(BAD - 1), str(STEPS)]
+
+    again = poisoned([examples[BAD - 1][0]], f"--replay={workdir}/replay/step-{BAD}.json")
+    assert again.returncode == 0, again.stderr
+    assert f"walked to from step {BAD - 1}" in again.stdout
+    assert f"row 0: loss nan; rows of the source: {examples[BAD - 1][0]}\n" in again.stdout
+    assert "row 1" not in again.stdout
+    assert re.search(r"gradients that are not finite, of \d+: embed/embedding, .* and \d+ more\n", again.stdout)
+    assert "parameters that are not finite" not in again.stdout
+
+    other = poisoned([-1], f"--replay={workdir}/replay/step-{BAD + 1}.json")
+    assert other.returncode == 1
+    assert other.stderr.startswith("error: --replay=")
+    assert f"step-{BAD}.json" in other.stderr
+
+
+def test_too_many_bad_steps_in_a_row_end_the_run(run):
+    workdir, examples = run[0].with_name("hopeless"), run[1]
+    done = poisoned([step[0] for step in examples[2:]], *flags(workdir, train__max_bad_steps=3, train__log_every=1))
+    assert done.returncode == 1, done.stdout
+    assert done.stderr.count("\n") == 1, done.stderr
+    expected = ("the last 3 steps up to 5 ", "config.train.max_bad_steps=3", "--replay=", "newest checkpoint is step 4")
+    assert [part for part in expected if part not in done.stderr] == []
+    assert sorted(path.name for path in (workdir / "replay").iterdir()) == [f"step-{step}.json" for step in (3, 4, 5)]
