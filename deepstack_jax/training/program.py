@@ -70,6 +70,10 @@ class Program:
 
         return Batch(*map(describe, empty_batch(shape)))
 
+    def begin(self, params: PyTree) -> TrainState:
+        """The state before the first step."""
+        return new_state(params, self.groups, self.optimizer, self.config.train.frozen_dtype)
+
     def jit_step(self) -> jax.stages.Wrapped:
         """The step under jit: the old state's buffers are reused, the metrics are on every device."""
         return jax.jit(self.step, donate_argnums=0, out_shardings=(self.shardings, replicated(self.mesh)))
@@ -126,12 +130,9 @@ def first_state(program: Program) -> TrainState:
     def draw_params(key: jax.Array) -> PyTree:
         return nn.unbox(program.model.init(key, program.sample))["params"]
 
-    def begin(params: PyTree) -> TrainState:
-        return new_state(params, program.groups, program.optimizer, config.train.frozen_dtype)
-
     key = jax.random.key(config.seed)
     if not config.train.weights:
-        return jax.jit(lambda key: begin(draw_params(key)), out_shardings=shardings)(key)
+        return jax.jit(lambda key: program.begin(draw_params(key)), out_shardings=shardings)(key)
     found = find_weights(config)
     fresh = {}
     if absent := absent_leaves(found.tensors, config):
@@ -142,4 +143,4 @@ def first_state(program: Program) -> TrainState:
 
         fresh = jax.device_get(jax.jit(draw_absent)(key))
     params = load_params(found.tensors, config, shardings=shardings.params, fresh=fresh)
-    return jax.jit(begin, out_shardings=shardings)(params)
+    return jax.jit(program.begin, out_shardings=shardings)(params)

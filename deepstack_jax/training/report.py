@@ -118,7 +118,8 @@ def report(workdir: Path, console: Console) -> Account:
         spent, metrics = account(read_journal(workdir)), read_metrics(workdir)
     except OSError as error:
         raise ReportError(f"--report={workdir} holds no run ({error}); name the --workdir of one") from error
-    console.print(describe(workdir, spent))
+    console.print(f"{workdir}: {spent.steps} steps, {_attempts(spent)}, goodput {spent.goodput:.1%}", soft_wrap=True)
+    console.print(describe(spent))
     folder = workdir / "report"
     folder.mkdir(exist_ok=True)
     draw_time(spent).savefig(folder / "time.png", dpi=120)
@@ -127,11 +128,14 @@ def report(workdir: Path, console: Console) -> Account:
     return spent
 
 
-def describe(workdir: Path, spent: Account) -> Table:
+def _attempts(spent: Account) -> str:
+    return "1 attempt" if spent.attempts == 1 else f"{spent.attempts} attempts"
+
+
+def describe(spent: Account) -> Table:
     """Seconds and shares by kind."""
     total = sum(spent.seconds.values())
-    title = f"{workdir}: {spent.steps} steps, {spent.attempts} attempts, goodput {spent.goodput:.1%}"
-    table = Table("time", "seconds", "share", title=title, title_justify="left")
+    table = Table("time", "seconds", "share")
     for kind, label in LABELS.items():
         seconds = spent.seconds[kind]
         table.add_row(label, f"{seconds:,.1f}", f"{seconds / total:.1%}" if total else "-")
@@ -149,7 +153,7 @@ def draw_time(spent: Account) -> Figure:
         seconds = spent.seconds[kind]
         axes.barh(0, seconds, left=left, color=COLOURS[kind], label=f"{label}: {seconds:,.1f} s")
         left += seconds
-    axes.set(yticks=[], xlabel="seconds", title=f"goodput {spent.goodput:.1%} over {spent.attempts} attempts")
+    axes.set(yticks=[], xlabel="seconds", title=f"goodput {spent.goodput:.1%} over {_attempts(spent)}")
     axes.spines[["top", "right", "left"]].set_visible(False)
     figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=8)
     return figure

@@ -24,13 +24,13 @@ def new_state(
     flat = flatten(params)
     trainable = {path: leaf for path, leaf in flat.items() if groups[path] != FROZEN}
     frozen = {path: leaf.astype(frozen_dtype) for path, leaf in flat.items() if groups[path] == FROZEN}
-    none = jnp.zeros((), jnp.int32)
+    step, bad_steps, bad_in_a_row = (jnp.zeros((), jnp.int32) for _ in range(3))  # no two may share a buffer: it is donated
     return TrainState(
-        step=none,
+        step=step,
         params=unflatten({**trainable, **frozen}),
         opt_state=optimizer.init(trainable),
-        bad_steps=none,
-        bad_in_a_row=none,
+        bad_steps=bad_steps,
+        bad_in_a_row=bad_in_a_row,
     )
 
 

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 
 from tests.e2e.receipts import draw_receipts
 from tests.e2e.verb import (
+    ENVIRONMENT,
     REPOSITORY,
+    TIMEOUT,
     assert_same_bytes,
     contents,
     losses,
@@ -33,6 +38,7 @@ DEMO = {
     "evaluation.every": 3,
     "evaluation.examples": 4,
     "evaluation.batch_size": 16,
+    "profile.steps": "4:5",
 }
 RECEIPTS = {
     "train.steps": 2,
@@ -89,6 +95,33 @@ def test_a_run_leaves_its_files(demo):
     assert [*held_out] == [3, 6, STEPS]
     assert held_out[STEPS] == results["validation_loss"]
     assert any(path.name.startswith("events.out") for path in (demo / "tensorboard").iterdir())
+    assert list((demo / "profile").rglob("*.xplane.pb"))
+
+    manifest = read_json(demo / "manifest.json")
+    assert {"command", "git", "versions", "devices", "hosts", "data", "config"} == manifest.keys()
+    assert manifest["versions"]["jax"] == jax.__version__
+    assert manifest["devices"] == {"platform": "cpu", "kind": "cpu", "count": 1}
+    stored = read_json(demo / "checkpoints" / str(STEPS) / "about" / "metadata")
+    assert stored == manifest, "every checkpoint says what it was made from"
+    last = [record for record in read_lines(demo / "metrics.jsonl") if "loss" in record][-1]
+    shown = {
+        "lr",
+        "grad_norm",
+        "examples_per_second",
+        "supervised_tokens_per_second",
+        "tflops_per_device",
+        "data_wait",
+        "padding",
+    }
+    assert shown <= last.keys()
+
+
+def test_a_report_tells_where_the_time_went(demo):
+    words = [sys.executable, "-m", "deepstack_jax.train", f"--report={demo}"]
+    done = subprocess.run(words, cwd=REPOSITORY, env=ENVIRONMENT, timeout=TIMEOUT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert f"{STEPS} steps, 1 attempt, goodput" in done.stdout
+    assert {path.name for path in (demo / "report").iterdir()} == {"time.png", "curves.png"}
 
 
 def test_stopped_three_ways_it_ends_at_the_same_bytes(demo, tmp_path):

@@ -79,7 +79,7 @@ def test_a_report_of_a_run_cut_in_the_middle_of_a_line(tmp_path, capsys):
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in metrics))
     spent = report(tmp_path, Console(width=100))
     assert spent.steps == 1
-    assert "1 steps, 1 attempts" in capsys.readouterr().out
+    assert "1 steps, 1 attempt" in capsys.readouterr().out
     for name in ("time.png", "curves.png"):
         assert (tmp_path / "report" / name).read_bytes().startswith(b"\x89PNG")
 
