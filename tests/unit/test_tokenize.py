@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from deepstack_jax.data.conversation import TEMPLATES, ConversationError, Message, get_template, normalise, parse, render
@@ -156,6 +156,7 @@ def test_offsets_advance_and_cover_every_visible_character(bpe, text):
 
 @given(TEXTS, TEXTS, st.sampled_from(["v1", "phi3_instruct", "llava_llama_2", "llama_3", "direct"]))
 def test_nothing_of_the_user_is_trained(bpe, question, answer, name):
+    assume(answer.strip() or name != "direct")  # has no end of turn: a tokenizer may swallow all there is to learn
     template = TEMPLATES[name]
     rendered = render([Message("human", question), Message("gpt", answer)], template)
     (start, end) = rendered.spans[0]
