@@ -135,9 +135,10 @@ class Checkpoints:
             self._failed(step, problem)
             return
         self._good.add(step)
-        for old in sorted(self._good - self._kept()):
-            self._manager.delete(old)
-            self._good.remove(old)
+        # Deleting waits for all hosts, which may see files of each other late: the first one's list holds for all.
+        for old in first_host_says(" ".join(map(str, sorted(self._good - self._kept())))).split():
+            self._manager.delete(int(old))
+            self._good.remove(int(old))
 
     def finish(self, step: int) -> None:
         """Wait for the last save.
