@@ -1,65 +1,51 @@
-"""DeepStack-L on the LLaVA-1.5 recipe: `:pretrain` trains the projector, `:finetune` projector and LLM.
+"""DeepStack-L on the LLaVA-1.5 recipe: `:pretrain` trains the projector, `:finetune` projector and language model.
 
-Numbers: paper table 10 and section 4.1; LLaVA-1.5 for what the paper takes over. Sizes are Vicuna-7B v1.5 and CLIP
-ViT-L/14-336. Data: LLaVA's published 558k (stage 1) and 665k (stage 2) under `--config.data.root`, as
-`configs/mixtures/` lists them; `--config.data.train=FILE` trains on one file of your own.
+  python -m deepstack_jax.train --config=configs/llava15.py:pretrain --config.data.root=DIR --workdir=runs/llava15-7b-pretrain
+  python -m deepstack_jax.train --config=configs/llava15.py:finetune --config.data.root=DIR --workdir=runs/llava15-7b-finetune
+
+Further words: `13b` or `phi3` instead of Vicuna-7B v1.5, and `tiny`, which shrinks widths, depth and data. Data: LLaVA's
+published 558k (stage 1) and 665k (stage 2) under `--config.data.root`, as `configs/mixtures/` lists them;
+`--config.data.train=FILE` trains on one file of your own. Docs: docs/training.md.
+
+| | stage 1 | stage 2 | source |
+|---|---|---|---|
+| data | 558k, `plain` | 665k, `v1` or `phi3_instruct` | paper section 4.1, as LLaVA-1.5 |
+| trains | projector | projector and language model | paper section 4.1 |
+| lr, batch | 1e-3, 256 | 2e-5, 128 | paper table 10, as LLaVA-1.5 |
+| AdamW, weight decay 0, cosine to 0, warmup 3 %, clip 1.0, 1 epoch, length 2048, bfloat16 | both | both | LLaVA-1.5 |
+| 4 crops stretched to the grid, 2d sampling, layers 1 to 4 | both | both | paper sections 3.1 and 3.2, upstream's defaults |
 """
 
-import dataclasses
 import runpy
 from pathlib import Path
+from types import SimpleNamespace
 
-from deepstack_jax.config import default_config
-
-STAGES = ("pretrain", "finetune")
+recipe = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("recipe.py"))))
 
 
-def get_config(argument: str = "finetune"):
-    if argument not in STAGES:
-        raise ValueError(f"configs/llava15.py:{argument}: expected one of {', '.join(STAGES)}")
-    config = default_config()
-    config.name = f"deepstack-l-7b-{argument}"
+def get_config(argument: str = ""):
+    chosen = recipe.arguments(__file__, argument, stage=("finetune", "pretrain"), model=("7b", "13b", "phi3"))
+    config = recipe.begin(f"llava15-{chosen.model}-{chosen.stage}", chosen.model)
 
     config.image.mode = "deepstack"
     config.image.size = 336
     config.image.num_crops = 4
+    config.deepstack.sampling = "2d"
     config.deepstack.start = 1
     config.deepstack.interval = 1
-    config.deepstack.sampling = "2d"
 
     config.data.max_length = 2048
-    config.data.workers = 8
-    if argument == "pretrain":
-        config.data.sets = mixture("llava_558k")
+    if chosen.stage == "pretrain":
+        config.data.sets = recipe.mixture("llava_558k")
         config.data.template = "plain"
-        config.optimizer.table = ((r"^projector/", "projector"), (r".*", "frozen"))
-        config.optimizer.groups = {"projector": adamw(1e-3)}
+        recipe.train_projector(config, lr=1e-3)
         config.train.batch_size = 256
     else:
-        config.data.sets = mixture("llava_665k")
-        config.data.template = "v1"
-        config.optimizer.table = ((r"^vision_tower/", "frozen"), (r".*", "language"))
-        config.optimizer.groups = {"language": adamw(2e-5)}
+        config.data.sets = recipe.mixture("llava_665k")
+        config.data.template = recipe.template(chosen.model)
+        recipe.train_language(config, lr=2e-5)
         config.train.batch_size = 128
-    config.optimizer.schedule.kind = "cosine"
-    config.optimizer.schedule.warmup = 0.03
-    config.optimizer.schedule.final = 0.0
-    config.optimizer.clip_norm = 1.0
-
-    config.train.weights = "checkpoints/llava-v1.5-7b"
-    config.train.epochs = 1.0
-    config.train.compute_dtype = "bfloat16"
-    config.mesh.data = 1
-    config.mesh.fsdp = -1
+        config.train.projector = f"runs/llava15-{chosen.model}-pretrain"  # workdir of stage 1
+    if chosen.tiny:
+        recipe.shrink(config)
     return config
-
-
-def adamw(lr: float) -> dict:
-    """AdamW without weight decay, as in both stages of the recipe."""
-    return {"algorithm": "adamw", "lr": lr, "b1": 0.9, "b2": 0.999, "eps": 1e-8, "weight_decay": 0.0}
-
-
-def mixture(name: str, table: str = "SETS") -> dict[str, dict]:
-    """A table of configs/mixtures/, found beside this file, whatever folder the run starts from."""
-    sets = runpy.run_path(str(Path(__file__).parent / "mixtures" / f"{name}.py"))[table]
-    return {name: dataclasses.asdict(entry) for name, entry in sets.items()}

@@ -23,10 +23,10 @@ from deepstack_jax.inference.options import Options, RequestError
 from deepstack_jax.inference.scores import score
 from deepstack_jax.model.variants import build_model
 from deepstack_jax.training.optimizer import flatten, unflatten
+from deepstack_jax.training.start import is_workdir
 from deepstack_jax.training.trained import restore_params
 from deepstack_jax.types import PyTree
 from deepstack_jax.weights.folders import find_folder, open_checkpoint
-from deepstack_jax.weights.io import read_json
 from deepstack_jax.weights.load import load_params
 from deepstack_jax.weights.save import save_checkpoint
 
@@ -187,12 +187,6 @@ def save_hf(lmm: LMM, folder: str | PathLike[str], *, dtype: str = "", force: bo
     )
 
 
-def is_workdir(folder: Path) -> bool:
-    """Whether the folder was written by the `train` verb."""
-    file = folder / "config.json"
-    return (folder / "checkpoints").is_dir() and file.is_file() and "model_type" not in read_json(file)
-
-
 def _load_workdir(workdir: Path, kind: str) -> LMM:
     _, config, leaves = restore_params(workdir)
     config = _computing_in(config, kind)
@@ -200,10 +194,10 @@ def _load_workdir(workdir: Path, kind: str) -> LMM:
     params = unflatten({path: jnp.asarray(leaf, kind) for path, leaf in leaves.items()})
     carried = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
     carried = {key: id for key, id in carried.items() if id is not None}
-    return LMM(config, params, tokenizer, config.data.template, tokenizer.pad_id, _files_of(tokenizer), carried)
+    return LMM(config, params, tokenizer, config.data.template, tokenizer.pad_id, tokenizer_files(tokenizer), carried)
 
 
-def _files_of(tokenizer: Tokenizer) -> str:
+def tokenizer_files(tokenizer: Tokenizer) -> str:
     """Where the tokenizer's files lie, "" for one that has none."""
     if isinstance(tokenizer, SentencePieceTokenizer):
         return str(tokenizer.folder)

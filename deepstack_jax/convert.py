@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,13 +14,14 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from rich.table import Table
 
 from deepstack_jax import cli
+from deepstack_jax.api import tokenizer_files
 from deepstack_jax.config import Config
 from deepstack_jax.config_checks import ConfigError
 from deepstack_jax.data.tokenize import load_tokenizer
 from deepstack_jax.training.checkpoint import CheckpointError
+from deepstack_jax.training.start import is_workdir
 from deepstack_jax.training.trained import restore_params
-from deepstack_jax.weights.folders import Checkpoint, has_tokenizer, open_checkpoint
-from deepstack_jax.weights.io import read_json
+from deepstack_jax.weights.folders import Checkpoint, open_checkpoint
 from deepstack_jax.weights.load import stored_leaves
 from deepstack_jax.weights.save import DTYPES, FORMATS, LeafLike, Written, save_checkpoint
 
@@ -107,24 +107,18 @@ def main() -> int:
     return cli.EXIT_DONE
 
 
-def is_workdir(folder: Path) -> bool:
-    """Whether the folder is a training run's: our configuration, which has no model_type, and checkpoints."""
-    file = folder / "config.json"
-    return (folder / "checkpoints").is_dir() and file.exists() and "model_type" not in read_json(file)
-
-
 def open_run(workdir: Path) -> Source:
     """The newest parameters of a run."""
     step, config, leaves = restore_params(workdir)
-    folder, carried = config.data.tokenizer, {}
+    folder, files, carried = config.data.tokenizer, "", {}
     if folder:
         try:
             tokenizer = load_tokenizer(folder)
         except (ValueError, OSError) as error:
             raise ConfigError(f"the run's tokenizer {folder} cannot be read: {error}; put it back where it was") from error
+        files = tokenizer_files(tokenizer)
         carried = {"eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
         carried |= {} if tokenizer.bos_id is None else {"bos_token_id": tokenizer.bos_id}
-    files = folder if folder and os.path.isdir(folder) and has_tokenizer(Path(folder)) else ""
     return Source(config, leaves, "float32", files, carried, f"run {config.name}, step {step}")
 
 

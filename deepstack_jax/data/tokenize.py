@@ -388,7 +388,8 @@ class WordTokenizer:
 
 @functools.lru_cache(maxsize=16)
 def load_tokenizer(spec: str) -> Tokenizer:
-    """The tokenizer that a config names: "bytes", "words:red green blue", "words:@file", or a folder or tokenizer file.
+    """The tokenizer that a config names: "bytes", "words:red green blue", "words:@file", a folder or tokenizer file, or a
+    training run's workdir, whose tokenizer it then is.
 
     A folder with tokenizer.model is read with sentencepiece, since upstream's ids come from there; one without it through
     tokenizer.json. Results are cached, as several parts of a run ask for the same one.
@@ -404,6 +405,9 @@ def load_tokenizer(spec: str) -> Tokenizer:
         return SentencePieceTokenizer(path.parent if path.name == "tokenizer.model" else path)
     if path.is_file() or (path / "tokenizer.json").is_file():
         return HFTokenizer(path)
+    run = _read_json(path / "config.json").get("data")
+    if isinstance(run, dict) and run.get("tokenizer"):
+        return load_tokenizer(run["tokenizer"])
     raise FileNotFoundError(
         f"tokenizer {spec!r}: neither {path / 'tokenizer.model'} nor {path / 'tokenizer.json'} exists; "
         f"expected 'bytes', 'words:...', 'words:@file' or a folder with one of these"

@@ -12,8 +12,9 @@ from jax.sharding import Mesh
 from deepstack_jax.config import Config
 from deepstack_jax.parallel.rules import replicated
 from deepstack_jax.training.optimizer import FROZEN, flatten, unflatten
+from deepstack_jax.training.start import open_start
 from deepstack_jax.types import PyTree, TrainState
-from deepstack_jax.weights.folders import Checkpoint, open_checkpoint
+from deepstack_jax.weights.folders import Checkpoint
 from deepstack_jax.weights.load import absent_leaves, stored_leaves
 
 
@@ -69,12 +70,11 @@ def state_shardings(
 
 
 def find_weights(config: Config) -> Checkpoint:
-    """The checkpoint that `train.weights` names, every tensor checked against the run's model, none of them read.
+    """What `train.weights` and `train.projector` name, every tensor checked against the run's model, none of them read.
 
     Raises:
       WeightsError: it is missing, of other sizes, or lacks tensors that only a trained model has.
     """
-    train = config.train
-    found = open_checkpoint(train.weights, tower=train.tower, projector=train.projector, run=config)
+    found = open_start(config)
     stored_leaves(found.tensors, config, fresh=dict.fromkeys(absent_leaves(found.tensors, config)))
     return found

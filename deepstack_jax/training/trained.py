@@ -18,16 +18,17 @@ from deepstack_jax.weights.names import Table
 log = logging.getLogger(__name__)
 
 
-def restore_params(workdir: Path) -> tuple[int, Config, dict[str, np.ndarray]]:
+def restore_params(workdir: Path, only: tuple[str, ...] = ("",)) -> tuple[int, Config, dict[str, np.ndarray]]:
     """What a run has learned so far: its newest step, its configuration and its parameters by path, in host memory.
 
-    Optimizer and data state are not read. A damaged checkpoint is passed over, loudly, for the one before.
+    Optimizer and data state are not read, nor parameters whose path begins with none of `only`. A damaged checkpoint is passed
+    over, loudly, for the one before.
 
     Raises:
       CheckpointError: there is no checkpoint that can be read.
     """
     config = build_config(json.loads((workdir / "config.json").read_text()))
-    shapes = {path: leaf.shape for path, leaf in Table(config).leaves.items()}
+    shapes = {path: leaf.shape for path, leaf in Table(config).leaves.items() if path.startswith(only)}
     abstract = {"params": unflatten({path: jax.ShapeDtypeStruct(shape, np.float32) for path, shape in shapes.items()})}
     as_numpy = jax.tree.map(lambda leaf: ocp.RestoreArgs(restore_type=np.ndarray, dtype=leaf.dtype), abstract)
     wanted = ocp.args.PyTreeRestore(item=abstract, restore_args=as_numpy, partial_restore=True)

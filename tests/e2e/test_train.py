@@ -219,9 +219,11 @@ def test_missing_data(precious, tmp_path):
 
 
 def test_full_size_recipe_names_what_to_give(precious):
-    refused("configs/llava15.py:finetune", precious, {}, ["config.data.tokenizer", "--config.data.tokenizer=DIR"])
-    given = {"data.tokenizer": "bytes"}
-    refused("configs/llava15.py:finetune", precious, given, ["--config.data.root=DIR"])
+    """Weights, tower, stage 1 and data, all in one line; the ways to give them are in test_recipes."""
+    said = ["hf download lmsys/vicuna-7b-v1.5 --local-dir checkpoints/lmsys/vicuna-7b-v1.5", "--config.train.weights=DIR"]
+    said += ["openai/clip-vit-large-patch14-336", "--config.train.tower=DIR", "--config.train.projector=PATH"]
+    said += ["llava_v1_5_mix665k.json (set coco", "--config.data.root=DIR", "tokenizer"]
+    refused("configs/llava15.py:finetune", precious, {}, said)
 
 
 def test_missing_image(precious, tmp_path):
