@@ -63,7 +63,7 @@ class Run(NamedTuple):
 
 @dataclass(frozen=True)
 class Step:
-    """One part of a chain: done once `proof` exists, which appears when all of it is there; `result` is then a line about it."""
+    """One part of a chain: done once `proof` exists, which appears when all of it is there; then `result` describes it."""
 
     name: str
     proof: Path

@@ -1,0 +1,200 @@
+"""Score a model on held-out rows: `python -m deepstack_jax.evaluate --model=DIR --data=val.json --images=DIR`."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from absl import flags
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from deepstack_jax import cli
+from deepstack_jax.api import DTYPES, LMM, ConfigError, Options, RequestError, load
+from deepstack_jax.config import DataConfig
+from deepstack_jax.data.conversation import ConversationError
+from deepstack_jax.data.encode import BadExample
+from deepstack_jax.data.image import ImageError
+from deepstack_jax.data.open import MissingError, open_files, open_source
+from deepstack_jax.data.sources import Source, SourceError
+from deepstack_jax.evaluation.held_out import Prediction, ask
+from deepstack_jax.evaluation.scorers import SCORERS
+from deepstack_jax.training.checkpoint import CheckpointError
+
+USAGE = """
+Answer a held-out set by greedy generation, and score the answers.
+
+  python -m deepstack_jax.evaluate --model=runs/receipts --data=receipts/val.json --images=receipts --out=scores
+  python -m deepstack_jax.evaluate --model=runs/receipts --config=configs/receipts.py --config.data.root=receipts --limit=20
+
+  --model=DIR           Hugging Face folder or hub id (DeepStack, LLaVA-1.5, LLaVA-NeXT), or the workdir of a training run
+  --data=FILE           rows in LLaVA JSON, or any other container that `train` reads
+  --images=DIR          where the image paths in the rows start
+  --config=FILE         in place of --data and --images: the validation data of a configuration, its evaluation.max_new_tokens
+                        and evaluation.batch_size
+  --limit=N             the first N rows; all of them if left out
+  --out=DIR             writes predictions.jsonl (every question, answer and score) and results.json
+  --max_new_tokens=64   most tokens of an answer
+  --batch_size=8        questions answered at once; the answers do not depend on it
+  --template=NAME       conversation template in place of the model's own
+  --dtype=NAME          float32 or bfloat16; float32 on a CPU and bfloat16 on accelerators if left out
+
+Every answered turn of a row is a question; the true answers of the turns before it are given. Exit codes: 0 done; 1 a mistake
+in the input, said in one line; 130 stopped by Ctrl-C.
+"""
+
+FLAGS = {
+    "model": (flags.DEFINE_string, None, "Model folder, hub id or workdir."),
+    "data": (flags.DEFINE_string, None, "File of held-out rows."),
+    "images": (flags.DEFINE_string, "", "Image root."),
+    "limit": (flags.DEFINE_integer, None, "Most rows."),
+    "out": (flags.DEFINE_string, None, "Folder for predictions.jsonl and results.json."),
+    "max_new_tokens": (flags.DEFINE_integer, None, "Most tokens of an answer."),
+    "batch_size": (flags.DEFINE_integer, None, "Questions answered at once."),
+    "template": (flags.DEFINE_string, None, "Conversation template."),
+    "dtype": (flags.DEFINE_string, None, "float32 or bfloat16."),
+}
+DEFAULTS = {"max_new_tokens": 64, "batch_size": 8}  # without --config
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is asked, and how."""
+
+    source: Source
+    data: str
+    rows: int
+    options: Options
+    batch_size: int
+    max_bad_fraction: float
+
+
+def define_flags() -> None:
+    """Only when this verb runs, so that another may have flags of the same name."""
+    cli.define_config_flag()
+    for name, (define, default, meaning) in FLAGS.items():
+        define(name, default, meaning)
+
+
+def main() -> int:
+    given: dict[str, Any] = {name: flags.FLAGS[name].value for name in FLAGS}
+    if not given["model"]:
+        raise ConfigError("--model is missing; e.g. --model=DIR with a Hugging Face folder or the workdir of a training run")
+    if given["dtype"] not in (None, *DTYPES):
+        raise ConfigError(f"--dtype={given['dtype']} is not known; use one of {', '.join(DTYPES)}")
+    for name in ("limit", "batch_size"):
+        if given[name] is not None and given[name] < 1:
+            raise ConfigError(f"--{name}={given[name]}, expected 1 or more")
+    task = open_task(given)
+    out = cli.writable_folder(given["out"], "out") if given["out"] else None
+    lmm = load(given["model"], given["dtype"])
+    console = Console(highlight=False)
+    predictions, bad = run_task(lmm, task, console)
+    results = summarise(lmm, given["model"], task, predictions, bad)
+    if out is not None:
+        write(out / "predictions.jsonl", "".join(f"{json.dumps(p.as_dict(), ensure_ascii=False)}\n" for p in predictions))
+        write(out / "results.json", json.dumps(results, indent=2) + "\n")
+    console.print(table_of(results))
+    return cli.EXIT_DONE
+
+
+def open_task(given: dict[str, Any]) -> Task:
+    """The rows to ask, from --data or --config.
+
+    Raises:
+      ConfigError: neither or both are given, or nothing is there. SourceError: the file cannot be read.
+    """
+    if (flags.FLAGS["config"].value is None) == (given["data"] is None):
+        raise ConfigError("give either --data=FILE with --images=DIR, or --config=FILE whose validation data is asked")
+    if given["data"] is not None:
+        data, sizes = DataConfig(), DEFAULTS
+        try:
+            source, name = open_files(given["data"], given["images"]), given["data"]
+        except MissingError as error:
+            raise ConfigError(f"{error}; point to it with --data=FILE") from error
+    else:
+        config = cli.parse_config()
+        data, evaluation = config.data, config.evaluation
+        source, name = open_source(config, "validation"), f"{config.name}: {data.validation or data.source}"
+        sizes = {"max_new_tokens": evaluation.max_new_tokens, "batch_size": evaluation.batch_size}
+    sizes = {key: value if given[key] is None else given[key] for key, value in sizes.items()}
+    options = Options(max_new_tokens=sizes["max_new_tokens"], template=given["template"])
+    rows = min(len(source), given["limit"] or len(source))
+    return Task(source, name, rows, options, sizes["batch_size"], data.max_bad_fraction)
+
+
+def run_task(lmm: LMM, task: Task, console: Console) -> tuple[list[Prediction], list[BadExample]]:
+    """Ask everything, showing how far it is.
+
+    Raises:
+      SourceError: more rows than `data.max_bad_fraction` cannot be asked: the score would be of another set.
+    """
+    predictions: list[Prediction] = []
+    bad: list[BadExample] = []
+    columns = (TextColumn("rows"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+        bar = progress.add_task("", total=task.rows)
+        for results in ask(lmm.answerer, task.source, task.options, task.batch_size, task.rows):
+            for result in results:
+                if isinstance(result, Prediction):
+                    predictions.append(result)
+                    progress.update(bar, completed=result.question.row + 1)
+                else:
+                    bad.append(result)
+                    console.print(f"row {result.index} ({result.name}) is left out: {result.reason}", markup=False)
+            if len(bad) > task.max_bad_fraction * task.rows:
+                raise SourceError(
+                    f"{len(bad)} of {task.rows} rows cannot be asked, the last one: {bad[-1].reason}; mend them (image paths "
+                    "start at --images=DIR), or the score would be of another set"
+                )
+    return predictions, bad
+
+
+def summarise(lmm: LMM, model: str, task: Task, predictions: Sequence[Prediction], bad: Sequence[BadExample]) -> dict[str, Any]:
+    """results.json: every score with all that it depends on."""
+    config = lmm.config
+    crops = config.image.num_crops if config.image.mode in ("deepstack", "hd") else 0
+    protocol = {
+        "decoding": "greedy",
+        "max_new_tokens": task.options.max_new_tokens,
+        "template": task.options.template or lmm.template,
+        "image_mode": config.image.mode,
+        "num_crops": crops,
+        "dtype": config.train.compute_dtype,
+        "earlier_turns": "true answers",
+    }
+    scores = {
+        name: {"score": float(np.mean([p.scores[name] for p in predictions])), "protocol": scorer.protocol}
+        for name, scorer in SCORERS.items()
+    }
+    counts = {"rows": task.rows, "questions": len(predictions), "bad_examples": len(bad)}
+    return {"model": model, "data": task.data, **counts, "protocol": protocol, "scores": scores}
+
+
+def table_of(results: dict[str, Any]) -> Table:
+    """The scores, each with its protocol."""
+    asked = ", ".join(f"{name} {value}" for name, value in results["protocol"].items())
+    counts = f"{results['questions']} questions of {results['rows']} rows, {results['bad_examples']} left out"
+    table = Table("score", "value", "protocol", title=escape(f"{results['model']} on {results['data']}: {counts}"))
+    for name, entry in results["scores"].items():
+        table.add_row(name, f"{entry['score']:.4f}", escape(f"{entry['protocol']}; {asked}"))
+    return table
+
+
+def write(file: Path, text: str) -> None:
+    """Whole or not at all."""
+    scratch = file.with_suffix(".tmp")
+    scratch.write_text(text, "utf-8")
+    os.replace(scratch, file)
+
+
+if __name__ == "__main__":
+    define_flags()
+    cli.run(main, (RequestError, ImageError, ConversationError, CheckpointError, SourceError), USAGE)

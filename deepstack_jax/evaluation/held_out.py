@@ -1,0 +1,115 @@
+"""Held-out rows as questions to a model: every answered turn is asked, the true answers of the turns before it given."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from deepstack_jax.data.conversation import IMAGE_MARK, normalise
+from deepstack_jax.data.encode import BadExample
+from deepstack_jax.data.sources import Example, Source
+from deepstack_jax.evaluation.scorers import SCORERS
+from deepstack_jax.inference.answers import Answerer, Turn
+from deepstack_jax.inference.options import Options, RequestError
+from deepstack_jax.inference.prompts import CutImage, cut_image, find_template
+
+
+@dataclass(frozen=True)
+class Question:
+    """One answered turn of a row."""
+
+    row: int
+    name: str
+    turn: int  # which question of the row, from 0
+    turns: tuple[Turn, ...]  # all before its answer
+    reference: str
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a model said to a question, and every score of it."""
+
+    question: Question
+    text: str
+    tokens: int
+    scores: dict[str, float]
+
+    def as_dict(self) -> dict[str, Any]:
+        """A line of predictions.jsonl."""
+        asked = self.question
+        words = asked.turns[-1].words.replace(IMAGE_MARK, "").strip()
+        line = {"id": asked.name, "row": asked.row, "turn": asked.turn, "question": words, "reference": asked.reference}
+        return line | {"prediction": self.text, "tokens": self.tokens} | self.scores
+
+
+def ask(
+    answerer: Answerer, source: Source, options: Options, batch_size: int, rows: int
+) -> Iterator[list[Prediction | BadExample]]:
+    """Answer the questions of the first `rows` rows, `batch_size` at a time, in their order.
+
+    Yields:
+      What became of some of them: predictions, and rows or questions that could not be asked, with the reason.
+
+    Raises:
+      RequestError: no such template.
+    """
+    find_template(options.template or answerer.template)  # a wrong name is no fault of the rows
+    waiting: list[Question] = []
+    for row in range(min(rows, len(source))):
+        try:
+            waiting += questions(source[row], answerer, options)
+        except ValueError as error:  # of the source, the images or the turns: all say which row it is
+            yield [BadExample(row, str(row), str(error))]
+        while len(waiting) >= batch_size:
+            yield _answer(answerer, waiting[:batch_size], options, batch_size)
+            waiting = waiting[batch_size:]
+    if waiting:
+        yield _answer(answerer, waiting, options, batch_size)
+
+
+def questions(example: Example, answerer: Answerer, options: Options) -> list[Question]:
+    """The questions of one row, its images cut once.
+
+    Raises:
+      ImageError: an image cannot be read. ValueError: its turns and images do not fit together, or nothing is answered.
+    """
+    template = find_template(options.template or answerer.template)
+    messages = normalise(example.messages, template) if example.images else example.messages
+    images = [cut_image(image, answerer.config) for image in example.images]
+    turns: list[Turn] = []
+    found: list[Question] = []
+    for message in messages:
+        if message.role == "human":
+            turns.append(Turn("human", message.text, _take(images, message.text.count(IMAGE_MARK) if example.images else 0)))
+        elif turns:  # one that comes first answers nothing, and is dropped in training too
+            found.append(Question(example.index, example.name, len(found), tuple(turns), message.text))
+            turns.append(Turn("gpt", message.text))
+    if images or not found:
+        problem = f"{len(images)} images more than placeholders" if images else "no answered question"
+        raise ValueError(f"{example.name}: {problem}; mend the row")
+    return found
+
+
+def _take(images: list[CutImage], count: int) -> Sequence[CutImage]:
+    taken = images[:count]
+    del images[:count]
+    return taken
+
+
+def _answer(answerer: Answerer, asked: Sequence[Question], options: Options, batch_size: int) -> list[Prediction | BadExample]:
+    """Answer some questions at once; where one cannot be asked, each alone, so that it spoils no other."""
+    try:
+        answers = answerer.answers([question.turns for question in asked], options, batch_size)
+    except RequestError as error:
+        if len(asked) == 1:
+            return [BadExample(asked[0].row, asked[0].name, f"turn {asked[0].turn}: {error}")]
+        return [result for question in asked for result in _answer(answerer, [question], options, batch_size)]
+    return [
+        Prediction(question, answer.text, answer.tokens, _scores(answer.text, question.reference))
+        for question, answer in zip(asked, answers, strict=True)
+    ]
+
+
+def _scores(said: str, reference: str) -> dict[str, float]:
+    return {name: scorer.score(said, (reference,)) for name, scorer in SCORERS.items()}

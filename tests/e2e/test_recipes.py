@@ -1,0 +1,154 @@
+"""Every recipe in small, from one command: stage 1, stage 2, evaluate, export; what trained, and what stayed to the byte."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import deepstack_jax as dsx
+from benchmarks.tiny_recipe import CHAINS, HELD_OUT, Run, load_recipe
+from deepstack_jax.data.open import open_files
+from deepstack_jax.data.tokenize import load_tokenizer
+from deepstack_jax.training.checkpoint import restore_params
+from deepstack_jax.training.optimizer import flatten
+from deepstack_jax.training.start import open_start
+from deepstack_jax.weights.folders import open_checkpoint
+from deepstack_jax.weights.load import load_params
+from tests.e2e.verb import ENVIRONMENT, REPOSITORY, read_json, read_lines
+
+TIMEOUT = 600  # seconds for a chain on a busy machine
+SLOW = pytest.mark.slow
+RECIPES = (
+    "llava15",
+    "deepstack_v",
+    *(pytest.param(name, marks=SLOW) for name in CHAINS if name not in ("llava15", "deepstack_v")),
+)
+
+
+@dataclass(frozen=True)
+class Chain:
+    """What a chain left behind, and what it printed."""
+
+    name: str
+    workdir: Path
+    printed: str
+
+    @property
+    def runs(self) -> list[Run]:
+        return [Run(recipe, stage, "") for recipe, stage in CHAINS[self.name]]
+
+    def params(self, run: Run) -> dict[str, np.ndarray]:
+        return restore_params(self.workdir / run.folder)[2]
+
+    def start(self) -> dict[str, np.ndarray]:
+        """The synthetic weights by our paths, as far as they go."""
+        config = load_recipe(self.runs[0])
+        weights = self.workdir / "weights"
+        found = open_checkpoint(weights / "llm", tower=str(weights / "clip"), run=config)
+        absent = ("projector/", "image_newline")
+        blank = {path: np.zeros(leaf.shape) for path, leaf in self.params(self.runs[0]).items() if path.startswith(absent)}
+        leaves = flatten(load_params(found.tensors, config, fresh=blank))
+        return {path: np.asarray(leaf) for path, leaf in leaves.items() if path not in blank}
+
+
+def tiny_recipe(name: str, workdir: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "benchmarks.tiny_recipe", name, f"--workdir={workdir}"]
+    return subprocess.run(command, cwd=REPOSITORY, env=ENVIRONMENT, timeout=TIMEOUT, capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module", params=RECIPES)
+def chain(request, tmp_path_factory) -> Chain:
+    workdir = tmp_path_factory.mktemp("chains") / request.param
+    done = tiny_recipe(request.param, workdir)
+    assert done.returncode == 0, done.stderr
+    return Chain(request.param, workdir, done.stdout)
+
+
+def moved(before: dict[str, np.ndarray], after: dict[str, np.ndarray]) -> dict[str, float]:
+    """Largest change of every parameter that both have."""
+    return {path: float(np.abs(after[path] - before[path]).max()) for path in before.keys() & after.keys()}
+
+
+def test_stage_1_trains_the_projector_and_nothing_else(chain):
+    after = chain.params(chain.runs[0])
+    changed = moved(chain.start(), after)
+    assert {path.split("/")[0] for path in changed} == {"vision_tower", "embed", "layers", "head"}
+    assert not any(changed.values())
+    assert {path for path in after if path.startswith("projector/")} == after.keys() - changed.keys()
+    assert groups(chain.printed, 0) == {"frozen": "-", "projector": "0.001"}
+
+
+def test_stage_2_starts_from_stage_1_and_trains_what_the_recipe_says(chain):
+    for number, (first, second) in enumerate(zip(chain.runs, chain.runs[1:], strict=False), 1):
+        config = load_recipe(second)
+        before, after = chain.params(first), chain.params(second)
+        change, steps = moved(before, after), read_json(chain.workdir / second.folder / "results.json")["steps"]
+        tower = max(value for path, value in change.items() if path.startswith("vision_tower/"))
+        rest = max(value for path, value in change.items() if not path.startswith("vision_tower/"))
+        # AdamW moves a parameter by about its rate at each step: from other weights than stage 1's it would be 0.01 and up.
+        assert 2e-5 < rest < 2e-5 * (steps + 1)
+        tuned = "vision" in config.optimizer.groups
+        assert (0.07 < tower / rest < 0.13) if tuned else tower == 0
+        assert all(change[path] > 0 for path in ("projector/fc1/kernel", "embed/embedding", "head/kernel"))
+        printed = {"language": "2e-05"} | ({"vision": "2e-06"} if tuned else {"frozen": "-"})
+        assert groups(chain.printed, number) == printed | ({"newline": "2e-05"} if config.newline else {})
+
+
+def groups(printed: str, number: int) -> dict[str, str]:
+    """Group -> rate, of the table that the run of that number printed."""
+    table = printed.split("┃ group")[1:][number].split("└")[0]
+    rows = [[cell.strip() for cell in line.split("│")[1:]] for line in table.splitlines() if line.startswith("│")]
+    return {row[0]: row[2] for row in rows}
+
+
+def test_held_out_answers_are_scored(chain):
+    results = read_json(chain.workdir / "evaluation" / "results.json")
+    lines = read_lines(chain.workdir / "evaluation" / "predictions.jsonl")
+    assert (results["questions"], results["bad_examples"], len(lines)) == (HELD_OUT, 0, HELD_OUT)
+    for name, entry in results["scores"].items():
+        assert entry["score"] == pytest.approx(np.mean([line[name] for line in lines]))
+    assert {"exact_match", "anls"} == results["scores"].keys()
+    for part in ("exact_match", "anls", "greedy", "max_new_tokens 8"):
+        assert part in chain.printed
+
+
+def test_the_exported_folder_answers_as_the_run_does(chain):
+    lmm = dsx.load(chain.workdir / "exported")
+    run = dsx.load(chain.workdir / chain.runs[-1].folder)
+    assert lmm.config.deepstack == run.config.deepstack
+    assert lmm.config.layout == run.config.layout
+    rows = open_files(str(chain.workdir / "data" / "held_out.json"), str(chain.workdir / "data" / "held_out"))
+    lines = read_lines(chain.workdir / "evaluation" / "predictions.jsonl")
+    for row, line in enumerate(lines[:2]):
+        said = lmm.generate(list(rows[row].images), line["question"], max_new_tokens=8, template=run.template)
+        assert said == line["prediction"]
+
+
+def test_a_run_serves_as_weights(chain):
+    """What `train.weights` reads from a workdir is what the run saved, through the official names and back, to the byte."""
+    run, config = chain.runs[-1], load_recipe(chain.runs[-1])
+    folder = str(chain.workdir / run.folder)
+    config = replace(config, train=replace(config.train, weights=folder, projector=""))
+    saved, read = chain.params(run), flatten(load_params(open_start(config).tensors, config))
+    assert saved.keys() == read.keys()
+    assert all(saved[path].tobytes() == np.asarray(read[path]).tobytes() for path in saved)
+    assert load_tokenizer(folder) is load_tokenizer(str(chain.workdir / "weights" / "llm"))
+
+
+def test_started_again_it_goes_on_where_it_was(chain):
+    (chain.workdir / "evaluation" / "results.json").unlink()
+    again = tiny_recipe(chain.name, chain.workdir)
+    assert again.returncode == 0, again.stderr
+    assert again.stdout.count("done before") == len(chain.runs) + 3
+    assert (chain.workdir / "evaluation" / "results.json").exists()
+
+
+def test_an_unknown_recipe_is_named(tmp_path):
+    done = tiny_recipe("lava15", tmp_path)
+    assert done.returncode == 2
+    assert "no recipe 'lava15'; expected one of llava15" in done.stderr
