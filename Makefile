@@ -29,7 +29,7 @@ export PIP_NO_INPUT := 1
 # draws the same examples in every run and knows no deadline, so that a busy machine cannot fail a test; plain pytest draws new ones.
 PYTEST = $(RUN) -m pytest -q -n $(WORKERS) --dist loadfile --hypothesis-profile=ci
 
-.PHONY: help venv demo demo-control readme $(DEMOS:%=demo-%) test test-quick test-all lint format clean
+.PHONY: help venv demo demo-control readme recipe $(DEMOS:%=demo-%) test test-quick test-all lint format clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -56,6 +56,11 @@ demo-control: $(INSTALLED) ## the demo's digits drawn plainly: now the low-res b
 
 readme: demo demo-control ## run the demo and write its table and pictures into README.md
 	$(RUN) -m benchmarks.readme_table runs/demo
+
+NAME ?= llava15
+
+recipe: $(INSTALLED) ## NAME=llava15 (or another of configs/): both stages, evaluation and export in small, on synthetic weights and data
+	$(RUN) -m benchmarks.tiny_recipe $(NAME)
 
 test test-quick test-all: export JAX_PLATFORMS ?= cpu
 

@@ -1,0 +1,109 @@
+"""The evaluate verb from the command line: files, scores, limits, bad rows, and what it says to a mistake."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import deepstack_jax as dsx
+from deepstack_jax.data.synthetic_files import write_file
+from tests.e2e.verb import ENVIRONMENT, REPOSITORY, TIMEOUT, contents, read_json, read_lines
+from tests.parity.goldens import GOLDEN, write_folder
+
+ROWS = 5
+
+
+def evaluate(*flags: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "deepstack_jax.evaluate", *flags]
+    return subprocess.run(command, cwd=REPOSITORY, env=ENVIRONMENT, timeout=TIMEOUT, capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    """The golden checkpoint "generate" with its tokenizer."""
+    folder = write_folder("generate", tmp_path_factory.mktemp("model"))
+    shutil.copytree(GOLDEN / "tokenizer" / "llama_legacy_false", folder, dirs_exist_ok=True)
+    return folder
+
+
+@pytest.fixture
+def data(tmp_path) -> Path:
+    """Rows with images, one of them with a second question, and one of text."""
+    write_file(tmp_path / "data" / "val.json", tmp_path / "data" / "images", ROWS)
+    rows = json.loads((tmp_path / "data" / "val.json").read_text())
+    rows[1]["conversations"] += [{"from": "human", "value": "Sure?"}, {"from": "gpt", "value": "Yes."}]
+    del rows[3]["image"]
+    rows[3]["conversations"][0]["value"] = "What is 2 + 2?"
+    (tmp_path / "data" / "val.json").write_text(json.dumps(rows))
+    return tmp_path / "data"
+
+
+def test_every_answered_turn_is_asked_and_scored(model, data, tmp_path):
+    flags = (f"--model={model}", f"--data={data / 'val.json'}", f"--images={data / 'images'}", "--max_new_tokens=6")
+    done = evaluate(*flags, "--batch_size=4", f"--out={tmp_path / 'out'}")
+    assert done.returncode == 0, done.stderr
+    lines, results = read_lines(tmp_path / "out" / "predictions.jsonl"), read_json(tmp_path / "out" / "results.json")
+    assert [(line["row"], line["turn"]) for line in lines] == [(0, 0), (1, 0), (1, 1), (2, 0), (3, 0), (4, 0)]
+    assert [lines[2][key] for key in ("question", "reference")] == ["Sure?", "Yes."]
+    assert (results["rows"], results["questions"], results["bad_examples"]) == (ROWS, 6, 0)
+    assert results["protocol"]["template"] == "v1"
+    assert results["protocol"]["max_new_tokens"] == 6
+    for name, entry in results["scores"].items():
+        assert entry["score"] == pytest.approx(sum(line[name] for line in lines) / 6)
+        assert name in done.stdout
+    for part in ("case and punctuation count", "0 below 0.5", "greedy", "max_new_tokens 6", "template v1"):
+        assert done.stdout.count(part) >= 1
+    lmm, rows = dsx.load(model), json.loads((data / "val.json").read_text())
+    picture = str(data / "images" / rows[0]["image"])
+    assert lines[0]["prediction"] == lmm.generate([picture], lines[0]["question"], max_new_tokens=6)
+    assert lines[4]["prediction"] == lmm.generate(None, "What is 2 + 2?", max_new_tokens=6)
+
+
+def test_a_configuration_names_the_validation_data(model, data):
+    config = ("--config=configs/receipts.py", f"--config.data.root={data}", "--config.data.images=images")
+    done = evaluate(f"--model={model}", *config, "--config.evaluation.max_new_tokens=3", "--limit=2")
+    assert done.returncode == 0, done.stderr
+    assert "receipts-deepstack: val.json: 3 questions of 2 rows, 0 left out" in done.stdout
+    assert "max_new_tokens 3" in done.stdout
+
+
+def test_rows_that_cannot_be_asked_stop_it_before_anything_is_written(model, data, tmp_path):
+    (data / "images" / "val2.jpg").unlink()
+    done = evaluate(
+        f"--model={model}", f"--data={data / 'val.json'}", f"--images={data / 'images'}", f"--out={tmp_path / 'out'}"
+    )
+    assert done.returncode == 1
+    assert len(done.stderr.splitlines()) == 1
+    assert "1 of 5 rows cannot be asked" in done.stderr
+    assert "val2.jpg" in done.stderr
+    assert "val2.jpg" in done.stdout
+    assert contents(tmp_path / "out") == {}
+
+
+MISTAKES = {
+    "no model": ([], "--model is missing; e.g. --model=DIR"),
+    "no data": (["--model=MODEL", "--limit=3"], "give either --data=FILE with --images=DIR, or --config=FILE"),
+    "nothing there": (["--model=MODEL", "--data=/nowhere/val.json"], "/nowhere/val.json does not exist"),
+    "template": (["--model=MODEL", "--data=DATA", "--template=v9"], "unknown template 'v9'; nearest valid:"),
+}
+
+
+@pytest.mark.parametrize("case", MISTAKES)
+def test_a_mistake_is_one_line(case, model, data):
+    flags, said = MISTAKES[case]
+    done = evaluate(*(flag.replace("MODEL", str(model)).replace("DATA", str(data / "val.json")) for flag in flags))
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: ")
+    assert len(done.stderr.splitlines()) == 1
+    assert said in done.stderr
+
+
+def test_help_has_examples():
+    done = evaluate("--help")
+    assert done.returncode == 0
+    assert "python -m deepstack_jax.evaluate --model=" in done.stdout
