@@ -21,7 +21,7 @@ from deepstack_jax.weights.folders import open_checkpoint
 from deepstack_jax.weights.load import load_params
 from tests.e2e.verb import ENVIRONMENT, REPOSITORY, read_json, read_lines
 
-TIMEOUT = 600  # seconds for a chain on a busy machine
+TIMEOUT = 1800  # seconds for a chain on a busy machine: the longest takes 100 of CPU
 SLOW = pytest.mark.slow
 RECIPES = (
     "llava15",
