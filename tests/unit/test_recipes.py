@@ -10,8 +10,11 @@ from flax import linen as nn
 
 from deepstack_jax.batch import empty_batch
 from deepstack_jax.config import Config, build_config, differences, to_dict
+from deepstack_jax.config_checks import ConfigError
+from deepstack_jax.data.open import open_source
 from deepstack_jax.model.variants import build_model
 from deepstack_jax.training.optimizer import assign_groups, describe_groups, flatten
+from deepstack_jax.training.state import find_weights
 from deepstack_jax.weights.names import Table
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -104,6 +107,26 @@ def test_flags_move_weights_and_tokenizer_together_or_apart():
     assert build_config(source).data.tokenizer == "elsewhere"
     source.data.tokenizer = "bytes"
     assert (build_config(source).train.weights, build_config(source).data.tokenizer) == ("elsewhere", "bytes")
+
+
+@pytest.mark.parametrize(("name", "words"), [(name, listed[at]) for name, listed in WORDS.items() for at in (0, -1)])
+def test_what_is_missing_is_one_line_with_its_flag(name, words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = recipe(name, words)
+    said = {}
+    for part, opener in (("data", lambda: open_source(config, "train")), ("weights", lambda: find_weights(config))):
+        with pytest.raises(ConfigError) as caught:
+            opener()
+        said[part] = str(caught.value)
+        assert "\n" not in said[part]
+    assert "--config.data.root=DIR" in said["data"]
+    for entry in config.data.sets.values():
+        assert f"/{entry.file} (set " in said["data"]
+        assert entry.file_from in said["data"]
+    assert f"hf download {config.train.weights.removeprefix('checkpoints/')} --local-dir" in said["weights"]
+    assert "--config.train.weights=DIR" in said["weights"]
+    assert ("--config.train.tower=DIR" in said["weights"]) == bool(config.train.tower)
+    assert ("--config.train.projector=PATH" in said["weights"]) == bool(config.train.projector)
 
 
 @pytest.mark.parametrize("name", WORDS)
