@@ -183,6 +183,11 @@ def main() -> None:
     name, _, words = given.name.partition(":")
     if name not in CHAINS:
         parser.error(f"no recipe {name!r}; expected one of {', '.join(CHAINS)}")
+    try:
+        for recipe, stage in CHAINS[name]:
+            load_recipe(Run(recipe, stage, words))
+    except ValueError as error:
+        parser.error(str(error))
     workdir = (given.workdir or REPOSITORY / "runs" / "tiny" / given.name.replace(":", "-").replace(",", "-")).absolute()
     console, table = Console(highlight=False), RichTable("step", "seconds", "result", title=f"{given.name} in small")
     for step in steps(name, words, workdir):

@@ -152,3 +152,7 @@ def test_an_unknown_recipe_is_named(tmp_path):
     done = tiny_recipe("lava15", tmp_path)
     assert done.returncode == 2
     assert "no recipe 'lava15'; expected one of llava15" in done.stderr
+    done = tiny_recipe("llava_next:phi3", tmp_path)
+    assert done.returncode == 2
+    assert "'phi3' is not known; expected" in done.stderr
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,91 @@
+"""Rows as questions: which turns are asked with what before them, and what a row that cannot be asked does to the others."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from deepstack_jax.config import Config
+from deepstack_jax.data.conversation import Message
+from deepstack_jax.data.encode import BadExample
+from deepstack_jax.data.sources import Example, SampleError
+from deepstack_jax.evaluation.held_out import Prediction, ask
+from deepstack_jax.inference.answers import Answer
+from deepstack_jax.inference.options import Options, RequestError
+
+PICTURE = np.zeros((40, 20, 3), np.uint8)
+
+
+class Echo:
+    """Answers with the number of turns that it was given; refuses what is too long, as a model does."""
+
+    config, template = Config(), "v1"
+
+    def __init__(self) -> None:
+        self.asked: list[int] = []  # questions of every call
+
+    def answers(self, conversations: Any, options: Options, batch_size: int) -> list[Answer]:
+        self.asked.append(len(conversations))
+        assert len(conversations) <= batch_size
+        for turns in conversations:
+            if len(turns[-1].words) > 50:
+                raise RequestError("the prompt takes 60 tokens")
+        images = [sum(len(turn.images) for turn in turns) for turns in conversations]
+        return [Answer(f"{len(turns)} turns {count} images", 3) for turns, count in zip(conversations, images, strict=True)]
+
+
+class Rows(list):
+    """A source; row None cannot be read."""
+
+    def __getitem__(self, index: Any) -> Example:
+        if super().__getitem__(index) is None:
+            raise SampleError(f"row {index} is damaged", "x")
+        return super().__getitem__(index)
+
+
+def row(index: int, *texts: str, images: int = 0) -> Example:
+    messages = tuple(Message("human" if at % 2 == 0 else "gpt", text) for at, text in enumerate(texts))
+    return Example(index, f"row{index}", (PICTURE,) * images, messages)
+
+
+def asked(rows: list, size: int = 4, limit: int = 99) -> tuple[list[Any], Echo]:
+    echo = Echo()
+    results = ask(echo, Rows(rows), Options(), size, limit)  # pyright: ignore[reportArgumentType]
+    return [result for part in results for result in part], echo
+
+
+def test_every_answered_turn_with_the_true_turns_before_it():
+    results, echo = asked([row(0, "<image>\nA?", "a", "And\n<image>", "b", images=2), row(1, "C?", "c")], size=2)
+    assert [(p.question.row, p.question.turn, p.text, p.question.reference) for p in results] == [
+        (0, 0, "1 turns 1 images", "a"),
+        (0, 1, "3 turns 2 images", "b"),
+        (1, 0, "1 turns 0 images", "c"),
+    ]
+    assert echo.asked == [2, 1]
+    assert [line["question"] for line in map(Prediction.as_dict, results)] == ["A?", "And", "C?"]
+    assert results[0].as_dict()["exact_match"] == 0.0
+
+
+def test_a_row_or_question_that_cannot_be_asked_spoils_no_other():
+    rows = [row(0, "A?", "a"), None, row(2, "B" * 60, "b"), row(3, "<image>", "c"), row(4, "D?"), row(5, "E?", "e")]
+    results, _ = asked(rows)
+    bad = {result.index: result.reason for result in results if isinstance(result, BadExample)}
+    good = [result.question.row for result in results if isinstance(result, Prediction)]
+    assert good == [0, 3, 5]  # row 3 has no image: "<image>" is a word there
+    assert bad.keys() == {1, 2, 4}
+    assert "row 1 is damaged" in bad[1]
+    assert "turn 0: the prompt takes 60 tokens" in bad[2]
+    assert "no answered question" in bad[4]
+
+
+def test_images_and_placeholders_must_agree():
+    results, _ = asked([row(0, "A?", "a", images=1)])
+    assert isinstance(results[0], BadExample)
+    assert "1 images more than placeholders" in results[0].reason
+
+
+def test_a_limit_and_a_wrong_template():
+    results, echo = asked([row(number, "A?", "a") for number in range(5)], limit=3)
+    assert (len(results), echo.asked) == (3, [3])
+    with pytest.raises(RequestError, match="unknown template 'v9'"):
+        list(ask(Echo(), Rows([]), Options(template="v9"), 4, 9))  # pyright: ignore[reportArgumentType]
