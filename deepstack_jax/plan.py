@@ -1,0 +1,135 @@
+"""What a run costs before the machine is rented: `python -m deepstack_jax.plan --config=... --topology=v5p:4x4x4`."""
+
+from __future__ import annotations
+
+import json
+import os
+
+import jax
+from absl import flags
+from rich.console import Console
+from rich.table import Table
+
+from deepstack_jax import cli
+from deepstack_jax.config_checks import ConfigError
+from deepstack_jax.planning.planner import Wanted, make_plan
+from deepstack_jax.planning.report import Plan, gib, show
+from deepstack_jax.planning.search import find_best
+from deepstack_jax.planning.topology import examples, open_machine
+
+USAGE = """
+What a run costs on a machine that is not here: memory per chip, FLOPs, traffic, step time and hours. The very training step is
+compiled for the machine; no data and no weights are opened.
+
+  python -m deepstack_jax.plan --config=configs/llava15.py:finetune --topology=v5p:4x4x4
+  python -m deepstack_jax.plan --config=configs/llava15.py:finetune --topology=v5e:8x8 --search
+  python -m deepstack_jax.plan --config=configs/demo.py --topology=here --json
+
+  --config=FILE[:ARGUMENT]   configuration file; --config.KEY=VALUE overrides any key of it
+  --topology=NAME            v5e:8x8, v5p:4x4x4, v6e:8x8 (TPU slices; pip install 'deepstack-jax[plan]'), gpu:8xH100 (estimated
+                             only), here (the devices of this machine)
+  --search                   try meshes, remat policies and micro-batches, and recommend one
+  --tries=4                  most compilations of a search, or after a step that does not fit; a minute or two each at 7B
+  --margin=0.1               share of the memory that a recommendation leaves free
+  --estimate_only            compile nothing: seconds instead of minutes, and no compiler is needed
+  --examples=N               examples per epoch, where the configuration's sets do not say
+  --examples_per_row=X       with packing, which is planned without its data
+  --json                     the plan as JSON on stdout
+
+Exit codes: 0 it fits; 1 a mistake in the input, said in one line; 2 it does not fit.
+"""
+EXIT_DOES_NOT_FIT = 2
+
+TOPOLOGY = flags.DEFINE_string("topology", None, "Machine to plan for.")
+SEARCH = flags.DEFINE_bool("search", False, "Recommend mesh, remat policy and micro-batches.")
+TRIES = flags.DEFINE_integer("tries", 4, "Most compilations of a search.", lower_bound=1)
+MARGIN = flags.DEFINE_float("margin", 0.1, "Share of the memory that stays free.", lower_bound=0.0, upper_bound=0.9)
+ESTIMATE_ONLY = flags.DEFINE_bool("estimate_only", False, "Estimate without compiling.")
+EXAMPLES = flags.DEFINE_integer("examples", 0, "Examples per epoch.", lower_bound=0)
+PER_ROW = flags.DEFINE_float("examples_per_row", 0.0, "Examples in a packed row.", lower_bound=0.0)
+JSON = flags.DEFINE_bool("json", False, "JSON on stdout.")
+cli.define_config_flag()
+
+
+def main() -> int:
+    config = cli.parse_config()
+    if not TOPOLOGY.value:
+        raise ConfigError(f"--topology is missing; e.g. {', '.join(f'--topology={name}' for name in examples())}")
+    jax.config.update("jax_enable_compilation_cache", False)  # the time to compile is part of the plan
+    machine = open_machine(TOPOLOGY.value)
+    wanted = Wanted(EXAMPLES.value, PER_ROW.value)
+    said, told = Console(highlight=False), Console(stderr=True, highlight=False)
+
+    def compiling(plan: Plan) -> None:
+        told.print(f"compiling {choice(plan)}, estimated {gib(plan.used)} per device", soft_wrap=True)
+
+    def search() -> tuple[Plan | None, list[Plan]]:
+        return find_best(config, machine, wanted, margin=MARGIN.value, tries=TRIES.value, compiling=compiling)
+
+    other, tried = None, []
+    if SEARCH.value:
+        plan, tried = search()
+        plan = plan or tried[0]
+    else:
+        if not ESTIMATE_ONLY.value:
+            told.print(f"compiling the step for {machine.name}; at 7B this takes a minute or two")
+        plan = make_plan(config, machine, wanted, compiled=not ESTIMATE_ONLY.value)
+        if not plan.fits() and not ESTIMATE_ONLY.value:
+            other, tried = search()
+    report(plan, other, tried, said)
+    return cli.EXIT_DONE if plan.fits() else EXIT_DOES_NOT_FIT
+
+
+def report(plan: Plan, other: Plan | None, tried: list[Plan], console: Console) -> None:
+    """The plan, and what else there is: the recommendation of a search, or the nearest that fits."""
+    if JSON.value:
+        numbers = plan.as_dict() | {"tried": [summary(one) for one in tried], "nearest": other.as_dict() if other else None}
+        console.file.write(json.dumps(numbers) + os.linesep)
+        return
+    if tried:
+        console.print(tried_table(tried))
+    show(plan, console)
+    if SEARCH.value:
+        ending = f"recommended: {as_flags(plan)}" if plan.fits(MARGIN.value) else no_mesh(plan, tried)
+        console.print(ending, soft_wrap=True)
+    elif not plan.fits() and tried:
+        near = f"nearest that fits: {as_flags(other)}, {gib(other.used)} per device" if other else no_mesh(plan, tried)
+        console.print(near, soft_wrap=True)
+
+
+def no_mesh(plan: Plan, tried: list[Plan]) -> str:
+    least = min(tried, key=lambda one: one.used)
+    return (
+        f"no mesh of {plan.topology} was found that fits with {MARGIN.value:.0%} to spare; the least memory, as estimated: "
+        f"{as_flags(least)}, {gib(least.used)} per device of {gib(plan.usable)}; take more or larger chips"
+    )
+
+
+def as_flags(plan: Plan) -> str:
+    """What to add to the command line of `train`."""
+    mesh = " ".join(f"--config.mesh.{name}={size}" for name, size in plan.mesh.items())
+    return f"{mesh} --config.decoder.remat={plan.remat} --config.train.accumulation={plan.accumulation}"
+
+
+def choice(plan: Plan) -> str:
+    mesh = " x ".join(f"{name} {size}" for name, size in plan.mesh.items())
+    return f"{mesh}, remat {plan.remat!r}, {plan.accumulation} micro-batches"
+
+
+def summary(plan: Plan) -> dict[str, object]:
+    """What a search looks at."""
+    step = plan.roofline.step if plan.roofline else None
+    return {"mesh": plan.mesh, "remat": plan.remat, "accumulation": plan.accumulation, "used": plan.used, "step": step}
+
+
+def tried_table(tried: list[Plan]) -> Table:
+    """The best estimates of a search."""
+    table = Table("mesh, remat, micro-batches", "GiB per device", "step, s", "MFU", title=f"{len(tried)} estimated; the best")
+    for plan in tried[:8]:
+        step, mfu = (f"{plan.roofline.step:.3f}", f"{plan.mfu:.0%}") if plan.roofline and plan.mfu else ("", "")
+        table.add_row(choice(plan), f"{plan.used / 2**30:.2f}", step, mfu)
+    return table
+
+
+if __name__ == "__main__":
+    cli.run(main, (), USAGE)

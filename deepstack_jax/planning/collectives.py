@@ -1,0 +1,188 @@
+"""What the chips say to each other in a compiled step, read from its HLO text: how often, and how many bytes."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+_BYTES = {
+    "pred": 1,
+    "s8": 1,
+    "u8": 1,
+    "s16": 2,
+    "u16": 2,
+    "f16": 2,
+    "bf16": 2,
+    "s32": 4,
+    "u32": 4,
+    "f32": 4,
+    "s64": 8,
+    "u64": 8,
+}
+_HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
+_COLLECTIVE = re.compile(rf" = (.*?) ({'|'.join(KINDS)})(-start)?\(")
+_WHILE = re.compile(r" while\(.*condition=%?([\w.\-]+), body=%?([\w.\-]+)")
+_CALLED = re.compile(r"(?:calls|to_apply|true_computation|false_computation)=%?([\w.\-]+)")
+_BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
+_SHAPE = re.compile(r"\b([a-z]+\d*)\[([\d,]*)\]")
+
+
+@dataclass(frozen=True)
+class Collective:
+    """One collective instruction of the program.
+
+    Attributes:
+      times: executions per step; those under a condition count as if it always held.
+      size: bytes of its result on each device.
+      moved: bytes that enter each device per execution, in a ring.
+      group: devices that take part together.
+      source: the operation of the model that it belongs to.
+    """
+
+    kind: str
+    times: int
+    size: int
+    moved: float
+    group: int
+    source: str
+
+    @property
+    def total(self) -> float:
+        """Bytes that enter each device per step."""
+        return self.times * self.moved
+
+
+class _Found(NamedTuple):
+    """A collective as it stands in one computation."""
+
+    channel: str
+    kind: str
+    size: int
+    group: int
+    source: str
+
+
+def find_collectives(text: str) -> list[Collective]:
+    """Every collective of a compiled program, most traffic first.
+
+    Instructions that the compiler split into pieces, to run beside others, share a channel and count once.
+
+    Args:
+      text: `compiled.as_text()`: HLO after partitioning.
+    """
+    computations = dict(_computations(text))
+    entry = next(name for name, (is_entry, _) in computations.items() if is_entry)
+    times = _executions({name: lines for name, (_, lines) in computations.items()}, entry)
+    devices = int(found[1]) if (found := re.search(r"num_partitions=(\d+)", text)) else 1
+    seen: dict[str, Collective] = {}
+    for name, (_, lines) in computations.items():
+        for found in _in_computation(name, lines, devices):
+            often = times[name]
+            if often and (found.channel not in seen or seen[found.channel].times < often):
+                moved = found.size * ring(found.kind, found.group)
+                seen[found.channel] = Collective(found.kind, often, found.size, moved, found.group, found.source)
+    return sorted(seen.values(), key=lambda one: -one.total)
+
+
+def _computations(text: str) -> Iterator[tuple[str, tuple[bool, list[str]]]]:
+    """(name, (whether it is the entry, lines)) of every computation."""
+    name, entry, lines = "", False, []
+    for line in text.splitlines():
+        if header := _HEADER.match(line):
+            entry, name, lines = bool(header[1]), header[2], []
+        elif line.startswith("}"):
+            yield name, (entry, lines)
+        else:
+            lines.append(line)
+
+
+def _executions(computations: dict[str, list[str]], entry: str) -> dict[str, int]:
+    """How often each computation runs per step: loops multiply, conditions count as taken."""
+    calls: dict[str, list[tuple[str, int]]] = {}
+    for name, lines in computations.items():
+        calls[name] = [call for line in lines for call in _calls(line, computations) if call[0] in computations]
+    times: dict[str, int] = defaultdict(int)
+    callers: dict[str, int] = defaultdict(int)
+    for called in calls.values():
+        for name, _ in called:
+            callers[name] += 1
+    ready, times[entry] = [name for name in computations if not callers[name]], 1
+    while ready:  # a computation is counted once all its callers are
+        name = ready.pop()
+        for called, often in calls[name]:
+            times[called] += times[name] * often
+            callers[called] -= 1
+            if not callers[called]:
+                ready.append(called)
+    return times
+
+
+def _calls(line: str, computations: dict[str, list[str]]) -> Iterator[tuple[str, int]]:
+    if loop := _WHILE.search(line):
+        condition, body = loop.groups()
+        yield body, _trips(line, computations[condition])
+        yield condition, 1
+    for name in _CALLED.findall(line):
+        yield name, 1
+    for names in _BRANCHES.findall(line):
+        for name in names.split(","):
+            yield name.strip().lstrip("%"), 1
+
+
+def _trips(line: str, condition: list[str]) -> int:
+    """How often a loop runs: as the compiler says, or the number that its condition compares the counter with."""
+    if known := re.search(r'known_trip_count"?:\{"n":"(\d+)"', line):
+        return int(known[1])
+    numbers = [int(number) for text in condition for number in re.findall(r" s32\[\]\S* constant\((\d+)\)", text)]
+    return max(numbers, default=1)
+
+
+def _in_computation(name: str, lines: list[str], devices: int) -> Iterator[_Found]:
+    """The TPU's reduce-scatter is written as an all-reduce that its computation, by name, cuts at once."""
+    for line in lines:
+        found = _COLLECTIVE.search(line)
+        if not found:
+            continue
+        shape, kind, started = found.groups()
+        group = _group_size(line, devices)
+        size = sum(
+            _BYTES.get(name, 4) * math.prod(int(n) for n in dims.split(",") if n) for name, dims in _SHAPE.findall(shape)
+        )
+        if started and kind == "all-gather":  # the result of a start holds the operand as well
+            size = size * group // (group + 1)
+        elif started and kind == "collective-permute":
+            size //= 2
+        elif kind == "all-reduce" and name.startswith("all-reduce-scatter"):
+            kind, size = "reduce-scatter", size // group
+        channel = re.search(r"channel_id=(\d+)", line)
+        source = re.search(r'op_name="([^"]*)"', line)
+        yield _Found(channel[1] if channel else line.split(" = ")[0], kind, size, group, source[1] if source else "")
+
+
+def _group_size(line: str, devices: int) -> int:
+    """Devices that take part together, from any of the forms in which XLA writes groups."""
+    if named := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", line):
+        sizes = dict(re.findall(r"'(\w+)'=(\d+)", named[1]))
+        return math.prod(int(sizes[axis]) for axis in re.findall(r"'(\w+)'", named[2]) if axis in sizes)
+    if iota := re.search(r"replica_groups=\[(\d+),(\d+)\]<=", line):
+        return int(iota[2])
+    if listed := re.search(r"replica_groups=\{\{([\d,]*)\}", line):
+        return listed[1].count(",") + 1
+    return 2 if "source_target_pairs" in line else devices
+
+
+def ring(kind: str, group: int) -> float:
+    """Bytes that enter a device per byte of its result, when the devices pass pieces around in a ring."""
+    others = (group - 1) / group
+    return {
+        "all-gather": others,
+        "all-reduce": 2 * others,
+        "reduce-scatter": group - 1.0,
+        "all-to-all": others,
+        "collective-permute": 1.0,
+    }[kind]

@@ -1,0 +1,82 @@
+"""The train step compiled ahead of time, for devices that may not be here, and what the compiler says of it."""
+
+from __future__ import annotations
+
+import re
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+
+from deepstack_jax.parallel.rules import use_mesh
+from deepstack_jax.training.flops import GIB
+from deepstack_jax.training.program import Program
+
+_UNITS = {"K": 2**10, "M": 2**20, "G": GIB, "T": 2**40}
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """A compiled step.
+
+    Attributes:
+      arguments, outputs, aliased, temporaries, code: bytes on each device; `aliased` are outputs in the arguments' place.
+      host: bytes in the memory of each device's host, where activations are offloaded.
+      text: HLO after partitioning and scheduling.
+      seconds: to trace, lower and compile.
+    """
+
+    arguments: float
+    outputs: float
+    aliased: float
+    temporaries: float
+    code: float
+    host: float
+    text: str
+    seconds: float
+
+    @property
+    def total(self) -> float:
+        """Bytes on each device."""
+        return self.arguments + self.outputs - self.aliased + self.temporaries + self.code
+
+
+@dataclass(frozen=True)
+class Overflow:
+    """A step that the compiler refused, since a device's memory does not hold it."""
+
+    total: float  # bytes that it would take on each device
+    seconds: float
+
+
+def compile_step(program: Program, rows: int, length: int) -> Compiled | Overflow:
+    """Compile the step for `rows` rows of `length` positions on the program's mesh."""
+    began = time.perf_counter()
+    step: Any = program.jit_step()  # typed as what it computes; that it can be lowered is jit's
+    with use_mesh(program.mesh):
+        lowered = step.lower(program.abstract_state(), program.abstract_batch(rows, length))
+        try:
+            compiled = lowered.compile()
+        except jax.errors.JaxRuntimeError as error:
+            if not (total := _wanted(str(error))):
+                raise
+            return Overflow(total, time.perf_counter() - began)
+    seconds = time.perf_counter() - began
+    memory = compiled.memory_analysis()
+    return Compiled(
+        arguments=memory.argument_size_in_bytes,
+        outputs=memory.output_size_in_bytes,
+        aliased=memory.alias_size_in_bytes,
+        temporaries=memory.temp_size_in_bytes,
+        code=memory.generated_code_size_in_bytes,
+        host=memory.host_temp_size_in_bytes,
+        text=compiled.as_text(),
+        seconds=seconds,
+    )
+
+
+def _wanted(message: str) -> float:
+    """Bytes that a step would take, as the compiler says when it refuses it; 0 = it refuses for another reason."""
+    found = re.search(r"(?:Used |required for HLO temporaries \()([\d.]+)([KMGT])", message)
+    return float(found[1]) * _UNITS[found[2]] if found and "RESOURCE_EXHAUSTED" in message else 0.0

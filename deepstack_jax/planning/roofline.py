@@ -1,0 +1,120 @@
+"""How long a step takes at least, by what it computes, moves through each chip's memory, and moves between the chips."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+
+from deepstack_jax.config import Config
+from deepstack_jax.planning.collectives import Collective, ring
+from deepstack_jax.planning.memory import bytes_per_device
+from deepstack_jax.training.flops import Chip, Flops
+from deepstack_jax.training.optimizer import FROZEN, flatten
+from deepstack_jax.training.program import Program
+
+# Share of the peak that large bf16 products reach: 770 to 798 of 989 TFLOP/s on an H200, the best that was measured there.
+ATTAINED = 0.8
+
+
+@dataclass(frozen=True)
+class Roofline:
+    """Seconds of a step by resource.
+
+    Attributes:
+      compute: executed FLOPs at the share of the peak that large products reach.
+      memory: traffic to and from each chip's memory, estimated.
+      links: traffic between chips at the links' published rate.
+    """
+
+    compute: float
+    memory: float
+    links: float
+
+    @property
+    def step(self) -> float:
+        """All three at once, perfectly overlapped: the estimate, and a lower bound."""
+        return max(self.compute, self.memory, self.links)
+
+    @property
+    def serial(self) -> float:
+        """One after the other, nothing overlapped."""
+        return self.compute + self.memory + self.links
+
+    @property
+    def bound(self) -> str:
+        """The resource that limits the step."""
+        return max(("compute", "memory", "links"), key=lambda name: getattr(self, name))
+
+
+def estimate(program: Program, chip: Chip, flops: Flops, collectives: Iterable[Collective], rows: int, length: int) -> Roofline:
+    """The roofline of a step.
+
+    Args:
+      program: of the run, on its mesh.
+      chip: of every device of the mesh.
+      flops, collectives: of one step.
+      rows, length: of the global batch.
+    """
+    devices = program.mesh.size
+    return Roofline(
+        compute=flops.executed / (devices * ATTAINED * chip.flops),
+        memory=memory_traffic(program, rows, length) / chip.hbm_bandwidth,
+        links=sum(one.total / link_rate(chip, one.group, devices) for one in collectives),
+    )
+
+
+def link_rate(chip: Chip, group: int, devices: int) -> float:
+    """Bytes per second that enter a chip in a collective: over all its links where all chips take part, else over one axis'."""
+    return chip.link_bandwidth if group == devices else chip.link_bandwidth / chip.links
+
+
+def guess_collectives(program: Program, rows: int, length: int) -> list[Collective]:
+    """The collectives that a step cannot do without, where nothing is compiled.
+
+    Kernels are gathered along fsdp for every pass of every micro-batch and their gradients scattered back, gradients added
+    up along data, and hidden states along tensor, twice a layer and pass.
+    """
+    config, mesh, cfg = program.config, program.mesh.shape, program.config.decoder
+    width, parts = np.dtype(program.model.dtype).itemsize, config.train.accumulation
+    state = program.abstract_state()
+    trainable = {path: leaf for path, leaf in flatten(state.params).items() if program.groups[path] != FROZEN}
+    whole = sum(program.sizes.values()) / mesh["tensor"] * width
+    trained = sum(program.sizes[path] for path in trainable) / mesh["tensor"] * width
+    hidden = width * rows * length * cfg.width / (mesh["data"] * mesh["fsdp"] * parts)
+    remat = cfg.remat in ("block", "dots", "offload")
+    found = [
+        ("all-gather", "fsdp", (2 + remat) * parts, whole, "parameters"),
+        ("reduce-scatter", "fsdp", parts, trained / mesh["fsdp"], "gradients"),
+        ("all-reduce", "data", parts, trained / mesh["fsdp"], "gradients"),
+        ("all-reduce", "tensor", 2 * cfg.layers * (2 + (cfg.remat == "block")) * parts, hidden, "hidden states"),
+    ]
+    return [
+        Collective(kind, times, int(size), size * ring(kind, mesh[axis]), mesh[axis], f"{source}, estimated")
+        for kind, axis, times, size, source in found
+        if mesh[axis] > 1
+    ]
+
+
+def memory_traffic(program: Program, rows: int, length: int) -> float:
+    """Bytes that a device reads and writes per step, estimated from shapes: weights, optimizer, activations, scores."""
+    config, mesh, cfg = program.config, program.mesh.shape, program.config.decoder
+    width, tensor = np.dtype(program.model.dtype).itemsize, mesh["tensor"]
+    local = rows / (mesh["data"] * mesh["fsdp"])
+    state = program.abstract_state()
+    trainable = {path: leaf for path, leaf in flatten(state.params).items() if program.groups[path] != FROZEN}
+    passes = 3 + (cfg.remat != "none")  # forward, twice backward, recomputed
+    weights = sum(program.sizes.values()) / tensor * width * 2 * passes * config.train.accumulation  # gathered and read
+    update = bytes_per_device(trainable) * 3 + 2 * bytes_per_device(state.opt_state)  # gradient, parameters; moments both ways
+    each = 12 * cfg.width + (4 * (cfg.heads + cfg.kv_heads) * cfg.head_dim + 6 * cfg.mlp) / tensor
+    activations = local * length * cfg.layers * each * width * passes
+    scores = local * cfg.heads / tensor * length**2 * cfg.layers * 12 * passes
+    return weights + update + activations + scores + _tower_traffic(config, local, width)
+
+
+def _tower_traffic(config: Config, local: float, width: int) -> float:
+    """The same of the vision tower's forward pass, beside which its backward pass is left out."""
+    cfg, tokens = config.vision, config.patch_side**2 + 1
+    each = 12 * cfg.width + 4 * cfg.mlp
+    return local * config.crop_slots * cfg.layers_run * (tokens * each * width + cfg.heads * tokens**2 * 12)

@@ -1,0 +1,89 @@
+"""Which mesh, remat policy and number of micro-batches to take on a machine: all estimated, the promising ones compiled."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+
+from deepstack_jax.config import Config, MeshConfig
+from deepstack_jax.config_checks import CHOICES, ConfigError
+from deepstack_jax.parallel.mesh import make_mesh
+from deepstack_jax.planning.planner import Wanted, describe, make_plan, plan_load
+from deepstack_jax.planning.report import Plan
+from deepstack_jax.planning.topology import Machine
+from deepstack_jax.training.program import Program, build_program
+
+TENSOR = (1, 2, 4, 8)  # beyond a host's devices tensor parallelism waits for slower links
+
+
+def find_best(
+    config: Config, machine: Machine, wanted: Wanted, *, margin: float, tries: int, compiling: Callable[[Plan], None]
+) -> tuple[Plan | None, list[Plan]]:
+    """The fastest that fits, by estimate, whose compilation says so too.
+
+    Args:
+      config: whose mesh, remat policy and micro-batches are open; the rest, the global batch too, stays.
+      margin: share of the memory that must stay free.
+      tries: most compilations, a minute or two each at 7B.
+      compiling: told the estimate that is compiled next.
+
+    Returns:
+      What was found, or None; and all estimates, best first.
+
+    Raises:
+      ConfigError: no mesh divides the model and the batch.
+    """
+    estimates = estimate_all(config, machine, wanted)
+    estimates.sort(key=lambda pair: order(pair[0], margin))
+    for estimate, candidate in estimates[:tries]:
+        compiling(estimate)
+        plan = make_plan(candidate, machine, wanted)
+        if plan.fits(margin):
+            return plan, [estimate for estimate, _ in estimates]
+    return None, [estimate for estimate, _ in estimates]
+
+
+def estimate_all(config: Config, machine: Machine, wanted: Wanted) -> list[tuple[Plan, Config]]:
+    """Every candidate with its estimate. A mesh's program is traced once: policy and micro-batches change no parameter."""
+    found, problem = [], ""
+    programs: dict[MeshConfig, Program] = {}
+    for candidate in candidates(config, len(machine.devices)):
+        try:
+            if candidate.mesh not in programs:
+                programs[candidate.mesh] = build_program(candidate, make_mesh(candidate.mesh, machine.devices), steps=1)
+            program = dataclasses.replace(programs[candidate.mesh], config=candidate)
+            found.append(
+                (describe(program, machine, plan_load(candidate, program.mesh, machine.hosts, wanted), None), candidate)
+            )
+        except ConfigError as error:
+            problem = str(error)
+    if not found:
+        raise ConfigError(f"no mesh of {machine.name} divides the model and the batch: {problem}")
+    return found
+
+
+def order(plan: Plan, margin: float) -> tuple[bool, float, float]:
+    """Those that fit first, the fastest of them first; of the others the one that needs least."""
+    fits = plan.fits(margin)
+    step = plan.roofline.step if plan.roofline else 0.0
+    return (not fits, step if fits else plan.used, plan.used)
+
+
+def candidates(config: Config, devices: int) -> Iterator[Config]:
+    """Every mesh whose rows divide, with every remat policy and power of two of micro-batches."""
+    for tensor in TENSOR:
+        for fsdp in range(1, devices // tensor + 1):
+            if devices % (tensor * fsdp):
+                continue
+            mesh = MeshConfig(data=devices // (tensor * fsdp), fsdp=fsdp, tensor=tensor)
+            for accumulation in _micro_batches(config, devices // tensor):
+                for remat in CHOICES["decoder.remat"]:
+                    decoder = dataclasses.replace(config.decoder, remat=remat)
+                    train = dataclasses.replace(config.train, accumulation=accumulation)
+                    yield dataclasses.replace(config, mesh=mesh, decoder=decoder, train=train)
+
+
+def _micro_batches(config: Config, shards: int) -> list[int]:
+    """Powers of two that leave every device a row, packed rows being as many as divide."""
+    most = max(1, config.train.batch_size // shards)
+    return [2**power for power in range(most.bit_length()) if config.data.packing.enabled or most % 2**power == 0]
