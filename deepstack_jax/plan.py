@@ -64,17 +64,19 @@ def main() -> int:
         told.print(f"compiling {choice(plan)}, estimated {gib(plan.used)} per device", soft_wrap=True)
 
     def search() -> tuple[Plan | None, list[Plan]]:
-        return find_best(config, machine, wanted, margin=MARGIN.value, tries=TRIES.value, compiling=compiling)
+        tries = 0 if ESTIMATE_ONLY.value else TRIES.value
+        return find_best(config, machine, wanted, margin=MARGIN.value, tries=tries, compiling=compiling)
 
     other, tried = None, []
     if SEARCH.value:
         plan, tried = search()
         plan = plan or tried[0]
     else:
+        plan = make_plan(config, machine, wanted, compiled=False)  # also says what is wrong, before minutes pass
         if not ESTIMATE_ONLY.value:
-            told.print(f"compiling the step for {machine.name}; at 7B this takes a minute or two")
-        plan = make_plan(config, machine, wanted, compiled=not ESTIMATE_ONLY.value)
-        if not plan.fits() and not ESTIMATE_ONLY.value:
+            compiling(plan)
+            plan = make_plan(config, machine, wanted)
+        if not plan.fits():
             other, tried = search()
     report(plan, other, tried, said)
     return cli.EXIT_DONE if plan.fits() else EXIT_DOES_NOT_FIT
@@ -93,7 +95,8 @@ def report(plan: Plan, other: Plan | None, tried: list[Plan], console: Console) 
         ending = f"recommended: {as_flags(plan)}" if plan.fits(MARGIN.value) else no_mesh(plan, tried)
         console.print(ending, soft_wrap=True)
     elif not plan.fits() and tried:
-        near = f"nearest that fits: {as_flags(other)}, {gib(other.used)} per device" if other else no_mesh(plan, tried)
+        how = ", as estimated" if ESTIMATE_ONLY.value else ""
+        near = f"nearest that fits{how}: {as_flags(other)}, {gib(other.used)} per device" if other else no_mesh(plan, tried)
         console.print(near, soft_wrap=True)
 
 

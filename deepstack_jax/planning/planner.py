@@ -97,7 +97,7 @@ def memory_by_kind(own: Held, more: Needed, result: Compiled | Overflow | None) 
         return memory | estimates | {"temporaries": more.working}
     left, code = result.total - own.total, 0.0
     if isinstance(result, Compiled):
-        memory["padding"] = max(0.0, result.arguments - own.total)
+        memory["padding"] = result.arguments - own.total
         code = result.code
         left -= memory["padding"] + code
     for name, size in estimates.items():

@@ -19,7 +19,7 @@ KINDS = {
     "parameters": "exact, from the shardings",
     "optimizer": "exact, from the shardings",
     "batch": "exact, from the shardings",
-    "padding": "the compiler's, of the three above",
+    "padding": "the compiler's, of the three above; below zero where it drops what nothing reads",
     "gradients": "estimated share of the rest",
     "activations": "estimated share of the rest: kept for the backward pass",
     "stacks": "estimated share of the rest: the groups to inject, and their gradient",
@@ -150,7 +150,8 @@ def memory_table(plan: Plan) -> Table:
     """Bytes of each device by kind."""
     table = Table("memory per device", "GiB", "known how", title=f"memory, {SOURCES[plan.source]}", title_justify="left")
     for name, size in plan.memory.items():
-        table.add_row(name, f"{size / GIB:.3f}", KINDS[name] if plan.source != "estimate" else "from shapes")
+        how = "estimated" if plan.source == "estimate" and not KINDS[name].startswith("exact") else KINDS[name]
+        table.add_row(name, f"{size / GIB:.3f}", how)
     table.add_section()
     table.add_row("all", f"{plan.used / GIB:.3f}", f"of {gib(plan.usable)} usable" if plan.usable else "")
     if plan.host_memory:

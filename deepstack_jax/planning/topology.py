@@ -79,7 +79,7 @@ def open_machine(name: str) -> Machine:
 
 def examples() -> list[str]:
     """One name of every kind."""
-    return [*(f"{family}:{shapes[-4]}" for family, (_, _, shapes) in _SLICES.items()), "gpu:8xH100", "here"]
+    return [*(f"{family}:{shapes[4]}" for family, (_, _, shapes) in _SLICES.items()), "gpu:8xH100", "here"]
 
 
 def known_slices(family: str) -> list[str]:

@@ -1,0 +1,289 @@
+"""Planned figures against the step that really runs: memory by shardings and by XLA, traffic read from compiled programs."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from deepstack_jax.config_checks import ConfigError
+from deepstack_jax.parallel.distributed import put_batch
+from deepstack_jax.parallel.mesh import make_mesh
+from deepstack_jax.parallel.rules import use_mesh
+from deepstack_jax.planning.collectives import Collective, find_collectives, ring
+from deepstack_jax.planning.compile import Compiled, Overflow, _wanted
+from deepstack_jax.planning.memory import held, needed
+from deepstack_jax.planning.planner import Wanted, make_plan, memory_by_kind, plan_load
+from deepstack_jax.planning.report import Plan, by_kind, verdict
+from deepstack_jax.planning.roofline import estimate, link_rate
+from deepstack_jax.planning.search import candidates, find_best
+from deepstack_jax.planning.topology import Machine, known_slices, open_machine
+from deepstack_jax.training.flops import CHIPS, step_flops
+from deepstack_jax.training.optimizer import FROZEN
+from deepstack_jax.training.program import build_program
+from deepstack_jax.training.state import new_state
+from tests.unit.tiny import draw_params, example, make_batch, tiny_config
+
+CHIP = CHIPS["TPU v5"]
+SMALL = {
+    "optimizer.table": (("^vision_tower/", FROZEN), (".*", "default")),
+    "decoder.vocab_size": 64,
+    "data.max_images": 1,
+    "data.max_length": 16,
+}
+MESHES = {"fsdp": (1, 8, 1), "all three": (2, 2, 2)}
+
+
+def config_on(mesh: tuple[int, int, int], more: dict | None = None):
+    axes = dict(zip(("mesh.data", "mesh.fsdp", "mesh.tensor"), mesh, strict=True))
+    return tiny_config(SMALL | axes | (more or {}))
+
+
+def machine(usable: float = 0.0, devices: int = 8) -> Machine:
+    return Machine("test", tuple(jax.devices()[:devices]), 1, "here", CHIP, usable)
+
+
+@pytest.fixture(scope="module", params=MESHES, ids=list(MESHES))
+def planned(request):
+    """(plan, the state and batch that a run would have)."""
+    config = config_on(MESHES[request.param])
+    plan = make_plan(config, machine(), Wanted(epoch=80))
+    program = build_program(config, make_mesh(config.mesh), steps=10)
+    params = draw_params(program.shapes)
+    state = jax.device_put(new_state(params, program.groups, program.optimizer), program.shardings)
+    rows = [[example(config, row, [(2, 2)])] for row in range(8)]
+    batch = put_batch(program.mesh, make_batch(config, rows, length=16)._replace(example_id=np.zeros((8, 1), np.int64)))
+    return plan, program, state, batch
+
+
+def bytes_on_first_device(tree) -> int:
+    device = jax.devices()[0]
+    leaves = jax.tree.leaves(tree)
+    return sum(shard.data.nbytes for leaf in leaves for shard in leaf.addressable_shards if shard.device == device)
+
+
+def test_the_plan_is_the_memory_of_the_step_that_runs(planned):
+    plan, program, state, batch = planned
+    assert plan.memory["parameters"] == bytes_on_first_device(state.params)
+    assert plan.memory["optimizer"] == bytes_on_first_device(state.opt_state)
+    assert plan.memory["batch"] == bytes_on_first_device(batch)
+    with use_mesh(program.mesh):
+        step = program.jit_step().lower(state, batch).compile()
+        after, _ = step(state, batch)
+    assert int(after.step) == 1
+    memory = step.memory_analysis()
+    together = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+    together += memory.temp_size_in_bytes + memory.generated_code_size_in_bytes
+    given = sum(plan.memory[name] for name in ("parameters", "optimizer", "batch", "padding"))
+    assert memory.argument_size_in_bytes == pytest.approx(given)
+    assert plan.used == pytest.approx(together)
+    assert abs(plan.memory["padding"]) < 100  # the step counter, example ids that nothing reads
+
+
+def test_collectives_are_those_of_the_compiled_step(planned):
+    plan, program, _, _ = planned
+    sums = by_kind(plan.collectives)
+    assert sums
+    # What moves is at least every trained kernel gathered once each way, and its gradient added up, over fsdp.
+    trained = sum(size for path, size in program.sizes.items() if program.groups[path] != FROZEN and path.startswith("layers/"))
+    least = 4 * trained / program.mesh.shape["tensor"] * (1 - 1 / program.mesh.shape["fsdp"])
+    assert sum(size for _, size in sums.values()) > least
+
+
+def test_plan_in_numbers(planned):
+    plan, program, _, _ = planned
+    numbers = plan.as_dict()
+    assert numbers["used"] == pytest.approx(sum(numbers["memory"].values()))
+    assert numbers["load"]["steps"] == 10
+    assert plan.hours == pytest.approx(plan.roofline.step * 10 / 3600)
+    assert plan.samples_per_second == pytest.approx(8 / plan.roofline.step)
+    assert plan.model_flops == step_flops(program.config, program.groups, 8, 16).model
+    assert plan.mfu == pytest.approx(plan.model_flops / (plan.roofline.step * 8 * CHIP.flops))
+    assert plan.roofline.step == getattr(plan.roofline, plan.roofline.bound) < plan.roofline.serial
+    assert plan.compile_seconds > 0
+    assert (plan.margin, numbers["fits"]) == (None, None)
+
+
+LOOPED = """HloModule jit_step, is_scheduled=true, num_partitions=8
+
+%add (x: f32[], y: f32[]) -> f32[] {
+  ROOT %sum = f32[] add(%x, %y)
+}
+
+%body (p: (s32[], f32[16,4])) -> (s32[], f32[16,4]) {
+  %gather.1 = bf16[1,64,32]{2,1,0:T(8,128)(2,1)} all-gather(%w), channel_id=3, <groups>, metadata={op_name="jit(step)/q/dot"}
+  %piece.1 = bf16[1,64,32]{2,1,0} all-gather(%w), channel_id=3, <groups>
+  %reduced = f32[16,4]{1,0} fusion(%g), kind=kCustom, calls=%all-reduce-scatter.2
+}
+
+%all-reduce-scatter.2 (input: f32[64,4]) -> f32[16,4] {
+  %all-reduce.9 = f32[64,4]{1,0} all-reduce(%input), channel_id=5, replica_groups={{0,1,2,3},{4,5,6,7}}, to_apply=%add
+  ROOT %slice = f32[16,4]{1,0} dynamic-slice(%all-reduce.9, %i), dynamic_slice_sizes={16,4}
+}
+
+%condition (p: (s32[], f32[16,4])) -> pred[] {
+  %limit = s32[]{:T(128)} constant(5)
+  ROOT %less = pred[] compare(%counter, %limit), direction=LT
+}
+
+ENTRY %main (p0: f32[16,4]) -> f32[16,4] {
+  %loop = (s32[], f32[16,4]) while(%init), condition=%condition, body=%body
+  %start = (f32[2,8]{1,0}, f32[16,8]{1,0}) all-gather-start(%p0), channel_id=7, replica_groups=[1,8]<=[8], dimensions={0}
+  %done = f32[16,8]{1,0} all-gather-done(%start)
+  %known = (s32[], f32[4]) while(%other), condition=%condition, body=%second, backend_config={"known_trip_count":{"n":"3"}}
+  ROOT %total = f32[10]{0} all-reduce(%x), channel_id=8, replica_groups=[2,4]<=[8], to_apply=%add
+}
+
+%second (p: (s32[], f32[4])) -> (s32[], f32[4]) {
+  %moved = f32[4]{0} collective-permute(%v), channel_id=9, source_target_pairs={{0,1},{1,0}}
+}
+""".replace("<groups>", "replica_groups=mesh['a'=2,'b'=4] {'b'}, dimensions={1}")
+
+
+def test_collectives_of_a_program_with_loops():
+    found = {one.kind: one for one in find_collectives(LOOPED)}
+    by_channel = {(one.kind, one.group): one for one in find_collectives(LOOPED)}
+    gather = by_channel["all-gather", 4]
+    assert (gather.times, gather.size, gather.moved) == (5, 64 * 32 * 2, 64 * 32 * 2 * 3 / 4)
+    assert gather.source == "jit(step)/q/dot"
+    scatter = found["reduce-scatter"]  # each device keeps a quarter and receives three of that size
+    assert (scatter.times, scatter.size, scatter.moved) == (5, 16 * 4 * 4, 3 * 16 * 4 * 4)
+    started = by_channel["all-gather", 8]
+    assert (started.times, started.size) == (1, 16 * 8 * 4)
+    assert by_channel["all-reduce", 4].moved == pytest.approx(2 * 40 * 3 / 4)
+    assert (found["collective-permute"].times, found["collective-permute"].moved) == (3, 16)
+    assert len(find_collectives(LOOPED)) == 5
+
+
+def test_a_ring_moves_what_the_others_hold():
+    assert ring("all-gather", 1) == ring("all-reduce", 1) == ring("reduce-scatter", 1) == 0
+    # reduce-scatter, then all-gather, is an all-reduce: per byte of the whole.
+    assert ring("reduce-scatter", 4) / 4 + ring("all-gather", 4) == ring("all-reduce", 4)
+
+
+def test_memory_splits_what_the_compiler_says_and_no_more():
+    config = config_on((1, 8, 1))
+    program = build_program(config, make_mesh(config.mesh), 1)
+    own, more = held(program, 8, 16), needed(program, 8, 16)
+    compiled = Compiled(own.total + 100, 50, 30, 10 * more.total, 7, 0, "", 1.0)
+    memory = memory_by_kind(own, more, compiled)
+    assert sum(memory.values()) == pytest.approx(compiled.total)
+    assert (memory["padding"], memory["code"], memory["gradients"]) == (100, 7, more.gradients)
+    small = memory_by_kind(own, more, dataclasses.replace(compiled, temporaries=more.gradients / 2))
+    assert sum(small.values()) == pytest.approx(compiled.total - 10 * more.total + more.gradients / 2)
+    assert (small["stacks"], small["temporaries"]) == (0, 0)
+    assert sum(memory_by_kind(own, more, Overflow(1e9, 1.0)).values()) == pytest.approx(1e9)
+
+
+@pytest.mark.parametrize(
+    ("message", "size"),
+    [
+        ("RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (20.01G) exceeds", 20.01),
+        ("RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 18.50G of 15.75G hbm. Exceeded hbm capacity", 18.5),
+        ("INVALID_ARGUMENT: Used 18.50G of nothing", 0),
+    ],
+)
+def test_what_a_refused_step_would_take(message, size):
+    assert _wanted(message) == pytest.approx(size * 2**30)
+
+
+def test_gradients_and_activations_shrink_with_what_splits_them():
+    def need(mesh, more=None):
+        config = config_on(mesh, more)
+        return needed(build_program(config, make_mesh(config.mesh), 1), 8, 16)
+
+    whole, split = need((8, 1, 1)), need((1, 8, 1))
+    assert whole.gradients > 7 * split.gradients
+    assert whole.activations == split.activations  # rows are split alike
+    assert need((8, 1, 1), {"decoder.remat": "none"}).activations > 4 * whole.activations
+    stacks = whole.stacks
+    assert stacks == 2 * 4 * 1 * 4 * 4 * 32  # with its gradient: f32, 1 row, 4 groups of 4 tokens of width 32
+    assert need((1, 8, 1), {"deepstack.stack": "none"}).stacks == 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"train.batch_size": 12}, "nearest valid: 16"),
+        ({"mesh.fsdp": 3, "mesh.data": 1}, "does not cover 8 devices"),
+        ({"mesh.fsdp": 1, "mesh.tensor": 8, "mesh.data": 1, "train.batch_size": 8}, "do not divide"),
+    ],
+)
+def test_what_does_not_divide_is_one_line(changes, message):
+    with pytest.raises(ConfigError, match=message) as error:
+        make_plan(config_on((1, 8, 1), changes), machine(), Wanted(), compiled=False)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["v7:2x2", "v5e", "v5e:2x2x2", "v5p:4x4", "gpu:H100", "gpu:8xH1000", "gpu:0xH100", "8xH100"])
+def test_unknown_machines_name_what_is_known(name):
+    with pytest.raises(ConfigError, match=r"v5p:|slices of v5|gpu:8xH100") as error:
+        open_machine(name)
+    assert "\n" not in str(error.value)
+
+
+def test_slices_have_the_dimensions_of_their_torus():
+    for family, chip in (("v5e", "TPU v5 lite"), ("v5p", "TPU v5"), ("v6e", "TPU v6 lite")):
+        assert all(name.count("x") + 1 == CHIPS[chip].links for name in known_slices(family))
+
+
+def test_gpu_nodes_are_described_by_simulated_devices():
+    node = open_machine("gpu:8xH100")
+    assert (len(node.devices), node.hosts, node.compiler) == (8, 1, "cpu")
+    plan = make_plan(config_on((1, 8, 1)), node, Wanted(), compiled=False)
+    assert plan.source == "estimate"
+    assert {one.kind for one in plan.collectives} == {"all-gather", "reduce-scatter"}
+    assert plan.compile_seconds == 0
+    with pytest.raises(ConfigError, match="xla_force_host_platform_device_count=16"):
+        open_machine("gpu:16xH100")
+
+
+def test_a_packed_step_has_rows_for_its_examples():
+    packed = config_on((1, 8, 1), {"data.packing.enabled": True, "data.max_length": 840, "train.batch_size": 64})
+    mesh = make_mesh(packed.mesh)
+    load = plan_load(packed, mesh, 1, Wanted())
+    assert load.assumed
+    assert load.rows == 16  # 840 positions hold four examples of 4 visual and 200 text tokens
+    told = plan_load(packed, mesh, 1, Wanted(per_row=2.0, epoch=640))
+    assert (told.rows, told.examples, told.steps) == (32, 64, 10)
+
+
+def test_the_epoch_is_that_of_the_sets():
+    sets = {"a": {"file": "a.json", "rows": 100, "repeat": 0.5}, "b": {"file": "b.json", "rows": 30}}
+    config = config_on((1, 8, 1), {"data.sets": sets})
+    mesh = make_mesh(config.mesh)
+    assert plan_load(config, mesh, 1, Wanted()).steps == 10
+    assert (
+        plan_load(dataclasses.replace(config, data=dataclasses.replace(config.data, train="x.json")), mesh, 1, Wanted()).steps
+        == 0
+    )
+
+
+def test_search_compiles_until_one_fits():
+    config = config_on((8, 1, 1))
+    meshes = {(one.mesh.data, one.mesh.fsdp, one.mesh.tensor) for one in candidates(config, 8)}
+    assert {(8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 1, 8)} <= meshes
+    told: list[Plan] = []
+    roomy, estimates = find_best(config, machine(1e9, 2), Wanted(), margin=0.1, tries=1, compiling=told.append)
+    assert len(told) == 1
+    assert roomy is not None
+    assert roomy.compile_seconds > 0
+    assert roomy.fits(0.1)
+    assert estimates[0].roofline.step == min(one.roofline.step for one in estimates)
+
+
+def test_search_without_room_says_what_needs_least():
+    told: list[Plan] = []
+    nothing, estimates = find_best(config_on((2, 1, 1)), machine(1e3, 2), Wanted(), margin=0.1, tries=1, compiling=told.append)
+    assert nothing is None
+    assert estimates[0].used == min(one.used for one in estimates)
+    assert verdict(estimates[0]).startswith("does not fit")
+
+
+def test_links_are_faster_where_all_chips_take_part():
+    assert link_rate(CHIP, 64, 64) == 3 * link_rate(CHIP, 8, 64)
+    config = config_on((1, 8, 1))
+    program = build_program(config, make_mesh(config.mesh), 1)
+    flops = step_flops(config, program.groups, 8, 16)
+    busy = Collective("all-gather", 2, 100, 6e11, 8, "")
+    assert estimate(program, CHIP, flops, [busy], 8, 16).links == pytest.approx(2.0)
