@@ -1,71 +1,100 @@
-"""Compile time, program size and temporaries of the training step against depth, scanned and unrolled.
+"""Compile time, program size and memory of the training step against depth, scanned and unrolled.
 
-`python -m benchmarks.compile_depth` prints a table and writes docs/compile_depth.md. No persistent compilation cache is used.
+`python -m benchmarks.compile_depth` writes a section of docs/plan.md: a model that is small in everything but depth, for the
+CPU; and where the TPU compiler is installed (`pip install -e '.[plan]'`), Vicuna-7B's widths on v5p. Nothing is cached.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import platform
-import time
-from pathlib import Path
+import statistics
 
 import jax
-import numpy as np
 
-from deepstack_jax.config import Config, DataConfig, DecoderConfig, ImageConfig, VisionConfig
+from benchmarks.plan_table import write_section
+from deepstack_jax.config import Config, DataConfig, DecoderConfig, ImageConfig, MeshConfig, TrainConfig, VisionConfig
+from deepstack_jax.config_checks import ConfigError
 from deepstack_jax.parallel.mesh import make_mesh
-from deepstack_jax.training.program import build_program
+from deepstack_jax.parallel.rules import use_mesh
+from deepstack_jax.planning.compile import Compiled, compile_step
+from deepstack_jax.planning.topology import Machine, open_machine
+from deepstack_jax.training.flops import GIB
+from deepstack_jax.training.program import Program, build_program
 
-OUTPUT = Path(__file__).parents[1] / "docs" / "compile_depth.md"
+DEPTHS = ((8, True), (32, True), (8, False), (32, False))
+SLICE = "v5p:4x4x4"
 REPEATS = 3
 
 
-def tiny(layers: int, scan: bool) -> Config:
+def small() -> Config:
     """A DeepStack-L model that is small in everything but depth."""
-    decoder = DecoderConfig(vocab_size=64, width=64, layers=layers, heads=4, kv_heads=4, head_dim=16, mlp=128, scan=scan)
+    decoder = DecoderConfig(vocab_size=64, width=64, heads=4, kv_heads=4, head_dim=16, mlp=128)
     image = ImageConfig(size=32, num_crops=4)
     vision = VisionConfig(patch_size=8, width=32, layers=3, heads=4, mlp=64)
-    return Config(image=image, vision=vision, decoder=decoder, data=DataConfig(max_length=64))
+    return Config(image=image, vision=vision, decoder=decoder, data=DataConfig(max_length=64), train=TrainConfig(batch_size=4))
 
 
-def compile_step(config: Config) -> tuple[float, int, int]:
-    """(seconds to lower and compile, bytes of the lowered program, bytes of temporaries)."""
-    program = build_program(config, make_mesh(config.mesh, jax.devices()[:1]), steps=10)
-    state, batch = program.abstract_state(), program.abstract_batch(4, config.data.max_length)
-    jax.clear_caches()
-    began = time.perf_counter()
-    lowered = program.jit_step().lower(state, batch)
-    compiled = lowered.compile()
-    seconds = time.perf_counter() - began
-    memory = compiled.memory_analysis()
-    return seconds, len(lowered.as_text()), memory.temp_size_in_bytes if memory is not None else 0
+def of_depth(config: Config, layers: int, scan: bool, machine: Machine) -> Program:
+    decoder = dataclasses.replace(config.decoder, layers=layers, scan=scan)
+    config = dataclasses.replace(config, decoder=decoder)
+    return build_program(config, make_mesh(config.mesh, machine.devices), steps=10)
+
+
+def lowered_size(program: Program) -> int:
+    """Bytes of the program before it is compiled."""
+    config = program.config
+    batch = program.abstract_batch(config.train.batch_size, config.data.max_length)
+    with use_mesh(program.mesh):
+        return len(program.jit_step().lower(program.abstract_state(), batch).as_text())
+
+
+def measure(config: Config, machine: Machine, repeats: int) -> list[str]:
+    """Rows of the table, and the ratio of the two depths."""
+    rows, seconds = [], {}
+    for layers, scan in DEPTHS:
+        program = of_depth(config, layers, scan, machine)
+        found: list[Compiled] = []
+        for _ in range(repeats):
+            jax.clear_caches()
+            result = compile_step(program, config.train.batch_size, config.data.max_length)
+            if not isinstance(result, Compiled):
+                raise SystemExit(f"{layers} layers do not fit {machine.name}: {result.total / GIB:.1f} GiB")
+            found.append(result)
+        seconds[layers, scan] = statistics.median(one.seconds for one in found)
+        size, memory = lowered_size(program) / 1e6, found[0]
+        rows.append(
+            f"| {layers} {'scanned' if scan else 'unrolled'} | {seconds[layers, scan]:.1f} | {size:.2f} | "
+            f"{memory.temporaries / GIB:.3f} | {memory.code / 2**20:.1f} |"
+        )
+        print(rows[-1], flush=True)
+    ratio = {scan: seconds[32, scan] / seconds[8, scan] for scan in (True, False)}
+    return [*rows, "", f"32 layers against 8: scanned {ratio[True]:.2f}x, unrolled {ratio[False]:.2f}x."]
 
 
 def main() -> None:
     jax.config.update("jax_enable_compilation_cache", False)
-    rows, measured = [], {}
-    for layers, scan in ((8, True), (32, True), (8, False), (32, False)):
-        runs = [compile_step(tiny(layers, scan)) for _ in range(REPEATS)]
-        seconds, size, temporaries = float(np.median([run[0] for run in runs])), runs[0][1], runs[0][2]
-        measured[layers, scan] = seconds
-        name = "scanned" if scan else "unrolled"
-        rows.append(f"| {layers} {name} | {seconds:.2f} | {size / 1e6:.2f} | {temporaries / 1e6:.2f} |")
-        print(rows[-1], flush=True)
-    ratios = {scan: measured[32, scan] / measured[8, scan] for scan in (True, False)}
-    text = f"""# Compile time against depth
-
-The whole training step (forward, backward, AdamW) of a tiny DeepStack-L model with 4 crops and 4 injected groups. Median of
-{REPEATS} on {jax.devices()[0].platform} ({platform.machine()}), jax {jax.__version__}; written by
-`python -m benchmarks.compile_depth`.
-
-| layers | lower + compile, s | lowered program, MB | temporaries, MB |
-|---|---|---|---|
-{chr(10).join(rows)}
-
-32 layers against 8: scanned {ratios[True]:.2f}x, unrolled {ratios[False]:.2f}x.
-"""
-    OUTPUT.write_text(text)
-    print(text.splitlines()[-1])
+    head = [
+        "| layers | trace + lower + compile, s | lowered program, MB | temporaries, GiB | code, MiB |",
+        "|---|---|---|---|---|",
+    ]
+    text = [
+        "The whole training step (forward, backward, AdamW) with 4 crops and 4 injected groups, by",
+        f"`python -m benchmarks.compile_depth` (jax {jax.__version__}, {platform.machine()}; a median of {REPEATS}).",
+        "Tiny widths, for the CPU:",
+        "",
+        *head,
+        *measure(small(), open_machine("here"), REPEATS),
+    ]
+    try:
+        machine = open_machine(SLICE)
+    except ConfigError as error:
+        print(error)
+    else:
+        wide = Config(mesh=MeshConfig(data=1, fsdp=-1))
+        text += ["", f"Vicuna-7B's widths and CLIP-L, batch 128, length 2048, for {SLICE}, per chip, one run:", "", *head]
+        text += measure(wide, machine, 1)
+    write_section("depth", "\n".join(text))
 
 
 if __name__ == "__main__":

@@ -53,9 +53,8 @@ class Overflow:
 def compile_step(program: Program, rows: int, length: int) -> Compiled | Overflow:
     """Compile the step for `rows` rows of `length` positions on the program's mesh."""
     began = time.perf_counter()
-    step: Any = program.jit_step()  # typed as what it computes; that it can be lowered is jit's
     with use_mesh(program.mesh):
-        lowered = step.lower(program.abstract_state(), program.abstract_batch(rows, length))
+        lowered = program.jit_step().lower(program.abstract_state(), program.abstract_batch(rows, length))
         try:
             compiled = lowered.compile()
         except jax.errors.JaxRuntimeError as error:
@@ -63,7 +62,7 @@ def compile_step(program: Program, rows: int, length: int) -> Compiled | Overflo
                 raise
             return Overflow(total, time.perf_counter() - began)
     seconds = time.perf_counter() - began
-    memory = compiled.memory_analysis()
+    memory: Any = compiled.memory_analysis()  # every backend that is planned for has one
     return Compiled(
         arguments=memory.argument_size_in_bytes,
         outputs=memory.output_size_in_bytes,
@@ -71,7 +70,7 @@ def compile_step(program: Program, rows: int, length: int) -> Compiled | Overflo
         temporaries=memory.temp_size_in_bytes,
         code=memory.generated_code_size_in_bytes,
         host=memory.host_temp_size_in_bytes,
-        text=compiled.as_text(),
+        text=compiled.as_text() or "",
         seconds=seconds,
     )
 

@@ -49,8 +49,11 @@ def planned(request):
     config = config_on(MESHES[request.param])
     plan = make_plan(config, machine(), Wanted(epoch=80))
     program = build_program(config, make_mesh(config.mesh), steps=10)
-    params = draw_params(program.shapes)
-    state = jax.device_put(new_state(params, program.groups, program.optimizer), program.shardings)
+
+    def begin(params):
+        return new_state(params, program.groups, program.optimizer, config.train.frozen_dtype)
+
+    state = jax.jit(begin, out_shardings=program.shardings)(draw_params(program.shapes))
     rows = [[example(config, row, [(2, 2)])] for row in range(8)]
     batch = put_batch(program.mesh, make_batch(config, rows, length=16)._replace(example_id=np.zeros((8, 1), np.int64)))
     return plan, program, state, batch

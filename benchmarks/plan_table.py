@@ -1,0 +1,84 @@
+"""What fits where: every variant and size on slices and nodes, compiled, into docs/plan.md.
+
+`python -m benchmarks.plan_table [runs/plan]` plans what the folder does not hold yet, a minute or two each (the TPU compiler:
+`pip install -e '.[plan]'`), and writes the table from all that it holds; it may be stopped and run again at any time.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+OUTPUT = Path(__file__).parents[1] / "docs" / "plan.md"
+GIB = 2**30
+VARIANTS = {
+    ("L", "7B"): "configs/llava15.py:finetune",
+    ("V", "7B"): "configs/deepstack_v.py:finetune",
+    ("HD", "7B"): "configs/deepstack_hd.py",
+    ("L", "13B"): "configs/llava15.py:finetune,13b",
+    ("V", "13B"): "configs/deepstack_v.py:finetune,13b",
+    ("HD", "13B"): "configs/deepstack_hd.py:13b",
+}
+MACHINES = ("v5p:2x2x4", "v5p:4x4x4", "v5e:16x16", "v6e:8x8", "v6e:16x16", "gpu:8xH100", "gpu:64xH100")
+TRIES = 3
+
+
+def flags(topology: str) -> list[str]:
+    """How a machine is planned: TPUs by their compiler, GPUs estimated; the fastest mesh that fits is looked for."""
+    return ["--search", f"--tries={TRIES}", *(["--estimate_only"] if topology.startswith("gpu:") else [])]
+
+
+def plan(config: str, topology: str) -> dict[str, Any] | str:
+    """The plan as the verb prints it, or its error."""
+    command = [sys.executable, "-m", "deepstack_jax.plan", f"--config={config}", f"--topology={topology}", "--json"]
+    done = subprocess.run([*command, *flags(topology)], capture_output=True, text=True, check=False)
+    return json.loads(done.stdout) if done.stdout else done.stderr.strip()
+
+
+def row(variant: str, size: str, topology: str, found: dict[str, Any] | str) -> str:
+    """One line of the table."""
+    if isinstance(found, str):
+        return f"| {variant} {size} | {topology} | - | - | - | - | - | {found.removeprefix('error: ')} |"
+    mesh = " x ".join(f"{name} {count}" for name, count in found["mesh"].items() if count > 1)
+    how = f"{mesh}, {found['remat']}, {found['accumulation']}"
+    room = f"{found['margin']:.0%} free" if found["margin"] >= 0 else f"{-found['margin']:.0%} too much"
+    memory = f"{found['used'] / GIB:.1f} of {found['usable'] / GIB:.1f}"
+    step, mfu = f"{found['roofline']['step']:.2f} ({found['roofline']['bound']})", f"{found['mfu']:.0%}"
+    hours = f"{found['hours']:.1f}" if found["hours"] else "-"
+    by = "estimate" if found["source"] == "estimate" else f"{found['compile_seconds']:.0f} s"
+    return f"| {variant} {size} | {topology} | {how} | {memory} | {room} | {step} | {mfu} | {hours} | {by} |"
+
+
+def write_section(name: str, text: str) -> None:
+    """Put text between the marks of a section of docs/plan.md."""
+    start, end = f"<!-- {name} -->\n", f"<!-- end of {name} -->"
+    whole = OUTPUT.read_text()
+    before, _, rest = whole.partition(start)
+    _, found, after = rest.partition(end)
+    if not found:
+        raise SystemExit(f"{OUTPUT} has no section {start.strip()} ... {end}")
+    OUTPUT.write_text(f"{before}{start}{text}\n{end}{after}")
+
+
+def main() -> None:
+    folder = Path(sys.argv[1] if len(sys.argv) > 1 else "runs/plan")
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = [
+        "| model | machine | mesh, remat, micro-batches | GiB per device | room | step, s (bound by) | MFU | hours | by |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for (variant, size), config in VARIANTS.items():
+        for topology in MACHINES:
+            kept = folder / f"{variant}-{size}-{topology.replace(':', '-')}.json"
+            if not kept.exists():
+                kept.write_text(json.dumps(plan(config, topology)))
+            lines.append(row(variant, size, topology, json.loads(kept.read_text())))
+            print(lines[-1], flush=True)
+    write_section("table", "\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()
