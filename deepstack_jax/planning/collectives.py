@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
+
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 _BYTES = {
     "pred": 1,
@@ -41,6 +43,7 @@ class Collective:
       size: bytes of its result on each device.
       moved: bytes that enter each device per execution, in a ring.
       group: devices that take part together.
+      stride: from one of them to the next, in the order of the mesh.
       source: the operation of the model that it belongs to.
     """
 
@@ -49,6 +52,7 @@ class Collective:
     size: int
     moved: float
     group: int
+    stride: int
     source: str
 
     @property
@@ -64,6 +68,7 @@ class _Found(NamedTuple):
     kind: str
     size: int
     group: int
+    stride: int
     source: str
 
 
@@ -85,7 +90,7 @@ def find_collectives(text: str) -> list[Collective]:
             often = times[name]
             if often and (found.channel not in seen or seen[found.channel].times < often):
                 moved = found.size * ring(found.kind, found.group)
-                seen[found.channel] = Collective(found.kind, often, found.size, moved, found.group, found.source)
+                seen[found.channel] = Collective(found.kind, often, found.size, moved, found.group, found.stride, found.source)
     return sorted(seen.values(), key=lambda one: -one.total)
 
 
@@ -149,7 +154,8 @@ def _in_computation(name: str, lines: list[str], devices: int) -> Iterator[_Foun
         if not found:
             continue
         shape, kind, started = found.groups()
-        group = _group_size(line, devices)
+        members = _first_group(line, devices)
+        group, stride = len(members), members[1] - members[0] if len(members) > 1 else 1
         size = sum(
             _BYTES.get(name, 4) * math.prod(int(n) for n in dims.split(",") if n) for name, dims in _SHAPE.findall(shape)
         )
@@ -161,19 +167,24 @@ def _in_computation(name: str, lines: list[str], devices: int) -> Iterator[_Foun
             kind, size = "reduce-scatter", size // group
         channel = re.search(r"channel_id=(\d+)", line)
         source = re.search(r'op_name="([^"]*)"', line)
-        yield _Found(channel[1] if channel else line.split(" = ")[0], kind, size, group, source[1] if source else "")
+        yield _Found(channel[1] if channel else line.split(" = ")[0], kind, size, group, stride, source[1] if source else "")
 
 
-def _group_size(line: str, devices: int) -> int:
-    """Devices that take part together, from any of the forms in which XLA writes groups."""
+def _first_group(line: str, devices: int) -> list[int]:
+    """Devices that take part together, of the first group, from any of the forms in which XLA writes groups."""
     if named := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", line):
-        sizes = dict(re.findall(r"'(\w+)'=(\d+)", named[1]))
-        return math.prod(int(sizes[axis]) for axis in re.findall(r"'(\w+)'", named[2]) if axis in sizes)
-    if iota := re.search(r"replica_groups=\[(\d+),(\d+)\]<=", line):
-        return int(iota[2])
-    if listed := re.search(r"replica_groups=\{\{([\d,]*)\}", line):
-        return listed[1].count(",") + 1
-    return 2 if "source_target_pairs" in line else devices
+        axes = [(name, int(size)) for name, size in re.findall(r"'(\w+)'=(\d+)", named[1])]
+        together = re.findall(r"'(\w+)'", named[2])
+        ids = np.arange(math.prod(size for _, size in axes)).reshape([size for _, size in axes])
+        return ids[tuple(slice(None) if name in together else 0 for name, _ in axes)].ravel().tolist()
+    if iota := re.search(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", line):
+        dims = [int(size) for size in iota[3].split(",")]
+        order = [int(axis) for axis in iota[4].split(",")] if iota[4] else range(len(dims))
+        ids = np.arange(math.prod(dims)).reshape(dims).transpose(order)
+        return ids.reshape(int(iota[1]), int(iota[2]))[0].tolist()
+    if listed := re.search(r"(?:replica_groups|source_target_pairs)=\{\{([\d,]+)\}", line):
+        return [int(member) for member in listed[1].split(",")]
+    return list(range(devices))
 
 
 def ring(kind: str, group: int) -> float:

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 
+from deepstack_jax.config_checks import ConfigError
 from deepstack_jax.parallel.rules import use_mesh
 from deepstack_jax.training.flops import GIB
 from deepstack_jax.training.program import Program
@@ -51,16 +52,23 @@ class Overflow:
 
 
 def compile_step(program: Program, rows: int, length: int) -> Compiled | Overflow:
-    """Compile the step for `rows` rows of `length` positions on the program's mesh."""
+    """Compile the step for `rows` rows of `length` positions on the program's mesh.
+
+    Raises:
+      ConfigError: the compiler cannot compile it, whatever the memory.
+    """
     began = time.perf_counter()
     with use_mesh(program.mesh):
         lowered = program.jit_step().lower(program.abstract_state(), program.abstract_batch(rows, length))
         try:
             compiled = lowered.compile()
         except jax.errors.JaxRuntimeError as error:
-            if not (total := _wanted(str(error))):
-                raise
-            return Overflow(total, time.perf_counter() - began)
+            message = str(error)
+            if total := _wanted(message):
+                return Overflow(total, time.perf_counter() - began)
+            raise ConfigError(
+                f"the compiler refuses this step: {message.splitlines()[0][:200]}; try another config.decoder.remat or mesh"
+            ) from error
     seconds = time.perf_counter() - began
     memory: Any = compiled.memory_analysis()  # every backend that is planned for has one
     return Compiled(

@@ -10,6 +10,7 @@ import numpy as np
 from deepstack_jax.config import Config
 from deepstack_jax.planning.collectives import Collective, ring
 from deepstack_jax.planning.memory import bytes_per_device
+from deepstack_jax.planning.topology import GPUS_PER_HOST
 from deepstack_jax.training.flops import Chip, Flops
 from deepstack_jax.training.optimizer import FROZEN, flatten
 from deepstack_jax.training.program import Program
@@ -43,6 +44,11 @@ class Roofline:
         return self.compute + self.memory + self.links
 
     @property
+    def likely(self) -> float:
+        """Half overlapped: what candidates are compared by, since the largest alone ties where compute is the bound."""
+        return (self.step + self.serial) / 2
+
+    @property
     def bound(self) -> str:
         """The resource that limits the step."""
         return max(("compute", "memory", "links"), key=lambda name: getattr(self, name))
@@ -61,13 +67,20 @@ def estimate(program: Program, chip: Chip, flops: Flops, collectives: Iterable[C
     return Roofline(
         compute=flops.executed / (devices * ATTAINED * chip.flops),
         memory=memory_traffic(program, rows, length) / chip.hbm_bandwidth,
-        links=sum(one.total / link_rate(chip, one.group, devices) for one in collectives),
+        links=sum(one.total / link_rate(chip, one, devices) for one in collectives),
     )
 
 
-def link_rate(chip: Chip, group: int, devices: int) -> float:
-    """Bytes per second that enter a chip in a collective: over all its links where all chips take part, else over one axis'."""
-    return chip.link_bandwidth if group == devices else chip.link_bandwidth / chip.links
+def link_rate(chip: Chip, one: Collective, devices: int) -> float:
+    """Bytes per second that enter a device in a collective.
+
+    In a torus: over all links where all devices take part, else over those of one dimension. Behind a switch: at its rate
+    within a host, else through the adapters of the host's devices that take part.
+    """
+    if chip.links > 1:
+        return chip.link_bandwidth if one.group == devices else chip.link_bandwidth / chip.links
+    neighbours = max(1, min(one.group, GPUS_PER_HOST // one.stride))
+    return chip.link_bandwidth if neighbours == one.group else min(chip.link_bandwidth, chip.network * neighbours)
 
 
 def guess_collectives(program: Program, rows: int, length: int) -> list[Collective]:
@@ -83,7 +96,8 @@ def guess_collectives(program: Program, rows: int, length: int) -> list[Collecti
     whole = sum(program.sizes.values()) / mesh["tensor"] * width
     trained = sum(program.sizes[path] for path in trainable) / mesh["tensor"] * width
     hidden = width * rows * length * cfg.width / (mesh["data"] * mesh["fsdp"] * parts)
-    remat = cfg.remat in ("block", "dots", "offload")
+    remat = cfg.remat != "none"
+    strides = {"data": mesh["fsdp"] * mesh["tensor"], "fsdp": mesh["tensor"], "tensor": 1}
     found = [
         ("all-gather", "fsdp", (2 + remat) * parts, whole, "parameters"),
         ("reduce-scatter", "fsdp", parts, trained / mesh["fsdp"], "gradients"),
@@ -91,7 +105,7 @@ def guess_collectives(program: Program, rows: int, length: int) -> list[Collecti
         ("all-reduce", "tensor", 2 * cfg.layers * (2 + (cfg.remat == "block")) * parts, hidden, "hidden states"),
     ]
     return [
-        Collective(kind, times, int(size), size * ring(kind, mesh[axis]), mesh[axis], f"{source}, estimated")
+        Collective(kind, times, int(size), size * ring(kind, mesh[axis]), mesh[axis], strides[axis], f"{source}, estimated")
         for kind, axis, times, size, source in found
         if mesh[axis] > 1
     ]

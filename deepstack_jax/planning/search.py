@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Callable, Iterator
 
 from deepstack_jax.config import Config, MeshConfig
-from deepstack_jax.config_checks import CHOICES, ConfigError
+from deepstack_jax.config_checks import ConfigError
 from deepstack_jax.parallel.mesh import make_mesh
 from deepstack_jax.planning.planner import Wanted, describe, make_plan, plan_load
 from deepstack_jax.planning.report import Plan
@@ -14,6 +15,7 @@ from deepstack_jax.planning.topology import Machine
 from deepstack_jax.training.program import Program, build_program
 
 TENSOR = (1, 2, 4, 8)  # beyond a host's devices tensor parallelism waits for slower links
+REMAT = ("none", "dots", "block")  # not "offload", whose traffic with the host is not in the estimate
 
 
 def find_best(
@@ -40,7 +42,11 @@ def find_best(
         return (all_of_them[0] if all_of_them[0].fits(margin) else None), all_of_them
     for estimate, candidate in estimates[:tries]:
         compiling(estimate)
-        plan = make_plan(candidate, machine, wanted)
+        try:
+            plan = make_plan(candidate, machine, wanted)
+        except ConfigError as error:
+            logging.warning("%s", error)
+            continue
         if plan.fits(margin):
             return plan, all_of_them
     return None, all_of_them
@@ -68,7 +74,7 @@ def estimate_all(config: Config, machine: Machine, wanted: Wanted) -> list[tuple
 def order(plan: Plan, margin: float) -> tuple[bool, float, float]:
     """Those that fit first, the fastest of them first; of the others the one that needs least."""
     fits = plan.fits(margin)
-    step = plan.roofline.step if plan.roofline else 0.0
+    step = plan.roofline.likely if plan.roofline else 0.0
     return (not fits, step if fits else plan.used, plan.used)
 
 
@@ -80,7 +86,7 @@ def candidates(config: Config, devices: int) -> Iterator[Config]:
                 continue
             mesh = MeshConfig(data=devices // (tensor * fsdp), fsdp=fsdp, tensor=tensor)
             for accumulation in _micro_batches(config, devices // tensor):
-                for remat in CHOICES["decoder.remat"]:
+                for remat in REMAT:
                     decoder = dataclasses.replace(config.decoder, remat=remat)
                     train = dataclasses.replace(config.train, accumulation=accumulation)
                     yield dataclasses.replace(config, mesh=mesh, decoder=decoder, train=train)

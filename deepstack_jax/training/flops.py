@@ -23,7 +23,8 @@ class Chip(NamedTuple):
     hbm: float  # bytes
     hbm_bandwidth: float  # bytes/s
     link_bandwidth: float  # bytes/s that enter a chip over all its links to its neighbours, one direction
-    links: int  # dimensions of the torus that these links form; 1 = a switch
+    links: int  # dimensions of the torus that these links form; 1 = a switch within a host
+    network: float = 0.0  # bytes/s to devices of other hosts, where a switch ends: of the adapter that goes with one device
 
 
 # Keyed by jax's `device_kind`. TPUs: cloud.google.com/tpu/docs, a page per version; they print the links' both directions
@@ -35,13 +36,13 @@ CHIPS = {
     "TPU v5": Chip(459e12, 95 * GIB, 2765e9, 600e9, 3),  # v5p
     "TPU v6 lite": Chip(918e12, 32 * GIB, 1640e9, 400e9, 2),  # v6e
     "TPU7x": Chip(1153.5e12, 96 * GIB, 3690e9, 600e9, 3),  # jax sees the two halves of a chip as two devices
-    "NVIDIA A100-SXM4-40GB": Chip(312e12, 40 * GIB, 1555e9, 300e9, 1),
-    "NVIDIA A100-SXM4-80GB": Chip(312e12, 80 * GIB, 2039e9, 300e9, 1),
-    "NVIDIA H100 80GB HBM3": Chip(989.4e12, 79.6 * GIB, 3350e9, 450e9, 1),
-    "NVIDIA H100 PCIe": Chip(756e12, 79.6 * GIB, 2000e9, 64e9, 1),
-    "NVIDIA H200": Chip(989.4e12, 140.4 * GIB, 4800e9, 450e9, 1),
-    "NVIDIA B200": Chip(2250e12, 178.4 * GIB, 7700e9, 900e9, 1),
-    "NVIDIA L4": Chip(121e12, 22.5 * GIB, 300e9, 32e9, 1),
+    "NVIDIA A100-SXM4-40GB": Chip(312e12, 40 * GIB, 1555e9, 300e9, 1, 25e9),
+    "NVIDIA A100-SXM4-80GB": Chip(312e12, 80 * GIB, 2039e9, 300e9, 1, 25e9),
+    "NVIDIA H100 80GB HBM3": Chip(989.4e12, 79.6 * GIB, 3350e9, 450e9, 1, 50e9),
+    "NVIDIA H100 PCIe": Chip(756e12, 79.6 * GIB, 2000e9, 64e9, 1, 25e9),
+    "NVIDIA H200": Chip(989.4e12, 140.4 * GIB, 4800e9, 450e9, 1, 50e9),
+    "NVIDIA B200": Chip(2250e12, 178.4 * GIB, 7700e9, 900e9, 1, 50e9),
+    "NVIDIA L4": Chip(121e12, 22.5 * GIB, 300e9, 32e9, 1, 12.5e9),
 }
 
 
