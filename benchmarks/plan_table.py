@@ -22,7 +22,7 @@ VARIANTS = {
     ("V", "13B"): "configs/deepstack_v.py:finetune,13b",
     ("HD", "13B"): "configs/deepstack_hd.py:13b",
 }
-MACHINES = ("v5p:2x2x4", "v5p:4x4x4", "v5e:16x16", "v6e:8x8", "v6e:16x16", "gpu:8xH100", "gpu:64xH100")
+MACHINES = ("v5p:4x4x4", "v5p:2x2x4", "v5e:16x16", "v6e:8x8", "gpu:8xH100", "gpu:64xH100")
 TRIES = 3
 
 

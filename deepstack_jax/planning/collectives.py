@@ -130,7 +130,7 @@ def _executions(computations: dict[str, list[str]], entry: str) -> dict[str, int
 def _calls(line: str, computations: dict[str, list[str]]) -> Iterator[tuple[str, int]]:
     if loop := _WHILE.search(line):
         condition, body = loop.groups()
-        yield body, _trips(line, computations[condition])
+        yield body, _trips(line, computations[condition], computations[body])
         yield condition, 1
     for name in _CALLED.findall(line):
         yield name, 1
@@ -139,12 +139,31 @@ def _calls(line: str, computations: dict[str, list[str]]) -> Iterator[tuple[str,
             yield name.strip().lstrip("%"), 1
 
 
-def _trips(line: str, condition: list[str]) -> int:
-    """How often a loop runs: as the compiler says, or the number that its condition compares the counter with."""
+def _trips(line: str, condition: list[str], body: list[str]) -> int:
+    """How often a loop runs: as the compiler says, or the number that its condition compares the counter with, by its step."""
     if known := re.search(r'known_trip_count"?:\{"n":"(\d+)"', line):
         return int(known[1])
-    numbers = [int(number) for text in condition for number in re.findall(r" s32\[\]\S* constant\((\d+)\)", text)]
-    return max(numbers, default=1)
+    limit = max(_constants(condition).values(), default=1)
+    return -(-limit // _counter_step(condition, body))
+
+
+def _constants(lines: list[str]) -> dict[str, int]:
+    """Whole numbers by the name that the lines give them."""
+    found = (re.match(r" *(?:ROOT )?%?([\w.\-]+) = [su]32\[\]\S* constant\((\d+)\)", line) for line in lines)
+    return {one[1]: int(one[2]) for one in found if one}
+
+
+def _counter_step(condition: list[str], body: list[str]) -> int:
+    """What a loop's body adds to the counter that its condition looks at: 2 where the compiler unrolled it once."""
+    read = next((found for line in condition if (found := re.search(r" get-tuple-element\(.*\), index=(\d+)", line))), None)
+    root = next((line for line in body if " ROOT " in line and " tuple(" in line), None)
+    if not read or not root:
+        return 1
+    operands = re.findall(r"%?([\w.\-]+)", re.sub(r"/\*.*?\*/", "", root.split(" tuple(")[1].split(")")[0]))
+    name, constants = operands[int(read[1])], _constants(body)
+    added = next((found for line in body if (found := re.match(rf" *%?{re.escape(name)} = \S+ add\(([^)]*)\)", line))), None)
+    steps = [constants[one] for one in re.findall(r"%?([\w.\-]+)", added[1]) if one in constants] if added else []
+    return max(1, steps[0]) if steps else 1
 
 
 def _in_computation(name: str, lines: list[str], devices: int) -> Iterator[_Found]:

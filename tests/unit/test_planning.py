@@ -117,6 +117,9 @@ LOOPED = """HloModule jit_step, is_scheduled=true, num_partitions=8
   %gather.1 = bf16[1,64,32]{2,1,0:T(8,128)(2,1)} all-gather(%w), channel_id=3, <groups>, metadata={op_name="jit(step)/q/dot"}
   %piece.1 = bf16[1,64,32]{2,1,0} all-gather(%w), channel_id=3, <groups>
   %reduced = f32[16,4]{1,0} fusion(%g), kind=kCustom, calls=%all-reduce-scatter.2
+  %one = s32[]{:T(128)} constant(1)
+  %next = s32[]{:T(128)} add(%counter, %one), metadata={}
+  ROOT %tuple = (s32[], f32[16,4]) tuple(%next, /*index=1*/%reduced)
 }
 
 %all-reduce-scatter.2 (input: f32[64,4]) -> f32[16,4] {
@@ -126,6 +129,7 @@ LOOPED = """HloModule jit_step, is_scheduled=true, num_partitions=8
 
 %condition (p: (s32[], f32[16,4])) -> pred[] {
   %limit = s32[]{:T(128)} constant(5)
+  %counter = s32[] get-tuple-element(%p), index=0
   ROOT %less = pred[] compare(%counter, %limit), direction=LT
 }
 
@@ -134,7 +138,21 @@ ENTRY %main (p0: f32[16,4]) -> f32[16,4] {
   %start = (f32[2,8]{1,0}, f32[16,8]{1,0}) all-gather-start(%p0), channel_id=7, replica_groups=[1,8]<=[8], dimensions={0}
   %done = f32[16,8]{1,0} all-gather-done(%start)
   %known = (s32[], f32[4]) while(%other), condition=%condition, body=%second, backend_config={"known_trip_count":{"n":"3"}}
+  %pairs = (u32[], f32[4]) while(%more), condition=%until, body=%unrolled
   ROOT %total = f32[10]{0} all-reduce(%x), channel_id=8, replica_groups=[2,4]<=[4,2]T(1,0), to_apply=%add
+}
+
+%unrolled (p: (u32[], f32[4])) -> (u32[], f32[4]) {
+  %two = u32[] constant(2)
+  %there = f32[4]{0} all-to-all(%v), channel_id=10, replica_groups={{0,1}}
+  %twice = u32[] add(%counter, %two)
+  ROOT %tuple.2 = (u32[], f32[4]) tuple(%twice, %there)
+}
+
+%until (p: (u32[], f32[4])) -> pred[] {
+  %eight = u32[]{:T(128)} constant(8)
+  %counter = u32[] get-tuple-element(%p), index=0
+  ROOT %less = pred[] compare(%counter, %eight), direction=LT
 }
 
 %second (p: (s32[], f32[4])) -> (s32[], f32[4]) {
@@ -156,7 +174,8 @@ def test_collectives_of_a_program_with_loops():
     assert (started.times, started.size) == (1, 16 * 8 * 4)
     assert by_channel["all-reduce", 4].moved == pytest.approx(2 * 40 * 3 / 4)
     assert (found["collective-permute"].times, found["collective-permute"].moved) == (3, 16)
-    assert len(find_collectives(LOOPED)) == 5
+    assert found["all-to-all"].times == 4  # 8 by steps of 2
+    assert len(find_collectives(LOOPED)) == 6
 
 
 def test_a_ring_moves_what_the_others_hold():
