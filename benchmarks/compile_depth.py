@@ -1,7 +1,8 @@
 """Compile time, program size and memory of the training step against depth, scanned and unrolled.
 
-`python -m benchmarks.compile_depth` writes a section of docs/plan.md: a model that is small in everything but depth, for the
-CPU; and where the TPU compiler is installed (`pip install -e '.[plan]'`), Vicuna-7B's widths on v5p. Nothing is cached.
+`python -m benchmarks.compile_depth [full]` writes a section of docs/plan.md: a model that is small in everything but depth, for
+the CPU and, where its compiler is installed (`pip install -e '.[plan]'`), for a TPU; with `full` Vicuna-7B's widths for a TPU
+too, which takes minutes. Nothing is cached.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import platform
 import statistics
+import sys
 
 import jax
 
@@ -23,7 +25,7 @@ from deepstack_jax.training.flops import GIB
 from deepstack_jax.training.program import Program, build_program
 
 DEPTHS = ((8, True), (32, True), (8, False), (32, False))
-SLICE = "v5p:4x4x4"
+TINY_SLICE, SLICE = "v5e:2x2", "v5p:4x4x4"
 REPEATS = 3
 
 
@@ -75,25 +77,28 @@ def measure(config: Config, machine: Machine, repeats: int) -> list[str]:
 def main() -> None:
     jax.config.update("jax_enable_compilation_cache", False)
     head = [
+        "",
         "| layers | trace + lower + compile, s | lowered program, MB | temporaries, GiB | code, MiB |",
         "|---|---|---|---|---|",
     ]
     text = [
         "The whole training step (forward, backward, AdamW) with 4 crops and 4 injected groups, by",
-        f"`python -m benchmarks.compile_depth` (jax {jax.__version__}, {platform.machine()}; a median of {REPEATS}).",
-        "Tiny widths, for the CPU:",
-        "",
+        f"`python -m benchmarks.compile_depth full` (jax {jax.__version__}, {platform.machine()}, two cores). Tiny widths, for",
+        f"the CPU, medians of {REPEATS}:",
         *head,
         *measure(small(), open_machine("here"), REPEATS),
     ]
-    try:
-        machine = open_machine(SLICE)
-    except ConfigError as error:
-        print(error)
-    else:
-        wide = Config(mesh=MeshConfig(data=1, fsdp=-1))
-        text += ["", f"Vicuna-7B's widths and CLIP-L, batch 128, length 2048, for {SLICE}, per chip, one run:", "", *head]
-        text += measure(wide, machine, 1)
+    sizes = {TINY_SLICE: ("Tiny widths", small())}
+    if "full" in sys.argv[1:]:
+        sizes[SLICE] = ("Vicuna-7B's widths and CLIP-L, batch 128, length 2048", Config())
+    for name, (title, config) in sizes.items():
+        try:
+            machine = open_machine(name)
+        except ConfigError as error:
+            print(error)
+            break
+        config = dataclasses.replace(config, mesh=MeshConfig(data=1, fsdp=-1))
+        text += ["", f"{title}, for {name}, per chip, one run:", *head, *measure(config, machine, 1)]
     write_section("depth", "\n".join(text))
 
 

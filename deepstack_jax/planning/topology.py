@@ -101,9 +101,12 @@ def _tpu_slice(name: str, family: str, shape: str) -> Machine:
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # two plans at once, or one beside a run
     try:
         devices = topologies.get_topology_desc(name, "tpu").devices
     except jax.errors.JaxRuntimeError as error:
+        if "INVALID_ARGUMENT" not in str(error):
+            raise
         chips = math.prod(int(size) for size in shape.split("x"))
         near = min(shapes, key=lambda other: abs(math.log(math.prod(map(int, other.split("x"))) / max(chips, 1))))
         raise ConfigError(
