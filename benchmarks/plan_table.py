@@ -1,7 +1,8 @@
 """What fits where: every variant and size on slices and nodes, compiled, into docs/plan.md.
 
-`python -m benchmarks.plan_table [runs/plan]` plans what the folder does not hold yet, a minute or two each (the TPU compiler:
-`pip install -e '.[plan]'`), and writes the table from all that it holds; it may be stopped and run again at any time.
+`python -m benchmarks.plan_table` plans what runs/plan does not hold yet, minutes each (the TPU compiler: `pip install -e
+'.[plan]'`), and writes the table; it may be stopped and run again at any time. With `write` it plans nothing and writes what is
+there.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 OUTPUT = Path(__file__).parents[1] / "docs" / "plan.md"
+FOLDER = Path("runs/plan")
 GIB = 2**30
 VARIANTS = {
     ("L", "7B"): "configs/llava15.py:finetune",
@@ -45,7 +47,7 @@ def plan(config: str, topology: str) -> dict[str, Any] | str:
 def row(variant: str, size: str, topology: str, found: dict[str, Any] | str) -> str:
     """One line of the table."""
     if isinstance(found, str):
-        return f"| {variant} {size} | {topology} | - | - | - | - | - | {found.removeprefix('error: ')} |"
+        return f"| {variant} {size} | {topology} | {found.removeprefix('error: ')} | - | - | - | - | - | - |"
     mesh = " x ".join(f"{name} {count}" for name, count in found["mesh"].items() if count > 1)
     how = f"{mesh}, {found['remat']}, {found['accumulation']}"
     room = f"{found['margin']:.0%} free" if found["margin"] >= 0 else f"{-found['margin']:.0%} too much"
@@ -68,16 +70,17 @@ def write_section(name: str, text: str) -> None:
 
 
 def main() -> None:
-    folder = Path(sys.argv[1] if len(sys.argv) > 1 else "runs/plan")
-    folder.mkdir(parents=True, exist_ok=True)
+    FOLDER.mkdir(parents=True, exist_ok=True)
     lines = [
         "| model | machine | mesh, remat, micro-batches | GiB per device | room | step, s (bound by) | MFU | hours | by |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
-    for (variant, size), config in VARIANTS.items():
-        for topology in MACHINES:
-            kept = folder / f"{variant}-{size}-{topology.replace(':', '-')}.json"
+    for topology in MACHINES:
+        for (variant, size), config in VARIANTS.items():
+            kept = FOLDER / f"{variant}-{size}-{topology.replace(':', '-')}.json"
             if not kept.exists():
+                if "write" in sys.argv[1:]:
+                    continue
                 kept.write_text(json.dumps(plan(config, topology)))
             lines.append(row(variant, size, topology, json.loads(kept.read_text())))
             print(lines[-1], flush=True)
