@@ -63,9 +63,9 @@ def main() -> int:
     def compiling(plan: Plan) -> None:
         told.print(f"compiling {choice(plan)}, estimated {gib(plan.used)} per device", soft_wrap=True)
 
-    def search() -> tuple[Plan | None, list[Plan]]:
+    def search(like: Plan | None = None) -> tuple[Plan | None, list[Plan]]:
         tries = 0 if ESTIMATE_ONLY.value else TRIES.value
-        return find_best(config, machine, wanted, margin=MARGIN.value, tries=tries, compiling=compiling)
+        return find_best(config, machine, wanted, margin=MARGIN.value, tries=tries, compiling=compiling, like=like)
 
     other, tried = None, []
     if SEARCH.value:
@@ -77,7 +77,7 @@ def main() -> int:
             compiling(plan)
             plan = make_plan(config, machine, wanted)
         if not plan.fits():
-            other, tried = search()
+            other, tried = search(plan)
     report(plan, other, tried, said)
     return cli.EXIT_DONE if plan.fits() else EXIT_DOES_NOT_FIT
 

@@ -18,7 +18,14 @@ REMAT = ("none", "dots", "block")  # not "offload", whose traffic with the host 
 
 
 def find_best(
-    config: Config, machine: Machine, wanted: Wanted, *, margin: float, tries: int, compiling: Callable[[Plan], None]
+    config: Config,
+    machine: Machine,
+    wanted: Wanted,
+    *,
+    margin: float,
+    tries: int,
+    compiling: Callable[[Plan], None],
+    like: Plan | None = None,
 ) -> tuple[Plan | None, list[Plan]]:
     """The fastest that fits, by estimate, whose compilation says so too.
 
@@ -27,6 +34,7 @@ def find_best(
       margin: share of the memory that must stay free.
       tries: most compilations, a minute or two each at 7B; 0 = trust the estimates.
       compiling: told the estimate that is compiled next.
+      like: a plan that does not fit; then the nearest to it that does is looked for, fewest changes first.
 
     Returns:
       What was found, or None; and all estimates, best first.
@@ -35,7 +43,7 @@ def find_best(
       ConfigError: no mesh divides the model and the batch.
     """
     estimates = estimate_all(config, machine, wanted)
-    estimates.sort(key=lambda pair: order(pair[0], margin))
+    estimates.sort(key=lambda pair: order(pair[0], margin, like))
     all_of_them = [estimate for estimate, _ in estimates]
     if tries == 0:
         return (all_of_them[0] if all_of_them[0].fits(margin) else None), all_of_them
@@ -70,11 +78,15 @@ def estimate_all(config: Config, machine: Machine, wanted: Wanted) -> list[tuple
     return found
 
 
-def order(plan: Plan, margin: float) -> tuple[bool, float, float]:
-    """Those that fit first, the fastest of them first; of the others the one that needs least."""
-    fits = plan.fits(margin)
-    step = plan.roofline.likely if plan.roofline else 0.0
-    return (not fits, step if fits else plan.used, plan.used)
+def order(plan: Plan, margin: float, like: Plan | None) -> tuple[bool, int, float, float]:
+    """Those that fit first, the nearest to `like` and the fastest of them first; of the others the one that needs least."""
+    if not plan.fits(margin):
+        return (True, 0, plan.used, plan.used)
+    changes = 0
+    if like:
+        pairs = ((plan.mesh, like.mesh), (plan.remat, like.remat), (plan.accumulation, like.accumulation))
+        changes = sum(ours != theirs for ours, theirs in pairs)
+    return (False, changes, plan.roofline.likely if plan.roofline else 0.0, plan.used)
 
 
 def candidates(config: Config, devices: int) -> Iterator[Config]:

@@ -295,6 +295,20 @@ def test_search_compiles_until_one_fits():
     assert estimates[0].roofline.likely == min(one.roofline.likely for one in estimates)
 
 
+def test_the_nearest_that_fits_changes_least():
+    config = config_on((2, 1, 1), {"decoder.remat": "dots"})
+    none_fits = make_plan(config, machine(1e3, 2), Wanted(), compiled=False)
+    nearest, _ = find_best(config, machine(1e9, 2), Wanted(), margin=0.1, tries=0, compiling=print, like=none_fits)
+    assert nearest is not None
+    assert (nearest.mesh, nearest.remat, nearest.accumulation) == (none_fits.mesh, "dots", 1)
+    tight = machine(1.2 * none_fits.used, 2)
+    nearest, estimates = find_best(config, tight, Wanted(), margin=0.2, tries=0, compiling=print, like=none_fits)
+    assert nearest is not None
+    fitting = [one for one in estimates if one.fits(0.2)]
+    assert nearest in fitting
+    assert (nearest.mesh, nearest.remat) != (none_fits.mesh, "dots") or nearest.accumulation > 1
+
+
 def test_search_without_room_says_what_needs_least():
     told: list[Plan] = []
     nothing, estimates = find_best(config_on((2, 1, 1)), machine(1e3, 2), Wanted(), margin=0.1, tries=1, compiling=told.append)
