@@ -103,8 +103,8 @@ class DecoderConfig:
     sliding_window: int = 0  # tokens that a token attends to, itself included; 0 = all before it
     rope: RopeConfig = field(default_factory=RopeConfig)
     scan: bool = True  # False unrolls the layers: slower to compile, equal results
-    # What the backward pass recomputes: none | block (all of a layer) | dots (all but its matrix products) | offload (the same,
-    # the products kept in the host's memory)
+    # What the backward pass recomputes: none | block (all of a layer) | dots (all but its matrix products) | offload (all of a
+    # layer, whose input is kept in the host's memory)
     remat: str = "block"
     embed_std: float = 0.02  # of a freshly drawn token embedding
     head_std: float = 0.02  # of a freshly drawn head

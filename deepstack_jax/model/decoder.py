@@ -9,6 +9,7 @@ from __future__ import annotations
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
@@ -18,11 +19,14 @@ from deepstack_jax.model.layers import ACTIVATIONS, RMSNorm, linear
 from deepstack_jax.model.merge import Placement, inject
 from deepstack_jax.types import DecoderOutput, KVCache
 
+LAYER_INPUT = "layer_input"  # the name that remat knows the hidden states at the input of a layer by
 # What a layer keeps for its backward pass, by `remat`. Matrix products with weights are most of a layer's work.
 REMAT = {
     "block": jax.checkpoint_policies.nothing_saveable,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    "offload": jax.checkpoint_policies.offload_dot_with_no_batch_dims("device", "pinned_host"),
+    "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[], names_which_can_be_offloaded=[LAYER_INPUT], offload_src="device", offload_dst="pinned_host"
+    ),
 }
 ACTIVATION_AXES = ("batch", "sequence", "embed")
 Cache = tuple[Float[Array, "L B S K H"], Float[Array, "L B S K H"]]  # keys and values of all layers
@@ -107,6 +111,7 @@ class InjectedBlock(nn.Module):
         cache: Cache | None,
         at: CachePlace,
     ) -> tuple[Array, Array, Cache | None]:
+        x = checkpoint_name(x, LAYER_INPUT)
         if layer_inject is not None and places is not None:
             x = inject(x, layer_inject, group, places)
         injected = x = nn.with_logical_constraint(x, ACTIVATION_AXES)

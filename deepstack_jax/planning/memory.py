@@ -86,7 +86,7 @@ def _decoder_saved(program: Program, local: float, length: int) -> float:
     each = {
         "block": cfg.width,
         "dots": cfg.width + products,
-        "offload": cfg.width,
+        "offload": 0,  # they lie in the host's memory
         "none": 3 * cfg.width + 2 * products + cfg.mlp / tensor + scores,
     }[cfg.remat]
     return local * length * cfg.layers * each

@@ -102,7 +102,7 @@ def guess_collectives(program: Program, rows: int, length: int) -> list[Collecti
         ("all-gather", "fsdp", (2 + remat) * parts, whole, "parameters"),
         ("reduce-scatter", "fsdp", parts, trained / mesh["fsdp"], "gradients"),
         ("all-reduce", "data", parts, trained / mesh["fsdp"], "gradients"),
-        ("all-reduce", "tensor", 2 * cfg.layers * (2 + (cfg.remat == "block")) * parts, hidden, "hidden states"),
+        ("all-reduce", "tensor", 2 * cfg.layers * (2 + (cfg.remat in ("block", "offload"))) * parts, hidden, "hidden states"),
     ]
     return [
         Collective(kind, times, int(size), size * ring(kind, mesh[axis]), mesh[axis], strides[axis], f"{source}, estimated")

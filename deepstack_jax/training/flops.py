@@ -197,7 +197,7 @@ def _projector(config: Config, rows: int) -> Iterator[_Product]:
 def _decoder(config: Config, tokens: int) -> Iterator[_Product]:
     """The kernels of all layers. A layer that is recomputed needs all but its last product."""
     cfg = config.decoder
-    remat = cfg.remat == "block"  # the other policies keep the products
+    remat = cfg.remat in ("block", "offload")  # the other policies keep the products
     query, key = cfg.heads * cfg.head_dim, cfg.kv_heads * cfg.head_dim
     sizes = {"attention/q": query, "attention/k": key, "attention/v": key, "attention/o": query}
     for name, size in (sizes | dict.fromkeys(("mlp/gate", "mlp/up", "mlp/down"), cfg.mlp)).items():
