@@ -50,6 +50,10 @@ def writable_folder(path: str, flag: str) -> Path:
     Raises:
       ConfigError: naming the folder, the reason and the flag.
     """
+    if "://" in path:  # as a path it would be a local folder named like the bucket
+        raise ConfigError(
+            f"--{flag}={path} is a URL; expected a folder: mount the bucket and give the path, as --{flag}=/gcs/runs/a"
+        )
     folder = Path(path).expanduser()
     probe = folder / f".probe-{os.getpid()}"
     try:

@@ -30,8 +30,9 @@ from deepstack_jax.evaluation.runner import HeldOut
 from deepstack_jax.inference.generate import greedy
 from deepstack_jax.inference.text import end_of_turn
 from deepstack_jax.model.deepstack import DeepStack
-from deepstack_jax.parallel.distributed import is_first_host, put_batch
+from deepstack_jax.parallel.distributed import is_first_host, part_of_batch
 from deepstack_jax.parallel.mesh import check_batch_fits, make_mesh
+from deepstack_jax.parallel.processes import join_processes
 from deepstack_jax.parallel.rules import use_mesh
 from deepstack_jax.training.checkpoint import CheckpointError, Checkpoints, check_room, check_same_run
 from deepstack_jax.training.compiled import CompiledSteps, compile_first
@@ -59,6 +60,8 @@ Train a DeepStack model; run the same command again to go on where it stopped.
   --workdir=DIR              checkpoints, metrics.jsonl, tensorboard/, predictions.jsonl and results.json go here
   --report=WORKDIR           where the time of a run went, and curves as PNG; trains nothing
   --replay=FILE              do a skipped step again, from the checkpoint before it, and say what in it is not finite
+  --coordinator_address=HOST:PORT --process_count=N --process_id=I
+                             several processes that are not on a TPU pod or under SLURM or Open MPI, where nothing is to be set
 
 Exit codes: 0 done; 1 a mistake in the input, said in one line; 75 stopped by SIGTERM and 130 by Ctrl-C, state saved.
 """
@@ -66,15 +69,19 @@ Exit codes: 0 done; 1 a mistake in the input, said in one line; 75 stopped by SI
 flags.DEFINE_string("workdir", None, "Folder for everything that the run writes.")
 flags.DEFINE_string("report", None, "Print where the time of the run in this workdir went, and draw its curves.")
 flags.DEFINE_string("replay", None, "A file of WORKDIR/replay/: do that step again.")
+flags.DEFINE_string("coordinator_address", None, "HOST:PORT of process 0, where the processes of a run cannot find each other.")
+flags.DEFINE_integer("process_count", None, "How many processes there are; 1 = this one alone.")
+flags.DEFINE_integer("process_id", None, "Number of this process, from 0.")
 cli.define_config_flag()
 
 
 def main() -> int:
-    console = Console(highlight=False, quiet=not is_first_host())
     asked = {name: flags.FLAGS[name].value for name in ("workdir", "report", "replay")}
     if asked["report"]:
-        report(Path(asked["report"]), console)
+        report(Path(asked["report"]), Console(highlight=False))
         return cli.EXIT_DONE
+    join_processes(*(flags.FLAGS[name].value for name in ("coordinator_address", "process_count", "process_id")))
+    console = Console(highlight=False, quiet=not is_first_host())
     if asked["replay"]:
         return replay_step(Path(asked["replay"]), console)
     config = cli.parse_config()
@@ -116,8 +123,7 @@ def main() -> int:
 
     held_out = None
     if held_out_source is not None:
-        decode = make_decode(program.model, config, tokenizer)
-        held_out = HeldOut(held_out_source, config, jax.jit(program.loss), decode, partial(put_batch, mesh))
+        held_out = HeldOut(held_out_source, config, program.loss, make_decode(program.model, config, tokenizer), mesh)
     log = open_log(config, workdir, int(state.step))
 
     def evaluate(state: TrainState, step: int) -> float | None:
@@ -170,9 +176,9 @@ def open_inputs(config: Config) -> tuple[Tokenizer, Source]:
 
 def open_stream(config: Config, source: Source, mesh: Mesh) -> TrainingStream:
     """This host's part of every batch."""
-    check_batch_fits(config, mesh, jax.process_count())
-    shards = mesh.shape["data"] * mesh.shape["fsdp"]
-    return TrainingStream(source, config, process=jax.process_index(), processes=jax.process_count(), devices=shards)
+    check_batch_fits(config, mesh)
+    part, shards = part_of_batch(mesh), mesh.shape["data"] * mesh.shape["fsdp"]
+    return TrainingStream(source, config, process=part.index, processes=part.count, devices=shards)
 
 
 def data_files(config: Config, source: Source, held_out: Source | None) -> dict[str, dict[str, str]]:
@@ -205,7 +211,9 @@ def facts(run: Run) -> dict[str, Any]:
     first = run.stream.peek()
     return {
         "steps": run.steps,
-        "seconds_per_step": seconds_per_step(run.workdir),
+        "seconds_per_step": seconds_per_step(run.workdir)
+        if is_first_host()
+        else None,  # from a file that the others may not see
         "parameters": sum(run.program.sizes.values()),
         "context_length": int(first.tokens.shape[1]),
         "visual_tokens": visual_tokens_used(first),

@@ -18,6 +18,7 @@ from deepstack_jax.config import Config
 from deepstack_jax.data.image import ImageError, open_image
 from deepstack_jax.data.sources import Source, SourceError
 from deepstack_jax.evaluation.runner import Answer, HeldOut, mean_by_kind
+from deepstack_jax.parallel.distributed import first_host_says, is_first_host
 from deepstack_jax.training.metrics import MetricsLog, read_metrics, write_json
 from deepstack_jax.types import PyTree
 
@@ -63,20 +64,27 @@ def finish(
 ) -> None:
     """Evaluate the trained model, unless that is done; write predictions.jsonl and results.json; print the scores.
 
+    All hosts take part, the first one writes.
+
     Args:
       facts: what results.json says besides scores; "steps" among them.
     """
     stored = workdir / "results.json"
     protocol = asdict(config.evaluation)
-    known = json.loads(stored.read_text()) if stored.exists() else None
-    if known is not None and (known.get("steps"), known.get("evaluation")) == (facts["steps"], protocol):
+    known = json.loads(stored.read_text()) if is_first_host() and stored.exists() else {}
+    done = (known.get("steps"), known.get("evaluation")) == (facts["steps"], protocol)
+    if first_host_says("done" if done else ""):
         show_results(config.name, stored, known, console)
         return
     results: dict[str, Any] = {"name": config.name, **facts, "evaluation": protocol}
+    answers: list[Answer] | None = None
     if held_out is not None:
         results |= held_out.loss(params)
         answers, bad = held_out.answers(params, config.evaluation.examples)
         results |= mean_by_kind(answers) | {"questions": len(answers), "bad_examples": len(bad)}
+    if not is_first_host():
+        return
+    if answers is not None:
         scratch = workdir / "predictions.tmp"
         scratch.write_text("".join(json.dumps(answer.as_dict()) + "\n" for answer in answers))
         os.replace(scratch, workdir / "predictions.jsonl")

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from deepstack_jax.batch import Batch
 from deepstack_jax.config import Config
@@ -19,6 +21,15 @@ from deepstack_jax.data.sources import Source
 from deepstack_jax.data.tokenize import load_tokenizer
 from deepstack_jax.evaluation.scorers import exact_match
 from deepstack_jax.inference.generate import NO_TOKEN
+from deepstack_jax.parallel.distributed import (
+    Part,
+    local_rows,
+    max_over_hosts,
+    part_of_batch,
+    put_batch,
+    texts_of_hosts,
+)
+from deepstack_jax.parallel.rules import batch_sharding, replicated
 from deepstack_jax.types import PyTree
 
 # Fills the last batch up to its static size.
@@ -42,37 +53,65 @@ class Answer:
 
 
 def ask(
-    source: Source, config: Config, decode: Callable[[Batch], np.ndarray], examples: int
+    source: Source, config: Config, decode: Callable[[Batch], np.ndarray], examples: int, mesh: Mesh
 ) -> tuple[list[Answer], list[BadExample]]:
     """Ask every answered turn of the first `examples` examples, the true answers of earlier turns given.
 
+    Every host asks the questions of its own share of the examples, all of them at the same time.
+
     Args:
       source: held-out examples.
-      config: the run; questions are decoded `evaluation.batch_size` at a time.
-      decode: batch of prompts -> i32[B, Y] tokens, NO_TOKEN behind the end.
+      config: the run; questions are decoded `evaluation.batch_size` at a time, over all hosts.
+      decode: this host's rows of a batch of prompts -> i32[B, Y] tokens of those rows, NO_TOKEN behind the end.
       examples: how many examples at the most.
+      mesh: of the run.
 
     Returns:
-      One Answer per question, in the order of the source, and the examples that could not be asked.
+      One Answer per question, in the order of the source, and the examples that could not be asked; the same on all hosts.
     """
+    part, size = part_of_batch(mesh), _rows_per_host(config, mesh)
     tokenizer = load_tokenizer(config.data.tokenizer)
-    questions, bad = _questions(source, config, examples)
+    questions, bad = _questions(source, config, range(part.index, min(examples, len(source)), part.count))
     answers: list[Answer] = []
-    size = config.evaluation.batch_size
-    for first in range(0, len(questions), size):
-        part = questions[first : first + size]
-        batch = collate([prompt for prompt, _ in part] + [_NOBODY] * (size - len(part)), config).batch
-        for (_, answer), ids in zip(part, decode(batch), strict=False):
+    for first in range(0, max_over_hosts(len(questions)), size):
+        asked = questions[first : first + size]
+        batch = _collate([prompt for prompt, _ in asked], size, config)
+        for (_, answer), ids in zip(asked, decode(batch), strict=False):
             end = np.flatnonzero(ids == NO_TOKEN)
             said = tokenizer.decode(ids[: end[0]] if end.size else ids).strip()
             answers.append(Answer(**{**answer, "prediction": said, "score": exact_match(said, answer["reference"])}))
-    return answers, bad
+    return _of_all_hosts(answers, bad, part)
 
 
-def _questions(source: Source, config: Config, count: int) -> tuple[list[tuple[EncodedExample, dict]], list[BadExample]]:
+def _of_all_hosts(answers: list[Answer], bad: list[BadExample], part: Part) -> tuple[list[Answer], list[BadExample]]:
+    """What all hosts have found, in the order of the source."""
+    if part.count == 1:
+        return answers, bad
+    mine = [[answer.as_dict() for answer in answers], [asdict(example) for example in bad]]
+    said = [json.loads(text) for text in texts_of_hosts(json.dumps(mine if part.speaks else [[], []]))]
+    answers = [Answer(**answer) for answers, _ in said for answer in answers]
+    bad = [BadExample(**example) for _, bad in said for example in bad]
+    return sorted(answers, key=lambda answer: (answer.index, answer.turn)), sorted(bad, key=lambda example: example.index)
+
+
+def _rows_per_host(config: Config, mesh: Mesh) -> int:
+    """Rows of a host's part of a batch, `evaluation.batch_size` rounded up to what splits over the mesh."""
+    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    return -(-config.evaluation.batch_size // shards) * shards // part_of_batch(mesh).count
+
+
+def _collate(examples: Sequence[EncodedExample | BadExample], rows: int, config: Config) -> Batch:
+    """A host's part of a batch, filled up with blank rows; all hosts take the same length."""
+    longest = max((example.length for example in examples if isinstance(example, EncodedExample)), default=0)
+    return collate([*examples, *[_NOBODY] * (rows - len(examples))], config, max_over_hosts(longest)).batch
+
+
+def _questions(
+    source: Source, config: Config, indices: Iterable[int]
+) -> tuple[list[tuple[EncodedExample, dict]], list[BadExample]]:
     encoder = Encoder(config)
     questions, bad = [], []
-    for index in range(min(count, len(source))):
+    for index in indices:
         try:
             example = source[index]
             prompts = encoder.questions(example)
@@ -102,25 +141,26 @@ def mean_by_kind(answers: Sequence[Answer]) -> dict[str, float]:
 
 
 class HeldOut:
-    """Loss and answers on held-out examples, with functions that are compiled once.
+    """Loss and answers on held-out examples, with functions that are compiled once; the same on all hosts.
 
     Args:
       source: held-out examples.
       config: the run.
-      loss: (params, batch) -> LossSums, compiled.
-      decode: (params, batch of prompts) -> i32[B, Y], compiled.
-      put: a host's batch onto the devices.
+      loss: (params, batch) -> LossSums.
+      decode: (params, batch of prompts) -> i32[B, Y].
+      mesh: of the run.
     """
 
-    def __init__(self, source: Source, config: Config, loss: Callable, decode: Callable, put: Callable) -> None:
-        self.source, self._config = source, config
-        self._loss, self._decode, self._put = loss, decode, put
+    def __init__(self, source: Source, config: Config, loss: Callable, decode: Callable, mesh: Mesh) -> None:
+        self.source, self._config, self._mesh = source, config, mesh
+        self._loss = jax.jit(loss, out_shardings=replicated(mesh))
+        self._decode = jax.jit(decode, out_shardings=batch_sharding(mesh))
 
     def loss(self, params: PyTree) -> dict[str, float]:
         """Token-weighted loss and accuracy over the first `evaluation.examples` examples, the answers given."""
         sums = np.zeros(3)
         for batch in self._batches():
-            sums += np.array(jax.device_get(self._loss(params, self._put(batch))))
+            sums += np.array(jax.device_get(self._loss(params, put_batch(self._mesh, batch))))
         weight = max(sums[1], 1.0)
         return {"validation_loss": sums[0] / weight, "validation_token_accuracy": sums[2] / weight}
 
@@ -128,13 +168,16 @@ class HeldOut:
         """Greedy answers to the questions of the first `examples` examples."""
 
         def decode(batch: Batch) -> np.ndarray:
-            return np.asarray(jax.device_get(self._decode(params, self._put(batch))))
+            return local_rows(self._decode(params, put_batch(self._mesh, batch)))
 
-        return ask(self.source, self._config, decode, examples)
+        return ask(self.source, self._config, decode, examples, self._mesh)
 
     def _batches(self) -> Iterator[Batch]:
+        """This host's parts of the batches."""
         maker = BatchMaker(self.source, Encoder(self._config))
-        count, rows = min(self._config.evaluation.examples, len(self.source)), self._config.evaluation.batch_size
-        for first in range(0, count, rows):
-            examples = [maker.load(index) for index in range(first, min(count, first + rows))]
-            yield collate(examples + [_NOBODY] * (rows - len(examples)), self._config).batch
+        part, rows = part_of_batch(self._mesh), _rows_per_host(self._config, self._mesh)
+        count = min(self._config.evaluation.examples, len(self.source))
+        for first in range(0, count, rows * part.count):
+            begin = first + part.index * rows
+            examples = [maker.load(index) for index in range(begin, min(count, begin + rows))]
+            yield _collate(examples, rows, self._config)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, Num
 
-from deepstack_jax.batch import NEWLINE, Batch
+from deepstack_jax.batch import NEWLINE, ZERO, Batch
 from deepstack_jax.config import DecoderConfig, ImageConfig, ProjectorConfig, VisionConfig
 from deepstack_jax.model.attention import (
     AttentionFn,
@@ -21,10 +21,13 @@ from deepstack_jax.model.attention import (
 )
 from deepstack_jax.model.decoder import ACTIVATION_AXES, Decoder
 from deepstack_jax.model.layers import take_rows
-from deepstack_jax.model.merge import Placement, merge, placement
+from deepstack_jax.model.merge import STACK_AXES, Placement, merge, placement
 from deepstack_jax.model.projector import Projector
-from deepstack_jax.model.vision import VisionTower
+from deepstack_jax.model.vision import VisionTower, return_crops, spread_crops
 from deepstack_jax.types import DecoderOutput, HostOrDevice, KVCache
+
+# Visual tokens on their way through the projector: cut over the batch and, along the tensor axis, over the tokens of a row.
+TOKEN_AXES = ("batch", "visual_tokens", None)
 
 
 class DeepStack(nn.Module):
@@ -39,11 +42,12 @@ class DeepStack(nn.Module):
     newline: bool = False  # whether there is an `image_newline`
     attend: AttentionFn = dot_product
     keep_layer_inputs: bool = False
+    crop_shards: tuple[int, int] = (1, 1)  # shards of the batch, and devices that each of them spreads its crops over
 
     def setup(self) -> None:
         cfg = self.decoder
         remat = cfg.remat != "none"
-        self.vision_tower = VisionTower(self.vision, self.image.size, self.attend, self.dtype, remat)
+        self.vision_tower = VisionTower(self.vision, self.image.size, self.attend, self.dtype, remat, self.crop_shards)
         self.projector = Projector(self.project, cfg.width, self.dtype)
         self.layers = Decoder(cfg, self.schedule, self.attend, self.dtype, self.keep_layer_inputs)
         embed_init = nn.with_logical_partitioning(nn.initializers.normal(cfg.embed_std), ("vocab", "embed"))
@@ -57,28 +61,34 @@ class DeepStack(nn.Module):
     def encode(self, pixels: Num[HostOrDevice, "B C y x 3"]) -> Float[Array, "B CP E"]:
         """Features of every crop; pixels are u8, or floats in 0..255 where a gradient with respect to them is wanted.
 
-        All crops of the batch run as one flat list, so that they can spread over all devices.
+        All crops of the batch run as one flat list, spread over all devices.
         """
-        features = self.vision_tower(self.normalise(pixels.reshape(-1, *pixels.shape[2:])))
-        return features.reshape(pixels.shape[0], -1, features.shape[-1])
+        rows, slots = pixels.shape[:2]
+        features = self.vision_tower(self.normalise(spread_crops(jnp.asarray(pixels), self.crop_shards)))
+        return return_crops(features, rows, slots, self.crop_shards).reshape(rows, -1, features.shape[-1])
 
-    def normalise(self, pixels: Num[HostOrDevice, "Z y x 3"]) -> Float[Array, "Z y x 3"]:
-        """Pixels as the tower was trained on them, spread over all devices."""
-        normalised = (pixels.astype(jnp.float32) * (1 / 255) - jnp.asarray(self.image.mean)) / jnp.asarray(self.image.std)
-        return nn.with_logical_constraint(normalised, ("crops", None, None, None)).astype(self.dtype)
+    def normalise(self, pixels: Num[HostOrDevice, "*Z y x 3"]) -> Float[Array, "*Z y x 3"]:
+        """Pixels as the tower was trained on them."""
+        scaled = jnp.asarray(pixels).astype(jnp.float32) * (1 / 255)
+        return ((scaled - jnp.asarray(self.image.mean)) / jnp.asarray(self.image.std)).astype(self.dtype)
 
     def gather_project(
         self, features: Float[HostOrDevice, "B CP E"], source: Int[HostOrDevice, "B Q"]
     ) -> Float[Array, "B Q D"]:
         """Visual tokens by index, gathered in the narrow vision width; sentinels become exact zero and the newline."""
-        tokens = jnp.where((source >= 0)[..., None], self.projector(take_rows(features, source)), 0)
+        count = source.shape[1]
+        source = jnp.pad(jnp.asarray(source), ((0, 0), (0, -count % self.crop_shards[1])), constant_values=ZERO)
+        chosen = nn.with_logical_constraint(take_rows(features, source), TOKEN_AXES)
+        tokens = jnp.where((source >= 0)[..., None], self.projector(chosen), 0)
         if self.newline:
             tokens = jnp.where((source == NEWLINE)[..., None], self.image_newline.astype(tokens.dtype), tokens)
-        return tokens
+        tokens = nn.with_logical_constraint(tokens, TOKEN_AXES)
+        # From tokens to width while all of them are one axis: each device then sends and keeps its part of the stack only.
+        return nn.with_logical_constraint(tokens, STACK_AXES[1:])[:, :count]
 
     def embed_tokens(self, tokens: Int[HostOrDevice, "B T"]) -> Float[Array, "B T D"]:
         """Embeddings of text tokens."""
-        table = self.embed.embedding.astype(self.dtype)
+        table = nn.with_logical_constraint(self.embed.embedding.astype(self.dtype), ("vocab", "embed"))
         return take_rows(table[None], tokens.reshape(1, -1)).reshape(*tokens.shape, -1)
 
     def visual_tokens(self, batch: Batch) -> tuple[Float[Array, "B M D"], Float[Array, "J B M D"] | None]:
@@ -88,7 +98,7 @@ class DeepStack(nn.Module):
         source = jnp.concatenate([batch.token_source[:, None], batch.stack_source], axis=1)
         tokens = self.gather_project(features, source.reshape(rows, -1)).reshape(rows, 1 + groups, visual, -1)
         stack = jnp.moveaxis(tokens[:, 1:], 1, 0)
-        stack = nn.with_logical_constraint(stack, (None, "batch", None, "embed"))
+        stack = nn.with_logical_constraint(stack, STACK_AXES)
         return tokens[:, 0], stack if groups else None
 
     def inputs(self, batch: Batch) -> tuple[Float[Array, "B T D"], Float[Array, "J B M D"] | None, Placement | None]:
@@ -98,6 +108,7 @@ class DeepStack(nn.Module):
             return text, None, None
         visual, stack = self.visual_tokens(batch)
         places = placement(batch.visual_index, visual.shape[1])
+        visual = nn.with_logical_constraint(visual, ("batch", None, "embed"))
         merged = nn.with_logical_constraint(merge(text, visual, places), ACTIVATION_AXES)
         return merged, stack, places
 

@@ -8,12 +8,17 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
 from deepstack_jax.types import HostOrDevice
+
+# Of the stack [J, B, M, D]: cut over the batch, and along the tensor axis over its width. Never over J or M: a layer takes one
+# group at a time, and its tokens go to any position.
+STACK_AXES = (None, "batch", None, "stack_embed")
 
 
 class Placement(NamedTuple):
@@ -28,8 +33,9 @@ def placement(visual_index: Int[HostOrDevice, "B T"], visual: int) -> Placement:
     rows, length = visual_index.shape
     visual_index = jnp.asarray(visual_index)
     slots = jnp.where(visual_index >= 0, visual_index, visual)
-    where = jnp.full((rows, visual + 1), -1, jnp.int32)
-    where = where.at[jnp.arange(rows)[:, None], slots].set(jnp.arange(length, dtype=jnp.int32)[None])
+    nowhere = jnp.full((rows, visual + 1), -1, jnp.int32)
+    # Row by row, so that rows on different devices stay there.
+    where = jax.vmap(lambda row, slots: row.at[slots].set(jnp.arange(length, dtype=jnp.int32)))(nowhere, slots)
     return Placement(visual_index, where[:, :visual])
 
 
@@ -68,6 +74,9 @@ def inject(
 
     def add(x: Array) -> Array:
         tokens = jax.lax.dynamic_index_in_dim(layer_inject, group, 0, keepdims=False)
+        # Cut as the stack is, then whole: so this one group is what is gathered, here and in the gradient, under the condition.
+        tokens = nn.with_logical_constraint(tokens, STACK_AXES[1:])
+        tokens = nn.with_logical_constraint(tokens, ("batch", None, "embed"))
         return x + spread(tokens, places).astype(x.dtype)
 
     return jax.lax.cond(group >= 0, add, lambda x: x, x)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Num
@@ -22,11 +24,9 @@ class DeepStackV(DeepStack):
 
     def visual_tokens(self, batch: Batch) -> tuple[Float[Array, "B M D"], None]:
         """The global views' tokens; the stack is spent inside the tower."""
-        pixels = batch.pixels
-        rows, slots = pixels.shape[:2]
-        crops = self.normalise(pixels.reshape(-1, *pixels.shape[2:])).reshape(rows, slots, *pixels.shape[2:])
+        crops = self.normalise(batch.pixels)
         features = self.vision_tower.inject(crops, batch.stack_source, self.vision_schedule, self.views)
-        patches = features.shape[1] * self.views // slots
+        patches = features.shape[1] * self.views // crops.shape[1]
         source = jnp.asarray(batch.token_source)  # counts the tokens of all crops; here are those of the global views
         whole = source // (self.views * patches) * patches + source % patches
         return self.gather_project(features, jnp.where(source >= 0, whole, source)), None
@@ -58,16 +58,16 @@ class HighResDeepStack(DeepStack):
         rows, cells, size = pixels.shape[0], self.cells, pixels.shape[2]
         images = pixels.reshape(-1, self.views, *pixels.shape[2:])
         large = images[:, 1:].reshape(-1, cells, cells, size, size, 3).transpose(0, 1, 3, 2, 4, 5)
-        whole = self.vision_tower(self.normalise(images[:, 0]))
-        parts = self.vision_tower(self.normalise(large.reshape(-1, cells * size, cells * size, 3)))
-        side = size // self.vision.patch_size
-        parts = parts.reshape(-1, cells, side, cells, side, parts.shape[-1]).transpose(0, 1, 3, 2, 4, 5)
-        features = jnp.concatenate([whole[:, None], parts.reshape(-1, cells**2, side**2, parts.shape[-1])], axis=1)
-        return features.reshape(rows, -1, features.shape[-1])
+        whole = super().encode(images[:, 0].reshape(rows, -1, *pixels.shape[2:]))
+        parts = super().encode(large.reshape(rows, -1, cells * size, cells * size, 3))
+        side, width = size // self.vision.patch_size, whole.shape[-1]
+        parts = parts.reshape(-1, cells, side, cells, side, width).transpose(0, 1, 3, 2, 4, 5)
+        features = [whole.reshape(-1, 1, side**2, width), parts.reshape(-1, cells**2, side**2, width)]
+        return jnp.concatenate(features, axis=1).reshape(rows, -1, width)
 
 
-def build_model(config: Config, attend: AttentionFn = dot_product, **more: bool) -> DeepStack:
-    """The model that a run's configuration describes; `more` are further fields of DeepStack, e.g. `keep_layer_inputs`."""
+def build_model(config: Config, attend: AttentionFn = dot_product, **more: Any) -> DeepStack:
+    """The model that a run's configuration describes; `more` are further fields of DeepStack, e.g. `crop_shards`."""
     stack, views = config.deepstack, config.views_per_image
     settings = {
         "image": config.image,

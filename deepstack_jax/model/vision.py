@@ -15,8 +15,13 @@ from jaxtyping import Array, Float, Int, Num
 from deepstack_jax.config import VisionConfig
 from deepstack_jax.model.attention import AttentionFn
 from deepstack_jax.model.layers import ACTIVATIONS, layer_norm, linear, take_rows
-from deepstack_jax.model.merge import Placement, inject
+from deepstack_jax.model.merge import STACK_AXES, Placement, inject
 from deepstack_jax.types import HostOrDevice
+
+# Crops lie over all devices, each computed whole on one of them; pictures that stay with the rows of the batch are cut along
+# the tensor axis over heads and mlp, as the decoder is.
+CROP_AXES = ("crops", "vision_heads", "vision_mlp")
+ROW_AXES = ("batch", "heads", "mlp")
 
 
 class EncoderLayer(nn.Module):
@@ -25,6 +30,7 @@ class EncoderLayer(nn.Module):
     config: VisionConfig
     attend: AttentionFn
     dtype: DTypeLike
+    axes: tuple[str, str, str] = CROP_AXES  # logical axes of pictures, heads and mlp
 
     @nn.compact
     def __call__(self, x: Float[Array, "Z A E"]) -> Float[Array, "Z A E"]:
@@ -33,15 +39,20 @@ class EncoderLayer(nn.Module):
         scale = 1 / (2 * cfg.layers)
         y = layer_norm(cfg.norm_eps, self.dtype, "norm1")(x)
         axes = ("vision_embed", "vision_heads", "head_dim")
-        q, k, v = (linear(heads, axes, bias=True, dtype=self.dtype, name=name)(y) for name in ("q", "k", "v"))
+        pictures, head_axis, mlp_axis = self.axes
+        x_axes, head_axes = (pictures, None, "vision_embed"), (pictures, None, head_axis, "head_dim")
+        q, k, v = (
+            nn.with_logical_constraint(linear(heads, axes, bias=True, dtype=self.dtype, name=name)(y), head_axes)
+            for name in ("q", "k", "v")
+        )
         y = self.attend(q, k, v, None)
         out_axes = ("vision_heads", "head_dim", "vision_embed")
         x = x + linear(cfg.width, out_axes, inputs=2, bias=True, scale=scale, dtype=self.dtype, name="o")(y)
         y = layer_norm(cfg.norm_eps, self.dtype, "norm2")(x)
         y = linear(cfg.mlp, ("vision_embed", "vision_mlp"), bias=True, dtype=self.dtype, name="fc1")(y)
-        y = ACTIVATIONS[cfg.activation](y)
+        y = ACTIVATIONS[cfg.activation](nn.with_logical_constraint(y, (pictures, None, mlp_axis)))
         x = x + linear(cfg.width, ("vision_mlp", "vision_embed"), bias=True, scale=scale, dtype=self.dtype, name="fc2")(y)
-        return nn.with_logical_constraint(x, ("crops", None, "vision_embed"))
+        return nn.with_logical_constraint(x, x_axes)
 
 
 class VisionTower(nn.Module):
@@ -52,6 +63,7 @@ class VisionTower(nn.Module):
     attend: AttentionFn
     dtype: DTypeLike
     remat: bool = False
+    crop_shards: tuple[int, int] = (1, 1)  # see `spread_crops`
 
     def setup(self) -> None:
         cfg = self.config
@@ -97,23 +109,23 @@ class VisionTower(nn.Module):
           views: slots per image.
         """
         rows, slots = crops.shape[:2]
-        x = self._embed(crops.reshape(rows * slots, *crops.shape[2:]))
+        x = self._embed(spread_crops(crops, self.crop_shards))
         if self.is_initializing():
             self.post_norm(self.layers(x, None)[0])
         first = schedule.index(0) if 0 in schedule else self.config.layers_run
-        x = self._run_layers(x, 0, first).reshape(rows, slots, *x.shape[1:])
-        x = nn.with_logical_constraint(x, ("batch", None, None, "vision_embed"))  # an image's crops meet on its row's device
+        x = return_crops(self._run_layers(x, 0, first), rows, slots, self.crop_shards)
         patches = x[:, :, 1:].reshape(rows, -1, x.shape[-1])
         source = jnp.asarray(source)
         dealt = take_rows(patches, source.reshape(rows, -1)).reshape(*source.shape, -1)
         stack = jnp.moveaxis(jnp.where((source >= 0)[..., None], dealt, 0), 1, 0)
-        whole = x[:, ::views]
+        stack = nn.with_logical_constraint(stack, STACK_AXES)
+        whole = nn.with_logical_constraint(x[:, ::views], ("batch", None, None, "vision_embed"))
         places = _behind_cls(rows, whole.shape[1], whole.shape[2])
 
         def add(x: Float[Array, "B I A E"], group: Int[Array, ""]) -> Float[Array, "B I A E"]:
             return inject(x.reshape(rows, -1, x.shape[-1]), stack, group, places).reshape(x.shape)
 
-        layer = EncoderLayer(self.config, self.attend, self.dtype, parent=None)
+        layer = EncoderLayer(self.config, self.attend, self.dtype, ROW_AXES, parent=None)
 
         def body(x: Array, step: tuple[dict, Array]) -> tuple[Array, None]:
             params, group = step
@@ -149,6 +161,40 @@ class VisionTower(nn.Module):
         steps = jax.tree.map(lambda leaf: leaf[first:last], stacked)
         body = jax.checkpoint(body, prevent_cse=False) if self.remat else body
         return jax.lax.scan(body, x, (steps, *per_layer) if per_layer else steps)[0]
+
+
+def spread_crops(crops: Num[Array, "B C y x 3"], shards: tuple[int, int]) -> Num[Array, "Z y x 3"]:
+    """All crops of a batch as one list, cut over all devices.
+
+    Args:
+      crops: whose rows lie over `shards[0]` shards of the batch.
+      shards: numbers of shards of the batch, and of devices that each of them spreads its crops over. Crops of a shard are
+        padded to a multiple of its devices, so that none has to leave the shard.
+    """
+    rows, slots = crops.shape[:2]
+    parts, pad = _padding(rows, slots, shards)
+    crops = crops.reshape(parts, rows // parts * slots, *crops.shape[2:])
+    crops = jnp.pad(crops, [(0, 0), (0, pad)] + [(0, 0)] * (crops.ndim - 2))
+    return nn.with_logical_constraint(crops.reshape(-1, *crops.shape[2:]), ("crops", *[None] * (crops.ndim - 2)))
+
+
+def return_crops(features: Float[Array, "Z A E"], rows: int, slots: int, shards: tuple[int, int]) -> Float[Array, "B C A E"]:
+    """What was computed from `spread_crops` back with the rows that the crops belong to, along tensor cut over its width.
+
+    C is `slots`.
+    """
+    parts, pad = _padding(rows, slots, shards)
+    features = features.reshape(parts, -1, *features.shape[1:])
+    # From crops to width in one exchange: no device ever holds the features of all crops of its rows.
+    features = nn.with_logical_constraint(features, ("batch", "crop_slots", None, None))
+    features = nn.with_logical_constraint(features, ("batch", None, None, "stack_embed"))
+    return features[:, : features.shape[1] - pad].reshape(rows, slots, *features.shape[2:])
+
+
+def _padding(rows: int, slots: int, shards: tuple[int, int]) -> tuple[int, int]:
+    """Parts that the rows fall into, and blank crops behind those of each part."""
+    parts = math.gcd(rows, shards[0])
+    return parts, -(rows // parts * slots) % (shards[0] * shards[1] // parts)
 
 
 def _behind_cls(rows: int, images: int, tokens: int) -> Placement:

@@ -5,15 +5,55 @@ A host that decides alone leaves the others waiting for it in the next step: wha
 
 from __future__ import annotations
 
+import os
+import signal
+from collections import defaultdict
+from dataclasses import dataclass
+
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from deepstack_jax.batch import Batch
+from deepstack_jax.config_checks import ConfigError
 from deepstack_jax.parallel.rules import batch_sharding
 
 _TEXT_BYTES = 512
+
+
+@dataclass(frozen=True)
+class Part:
+    """Which rows of every batch a process holds: rows `index * share` to `(index + 1) * share`, the share being rows / count.
+
+    Processes along the tensor axis hold the same rows and must be given the same ones; one of them speaks for all.
+    """
+
+    index: int
+    count: int
+    speaks: bool
+
+
+def part_of_batch(mesh: Mesh, process: int | None = None) -> Part:
+    """The part of a process, this one by default.
+
+    Raises:
+      ConfigError: processes share some of their rows and not all.
+    """
+    process = jax.process_index() if process is None else process
+    shards = mesh.devices.reshape(-1, mesh.shape["tensor"])
+    held: dict[int, list[int]] = defaultdict(list)
+    for number, devices in enumerate(shards):
+        for owner in {device.process_index for device in devices}:
+            held[owner].append(number)
+    parts = sorted({tuple(numbers) for numbers in held.values()})
+    if sum(map(len, parts)) != len(shards) or len({len(part) for part in parts}) > 1:
+        raise ConfigError(
+            f"config.mesh.tensor {mesh.shape['tensor']} lays the rows of a batch over {len(held)} processes unevenly; choose "
+            "one that divides, or is a multiple of, the devices of a process"
+        )
+    mine = tuple(held[process])
+    return Part(parts.index(mine), len(parts), process == min(owner for owner in held if tuple(held[owner]) == mine))
 
 
 def put_batch(mesh: Mesh, batch: Batch) -> Batch:
@@ -24,6 +64,12 @@ def put_batch(mesh: Mesh, batch: Batch) -> Batch:
     sharding = batch_sharding(mesh)
     batch = batch._replace(example_id=batch.example_id.astype(np.int32))
     return Batch(*(jax.make_array_from_process_local_data(sharding, array) for array in batch))
+
+
+def local_rows(array: jax.Array) -> np.ndarray:
+    """This process' rows of an array that lies like a batch, in the order in which `put_batch` took them."""
+    rows = {shard.index[0].start or 0: shard.data for shard in array.addressable_shards}
+    return np.concatenate([np.asarray(rows[start]) for start in sorted(rows)])
 
 
 def is_first_host() -> bool:
@@ -46,6 +92,24 @@ def first_host_says(text: str) -> str:
     return bytes(np.asarray(said)).rstrip(b"\0").decode(errors="ignore")
 
 
+def texts_of_hosts(text: str) -> list[str]:
+    """The texts of all hosts, in their order, of any length."""
+    if jax.process_count() == 1:
+        return [text]
+    mine = text.encode()
+    sizes = np.asarray(multihost_utils.process_allgather(np.array(len(mine), np.int32))).ravel()
+    padded = np.frombuffer(mine.ljust(max(1, int(sizes.max())), b"\0"), np.uint8)
+    rows = np.asarray(multihost_utils.process_allgather(padded))
+    return [row[:size].tobytes().decode() for row, size in zip(rows, sizes, strict=True)]
+
+
+def max_over_hosts(value: int) -> int:
+    """The largest of all hosts' values."""
+    if jax.process_count() == 1:
+        return value
+    return int(np.max(multihost_utils.process_allgather(np.array(value, np.int32))))
+
+
 def sum_over_hosts(values: dict[str, float]) -> dict[str, float]:
     """Each value added up over all hosts, which must give the same keys."""
     if jax.process_count() == 1:
@@ -58,8 +122,11 @@ def sum_over_hosts(values: dict[str, float]) -> dict[str, float]:
 def told_to_stop(step: int, signal_received: bool) -> bool:
     """Whether the run stops before step `step` + 1: on one host by its own signals, on several where all agreed on a step.
 
-    With several hosts SIGTERM belongs to jax's preemption service, which lets every host stop at the same step.
+    With several hosts SIGTERM belongs to jax's preemption service, which tells all hosts and lets them stop at the same step;
+    what stops one host in another way (Ctrl-C) is handed on to the service as such a SIGTERM.
     """
     if jax.process_count() == 1:
         return signal_received
+    if signal_received:
+        os.kill(os.getpid(), signal.SIGTERM)
     return multihost_utils.reached_preemption_sync_point(step)

@@ -14,11 +14,16 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from deepstack_jax.config_checks import ConfigError
 
 BATCH_AXES = ("data", "fsdp")
+ALL_AXES = (*BATCH_AXES, "tensor")
+# Parameters and what is computed from them. A name that stands twice in an array counts the first time.
 RULES = (
     ("batch", BATCH_AXES),
-    ("crops", BATCH_AXES),
+    ("crops", ALL_AXES),  # the tower is small and crops are many: each device encodes whole crops
+    ("crop_slots", "tensor"),  # the same crops by row of the batch
     ("sequence", None),
     ("embed", "fsdp"),
+    ("visual_tokens", "tensor"),  # of a row, in the projector, whose weights are gathered for it
+    ("stack_embed", "tensor"),  # the width of the injected stack; a layer gathers its own group only
     ("vision_embed", "fsdp"),
     ("heads", "tensor"),
     ("kv_heads", "tensor"),
@@ -31,8 +36,10 @@ RULES = (
     ("layers", None),
     ("vision_layers", None),
 )
-# Activations are split over the batch along fsdp already, so their width is not.
-ACTIVATION_RULES = tuple((name, None if axes == "fsdp" else axes) for name, axes in RULES)
+# Activations are split over the batch along fsdp already, so their width is not; those of the tower over crops along
+# tensor, so its heads are not.
+_CROPS_TAKE = ("vision_heads", "vision_mlp")
+ACTIVATION_RULES = tuple((name, None if axes == "fsdp" or name in _CROPS_TAKE else axes) for name, axes in RULES)
 
 
 @contextmanager
@@ -44,6 +51,11 @@ def use_mesh(mesh: Mesh) -> Iterator[None]:
 
 def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
+
+
+def crop_shards(mesh: Mesh) -> tuple[int, int]:
+    """How a flat list of crops is cut: over so many shards of the batch, and each of those over so many devices."""
+    return mesh.shape["data"] * mesh.shape["fsdp"], mesh.shape["tensor"]
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

@@ -18,7 +18,8 @@ from deepstack_jax.batch import Batch, empty_batch
 from deepstack_jax.config import Config
 from deepstack_jax.model.deepstack import DeepStack
 from deepstack_jax.model.variants import build_model
-from deepstack_jax.parallel.rules import batch_sharding, param_shardings, replicated
+from deepstack_jax.parallel.mesh import check_model_fits
+from deepstack_jax.parallel.rules import batch_sharding, crop_shards, param_shardings, replicated
 from deepstack_jax.training.optimizer import assign_groups, flatten, make_optimizer, make_schedule
 from deepstack_jax.training.state import abstract_state, find_weights, new_state, state_shardings
 from deepstack_jax.training.step import LossSums, ModelFns, StepFn, make_loss, make_train_step
@@ -88,9 +89,10 @@ def build_program(config: Config, mesh: Mesh, steps: int) -> Program:
       steps: of the learning rate's schedule.
 
     Raises:
-      ConfigError: parameters that no group covers or that do not divide over the mesh.
+      ConfigError: parameters that no group covers, or sizes that do not divide over the mesh.
     """
-    model = build_model(config)
+    check_model_fits(config, mesh)
+    model = build_model(config, crop_shards=crop_shards(mesh))
     sample = empty_batch(config.batch_shape(1, config.data.max_length))
     boxed = jax.eval_shape(model.init, jax.random.key(config.seed), sample)["params"]
     shapes = nn.unbox(boxed)

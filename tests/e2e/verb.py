@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -104,10 +103,11 @@ def members(group: int) -> list[int]:
 def saved_state(workdir: Path, step: int | None = None) -> dict[str, np.ndarray]:
     """Parameters, optimizer state and counters of a checkpoint, the newest if none is named, by path."""
     steps = sorted(int(path.name) for path in (workdir / "checkpoints").iterdir() if path.name.isdigit())
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Orbax advises against reading without a target; here the files are what counts
-        folder = workdir.absolute() / "checkpoints" / str(step or steps[-1]) / "state"
-        state = ocp.StandardCheckpointer().restore(folder)
+    folder = workdir.absolute() / "checkpoints" / str(step or steps[-1]) / "state"
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:  # into numpy: other processes' devices are not here
+        stored = reader.metadata(folder).item_metadata.tree
+        as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), stored)
+        state = reader.restore(folder, args=ocp.args.PyTreeRestore(restore_args=as_numpy))
     return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(state)}
 
 

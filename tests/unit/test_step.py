@@ -16,7 +16,7 @@ from deepstack_jax.config_checks import ConfigError
 from deepstack_jax.model import layers
 from deepstack_jax.model.variants import build_model
 from deepstack_jax.parallel.distributed import put_batch
-from deepstack_jax.parallel.mesh import check_batch_fits, make_mesh
+from deepstack_jax.parallel.mesh import make_mesh
 from deepstack_jax.parallel.rules import param_shardings, replicated, use_mesh
 from deepstack_jax.training.optimizer import FROZEN, assign_groups, flatten, make_optimizer
 from deepstack_jax.training.program import build_program
@@ -345,30 +345,6 @@ def test_sharded_step_equals_one_device(sizes, accumulation, part, boxed, params
     one, one_metrics = reference
     chex.assert_trees_all_close(jax.device_get(metrics), jax.device_get(one_metrics), rtol=1e-5, atol=1e-5)
     chex.assert_trees_all_close(jax.device_get(sharded), jax.device_get(one), atol=1e-5)
-
-
-@pytest.mark.quick
-def test_mesh_takes_what_is_left_and_refuses_what_does_not_fit():
-    assert dict(make_mesh(MeshConfig(-1, 2, 2)).shape) == {"data": 2, "fsdp": 2, "tensor": 2}
-    assert dict(make_mesh(MeshConfig(), jax.devices()[:1]).shape) == {"data": 1, "fsdp": 1, "tensor": 1}
-    for sizes in ((3, 1, 1), (-1, 3, 1), (4, 1, 1), (16, 1, 1)):
-        with pytest.raises(ConfigError, match=r"does not cover 8 devices; choose sizes whose product is 8"):
-            make_mesh(MeshConfig(*sizes))
-    for sizes in ((-1, -1, 1), (0, 1, 8), (-2, 1, 1)):
-        with pytest.raises(ConfigError, match="expected positive sizes, at most one of them -1"):
-            make_mesh(MeshConfig(*sizes))
-
-
-@pytest.mark.quick
-def test_a_batch_must_split_over_the_mesh_and_the_hosts():
-    mesh = make_mesh(MeshConfig(4, 2, 1))
-    check_batch_fits(tiny_config(), mesh, 1)
-    with pytest.raises(ConfigError, match="batch_size 12 with accumulation 1 does not split over 8 devices"):
-        check_batch_fits(tiny_config({"train.batch_size": 12}), mesh, 1)
-    with pytest.raises(ConfigError, match="batch_size 8 with accumulation 2 does not split over 8 devices"):
-        check_batch_fits(tiny_config({"train.accumulation": 2}), mesh, 1)
-    with pytest.raises(ConfigError, match="batch_size 8 with accumulation 1 does not split over 3 hosts"):
-        check_batch_fits(tiny_config(), make_mesh(MeshConfig(2, 1, 4)), 3)
 
 
 @pytest.mark.quick

@@ -1,0 +1,147 @@
+"""Several real processes: the same run as one, and what becomes of it when one of them dies or is told to stop."""
+
+import signal
+
+import numpy as np
+import pytest
+
+from tests.distributed.several import train_in, trainers
+from tests.e2e.receipts import draw_receipts
+from tests.e2e.test_train import RECEIPTS
+from tests.e2e.verb import assert_same_bytes, losses, read_json, read_lines, saved_state, train
+
+STEPS = 6
+# 6 held-out examples over 2 or 4 processes: some have more questions than others.
+DEMO = {
+    "train.steps": STEPS,
+    "train.batch_size": 8,
+    "train.log_every": 1,
+    "train.checkpoint_every": 2,
+    "data.synthetic.questions": 4,
+    "data.max_length": 24,
+    "evaluation.every": 3,
+    "evaluation.examples": 6,
+    "evaluation.batch_size": 8,
+}
+MINUTE = 60
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """The workdir of a run of one process."""
+    workdir = tmp_path_factory.mktemp("runs") / "alone"
+    done = train("configs/demo.py", workdir, DEMO)
+    assert done.returncode == 0, done.stderr
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    """The workdir of a run of two processes that nothing interrupted."""
+    workdir = tmp_path_factory.mktemp("runs") / "two"
+    train_in(2, workdir, DEMO)
+    return workdir
+
+
+def assert_same_run(ours, theirs):
+    """Losses, parameters and scores of two runs, up to the order of sums."""
+    for step, (loss,) in losses(theirs).items():
+        assert losses(ours)[step] == pytest.approx([loss], rel=1e-5, abs=1e-5), step
+    a, b = saved_state(ours), saved_state(theirs)
+    assert a.keys() == b.keys()
+    for path, leaf in a.items():
+        np.testing.assert_allclose(leaf, b[path], rtol=1e-3, atol=1e-4, err_msg=path)
+    results = [read_json(workdir / "results.json") for workdir in (ours, theirs)]
+    for name in ("exact_match", "fine_exact_match", "coarse_exact_match", "questions", "bad_examples"):
+        assert results[0][name] == results[1][name], name
+    assert results[0]["validation_loss"] == pytest.approx(results[1]["validation_loss"], rel=1e-5)
+    assert read_lines(ours / "predictions.jsonl") == read_lines(theirs / "predictions.jsonl")
+
+
+def assert_same_files(ours, theirs):
+    assert_same_bytes(saved_state(ours), saved_state(theirs))
+    assert losses(ours) == losses(theirs)
+    assert (ours / "predictions.jsonl").read_bytes() == (theirs / "predictions.jsonl").read_bytes()
+
+
+def test_two_processes_one_of_them_killed_end_like_one(alone, tmp_path):
+    workdir = tmp_path / "killed"
+    with trainers(2, workdir, DEMO) as run:
+        run.wait_for(f"step 3/{STEPS} ")
+        run.send(1, signal.SIGKILL)
+        codes = run.codes(MINUTE)
+        assert codes[1] == -signal.SIGKILL
+        assert codes[0] not in (0, 75), codes
+        assert "another process" in run.printed(0) or "another task died" in run.printed(0)
+    again = train_in(2, workdir, DEMO)
+    assert "resumed from step 2 " in again.printed(0)
+    assert again.printed(1).count("step ") == 0  # the first process speaks for all
+    assert_same_run(workdir, alone)
+
+
+@pytest.mark.slow
+def test_four_processes_end_like_one(alone, tmp_path):
+    train_in(4, tmp_path / "four", DEMO)
+    assert_same_run(tmp_path / "four", alone)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", [{"mesh.data": 1, "mesh.tensor": 4}, {"mesh.data": 1, "mesh.fsdp": 2, "mesh.tensor": 2}])
+def test_parameters_over_processes(mesh, alone, tmp_path):
+    """Two processes of two devices: with four along tensor both hold the same rows, and read them both."""
+    train_in(2, tmp_path / "cut", DEMO | mesh | {"decoder.vocab_size": 64}, devices=2)
+    done = train("configs/demo.py", tmp_path / "whole", DEMO | {"decoder.vocab_size": 64})
+    assert done.returncode == 0, done.stderr
+    assert_same_run(tmp_path / "cut", tmp_path / "whole")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("attempt", range(10))
+def test_whoever_is_killed_and_whenever_it_ends_at_the_same_bytes(attempt, two, tmp_path):
+    """The first or the second process, while it trains, saves or evaluates."""
+    workdir, victim, step = tmp_path / "killed", attempt % 2, 1 + attempt // 2
+    with trainers(2, workdir, DEMO) as run:
+        run.wait_for(f"step {step}/{STEPS} ")
+        run.send(victim, signal.SIGKILL)
+        codes = run.codes(MINUTE)
+        assert codes[victim] == -signal.SIGKILL
+        assert codes[1 - victim] not in (0, 75), codes
+    train_in(2, workdir, DEMO)
+    assert_same_files(workdir, two)
+
+
+@pytest.mark.slow
+def test_a_process_that_hangs_stops_the_others_within_a_minute(tmp_path):
+    with trainers(2, tmp_path / "hung", DEMO | {"train.steps": 1000}) as run:
+        run.wait_for("step 3/1000 ")
+        run.send(1, signal.SIGSTOP)
+        codes = run.codes(MINUTE, but=[1])
+        assert codes[0] not in (0, 75, None), codes
+        assert "heartbeat" in run.printed(0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
+def test_told_one_all_save_at_one_step(number, code, two, tmp_path):
+    workdir = tmp_path / "told"
+    with trainers(2, workdir, DEMO) as run:
+        run.wait_for(f"step 2/{STEPS} ")
+        run.send(1, number)
+        assert run.codes() == [75, code], run.printed(0)
+        assert "state saved; the same command goes on from here" in run.printed(0)
+    saved = int(saved_state(workdir)["['step']"])
+    again = train_in(2, workdir, DEMO)
+    assert f"resumed from step {saved} " in again.printed(0)
+    assert_same_files(workdir, two)
+
+
+@pytest.mark.slow
+def test_what_cannot_be_read_is_judged_by_all_together(tmp_path):
+    root = draw_receipts(tmp_path / "data", train=6, validation=2)
+    broken = root / "images" / "train2.jpg"
+    broken.write_bytes(broken.read_bytes()[:200])
+    changes = RECEIPTS | {"data.root": root, "train.batch_size": 6, "data.max_bad_fraction": 0}
+    with trainers(2, tmp_path / "run", changes, "configs/receipts.py") as run:
+        assert run.codes() == [1, 1], run.printed(0)
+        for number in (0, 1):
+            assert "error: 1 of 6 examples cannot be used" in run.printed(number)

@@ -1,0 +1,191 @@
+"""Meshes from a configuration, what must divide by them, which rows a process holds, and how processes find each other."""
+
+import subprocess
+import sys
+from dataclasses import dataclass
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import Mesh
+
+from deepstack_jax.config import MeshConfig
+from deepstack_jax.config_checks import ConfigError
+from deepstack_jax.parallel import processes
+from deepstack_jax.parallel.distributed import local_rows, part_of_batch
+from deepstack_jax.parallel.mesh import AXES, check_batch_fits, check_model_fits, make_mesh
+from deepstack_jax.parallel.processes import join_processes
+from deepstack_jax.parallel.rules import batch_sharding
+from tests.unit.tiny import tiny_config
+
+pytestmark = pytest.mark.quick
+
+
+@dataclass(frozen=True)
+class Chip:
+    """As much of a device as a mesh is made by."""
+
+    id: int
+    process_index: int
+    slice_index: int = 0
+    platform: str = "gpu"
+    device_kind: str = "made up"
+
+
+def chips(count, per_process, per_slice=None):
+    return [Chip(i, i // per_process, 0 if per_slice is None else i // per_slice) for i in range(count)]
+
+
+def grid(sizes, per_process):
+    """A mesh of described devices in their order."""
+    return Mesh(np.array(chips(int(np.prod(sizes)), per_process)).reshape(sizes), AXES)
+
+
+def test_mesh_takes_what_is_left():
+    assert dict(make_mesh(MeshConfig(-1, 2, 2)).shape) == {"data": 2, "fsdp": 2, "tensor": 2}
+    assert dict(make_mesh(MeshConfig(2, 2, -1)).shape) == {"data": 2, "fsdp": 2, "tensor": 2}
+    assert dict(make_mesh(MeshConfig(), jax.devices()[:1]).shape) == {"data": 1, "fsdp": 1, "tensor": 1}
+
+
+@pytest.mark.parametrize(
+    ("sizes", "nearest"),
+    [
+        ((3, 1, 1), "{'data': 8, 'fsdp': 1, 'tensor': 1}"),
+        ((-1, 3, 1), "{'data': 4, 'fsdp': 2, 'tensor': 1}"),
+        ((4, 1, 1), "{'data': 8, 'fsdp': 1, 'tensor': 1}"),
+        ((1, -1, 6), "{'data': 1, 'fsdp': 2, 'tensor': 4}"),
+    ],
+)
+def test_sizes_that_do_not_cover_the_devices(sizes, nearest):
+    with pytest.raises(ConfigError, match="does not cover 8 devices; choose sizes whose product is 8") as caught:
+        make_mesh(MeshConfig(*sizes))
+    assert f"e.g. {nearest}, or set one axis to -1" in str(caught.value)
+
+
+@pytest.mark.parametrize("sizes", [(-1, -1, 1), (0, 1, 8), (-2, 1, 1)])
+def test_sizes_that_mean_nothing(sizes):
+    with pytest.raises(ConfigError, match="expected positive sizes, at most one of them -1"):
+        make_mesh(MeshConfig(*sizes))
+
+
+def test_slices_lie_along_data_and_then_along_fsdp():
+    """Four slices of eight chips: what is exchanged in every layer stays within a slice where it can."""
+
+    def across(*sizes):
+        """Along which axes neighbours are in different slices."""
+        mesh = make_mesh(MeshConfig(*sizes), chips(32, 4, 8))
+        assert sorted(chip.id for chip in mesh.devices.flat) == list(range(32))
+        place = np.vectorize(lambda chip: chip.slice_index)(mesh.devices)
+        return {name for axis, name in enumerate(AXES) if (np.diff(place, axis=axis) != 0).any()}
+
+    assert across(4, 4, 2) == {"data"}
+    assert across(8, 1, 4) == {"data"}
+    assert across(2, 8, 2) == {"data", "fsdp"}
+    assert across(1, 32, 1) == {"fsdp"}
+    with pytest.raises(ConfigError, match=r"over 4 slices: they would split the tensor axis; .*data as a multiple of 4"):
+        across(1, 1, 32)
+
+
+def test_a_batch_must_split_over_the_mesh():
+    mesh = make_mesh(MeshConfig(4, 2, 1))
+    check_batch_fits(tiny_config(), mesh)
+    for changes, nearest in (
+        ({"train.batch_size": 12}, "12 with accumulation 1 does not split over 8 .*; nearest valid: 8 or 16"),
+        ({"train.accumulation": 2}, "8 with accumulation 2 does not split over 8 .*; nearest valid: 16"),
+    ):
+        with pytest.raises(ConfigError, match=nearest):
+            check_batch_fits(tiny_config(changes), mesh)
+
+
+def test_sizes_of_the_model_must_divide_by_the_axis_that_cuts_them():
+    config = tiny_config({"decoder.vocab_size": 64, "vision.heads": 4})
+    check_model_fits(config, make_mesh(MeshConfig(4, 1, 2)))
+    with pytest.raises(ConfigError, match=r"mesh.tensor 4 does not divide config.decoder.kv_heads 2; .*: 2$"):
+        check_model_fits(config, make_mesh(MeshConfig(2, 1, 4)))
+    with pytest.raises(ConfigError, match=r"mesh.tensor 2 does not divide config.decoder.vocab_size 61; .*on 8 devices: 1$"):
+        check_model_fits(tiny_config(), make_mesh(MeshConfig(4, 1, 2)))
+    with pytest.raises(
+        ConfigError, match=r"mesh.fsdp 3 does not divide config.decoder.width 32, config.vision.width 16; .*: 2 or 4$"
+    ):
+        check_model_fits(config, grid((4, 3, 1), 12))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "per_process", "parts"),
+    [
+        ((8, 1, 1), 8, [0]),
+        ((2, 4, 1), 2, [0, 1, 2, 3]),
+        ((2, 2, 2), 2, [0, 1, 2, 3]),
+        ((1, 2, 4), 2, [0, 0, 1, 1]),  # two processes along tensor hold the same rows
+        ((1, 1, 8), 2, [0, 0, 0, 0]),
+    ],
+)
+def test_the_rows_of_a_process(sizes, per_process, parts):
+    mesh = grid(sizes, per_process)
+    found = [part_of_batch(mesh, process) for process in range(len(parts))]
+    assert [part.index for part in found] == parts
+    assert {part.count for part in found} == {len(set(parts))}
+    assert [part.index for part in found if part.speaks] == sorted(set(parts))
+
+
+def test_rows_that_processes_share_in_part():
+    with pytest.raises(ConfigError, match=r"config\.mesh\.tensor 2 lays the rows of a batch over 3 processes unevenly"):
+        part_of_batch(Mesh(np.array(chips(6, 2))[[0, 2, 1, 4, 3, 5]].reshape(1, 3, 2), AXES), 0)
+
+
+def test_rows_come_back_in_their_order():
+    mesh = make_mesh(MeshConfig(2, 2, 2))
+    rows = np.arange(24).reshape(8, 3)
+    np.testing.assert_array_equal(local_rows(jax.device_put(rows, batch_sharding(mesh))), rows)
+    np.testing.assert_array_equal(local_rows(jax.device_put(rows, jax.devices()[3])), rows)
+
+
+@pytest.fixture
+def connected(monkeypatch):
+    """Arguments of every attempt to connect, of which jax's own detection is left out."""
+    calls = []
+    monkeypatch.setattr(jax.distributed, "initialize", lambda *given, **_: calls.append(given))
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    for name in processes._COUNTS:
+        monkeypatch.delenv(name, raising=False)
+    return calls
+
+
+def test_processes_are_told_by_flags_or_looked_for(connected, monkeypatch):
+    join_processes("10.0.0.1:8476", 4, 3)
+    join_processes()
+    assert connected == [("10.0.0.1:8476", 4, 3), (None, None, None)]
+    join_processes(count=1)
+    for name in processes._COUNTS:
+        monkeypatch.setenv(name, "1")
+        join_processes()
+        monkeypatch.delenv(name)
+    assert len(connected) == 2, "one process connects to nobody"
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ((None, 2, None), "give --coordinator_address and --process_id too"),
+        (("a:1", None, None), "give --process_count and --process_id too"),
+        (("a:1", 2, None), "give --process_id too"),
+        (("a", 2, 0), "--coordinator_address=a is not HOST:PORT"),
+        (("a:1", 2, 2), r"--process_id=2 with --process_count=2; expected 0\.\.1"),
+    ],
+)
+def test_flags_that_do_not_go_together(given, message, connected):
+    with pytest.raises(ConfigError, match=message):
+        join_processes(*given)
+    assert connected == []
+
+
+def test_a_process_alone_stays_alone():
+    """By jax's own detection, on a machine where there is nothing to detect."""
+    code = (
+        "import jax; from deepstack_jax.parallel.processes import join_processes; join_processes(); "
+        "assert not jax.distributed.is_initialized(); assert jax.process_count() == 1"
+    )
+    environment = {"PATH": "/usr/bin:/bin", "JAX_PLATFORMS": "cpu", "KUBERNETES_SERVICE_HOST": "10.0.0.1"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
