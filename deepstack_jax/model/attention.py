@@ -8,10 +8,26 @@ from typing import NamedTuple, Protocol, runtime_checkable
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
 from deepstack_jax.config import RopeConfig
 from deepstack_jax.types import HostOrDevice
+
+
+@struct.dataclass
+class Segments:
+    """What tokens of a training row see: earlier ones of their own segment, as `causal_segment_mask` says.
+
+    Kernels that know segments never hold the mask, which grows with T squared.
+    """
+
+    segment_ids: Int[HostOrDevice, "B T"]
+    positions: Int[HostOrDevice, "B T"]
+    window: int = struct.field(pytree_node=False, default=0)
+
+
+Seen = Segments | Bool[Array, "B 1 T S"] | None  # None = everything
 
 
 @runtime_checkable
@@ -23,12 +39,13 @@ class AttentionFn(Protocol):
         q: Float[Array, "B T N H"],
         k: Float[Array, "B S K H"],
         v: Float[Array, "B S K H"],
-        mask: Bool[Array, "B 1 T S"] | None,
+        seen: Seen,
     ) -> Float[Array, "B T N H"]: ...
 
 
-def dot_product(q: Array, k: Array, v: Array, mask: Array | None) -> Array:
-    """The portable kernel: XLA's own fusion on every backend."""
+def dot_product(q: Array, k: Array, v: Array, seen: Seen) -> Array:
+    """The portable kernel: XLA's own fusion on every backend, the mask made where it is used."""
+    mask = causal_segment_mask(seen.segment_ids, seen.positions, seen.window) if isinstance(seen, Segments) else seen
     return jax.nn.dot_product_attention(q, k, v, mask=mask)
 
 

@@ -11,10 +11,10 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from deepstack_jax.config import DecoderConfig
-from deepstack_jax.model.attention import AttentionFn, Rotary, rotate
+from deepstack_jax.model.attention import AttentionFn, Rotary, Seen, rotate
 from deepstack_jax.model.layers import ACTIVATIONS, RMSNorm, linear
 from deepstack_jax.model.merge import Placement, inject
 from deepstack_jax.types import DecoderOutput, KVCache
@@ -58,7 +58,7 @@ class Attention(nn.Module):
         self,
         x: Float[Array, "B T D"],
         rotary: Rotary,
-        mask: Bool[Array, "B 1 T S"],
+        seen: Seen,
         cache: Cache | None,
         at: CachePlace,
     ) -> tuple[Float[Array, "B T D"], Cache | None]:
@@ -71,7 +71,7 @@ class Attention(nn.Module):
         k = rotate(k, rotary)
         if cache is not None:
             cache, (k, v) = _through_cache(cache, (k, v), at)
-        y = self.attend(q, k, v, mask)
+        y = self.attend(q, k, v, seen)
         residual_scale = 1 / (2 * cfg.layers)
         out = linear(cfg.width, ("heads", "head_dim", "embed"), inputs=2, scale=residual_scale, dtype=self.dtype, name="o")
         return out(y), cache
@@ -107,7 +107,7 @@ class InjectedBlock(nn.Module):
         group: Int[Array, ""],
         places: Placement | None,
         rotary: Rotary,
-        mask: Bool[Array, "B 1 T S"],
+        seen: Seen,
         cache: Cache | None,
         at: CachePlace,
     ) -> tuple[Array, Array, Cache | None]:
@@ -116,7 +116,7 @@ class InjectedBlock(nn.Module):
             x = inject(x, layer_inject, group, places)
         injected = x = nn.with_logical_constraint(x, ACTIVATION_AXES)
         normed = RMSNorm(self.config.norm_eps, name="attention_norm")(x)
-        attended, cache = Attention(self.config, self.attend, self.dtype, name="attention")(normed, rotary, mask, cache, at)
+        attended, cache = Attention(self.config, self.attend, self.dtype, name="attention")(normed, rotary, seen, cache, at)
         x = nn.with_logical_constraint(x + attended, ACTIVATION_AXES)
         x = x + SwiGLU(self.config, self.dtype, name="mlp")(RMSNorm(self.config.norm_eps, name="mlp_norm")(x))
         return nn.with_logical_constraint(x, ACTIVATION_AXES), injected, cache
@@ -135,13 +135,13 @@ class ScanBody(nn.Module):
     keep_inputs: bool
 
     @nn.compact
-    def __call__(self, carry, per_layer, places, rotary, mask, filled):
+    def __call__(self, carry, per_layer, places, rotary, seen, filled):
         x, layer_inject, cache = carry
         group, layer = per_layer
         remat = self.config.remat
         block = InjectedBlock if remat == "none" else nn.remat(InjectedBlock, prevent_cse=False, policy=REMAT[remat])
         x, injected, cache = block(self.config, self.attend, self.dtype, name="block")(
-            x, layer_inject, group, places, rotary, mask, cache, (layer, filled)
+            x, layer_inject, group, places, rotary, seen, cache, (layer, filled)
         )
         return (x, layer_inject, cache), injected if self.keep_inputs else None
 
@@ -160,7 +160,7 @@ class Decoder(nn.Module):
         self,
         x: Float[Array, "B T D"],
         rotary: Rotary,
-        mask: Bool[Array, "B 1 T S"],
+        seen: Seen,
         layer_inject: Float[Array, "J B M D"] | None = None,
         places: Placement | None = None,
         cache: KVCache | None = None,
@@ -170,7 +170,7 @@ class Decoder(nn.Module):
         Args:
           x: input embeddings, visual tokens already merged in.
           rotary: cosine and sine at each token's position.
-          mask: True where t may attend to s; S = T without a cache, else the cache's slots.
+          seen: what each token attends to, as segments, or as a mask over S keys: T without a cache, else the cache's slots.
           layer_inject: the stack, or None: then nothing is injected (text only, baselines, decoding after prefill).
           places: where visual tokens stand; needed with `layer_inject`.
           cache: keys and values so far; this call's T tokens are written at slots `filled`..`filled` + T.
@@ -190,7 +190,7 @@ class Decoder(nn.Module):
         filled = None if cache is None else cache.filled
         per_layer = (jnp.asarray(self.schedule, jnp.int32), jnp.arange(cfg.layers, dtype=jnp.int32))
         body = scanned(cfg, self.attend, self.dtype, self.keep_inputs, name="layers")
-        (x, _, kv), inputs = body((x, layer_inject, kv), per_layer, places, rotary, mask, filled)
+        (x, _, kv), inputs = body((x, layer_inject, kv), per_layer, places, rotary, seen, filled)
         if cache is not None:
-            cache = cache._replace(keys=kv[0], values=kv[1], filled=cache.filled + mask.shape[2])
+            cache = cache._replace(keys=kv[0], values=kv[1], filled=cache.filled + x.shape[1])
         return DecoderOutput(RMSNorm(cfg.norm_eps, name="norm")(x), cache, inputs)

@@ -12,6 +12,7 @@ from deepstack_jax.config import DecoderConfig, ImageConfig, ProjectorConfig, Vi
 from deepstack_jax.model.attention import (
     AttentionFn,
     Rotary,
+    Segments,
     causal_segment_mask,
     dot_product,
     last_positions,
@@ -115,7 +116,8 @@ class DeepStack(nn.Module):
     def __call__(self, batch: Batch) -> DecoderOutput:
         """Hidden states of a training batch; `logits` turns them into scores, in chunks."""
         x, stack, places = self.inputs(batch)
-        output = self.layers(x, self.rotary(batch.positions, batch.segment_ids), self.mask(batch), stack, places)
+        seen = Segments(batch.segment_ids, batch.positions, self.decoder.sliding_window)
+        output = self.layers(x, self.rotary(batch.positions, batch.segment_ids), seen, stack, places)
         if self.is_initializing():
             self.logits(output.hidden[:, :1])
         return output

@@ -18,6 +18,7 @@ from deepstack_jax.batch import Batch, empty_batch
 from deepstack_jax.config import Config
 from deepstack_jax.model.deepstack import DeepStack
 from deepstack_jax.model.variants import build_model
+from deepstack_jax.parallel.kernels import attention_for
 from deepstack_jax.parallel.mesh import check_model_fits
 from deepstack_jax.parallel.rules import batch_sharding, crop_shards, param_shardings, replicated
 from deepstack_jax.training.optimizer import assign_groups, flatten, make_optimizer, make_schedule
@@ -92,7 +93,7 @@ def build_program(config: Config, mesh: Mesh, steps: int) -> Program:
       ConfigError: parameters that no group covers, or sizes that do not divide over the mesh.
     """
     check_model_fits(config, mesh)
-    model = build_model(config, crop_shards=crop_shards(mesh))
+    model = build_model(config, attention_for(mesh, config), crop_shards=crop_shards(mesh))
     sample = empty_batch(config.batch_shape(1, config.data.max_length))
     boxed = jax.eval_shape(model.init, jax.random.key(config.seed), sample)["params"]
     shapes = nn.unbox(boxed)

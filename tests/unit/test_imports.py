@@ -18,7 +18,7 @@ ALLOWED = {
     "types": {"batch"},
     "model": {"batch", "types", "config"},
     "data": {"batch", "config", "config_data", "config_checks", "layout"},
-    "parallel": {"batch", "types", "config", "config_checks"},
+    "parallel": {"batch", "types", "config", "config_checks", "model"},
     "weights": {"batch", "types", "config", "config_checks"},
     "training": {"batch", "types", "config", "config_checks", "data", "model", "parallel", "weights"},
     "inference": {"batch", "types", "config", "config_checks", "layout", "data", "model", "parallel", "weights"},

@@ -1,0 +1,117 @@
+"""Attention kernels, chosen by the kind of the mesh's devices, which need not be those of this machine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.sharding import Mesh, PartitionSpec
+
+from deepstack_jax.config import Config
+from deepstack_jax.model.attention import AttentionFn, Seen, Segments, causal_segment_mask, dot_product
+from deepstack_jax.parallel.rules import BATCH_AXES
+
+_BLOCKS = (512, 256, 128)  # of queries and keys that a TPU holds at once; the largest that divides is the fastest
+_LANES = 128
+_ROWS = PartitionSpec(BATCH_AXES, None)
+_HEADS = PartitionSpec(BATCH_AXES, None, "tensor", None)
+
+
+def attention_for(mesh: Mesh, config: Config) -> AttentionFn:
+    """The kernel of a run on `mesh`.
+
+    Training attention takes Pallas splash attention on TPUs and cuDNN's on GPUs (in bf16). The tower, whose 577 tokens need no
+    mask, and decoding with a cache take XLA's everywhere, and so does all else on a CPU.
+    """
+    platform = mesh.devices.flat[0].platform
+    if platform == "tpu":
+        return SplashAttention(mesh)
+    if platform == "gpu" and config.train.compute_dtype == "bfloat16" and config.decoder.head_dim % 8 == 0:
+        return CudnnAttention(config.data.packing.enabled)
+    return dot_product
+
+
+@dataclass(frozen=True)
+class SplashAttention:
+    """Pallas splash attention (jax.experimental): blocks above the diagonal or outside the window are never visited.
+
+    Attributes:
+      mesh: whose devices take rows along data and fsdp, heads along tensor.
+      interpret: emulate the kernel, on a machine without TPUs.
+    """
+
+    mesh: Mesh
+    interpret: bool = False
+
+    def __call__(self, q: Array, k: Array, v: Array, seen: Seen) -> Array:
+        rows = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
+        if not isinstance(seen, Segments) or q.shape[0] % rows:  # a mask; or the one row that parameters are drawn with
+            return dot_product(q, k, v, seen)
+
+        def local(q: Array, k: Array, v: Array, segment_ids: Array) -> Array:
+            return _splash(q, k, v, segment_ids, seen.window, self.interpret)
+
+        spread = jax.shard_map(
+            local, mesh=self.mesh, in_specs=(_HEADS, _HEADS, _HEADS, _ROWS), out_specs=_HEADS, check_vma=False
+        )
+        return spread(q, k, v, jnp.asarray(seen.segment_ids))
+
+
+def _splash(q: Array, k: Array, v: Array, segment_ids: Array, window: int, interpret: bool) -> Array:
+    """Attention of one device's rows and heads; within a segment positions are consecutive, so a window counts places."""
+    # Pallas takes most of a second to import, which only a TPU's program needs.
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+
+    length, heads, head_dim = q.shape[1:]
+    pad = -length % _LANES
+    q, k, v = (jnp.pad(x, ((0, 0), (0, pad), (0, 0), (0, 0))).swapaxes(1, 2) for x in (q * head_dim**-0.5, k, v))
+    segment_ids = jnp.pad(segment_ids, ((0, 0), (0, pad)))
+    total = length + pad
+    block = next(size for size in _BLOCKS if total % size == 0)
+    shape = (total, total)
+    one = masks.LocalMask(shape, (window, 0), 0) if window else masks.CausalMask(shape)
+    kernel = splash.make_splash_mha(
+        masks.MultiHeadMask([one] * heads),
+        block_sizes=splash.BlockSizes(
+            block_q=block,
+            block_kv=block,
+            block_q_dkv=block,
+            block_kv_dkv=block,
+            block_q_dq=block,
+            block_kv_dq=block,
+        ),
+        head_shards=1,
+        q_seq_shards=1,
+        interpret=interpret,
+    )
+
+    def of_row(q: Array, k: Array, v: Array, ids: Array) -> Any:
+        return kernel(q, k, v, splash.SegmentIds(ids, ids))
+
+    out = jax.vmap(of_row)(q, k, v, segment_ids)
+    return out.swapaxes(1, 2)[:, :length]
+
+
+@dataclass(frozen=True)
+class CudnnAttention:
+    """cuDNN's flash attention through jax.
+
+    Attributes:
+      packed: rows hold several segments, which cuDNN is told by a mask [B, 1, T, T] added to the scores. Rows of one example,
+        padded on the right, need no mask: causality alone keeps the padding out.
+    """
+
+    packed: bool
+
+    def __call__(self, q: Array, k: Array, v: Array, seen: Seen) -> Array:
+        if not isinstance(seen, Segments):
+            return dot_product(q, k, v, seen)
+        if self.packed:
+            mask = causal_segment_mask(seen.segment_ids, seen.positions, seen.window)
+            return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation="cudnn")
+        window = (seen.window, 0) if seen.window else None
+        return jax.nn.dot_product_attention(q, k, v, is_causal=True, local_window_size=window, implementation="cudnn")

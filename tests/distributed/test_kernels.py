@@ -1,0 +1,139 @@
+"""Attention kernels: which one a mesh gets, and that they compute the same as XLA's."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh
+
+from deepstack_jax.config import MeshConfig
+from deepstack_jax.model.attention import Segments, causal_segment_mask, dot_product
+from deepstack_jax.parallel.kernels import CudnnAttention, SplashAttention, attention_for
+from deepstack_jax.parallel.mesh import AXES, make_mesh
+from tests.e2e.verb import REPOSITORY
+from tests.unit.tiny import tiny_config
+
+B, T, N, K, H = 2, 200, 4, 2, 64  # T is no multiple of the 128 that a TPU's block holds
+
+
+@dataclass(frozen=True)
+class Chip:
+    """As much of a device as a kernel is chosen by."""
+
+    platform: str
+
+
+@pytest.mark.quick
+def test_the_kernel_follows_the_devices_of_the_mesh_not_those_of_this_machine():
+    def chosen(platform, **changes):
+        mesh = Mesh(np.array([Chip(platform)]).reshape(1, 1, 1), AXES)
+        return attention_for(mesh, tiny_config({key.replace("__", "."): value for key, value in changes.items()}))
+
+    assert chosen("cpu") is dot_product
+    assert isinstance(chosen("tpu"), SplashAttention)
+    assert chosen("gpu", train__compute_dtype="bfloat16") == CudnnAttention(packed=False)
+    packed = {"data__packing__enabled": True, "data__packing__max_images": 3}
+    assert chosen("gpu", train__compute_dtype="bfloat16", **packed) == CudnnAttention(packed=True)
+    assert chosen("gpu") is dot_product, "cuDNN has no float32"
+
+
+@pytest.fixture(scope="module")
+def inputs():
+    """q, k, v and segments: two and padding in row 0, one and padding in row 1."""
+    rng = np.random.default_rng(0)
+    q, k, v = (rng.normal(size=(B, T, heads, H)).astype(np.float32) for heads in (N, K, K))
+    segments, positions = np.zeros((2, B, T), np.int32)
+    for row, (first, last, number) in ((0, (0, 90, 1)), (0, (90, 180, 2)), (1, (0, 130, 1))):
+        segments[row, first:last] = number
+        positions[row, first:last] = range(last - first)
+    return q, k, v, segments, positions
+
+
+def attended(attend, inputs, window, dtype):
+    """Outputs at tokens that are no padding, and the gradients of a sum that weighs them all differently."""
+    q, k, v, segments, positions = inputs
+    weights = jnp.asarray(np.random.default_rng(1).normal(size=q.shape) * (segments > 0)[..., None, None])
+
+    def weighed(q, k, v):
+        out = attend(q, k, v, Segments(segments, positions, window)).astype(jnp.float32) * (segments > 0)[..., None, None]
+        return (out * weights).sum(), out
+
+    run = jax.jit(jax.value_and_grad(weighed, argnums=(0, 1, 2), has_aux=True))
+    (_, out), gradients = run(*(jnp.asarray(x, dtype) for x in (q, k, v)))
+    return [np.asarray(x, np.float32) for x in (out, *gradients)]
+
+
+@pytest.mark.parametrize("window", [0, 20])
+def test_splash_attention_equals_xla(window, inputs):
+    """In float32 to rounding; in bf16 as near to the exact values as XLA's own, 1e-3 apart on average."""
+    mesh = make_mesh(MeshConfig(2, 1, 2), jax.devices()[:4])
+    with jax.set_mesh(mesh):
+        emulated = SplashAttention(mesh, interpret=True)
+        ours = {dtype: attended(emulated, inputs, window, dtype) for dtype in ("float32", "bfloat16")}
+    exact, rounded = (attended(dot_product, inputs, window, dtype) for dtype in ("float32", "bfloat16"))
+    for mine, truth in zip(ours["float32"], exact, strict=True):
+        np.testing.assert_allclose(mine, truth, rtol=1e-4, atol=1e-5)
+    for mine, theirs, truth in zip(ours["bfloat16"], rounded, exact, strict=True):
+        assert np.abs(mine - theirs).mean() < 1e-3
+        assert np.abs(mine - truth).mean() < 1.2 * np.abs(theirs - truth).mean() + 1e-5
+
+
+def test_a_window_and_a_second_segment_change_something(inputs):
+    """Or the comparison above would not see them."""
+    q, k, v, segments, positions = inputs
+    plain = attended(dot_product, inputs, 0, "float32")[0]
+    assert np.abs(attended(dot_product, inputs, 20, "float32")[0] - plain).max() > 0.1
+    joined = attended(dot_product, (q, k, v, np.minimum(segments, 1), positions), 0, "float32")[0]
+    assert np.abs(joined - plain).max() > 0.1
+
+
+@pytest.mark.quick
+def test_masks_and_rows_that_do_not_lie_over_the_mesh_go_to_xla(inputs):
+    """Decoding with a cache, and the single row that parameters are drawn with."""
+    q, k, v, segments, positions = map(jnp.asarray, inputs)
+    attend = SplashAttention(make_mesh(MeshConfig(8, 1, 1)))
+    mask = causal_segment_mask(segments, positions)
+    expected = dot_product(q, k, v, mask)
+    np.testing.assert_array_equal(attend(q, k, v, mask), expected)
+    np.testing.assert_array_equal(attend(q, k, v, Segments(segments, positions)), expected)
+    np.testing.assert_array_equal(CudnnAttention(packed=True)(q, k, v, mask), expected)
+
+
+STEP = """
+from jax.experimental import topologies
+from deepstack_jax.config import MeshConfig
+from deepstack_jax.parallel.mesh import make_mesh
+from deepstack_jax.parallel.rules import use_mesh
+from deepstack_jax.training.program import build_program
+from tests.unit.tiny import tiny_config
+
+devices = topologies.get_topology_desc("v5e:2x2", "tpu").devices
+sizes = {"vocab_size": 64, "kv_heads": 2, "head_dim": HEAD_DIM, "sliding_window": WINDOW}
+config = tiny_config(
+    {f"decoder.{key}": size for key, size in sizes.items()} | {"train.compute_dtype": "bfloat16", "data.max_length": 320}
+)
+program = build_program(config, make_mesh(MeshConfig(2, 1, 2), devices), 10)
+with use_mesh(program.mesh):
+    compiled = program.jit_step().lower(program.abstract_state(), program.abstract_batch(8, 320)).compile()
+print("kernels", compiled.as_text().count('custom_call_target="tpu_custom_call"'))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("head_dim", "window"), [(128, 0), (96, 64)])
+def test_the_step_compiles_for_a_tpu_with_the_kernel_in_it(head_dim, window):
+    """Heads of LLaMA and of Phi-3. Forward, forward again in remat, and two kernels of the gradient."""
+    if importlib.util.find_spec("libtpu") is None:
+        pytest.skip("the package libtpu, the compiler for TPUs, is not installed: pip install -e '.[plan]'")
+    environment = os.environ | {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "JAX_PLATFORMS": "cpu"}
+    code = STEP.replace("HEAD_DIM", str(head_dim)).replace("WINDOW", str(window))
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, env=environment, cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "kernels 4" in done.stdout
