@@ -26,7 +26,7 @@ from orbax.checkpoint.checkpoint_managers import (
 )
 
 from deepstack_jax.config import Config, TrainConfig, differences
-from deepstack_jax.parallel.distributed import barrier, first_host_says, is_first_host
+from deepstack_jax.parallel.distributed import barrier, first_host_says, is_first_host, texts_of_hosts
 from deepstack_jax.training.checksums import checksums, checksums_on_disk, damage, mismatches
 from deepstack_jax.types import PyTree, TrainState
 
@@ -184,6 +184,8 @@ class Checkpoints:
                 problem = damage(restored["sums"], checksums(restored["state"]))
             except Exception as error:  # tensorstore, orbax and json each raise their own kinds on damaged files
                 restored, problem = None, _reason(error)
+            # A host may be the only one that reads a damaged part.
+            problem = next((said for said in texts_of_hosts(problem) if said), "")
             if restored is not None and not problem:
                 self._put_aside(problems)
                 return restored["state"], restored["data"]

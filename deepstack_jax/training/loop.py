@@ -16,7 +16,7 @@ from deepstack_jax.batch import Batch
 from deepstack_jax.config import Config
 from deepstack_jax.data.encode import BadExample
 from deepstack_jax.data.pipeline import Delivered, TrainingStream
-from deepstack_jax.parallel.distributed import is_first_host, put_batch, sum_over_hosts, told_to_stop
+from deepstack_jax.parallel.distributed import is_first_host, part_of_batch, put_batch, sum_over_hosts, told_to_stop
 from deepstack_jax.training.checkpoint import Checkpoints
 from deepstack_jax.training.flops import CHIPS, step_flops
 from deepstack_jax.training.journal import Journal
@@ -123,6 +123,7 @@ class Records:
         self._numbers: list[tuple[int, Numbers]] = []
         self._lengths: list[int] = []
         self._bad = 0  # examples that this host left out
+        self._speaks = part_of_batch(run.program.mesh).speaks  # for those that hold the same rows
         self._devices = run.program.mesh.devices
         kind = self._devices.flat[0].device_kind
         self._peak = CHIPS[kind].flops if kind in CHIPS else None  # unknown of CPUs, which then show no MFU
@@ -154,7 +155,7 @@ class Records:
         self._numbers, self._lengths = [], []
         step, latest = fetched[-1]
         spent = run.journal.flush(step)
-        bad = sum_over_hosts({"bad": self._bad})["bad"]
+        bad = sum_over_hosts({"bad": self._bad if self._speaks else 0})["bad"]
         run.quarantine.check(int(bad), self._seen(step))
         values = {name: float(latest[name]) for name in _SHOWN}
         values["padding"] = float(np.mean([numbers["padding"] for _, numbers in fetched]))

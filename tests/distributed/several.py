@@ -90,9 +90,9 @@ def train_in(count: int, workdir: Path, changes: dict[str, Any], **more: Any) ->
     return run
 
 
-def workers(count: int, script: Path, folder: Path, devices: int = 1) -> Several:
+def workers(count: int, module: str, folder: Path) -> Several:
     """A small program in `count` processes, each of which gets the folder as its first argument."""
-    return Several([sys.executable, str(script), str(folder)], count, folder / "printed", devices)
+    return Several([sys.executable, "-m", module, str(folder)], count, folder / "printed")
 
 
 def free_port() -> int:

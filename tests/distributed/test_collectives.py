@@ -11,7 +11,8 @@ from deepstack_jax.parallel.distributed import put_batch
 from deepstack_jax.parallel.rules import use_mesh
 from tests.distributed.cases import LENGTH, MESHES, ROWS, batches, config_of, program_of, start
 
-MANY = 64  # rows: a device's part of the stack is then larger than any weight
+# Rows of the batch: a device's part of the stack is then larger than any weight of a layer, and smaller than those of all.
+MANY = {"L": 64, "V": 64, "HD": 16}
 LINE = re.compile(r"= (.+?) (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(?:-start)?\(")
 
 
@@ -21,10 +22,10 @@ class Collective(NamedTuple):
     where: str  # in the traced program
 
 
-def collectives(program):
-    """Of the step compiled for MANY rows of LENGTH positions, with all of XLA's optimizations."""
+def collectives(program, rows):
+    """Of the step compiled for so many rows of LENGTH positions, with all of XLA's optimizations."""
     with use_mesh(program.mesh):
-        lowered = program.jit_step().lower(program.abstract_state(), program.abstract_batch(MANY, LENGTH))
+        lowered = program.jit_step().lower(program.abstract_state(), program.abstract_batch(rows, LENGTH))
         text = lowered.compile().as_text()
     found = []
     for line in text.splitlines():
@@ -59,17 +60,18 @@ def largest_layer(program):
 def test_a_device_gathers_one_layer_and_one_group_at_a_time(variant, mesh):
     config, (data, fsdp, tensor) = config_of(variant), MESHES[mesh]
     program = program_of(config, (data, fsdp, tensor))
-    shape, rows = config.batch_shape(MANY, LENGTH), MANY // (data * fsdp)
+    shape, rows = config.batch_shape(MANY[variant], LENGTH), MANY[variant] // (data * fsdp)
     width = config.vision.width if variant == "V" else config.decoder.width
     group, layer = rows * shape.visual * width, max(largest_layer(program))
-    found = collectives(program)
+    found = collectives(program, MANY[variant])
     gathers = [gather for gather in found if gather.kind == "all-gather"]
 
     of_group = [gather for gather in gathers if "cond/branch" in gather.where]
     assert [gather.sizes for gather in of_group] == [(group,)] * len(of_group)
     assert bool(of_group) == (tensor > 1), "the group is gathered within the condition, where there is something to gather"
 
-    allowed = max(layer, group)
+    in_sequence = rows * shape.visual * config.decoder.width  # the visual tokens that the merge puts between the text
+    allowed = max(layer, group, in_sequence)
     assert allowed < shape.groups * group, "the check would not see a whole stack"
     assert allowed < min(config.decoder.layers * largest_layer(program)[0], sum(program.sizes.values()))
     large = [gather for gather in gathers if max(gather.sizes) > allowed]

@@ -5,7 +5,7 @@ import signal
 import numpy as np
 import pytest
 
-from tests.distributed.several import train_in, trainers
+from tests.distributed.several import train_in, trainers, workers
 from tests.e2e.receipts import draw_receipts
 from tests.e2e.test_train import RECEIPTS
 from tests.e2e.verb import assert_same_bytes, losses, read_json, read_lines, saved_state, train
@@ -77,6 +77,20 @@ def test_two_processes_one_of_them_killed_end_like_one(alone, tmp_path):
     assert "resumed from step 2 " in again.printed(0)
     assert again.printed(1).count("step ") == 0  # the first process speaks for all
     assert_same_run(workdir, alone)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [2, 4])
+def test_each_reads_its_part_and_no_example_comes_twice(count, tmp_path):
+    with workers(count, "tests.distributed.reader", tmp_path) as run:
+        assert run.codes() == [0] * count, run.printed(0)
+    found = [read_json(tmp_path / f"{number}.json") for number in range(count)]
+    seen = [row for one in found for batch in one["rows"] for row in batch]
+    assert sorted(seen) == list(range(48)), "an epoch holds every example once"
+    for one in found:
+        assert sorted(one["asked"]) == sorted(row for batch in one["rows"] for row in batch)
+        total = count * (count - 1) / 2
+        assert one["said"] == [["é" * n for n in range(count)], count - 1, {"one": count, "me": total}, "host 0"]
 
 
 @pytest.mark.slow
