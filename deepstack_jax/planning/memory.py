@@ -82,7 +82,7 @@ def _decoder_saved(program: Program, local: float, length: int) -> float:
     cfg, tensor = program.config.decoder, program.mesh.shape["tensor"]
     query, key = cfg.heads * cfg.head_dim, cfg.kv_heads * cfg.head_dim
     products = cfg.width + (query + 2 * key + 2 * cfg.mlp) / tensor  # o, q, k, v, gate, up; `down` is needed by nothing
-    scores = 2 * cfg.heads * length / tensor
+    scores = 2 * cfg.heads * length / tensor * program.scores_exist
     each = {
         "block": cfg.width,
         "dots": cfg.width + products,
@@ -118,7 +118,7 @@ def _working(program: Program, local: float, length: int) -> float:
     width = np.dtype(program.model.dtype).itemsize
     rows = max(1.0, local)
     # Scores, probabilities and the gradients of both, in float32: with three of them HD came out a fifth below its compilation.
-    scores = 4 * 4 * rows * cfg.heads / tensor * length**2
+    scores = 4 * 4 * rows * cfg.heads / tensor * length**2 * program.scores_exist
     products = width * rows * length * (6 * cfg.width + (4 * cfg.heads * cfg.head_dim + 4 * cfg.mlp) / tensor)
     kernels = cfg.width * (2 * (cfg.heads + cfg.kv_heads) * cfg.head_dim + 3 * cfg.mlp) / tensor
     weights = (2 * width + 4) * kernels  # this layer's and the next one's, and the gradient

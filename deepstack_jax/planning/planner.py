@@ -74,7 +74,7 @@ def describe(program: Program, machine: Machine, load: Load, result: Compiled | 
     else:
         memory, host = memory_by_kind(own, more, result), result.host if isinstance(result, Compiled) else 0.0
         source = machine.compiler if result else "estimate"
-    flops = step_flops(config, program.groups, load.rows, load.length)
+    flops = step_flops(config, program.groups, load.rows, load.length, masked=program.scores_exist)
     if isinstance(result, Compiled):
         collectives = tuple(find_collectives(result.text))
     else:
@@ -127,9 +127,9 @@ def plan_load(config: Config, mesh: Mesh, hosts: int, wanted: Wanted) -> Load:
     """Rows of a step and steps of the run, without opening the data.
 
     Raises:
-      ConfigError: the batch does not split over the mesh or the hosts, with the nearest valid one.
+      ConfigError: the batch does not split over the mesh, with the nearest valid one.
     """
-    check_batch_fits(config, mesh, hosts)
+    check_batch_fits(config, mesh)
     data, train = config.data, config.train
     if data.packing.enabled:
         shards = mesh.shape["data"] * mesh.shape["fsdp"]

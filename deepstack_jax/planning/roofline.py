@@ -123,7 +123,7 @@ def memory_traffic(program: Program, rows: int, length: int) -> float:
     update = bytes_per_device(trainable) * 3 + 2 * bytes_per_device(state.opt_state)  # gradient, parameters; moments both ways
     each = 12 * cfg.width + (4 * (cfg.heads + cfg.kv_heads) * cfg.head_dim + 6 * cfg.mlp) / tensor
     activations = local * length * cfg.layers * each * width * passes
-    scores = local * cfg.heads / tensor * length**2 * cfg.layers * 12 * passes
+    scores = local * cfg.heads / tensor * length**2 * cfg.layers * 12 * passes * program.scores_exist
     return weights + update + activations + scores + _tower_traffic(config, local, width)
 
 

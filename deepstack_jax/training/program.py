@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 
 from deepstack_jax.batch import Batch, empty_batch
 from deepstack_jax.config import Config
+from deepstack_jax.model.attention import dot_product
 from deepstack_jax.model.deepstack import DeepStack
 from deepstack_jax.model.variants import build_model
 from deepstack_jax.parallel.kernels import attention_for
@@ -56,6 +57,11 @@ class Program:
     functions: ModelFns
     loss: Callable[[PyTree, Batch], LossSums]
     step: StepFn
+
+    @property
+    def scores_exist(self) -> bool:
+        """Whether attention makes its [T, S] scores, as XLA's does; flash kernels hold a block of them at a time."""
+        return self.model.attend is dot_product
 
     def abstract_state(self) -> TrainState:
         """Shapes, dtypes and shardings of the state: what a checkpoint is restored to and a step is compiled for."""
