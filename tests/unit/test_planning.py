@@ -227,9 +227,12 @@ def test_gradients_and_activations_shrink_with_what_splits_them():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"train.batch_size": 12}, "nearest valid: 16"),
+        ({"train.batch_size": 12}, "nearest valid: 8 or 16"),
         ({"mesh.fsdp": 3, "mesh.data": 1}, "does not cover 8 devices"),
-        ({"mesh.fsdp": 1, "mesh.tensor": 8, "mesh.data": 1, "train.batch_size": 8}, "do not divide"),
+        (
+            {"mesh.fsdp": 1, "mesh.tensor": 8, "mesh.data": 1, "train.batch_size": 8},
+            r"tensor 8 does not divide .*; nearest valid config.mesh.tensor on 8 devices: 2",
+        ),
     ],
 )
 def test_what_does_not_divide_is_one_line(changes, message):
