@@ -49,7 +49,8 @@ class DeepStack(nn.Module):
         cfg = self.decoder
         remat = cfg.remat != "none"
         self.vision_tower = VisionTower(self.vision, self.image.size, self.attend, self.dtype, remat, self.crop_shards)
-        self.projector = Projector(self.project, cfg.width, self.dtype)
+        # Run again in the backward pass: what it keeps for it would be half as much again as the stack.
+        self.projector = (nn.remat(Projector) if remat else Projector)(self.project, cfg.width, self.dtype)
         self.layers = Decoder(cfg, self.schedule, self.attend, self.dtype, self.keep_layer_inputs)
         embed_init = nn.with_logical_partitioning(nn.initializers.normal(cfg.embed_std), ("vocab", "embed"))
         self.embed = nn.Embed(cfg.vocab_size, cfg.width, dtype=self.dtype, embedding_init=embed_init)

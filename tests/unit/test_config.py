@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from ml_collections import ConfigDict
 
+from deepstack_jax.cli import writable_folder
 from deepstack_jax.config import Config, build_config, default_config, differences, to_dict
 from deepstack_jax.config_checks import CHOICES, POSITIVE, ConfigError, check_config, nearest
 from tests.unit.tiny import TINY, tiny_config
@@ -201,3 +202,10 @@ def test_differences_name_dotted_keys_with_both_values():
         "seed": (0, None),
         "mesh.old": (None, 1),
     }
+
+
+def test_a_workdir_in_a_bucket_is_refused_before_a_folder_of_that_name_is_made(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match=r"--workdir=gs://bucket/run is a URL; expected a folder: mount the bucket"):
+        writable_folder("gs://bucket/run", "workdir")
+    assert list(tmp_path.iterdir()) == []
