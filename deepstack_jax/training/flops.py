@@ -180,7 +180,7 @@ def _encoded(config: Config, rows: int) -> Iterator[tuple[int, int, int]]:
 
 
 def _projector(config: Config, rows: int) -> Iterator[_Product]:
-    """On the tokens that are used, one by one of the sequence and of every group."""
+    """On the tokens that are used, one by one of the sequence and of every group; recomputed as a layer is."""
     shape = config.batch_shape(rows, config.data.max_length)
     if config.deepstack.pool > 1:
         tokens = rows * shape.crops * config.patch_side**2
@@ -190,7 +190,8 @@ def _projector(config: Config, rows: int) -> Iterator[_Product]:
     for number in range(1, config.projector.layers + 1):
         flops = 2.0 * tokens * inputs * width
         below = _TOWER if number == 1 else _PROJECTOR
-        yield _Product("projector", f"projector/fc{number}/kernel", flops, flops, 0, below)
+        again = config.decoder.remat != "none" and number < config.projector.layers
+        yield _Product("projector", f"projector/fc{number}/kernel", flops, flops, again, below)
         inputs = width
 
 
