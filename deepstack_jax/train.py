@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from functools import partial
 from pathlib import Path
@@ -157,6 +158,9 @@ def main() -> int:
         stream.close()
         log.close()
         checkpoints.close()
+        # jax lets go of host arrays that it was lent when Python collects garbage: the last batch, in memory shared with the
+        # workers, would outlive the run.
+        gc.collect()
     return code
 
 
