@@ -8,7 +8,6 @@ import math
 from jax.sharding import Mesh
 
 from deepstack_jax.config import Config
-from deepstack_jax.config_checks import ConfigError
 from deepstack_jax.parallel.mesh import check_batch_fits, make_mesh
 from deepstack_jax.planning.collectives import find_collectives
 from deepstack_jax.planning.compile import Compiled, Overflow, compile_step
@@ -42,27 +41,11 @@ def make_plan(config: Config, machine: Machine, wanted: Wanted, *, compiled: boo
     Raises:
       ConfigError: a mesh or a batch that does not divide, with the nearest valid numbers.
     """
-    mesh = mesh_on(machine, config)
+    mesh = make_mesh(config.mesh, machine.devices)
     load = plan_load(config, mesh, machine.hosts, wanted)
     program = build_program(config, mesh, max(load.steps, 1))
     result = compile_step(program, load.rows, load.length) if compiled else None
     return describe(program, machine, load, result)
-
-
-def mesh_on(machine: Machine, config: Config) -> Mesh:
-    """The mesh of a run on a machine.
-
-    Raises:
-      ConfigError: it does not cover the devices, or does not lie along the links of a TPU slice.
-    """
-    try:
-        return make_mesh(config.mesh, machine.devices)
-    except NotImplementedError as error:
-        shape = machine.name.partition(":")[2]
-        raise ConfigError(
-            f"config.mesh {dataclasses.asdict(config.mesh)} does not lie along the links of {machine.name}: every axis must be "
-            f"the product of some of {shape.replace('x', ', ')}, each used once; e.g. data=1, fsdp=-1, tensor=1"
-        ) from error
 
 
 def describe(program: Program, machine: Machine, load: Load, result: Compiled | Overflow | None) -> Plan:

@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterator
 
 from deepstack_jax.config import Config, MeshConfig
 from deepstack_jax.config_checks import ConfigError
-from deepstack_jax.planning.planner import Wanted, describe, make_plan, mesh_on, plan_load
+from deepstack_jax.parallel.mesh import make_mesh
+from deepstack_jax.planning.planner import Wanted, describe, make_plan, plan_load
 from deepstack_jax.planning.report import Plan
 from deepstack_jax.planning.topology import Machine
 from deepstack_jax.training.program import Program, build_program
@@ -66,7 +67,7 @@ def estimate_all(config: Config, machine: Machine, wanted: Wanted) -> list[tuple
     for candidate in candidates(config, len(machine.devices)):
         try:
             if candidate.mesh not in programs:
-                programs[candidate.mesh] = build_program(candidate, mesh_on(machine, candidate), steps=1)
+                programs[candidate.mesh] = build_program(candidate, make_mesh(candidate.mesh, machine.devices), steps=1)
             program = dataclasses.replace(programs[candidate.mesh], config=candidate)
             found.append(
                 (describe(program, machine, plan_load(candidate, program.mesh, machine.hosts, wanted), None), candidate)

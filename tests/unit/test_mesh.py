@@ -41,6 +41,24 @@ def grid(sizes, per_process):
     return Mesh(np.array(chips(int(np.prod(sizes)), per_process)).reshape(sizes), AXES)
 
 
+@dataclass(frozen=True)
+class TorusChip(Chip):
+    """A TPU chip with its place in the torus."""
+
+    platform: str = "tpu"
+    device_kind: str = "TPU v5"
+    coords: tuple[int, int, int] = (0, 0, 0)
+    core_on_chip: int = 0
+
+
+def test_a_mesh_off_the_links_of_a_slice_is_one_line():
+    slice_of_64 = [TorusChip(i, 0, coords=(i % 4, i // 4 % 4, i // 16)) for i in range(64)]
+    assert dict(make_mesh(MeshConfig(1, 16, 4), slice_of_64).shape) == {"data": 1, "fsdp": 16, "tensor": 4}
+    with pytest.raises(ConfigError, match=r"does not lie along the links of a 4x4x4 slice: .* some of 4, 4, 4") as caught:
+        make_mesh(MeshConfig(-1, 2, 1), slice_of_64)
+    assert "\n" not in str(caught.value)
+
+
 def test_mesh_takes_what_is_left():
     assert dict(make_mesh(MeshConfig(-1, 2, 2)).shape) == {"data": 2, "fsdp": 2, "tensor": 2}
     assert dict(make_mesh(MeshConfig(2, 2, -1)).shape) == {"data": 2, "fsdp": 2, "tensor": 2}
