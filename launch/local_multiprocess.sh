@@ -11,7 +11,7 @@
 #
 # Every line of output is marked with its process. SIGINT and SIGTERM go to every process, so that the run saves its state. When one
 # fails, the others are stopped. The exit code is the worst one: that of the first failure, else 130, else 75, else 0.
-# On the CPU every process has one device; XLA_FLAGS=--xla_force_host_platform_device_count=4 gives each four.
+# On the CPU every process has one device; NPROC=8 XLA_FLAGS=--xla_force_host_platform_device_count=4 gives each four.
 set -euo pipefail
 # shellcheck source=launch/lib.sh
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"

@@ -33,7 +33,7 @@ class Several:
             subprocess.Popen(
                 [*line, *flags, f"--process_id={number}"],
                 cwd=REPOSITORY,
-                env=ENVIRONMENT | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"},
+                env=ENVIRONMENT | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}", "NPROC": str(2 * devices)},
                 stdout=printed.open("w"),
                 stderr=subprocess.STDOUT,
                 start_new_session=True,

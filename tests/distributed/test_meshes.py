@@ -54,11 +54,9 @@ def test_the_steps_compared_are_no_idle_ones():
         assert np.median(moments) > 1e-3
 
 
-# tp8 is among the slow ones: on two cores eight simulated devices can starve each other of threads in its collectives, and XLA
-# then ends the process.
 @pytest.mark.parametrize(
     ("variant", "mesh", "accumulation"),
-    [("L", "dp2xfsdp2xtp2", 2), ("V", "dp4xtp2", 1), ("HD", "fsdp4xtp2", 1)],
+    [("L", "dp2xfsdp2xtp2", 2), ("L", "tp8", 1), ("V", "dp4xtp2", 1), ("HD", "fsdp4xtp2", 1)],
 )
 def test_two_steps_equal_those_of_one_device(variant, mesh, accumulation):
     same(variant, MESHES[mesh], accumulation)
@@ -91,7 +89,7 @@ def test_a_checkpoint_goes_from_eight_devices_to_four_to_one_and_back(tmp_path):
         assert len(state.step.sharding.device_set) == after.mesh.size
 
 
-@pytest.mark.parametrize("mesh", ["dp2xfsdp2xtp2", pytest.param("tp8", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("mesh", ["dp2xfsdp2xtp2", "tp8"])
 def test_answers_under_a_mesh(mesh):
     """Prompts with and without pictures, continued by the same tokens as without a mesh."""
     config = config_of("L")

@@ -21,7 +21,7 @@ TIMEOUT = 300  # seconds that one command may take on a busy machine
 
 # Tiny programs that run for a few steps: XLA's optimizations would cost more than they save.
 ENVIRONMENT = {
-    **{name: value for name, value in os.environ.items() if name != "XLA_FLAGS"},
+    **{name: value for name, value in os.environ.items() if name not in ("XLA_FLAGS", "NPROC")},  # of simulated devices
     "JAX_PLATFORMS": "cpu",
     "JAX_COMPILATION_CACHE_DIR": str(REPOSITORY / ".cache" / "jax"),
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
