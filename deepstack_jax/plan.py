@@ -28,6 +28,7 @@ compiled for the machine; no data and no weights are opened.
   --config=FILE[:ARGUMENT]   configuration file; --config.KEY=VALUE overrides any key of it
   --topology=NAME            v5e:8x8, v5p:4x4x4, v6e:8x8 (TPU slices; pip install 'deepstack-jax[plan]'), gpu:8xH100 (estimated
                              only), here (the devices of this machine)
+  --slices=2                 so many of the TPU slice, joined by the data center's network
   --search                   try meshes, remat policies and micro-batches, and recommend one
   --tries=4                  most compilations of a search, or after a step that does not fit; a minute or two each at 7B
   --margin=0.1               share of the memory that a recommendation leaves free
@@ -41,6 +42,7 @@ Exit codes: 0 it fits; 1 a mistake in the input, said in one line; 2 it does not
 EXIT_DOES_NOT_FIT = 2
 
 TOPOLOGY = flags.DEFINE_string("topology", None, "Machine to plan for.")
+SLICES = flags.DEFINE_integer("slices", 1, "TPU slices.", lower_bound=1)
 SEARCH = flags.DEFINE_bool("search", False, "Recommend mesh, remat policy and micro-batches.")
 TRIES = flags.DEFINE_integer("tries", 4, "Most compilations of a search.", lower_bound=1)
 MARGIN = flags.DEFINE_float("margin", 0.1, "Share of the memory that stays free.", lower_bound=0.0, upper_bound=0.9)
@@ -56,7 +58,7 @@ def main() -> int:
     if not TOPOLOGY.value:
         raise ConfigError(f"--topology is missing; e.g. {', '.join(f'--topology={name}' for name in examples())}")
     jax.config.update("jax_enable_compilation_cache", False)  # the time to compile is part of the plan
-    machine = open_machine(TOPOLOGY.value)
+    machine = open_machine(TOPOLOGY.value, SLICES.value)
     wanted = Wanted(EXAMPLES.value, PER_ROW.value)
     said, told = Console(highlight=False), Console(stderr=True, highlight=False)
 

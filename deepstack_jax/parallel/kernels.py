@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -14,24 +14,30 @@ from deepstack_jax.config import Config
 from deepstack_jax.model.attention import AttentionFn, Seen, Segments, causal_segment_mask, dot_product
 from deepstack_jax.parallel.rules import BATCH_AXES
 
+Kernel = Literal["splash", "cudnn", "xla"]
 _BLOCKS = (512, 256, 128)  # of queries and keys that a TPU holds at once; the largest that divides is the fastest
 _LANES = 128
 _ROWS = PartitionSpec(BATCH_AXES, None)
 _HEADS = PartitionSpec(BATCH_AXES, None, "tensor", None)
 
 
-def attention_for(mesh: Mesh, config: Config) -> AttentionFn:
-    """The kernel of a run on `mesh`.
+def kernel_for(platform: str, config: Config) -> Kernel:
+    """The kernel of training attention on devices of a platform: "tpu", "gpu" or "cpu".
 
-    Training attention takes Pallas splash attention on TPUs and cuDNN's on GPUs (in bf16). The tower, whose 577 tokens need no
-    mask, and decoding with a cache take XLA's everywhere, and so does all else on a CPU.
+    The tower, whose 577 tokens need no mask, and decoding with a cache take XLA's everywhere.
     """
-    platform = mesh.devices.flat[0].platform
     if platform == "tpu":
-        return SplashAttention(mesh)
+        return "splash"
     if platform == "gpu" and config.train.compute_dtype == "bfloat16" and config.decoder.head_dim % 8 == 0:
-        return CudnnAttention(config.data.packing.enabled)
-    return dot_product
+        return "cudnn"
+    return "xla"
+
+
+def attention_for(kernel: Kernel, mesh: Mesh, config: Config) -> AttentionFn:
+    """Training attention of a run on `mesh`."""
+    if kernel == "splash":
+        return SplashAttention(mesh)
+    return CudnnAttention(config.data.packing.enabled) if kernel == "cudnn" else dot_product
 
 
 @dataclass(frozen=True)

@@ -48,7 +48,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
             return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
         except NotImplementedError as error:  # what jax says of a TPU slice whose links do not carry the axes
             raise ConfigError(_off_the_links(sizes, devices)) from error
-    across = _across_slices(sizes, slices)
+    across = across_slices(sizes, slices)
     within = tuple(size // count for size, count in zip(sizes, across, strict=True))
     laid = mesh_utils.create_hybrid_device_mesh(within, across, devices, allow_split_physical_axes=True)
     return Mesh(laid, AXES, axis_types=(AxisType.Auto,) * 3)
@@ -87,8 +87,12 @@ def _nearest_mesh(asked: dict[str, int], devices: int) -> dict[str, int]:
     return {"data": devices // tensor // fsdp, "fsdp": fsdp, "tensor": tensor}
 
 
-def _across_slices(sizes: tuple[int, ...], slices: int) -> tuple[int, int, int]:
-    """How many slices lie along each axis."""
+def across_slices(sizes: tuple[int, ...], slices: int) -> tuple[int, int, int]:
+    """How many of so many slices lie along each axis of these sizes (data, fsdp, tensor).
+
+    Raises:
+      ConfigError: they would split the tensor axis.
+    """
     data = math.gcd(sizes[0], slices)
     fsdp = slices // data
     if sizes[1] % fsdp:

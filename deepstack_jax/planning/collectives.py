@@ -31,6 +31,8 @@ _COLLECTIVE = re.compile(rf" = (.*?) ({'|'.join(KINDS)})(-start)?\(")
 _WHILE = re.compile(r" while\(.*condition=%?([\w.\-]+), body=%?([\w.\-]+)")
 _CALLED = re.compile(r"(?:calls|to_apply|true_computation|false_computation)=%?([\w.\-]+)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
+# What a TPU receives from other slices, by way of its host.
+_ACROSS = re.compile(r' = \(\(?(.*?), u32\[\], token\[\]\) recv\(.*_xla_megascale_transfer_type="(\w+)"')
 _SHAPE = re.compile(r"\b([a-z]+\d*)\[([\d,]*)\]")
 
 
@@ -45,6 +47,7 @@ class Collective:
       group: devices that take part together.
       stride: from one of them to the next, in the order of the mesh.
       source: the operation of the model that it belongs to.
+      across: between slices, over the data center's network; then `group` counts slices.
     """
 
     kind: str
@@ -54,11 +57,17 @@ class Collective:
     group: int
     stride: int
     source: str
+    across: bool = False
 
     @property
     def total(self) -> float:
         """Bytes that enter each device per step."""
         return self.times * self.moved
+
+    @property
+    def name(self) -> str:
+        """Its kind, and whether it leaves the slice."""
+        return f"{self.kind} between slices" if self.across else self.kind
 
 
 class _Found(NamedTuple):
@@ -70,6 +79,7 @@ class _Found(NamedTuple):
     group: int
     stride: int
     source: str
+    across: bool = False
 
 
 def find_collectives(text: str) -> list[Collective]:
@@ -90,7 +100,9 @@ def find_collectives(text: str) -> list[Collective]:
             often = times[name]
             if often and (found.channel not in seen or seen[found.channel].times < often):
                 moved = found.size * ring(found.kind, found.group)
-                seen[found.channel] = Collective(found.kind, often, found.size, moved, found.group, found.stride, found.source)
+                seen[found.channel] = Collective(
+                    found.kind, often, found.size, moved, found.group, found.stride, found.source, found.across
+                )
     return sorted(seen.values(), key=lambda one: -one.total)
 
 
@@ -169,24 +181,41 @@ def _counter_step(condition: list[str], body: list[str]) -> int:
 def _in_computation(name: str, lines: list[str], devices: int) -> Iterator[_Found]:
     """The TPU's reduce-scatter is written as an all-reduce that its computation, by name, cuts at once."""
     for line in lines:
+        if across := _ACROSS.search(line):
+            kind = across[2].lower().replace("_", "-")
+            channel, source = _label(line)
+            yield _Found(channel, kind if kind in KINDS else "all-to-all", _bytes(across[1]), _slices(line), 1, source, True)
         found = _COLLECTIVE.search(line)
         if not found:
             continue
         shape, kind, started = found.groups()
         members = _first_group(line, devices)
         group, stride = len(members), members[1] - members[0] if len(members) > 1 else 1
-        size = sum(
-            _BYTES.get(name, 4) * math.prod(int(n) for n in dims.split(",") if n) for name, dims in _SHAPE.findall(shape)
-        )
+        size = _bytes(shape)
         if started and kind == "all-gather":  # the result of a start holds the operand as well
             size = size * group // (group + 1)
         elif started and kind == "collective-permute":
             size //= 2
         elif kind == "all-reduce" and name.startswith("all-reduce-scatter"):
             kind, size = "reduce-scatter", size // group
-        channel = re.search(r"channel_id=(\d+)", line)
-        source = re.search(r'op_name="([^"]*)"', line)
-        yield _Found(channel[1] if channel else line.split(" = ")[0], kind, size, group, stride, source[1] if source else "")
+        yield _Found(_label(line)[0], kind, size, group, stride, _label(line)[1])
+
+
+def _label(line: str) -> tuple[str, str]:
+    """(what the pieces of one collective share, the operation of the model)."""
+    channel, source = re.search(r"channel_id=(\d+)", line), re.search(r'op_name="([^"]*)"', line)
+    return channel[1] if channel else line.split(" = ")[0], source[1] if source else ""
+
+
+def _bytes(shape: str) -> int:
+    """Of a shape, or of all in a tuple, as HLO writes it."""
+    return sum(_BYTES.get(name, 4) * math.prod(int(n) for n in dims.split(",") if n) for name, dims in _SHAPE.findall(shape))
+
+
+def _slices(line: str) -> int:
+    """How many slices exchange: all of them as `"{1,2}x{0:15}"`, or some as `{{100000,200000},...}`, slice by device."""
+    first = re.search(r'_xla_megascale_target="?\{+([\d,]+)\}', line)
+    return len(first[1].split(",")) if first else 1
 
 
 def _first_group(line: str, devices: int) -> list[int]:

@@ -8,6 +8,7 @@ import math
 from jax.sharding import Mesh
 
 from deepstack_jax.config import Config
+from deepstack_jax.parallel.kernels import kernel_for
 from deepstack_jax.parallel.mesh import check_batch_fits, make_mesh
 from deepstack_jax.planning.collectives import find_collectives
 from deepstack_jax.planning.compile import Compiled, Overflow, compile_step
@@ -51,20 +52,22 @@ def make_plan(config: Config, machine: Machine, wanted: Wanted, *, compiled: boo
 def describe(program: Program, machine: Machine, load: Load, result: Compiled | Overflow | None) -> Plan:
     """The plan of a program, with what its compilation gave."""
     config = program.config
+    if machine.compiler == "cpu":  # it stands in for GPUs, whose kernel it cannot compile
+        program = dataclasses.replace(program, kernel=kernel_for("gpu", config))
     own, more = held(program, load.rows, load.length), needed(program, load.rows, load.length)
     if machine.compiler == "cpu" and isinstance(result, Compiled):  # its collectives hold, its memory is not the target's
         memory, source, host = memory_by_kind(own, more, None), "estimate", 0.0
     else:
         memory, host = memory_by_kind(own, more, result), result.host if isinstance(result, Compiled) else 0.0
         source = machine.compiler if result else "estimate"
-    flops = step_flops(config, program.groups, load.rows, load.length, masked=program.scores_exist)
+    flops = step_flops(config, program.groups, load.rows, load.length, masked=program.masked_computed)
     if isinstance(result, Compiled):
         collectives = tuple(find_collectives(result.text))
     else:
-        collectives = tuple(guess_collectives(program, load.rows, load.length))
+        collectives = tuple(guess_collectives(program, load.rows, load.length, machine.slices))
     roofline = mfu = None
     if machine.chip:
-        roofline = estimate(program, machine.chip, flops, collectives, load.rows, load.length)
+        roofline = estimate(program, machine.chip, flops, collectives, load.rows, load.length, slices=machine.slices)
         mfu = flops.model / (roofline.step * len(machine.devices) * machine.chip.flops)
     return Plan(
         name=config.name,
@@ -72,6 +75,7 @@ def describe(program: Program, machine: Machine, load: Load, result: Compiled | 
         devices=len(machine.devices),
         hosts=machine.hosts,
         mesh=dict(program.mesh.shape),
+        kernel=program.kernel,
         remat=config.decoder.remat,
         accumulation=config.train.accumulation,
         load=load,

@@ -56,6 +56,7 @@ class Plan:
     """What a configuration costs on a machine; bytes are those of each device.
 
     Attributes:
+      kernel: of training attention.
       source: where the sum of the memory comes from, see SOURCES.
       memory: bytes by kind, see KINDS.
       host_memory: bytes of the host's memory that each device's activations are offloaded to.
@@ -69,6 +70,7 @@ class Plan:
     devices: int
     hosts: int
     mesh: dict[str, int]
+    kernel: str
     remat: str
     accumulation: int
     load: Load
@@ -135,7 +137,7 @@ def show(plan: Plan, console: Console) -> None:
     load = plan.load
     console.print(
         f"a step: {load.examples:g} examples in {load.rows} rows of {load.length} positions, {plan.accumulation} "
-        f"micro-batches, remat {plan.remat!r}" + (f" ({load.assumed})" if load.assumed else ""),
+        f"micro-batches, remat {plan.remat!r}, attention {plan.kernel!r}" + (f" ({load.assumed})" if load.assumed else ""),
         soft_wrap=True,
     )
     for table in (memory_table(plan), flops_table(plan), collectives_table(plan), largest_table(plan)):
@@ -184,7 +186,7 @@ def largest_table(plan: Plan) -> Table:
     table = Table("most traffic", "times", "MB of result", "GB into each device", "belongs to")
     for one in plan.collectives[:SHOWN]:
         source = one.source.split("/", 1)[-1][-70:]
-        table.add_row(one.kind, str(one.times), f"{one.size / 1e6:,.1f}", f"{one.total / 1e9:,.3f}", source)
+        table.add_row(one.name, str(one.times), f"{one.size / 1e6:,.1f}", f"{one.total / 1e9:,.3f}", source)
     return table
 
 
@@ -192,8 +194,8 @@ def by_kind(collectives: tuple[Collective, ...]) -> dict[str, tuple[int, float]]
     """{kind: (executions per step, bytes into each device)}."""
     sums: dict[str, tuple[int, float]] = defaultdict(lambda: (0, 0.0))
     for one in collectives:
-        count, size = sums[one.kind]
-        sums[one.kind] = (count + one.times, size + one.total)
+        count, size = sums[one.name]
+        sums[one.name] = (count + one.times, size + one.total)
     return dict(sums)
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from deepstack_jax.config import Config
+from deepstack_jax.parallel.mesh import AXES, across_slices
 from deepstack_jax.planning.collectives import Collective, ring
 from deepstack_jax.planning.memory import bytes_per_device
 from deepstack_jax.planning.topology import GPUS_PER_HOST
@@ -54,7 +55,16 @@ class Roofline:
         return max(("compute", "memory", "links"), key=lambda name: getattr(self, name))
 
 
-def estimate(program: Program, chip: Chip, flops: Flops, collectives: Iterable[Collective], rows: int, length: int) -> Roofline:
+def estimate(
+    program: Program,
+    chip: Chip,
+    flops: Flops,
+    collectives: Iterable[Collective],
+    rows: int,
+    length: int,
+    *,
+    slices: int = 1,
+) -> Roofline:
     """The roofline of a step.
 
     Args:
@@ -62,32 +72,36 @@ def estimate(program: Program, chip: Chip, flops: Flops, collectives: Iterable[C
       chip: of every device of the mesh.
       flops, collectives: of one step.
       rows, length: of the global batch.
+      slices: that the devices of the mesh are parts of.
     """
     devices = program.mesh.size
     return Roofline(
         compute=flops.executed / (devices * ATTAINED * chip.flops),
         memory=memory_traffic(program, rows, length) / chip.hbm_bandwidth,
-        links=sum(one.total / link_rate(chip, one, devices) for one in collectives),
+        links=sum(one.total / link_rate(chip, one, devices // slices) for one in collectives),
     )
 
 
 def link_rate(chip: Chip, one: Collective, devices: int) -> float:
     """Bytes per second that enter a device in a collective.
 
-    In a torus: over all links where all devices take part, else over those of one dimension. Behind a switch: at its rate
-    within a host, else through the adapters of the host's devices that take part.
+    In a torus: over all links where all devices of the slice take part, else over those of one dimension; between slices, over
+    the network. Behind a switch: at its rate within a host, else through the adapters of the host's devices that take part.
     """
+    if one.across:
+        return chip.network
     if chip.links > 1:
         return chip.link_bandwidth if one.group == devices else chip.link_bandwidth / chip.links
     neighbours = max(1, min(one.group, GPUS_PER_HOST // one.stride))
     return chip.link_bandwidth if neighbours == one.group else min(chip.link_bandwidth, chip.network * neighbours)
 
 
-def guess_collectives(program: Program, rows: int, length: int) -> list[Collective]:
+def guess_collectives(program: Program, rows: int, length: int, slices: int = 1) -> list[Collective]:
     """The collectives that a step cannot do without, where nothing is compiled.
 
     Kernels are gathered along fsdp for every pass of every micro-batch and their gradients scattered back, gradients added
-    up along data, and hidden states along tensor, twice a layer and pass.
+    up along data, and hidden states along tensor, twice a layer and pass. Along an axis that crosses slices each device first
+    exchanges its own share with its like in the others.
     """
     config, mesh, cfg = program.config, program.mesh.shape, program.config.decoder
     width, parts = np.dtype(program.model.dtype).itemsize, config.train.accumulation
@@ -104,11 +118,15 @@ def guess_collectives(program: Program, rows: int, length: int) -> list[Collecti
         ("all-reduce", "data", parts, trained / mesh["fsdp"], "gradients"),
         ("all-reduce", "tensor", 2 * cfg.layers * (2 + (cfg.remat in ("block", "offload"))) * parts, hidden, "hidden states"),
     ]
-    return [
-        Collective(kind, times, int(size), size * ring(kind, mesh[axis]), mesh[axis], strides[axis], f"{source}, estimated")
-        for kind, axis, times, size, source in found
-        if mesh[axis] > 1
-    ]
+    between: dict[str, int] = dict(zip(AXES, across_slices(tuple(mesh.values()), slices), strict=True))
+    collectives = []
+    for kind, axis, times, size, source in found:
+        far, near = between[axis], mesh[axis] // between[axis]
+        share = size if kind == "reduce-scatter" else size / near
+        for part, group, across in ((size, near, False), (share, far, True)):
+            moved, stride = part * ring(kind, group), 1 if across else strides[axis]
+            collectives.append(Collective(kind, times, int(part), moved, group, stride, f"{source}, estimated", across))
+    return [one for one in collectives if one.group > 1]
 
 
 def memory_traffic(program: Program, rows: int, length: int) -> float:

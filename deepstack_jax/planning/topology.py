@@ -51,6 +51,7 @@ class Machine:
         its buffers are not the target's).
       chip: None where nothing is published of it: a CPU.
       usable: bytes of memory that a program may use on each device; 0 = unknown.
+      slices: of which the devices are parts, joined by the data center's network.
     """
 
     name: str
@@ -59,21 +60,26 @@ class Machine:
     compiler: str
     chip: Chip | None
     usable: float
+    slices: int = 1
 
 
-def open_machine(name: str) -> Machine:
-    """The machine of a name: `v5p:4x4x4`, `gpu:8xH100` or `here`.
+def open_machine(name: str, slices: int = 1) -> Machine:
+    """The machine of a name: `v5p:4x4x4`, `gpu:8xH100` or `here`; of a TPU so many slices.
 
     Raises:
-      ConfigError: an unknown name, with those that are known; no libtpu; too few simulated devices.
+      ConfigError: an unknown name, with those that are known; no libtpu; too few simulated devices; slices of what has none.
     """
     family, _, shape = name.partition(":")
+    if slices > 1 and family not in _SLICES:
+        raise ConfigError(
+            f"--slices={slices} with --topology={name}: only TPUs come in slices, e.g. --topology={examples()[0]}"
+        )
     if name == "here":
         return _attached()
     if family == "gpu":
         return _gpus(name, shape)
     if family in _SLICES:
-        return _tpu_slice(name, family, shape)
+        return _tpu_slices(name, family, shape, slices)
     raise ConfigError(f"--topology={name} is unknown; e.g. {', '.join(examples())}")
 
 
@@ -87,7 +93,7 @@ def known_slices(family: str) -> list[str]:
     return [f"{family}:{shape}" for shape in _SLICES[family][2]]
 
 
-def _tpu_slice(name: str, family: str, shape: str) -> Machine:
+def _tpu_slices(name: str, family: str, shape: str, slices: int) -> Machine:
     kind, usable, shapes = _SLICES[family]
     dimensions = shapes[0].count("x") + 1
     if not re.fullmatch(r"\d+(x\d+)*", shape) or shape.count("x") + 1 != dimensions:
@@ -103,7 +109,7 @@ def _tpu_slice(name: str, family: str, shape: str) -> Machine:
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # two plans at once, or one beside a run
     try:
-        devices = topologies.get_topology_desc(name, "tpu").devices
+        devices = topologies.get_topology_desc(name, "tpu", num_slices=slices).devices
     except jax.errors.JaxRuntimeError as error:
         if "INVALID_ARGUMENT" not in str(error):
             raise
@@ -113,7 +119,8 @@ def _tpu_slice(name: str, family: str, shape: str) -> Machine:
             f"--topology={name} is not known to the compiler; nearest: {family}:{near}; all: {', '.join(shapes)}"
         ) from error
     hosts = len({device.process_index for device in devices})
-    return Machine(name, tuple(devices), hosts, "libtpu", CHIPS[kind], usable)
+    name = name if slices == 1 else f"{slices} slices of {name}"
+    return Machine(name, tuple(devices), hosts, "libtpu", CHIPS[kind], usable, slices)
 
 
 def _gpus(name: str, shape: str) -> Machine:

@@ -24,17 +24,17 @@ class Chip(NamedTuple):
     hbm_bandwidth: float  # bytes/s
     link_bandwidth: float  # bytes/s that enter a chip over all its links to its neighbours, one direction
     links: int  # dimensions of the torus that these links form; 1 = a switch within a host
-    network: float = 0.0  # bytes/s to devices of other hosts, where a switch ends: of the adapter that goes with one device
+    network: float = 0.0  # bytes/s to other hosts (GPUs) or slices (TPUs), of the adapters that fall to one device
 
 
 # Keyed by jax's `device_kind`. TPUs: cloud.google.com/tpu/docs, a page per version; they print the links' both directions
-# together ("bidirectional"), half of which stands here. GPUs: NVIDIA's data sheets, dense (half of what is printed "with
-# sparsity"), NVLink one direction.
+# together ("bidirectional"), half of which stands here, and the data center's network per chip or per pod. GPUs: NVIDIA's data
+# sheets, dense (half of what is printed "with sparsity"), NVLink one direction.
 CHIPS = {
     "TPU v4": Chip(275e12, 32 * GIB, 1228e9, 300e9, 3),
-    "TPU v5 lite": Chip(197e12, 16 * GIB, 819e9, 200e9, 2),  # v5e
-    "TPU v5": Chip(459e12, 95 * GIB, 2765e9, 600e9, 3),  # v5p
-    "TPU v6 lite": Chip(918e12, 32 * GIB, 1640e9, 400e9, 2),  # v6e
+    "TPU v5 lite": Chip(197e12, 16 * GIB, 819e9, 200e9, 2, 3.125e9),  # v5e
+    "TPU v5": Chip(459e12, 95 * GIB, 2765e9, 600e9, 3, 6.25e9),  # v5p
+    "TPU v6 lite": Chip(918e12, 32 * GIB, 1640e9, 400e9, 2, 12.5e9),  # v6e
     "TPU7x": Chip(1153.5e12, 96 * GIB, 3690e9, 600e9, 3),  # jax sees the two halves of a chip as two devices
     "NVIDIA A100-SXM4-40GB": Chip(312e12, 40 * GIB, 1555e9, 300e9, 1, 25e9),
     "NVIDIA A100-SXM4-80GB": Chip(312e12, 80 * GIB, 2039e9, 300e9, 1, 25e9),

@@ -16,10 +16,9 @@ from jax.sharding import Mesh
 
 from deepstack_jax.batch import Batch, empty_batch
 from deepstack_jax.config import Config
-from deepstack_jax.model.attention import dot_product
 from deepstack_jax.model.deepstack import DeepStack
 from deepstack_jax.model.variants import build_model
-from deepstack_jax.parallel.kernels import attention_for
+from deepstack_jax.parallel.kernels import Kernel, attention_for, kernel_for
 from deepstack_jax.parallel.mesh import check_model_fits
 from deepstack_jax.parallel.rules import batch_sharding, crop_shards, param_shardings, replicated
 from deepstack_jax.training.optimizer import assign_groups, flatten, make_optimizer, make_schedule
@@ -34,6 +33,7 @@ class Program:
     """A run's model, optimizer and step, and where every leaf of its state lies.
 
     Attributes:
+      kernel: of training attention.
       sample: a blank batch of one row, enough to trace the model.
       shapes: the abstract parameters.
       sizes: elements of every parameter, by path.
@@ -46,6 +46,7 @@ class Program:
 
     config: Config
     mesh: Mesh
+    kernel: Kernel
     model: DeepStack
     sample: Batch
     shapes: PyTree
@@ -61,7 +62,12 @@ class Program:
     @property
     def scores_exist(self) -> bool:
         """Whether attention makes its [T, S] scores, as XLA's does; flash kernels hold a block of them at a time."""
-        return self.model.attend is dot_product
+        return self.kernel == "xla"
+
+    @property
+    def masked_computed(self) -> bool:
+        """Whether scores that the mask hides are computed: XLA's, and cuDNN's under the mask of packed rows."""
+        return self.kernel == "xla" or (self.kernel == "cudnn" and self.config.data.packing.enabled)
 
     def abstract_state(self) -> TrainState:
         """Shapes, dtypes and shardings of the state: what a checkpoint is restored to and a step is compiled for."""
@@ -99,7 +105,8 @@ def build_program(config: Config, mesh: Mesh, steps: int) -> Program:
       ConfigError: parameters that no group covers, or sizes that do not divide over the mesh.
     """
     check_model_fits(config, mesh)
-    model = build_model(config, attention_for(mesh, config), crop_shards=crop_shards(mesh))
+    kernel = kernel_for(mesh.devices.flat[0].platform, config)
+    model = build_model(config, attention_for(kernel, mesh, config), crop_shards=crop_shards(mesh))
     sample = empty_batch(config.batch_shape(1, config.data.max_length))
     boxed = jax.eval_shape(model.init, jax.random.key(config.seed), sample)["params"]
     shapes = nn.unbox(boxed)
@@ -115,6 +122,7 @@ def build_program(config: Config, mesh: Mesh, steps: int) -> Program:
     return Program(
         config=config,
         mesh=mesh,
+        kernel=kernel,
         model=model,
         sample=sample,
         shapes=shapes,

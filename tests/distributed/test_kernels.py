@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 
 from deepstack_jax.config import MeshConfig
 from deepstack_jax.model.attention import Segments, causal_segment_mask, dot_product
-from deepstack_jax.parallel.kernels import CudnnAttention, SplashAttention, attention_for
+from deepstack_jax.parallel.kernels import CudnnAttention, SplashAttention, attention_for, kernel_for
 from deepstack_jax.parallel.mesh import AXES, make_mesh
 from tests.e2e.verb import REPOSITORY
 from tests.unit.tiny import tiny_config
@@ -33,7 +33,8 @@ class Chip:
 def test_the_kernel_follows_the_devices_of_the_mesh_not_those_of_this_machine():
     def chosen(platform, **changes):
         mesh = Mesh(np.array([Chip(platform)]).reshape(1, 1, 1), AXES)
-        return attention_for(mesh, tiny_config({key.replace("__", "."): value for key, value in changes.items()}))
+        config = tiny_config({key.replace("__", "."): value for key, value in changes.items()})
+        return attention_for(kernel_for(mesh.devices.flat[0].platform, config), mesh, config)
 
     assert chosen("cpu") is dot_product
     assert isinstance(chosen("tpu"), SplashAttention)

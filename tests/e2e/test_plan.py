@@ -70,6 +70,7 @@ def test_a_model_that_does_not_fit_names_the_nearest_mesh_that_does():
         ((), {}, "--topology is missing"),
         (("--topology=v7:2x2",), {}, "v5p:4x4x4"),
         (("--topology=gpu:8xH1000",), {}, "'H100'"),
+        (("--topology=gpu:4xH100", "--slices=2"), {}, "only TPUs come in slices"),
         (("--topology=gpu:4xH100",), {"mesh.data": 3}, "does not cover 4 devices"),
         (("--topology=gpu:4xH100",), {"train.batch_size": 6}, "nearest valid"),
         (("--topology=here", "--estimate_only", "--config.decoder.remat=all"), {}, "remat"),
@@ -100,6 +101,12 @@ def test_a_step_is_compiled_for_a_tpu_slice():
     assert numbers["usable"] == 15.75 * 2**30
     assert {one["kind"] for one in numbers["collectives"]} >= {"all-gather", "all-reduce"}
     assert numbers["roofline"]["step"] > 0
+    several = plan("--topology=v5e:2x2", "--slices=2", "--json", changes={"mesh.data": 2, "mesh.fsdp": -1})
+    assert several.returncode == 0, several.stderr
+    numbers = json.loads(several.stdout)
+    assert (numbers["topology"], numbers["devices"], numbers["hosts"]) == ("2 slices of v5e:2x2", 8, 2)
+    crossing = [one for one in numbers["collectives"] if one["across"]]
+    assert {(one["kind"], one["group"]) for one in crossing} == {("all-reduce", 2)}, "gradients along data, no parameters"
     unknown = plan("--topology=v5e:3x3")
     assert unknown.returncode == 1
     assert "nearest: v5e:2x4" in unknown.stderr

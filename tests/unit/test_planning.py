@@ -15,7 +15,7 @@ from deepstack_jax.planning.compile import Compiled, Overflow, _wanted
 from deepstack_jax.planning.memory import held, needed
 from deepstack_jax.planning.planner import Wanted, make_plan, memory_by_kind, plan_load
 from deepstack_jax.planning.report import Plan, by_kind, verdict
-from deepstack_jax.planning.roofline import estimate, link_rate
+from deepstack_jax.planning.roofline import estimate, guess_collectives, link_rate
 from deepstack_jax.planning.search import candidates, find_best
 from deepstack_jax.planning.topology import Machine, known_slices, open_machine
 from deepstack_jax.training.flops import CHIPS, step_flops
@@ -161,6 +161,64 @@ ENTRY %main (p0: f32[16,4]) -> f32[16,4] {
 """.replace("<groups>", "replica_groups=mesh['a'=2,'b'=4] {'b'}, dimensions={1}")
 
 
+SLICED = """HloModule jit_step, is_scheduled=true, num_partitions=4
+
+%body (p: (s32[], bf16[8,128])) -> (s32[], bf16[8,128]) {
+  %send.1 = (bf16[8,128]{1,0:T(8,128)(2,1)}, u32[], token[]) send(%g, %after), channel_id=8, <host>"all-reduce.3_0",<all>,<sum>}
+  %recv.1 = (bf16[8,128]{1,0:T(8,128)(2,1)}, u32[], token[]) recv(%after), channel_id=7, <host>"all-reduce.3_0",<all>,<sum>}
+  %recv-done.1 = (bf16[8,128]{1,0}, token[]) recv-done(%recv.1), channel_id=7
+}
+
+%condition (p: (s32[], bf16[8,128])) -> pred[] {
+  %limit = s32[] constant(5)
+}
+
+ENTRY %main (p0: f32[16,4]) -> f32[16,4] {
+  %loop = (s32[], bf16[8,128]) while(%init), condition=%condition, body=%body
+  %recv.2 = (f32[2,16,4]{2,1,0}, u32[], token[]) recv(%after), channel_id=9, <host>"all-gather.4_0",<two>,<gather>}
+}
+"""
+for short, long in {
+    "<host>": "is_host_transfer=true, frontend_attributes={_xla_host_transfer_rendezvous=",
+    "<all>": '_xla_megascale_target="{1,2,3,4}x{0:3}"',
+    "<two>": "_xla_megascale_target={{100000,200000},{100001,200001}}",
+    "<sum>": '_xla_megascale_transfer_type="ALL_REDUCE"',
+    "<gather>": '_xla_megascale_transfer_type="ALL_GATHER"',
+}.items():
+    SLICED = SLICED.replace(short, long)
+
+
+def test_what_slices_exchange_goes_over_the_network():
+    """A TPU hands it to its host, which XLA writes as a send and a receive; the form is that of libtpu 0.0.42."""
+    reduced, gathered = find_collectives(SLICED)
+    assert (reduced.kind, reduced.times, reduced.size, reduced.group, reduced.across) == ("all-reduce", 5, 2048, 4, True)
+    assert reduced.moved == 2048 * 2 * 3 / 4
+    assert (gathered.kind, gathered.times, gathered.moved, gathered.group) == ("all-gather", 1, 2 * 16 * 4 * 4 / 2, 2)
+    assert by_kind((reduced, gathered)).keys() == {"all-reduce between slices", "all-gather between slices"}
+    assert link_rate(CHIP, reduced, 4) == CHIP.network == 6.25e9  # 50 Gbps per v5p chip
+
+
+def test_slices_are_estimated_along_data_then_fsdp():
+    """Along data only gradients cross the network; along fsdp every gathered kernel does."""
+
+    def crossing(mesh: tuple[int, int, int], slices: int) -> dict[str, float]:
+        config = config_on(mesh)
+        program = build_program(config, make_mesh(config.mesh), 1)
+        found = guess_collectives(program, 8, 16, slices)
+        return {one.kind: one.total for one in found if one.across}
+
+    assert crossing((2, 4, 1), 1) == {}
+    assert crossing((2, 4, 1), 2).keys() == {"all-reduce"}
+    assert crossing((1, 8, 1), 2).keys() == {"all-gather", "reduce-scatter"}
+    assert sum(crossing((1, 8, 1), 2).values()) > 2 * crossing((2, 4, 1), 2)["all-reduce"]
+    # Twice as many devices of each slice share a gradient's way to the other slices.
+    assert crossing((8, 1, 1), 2)["all-reduce"] == pytest.approx(crossing((8, 1, 1), 4)["all-reduce"] / 3, rel=1e-6)
+    config = config_on((2, 4, 1))
+    apart = dataclasses.replace(machine(), slices=2)
+    near, far = (make_plan(config, one, Wanted(), compiled=False).roofline.links for one in (machine(), apart))
+    assert far > near
+
+
 def test_collectives_of_a_program_with_loops():
     found = {one.kind: one for one in find_collectives(LOOPED)}
     by_channel = {(one.kind, one.group): one for one in find_collectives(LOOPED)}
@@ -258,10 +316,18 @@ def test_gpu_nodes_are_described_by_simulated_devices():
     assert (len(node.devices), node.hosts, node.compiler) == (8, 1, "cpu")
     plan = make_plan(config_on((1, 8, 1)), node, Wanted(), compiled=False)
     assert plan.source == "estimate"
+    assert plan.kernel == "xla"  # the tiny model computes in float32
+    half = config_on((1, 8, 1), {"train.compute_dtype": "bfloat16"})
+    flash, plain = (make_plan(half, one, Wanted(), compiled=False) for one in (node, machine()))
+    assert (flash.kernel, plain.kernel) == ("cudnn", "xla")
+    assert flash.memory["temporaries"] < plain.memory["temporaries"], "a flash kernel keeps no scores"
+    assert flash.executed_flops < plain.executed_flops, "nor computes those that are masked"
     assert {one.kind for one in plan.collectives} == {"all-gather", "reduce-scatter"}
     assert plan.compile_seconds == 0
     with pytest.raises(ConfigError, match="xla_force_host_platform_device_count=16"):
         open_machine("gpu:16xH100")
+    with pytest.raises(ConfigError, match=r"--slices=2 with --topology=gpu:8xH100: only TPUs come in slices"):
+        open_machine("gpu:8xH100", slices=2)
 
 
 def test_a_packed_step_has_rows_for_its_examples():
