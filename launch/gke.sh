@@ -31,30 +31,8 @@ MOUNT=/gcs
 NAME="" SHAPE="" IMAGE="" BUCKET="" QUEUE="" SERVICE_ACCOUNT=default NAMESPACE=default SLICES=1 MAX_RESTARTS=10 GRACE_SECONDS=120
 TRAIN=()
 
-parse_arguments() {
-  while (($#)); do
-    case $1 in
-      --name=*) NAME=${1#*=} ;;
-      --topology=*) SHAPE=${1#*=} ;;
-      --slices=*) SLICES=${1#*=} ;;
-      --image=*) IMAGE=${1#*=} ;;
-      --bucket=*) BUCKET=${1#*=} ;;
-      --service-account=*) SERVICE_ACCOUNT=${1#*=} ;;
-      --queue=*) QUEUE=${1#*=} ;;
-      --max-restarts=*) MAX_RESTARTS=${1#*=} ;;
-      --grace-seconds=*) GRACE_SECONDS=${1#*=} ;;
-      --namespace=*) NAMESPACE=${1#*=} ;;
-      --dry-run) DRY_RUN=true ;;
-      --)
-        shift
-        TRAIN=("$@")
-        return
-        ;;
-      *) die "unknown argument $1; launch/gke.sh --help lists them" ;;
-    esac
-    shift
-  done
-}
+readonly FLAGS="name=NAME topology=SHAPE slices=SLICES image=IMAGE bucket=BUCKET service-account=SERVICE_ACCOUNT \
+  queue=QUEUE max-restarts=MAX_RESTARTS grace-seconds=GRACE_SECONDS namespace=NAMESPACE"
 
 check_run() {
   need_flag topology "$SHAPE" v5p:4x4x4
@@ -116,7 +94,7 @@ main() {
   fi
   [[ " $VERBS " == *" $verb "* ]] || die "unknown verb '$verb'; valid: $VERBS"
   shift
-  parse_arguments "$@"
+  parse_flags "$FLAGS" "" "$@"
   need_flag name "$NAME" stage2-7b
   check_name "$NAME"
   if [[ $verb == render || $verb == create ]]; then

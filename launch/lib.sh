@@ -41,6 +41,29 @@ need_tool() {
   $DRY_RUN || command -v "$1" >/dev/null || die "$1 is not on PATH; $2"
 }
 
+# parse_flags "flag=VARIABLE ..." "switch=VARIABLE=VALUE ..." ARGUMENTS...: sets the variables; what stands behind -- becomes TRAIN.
+parse_flags() {
+  local flags=" $1 " switches=" dry-run=DRY_RUN=true $2 " name found
+  shift 2
+  while (($#)); do
+    name=${1%%=*} name=${name#--}
+    if [[ $1 == -- ]]; then
+      # shellcheck disable=SC2034  # read by the scripts that source this file
+      TRAIN=("${@:2}")
+      return
+    elif [[ $1 == --?*=* && $flags == *" $name="* ]]; then
+      found=${flags#*" $name="}
+      printf -v "${found%% *}" %s "${1#*=}"
+    elif [[ $1 == --"$name" && $switches == *" $name="* ]]; then
+      found=${switches#*" $name="} found=${found%% *}
+      printf -v "${found%%=*}" %s "${found#*=}"
+    else
+      die "unknown argument $1; launch/$(basename "$0") --help lists them"
+    fi
+    shift
+  done
+}
+
 # need_flag NAME VALUE EXAMPLE
 need_flag() {
   [[ -n $2 ]] || die "--$1 is missing; e.g. --$1=$3"

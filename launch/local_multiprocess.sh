@@ -16,7 +16,8 @@ set -euo pipefail
 # shellcheck source=launch/lib.sh
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 
-PROCESSES=2 PORT="" GRACE=60 PROGRAM=(python -m deepstack_jax.train)
+PROCESSES=2 PORT="" GRACE=60 PROGRAM_LINE="python -m deepstack_jax.train"
+PROGRAM=() # its words
 TRAIN=()
 PIDS=()      # of the processes, by number; emptied one by one
 LABELLERS=() # of the `sed`s that mark the output
@@ -24,24 +25,7 @@ KILLER=""    # the process that ends those who do not end by themselves
 WORST=0
 FAILED=false
 
-parse_arguments() {
-  while (($#)); do
-    case $1 in
-      --processes=*) PROCESSES=${1#*=} ;;
-      --port=*) PORT=${1#*=} ;;
-      --grace-seconds=*) GRACE=${1#*=} ;;
-      --program=*) read -r -a PROGRAM <<<"${1#*=}" ;;
-      --dry-run) DRY_RUN=true ;;
-      --)
-        shift
-        TRAIN=("$@")
-        return
-        ;;
-      *) die "unknown argument $1; launch/local_multiprocess.sh --help lists them" ;;
-    esac
-    shift
-  done
-}
+readonly FLAGS="processes=PROCESSES port=PORT grace-seconds=GRACE program=PROGRAM_LINE"
 
 free_port() {
   python3 -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])'
@@ -128,7 +112,8 @@ main() {
     exit 0
   fi
   ((BASH_VERSINFO[0] * 100 + BASH_VERSINFO[1] >= 501)) || die "bash $BASH_VERSION is too old; expected 5.1 or newer"
-  parse_arguments "$@"
+  parse_flags "$FLAGS" "" "$@"
+  read -r -a PROGRAM <<<"$PROGRAM_LINE"
   check_count processes "$PROCESSES"
   check_count grace-seconds "$GRACE"
   [[ -z $PORT || ($PORT =~ ^[1-9][0-9]{0,4}$ && $PORT -lt 65536) ]] || die "--port=$PORT: expected 1 to 65535"

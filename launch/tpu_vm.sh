@@ -35,31 +35,9 @@ readonly MAX_FAILED_CALLS=5 # of gcloud in a row before `watch` gives up
 NAME="" ZONE="" PROJECT="" SHAPE="" BUCKET="" RUNTIME_VERSION="" QUEUED=true SPOT=false WORKER=0 MAX_RESTARTS=20 POLL=30
 TRAIN=()
 
-parse_arguments() {
-  while (($#)); do
-    case $1 in
-      --name=*) NAME=${1#*=} ;;
-      --zone=*) ZONE=${1#*=} ;;
-      --project=*) PROJECT=${1#*=} ;;
-      --topology=*) SHAPE=${1#*=} ;;
-      --bucket=*) BUCKET=${1#*=} ;;
-      --runtime-version=*) RUNTIME_VERSION=${1#*=} ;;
-      --on-demand) QUEUED=false ;;
-      --spot) SPOT=true ;;
-      --worker=*) WORKER=${1#*=} ;;
-      --max-restarts=*) MAX_RESTARTS=${1#*=} ;;
-      --poll=*) POLL=${1#*=} ;;
-      --dry-run) DRY_RUN=true ;;
-      --)
-        shift
-        TRAIN=("$@")
-        return
-        ;;
-      *) die "unknown argument $1; launch/tpu_vm.sh --help lists them" ;;
-    esac
-    shift
-  done
-}
+readonly FLAGS="name=NAME zone=ZONE project=PROJECT topology=SHAPE bucket=BUCKET runtime-version=RUNTIME_VERSION \
+  worker=WORKER max-restarts=MAX_RESTARTS poll=POLL"
+readonly SWITCHES="on-demand=QUEUED=false spot=SPOT=true"
 
 check_arguments() {
   need_flag name "$NAME" stage2-7b
@@ -244,7 +222,7 @@ main() {
   fi
   [[ " $VERBS " == *" $verb "* ]] || die "unknown verb '$verb'; valid: $VERBS"
   shift
-  parse_arguments "$@"
+  parse_flags "$FLAGS" "$SWITCHES" "$@"
   check_arguments "$verb"
   case $verb in
     up)

@@ -24,31 +24,8 @@ readonly VERBS="create list logs delete" PRIORITIES="very-low low medium high ve
 NAME="" CLUSTER="" ZONE="" PROJECT="" SHAPE="" IMAGE="" STORAGE="" SLICES=1 PRIORITY=medium MAX_RESTARTS=50 GRACE_SECONDS=120
 TRAIN=()
 
-parse_arguments() {
-  while (($#)); do
-    case $1 in
-      --name=*) NAME=${1#*=} ;;
-      --cluster=*) CLUSTER=${1#*=} ;;
-      --zone=*) ZONE=${1#*=} ;;
-      --project=*) PROJECT=${1#*=} ;;
-      --topology=*) SHAPE=${1#*=} ;;
-      --slices=*) SLICES=${1#*=} ;;
-      --image=*) IMAGE=${1#*=} ;;
-      --storage=*) STORAGE=${1#*=} ;;
-      --priority=*) PRIORITY=${1#*=} ;;
-      --max-restarts=*) MAX_RESTARTS=${1#*=} ;;
-      --grace-seconds=*) GRACE_SECONDS=${1#*=} ;;
-      --dry-run) DRY_RUN=true ;;
-      --)
-        shift
-        TRAIN=("$@")
-        return
-        ;;
-      *) die "unknown argument $1; launch/xpk.sh --help lists them" ;;
-    esac
-    shift
-  done
-}
+readonly FLAGS="name=NAME cluster=CLUSTER zone=ZONE project=PROJECT topology=SHAPE slices=SLICES image=IMAGE \
+  storage=STORAGE priority=PRIORITY max-restarts=MAX_RESTARTS grace-seconds=GRACE_SECONDS"
 
 check_run() {
   need_flag topology "$SHAPE" v5p:4x4x4
@@ -94,7 +71,7 @@ main() {
   fi
   [[ " $VERBS " == *" $verb "* ]] || die "unknown verb '$verb'; valid: $VERBS"
   shift
-  parse_arguments "$@"
+  parse_flags "$FLAGS" "" "$@"
   if [[ $verb != list ]]; then
     need_flag name "$NAME" stage2-7b
     check_name "$NAME"

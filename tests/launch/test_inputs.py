@@ -40,8 +40,13 @@ def test_help_tells_every_flag_and_an_example(script, arguments):
     assert done.returncode == 0
     assert f"launch/{script} " in done.stdout
     assert "set -euo" not in done.stdout
-    taken = re.findall(r"^ +(--[a-z-]+)(?:=\*)?\)", (LAUNCH / script).read_text(), re.MULTILINE)
-    assert "--dry-run" in taken
+    text = (LAUNCH / script).read_text()
+    taken = re.findall(r"^ +(--[a-z-]+)(?:=\*)?\)", text, re.MULTILINE)
+    listed = re.findall(r'^readonly (?:FLAGS|SWITCHES)="([^"]*)"', text, re.MULTILINE)  # for parse_flags of lib.sh
+    taken += [f"--{name}" for words in listed for name in re.findall(r"([a-z-]+)=", words)]
+    if listed:
+        taken.append("--dry-run")
+    assert len(taken) > 1
     assert not [flag for flag in taken if flag not in done.stdout]
 
 
@@ -81,6 +86,8 @@ FLAT = "valid: 2x2, 2x4, 4x4, 4x8, 8x8, 8x16, 16x16"
 MISTAKES = [
     ("gke.sh", ("fly",), "unknown verb 'fly'; valid: render create"),
     ("gke.sh", ("create", "--speed=9"), "unknown argument --speed=9"),
+    ("gke.sh", ("create", "--slices"), "unknown argument --slices"),
+    ("tpu_vm.sh", ("create", "--spot=yes"), "unknown argument --spot=yes"),
     ("gke.sh", without(GKE, "name"), "--name is missing; e.g. --name=stage2-7b"),
     ("gke.sh", (*GKE, "--name=Seven_B"), "--name=Seven_B: expected at most 40 lower-case letters"),
     ("gke.sh", (*GKE, f"--name={'a' * 41}"), "expected at most 40"),
