@@ -7,6 +7,7 @@ import os
 import re
 import signal
 import sys
+import threading
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -85,6 +86,26 @@ class StopSignals:
         """Signals mean again what they meant before: there is nothing left to save."""
         for number, handler in self._before.items():
             signal.signal(number, handler)
+
+    def end_on_sigterm(self) -> None:
+        """The state is saved: Ctrl-C means again what it meant before, and SIGTERM ends the process with EXIT_PREEMPTED.
+
+        A thread does it, which hears of the signal even while the main thread waits within jax for another process, one that
+        may have ended already.
+        """
+        self.release()
+        told, tell = os.pipe()
+        os.set_blocking(tell, False)
+        signal.signal(signal.SIGTERM, lambda *_: None)  # so that Python hears of it at all
+        signal.set_wakeup_fd(tell, warn_on_full_buffer=False)
+
+        def wait() -> None:
+            while os.read(told, 1) != bytes([signal.SIGTERM]):
+                pass
+            print("stopped with the state saved; the same command goes on from here", file=sys.stderr, flush=True)
+            os._exit(EXIT_PREEMPTED)
+
+        threading.Thread(target=wait, daemon=True).start()
 
     def _handle(self, number: int, _: Any) -> None:
         self.exit_code = EXIT_INTERRUPTED if number == signal.SIGINT else EXIT_PREEMPTED

@@ -201,8 +201,8 @@ def open_log(config: Config, workdir: Path, step: int) -> MetricsLog:
 
 
 def end(run: Run, state: TrainState, stop: cli.StopSignals) -> int:
-    """The exit code of a loop that has saved its state; from here on signals mean again what they meant before."""
-    stop.release()
+    """The exit code of a loop that has saved its state; what follows is computed again by the same command."""
+    stop.end_on_sigterm()
     step = int(state.step)
     if step == run.steps:
         return cli.EXIT_DONE

@@ -1,6 +1,7 @@
 """Several real processes: the same run as one, and what becomes of it when one of them dies or is told to stop."""
 
 import signal
+import time
 
 import numpy as np
 import pytest
@@ -146,6 +147,23 @@ def test_told_one_all_save_at_one_step(number, code, two, tmp_path):
     saved = int(saved_state(workdir)["['step']"])
     again = train_in(2, workdir, DEMO)
     assert f"resumed from step {saved} " in again.printed(0)
+    assert_same_files(workdir, two)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("told", [(0, 1), (1,)])
+def test_told_in_the_last_evaluation_they_end_and_evaluate_again(told, two, tmp_path):
+    """All of them, as a scheduler does it, or one, for which the other then waits in vain."""
+    workdir = tmp_path / "told"
+    with trainers(2, workdir, DEMO | {"evaluation.examples": 2000}) as run:
+        run.wait_for(f"step {STEPS}/{STEPS} ")
+        time.sleep(1)
+        for number in told:
+            run.send(number, signal.SIGTERM)
+        assert run.codes(MINUTE) == [75 if number in told else 1 for number in (0, 1)], run.printed(0)
+        assert "stopped with the state saved; the same command goes on from here" in run.printed(1)
+    assert not (workdir / "results.json").exists()
+    train_in(2, workdir, DEMO)
     assert_same_files(workdir, two)
 
 
