@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 
 import jax
 from absl import flags
@@ -14,7 +15,7 @@ from deepstack_jax import cli
 from deepstack_jax.config_checks import ConfigError
 from deepstack_jax.planning.planner import Wanted, make_plan
 from deepstack_jax.planning.report import Plan, gib, show
-from deepstack_jax.planning.search import find_best
+from deepstack_jax.planning.search import Search, find_best
 from deepstack_jax.planning.topology import examples, open_machine
 
 USAGE = """
@@ -30,6 +31,7 @@ compiled for the machine; no data and no weights are opened.
                              only), here (the devices of this machine)
   --slices=2                 so many of the TPU slice, joined by the data center's network
   --search                   try meshes, remat policies and micro-batches, and recommend one
+  --batch_sizes=128,256      global batches for a search to try as well; else the configuration's own
   --tries=4                  most compilations of a search, or after a step that does not fit; a minute or two each at 7B
   --margin=0.1               share of the memory that a recommendation leaves free
   --estimate_only            compile nothing: seconds instead of minutes, and no compiler is needed
@@ -37,13 +39,14 @@ compiled for the machine; no data and no weights are opened.
   --examples_per_row=X       with packing, which is planned without its data
   --json                     the plan as JSON on stdout
 
-Exit codes: 0 it fits; 1 a mistake in the input, said in one line; 2 it does not fit.
+Exit codes: 0 it fits; 1 a mistake in the input, said in one line; 2 it does not fit, or nothing that a search tried does.
 """
 EXIT_DOES_NOT_FIT = 2
 
 TOPOLOGY = flags.DEFINE_string("topology", None, "Machine to plan for.")
 SLICES = flags.DEFINE_integer("slices", 1, "TPU slices.", lower_bound=1)
 SEARCH = flags.DEFINE_bool("search", False, "Recommend mesh, remat policy and micro-batches.")
+BATCH_SIZES = flags.DEFINE_list("batch_sizes", [], "Global batches to try.")
 TRIES = flags.DEFINE_integer("tries", 4, "Most compilations of a search.", lower_bound=1)
 MARGIN = flags.DEFINE_float("margin", 0.1, "Share of the memory that stays free.", lower_bound=0.0, upper_bound=0.9)
 ESTIMATE_ONLY = flags.DEFINE_bool("estimate_only", False, "Estimate without compiling.")
@@ -57,6 +60,8 @@ def main() -> int:
     config = cli.parse_config()
     if not TOPOLOGY.value:
         raise ConfigError(f"--topology is missing; e.g. {', '.join(f'--topology={name}' for name in examples())}")
+    if wrong := [size for size in BATCH_SIZES.value if not size.isdigit() or int(size) < 1]:
+        raise ConfigError(f"--batch_sizes={','.join(BATCH_SIZES.value)}: {wrong[0]!r} is no positive number; e.g. 128,256")
     jax.config.update("jax_enable_compilation_cache", False)  # the time to compile is part of the plan
     machine = open_machine(TOPOLOGY.value, SLICES.value)
     wanted = Wanted(EXAMPLES.value, PER_ROW.value)
@@ -65,60 +70,70 @@ def main() -> int:
     def compiling(plan: Plan) -> None:
         told.print(f"compiling {choice(plan)}, estimated {gib(plan.used)} per device", soft_wrap=True)
 
-    def search(like: Plan | None = None) -> tuple[Plan | None, list[Plan]]:
+    def search(like: Plan | None = None) -> Search:
         tries = 0 if ESTIMATE_ONLY.value else TRIES.value
-        return find_best(config, machine, wanted, margin=MARGIN.value, tries=tries, compiling=compiling, like=like)
+        sizes = [int(size) for size in BATCH_SIZES.value] if not like else ()
+        return find_best(
+            config, machine, wanted, margin=MARGIN.value, tries=tries, compiling=compiling, like=like, batch_sizes=sizes
+        )
 
-    other, tried = None, []
+    searched = None
     if SEARCH.value:
-        plan, tried = search()
-        plan = plan or tried[0]
+        searched = search()
+        plan = searched.found or searched.least
     else:
         plan = make_plan(config, machine, wanted, compiled=False)  # also says what is wrong, before minutes pass
-        if not ESTIMATE_ONLY.value:
+        if machine.compiler and not ESTIMATE_ONLY.value:
             compiling(plan)
             plan = make_plan(config, machine, wanted)
         if not plan.fits():
-            other, tried = search(plan)
-    report(plan, other, tried, said)
-    return cli.EXIT_DONE if plan.fits() else EXIT_DOES_NOT_FIT
+            try:
+                searched = search(plan)
+            except ConfigError as error:  # there is nothing else to try, but the plan stands
+                told.print(f"warning: {error}", soft_wrap=True)
+    report(plan, searched, said)
+    return cli.EXIT_DONE if plan.fits(MARGIN.value if SEARCH.value else 0.0) else EXIT_DOES_NOT_FIT
 
 
-def report(plan: Plan, other: Plan | None, tried: list[Plan], console: Console) -> None:
+def report(plan: Plan, searched: Search | None, console: Console) -> None:
     """The plan, and what else there is: the recommendation of a search, or the nearest that fits."""
+    found = searched.found if searched else None
     if JSON.value:
-        numbers = plan.as_dict() | {"tried": [summary(one) for one in tried], "nearest": other.as_dict() if other else None}
-        console.file.write(json.dumps(numbers) + os.linesep)
+        tried = [summary(one) for one in searched.estimates] if searched else []
+        nearest = found.as_dict() if found and not SEARCH.value else None
+        console.file.write(json.dumps(plan.as_dict() | {"tried": tried, "nearest": nearest}) + os.linesep)
         return
-    if tried:
-        console.print(tried_table(tried))
+    if searched:
+        console.print(tried_table(searched.estimates))
     show(plan, console)
-    if SEARCH.value:
-        ending = f"recommended: {as_flags(plan)}" if plan.fits(MARGIN.value) else no_mesh(plan, tried)
-        console.print(ending, soft_wrap=True)
-    elif not plan.fits() and tried:
-        how = ", as estimated" if ESTIMATE_ONLY.value else ""
-        near = f"nearest that fits{how}: {as_flags(other)}, {gib(other.used)} per device" if other else no_mesh(plan, tried)
-        console.print(near, soft_wrap=True)
+    if searched and not found:
+        console.print(no_mesh(searched), soft_wrap=True)
+    elif found:
+        how = "recommended" if SEARCH.value else "nearest that fits"
+        how += ", as estimated" if found.source == "estimate" else ""
+        console.print(f"{how}: {as_flags(found)}, {gib(found.used)} per device", soft_wrap=True)
 
 
-def no_mesh(plan: Plan, tried: list[Plan]) -> str:
-    least = min(tried, key=lambda one: one.used)
+def no_mesh(searched: Search) -> str:
+    least, known = searched.least, "estimated" if not searched.compiled else "compiled"
     return (
-        f"no mesh of {plan.topology} was found that fits with {MARGIN.value:.0%} to spare; the least memory, as estimated: "
-        f"{as_flags(least)}, {gib(least.used)} per device of {gib(plan.usable)}; take more or larger chips"
+        f"no mesh of {least.topology} was found that fits with {MARGIN.value:.0%} to spare; the least memory, as {known}: "
+        f"{as_flags(least)}, {gib(least.used)} per device of {gib(least.usable)}; take more or larger chips"
+        + (", or more --tries" if searched.compiled else "")
     )
 
 
 def as_flags(plan: Plan) -> str:
     """What to add to the command line of `train`."""
     mesh = " ".join(f"--config.mesh.{name}={size}" for name, size in plan.mesh.items())
-    return f"{mesh} --config.decoder.remat={plan.remat} --config.train.accumulation={plan.accumulation}"
+    batch = f" --config.train.batch_size={plan.load.examples:g}" if BATCH_SIZES.value else ""
+    return f"{mesh} --config.decoder.remat={plan.remat} --config.train.accumulation={plan.accumulation}{batch}"
 
 
 def choice(plan: Plan) -> str:
     mesh = " x ".join(f"{name} {size}" for name, size in plan.mesh.items())
-    return f"{mesh}, remat {plan.remat!r}, {plan.accumulation} micro-batches"
+    batch = f", batch {plan.load.examples:g}" if BATCH_SIZES.value else ""
+    return f"{mesh}, remat {plan.remat!r}, {plan.accumulation} micro-batches{batch}"
 
 
 def summary(plan: Plan) -> dict[str, object]:
@@ -127,7 +142,7 @@ def summary(plan: Plan) -> dict[str, object]:
     return {"mesh": plan.mesh, "remat": plan.remat, "accumulation": plan.accumulation, "used": plan.used, "step": step}
 
 
-def tried_table(tried: list[Plan]) -> Table:
+def tried_table(tried: Sequence[Plan]) -> Table:
     """The best estimates of a search."""
     table = Table("mesh, remat, micro-batches", "GiB per device", "step, s", "MFU", title=f"{len(tried)} estimated; the best")
     for plan in tried[:8]:

@@ -86,11 +86,21 @@ class PaddedSchedule:
         return {"batch_size": self.rows}
 
 
+def packed_rows(wanted: Fraction, divisor: int) -> tuple[int, Fraction]:
+    """(rows of a step, how many of them are filled on average) for a recipe that makes `wanted` packs a step.
+
+    The nearest multiple of `divisor` where it is near enough to the recipe, else the next larger one, some rows blank.
+    """
+    nearest = max(1, round(wanted / divisor)) * divisor
+    if abs(nearest - wanted) <= TOLERANCE * wanted:
+        return nearest, Fraction(nearest)
+    return math.ceil(wanted / divisor) * divisor, wanted
+
+
 class PackedSchedule:
     """Several examples per row, as many rows per step as make the recipe's number of examples.
 
-    Batch n holds the packs from floor(n * filled) on, of all epochs' packs counted through. `filled` is `rows` itself where a
-    multiple of `divisor` is near enough to the recipe; elsewhere the next larger multiple is taken and some rows stay blank.
+    Batch n holds the packs from floor(n * filled) on, of all epochs' packs counted through; see `packed_rows`.
 
     Args:
       order: of the examples.
@@ -116,10 +126,7 @@ class PackedSchedule:
                 f"config.train.batch_size {batch_size} is less than the {float(batch_size / wanted):.1f} examples of a packed "
                 f"row; raise it to {math.ceil(batch_size / wanted)} or more, or set config.data.packing.enabled=False"
             )
-        nearest = max(1, round(wanted / divisor)) * divisor
-        fits = abs(nearest - wanted) <= TOLERANCE * wanted
-        self.rows = nearest if fits else math.ceil(wanted / divisor) * divisor
-        self.filled = Fraction(nearest) if fits else wanted
+        self.rows, self.filled = packed_rows(wanted, divisor)
 
     def epoch(self, number: int) -> Packs:
         """The packs of an epoch in the order of training; kept for the newest epochs."""

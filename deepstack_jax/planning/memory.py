@@ -72,7 +72,7 @@ def needed(program: Program, rows: int, length: int) -> Needed:
     return Needed(
         gradients=gradients,
         activations=width * (_decoder_saved(program, local, length) + _tower_saved(program, local)),
-        stacks=2.0 * width * _stack(config, local),  # and its gradient
+        stacks=2.0 * width * _stack(config, local) / shape["tensor"],  # and its gradient
         working=_working(program, local, length),
     )
 
@@ -102,11 +102,11 @@ def _tower_saved(program: Program, local: float) -> float:
     each = cfg.width
     if config.decoder.remat == "none":
         each = 10 * cfg.width + 2 * cfg.mlp + 2 * cfg.heads * tokens
-    return local * config.crop_slots * tokens * cfg.layers_run * each
+    return local * config.crop_slots / program.mesh.shape["tensor"] * tokens * cfg.layers_run * each
 
 
 def _stack(config: Config, local: float) -> float:
-    """Elements of the groups that are injected: in decoder width, or inside the tower in its own."""
+    """Elements of the groups that are injected, over all devices along tensor: in decoder width, or in the tower's own."""
     shape = config.batch_shape(1, config.data.max_length)
     width = config.vision.width if config.deepstack.into == "vision" else config.decoder.width
     return local * shape.groups * shape.visual * width
@@ -125,5 +125,5 @@ def _working(program: Program, local: float, length: int) -> float:
     chunk = min(config.train.loss_chunk, length)
     logits = 3 * 4 * rows * chunk * cfg.vocab_size / tensor + 2 * width * cfg.width * cfg.vocab_size / tensor
     patches = config.patch_side**2
-    features = width * rows * config.crop_slots * patches * config.vision.width
+    features = width * rows * config.crop_slots * patches * config.vision.width / tensor
     return max(scores + products + weights, logits) + features

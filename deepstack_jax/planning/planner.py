@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from fractions import Fraction
 
 from jax.sharding import Mesh
 
 from deepstack_jax.config import Config
+from deepstack_jax.data.schedule import packed_rows
 from deepstack_jax.parallel.kernels import kernel_for
 from deepstack_jax.parallel.mesh import check_batch_fits, make_mesh
 from deepstack_jax.planning.collectives import find_collectives
@@ -39,27 +41,24 @@ class Wanted:
 def make_plan(config: Config, machine: Machine, wanted: Wanted, *, compiled: bool = True) -> Plan:
     """Plan a run of `config` on `machine`; `compiled=False` estimates in seconds what the compiler says in minutes.
 
+    Machines without a compiler here, GPUs that is, are estimated only.
+
     Raises:
       ConfigError: a mesh or a batch that does not divide, with the nearest valid numbers.
     """
     mesh = make_mesh(config.mesh, machine.devices)
     load = plan_load(config, mesh, machine.hosts, wanted)
     program = build_program(config, mesh, max(load.steps, 1))
-    result = compile_step(program, load.rows, load.length) if compiled else None
+    result = compile_step(program, load.rows, load.length) if compiled and machine.compiler else None
     return describe(program, machine, load, result)
 
 
 def describe(program: Program, machine: Machine, load: Load, result: Compiled | Overflow | None) -> Plan:
     """The plan of a program, with what its compilation gave."""
     config = program.config
-    if machine.compiler == "cpu":  # it stands in for GPUs, whose kernel it cannot compile
+    if not machine.compiler:  # the simulated CPU devices that stand for GPUs have another kernel
         program = dataclasses.replace(program, kernel=kernel_for("gpu", config))
     own, more = held(program, load.rows, load.length), needed(program, load.rows, load.length)
-    if machine.compiler == "cpu" and isinstance(result, Compiled):  # its collectives hold, its memory is not the target's
-        memory, source, host = memory_by_kind(own, more, None), "estimate", 0.0
-    else:
-        memory, host = memory_by_kind(own, more, result), result.host if isinstance(result, Compiled) else 0.0
-        source = machine.compiler if result else "estimate"
     flops = step_flops(config, program.groups, load.rows, load.length, masked=program.masked_computed)
     if isinstance(result, Compiled):
         collectives = tuple(find_collectives(result.text))
@@ -79,9 +78,9 @@ def describe(program: Program, machine: Machine, load: Load, result: Compiled | 
         remat=config.decoder.remat,
         accumulation=config.train.accumulation,
         load=load,
-        source=source,
-        memory=memory,
-        host_memory=host,
+        source=machine.compiler if result else "estimate",
+        memory=memory_by_kind(own, more, result),
+        host_memory=result.host if isinstance(result, Compiled) else 0.0,
         usable=machine.usable,
         parts=flops.parts,
         model_flops=flops.model,
@@ -122,7 +121,7 @@ def plan_load(config: Config, mesh: Mesh, hosts: int, wanted: Wanted) -> Load:
         shards = mesh.shape["data"] * mesh.shape["fsdp"]
         each = wanted.per_row or assumed_per_row(config)
         divisor = math.lcm(shards, hosts) * train.accumulation
-        rows = max(1, round(train.batch_size / each / divisor)) * divisor
+        rows, _ = packed_rows(Fraction(train.batch_size / each), divisor)
         said = "as told" if wanted.per_row else "assumed; --examples_per_row=N sets it"
         assumed = f"{each:.2f} examples per packed row, {said}"
     else:

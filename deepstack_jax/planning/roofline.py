@@ -122,8 +122,9 @@ def guess_collectives(program: Program, rows: int, length: int, slices: int = 1)
     collectives = []
     for kind, axis, times, size, source in found:
         far, near = between[axis], mesh[axis] // between[axis]
-        share = size if kind == "reduce-scatter" else size / near
-        for part, group, across in ((size, near, False), (share, far, True)):
+        # Gradients are scattered within the slice first, so that across slices goes the share of one device.
+        within, beyond = (size * far, size) if kind == "reduce-scatter" else (size, size / near)
+        for part, group, across in ((within, near, False), (beyond, far, True)):
             moved, stride = part * ring(kind, group), 1 if across else strides[axis]
             collectives.append(Collective(kind, times, int(part), moved, group, stride, f"{source}, estimated", across))
     return [one for one in collectives if one.group > 1]
@@ -142,11 +143,12 @@ def memory_traffic(program: Program, rows: int, length: int) -> float:
     each = 12 * cfg.width + (4 * (cfg.heads + cfg.kv_heads) * cfg.head_dim + 6 * cfg.mlp) / tensor
     activations = local * length * cfg.layers * each * width * passes
     scores = local * cfg.heads / tensor * length**2 * cfg.layers * 12 * passes * program.scores_exist
-    return weights + update + activations + scores + _tower_traffic(config, local, width)
+    return weights + update + activations + scores + _tower_traffic(config, local, tensor, width)
 
 
-def _tower_traffic(config: Config, local: float, width: int) -> float:
+def _tower_traffic(config: Config, local: float, tensor: int, width: int) -> float:
     """The same of the vision tower's forward pass, beside which its backward pass is left out."""
     cfg, tokens = config.vision, config.patch_side**2 + 1
     each = 12 * cfg.width + 4 * cfg.mlp
-    return local * config.crop_slots * cfg.layers_run * (tokens * each * width + cfg.heads * tokens**2 * 12)
+    crops = local * config.crop_slots / tensor  # which lie over all devices
+    return crops * cfg.layers_run * (tokens * each * width + cfg.heads * tokens**2 * 12)

@@ -47,8 +47,7 @@ class Machine:
     Attributes:
       name: as the user wrote it.
       devices: what a mesh is made of: descriptions of TPU chips, simulated CPU devices in place of GPUs, or real devices.
-      compiler: whose figures the compiled step gives: "libtpu" (the target's own), "here" (the same), or "cpu" (a stand-in:
-        its buffers are not the target's).
+      compiler: that compiles for it: "libtpu", "here" (that of the devices here), or "" for GPUs that are not here.
       chip: None where nothing is published of it: a CPU.
       usable: bytes of memory that a program may use on each device; 0 = unknown.
       slices: of which the devices are parts, joined by the data center's network.
@@ -130,11 +129,11 @@ def _gpus(name: str, shape: str) -> Machine:
         raise ConfigError(f"--topology={name} is unknown, expected gpu:NUMBERxKIND, e.g. gpu:8xH100; {hint}")
     chip = CHIPS[_GPUS[kind]]
     devices = simulated_devices(int(count))
-    return Machine(name, devices, -(-int(count) // GPUS_PER_HOST), "cpu", chip, GPU_SHARE * chip.hbm)
+    return Machine(name, devices, -(-int(count) // GPUS_PER_HOST), "", chip, GPU_SHARE * chip.hbm)
 
 
 def simulated_devices(count: int) -> tuple[Any, ...]:
-    """So many CPU devices, to compile for.
+    """So many CPU devices, to lay a mesh over.
 
     Raises:
       ConfigError: jax was started with fewer.

@@ -51,12 +51,14 @@ class TorusChip(Chip):
     core_on_chip: int = 0
 
 
-def test_a_mesh_off_the_links_of_a_slice_is_one_line():
+def test_axes_lie_along_the_links_of_a_slice_or_share_them():
     slice_of_64 = [TorusChip(i, 0, coords=(i % 4, i // 4 % 4, i // 16)) for i in range(64)]
     assert dict(make_mesh(MeshConfig(1, 16, 4), slice_of_64).shape) == {"data": 1, "fsdp": 16, "tensor": 4}
-    with pytest.raises(ConfigError, match=r"does not lie along the links of a 4x4x4 slice: .* some of 4, 4, 4") as caught:
-        make_mesh(MeshConfig(-1, 2, 1), slice_of_64)
-    assert "\n" not in str(caught.value)
+    shared = make_mesh(MeshConfig(1, -1, 2), slice_of_64)
+    assert dict(shared.shape) == {"data": 1, "fsdp": 32, "tensor": 2}
+    for pair in shared.devices.reshape(-1, 2):  # the two of the tensor axis are neighbours on a ring of four
+        apart = [abs(a - b) for a, b in zip(pair[0].coords, pair[1].coords, strict=True)]
+        assert sorted(apart) in ([0, 0, 1], [0, 0, 3])
 
 
 def test_mesh_takes_what_is_left():
