@@ -52,6 +52,8 @@ def find_best(
 ) -> Search:
     """The fastest that fits, by estimate, whose compilation says so too.
 
+    A compilation that needs more than was estimated says by how much the others of its remat policy were underestimated, too.
+
     Args:
       config: whose mesh, remat policy and micro-batches are open; the rest stays.
       margin: share of the memory that must stay free.
@@ -71,7 +73,13 @@ def find_best(
     if tries == 0 or not machine.compiler:
         return Search(estimates[0] if estimates[0].fits(margin) else None, (), estimates)
     compiled: list[Plan] = []
-    for estimate, candidate in pairs[:tries]:
+    short: dict[str, float] = {}  # by remat policy: compiled over estimated memory, where that was too optimistic
+    for estimate, candidate in pairs:
+        if estimate.fits(margin) and not _fits(estimate, margin, short.get(estimate.remat, 1.0)):
+            continue
+        if tries == 0:
+            break
+        tries -= 1
         compiling(estimate)
         try:
             plan = make_plan(candidate, machine, wanted)
@@ -81,6 +89,7 @@ def find_best(
         if plan.fits(margin):
             return Search(plan, tuple(compiled), estimates)
         compiled.append(plan)
+        short[plan.remat] = plan.used / estimate.used
     return Search(None, tuple(compiled), estimates)
 
 
@@ -111,6 +120,11 @@ def order(plan: Plan, margin: float, like: Plan | None) -> tuple[bool, int, floa
         return (True, 0, plan.used, plan.used)
     changes = _changes(plan, like) if like else 0
     return (False, changes, plan.roofline.likely / plan.load.examples if plan.roofline else 0.0, plan.used)
+
+
+def _fits(estimate: Plan, margin: float, short: float) -> bool:
+    """Whether an estimate fits that is so many times too small."""
+    return not estimate.usable or 1 - short * estimate.used / estimate.usable >= margin
 
 
 def _changes(plan: Plan, like: Plan) -> int:

@@ -395,6 +395,29 @@ def test_a_search_whose_compilations_do_not_fit_recommends_nothing(monkeypatch):
     assert not search.least.fits(0.1)
 
 
+def test_a_search_learns_from_what_did_not_fit(monkeypatch):
+    """Where steps without remat need twice what was estimated, it goes on to a policy that is known no better, or fits."""
+    tried: list[Plan] = []
+
+    def compiled_larger(config, machine, wanted):
+        plan = make_plan(config, machine, wanted, compiled=False)
+        more = plan.used if plan.remat == "none" else 0.0
+        return dataclasses.replace(plan, memory=plan.memory | {"code": more}, compile_seconds=1.0)
+
+    monkeypatch.setattr("deepstack_jax.planning.search.make_plan", compiled_larger)
+    config = config_on((8, 1, 1), {"train.batch_size": 64})
+    estimates = find_best(config, machine(1e9, 2), Wanted(), margin=0.0, tries=0, compiling=print).estimates
+    fastest = estimates[0]
+    assert fastest.remat == "none"
+    tight = machine(1.5 * fastest.used, 2)
+    search = find_best(config, tight, Wanted(), margin=0.0, tries=9, compiling=tried.append)
+    assert search.found is not None
+    assert search.found.fits()
+    assert tried[0].remat == "none"
+    skipped = [one for one in estimates if one.remat == "none" and one not in tried and one.used > 0.75 * fastest.used]
+    assert skipped, "those that would need as much are not compiled"
+
+
 def test_batch_sizes_are_compared_by_the_time_of_an_example():
     config = config_on((2, 1, 1))
     search = find_best(config, machine(1e9, 2), Wanted(), margin=0.1, tries=0, compiling=print, batch_sizes=(4, 8, 64))
