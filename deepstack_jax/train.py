@@ -62,7 +62,8 @@ Train a DeepStack model; run the same command again to go on where it stopped.
   --report=WORKDIR           where the time of a run went, and curves as PNG; trains nothing
   --replay=FILE              do a skipped step again, from the checkpoint before it, and say what in it is not finite
   --coordinator_address=HOST:PORT --process_count=N --process_id=I
-                             several processes that are not on a TPU pod or under SLURM or Open MPI, where nothing is to be set
+                             several processes that are not on a TPU pod or under SLURM or Open MPI 4, which need none;
+                             under Open MPI 5 and MPICH the address alone
 
 Exit codes: 0 done; 1 a mistake in the input, said in one line; 75 stopped by SIGTERM and 130 by Ctrl-C, state saved.
 """

@@ -1,4 +1,4 @@
-"""The processes of a run: found on TPU pods, SLURM and Open MPI without a flag, told by flags elsewhere, or this one alone."""
+"""The processes of a run: found on TPU pods, SLURM and Open MPI 4 without a flag, told by flags elsewhere, or one alone."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 import sys
 import traceback
 import warnings
+from dataclasses import dataclass
 from types import TracebackType
 
 import jax
@@ -18,18 +19,38 @@ HEARTBEAT_SECONDS = 30
 SHUTDOWN_SECONDS = 30
 CONNECT_SECONDS = 300
 
-# Number of processes, where a launcher says it: nothing has to be connected where it is 1.
-_COUNTS = ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE")
+# Where launchers say how many processes they started, which one this is, and its number on its host. The first that speaks is
+# heard: mpirun starts its processes under SLURM from tasks of srun, of which there is one per host.
+_LAUNCHERS = (
+    ("Open MPI", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_RANK"),
+    ("MPICH", "PMI_SIZE", "PMI_RANK", "MPI_LOCALRANKID"),
+    ("SLURM", "SLURM_STEP_NUM_TASKS", "SLURM_PROCID", "SLURM_LOCALID"),
+    ("SLURM", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID"),
+)
+_STEP = ("SLURM_STEP_ID", "SLURM_STEP_NODELIST")  # outside a step SLURM_NTASKS is what the job could start
+_OPEN_MPI_4 = "OMPI_MCA_orte_hnp_uri"  # the only sign by which jax knows Open MPI; 5 has none like it
 # What collectives say whose other end is gone: gloo's words, NCCL's, and those of jax's own service.
 _LOST = ("closed by peer", "reset by peer", "Broken pipe", "remote process exited", "heartbeat timeout", "tasks are unhealthy")
 _NOT_DETECTED = "coordinator_address should be defined"  # how jax says that it knows no such environment
 
 
+@dataclass(frozen=True)
+class _Launched:
+    """What a launcher says of this process."""
+
+    by: str
+    count: int
+    number: int
+    local: int  # number on its host
+
+
 def join_processes(address: str | None = None, count: int | None = None, number: int | None = None) -> None:
     """Connect this process with the others of its run; must come before the first use of a device.
 
-    Without arguments jax looks for TPU pods, SLURM and Open MPI; where there is none of them, or only one process, nothing is
-    connected. SIGTERM to one of several processes is from here on a notice to all: see `told_to_stop`.
+    Without arguments jax looks for TPU pods, SLURM and Open MPI 4; where there is none of them, or only one process, nothing is
+    connected. An address alone is enough under a launcher that says the rest (Open MPI 5, MPICH, SLURM); the
+    process then takes one GPU, by its number on its host, as jax does under SLURM, unless JAX_LOCAL_DEVICE_IDS names others.
+    SIGTERM to one of several processes is from here on a notice to all: see `told_to_stop`.
 
     Args:
       address: HOST:PORT on which process 0 listens, the same for all.
@@ -37,14 +58,29 @@ def join_processes(address: str | None = None, count: int | None = None, number:
       number: of this process, from 0.
 
     Raises:
-      ConfigError: arguments that do not go together.
+      ConfigError: arguments that do not go together; or the environment says that there are several processes, which nothing
+        connects: each would train alone into the same workdir.
       RuntimeError: the others did not come within CONNECT_SECONDS.
     """
     if address is None and number is None and count in (None, 1):
-        if count is None and not any(os.environ.get(name) == "1" for name in _COUNTS):
-            _connect_if_detected()
+        if count is None:
+            _connect_if_detected(_launched())
         return
-    _connect(*_checked(address, count, number))
+    local = None
+    if count is None and number is None and (launched := _launched()):
+        count, number = launched.count, launched.number
+        local = None if "JAX_LOCAL_DEVICE_IDS" in os.environ else launched.local
+    _connect(*_checked(address, count, number), local)
+
+
+def _launched() -> _Launched | None:
+    for by, *names in _LAUNCHERS:
+        said = [os.environ.get(name, "") for name in names]
+        if all(word.isdigit() for word in said):
+            count, number, local = map(int, said)
+            if names[0] != "SLURM_NTASKS" or number > 0 or any(name in os.environ for name in _STEP):
+                return _Launched(by, count, number, local)
+    return None
 
 
 def _leave_at_once(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
@@ -63,11 +99,12 @@ def _leave_at_once(kind: type[BaseException], error: BaseException, trace: Trace
     os._exit(1)
 
 
-def _connect(address: str | None = None, count: int | None = None, number: int | None = None) -> None:
+def _connect(address: str | None = None, count: int | None = None, number: int | None = None, local: int | None = None) -> None:
     jax.distributed.initialize(
         address,
         count,
         number,
+        None if local is None else [local],
         initialization_timeout=CONNECT_SECONDS,
         heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
         shutdown_timeout_seconds=SHUTDOWN_SECONDS,
@@ -75,7 +112,29 @@ def _connect(address: str | None = None, count: int | None = None, number: int |
     sys.excepthook = _leave_at_once
 
 
-def _connect_if_detected() -> None:
+def _connect_if_detected(launched: _Launched | None) -> None:
+    if launched and launched.count == 1:
+        return
+    # Under MPICH and Open MPI 5 jax would find, on some hosts, SLURM's variables for the task that started the processes there.
+    known = launched is None or launched.by == "SLURM" or _OPEN_MPI_4 in os.environ
+    if known and _detected():
+        return
+    if launched:
+        raise ConfigError(
+            f"{launched.by} started {launched.count} processes, which jax cannot connect by itself here; give all of them "
+            "--coordinator_address=HOST:PORT with the host of the first, e.g. --coordinator_address=node0:8476; or "
+            "--process_count=1 to train alone"
+        )
+    hosts = os.environ.get("TPU_WORKER_HOSTNAMES", "").split(",")
+    if len(hosts) > 1:
+        raise ConfigError(
+            f"TPU_WORKER_HOSTNAMES names {len(hosts)} hosts, but jax sees no TPU here; install the extra `tpu` on all of them, "
+            "or give --process_count=1 to train alone"
+        )
+
+
+def _detected() -> bool:
+    """Whether jax found the other processes by itself; they are connected then."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Kubernetes environment detected")  # a Pod need not belong to a run of several
         try:
@@ -83,6 +142,8 @@ def _connect_if_detected() -> None:
         except ValueError as error:
             if _NOT_DETECTED not in str(error):
                 raise
+            return False
+    return True
 
 
 def _checked(address: str | None, count: int | None, number: int | None) -> tuple[str, int, int]:
@@ -91,7 +152,7 @@ def _checked(address: str | None, count: int | None, number: int | None) -> tupl
     if address is None or count is None or number is None:
         raise ConfigError(
             f"--coordinator_address, --process_count and --process_id go together; give {' and '.join(missing)} too, or none "
-            "of them on TPU pods, SLURM, Open MPI and for a single process"
+            "of them on TPU pods, SLURM, Open MPI 4 and for a single process, or the address alone under Open MPI 5 and MPICH"
         )
     host, _, port = address.rpartition(":")
     if not host or not port.isdigit():

@@ -1,7 +1,5 @@
-"""Meshes from a configuration, what must divide by them, which rows a process holds, and how processes find each other."""
+"""Meshes from a configuration, what must divide by them, and which rows a process holds."""
 
-import subprocess
-import sys
 from dataclasses import dataclass
 
 import jax
@@ -11,10 +9,8 @@ from jax.sharding import Mesh
 
 from deepstack_jax.config import MeshConfig
 from deepstack_jax.config_checks import ConfigError
-from deepstack_jax.parallel import processes
 from deepstack_jax.parallel.distributed import local_rows, part_of_batch
 from deepstack_jax.parallel.mesh import AXES, check_batch_fits, check_model_fits, make_mesh
-from deepstack_jax.parallel.processes import join_processes
 from deepstack_jax.parallel.rules import batch_sharding
 from tests.unit.tiny import tiny_config
 
@@ -158,54 +154,3 @@ def test_rows_come_back_in_their_order():
     rows = np.arange(24).reshape(8, 3)
     np.testing.assert_array_equal(local_rows(jax.device_put(rows, batch_sharding(mesh))), rows)
     np.testing.assert_array_equal(local_rows(jax.device_put(rows, jax.devices()[3])), rows)
-
-
-@pytest.fixture
-def connected(monkeypatch):
-    """Arguments of every attempt to connect, of which jax's own detection is left out."""
-    calls = []
-    monkeypatch.setattr(jax.distributed, "initialize", lambda *given, **_: calls.append(given))
-    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
-    for name in processes._COUNTS:
-        monkeypatch.delenv(name, raising=False)
-    return calls
-
-
-def test_processes_are_told_by_flags_or_looked_for(connected, monkeypatch):
-    join_processes("10.0.0.1:8476", 4, 3)
-    join_processes()
-    assert connected == [("10.0.0.1:8476", 4, 3), (None, None, None)]
-    join_processes(count=1)
-    for name in processes._COUNTS:
-        monkeypatch.setenv(name, "1")
-        join_processes()
-        monkeypatch.delenv(name)
-    assert len(connected) == 2, "one process connects to nobody"
-
-
-@pytest.mark.parametrize(
-    ("given", "message"),
-    [
-        ((None, 2, None), "give --coordinator_address and --process_id too"),
-        (("a:1", None, None), "give --process_count and --process_id too"),
-        (("a:1", 2, None), "give --process_id too"),
-        (("a", 2, 0), "--coordinator_address=a is not HOST:PORT"),
-        (("a:1", 2, 2), r"--process_id=2 with --process_count=2; expected 0\.\.1"),
-    ],
-)
-def test_flags_that_do_not_go_together(given, message, connected):
-    with pytest.raises(ConfigError, match=message):
-        join_processes(*given)
-    assert connected == []
-
-
-def test_a_process_alone_stays_alone():
-    """By jax's own detection, on a machine where there is nothing to detect."""
-    code = (
-        "import jax; from deepstack_jax.parallel.processes import join_processes; join_processes(); "
-        "assert not jax.distributed.is_initialized(); assert jax.process_count() == 1"
-    )
-    environment = {"PATH": "/usr/bin:/bin", "JAX_PLATFORMS": "cpu", "KUBERNETES_SERVICE_HOST": "10.0.0.1"}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert done.stderr == ""
