@@ -10,7 +10,7 @@
 #   install   copy HEAD of this repository to every worker and install it
 #   run       start train on every worker
 #   tail      follow the log of worker 0, or of --worker=N
-#   watch     until the run is done; after a preemption make the slice anew and go on from the last checkpoint
+#   watch     until the run is done, or the slice deleted; after a preemption make the slice anew and go on from the last checkpoint
 #   status    state of the slice and exit code, or `running`, of every worker
 #   stop      SIGTERM to every worker: the state is saved
 #   delete    give the slice back; it costs until then
@@ -31,7 +31,8 @@ source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 
 REPOSITORY=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 readonly VERBS="up create install run tail watch status stop delete" WORKER_SCRIPT="bash deepstack_jax/launch/worker.sh"
-readonly MAX_FAILED_CALLS=5 # of gcloud in a row before `watch` gives up
+readonly MAX_FAILED_CALLS=5 # of gcloud in a row, before waiting or watching ends
+FAILED_CALLS=0
 NAME="" ZONE="" PROJECT="" SHAPE="" BUCKET="" RUNTIME_VERSION="" QUEUED=true SPOT=false WORKER=0 MAX_RESTARTS=20 POLL=30
 TRAIN=()
 
@@ -83,8 +84,10 @@ wait_until_ready() {
   local condition
   while true; do
     condition=$(slice_condition)
+    count_failed_calls "$condition" "$NAME stays in the queue: launch/tpu_vm.sh status shows it; once READY, install, run and watch go on"
     case $condition in
       ready) return ;;
+      unknown) ;;
       waiting) echo "$(date +%T) $NAME waits for its chips" ;;
       *) die "$NAME did not come up ($condition); launch/tpu_vm.sh status shows why, delete gives it back" ;;
     esac
@@ -92,16 +95,29 @@ wait_until_ready() {
   done
 }
 
-# What gcloud says of the queue entry and the node, in one word: waiting, ready, preempted, missing, unknown (gcloud failed).
+# count_failed_calls CONDITION HOW_IT_STANDS: the network may be gone for a moment, and must not be for long.
+count_failed_calls() {
+  if [[ $1 == unknown ]]; then
+    ((++FAILED_CALLS < MAX_FAILED_CALLS)) || die "gcloud failed $FAILED_CALLS times in a row; $2"
+  else
+    FAILED_CALLS=0
+  fi
+}
+
+# What gcloud says of the queue entry and the node, in one word: waiting, ready, preempted, missing (or taken down by a user),
+# unknown (gcloud failed). A slice that was taken away keeps its entry, as SUSPENDED, and its node, as PREEMPTED.
 slice_condition() {
-  local queue=ACTIVE node
+  local queue=ACTIVE initiator="" node
   if $QUEUED; then
-    queue=$(state queued-resources "state.state")
+    read -r queue initiator <<<"$(state queued-resources "state.state,state.stateInitiator")"
   fi
   case $queue in
     ACTIVE) ;;
-    ACCEPTED | CREATING | PROVISIONING | WAITING_FOR_RESOURCES | DELETING) echo waiting && return ;;
-    SUSPENDING | SUSPENDED) echo preempted && return ;;
+    ACCEPTED | CREATING | PROVISIONING | WAITING_FOR_RESOURCES | SUSPENDING | DELETING) echo waiting && return ;;
+    SUSPENDED)
+      if [[ $initiator == USER ]]; then echo missing; else echo preempted; fi
+      return
+      ;;
     *) echo "${queue,,}" && return ;;
   esac
   node=$(state tpu-vm "state")
@@ -176,19 +192,16 @@ run_condition() {
 }
 
 watch() {
-  local failed_calls=0 restarts=0 condition
+  local restarts=0 condition
   while true; do
     condition=$(slice_condition)
     [[ $condition == ready ]] && condition=$(run_condition)
-    if [[ $condition == unknown ]]; then
-      ((++failed_calls < MAX_FAILED_CALLS)) || die "gcloud failed $failed_calls times in a row; the run may go on: launch/tpu_vm.sh status"
-    else
-      failed_calls=0
-    fi
+    count_failed_calls "$condition" "the run may go on: launch/tpu_vm.sh status"
     case $condition in
       done) echo "$NAME is done; launch/tpu_vm.sh delete gives the slice back" && return ;;
       stopped) echo "$NAME was stopped by hand; launch/tpu_vm.sh run goes on, delete gives the slice back" && exit "$EXIT_PREEMPTED" ;;
-      again | preempted | missing)
+      missing) die "$NAME was deleted, or is not in $ZONE; launch/tpu_vm.sh up makes it anew" ;;
+      again | preempted)
         ((++restarts <= MAX_RESTARTS)) || die "$NAME was stopped more than $MAX_RESTARTS times; --max-restarts allows more"
         go_on "$condition" "$restarts"
         ;;
@@ -206,8 +219,8 @@ watch() {
 # go_on CONDITION RESTART: start again, on a new slice where the old one is gone; train resumes from its workdir.
 go_on() {
   echo "$(date +%T) $NAME: $1; restart $2 of $MAX_RESTARTS"
-  if [[ $1 != again ]]; then
-    [[ $1 == missing ]] || delete
+  if [[ $1 == preempted ]]; then
+    delete
     create
     install
   fi

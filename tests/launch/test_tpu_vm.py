@@ -13,22 +13,25 @@ from tests.launch.scripts import LAUNCH, SECONDS, TRAIN, Tools, background, wait
 SLICE = ("--name=a", "--zone=z", "--topology=v5e:4x4", "--poll=0.05")
 WHERE = "--zone=z --quiet"
 
-# A state file each for the queue entry and the node, a home folder for each worker. `queue` lists the answers to come; the
-# last stays. `offline` makes every call fail.
+# A state file each for the queue entry and the node, a home folder for each worker. `queue` lists the answers to come, OFFLINE
+# for a call that fails; the last stays. A new entry starts with `new_queue`. `offline` makes every call fail.
 GCLOUD = r"""
 shift 2; group=$1 verb=$2 worker=all command=""
 for word in "$@"; do case $word in --command=*) command=${word#*=} ;; --worker=*) worker=${word#*=} ;; esac; done
 cd "$STATE" || exit 9
-if [ -e offline ]; then echo "ERROR: cannot reach the server" >&2; exit 1; fi
+fail() { echo "ERROR: cannot reach the server" >&2; exit 1; }
+[ ! -e offline ] || fail
 make_slice() { for i in 0 1; do mkdir -p w$i/.local/bin; cp "$STATE/uv" w$i/.local/bin/uv; done; echo READY > node; }
 gone() { echo "ERROR: NOT_FOUND: a" >&2; exit 1; }
 case "$group $verb" in
-  "queued-resources create") printf 'WAITING_FOR_RESOURCES\nACTIVE\n' > queue; make_slice ;;
+  "queued-resources create") cp new_queue queue; make_slice ;;
   "tpu-vm create") make_slice ;;
   "queued-resources describe")
     [ -e queue ] || gone
-    head -n 1 queue
-    [ "$(wc -l < queue)" = 1 ] || sed -i 1d queue ;;
+    answer=$(head -n 1 queue)
+    [ "$(wc -l < queue)" = 1 ] || sed -i 1d queue
+    [ "$answer" != OFFLINE ] || fail
+    echo "$answer" ;;
   "tpu-vm describe") [ -e node ] || gone; cat node ;;
   *" delete") rm -rf queue node w0 w1 ;;
   "tpu-vm scp") for i in 0 1; do cp "$3" "w$i/${4#a:}"; done ;;
@@ -58,6 +61,7 @@ class Slice:
     def __init__(self, folder: Path) -> None:
         self.state, self.tools = folder / "state", Tools(folder)
         self.state.mkdir()
+        self.answers("WAITING_FOR_RESOURCES", "ACTIVE")
         self.tools.add("gcloud", GCLOUD)
         for name, text in (("uv", UV), ("python", PYTHON)):
             (self.state / name).write_text(text)
@@ -67,6 +71,9 @@ class Slice:
         identity = ("-c", "user.name=a", "-c", "user.email=a@b", "-c", "commit.gpgsign=false")
         for command in (("init", "-q"), ("add", "."), (*identity, "commit", "-qm", "all")):
             subprocess.run(["git", *command], cwd=self.repository, check=True)
+
+    def answers(self, *states: str) -> None:
+        (self.state / "new_queue").write_text("".join(f"{line}\n" for line in states))
 
     def plan(self, *runs: str) -> None:
         (self.state / "plan").write_text("".join(f"{line}\n" for line in runs))
@@ -152,10 +159,37 @@ def test_a_preempted_slice_is_made_anew_and_the_run_goes_on(tpu):
     assert len(set(tpu.runs(0))) == 1  # the very same command: train resumes from its workdir
 
 
-def test_a_slice_that_is_gone_is_made_anew(tpu):
+def test_a_slice_that_is_gone_is_not_rented_again(tpu):
+    done = tpu.run("watch")
+    assert done.returncode == 1
+    assert done.stderr == "error: a was deleted, or is not in z; launch/tpu_vm.sh up makes it anew\n"
+    assert tpu.calls() == []
+
+
+@pytest.mark.parametrize("seen", [None, "SUSPENDING USER", "SUSPENDED USER", "DELETING"])
+def test_deleted_while_it_is_watched_it_stays_deleted(seen, tpu):
+    """Whatever of the deletion the watcher happens to see."""
+    tpu.plan("wait wait")
+    with background(tpu.command("up"), tpu.environment) as process:
+        wait_for(lambda: tpu.runs(0) and tpu.runs(1), "both workers")
+        pids = [int(path.read_text()) for path in tpu.state.glob("w?/run/pid")]
+        if seen:
+            (tpu.state / "queue").write_text(f"{seen}\n")
+            looks = len(tpu.tools.calls())
+            wait_for(lambda: len(tpu.tools.calls()) > looks + 2 or process.poll() is not None, "the watcher to see it")
+        assert tpu.run("delete").returncode == 0
+        for pid in pids:
+            os.killpg(pid, signal.SIGKILL)
+        assert process.wait(timeout=SECONDS) == 1
+        assert "error: a was deleted" in process.stdout.read()
+    assert tpu.calls().count(CREATE) == 1
+
+
+def test_preempted_by_the_service_while_it_is_watched(tpu):
     tpu.plan("0 0")
+    (tpu.state / "queue").write_text("SUSPENDING SERVICE\nSUSPENDED SERVICE\n")
     assert tpu.run("watch").returncode == 0
-    assert tpu.calls() == [CREATE, COPY, INSTALL, START]
+    assert tpu.calls() == [DELETE, CREATE, COPY, INSTALL, START]
 
 
 def test_exit_code_75_starts_again_on_the_same_slice(tpu):
@@ -218,6 +252,22 @@ def test_without_a_network_nothing_is_deleted(tpu):
     assert done.returncode == 1
     assert "gcloud failed 5 times in a row; the run may go on" in done.stderr
     assert tpu.calls() == []
+
+
+def test_a_call_that_fails_does_not_end_the_waiting(tpu):
+    tpu.plan("0 0")
+    tpu.answers("OFFLINE", "WAITING_FOR_RESOURCES", *4 * ["OFFLINE"], "PROVISIONING", "OFFLINE", "ACTIVE")
+    done = tpu.run("up")
+    assert done.returncode == 0, done.stderr
+    assert tpu.calls() == [CREATE, COPY, INSTALL, START]
+
+
+def test_many_failed_calls_end_the_waiting(tpu):
+    tpu.answers("WAITING_FOR_RESOURCES", "OFFLINE")
+    done = tpu.run("create")
+    assert done.returncode == 1
+    assert "gcloud failed 5 times in a row; a stays in the queue: launch/tpu_vm.sh status shows it" in done.stderr
+    assert tpu.calls() == [CREATE]
 
 
 def test_on_demand_spot_project_and_version(tpu):
