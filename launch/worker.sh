@@ -2,7 +2,7 @@
 # What launch/tpu_vm.sh runs on every worker of a slice; of no use anywhere else.
 #
 #   launch/worker.sh install [--bucket=BUCKET]   Python 3.12, the package with its TPU extra in ~/venv, the bucket at /gcs
-#   launch/worker.sh start -- TRAIN ARGUMENTS    in the background; ~/run holds its log, process id and exit code
+#   launch/worker.sh start -- TRAIN ARGUMENTS    mount the bucket if it is not, and train in the background; ~/run holds what is known of it
 #   launch/worker.sh status                      running, stopped (by `stop`), lost (gone without an exit code), none, or the exit code
 #   launch/worker.sh stop                        SIGTERM: the state is saved
 #   --dry-run after the verb prints the commands
@@ -12,6 +12,9 @@ source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 
 REPOSITORY=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 readonly RUN=$HOME/run MOUNT=/gcs UV=$HOME/.local/bin/uv KEY=/usr/share/keyrings/cloud.google.asc
+readonly BOOT=/proc/sys/kernel/random/boot_id # another after every start of the machine, when process ids begin anew
+readonly BUCKET=$HOME/bucket                  # name of the one to mount
+readonly WAIT="-o DPkg::Lock::Timeout=600"    # for the updates that a new machine begins with
 
 install_package() {
   # The system's Python is older than the package asks for.
@@ -29,18 +32,20 @@ mount_bucket() {
     line="deb [signed-by=$KEY] https://packages.cloud.google.com/apt gcsfuse-$(lsb_release -cs) main"
     run sudo bash -c "curl -fsSL https://packages.cloud.google.com/apt/doc/apt-key.gpg > $KEY"
     run sudo bash -c "echo '$line' > /etc/apt/sources.list.d/gcsfuse.list"
-    run sudo bash -c "apt-get update -qq && apt-get install -qq gcsfuse"
+    run sudo bash -c "apt-get update -qq $WAIT && apt-get install -qq $WAIT gcsfuse"
   fi
   run sudo mkdir -p "$MOUNT"
-  run sudo gcsfuse --implicit-dirs -o allow_other "$1" "$MOUNT"
+  # Everything in it belongs to whoever mounts it, root, unless told otherwise, and nobody else may write.
+  run sudo gcsfuse --implicit-dirs --uid="$(id -u)" --gid="$(id -g)" -o allow_other "$1" "$MOUNT"
 }
 
 # The shell around `train` outlives the SIGTERM that its whole group gets, to write the exit code down.
 start() {
   local cache=${JAX_COMPILATION_CACHE_DIR:-$HOME/.cache/jax} script
+  [[ ! -s $BUCKET ]] || mount_bucket "$(<"$BUCKET")" # which does not outlive a restart of the machine
   mountpoint -q "$MOUNT" && cache=$MOUNT/cache/jax
   [[ $(status) != running ]] || die "a run goes on already on $(hostname); launch/tpu_vm.sh stop ends it"
-  script="cd $(quoted "$REPOSITORY"); trap : TERM; echo \$\$ > $RUN/pid"
+  script="cd $(quoted "$REPOSITORY"); trap : TERM; cat $BOOT > $RUN/boot; echo \$\$ > $RUN/pid"
   script+="; $(quoted env PYTHONUNBUFFERED=1 "JAX_COMPILATION_CACHE_DIR=$cache" "$HOME/venv/bin/python" -m deepstack_jax.train "$@")"
   script+="; echo \$? > $RUN/exit"
   if $DRY_RUN; then
@@ -50,7 +55,10 @@ start() {
   mkdir -p "$RUN"
   rm -f "$RUN/exit" "$RUN/pid" "$RUN/stopped"
   setsid bash -c "$script" >>"$RUN/log" 2>&1 </dev/null &
-  until [[ -s $RUN/pid ]]; do sleep 0.05; done
+  until [[ -s $RUN/pid ]]; do
+    kill -0 "$!" 2>/dev/null || die "the run did not start on $(hostname); launch/tpu_vm.sh tail shows why"
+    sleep 0.05
+  done
 }
 
 status() {
@@ -60,7 +68,7 @@ status() {
     cat "$RUN/exit"
   elif [[ ! -s $RUN/pid ]]; then
     echo none
-  elif kill -0 "$(<"$RUN/pid")" 2>/dev/null; then
+  elif [[ $(cat "$RUN/boot" 2>/dev/null) == "$(<"$BOOT")" ]] && kill -0 "$(<"$RUN/pid")" 2>/dev/null; then
     echo running
   else
     echo lost
@@ -95,7 +103,11 @@ main() {
   case $verb in
     install)
       install_package
-      [[ -z $bucket ]] || mount_bucket "$bucket"
+      rm -f "$BUCKET"
+      if [[ -n $bucket ]]; then
+        $DRY_RUN || echo "$bucket" >"$BUCKET"
+        mount_bucket "$bucket"
+      fi
       ;;
     start) start "$@" ;;
     status) echo "exit=$(status)" ;;

@@ -171,7 +171,7 @@ def test_deleted_while_it_is_watched_it_stays_deleted(seen, tpu):
     """Whatever of the deletion the watcher happens to see."""
     tpu.plan("wait wait")
     with background(tpu.command("up"), tpu.environment) as process:
-        wait_for(lambda: tpu.runs(0) and tpu.runs(1), "both workers")
+        wait_for(lambda: any("worker.sh status" in call for call in tpu.tools.calls()), "the watch to begin")
         pids = [int(path.read_text()) for path in tpu.state.glob("w?/run/pid")]
         if seen:
             (tpu.state / "queue").write_text(f"{seen}\n")
@@ -304,16 +304,62 @@ def test_v5p_is_counted_in_tensorcores(tpu, topology, kind):
     assert f"--runtime-version=v2-alpha-tpuv5 --accelerator-type={kind} " in done.stdout
 
 
-def test_worker_mounts_the_bucket_once(tpu):
+class Worker:
+    """worker.sh on a machine of its own, with python that ends at once."""
+
+    def __init__(self, tpu):
+        self.home, self.tools, self.environment = tpu.state / "home", tpu.tools, tpu.environment
+        tpu.plan("0")
+        for folder, name in ((".local/bin", "uv"), ("venv/bin", "python")):
+            (self.home / folder).mkdir(parents=True)
+            shutil.copy(tpu.state / name, self.home / folder / name)
+
+    def run(self, *arguments):
+        command = ["bash", str(LAUNCH / "worker.sh"), *arguments]
+        environment = self.environment | {"HOME": str(self.home)}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=SECONDS, check=False)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+
+@pytest.fixture
+def worker(tpu):
+    return Worker(tpu)
+
+
+OWNER = f"--uid={os.getuid()} --gid={os.getgid()}"  # else root's, and train could not write there
+MOUNT = ["sudo mkdir -p /gcs", f"sudo gcsfuse --implicit-dirs {OWNER} -o allow_other b /gcs"]
+
+
+def test_worker_mounts_the_bucket_once_and_again_after_a_restart_of_the_machine(worker):
     for name, body in (("mountpoint", "exit 1"), ("sudo", ""), ("gcsfuse", "")):
-        tpu.tools.add(name, body)
-    command = ["bash", str(LAUNCH / "worker.sh"), "install", "--bucket=b"]
-    home = tpu.state / "home"
-    (home / ".local" / "bin").mkdir(parents=True)
-    shutil.copy(tpu.state / "uv", home / ".local" / "bin" / "uv")
-    subprocess.run(command, env=tpu.environment | {"HOME": str(home)}, check=True)
-    assert tpu.tools.calls()[-2:] == ["sudo mkdir -p /gcs", "sudo gcsfuse --implicit-dirs -o allow_other b /gcs"]
-    tpu.tools.add("mountpoint", "exit 0")
-    before = len(tpu.tools.calls())
-    subprocess.run(command, env=tpu.environment | {"HOME": str(home)}, check=True)
-    assert tpu.tools.calls()[before:] == ["mountpoint -q /gcs"]
+        worker.tools.add(name, body)
+    worker.run("install", "--bucket=b")
+    assert worker.tools.calls()[-2:] == MOUNT
+    worker.tools.add("mountpoint", "exit 0")
+    for command in (("install", "--bucket=b"), ("start", "--", *TRAIN)):
+        before = len(worker.tools.calls())
+        worker.run(*command)
+        assert set(worker.tools.calls()[before:]) == {"mountpoint -q /gcs"}
+    wait_for(lambda: worker.run("status") == "exit=0\n", "the run")
+    worker.tools.add("mountpoint", "exit 1")
+    before = len(worker.tools.calls())
+    worker.run("start", "--", *TRAIN)
+    assert [call for call in worker.tools.calls()[before:] if call.startswith("sudo")] == MOUNT
+
+
+def test_after_a_restart_of_the_machine_the_process_id_is_a_strangers(worker):
+    run_folder = worker.home / "run"
+    run_folder.mkdir()
+    with background(["sleep", "600"], worker.environment) as stranger:
+        (run_folder / "pid").write_text(f"{stranger.pid}\n")
+        for boot in (None, "11111111-2222-3333-4444-555555555555\n"):
+            if boot:
+                (run_folder / "boot").write_text(boot)
+            assert worker.run("status") == "exit=lost\n"
+            worker.run("stop")
+            assert stranger.poll() is None
+        shutil.copy("/proc/sys/kernel/random/boot_id", run_folder / "boot")
+        assert worker.run("status") == "exit=running\n"
+        worker.run("stop")
+        assert stranger.wait(timeout=SECONDS) == -signal.SIGTERM
