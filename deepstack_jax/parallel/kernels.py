@@ -28,9 +28,21 @@ def kernel_for(platform: str, config: Config) -> Kernel:
     """
     if platform == "tpu":
         return "splash"
-    if platform == "gpu" and config.train.compute_dtype == "bfloat16" and config.decoder.head_dim % 8 == 0:
-        return "cudnn"
+    if platform == "gpu" and config.train.compute_dtype == "bfloat16":
+        head_dim = config.decoder.head_dim
+        if head_dim % 8 == 0 and head_dim <= _widest_head():
+            return "cudnn"
     return "xla"
+
+
+def _widest_head() -> int:
+    """Of cuDNN's attention on this machine's GPUs, 0 where it has none; of the newest where no GPU is here, as `plan` asks."""
+    try:
+        capability = jax.local_devices(backend="gpu")[0].compute_capability
+    except RuntimeError:
+        return 256
+    major = capability.split(".")[0]  # AMD's have a name, not a number
+    return (256 if int(major) >= 9 else 128 if int(major) >= 8 else 0) if major.isdigit() else 0
 
 
 def attention_for(kernel: Kernel, mesh: Mesh, config: Config) -> AttentionFn:
@@ -109,15 +121,21 @@ class CudnnAttention:
     Attributes:
       packed: rows hold several segments, which cuDNN is told by a mask [B, 1, T, T] added to the scores. Rows of one example,
         padded on the right, need no mask: causality alone keeps the padding out.
+      implementation: "xla" computes from the same arguments without cuDNN, on a machine without GPUs.
     """
 
     packed: bool
+    implementation: Literal["cudnn", "xla"] = "cudnn"
 
     def __call__(self, q: Array, k: Array, v: Array, seen: Seen) -> Array:
         if not isinstance(seen, Segments):
             return dot_product(q, k, v, seen)
+        length = q.shape[1]
+        pad = length % 2  # jax wants even lengths where there is a gradient
+        q, k, v = (jnp.pad(x, ((0, 0), (0, pad), (0, 0), (0, 0))) for x in (q, k, v))
         if self.packed:
-            mask = causal_segment_mask(seen.segment_ids, seen.positions, seen.window)
-            return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation="cudnn")
-        window = (seen.window, 0) if seen.window else None
-        return jax.nn.dot_product_attention(q, k, v, is_causal=True, local_window_size=window, implementation="cudnn")
+            segment_ids, positions = (jnp.pad(jnp.asarray(x), ((0, 0), (0, pad))) for x in (seen.segment_ids, seen.positions))
+            rule: dict[str, Any] = {"mask": causal_segment_mask(segment_ids, positions, seen.window)}
+        else:
+            rule = {"is_causal": True, "local_window_size": (seen.window, 0) if seen.window else None}
+        return jax.nn.dot_product_attention(q, k, v, **rule, implementation=self.implementation)[:, :length]

@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax._src.cudnn import fused_attention_stablehlo  # its check of cuDNN's version has no public name
 from jax.sharding import Mesh
 
 from deepstack_jax.config import MeshConfig
@@ -27,6 +29,7 @@ class Chip:
     """As much of a device as a kernel is chosen by."""
 
     platform: str
+    compute_capability: str = ""
 
 
 @pytest.mark.quick
@@ -83,6 +86,74 @@ def test_splash_attention_equals_xla(window, inputs):
     for mine, theirs, truth in zip(ours["bfloat16"], rounded, exact, strict=True):
         assert np.abs(mine - theirs).mean() < 1e-3
         assert np.abs(mine - truth).mean() < 1.2 * np.abs(theirs - truth).mean() + 1e-5
+
+
+@pytest.fixture(scope="module")
+def single(inputs):
+    """The same q, k, v, in rows of one segment: the first padded on the right, the second full."""
+    q, k, v, _, _ = inputs
+    places = np.tile(np.arange(T, dtype=np.int32), (B, 1))
+    segments = (places < [[130], [T]]).astype(np.int32)
+    return q, k, v, segments, places * segments
+
+
+@pytest.mark.parametrize("window", [0, 20])
+@pytest.mark.parametrize(("packed", "length"), [(False, T), (False, T - 1), (True, T), (True, T - 1)])
+def test_what_cudnn_is_told_means_the_same_to_xla(packed, length, window, inputs, single):
+    rows = [x[:, :length] for x in (inputs if packed else single)]
+    told = attended(CudnnAttention(packed, implementation="xla"), rows, window, "float32")
+    for mine, truth in zip(told, attended(dot_product, rows, window, "float32"), strict=True):
+        np.testing.assert_allclose(mine, truth, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("window", [0, 20])
+@pytest.mark.parametrize(("packed", "length"), [(False, T), (False, T - 1), (True, T), (True, T - 1)])
+def test_cudnn_equals_xla(packed, length, window, inputs, single):
+    """On a GPU, in bf16: as near to the exact values as XLA's own."""
+    try:
+        gpu = jax.devices("gpu")[0]
+    except RuntimeError:
+        pytest.skip("no GPU here, or not with JAX_PLATFORMS=cpu,cuda")
+    rows = [x[:, :length] for x in (inputs if packed else single)]
+    with jax.default_device(gpu):
+        ours = attended(CudnnAttention(packed), rows, window, "bfloat16")
+        rounded, exact = (attended(dot_product, rows, window, dtype) for dtype in ("bfloat16", "float32"))
+    for mine, theirs, truth in zip(ours, rounded, exact, strict=True):
+        assert np.abs(mine - truth).mean() < 1.2 * np.abs(theirs - truth).mean() + 1e-4
+
+
+@pytest.mark.parametrize(("head_dim", "window"), [(128, 0), (96, 20)])
+@pytest.mark.parametrize(("packed", "length"), [(False, T), (False, T - 1), (True, T), (True, T - 1)])
+def test_cudnns_attention_and_its_gradient_lower_for_cuda(packed, length, head_dim, window, monkeypatch):
+    """Heads of LLaMA and of Phi-3; jax's own checks of shapes, without a GPU."""
+    monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91000)
+    q, k, v = (jax.ShapeDtypeStruct((B, length, heads, head_dim), jnp.bfloat16) for heads in (N, K, K))
+    segments = jax.ShapeDtypeStruct((B, length), jnp.int32)
+
+    def summed(q, k, v, segments, positions):
+        return CudnnAttention(packed)(q, k, v, Segments(segments, positions, window)).astype(jnp.float32).sum()
+
+    traced = jax.jit(jax.grad(summed, argnums=(0, 1, 2))).trace(q, k, v, segments, segments)
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    kernel = "fmhaScaleBiasSoftmax" if packed else "fmhaSoftmax"
+    assert re.findall(r"custom_call @__cudnn\$(\w+)", text) == [kernel, f"{kernel}Backward"]
+    told = set(re.findall(r"(mask_type|sliding_window_length)\W+(\w+)", text.replace("\\22", '"')))
+    if packed:
+        assert told == {("mask_type", "NO_MASK"), ("sliding_window_length", "0")}
+    else:  # cuDNN counts the token itself
+        assert told == {("mask_type", "CAUSAL"), ("sliding_window_length", str(window + 1 if window else 0))}
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize(
+    ("capability", "head_dim", "kernel"),
+    [("9.0", 256, "cudnn"), ("8.0", 128, "cudnn"), ("8.0", 256, "xla"), ("7.0", 128, "xla"), ("gfx942", 128, "xla")],
+)
+def test_gpus_whose_cudnn_has_no_such_attention_take_xlas(capability, head_dim, kernel, monkeypatch):
+    config = tiny_config({"train.compute_dtype": "bfloat16", "decoder.head_dim": head_dim})
+    assert kernel_for("gpu", config) == "cudnn", "planned on a machine without GPUs"
+    monkeypatch.setattr(jax, "local_devices", lambda **_: [Chip("gpu", capability)])
+    assert kernel_for("gpu", config) == kernel
 
 
 def test_a_window_and_a_second_segment_change_something(inputs):
