@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -49,7 +50,7 @@ def attention_for(kernel: Kernel, mesh: Mesh, config: Config) -> AttentionFn:
     """Training attention of a run on `mesh`."""
     if kernel == "splash":
         return SplashAttention(mesh)
-    return CudnnAttention(config.data.packing.enabled) if kernel == "cudnn" else dot_product
+    return CudnnAttention(mesh, config.data.packing.enabled) if kernel == "cudnn" else dot_product
 
 
 @dataclass(frozen=True)
@@ -65,17 +66,21 @@ class SplashAttention:
     interpret: bool = False
 
     def __call__(self, q: Array, k: Array, v: Array, seen: Seen) -> Array:
-        rows = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
-        if not isinstance(seen, Segments) or q.shape[0] % rows:  # a mask; or the one row that parameters are drawn with
-            return dot_product(q, k, v, seen)
+        def local(q: Array, k: Array, v: Array, seen: Segments) -> Array:
+            return _splash(q, k, v, jnp.asarray(seen.segment_ids), seen.window, self.interpret)
 
-        def local(q: Array, k: Array, v: Array, segment_ids: Array) -> Array:
-            return _splash(q, k, v, segment_ids, seen.window, self.interpret)
+        return _on_each_device(local, self.mesh, q, k, v, seen)
 
-        spread = jax.shard_map(
-            local, mesh=self.mesh, in_specs=(_HEADS, _HEADS, _HEADS, _ROWS), out_specs=_HEADS, check_vma=False
-        )
-        return spread(q, k, v, jnp.asarray(seen.segment_ids))
+
+def _on_each_device(
+    local: Callable[[Array, Array, Array, Segments], Array], mesh: Mesh, q: Array, k: Array, v: Array, seen: Seen
+) -> Array:
+    """`local` on the rows and heads of each device, which need nothing of each other."""
+    if not isinstance(seen, Segments) or q.shape[0] % (mesh.shape["data"] * mesh.shape["fsdp"]):
+        return dot_product(q, k, v, seen)  # a mask; or the one row that parameters are drawn with
+
+    spread = jax.shard_map(local, mesh=mesh, in_specs=(_HEADS, _HEADS, _HEADS, _ROWS), out_specs=_HEADS, check_vma=False)
+    return spread(q, k, v, jax.tree.map(jnp.asarray, seen))
 
 
 def _splash(q: Array, k: Array, v: Array, segment_ids: Array, window: int, interpret: bool) -> Array:
@@ -119,17 +124,21 @@ class CudnnAttention:
     """cuDNN's flash attention through jax.
 
     Attributes:
+      mesh: whose devices take rows along data and fsdp, heads along tensor. Left to itself jax asks that q, k, v and the mask
+        happen to lie alike.
       packed: rows hold several segments, which cuDNN is told by a mask [B, 1, T, T] added to the scores. Rows of one example,
         padded on the right, need no mask: causality alone keeps the padding out.
       implementation: "xla" computes from the same arguments without cuDNN, on a machine without GPUs.
     """
 
+    mesh: Mesh
     packed: bool
     implementation: Literal["cudnn", "xla"] = "cudnn"
 
     def __call__(self, q: Array, k: Array, v: Array, seen: Seen) -> Array:
-        if not isinstance(seen, Segments):
-            return dot_product(q, k, v, seen)
+        return _on_each_device(self._local, self.mesh, q, k, v, seen)
+
+    def _local(self, q: Array, k: Array, v: Array, seen: Segments) -> Array:
         length = q.shape[1]
         pad = length % 2  # jax wants even lengths where there is a gradient
         q, k, v = (jnp.pad(x, ((0, 0), (0, pad), (0, 0), (0, 0))) for x in (q, k, v))

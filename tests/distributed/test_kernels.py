@@ -18,6 +18,8 @@ from deepstack_jax.config import MeshConfig
 from deepstack_jax.model.attention import Segments, causal_segment_mask, dot_product
 from deepstack_jax.parallel.kernels import CudnnAttention, SplashAttention, attention_for, kernel_for
 from deepstack_jax.parallel.mesh import AXES, make_mesh
+from deepstack_jax.parallel.rules import use_mesh
+from deepstack_jax.training import program as program_module
 from tests.e2e.verb import REPOSITORY
 from tests.unit.tiny import tiny_config
 
@@ -41,9 +43,11 @@ def test_the_kernel_follows_the_devices_of_the_mesh_not_those_of_this_machine():
 
     assert chosen("cpu") is dot_product
     assert isinstance(chosen("tpu"), SplashAttention)
-    assert chosen("gpu", train__compute_dtype="bfloat16") == CudnnAttention(packed=False)
     packed = {"data__packing__enabled": True, "data__packing__max_images": 3}
-    assert chosen("gpu", train__compute_dtype="bfloat16", **packed) == CudnnAttention(packed=True)
+    for changes in ({}, packed):
+        attention = chosen("gpu", train__compute_dtype="bfloat16", **changes)
+        assert isinstance(attention, CudnnAttention)
+        assert attention.packed == bool(changes)
     assert chosen("gpu") is dot_product, "cuDNN has no float32"
 
 
@@ -101,7 +105,9 @@ def single(inputs):
 @pytest.mark.parametrize(("packed", "length"), [(False, T), (False, T - 1), (True, T), (True, T - 1)])
 def test_what_cudnn_is_told_means_the_same_to_xla(packed, length, window, inputs, single):
     rows = [x[:, :length] for x in (inputs if packed else single)]
-    told = attended(CudnnAttention(packed, implementation="xla"), rows, window, "float32")
+    mesh = make_mesh(MeshConfig(2, 1, 2), jax.devices()[:4])
+    with jax.set_mesh(mesh):
+        told = attended(CudnnAttention(mesh, packed, implementation="xla"), rows, window, "float32")
     for mine, truth in zip(told, attended(dot_product, rows, window, "float32"), strict=True):
         np.testing.assert_allclose(mine, truth, rtol=1e-4, atol=1e-5)
 
@@ -116,7 +122,7 @@ def test_cudnn_equals_xla(packed, length, window, inputs, single):
         pytest.skip("no GPU here, or not with JAX_PLATFORMS=cpu,cuda")
     rows = [x[:, :length] for x in (inputs if packed else single)]
     with jax.default_device(gpu):
-        ours = attended(CudnnAttention(packed), rows, window, "bfloat16")
+        ours = attended(CudnnAttention(make_mesh(MeshConfig(1, 1, 1), [gpu]), packed), rows, window, "bfloat16")
         rounded, exact = (attended(dot_product, rows, window, dtype) for dtype in ("bfloat16", "float32"))
     for mine, theirs, truth in zip(ours, rounded, exact, strict=True):
         assert np.abs(mine - truth).mean() < 1.2 * np.abs(theirs - truth).mean() + 1e-4
@@ -125,16 +131,18 @@ def test_cudnn_equals_xla(packed, length, window, inputs, single):
 @pytest.mark.parametrize(("head_dim", "window"), [(128, 0), (96, 20)])
 @pytest.mark.parametrize(("packed", "length"), [(False, T), (False, T - 1), (True, T), (True, T - 1)])
 def test_cudnns_attention_and_its_gradient_lower_for_cuda(packed, length, head_dim, window, monkeypatch):
-    """Heads of LLaMA and of Phi-3; jax's own checks of shapes, without a GPU."""
+    """Heads of LLaMA and of Phi-3, over four devices; jax's own checks of shapes, without a GPU."""
+    mesh = make_mesh(MeshConfig(2, 1, 2), jax.devices()[:4])
     monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91000)
     q, k, v = (jax.ShapeDtypeStruct((B, length, heads, head_dim), jnp.bfloat16) for heads in (N, K, K))
     segments = jax.ShapeDtypeStruct((B, length), jnp.int32)
 
     def summed(q, k, v, segments, positions):
-        return CudnnAttention(packed)(q, k, v, Segments(segments, positions, window)).astype(jnp.float32).sum()
+        return CudnnAttention(mesh, packed)(q, k, v, Segments(segments, positions, window)).astype(jnp.float32).sum()
 
-    traced = jax.jit(jax.grad(summed, argnums=(0, 1, 2))).trace(q, k, v, segments, segments)
-    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    with jax.set_mesh(mesh):
+        traced = jax.jit(jax.grad(summed, argnums=(0, 1, 2))).trace(q, k, v, segments, segments)
+        text = traced.lower(lowering_platforms=("cuda",)).as_text()
     kernel = "fmhaScaleBiasSoftmax" if packed else "fmhaSoftmax"
     assert re.findall(r"custom_call @__cudnn\$(\w+)", text) == [kernel, f"{kernel}Backward"]
     told = set(re.findall(r"(mask_type|sliding_window_length)\W+(\w+)", text.replace("\\22", '"')))
@@ -142,6 +150,22 @@ def test_cudnns_attention_and_its_gradient_lower_for_cuda(packed, length, head_d
         assert told == {("mask_type", "NO_MASK"), ("sliding_window_length", "0")}
     else:  # cuDNN counts the token itself
         assert told == {("mask_type", "CAUSAL"), ("sliding_window_length", str(window + 1 if window else 0))}
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_the_step_lowers_for_cuda_with_the_kernel_in_it(packed, monkeypatch):
+    """Forward, forward again in remat, and the gradient, on each of four devices."""
+    monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91000)
+    monkeypatch.setattr(program_module, "kernel_for", lambda *_: "cudnn")  # the mesh is of CPUs
+    changes = {"decoder.vocab_size": 64, "decoder.kv_heads": 2, "decoder.head_dim": 128, "train.compute_dtype": "bfloat16"}
+    changes |= {"data.max_length": 64, "data.packing.enabled": packed} | ({"data.packing.max_images": 3} if packed else {})
+    program = program_module.build_program(tiny_config(changes), make_mesh(MeshConfig(2, 1, 2), jax.devices()[:4]), 10)
+    with use_mesh(program.mesh):
+        traced = program.jit_step().trace(program.abstract_state(), program.abstract_batch(8, 64))
+        text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    kernel = "fmhaScaleBiasSoftmax" if packed else "fmhaSoftmax"
+    assert re.findall(r"custom_call @__cudnn\$(\w+)", text) == [kernel, kernel, f"{kernel}Backward"]
+    assert "CustomSPMDPartitioning" not in text, "rows and heads would have to lie as jax hopes"
 
 
 @pytest.mark.quick
@@ -174,7 +198,7 @@ def test_masks_and_rows_that_do_not_lie_over_the_mesh_go_to_xla(inputs):
     expected = dot_product(q, k, v, mask)
     np.testing.assert_array_equal(attend(q, k, v, mask), expected)
     np.testing.assert_array_equal(attend(q, k, v, Segments(segments, positions)), expected)
-    np.testing.assert_array_equal(CudnnAttention(packed=True)(q, k, v, mask), expected)
+    np.testing.assert_array_equal(CudnnAttention(attend.mesh, packed=True)(q, k, v, mask), expected)
 
 
 STEP = """
