@@ -31,6 +31,11 @@ def checksums(state: PyTree) -> dict[str, int]:
     return {name: int(total) for name, total in jax.device_get(_sums(named(state))).items()}
 
 
+def checksums_in_memory(arrays: PyTree) -> dict[str, int]:
+    """The same of numpy arrays."""
+    return {name: _sum(array) for name, array in named(arrays).items()}
+
+
 @jax.jit
 def _sums(arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
     def total(array: jax.Array) -> jax.Array:

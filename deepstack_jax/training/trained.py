@@ -12,6 +12,7 @@ import orbax.checkpoint as ocp
 
 from deepstack_jax.config import Config, build_config
 from deepstack_jax.training.checkpoint import CheckpointError
+from deepstack_jax.training.checksums import checksums_in_memory, damage
 from deepstack_jax.training.optimizer import flatten, unflatten
 from deepstack_jax.weights.names import Table
 
@@ -22,23 +23,41 @@ def restore_params(workdir: Path, only: tuple[str, ...] = ("",)) -> tuple[int, C
     """What a run has learned so far: its newest step, its configuration and its parameters by path, in host memory.
 
     Optimizer and data state are not read, nor parameters whose path begins with none of `only`. A damaged checkpoint is passed
-    over, loudly, for the one before.
+    over, loudly, for the one before: one that cannot be read, or an array of which is not what its checksum says. One that was
+    written before there were checksums is taken as it is.
 
     Raises:
-      CheckpointError: there is no checkpoint that can be read.
+      CheckpointError: there is no checkpoint that can be read whole.
     """
     config = build_config(json.loads((workdir / "config.json").read_text()))
     shapes = {path: leaf.shape for path, leaf in Table(config).leaves.items() if path.startswith(only)}
-    abstract = {"params": unflatten({path: jax.ShapeDtypeStruct(shape, np.float32) for path, shape in shapes.items()})}
-    as_numpy = jax.tree.map(lambda leaf: ocp.RestoreArgs(restore_type=np.ndarray, dtype=leaf.dtype), abstract)
-    wanted = ocp.args.PyTreeRestore(item=abstract, restore_args=as_numpy, partial_restore=True)
     folders = [folder for folder in (workdir / "checkpoints").absolute().glob("*") if folder.name.isdigit()]
     problems = []
     for folder in sorted(folders, key=lambda folder: int(folder.name), reverse=True):
         try:
-            with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-                return int(folder.name), config, flatten(reader.restore(folder / "state", args=wanted)["params"])
+            return int(folder.name), config, _read(folder, shapes)
         except Exception as error:  # tensorstore, orbax and json each raise their own kinds on damaged files
             problems.append(f"step {folder.name}: {(str(error).splitlines() or [type(error).__name__])[0][:300]}")
-            log.warning("checkpoint %s cannot be read, trying the one before: %s", folder, problems[-1])
-    raise CheckpointError(f"no checkpoint in {workdir} can be read ({'; '.join(problems) or 'there is none'}); train it first")
+            log.warning("checkpoint %s is damaged, trying the one before: %s", folder, problems[-1])
+    if not problems:
+        raise CheckpointError(f"there is no checkpoint in {workdir}; train it first")
+    raise CheckpointError(f"no checkpoint in {workdir} can be read ({'; '.join(problems)}); copy the run there again")
+
+
+def _read(folder: Path, shapes: dict[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
+    """Parameters of one checkpoint as float32, compared with its checksums as they were stored."""
+    abstract = {"params": unflatten({path: jax.ShapeDtypeStruct(shape, np.float32) for path, shape in shapes.items()})}
+    # Without a dtype: what is stored as bfloat16 must not be cast before it is summed.
+    as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), abstract)
+    wanted = ocp.args.PyTreeRestore(item=abstract, restore_args=as_numpy, partial_restore=True)
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+        stored = reader.restore(folder / "state", args=wanted)
+    if (folder / "sums").exists():
+        found = checksums_in_memory(stored)
+        expected = json.loads((folder / "sums" / "metadata").read_text())
+        if problem := damage({name: expected.get(name, -1) for name in found}, found):
+            raise CheckpointError(problem)
+    leaves = flatten(stored.pop("params"))
+    for path in leaves:  # one by one, so that no more than one array stands there twice
+        leaves[path] = leaves[path].astype(np.float32, copy=False)
+    return leaves
