@@ -97,6 +97,8 @@ def main() -> int:
     tokenizer, source = open_inputs(config)
     check_images(source, config)
     held_out_source = open_source(config, "validation") if config.data.source == "pages" or config.data.validation else None
+    if held_out_source is not None:
+        check_images(held_out_source, config, config.evaluation.examples)
     mesh = make_mesh(config.mesh)
     stream = open_stream(config, source, mesh)
     steps = config.train.steps or stream.steps(config.train.epochs)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import os
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from rich.table import Table
 
 from deepstack_jax.batch import Batch
 from deepstack_jax.config import Config
+from deepstack_jax.data.encode import BadExample
 from deepstack_jax.data.image import ImageError, open_image
 from deepstack_jax.data.sources import Source, SourceError
 from deepstack_jax.evaluation.runner import Answer, HeldOut, mean_by_kind
@@ -25,19 +28,57 @@ from deepstack_jax.types import PyTree
 THUMBNAIL = 448  # longest side, in pixels, of a picture in the log
 
 
-def report_held_out(held_out: HeldOut, config: Config, params: PyTree, step: int, log: MetricsLog, console: Console) -> float:
-    """Held-out loss and a few answers, to the console and the logs; returns the loss."""
-    numbers = held_out.loss(params)
+def report_held_out(
+    held_out: HeldOut, config: Config, params: PyTree, step: int, log: MetricsLog, console: Console
+) -> float | None:
+    """Held-out loss and a few answers, to the console and the logs.
+
+    Returns:
+      The loss; None where there is none, or none that can be compared with others.
+
+    Raises:
+      SourceError: as `count_left_out`.
+    """
+    numbers, bad = held_out.loss(params)
+    left_out = count_left_out(held_out, bad, config, console)
     answers, _ = held_out.answers(params, 1)
     shown = answers[: config.evaluation.samples]
-    log.write(step, numbers)
+    log.write(step, {**numbers, "validation_bad_examples": left_out})
     if shown:
         picture = thumbnail(held_out.source, shown[0].index)
         log.sample(step, "samples", "\n\n".join(one_line(answer) for answer in shown), picture)
-    console.print(f"step {step}: validation loss {numbers['validation_loss']:.4f}")
+    console.print(f"step {step}: {loss_line(held_out, numbers)}")
     for answer in shown:
         console.print(f"  {one_line(answer)}", markup=False, soft_wrap=True)
-    return numbers["validation_loss"]
+    loss = numbers.get("validation_loss", math.nan)
+    return loss if math.isfinite(loss) else None
+
+
+def count_left_out(held_out: HeldOut, bad: Iterable[BadExample], config: Config, console: Console) -> int:
+    """How many held-out rows could not be used; each is named when it is first met.
+
+    Raises:
+      SourceError: more than `data.max_bad_fraction`: the numbers would be of another set.
+    """
+    reasons = {example.index: example for example in bad}
+    for index, example in reasons.items():
+        if index not in held_out.named:
+            held_out.named.add(index)
+            console.print(f"held-out row {index} ({example.name}) is left out: {example.reason}", markup=False, soft_wrap=True)
+    limit = config.data.max_bad_fraction
+    if len(reasons) > limit * held_out.rows:
+        last = list(reasons.values())[-1]
+        raise SourceError(
+            f"{len(reasons)} of {held_out.rows} held-out rows cannot be used, more than config.data.max_bad_fraction={limit}, "
+            f"the last one: {last.reason}; mend them, or the held-out loss and scores would be of another set"
+        )
+    return len(reasons)
+
+
+def loss_line(held_out: HeldOut, numbers: dict[str, float]) -> str:
+    if not numbers:
+        return f"no validation loss: none of the {held_out.rows} held-out rows has a supervised token that can be used"
+    return f"validation loss {numbers['validation_loss']:.4f}"
 
 
 def thumbnail(source: Source, index: int) -> np.ndarray | None:
@@ -68,6 +109,9 @@ def finish(
 
     Args:
       facts: what results.json says besides scores; "steps" among them.
+
+    Raises:
+      SourceError: as `count_left_out`.
     """
     stored = workdir / "results.json"
     protocol = asdict(config.evaluation)
@@ -79,9 +123,13 @@ def finish(
     results: dict[str, Any] = {"name": config.name, **facts, "evaluation": protocol}
     answers: list[Answer] | None = None
     if held_out is not None:
-        results |= held_out.loss(params)
-        answers, bad = held_out.answers(params, config.evaluation.examples)
-        results |= mean_by_kind(answers) | {"questions": len(answers), "bad_examples": len(bad)}
+        numbers, bad = held_out.loss(params)
+        count_left_out(held_out, bad, config, console)
+        if not numbers:
+            console.print(loss_line(held_out, numbers))
+        answers, unasked = held_out.answers(params, config.evaluation.examples)
+        left_out = count_left_out(held_out, [*bad, *unasked], config, console)
+        results |= numbers | mean_by_kind(answers) | {"questions": len(answers), "bad_examples": left_out}
     if not is_first_host():
         return
     if answers is not None:

@@ -15,7 +15,7 @@ from deepstack_jax.batch import Batch
 from deepstack_jax.config import Config
 from deepstack_jax.data.conversation import IMAGE_MARK
 from deepstack_jax.data.encode import BadExample, Encoder
-from deepstack_jax.data.pipeline import BatchMaker, collate
+from deepstack_jax.data.pipeline import BatchMaker, Delivered, collate
 from deepstack_jax.data.rows import EncodedExample
 from deepstack_jax.data.sources import Source
 from deepstack_jax.data.tokenize import load_tokenizer
@@ -75,7 +75,7 @@ def ask(
     answers: list[Answer] = []
     for first in range(0, max_over_hosts(len(questions)), size):
         asked = questions[first : first + size]
-        batch = _collate([prompt for prompt, _ in asked], size, config)
+        batch = _collate([prompt for prompt, _ in asked], size, config).batch
         for (_, answer), ids in zip(asked, decode(batch), strict=False):
             end = np.flatnonzero(ids == NO_TOKEN)
             said = tokenizer.decode(ids[: end[0]] if end.size else ids).strip()
@@ -100,10 +100,11 @@ def _rows_per_host(config: Config, mesh: Mesh) -> int:
     return -(-config.evaluation.batch_size // shards) * shards // part_of_batch(mesh).count
 
 
-def _collate(examples: Sequence[EncodedExample | BadExample], rows: int, config: Config) -> Batch:
+def _collate(examples: Sequence[EncodedExample | BadExample], rows: int, config: Config) -> Delivered:
     """A host's part of a batch, filled up with blank rows; all hosts take the same length."""
     longest = max((example.length for example in examples if isinstance(example, EncodedExample)), default=0)
-    return collate([*examples, *[_NOBODY] * (rows - len(examples))], config, max_over_hosts(longest)).batch
+    batch, bad, due = collate([*examples, *[_NOBODY] * (rows - len(examples))], config, max_over_hosts(longest))
+    return Delivered(batch, tuple(example for example in bad if example is not _NOBODY), due)
 
 
 def _questions(
@@ -149,20 +150,37 @@ class HeldOut:
       loss: (params, batch) -> LossSums.
       decode: (params, batch of prompts) -> i32[B, Y].
       mesh: of the run.
+
+    Attributes:
+      named: rows that were left out and are known to be: each is said once.
     """
 
     def __init__(self, source: Source, config: Config, loss: Callable, decode: Callable, mesh: Mesh) -> None:
         self.source, self._config, self._mesh = source, config, mesh
+        self.named: set[int] = set()
         self._loss = jax.jit(loss, out_shardings=replicated(mesh))
         self._decode = jax.jit(decode, out_shardings=batch_sharding(mesh))
 
-    def loss(self, params: PyTree) -> dict[str, float]:
-        """Token-weighted loss and accuracy over the first `evaluation.examples` examples, the answers given."""
-        sums = np.zeros(3)
-        for batch in self._batches():
-            sums += np.array(jax.device_get(self._loss(params, put_batch(self._mesh, batch))))
-        weight = max(sums[1], 1.0)
-        return {"validation_loss": sums[0] / weight, "validation_token_accuracy": sums[2] / weight}
+    @property
+    def rows(self) -> int:
+        """How many rows the loss is over, those that cannot be used included."""
+        return min(self._config.evaluation.examples, len(self.source))
+
+    def loss(self, params: PyTree) -> tuple[dict[str, float], list[BadExample]]:
+        """Token-weighted loss and accuracy over the first `evaluation.examples` examples, the answers given.
+
+        Returns:
+          {"validation_loss": ..., ...}, empty where nothing is supervised: no loss is not a loss of 0; and the examples that
+          could not be used.
+        """
+        sums, bad = np.zeros(3), list[BadExample]()
+        for delivered in self._batches():
+            sums += np.array(jax.device_get(self._loss(params, put_batch(self._mesh, delivered.batch))))
+            bad += delivered.bad
+        _, bad = _of_all_hosts([], bad, part_of_batch(self._mesh))
+        if not sums[1]:
+            return {}, bad
+        return {"validation_loss": sums[0] / sums[1], "validation_token_accuracy": sums[2] / sums[1]}, bad
 
     def answers(self, params: PyTree, examples: int) -> tuple[list[Answer], list[BadExample]]:
         """Greedy answers to the questions of the first `examples` examples."""
@@ -172,12 +190,11 @@ class HeldOut:
 
         return ask(self.source, self._config, decode, examples, self._mesh)
 
-    def _batches(self) -> Iterator[Batch]:
+    def _batches(self) -> Iterator[Delivered]:
         """This host's parts of the batches."""
         maker = BatchMaker(self.source, Encoder(self._config))
         part, rows = part_of_batch(self._mesh), _rows_per_host(self._config, self._mesh)
-        count = min(self._config.evaluation.examples, len(self.source))
-        for first in range(0, count, rows * part.count):
+        for first in range(0, self.rows, rows * part.count):
             begin = first + part.index * rows
-            examples = [maker.load(index) for index in range(begin, min(count, begin + rows))]
+            examples = [maker.load(index) for index in range(begin, min(self.rows, begin + rows))]
             yield _collate(examples, rows, self._config)

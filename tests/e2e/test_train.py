@@ -226,14 +226,15 @@ def test_full_size_recipe_names_what_to_give(precious):
     refused("configs/llava15.py:finetune", precious, {}, said)
 
 
-def test_missing_image(precious, tmp_path):
+@pytest.mark.parametrize("name", ["train2", "val1"])
+def test_missing_image(name, precious, tmp_path):
     root = draw_receipts(tmp_path / "data", train=6, validation=2)
-    (root / "images" / "train2.jpg").unlink()
+    (root / "images" / f"{name}.jpg").unlink()
     refused(
         "configs/receipts.py",
         precious,
         {"data.root": root},
-        ["images/train2.jpg", "1 images are missing", "--config.data.images"],
+        [f"images/{name}.jpg", "1 images are missing", "--config.data.images"],
     )
 
 

@@ -1,0 +1,119 @@
+"""Held-out rows that cannot be used: named, counted and bounded, and never a loss made of nothing."""
+
+import io
+import json
+import math
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from rich.console import Console
+
+from deepstack_jax.batch import Batch
+from deepstack_jax.config import Config
+from deepstack_jax.data.sources import SourceError
+from deepstack_jax.evaluation.reports import finish, report_held_out
+from deepstack_jax.evaluation.runner import HeldOut
+from deepstack_jax.inference.generate import NO_TOKEN
+from deepstack_jax.parallel.mesh import make_mesh
+from deepstack_jax.training.metrics import MetricsLog, read_metrics
+from deepstack_jax.training.step import LossSums
+from tests.unit.made_examples import MadeExamples
+from tests.unit.tiny import tiny_config
+
+SETTINGS = {
+    "data.template": "direct",
+    "data.tokenizer": "bytes",
+    "data.max_length": 96,
+    "decoder.vocab_size": 512,
+    "evaluation.examples": 8,
+    "evaluation.batch_size": 4,
+}
+
+
+def two_per_token(_: Any, batch: Batch) -> LossSums:
+    weight = batch.loss_weights.sum()
+    return LossSums(2 * weight, weight, weight)
+
+
+def infinite(_: Any, batch: Batch) -> LossSums:
+    return two_per_token(_, batch)._replace(loss=jnp.inf)
+
+
+def say_nothing(_: Any, batch: Batch) -> Any:
+    return jnp.full((batch.tokens.shape[0], 1), NO_TOKEN, jnp.int32)
+
+
+def held_out(bad: tuple[int, ...], allowed: float, loss: Any = two_per_token) -> tuple[HeldOut, Config]:
+    """Eight rows, those of `bad` unusable; of them rows 1, 3, 5, 7 have images that cannot be decoded."""
+    config = tiny_config(SETTINGS | {"data.max_bad_fraction": allowed})
+    broken = tuple(row for row in bad if row % 2)
+    source = MadeExamples(8, broken=broken, refused=tuple(row for row in bad if row not in broken))
+    return HeldOut(source, config, loss, say_nothing, make_mesh(config.mesh)), config
+
+
+def said_of(tmp_path, bad: tuple[int, ...], allowed: float, loss: Any = two_per_token, times: int = 1) -> tuple[Any, str]:
+    """What `times` reports return and print."""
+    subject, config = held_out(bad, allowed, loss)
+    printed, log = io.StringIO(), MetricsLog(tmp_path, 0)
+    console = Console(file=printed, width=200)
+    try:
+        values = [report_held_out(subject, config, {}, step, log, console) for step in range(1, times + 1)]
+    except SourceError as error:
+        return error, printed.getvalue()
+    finally:
+        log.close()
+    return values, printed.getvalue()
+
+
+def test_rows_that_cannot_be_used_are_counted_and_named_once(tmp_path):
+    values, printed = said_of(tmp_path, (1, 6), 0.25, times=2)
+    assert values == [2.0, 2.0]
+    assert [record["validation_bad_examples"] for record in read_metrics(tmp_path)] == [2, 2]
+    assert printed.count("held-out row 1 (made1) is left out: ") == 1
+    assert printed.count("held-out row 6 (made6) is left out: row 6 is refused") == 1
+    assert printed.count("validation loss 2.0000") == 2
+
+
+def test_more_than_allowed_end_the_run_after_all_were_named(tmp_path):
+    error, printed = said_of(tmp_path, (1, 3, 6), 0.25)
+    assert isinstance(error, SourceError)
+    for part in ("3 of 8 held-out rows cannot be used", "config.data.max_bad_fraction=0.25", "row 6 is refused", "mend them"):
+        assert part in str(error)
+    assert printed.count("is left out") == 3
+
+
+def test_no_supervised_token_is_no_loss(tmp_path):
+    values, printed = said_of(tmp_path, tuple(range(8)), 1.0)
+    assert values == [None], "a loss of 0 would be kept as the best"
+    assert "no validation loss: none of the 8 held-out rows has a supervised token" in printed
+    assert read_metrics(tmp_path) == [{"step": 1, "validation_bad_examples": 8}]
+
+
+def test_a_loss_that_is_not_finite_is_shown_and_compared_with_none(tmp_path):
+    values, printed = said_of(tmp_path, (), 0.0, infinite)
+    assert values == [None]
+    assert "validation loss inf" in printed
+    assert math.isinf(read_metrics(tmp_path)[0]["validation_loss"])
+
+
+@pytest.mark.parametrize(("bad", "loss"), [((1, 6), 2.0), (tuple(range(8)), None)])
+def test_the_results_count_every_row_left_out(bad, loss, tmp_path):
+    subject, config = held_out(bad, 1.0)
+    log = MetricsLog(tmp_path, 0)
+    finish(subject, config, {}, {"steps": 3}, tmp_path, log, Console(file=io.StringIO()))
+    log.close()
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert (results["bad_examples"], results["questions"]) == (len(bad), 8 - len(bad))
+    assert results.get("validation_loss") == loss
+    assert np.isfinite([value for value in results.values() if isinstance(value, float)]).all()
+
+
+def test_too_many_bad_rows_leave_no_results(tmp_path):
+    subject, config = held_out((1, 3, 6), 0.25)
+    log = MetricsLog(tmp_path, 0)
+    with pytest.raises(SourceError, match="3 of 8 held-out rows cannot be used"):
+        finish(subject, config, {}, {"steps": 3}, tmp_path, log, Console(file=io.StringIO()))
+    log.close()
+    assert not (tmp_path / "results.json").exists()
