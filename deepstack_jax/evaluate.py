@@ -5,28 +5,33 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from absl import flags
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from deepstack_jax import cli
 from deepstack_jax.api import DTYPES, LMM, ConfigError, Options, RequestError, load
-from deepstack_jax.config import DataConfig
+from deepstack_jax.config import Config, DataConfig, to_dict
+from deepstack_jax.data import files
 from deepstack_jax.data.conversation import ConversationError
 from deepstack_jax.data.encode import BadExample
 from deepstack_jax.data.image import ImageError
+from deepstack_jax.data.inputs import describe_files, describe_options
 from deepstack_jax.data.open import MissingError, open_files, open_source
 from deepstack_jax.data.sources import Source, SourceError
-from deepstack_jax.evaluation.held_out import Prediction, ask
+from deepstack_jax.evaluation.held_out import Refusal, ask
+from deepstack_jax.evaluation.progress import Progress
 from deepstack_jax.evaluation.scorers import SCORERS
+from deepstack_jax.evaluation.unfinished import Unfinished
 from deepstack_jax.training.checkpoint import CheckpointError
+from deepstack_jax.training.checksums import checksums
 
 USAGE = """
 Answer a held-out set by greedy generation, and score the answers.
@@ -46,8 +51,10 @@ Answer a held-out set by greedy generation, and score the answers.
   --template=NAME       conversation template in place of the model's own
   --dtype=NAME          float32 or bfloat16; float32 on a CPU and bfloat16 on accelerators if left out
 
-Every answered turn of a row is a question; the true answers of the turns before it are given. Exit codes: 0 done; 1 a mistake
-in the input, said in one line; 130 stopped by Ctrl-C.
+Every answered turn of a row is a question; the true answers of the turns before it are given. With --out the answers of a run
+that was stopped are kept, and the same command goes on from there.
+
+Exit codes: 0 done; 1 a mistake in the input, said in one line; 130 stopped by Ctrl-C.
 """
 
 FLAGS = {
@@ -66,10 +73,11 @@ DEFAULTS = {"max_new_tokens": 64, "batch_size": 8}  # without --config
 
 @dataclass(frozen=True)
 class Task:
-    """What is asked, and how."""
+    """What is asked, and how; `origin` tells these rows from others."""
 
     source: Source
     data: str
+    origin: dict[str, Any]
     rows: int
     options: Options
     batch_size: int
@@ -96,11 +104,13 @@ def main() -> int:
     out = cli.writable_folder(given["out"], "out") if given["out"] else None
     lmm = load(given["model"], given["dtype"])
     console = Console(highlight=False)
-    predictions, bad = run_task(lmm, task, console)
+    unfinished = Unfinished(out, None if out is None else key_of(lmm, task))
+    predictions, bad = run_task(lmm, task, unfinished, console)
     results = summarise(lmm, given["model"], task, predictions, bad)
     if out is not None:
-        write(out / "predictions.jsonl", "".join(f"{json.dumps(p.as_dict(), ensure_ascii=False)}\n" for p in predictions))
+        write(out / "predictions.jsonl", "".join(f"{json.dumps(line, ensure_ascii=False)}\n" for line in predictions))
         write(out / "results.json", json.dumps(results, indent=2) + "\n")
+        unfinished.done()
     console.print(table_of(results))
     return cli.EXIT_DONE
 
@@ -114,7 +124,7 @@ def open_task(given: dict[str, Any]) -> Task:
     if (flags.FLAGS["config"].value is None) == (given["data"] is None):
         raise ConfigError("give either --data=FILE with --images=DIR, or --config=FILE whose validation data is asked")
     if given["data"] is not None:
-        data, sizes = DataConfig(), DEFAULTS
+        config, sizes = Config(data=DataConfig(validation=files.absolute(given["data"]), images=given["images"])), DEFAULTS
         try:
             source, name = open_files(given["data"], given["images"]), given["data"]
         except MissingError as error:
@@ -127,37 +137,71 @@ def open_task(given: dict[str, Any]) -> Task:
     sizes = {key: value if given[key] is None else given[key] for key, value in sizes.items()}
     options = Options(max_new_tokens=sizes["max_new_tokens"], template=given["template"])
     rows = min(len(source), given["limit"] or len(source))
-    return Task(source, name, rows, options, sizes["batch_size"], data.max_bad_fraction)
+    origin = {"root": config.data.root, "files": describe_files(config, "validation", source)}
+    origin |= describe_options(config, "validation", source, 0)
+    return Task(source, name, origin, rows, options, sizes["batch_size"], config.data.max_bad_fraction)
 
 
-def run_task(lmm: LMM, task: Task, console: Console) -> tuple[list[Prediction], list[BadExample]]:
-    """Ask everything, showing how far it is.
+def key_of(lmm: LMM, task: Task) -> dict[str, Any]:
+    """All that the answers depend on: another key, other answers."""
+    protocol = asdict(task.options) | {"batch_size": task.batch_size, "rows": task.rows}
+    model = {"weights": checksums(lmm.params), "config": to_dict(lmm.config), "template": lmm.template}
+    return {"data": task.origin, "device": jax.default_backend(), **protocol, **model}
+
+
+def run_task(lmm: LMM, task: Task, unfinished: Unfinished, console: Console) -> tuple[list[dict[str, Any]], list[BadExample]]:
+    """Ask everything that is not answered yet, showing how far it is.
+
+    Returns:
+      The lines of predictions.jsonl, and what could not be asked.
 
     Raises:
       SourceError: more rows than `data.max_bad_fraction` cannot be asked: the score would be of another set.
     """
-    predictions: list[Prediction] = []
+    answers, refused = unfinished.answers(), unfinished.refused()
+    done = {*answers, *((refusal.index, refusal.turn) for refusal in refused)}
+    reached = max((row for row, _ in done), default=0)
+    unread = sorted({*range(reached)} - {row for row, _ in done})  # could not be read then: they may be mended
+    if done:
+        console.print(f"goes on behind {len(done)} questions that were answered before, in {unfinished.file}", soft_wrap=True)
     bad: list[BadExample] = []
-    columns = (TextColumn("rows"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-        bar = progress.add_task("", total=task.rows)
-        for results in ask(lmm.answerer, task.source, task.options, task.batch_size, task.rows):
-            for result in results:
-                if isinstance(result, Prediction):
-                    predictions.append(result)
-                    progress.update(bar, completed=result.question.row + 1)
-                else:
-                    bad.append(result)
-                    console.print(f"row {result.index} ({result.name}) is left out: {result.reason}", markup=False)
-            if len(bad) > task.max_bad_fraction * task.rows:
-                raise SourceError(
-                    f"{len(bad)} of {task.rows} rows cannot be asked, the last one: {bad[-1].reason}; mend them (image paths "
-                    "start at --images=DIR), or the score would be of another set"
-                )
-    return predictions, bad
+    leave_out(refused, bad, task, console)
+    with Progress(reached, task.rows, console) as progress:
+        for rows in (unread, range(reached, task.rows)):
+            for results in ask(lmm.answerer, task.source, task.options, task.batch_size, rows, done):
+                if isinstance(results, BadExample):
+                    leave_out([results], bad, task, console)
+                    continue
+                unfinished.keep(results)
+                leave_out([result for result in results if isinstance(result, Refusal)], bad, task, console)
+                found = [result.as_dict() for result in results if not isinstance(result, Refusal)]
+                answers |= {(line["row"], line["turn"]): line for line in found}
+                progress.show(max(reached, *(line["row"] + 1 for line in found)) if found else reached)
+        progress.show(task.rows)
+    if not answers:
+        raise SourceError(f"none of the {task.rows} rows could be asked, expected at least one; mend them")
+    return [answers[place] for place in sorted(answers)], bad
 
 
-def summarise(lmm: LMM, model: str, task: Task, predictions: Sequence[Prediction], bad: Sequence[BadExample]) -> dict[str, Any]:
+def leave_out(more: Sequence[BadExample], bad: list[BadExample], task: Task, console: Console) -> None:
+    """Name what cannot be asked and add it to `bad`.
+
+    Raises:
+      SourceError: as `run_task`.
+    """
+    for example in more:
+        console.print(f"row {example.index} ({example.name}) is left out: {example.reason}", markup=False)
+    bad += more
+    if len(bad) > task.max_bad_fraction * task.rows:
+        raise SourceError(
+            f"{len(bad)} of {task.rows} rows cannot be asked, the last one: {bad[-1].reason}; mend them (image paths "
+            "start at --images=DIR), or the score would be of another set"
+        )
+
+
+def summarise(
+    lmm: LMM, model: str, task: Task, predictions: Sequence[dict[str, Any]], bad: Sequence[BadExample]
+) -> dict[str, Any]:
     """results.json: every score with all that it depends on."""
     config = lmm.config
     crops = config.image.num_crops if config.image.mode in ("deepstack", "hd") else 0
@@ -171,7 +215,7 @@ def summarise(lmm: LMM, model: str, task: Task, predictions: Sequence[Prediction
         "earlier_turns": "true answers",
     }
     scores = {
-        name: {"score": float(np.mean([p.scores[name] for p in predictions])), "protocol": scorer.protocol}
+        name: {"score": float(np.mean([line[name] for line in predictions])), "protocol": scorer.protocol}
         for name, scorer in SCORERS.items()
     }
     counts = {"rows": task.rows, "questions": len(predictions), "bad_examples": len(bad)}

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Container, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from deepstack_jax.data.conversation import IMAGE_MARK, normalise
@@ -43,24 +43,46 @@ class Prediction:
         return line | {"prediction": self.text, "tokens": self.tokens} | self.scores
 
 
+@dataclass(frozen=True)
+class Refusal(BadExample):
+    """A question that the model cannot be asked, such as one that is too long for it; the row itself could be read."""
+
+    turn: int
+
+    def as_dict(self) -> dict[str, Any]:
+        """What it is made from."""
+        return asdict(self)
+
+
 def ask(
-    answerer: Answerer, source: Source, options: Options, batch_size: int, rows: int
-) -> Iterator[list[Prediction | BadExample]]:
-    """Answer the questions of the first `rows` rows, `batch_size` at a time, in their order.
+    answerer: Answerer,
+    source: Source,
+    options: Options,
+    batch_size: int,
+    rows: Iterable[int],
+    done: Container[tuple[int, int]] = (),
+) -> Iterator[list[Prediction | Refusal] | BadExample]:
+    """Answer the questions of some rows, `batch_size` at a time, in their order.
+
+    Args:
+      rows: numbers of the rows.
+      done: questions that are left out, as (row, turn).
 
     Yields:
-      What became of some of them: predictions, and rows or questions that could not be asked, with the reason.
+      What became of a batch, or a row that cannot be asked, with the reason.
 
     Raises:
       RequestError: no such template.
     """
     find_template(options.template or answerer.template)  # a wrong name is no fault of the rows
     waiting: list[Question] = []
-    for row in range(min(rows, len(source))):
+    for row in rows:
         try:
-            waiting += questions(source[row], answerer, options)
+            found = questions(source[row], answerer, options)
         except ValueError as error:  # of the source, the images or the turns: all say which row it is
-            yield [BadExample(row, str(row), str(error))]
+            yield BadExample(row, str(row), str(error))
+            continue
+        waiting += [question for question in found if (question.row, question.turn) not in done]
         while len(waiting) >= batch_size:
             yield _answer(answerer, waiting[:batch_size], options, batch_size)
             waiting = waiting[batch_size:]
@@ -97,13 +119,13 @@ def _take(images: list[CutImage], count: int) -> Sequence[CutImage]:
     return taken
 
 
-def _answer(answerer: Answerer, asked: Sequence[Question], options: Options, batch_size: int) -> list[Prediction | BadExample]:
+def _answer(answerer: Answerer, asked: Sequence[Question], options: Options, batch_size: int) -> list[Prediction | Refusal]:
     """Answer some questions at once; where one cannot be asked, each alone, so that it spoils no other."""
     try:
         answers = answerer.answers([question.turns for question in asked], options, batch_size)
     except RequestError as error:
         if len(asked) == 1:
-            return [BadExample(asked[0].row, asked[0].name, f"turn {asked[0].turn}: {error}")]
+            return [Refusal(asked[0].row, asked[0].name, f"turn {asked[0].turn}: {error}", asked[0].turn)]
         return [result for question in asked for result in _answer(answerer, [question], options, batch_size)]
     return [
         Prediction(question, answer.text, answer.tokens, _scores(answer.text, question.reference))

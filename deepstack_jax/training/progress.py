@@ -48,11 +48,11 @@ class Progress:
         self._per_step = values.get("seconds_per_step", self._per_step)
         self._bar.update(self._task, completed=step, description=line)
         if not self._console.is_terminal:
-            left = "" if self._per_step is None else f" left {_duration(self._per_step * (self._steps - step))}"
+            left = "" if self._per_step is None else f" left {duration(self._per_step * (self._steps - step))}"
             self._console.print(f"step {step}/{self._steps} {line}{left}", soft_wrap=True)
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
     """As 42s, 3m 07s, 5h 12m."""
     if seconds < 60:
         return f"{seconds:.0f}s"

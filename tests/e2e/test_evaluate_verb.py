@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -107,3 +108,38 @@ def test_help_has_examples():
     done = evaluate("--help")
     assert done.returncode == 0
     assert "python -m deepstack_jax.evaluate --model=" in done.stdout
+
+
+KILLED_AT_THE_THIRD_BATCH = """
+import os, runpy, signal
+from deepstack_jax.evaluation.unfinished import Unfinished
+
+whole, kept = Unfinished.keep, []
+
+def keep(self, results):
+    whole(self, results)
+    kept.append(results)
+    if len(kept) == 3:
+        os.truncate(self.file, self.file.stat().st_size - 20)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+Unfinished.keep = keep
+runpy.run_module("deepstack_jax.evaluate", run_name="__main__")
+"""
+
+
+def test_killed_within_a_line_it_goes_on_to_the_same_bytes(model, data, tmp_path):
+    flags = (f"--model={model}", f"--data={data / 'val.json'}", f"--images={data / 'images'}", "--max_new_tokens=6")
+    flags = (*flags, "--batch_size=2")
+    out = tmp_path / "out"
+    command = [sys.executable, "-c", KILLED_AT_THE_THIRD_BATCH, *flags, f"--out={out}"]
+    killed = subprocess.run(command, cwd=REPOSITORY, env=ENVIRONMENT, timeout=TIMEOUT, capture_output=True, text=True)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    (left,) = out.iterdir()
+    assert (left.suffix, left.read_text().count("\n")) == (".unfinished", 2)
+    again, alone = evaluate(*flags, f"--out={out}"), evaluate(*flags, f"--out={tmp_path / 'alone'}")
+    assert again.returncode == alone.returncode == 0, again.stderr
+    assert "goes on behind 4 questions that were answered before" in again.stdout
+    assert "rows 5/5 left 0s" in again.stdout
+    assert contents(out) == contents(tmp_path / "alone")
+    assert contents(out).keys() == {"predictions.jsonl", "results.json"}

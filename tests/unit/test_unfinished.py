@@ -1,0 +1,144 @@
+"""An evaluation that was stopped goes on: nothing answered twice, nothing left out, whatever the batch it was stopped in."""
+
+import dataclasses
+import io
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import jax.numpy as jnp
+import pytest
+from rich.console import Console
+
+from deepstack_jax.data.sources import SourceError
+from deepstack_jax.evaluate import Task, key_of, run_task
+from deepstack_jax.evaluation.progress import Progress
+from deepstack_jax.evaluation.unfinished import Unfinished
+from deepstack_jax.inference.answers import Answer
+from deepstack_jax.inference.options import Options
+from tests.unit.test_held_out import Echo, Rows, row
+from tests.unit.tiny import tiny_config
+
+# Of several turns, unreadable (1, 6), refused (3, and the second turn of 4): ten questions that can be answered.
+ROWS = [
+    row(0, "A?", "a", "And?", "b", "More?", "c"),
+    None,
+    row(2, "C?", "c"),
+    row(3, "D" * 60, "d"),
+    row(4, "E?", "e", "E" * 60, "f"),
+    row(5, "G?", "g", "H?", "h"),
+    None,
+    row(7, "I?", "i"),
+    row(8, "J?", "j"),
+    row(9, "K?", "k"),
+]
+KEY = {"model": "a"}
+
+
+class Stopping(Echo):
+    """Stopped, as by Ctrl-C, before a call; its answers tell how many were asked with them."""
+
+    def __init__(self, calls: int | None = None) -> None:
+        super().__init__()
+        self.left = calls
+
+    def answers(self, conversations: Any, options: Options, batch_size: int) -> list[Answer]:
+        if self.left == 0:
+            raise KeyboardInterrupt
+        self.left = None if self.left is None else self.left - 1
+        return [
+            Answer(f"{text} of {len(conversations)}", tokens) for text, tokens in super().answers(conversations, options, 9)
+        ]
+
+
+def run(
+    folder: Path, rows: list, calls: int | None = None, *, key: Any = None, allowed: float = 1.0
+) -> tuple[Any, Stopping, str]:
+    """One attempt: the lines of predictions.jsonl and how many could not be asked, or what ended it."""
+    answerer, printed = Stopping(calls), io.StringIO()
+    source: Any = Rows(rows)
+    task = Task(source, "data", {}, len(rows), Options(), 3, allowed)
+    console = Console(file=printed, width=200)
+    try:
+        model: Any = SimpleNamespace(answerer=answerer)
+        lines, bad = run_task(model, task, Unfinished(folder, key), console)
+        return ([json.dumps(line) for line in lines], len(bad)), answerer, printed.getvalue()
+    except (KeyboardInterrupt, SourceError) as error:
+        return error, answerer, printed.getvalue()
+
+
+@pytest.mark.parametrize("torn", [False, True])
+@pytest.mark.parametrize("calls", range(1, 9))
+def test_stopped_anywhere_it_ends_like_one_that_was_not(calls, torn, tmp_path):
+    (tmp_path / "alone").mkdir()
+    alone, _, _ = run(tmp_path / "alone", ROWS)
+    assert (len(alone[0]), alone[1]) == (10, 4)
+    run(tmp_path, ROWS, calls)
+    for file in tmp_path.glob("*.unfinished") if torn else ():
+        file.write_bytes(file.read_bytes()[:-5])
+    assert run(tmp_path, ROWS)[0] == alone
+
+
+def test_what_was_answered_is_not_asked_again(tmp_path):
+    whole, answerer, _ = run(tmp_path, ROWS)
+    assert answerer.asked
+    again, answerer, printed = run(tmp_path, ROWS)
+    assert (again, answerer.asked) == (whole, [])
+    assert "goes on behind 12 questions" in printed
+    assert run(tmp_path, ROWS, key={"model": "b"})[1].asked, "answers of another model"
+
+
+def test_rows_that_were_mended_meanwhile_are_asked_and_no_other_again(tmp_path):
+    error, _, printed = run(tmp_path, ROWS, allowed=0.3)
+    assert "4 of 10 rows cannot be asked" in str(error)
+    assert printed.count("is left out") == 4
+    mended = [ROWS[0], row(1, "B?", "b"), *ROWS[2:6], row(6, "H?", "h"), *ROWS[7:]]
+    (lines, bad), answerer, _ = run(tmp_path, mended, allowed=0.3)
+    places = [(line["row"], line["turn"]) for line in map(json.loads, lines)]
+    assert places == [(0, 0), (0, 1), (0, 2), (1, 0), (2, 0), (4, 0), (5, 0), (5, 1), (6, 0), (7, 0), (8, 0), (9, 0)]
+    assert bad == 2
+    assert sum(answerer.asked) < len(places)
+
+
+def test_nothing_answered_is_no_score(tmp_path):
+    error, _, _ = run(tmp_path, [None, None])
+    assert isinstance(error, SourceError)
+    assert "none of the 2 rows could be asked" in str(error)
+
+
+def test_off_a_terminal_a_line_now_and_then():
+    printed = io.StringIO()
+    with Progress(1000, 5000, Console(file=printed, width=200)) as progress:
+        for done in range(1001, 5001):
+            progress.show(done)
+    lines = printed.getvalue().splitlines()
+    assert len(lines) == 40
+    assert lines[0].startswith("rows 1100/5000 left ")
+    assert lines[-1] == "rows 5000/5000 left 0s"
+
+
+def test_without_a_folder_nothing_is_kept():
+    unfinished = Unfinished(None, None)
+    unfinished.keep([])
+    unfinished.done()
+    assert unfinished.file is None
+
+
+def test_what_answers_depend_on_tells_them_apart(tmp_path):
+    def file_of(bits: int = 0, **changes: Any) -> Path | None:
+        params = {"a": jnp.asarray([0, bits], jnp.float32)}
+        model: Any = SimpleNamespace(params=params, config=tiny_config(), template="v1")
+        source: Any = Rows([])
+        task = Task(source, "data", {"files": {"val.json": "1 file, 5 bytes"}}, 5, Options(), 3, 0.0)
+        return Unfinished(tmp_path, key_of(model, dataclasses.replace(task, **changes))).file
+
+    others = [
+        file_of(bits=1),
+        file_of(origin={"files": {"val.json": "1 file, 6 bytes"}}),
+        file_of(rows=4),
+        file_of(options=Options(max_new_tokens=3)),
+        file_of(batch_size=4),
+    ]
+    assert len({file_of(), *others}) == 6
+    assert file_of() == file_of(data="the same by another name")
