@@ -88,6 +88,10 @@ class Program:
         """The state before the first step."""
         return new_state(params, self.groups, self.optimizer, self.config.train.frozen_dtype)
 
+    def jit_begin(self) -> jax.stages.Wrapped:
+        """`begin` under jit: the parameters' buffers become the state's, beside which they would stand a second time."""
+        return jax.jit(self.begin, donate_argnums=0, out_shardings=self.shardings)
+
     def jit_step(self) -> jax.stages.Wrapped:
         """The step under jit: the old state's buffers are reused, the metrics are on every device."""
         return jax.jit(self.step, donate_argnums=0, out_shardings=(self.shardings, replicated(self.mesh)))
@@ -159,5 +163,5 @@ def first_state(program: Program) -> TrainState:
             return {path: drawn[path] for path in absent}
 
         fresh = jax.device_get(jax.jit(draw_absent)(key))
-    params = load_params(found.tensors, config, shardings=shardings.params, fresh=fresh)
-    return jax.jit(program.begin, out_shardings=shardings)(params)
+    kinds = {path: leaf.dtype for path, leaf in flatten(program.abstract_state().params).items()}
+    return program.jit_begin()(load_params(found.tensors, config, kinds, shardings.params, fresh))

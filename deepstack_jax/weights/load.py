@@ -62,14 +62,14 @@ class StoredLeaf:
 def stored_leaves(
     tensors: Mapping[str, StoredTensor],
     config: Config,
-    dtype: DTypeLike = np.float32,
+    dtype: DTypeLike | Mapping[str, DTypeLike] = np.float32,
     fresh: Mapping[str, Any] | None = None,
 ) -> dict[str, StoredLeaf]:
     """Every parameter of the model by its "/"-joined path, ready to be read.
 
     Args:
       tensors: by official name (`open_checkpoint` gives them).
-      dtype: of what is read.
+      dtype: of what is read; one for all, or one for every path.
       fresh: freshly drawn arrays by path, for parameters or layers that the checkpoint may lack; see `absent_leaves`.
 
     Raises:
@@ -84,13 +84,14 @@ def stored_leaves(
         raise WeightsError(
             f"weights must be floating point, got {'; '.join(whole)}; give the folder of the full-precision model"
         )
-    return {path: StoredLeaf(leaf, tensors, dtype, fresh.get(path)) for path, leaf in table.leaves.items()}
+    kinds = dtype if isinstance(dtype, Mapping) else dict.fromkeys(table.leaves, dtype)
+    return {path: StoredLeaf(leaf, tensors, kinds[path], fresh.get(path)) for path, leaf in table.leaves.items()}
 
 
 def load_params(
     tensors: Mapping[str, StoredTensor],
     config: Config,
-    dtype: DTypeLike = np.float32,
+    dtype: DTypeLike | Mapping[str, DTypeLike] = np.float32,
     shardings: PyTree | None = None,
     fresh: Mapping[str, Any] | None = None,
 ) -> PyTree:
@@ -98,7 +99,7 @@ def load_params(
 
     Args:
       tensors: by official name.
-      dtype: of the parameters.
+      dtype: of the parameters; one for all, or one for every path.
       shardings: a tree of shardings like the parameters; each device's part is read for itself. None: the default device.
       fresh: as `stored_leaves`.
 
