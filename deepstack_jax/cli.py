@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import re
@@ -23,6 +24,8 @@ EXIT_DONE = 0
 EXIT_ERROR = 1  # a user's mistake, said in one line on stderr
 EXIT_INTERRUPTED = 130  # Ctrl-C, state saved
 EXIT_PREEMPTED = 75  # SIGTERM, state saved: requeue
+
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # a full disk, a quota, a limit on the size of files
 
 
 def define_config_flag() -> None:
@@ -115,11 +118,12 @@ class StopSignals:
 def run(main: Callable[[], int], errors: tuple[type[Exception], ...], usage: str) -> None:
     """Parse the flags, run `main`, and exit with its code; an error of the given kinds becomes one line on stderr.
 
-    Anything else is a defect of this package and keeps its traceback.
+    So does a full disk. Anything else is a defect of this package and keeps its traceback.
     """
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", stream=sys.stderr, force=True)
     logging.getLogger().handlers[0].addFilter(_is_for_the_user)
     warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
+    sys.unraisablehook = _unraisable
     if any(arg in ("--help", "-h", "-help") for arg in sys.argv[1:]):
         print(usage.strip())
         sys.exit(EXIT_DONE)
@@ -128,6 +132,11 @@ def run(main: Callable[[], int], errors: tuple[type[Exception], ...], usage: str
         code = main()
     except (*errors, ConfigError) as error:
         _fail(str(error))
+    except OSError as error:
+        if error.errno not in _NO_ROOM:
+            raise
+        where = f" {error.filename}" if error.filename else ""
+        _fail(f"cannot write{where}: {error.strerror}; make room and run the same command again")
     except KeyboardInterrupt:  # before the first step, when there is nothing to save, or a second Ctrl-C
         print("stopped", file=sys.stderr)
         code = EXIT_INTERRUPTED
@@ -137,6 +146,12 @@ def run(main: Callable[[], int], errors: tuple[type[Exception], ...], usage: str
 def _is_for_the_user(record: logging.LogRecord) -> bool:
     """Orbax logs every failure several times, with tracebacks; what fails in it is said by us, once."""
     return "/orbax/" not in record.pathname and record.name != "asyncio"
+
+
+def _unraisable(unraisable: sys.UnraisableHookArgs) -> None:
+    """What tensorstore says of every array of a save that has failed, in which orbax has ended its event loop, is no news."""
+    if str(unraisable.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(unraisable)
 
 
 def _parse_flags() -> None:

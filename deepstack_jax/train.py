@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -158,12 +159,11 @@ def main() -> int:
                     finish(held_out, config, state.params, facts(run), workdir, log, console)
         journal.stop(int(state.step), {cli.EXIT_DONE: "done", cli.EXIT_PREEMPTED: "preempted"}.get(code, "interrupted"))
     finally:
-        stream.close()
-        log.close()
-        checkpoints.close()
-        # jax lets go of host arrays that it was lent when Python collects garbage: the last batch, in memory shared with the
-        # workers, would outlive the run.
-        gc.collect()
+        # Last comes first, each whatever the others raise. jax lets go of host arrays that it was lent when Python collects
+        # garbage: the last batch, in memory shared with the workers, would outlive the run.
+        with ExitStack() as closing:
+            for close in (gc.collect, checkpoints.close, log.close, stream.close):
+                closing.callback(close)
     return code
 
 
@@ -232,7 +232,7 @@ def replay_step(file: Path, console: Console) -> int:
     workdir = file.absolute().parents[1]
     try:
         config = build_config(json.loads((workdir / "config.json").read_text()))
-    except OSError as error:
+    except (OSError, json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ReplayError(f"{workdir} holds no run: {error}; name a file WORKDIR/replay/step-N.json") from error
     _, source = open_inputs(config)
     mesh = make_mesh(config.mesh)

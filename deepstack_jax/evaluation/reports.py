@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
@@ -22,7 +21,7 @@ from deepstack_jax.data.image import ImageError, open_image
 from deepstack_jax.data.sources import Source, SourceError
 from deepstack_jax.evaluation.runner import Answer, HeldOut, mean_by_kind
 from deepstack_jax.parallel.distributed import first_host_says, is_first_host
-from deepstack_jax.training.metrics import MetricsLog, read_metrics, write_json
+from deepstack_jax.training.metrics import MetricsLog, read_metrics, write_json, write_whole
 from deepstack_jax.types import PyTree
 
 THUMBNAIL = 448  # longest side, in pixels, of a picture in the log
@@ -115,7 +114,7 @@ def finish(
     """
     stored = workdir / "results.json"
     protocol = asdict(config.evaluation)
-    known = json.loads(stored.read_text()) if is_first_host() and stored.exists() else {}
+    known = stored_results(stored, console) if is_first_host() else {}
     done = (known.get("steps"), known.get("evaluation")) == (facts["steps"], protocol)
     if first_host_says("done" if done else ""):
         show_results(config.name, stored, known, console)
@@ -133,14 +132,27 @@ def finish(
     if not is_first_host():
         return
     if answers is not None:
-        scratch = workdir / "predictions.tmp"
-        scratch.write_text("".join(json.dumps(answer.as_dict()) + "\n" for answer in answers))
-        os.replace(scratch, workdir / "predictions.jsonl")
+        write_whole(workdir / "predictions.jsonl", "".join(json.dumps(answer.as_dict()) + "\n" for answer in answers))
         log.write(facts["steps"], {name: value for name, value in results.items() if isinstance(value, float)})
         for answer in answers[: config.evaluation.samples]:
             console.print(f"  {one_line(answer)}", markup=False, soft_wrap=True)
     write_json(stored, results)
     show_results(config.name, stored, results, console)
+
+
+def stored_results(stored: Path, console: Console) -> dict[str, Any]:
+    """What an earlier attempt wrote; nothing where that is damaged, which is said."""
+    if not stored.exists():
+        return {}
+    try:
+        known = json.loads(stored.read_text())
+        if isinstance(known, dict):
+            return known
+        problem = "no object"
+    except ValueError as error:
+        problem = str(error)
+    console.print(f"{stored} is damaged ({problem}) and is made anew", markup=False, soft_wrap=True)
+    return {}
 
 
 def seconds_per_step(workdir: Path) -> float | None:

@@ -10,6 +10,7 @@ import json
 import logging
 import shutil
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -154,8 +155,12 @@ class Checkpoints:
             )
 
     def close(self) -> None:
+        """Let the folder go; a save that fails now is a warning, since what ends the run may be another error."""
         self._reader.shutdown()
-        self._manager.close()
+        try:
+            self._manager.close()
+        except Exception as error:  # whatever a full or broken disk raises
+            log.warning("a checkpoint could not be written (%s; %s)", _reason(error), self._free())
 
     def restore(self, abstract: TrainState, step: int | None = None) -> tuple[TrainState, dict[str, Any]] | None:
         """Newest usable checkpoint as (state, data state), or None if there is none at all.
@@ -255,7 +260,11 @@ class Checkpoints:
 
     def _pinned(self) -> list[int]:
         """Checkpoints that a replay starts from."""
-        return [json.loads(file.read_text())["checkpoint"] for file in (self._workdir / "replay").glob("*.json")]
+        pinned = []
+        for file in (self._workdir / "replay").glob("*.json"):
+            with suppress(ValueError, KeyError, TypeError):  # a damaged one cannot be replayed from anywhere
+                pinned.append(json.loads(file.read_text())["checkpoint"])
+        return pinned
 
     def _loss_of(self, step: int) -> float | None:
         try:
@@ -301,12 +310,18 @@ def check_same_run(config: Config, workdir: Path) -> list[str]:
     """Refuse to go on in a workdir of another configuration; returns the differences that do no harm, one line each.
 
     Raises:
-      CheckpointError: listing every key that differs and would change what is computed.
+      CheckpointError: listing every key that differs and would change what is computed; or the one there cannot be read.
     """
     stored = workdir / "config.json"
     if not stored.exists():
         return []
-    changed = differences(config, json.loads(stored.read_text()))
+    try:
+        changed = differences(config, json.loads(stored.read_text()))
+    except ValueError as error:
+        raise CheckpointError(
+            f"{stored} is damaged ({error}); if --config is that of the run, delete the file and run the same command again: "
+            "it is written anew"
+        ) from error
     lines = {key: f"{key}: {theirs!r} there, {ours!r} now" for key, (ours, theirs) in changed.items()}
     fatal = [line for key, line in lines.items() if not key.startswith(HARMLESS)]
     if fatal:

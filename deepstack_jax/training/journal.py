@@ -5,8 +5,6 @@ An attempt is one start of the program on a workdir. Times are written with ever
 
 from __future__ import annotations
 
-import json
-import logging
 import time
 from collections import defaultdict
 from collections.abc import Iterator
@@ -14,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-log = logging.getLogger(__name__)
+from deepstack_jax.training.lines import Lines, read_lines
 
 # What an attempt's time is spent on; "step" is what the loop does besides the others.
 KINDS = ("init", "compile", "data", "step", "checkpoint", "evaluation")
@@ -28,7 +26,7 @@ class Journal:
     """
 
     def __init__(self, workdir: Path | None) -> None:
-        self._path = None if workdir is None else workdir / "journal.jsonl"
+        self._lines = Lines(None if workdir is None else workdir / "journal.jsonl")
         self._rest = "init"  # what time counts as that nothing else claims
         self._spent: dict[str, float] = defaultdict(float)
         self._since = time.perf_counter()
@@ -72,21 +70,9 @@ class Journal:
         self._since, self._claimed = now, 0.0
 
     def _append(self, record: dict[str, Any]) -> None:
-        if self._path is None:
-            return
-        try:
-            with self._path.open("a") as file:
-                file.write(json.dumps({"time": round(time.time(), 3), **record}) + "\n")
-        except OSError as error:  # a full disk must not end a run that can still save
-            log.warning("cannot write to %s: %s", self._path, error.strerror)
+        self._lines.append({"time": round(time.time(), 3), **record})
 
 
 def read_journal(workdir: Path) -> list[dict[str, Any]]:
     """All records of a run; a line that a kill or a full disk cut short is left out."""
-    records = []
-    for line in (workdir / "journal.jsonl").read_text().splitlines():
-        try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
-    return records
+    return read_lines(workdir / "journal.jsonl")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import json
-import logging
 import math
 import os
 from collections.abc import Mapping
@@ -12,12 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tensorboardX import SummaryWriter
 
 from deepstack_jax.config_checks import ConfigError
 from deepstack_jax.data.encode import BadExample
-
-log = logging.getLogger(__name__)
+from deepstack_jax.training.board import Board
+from deepstack_jax.training.lines import Lines, read_lines
 
 
 class MetricsLog:
@@ -30,44 +28,33 @@ class MetricsLog:
     """
 
     def __init__(self, workdir: Path | None, resume_step: int, wandb_run: Any = None) -> None:
-        self._file, self._board, self._wandb = None, None, wandb_run
+        self._lines, self._board, self._wandb = None, None, wandb_run
         if workdir is None:
             return
         path = workdir / "metrics.jsonl"
-        if path.exists():
-            kept = [line for line in read_metrics(workdir) if line["step"] <= resume_step]
-            scratch = path.with_suffix(".tmp")
-            scratch.write_text("".join(json.dumps(line) + "\n" for line in kept))
-            os.replace(scratch, path)
-        self._file = path.open("a")
-        self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=resume_step + 1 if resume_step else None)
+        kept = [line for line in read_metrics(workdir) if line["step"] <= resume_step] if path.exists() else []
+        write_whole(path, "".join(json.dumps(line) + "\n" for line in kept))
+        self._lines = Lines(path)
+        self._board = Board(workdir / "tensorboard", resume_step)
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
         """Record `values` at `step`; finite numbers become curves."""
-        if self._file is None or self._board is None:
+        if self._lines is None or self._board is None:
             return
-        try:
-            self._file.write(json.dumps({"step": step, **values}) + "\n")
-            self._file.flush()
-        except OSError as error:  # a full disk must not end a run that can still save
-            log.warning("the numbers of step %s are not written: %s", step, error.strerror)
+        self._lines.append({"step": step, **values})
         numbers = {name: value for name, value in values.items() if isinstance(value, int | float) and math.isfinite(value)}
-        for name, value in numbers.items():
-            self._board.add_scalar(name, value, step)
+        self._board.scalars(step, numbers)
         if self._wandb is not None:
             self._wandb.log(numbers, step=step)
 
     def sample(self, step: int, name: str, markdown: str, picture: np.ndarray | None) -> None:
         """Show a text, and what it is about as u8[y, x, 3]."""
-        if self._board is None:
-            return
-        self._board.add_text(name, markdown, step)
-        if picture is not None:
-            self._board.add_image(name, picture, step, dataformats="HWC")
+        if self._board is not None:
+            self._board.sample(step, name, markdown, picture)
 
     def close(self) -> None:
-        if self._file is not None and self._board is not None:
-            self._file.close()
+        """Write what still waits; a full disk is a warning."""
+        if self._board is not None:
             self._board.close()
         if self._wandb is not None:
             self._wandb.finish()
@@ -92,14 +79,8 @@ def start_wandb(project: str, workdir: Path, name: str, config: dict[str, Any]) 
 
 
 def read_metrics(workdir: Path) -> list[dict[str, Any]]:
-    """All records of a run; a last line that a kill cut short is left out."""
-    records = []
-    for line in (workdir / "metrics.jsonl").read_text().splitlines():
-        try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
-    return records
+    """All records of a run; a line that a kill or a full disk cut short is left out."""
+    return [line for line in read_lines(workdir / "metrics.jsonl") if "step" in line]
 
 
 class Quarantine:
@@ -121,8 +102,9 @@ class Quarantine:
         self._bad: set[int] = set()  # of this attempt: what was mended since the last one no longer counts
         self._known: set[int] = set()
         self._last = ""
+        self._lines = Lines(self._path)
         if self._path.exists():
-            self._known = {json.loads(line)["index"] for line in self._path.read_text().splitlines()}
+            self._known = {line["index"] for line in read_lines(self._path) if "index" in line}
 
     def add(self, bad: tuple[BadExample, ...]) -> int:
         """Record the bad ones; returns how many distinct ones this host has met in this attempt."""
@@ -131,9 +113,8 @@ class Quarantine:
             self._last = example.reason
             if example.index in self._known:
                 continue
-            self._known.add(example.index)
-            with self._path.open("a") as file:
-                file.write(json.dumps({"index": example.index, "name": example.name, "reason": example.reason}) + "\n")
+            if self._lines.append({"index": example.index, "name": example.name, "reason": example.reason}):
+                self._known.add(example.index)
         return len(self._bad)
 
     def check(self, bad: int, seen: int) -> None:
@@ -156,6 +137,22 @@ class QuarantineError(ValueError):
 
 def write_json(path: Path, value: Any) -> None:
     """Write whole or not at all."""
+    write_whole(path, json.dumps(value, indent=2) + "\n")
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Replace a file at once: whenever the machine stops, the old text is there or the new one.
+
+    Raises:
+      OSError: the new one could not be written.
+    """
     scratch = path.with_suffix(".tmp")
-    scratch.write_text(json.dumps(value, indent=2) + "\n")
-    os.replace(scratch, path)
+    try:
+        with scratch.open("w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())  # else the name may be on the disk before what it names
+        os.replace(scratch, path)
+    except OSError as error:
+        error.filename = str(path)  # which a failed write does not know
+        raise

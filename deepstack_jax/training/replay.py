@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -24,6 +25,8 @@ from deepstack_jax.training.program import Program, first_state
 from deepstack_jax.training.step import token_loss
 from deepstack_jax.types import PyTree, TrainState
 
+log = logging.getLogger(__name__)
+
 # Each bundle keeps a checkpoint from being deleted; a run that has gone bad would keep them all.
 MOST_BUNDLES = 8
 _SHOWN = 8  # names in a line
@@ -44,13 +47,16 @@ class Bundle(NamedTuple):
 
 
 def write_bundle(workdir: Path, step: int, examples: list[int], checkpoint: int, numbers: Mapping[str, Any]) -> None:
-    """Write `workdir/replay/step-<step>.json`, unless there are enough of them."""
+    """Write `workdir/replay/step-<step>.json`, unless there are enough of them; where that fails, a warning says so."""
     folder = workdir / "replay"
-    folder.mkdir(exist_ok=True)
     file = folder / f"step-{step}.json"
-    if not file.exists() and len(list(folder.glob("*.json"))) < MOST_BUNDLES:
-        bundle = Bundle(step, examples, checkpoint, float(numbers["loss"]), float(numbers["grad_norm"]))
-        write_json(file, bundle._asdict())
+    bundle = Bundle(step, examples, checkpoint, float(numbers["loss"]), float(numbers["grad_norm"]))
+    try:
+        folder.mkdir(exist_ok=True)
+        if not file.exists() and len(list(folder.glob("*.json"))) < MOST_BUNDLES:
+            write_json(file, bundle._asdict())
+    except OSError as error:  # a full disk must not end a run that can still save
+        log.warning("cannot write to %s: %s; this step cannot be replayed", file, error.strerror)
 
 
 def read_bundle(file: Path) -> Bundle:

@@ -1,6 +1,7 @@
 """Saving, restoring, falling back over damage, and the bounds of the quarantine."""
 
 import json
+import resource
 import subprocess
 
 import chex
@@ -237,6 +238,37 @@ def test_harmless_differences_are_listed_and_accepted(tmp_path):
     stored["mesh"]["fsdp"] = 8
     (tmp_path / "config.json").write_text(json.dumps(stored))
     assert check_same_run(Config(), tmp_path) == ["train.log_every: 99 there, 10 now", "mesh.fsdp: 8 there, 1 now"]
+
+
+def test_a_damaged_config_is_one_line_that_says_how_to_go_on(tmp_path):
+    for left in (b"", b'{"name": "deep', b"\0\xff"):
+        (tmp_path / "config.json").write_bytes(left)
+        with pytest.raises(CheckpointError, match=r"config\.json is damaged \(.*delete the file and run the same"):
+            check_same_run(Config(), tmp_path)
+
+
+def test_a_damaged_bundle_ends_no_run_and_a_whole_one_keeps_its_checkpoint(tmp_path):
+    (tmp_path / "replay").mkdir()
+    for step, left in enumerate(("", "[]", "{}", json.dumps({"checkpoint": 1}))):
+        (tmp_path / "replay" / f"step-{step}.json").write_text(left)
+    checkpoints = Checkpoints(tmp_path, TrainConfig(keep=1))
+    for step in (1, 2, 3):
+        checkpoints.save(state_at(step), {}, {})
+    checkpoints.finish(3)
+    checkpoints.close()
+    assert steps_in(tmp_path) == [1, 3]
+
+
+def test_a_save_that_fails_while_a_run_ends_hides_no_other_error(tmp_path, caplog):
+    checkpoints = Checkpoints(tmp_path, TrainConfig())
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, before[1]))  # what a full disk does to a write
+    try:
+        checkpoints.save(state_at(1), {}, {})
+        checkpoints.close()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert "could not be written" in caplog.text
 
 
 def test_the_quarantine_counts_each_example_once_and_stops_past_its_share(tmp_path):
