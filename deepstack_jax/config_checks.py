@@ -7,8 +7,9 @@ import math
 import re
 import warnings
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from deepstack_jax.config_ranges import lookup, out_of_range
 from deepstack_jax.layout.grid import anyres_grids
 from deepstack_jax.layout.sequence import MERGES, SEQUENCES, STACKS
 from deepstack_jax.layout.stack import SAMPLINGS
@@ -52,55 +53,15 @@ CHOICES = {
     "train.frozen_dtype": ("float32", "bfloat16"),
 }
 
-POSITIVE = (
-    "image.size",
-    "vision.patch_size",
-    "vision.width",
-    "vision.layers",
-    "vision.heads",
-    "vision.mlp",
-    "projector.layers",
-    "decoder.vocab_size",
-    "decoder.width",
-    "decoder.layers",
-    "decoder.heads",
-    "decoder.kv_heads",
-    "decoder.head_dim",
-    "decoder.mlp",
-    "decoder.max_positions",
-    "deepstack.interval",
-    "deepstack.pool",
-    "data.max_length",
-    "data.max_images",
-    "data.prefetch",
-    "data.packing.window",
-    "data.packing.max_examples",
-    "data.packing.max_images",
-    "data.synthetic.length",
-    "data.synthetic.questions",
-    "train.batch_size",
-    "train.accumulation",
-    "train.loss_chunk",
-    "train.log_every",
-    "train.checkpoint_every",
-    "train.keep",
-    "train.max_bad_steps",
-    "evaluation.examples",
-    "evaluation.batch_size",
-    "evaluation.max_new_tokens",
-    "optimizer.clip_norm",
-)
-
 
 def check_config(config: Config) -> None:
     """Refuse what cannot run, each with the numbers that clash and the next move."""
     for key, valid in CHOICES.items():
-        value = _lookup(config, key)
+        value = lookup(config, key)
         if value not in valid:
             raise ConfigError(f"config.{key} got {value!r}; {nearest(value, valid)}")
-    for key in POSITIVE:
-        if _lookup(config, key) <= 0:
-            raise ConfigError(f"config.{key} got {_lookup(config, key)}, expected a number above 0")
+    for problem in out_of_range(config):
+        raise ConfigError(problem)
     for name, group in config.optimizer.groups.items():
         for key, value, valid in (
             ("algorithm", group.algorithm, ("adamw", "muon")),
@@ -156,13 +117,10 @@ def _check_sizes(config: Config) -> None:
 def _check_train(config: Config) -> None:
     """How long a run lasts, what it keeps and what it records."""
     train, steps = config.train, config.profile.steps
-    if train.steps < 0 or (train.steps == 0 and train.epochs <= 0):
+    if train.steps < 0 or (train.steps == 0 and not 0 < train.epochs < math.inf):
         raise ConfigError(
             f"config.train.steps {train.steps} with epochs {train.epochs} trains nothing; set one of them above 0"
         )
-    for key in ("keep_every", "keep_best"):
-        if getattr(train, key) < 0:
-            raise ConfigError(f"config.train.{key} got {getattr(train, key)}, expected 0 (none) or more")
     if train.keep_best and not config.evaluation.every:
         raise ConfigError(
             f"config.train.keep_best {train.keep_best} needs a held-out loss to tell the best by; set config.evaluation.every"
@@ -259,12 +217,19 @@ def _check_rope(config: Config) -> None:
                     f"config.decoder.rope.{name} has {len(factors)} entries, expected head_dim / 2 = {half} for "
                     f"scaling {rope.scaling!r}"
                 )
+            if not all(0 < factor < math.inf for factor in factors):
+                raise ConfigError(f"config.decoder.rope.{name} holds {min(factors)}, expected numbers above 0")
+    if rope.scaling == "llama3" and not 0 < rope.low_freq_factor < rope.high_freq_factor:
+        raise ConfigError(
+            f"config.decoder.rope.low_freq_factor {rope.low_freq_factor} and high_freq_factor {rope.high_freq_factor}: "
+            "expected numbers above 0, the second above the first"
+        )
     if rope.scaling in ("longrope", "yarn", "llama3") and rope.original_positions < 2:
         raise ConfigError(
             f"config.decoder.rope.original_positions is {rope.original_positions}; scaling {rope.scaling!r} needs the context "
             "length that the weights had before it was extended"
         )
-    if rope.scaling in ("linear", "llama3") and rope.factor < 1:
+    if rope.scaling in ("linear", "llama3") and not rope.factor >= 1:
         raise ConfigError(f"config.decoder.rope.factor {rope.factor} shortens the context; expected at least 1")
 
 
@@ -333,9 +298,3 @@ def _check_deepstack(config: Config) -> None:
             f"(config.deepstack.start {stack.start}, interval {stack.interval})",
             stacklevel=4,
         )
-
-
-def _lookup(config: Any, key: str) -> Any:
-    for part in key.split("."):
-        config = getattr(config, part)
-    return config

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import math
+import re
 import warnings
 from typing import Any
 
@@ -10,7 +12,8 @@ from ml_collections import ConfigDict
 
 from deepstack_jax.cli import writable_folder
 from deepstack_jax.config import Config, build_config, default_config, differences, to_dict
-from deepstack_jax.config_checks import CHOICES, POSITIVE, ConfigError, check_config, nearest
+from deepstack_jax.config_checks import CHOICES, ConfigError, check_config, nearest
+from deepstack_jax.config_ranges import GROUP_RANGES, POSITIVE, RANGES, lookup
 from tests.unit.tiny import TINY, tiny_config
 
 pytestmark = pytest.mark.quick
@@ -104,10 +107,67 @@ def test_every_choice_is_checked(key):
 
 
 @pytest.mark.parametrize("key", POSITIVE)
-def test_every_count_must_be_positive(key):
-    for value in (0, -1):
-        with pytest.raises(ConfigError, match=rf"config\.{key} got {float(value) if 'clip' in key else value}, expected"):
+def test_every_size_must_be_positive(key):
+    kind = type(lookup(Config(), key))
+    for value in (kind(0), kind(-1), *([math.nan] if kind is float else [])):
+        with pytest.raises(ConfigError, match=rf"config\.{key} got {value}, expected a number above 0"):
             build_config(nested(key, value))
+
+
+@pytest.mark.parametrize(
+    ("key", "values", "expected"),
+    [
+        ("optimizer.schedule.warmup", (500, -1, 1.01, math.nan), "a share of the steps, 0 to 1"),
+        ("optimizer.schedule.tail", (-2, 200), "a share of the steps, 0 to 1"),
+        ("optimizer.schedule.final", (-0.1, 2), "a share of the learning rate, 0 to 1"),
+        ("optimizer.groups.default.lr", (-1, math.nan, math.inf), "a number from 0 on"),
+        ("optimizer.groups.default.b2", (1.0, -0.1), "a number from 0 on and below 1"),
+        ("optimizer.groups.default.weight_decay", (-0.1,), "a number from 0 on"),
+        ("data.max_bad_fraction", (5, -0.5), "a share of the examples, 0 to 1"),
+        ("data.workers", (-3,), "0 (a thread of this process) or a number of processes"),
+        ("data.seed", (-1, 2**32), "a whole number from 0 to 4294967295"),
+        ("evaluation.every", (-5,), "0 (at the end only) or a number of steps"),
+        ("evaluation.samples", (-1,), "0 (none) or more"),
+        ("train.keep_best", (-1,), "0 (none) or more"),
+        ("deepstack.vision_start", (-2,), "-1 (half of the tower's layers) or a layer from 0 on"),
+        ("vision.post_layers", (-1,), "0 (none) or more"),
+        ("decoder.sliding_window", (-1,), "0 (all tokens before) or more"),
+        ("data.buckets", ((0,),), "a number above 0"),
+        ("image.std", ((1.0, 0.0, 1.0),), "a number above 0"),
+    ],
+)
+def test_a_number_outside_of_its_range_is_refused_with_the_range(key, values, expected):
+    for value in values:
+        with pytest.raises(ConfigError, match=rf"config\.{key}(\[\d\])? got [-.\w]+, expected {re.escape(expected)}"):
+            build_config(nested(key, value))
+
+
+def test_the_ends_of_a_range_belong_to_it():
+    for key, valid in RANGES.items():
+        if key != "train.keep_best":  # needs evaluations
+            build_config(nested(key, type(lookup(Config(), key))(valid.least)))
+    for key in GROUP_RANGES:
+        build_config(nested(f"optimizer.groups.default.{key}", 0.0))
+    build_config(nested("optimizer.schedule.warmup", 1))
+    build_config(nested("optimizer.clip_norm", math.inf))
+
+
+def test_every_number_is_bounded():
+    """A new number needs a range, or a place here with what else bounds it."""
+    elsewhere = {
+        *("train.steps", "train.epochs", "vision.feature_layer", "deepstack.start", "mesh.data", "mesh.fsdp", "mesh.tensor"),
+        *("decoder.rope.factor", "decoder.rope.low_freq_factor", "decoder.rope.high_freq_factor"),
+    }
+
+    def numbers(value, path=""):
+        for field in dataclasses.fields(value):
+            inner, key = getattr(value, field.name), f"{path}{field.name}"
+            if dataclasses.is_dataclass(inner):
+                yield from numbers(inner, f"{key}.")
+            elif isinstance(inner, int | float) and not isinstance(inner, bool):
+                yield key
+
+    assert set(numbers(Config())) - elsewhere == {*POSITIVE, *RANGES}
 
 
 IMPOSSIBLE = [
@@ -133,6 +193,10 @@ IMPOSSIBLE = [
     ({"deepstack.schedule": (0, 1, 2, 3, 4)}, "goes beyond the 4 groups 0..3"),
     ({"deepstack.schedule": (0, 1, 2, 3, -2)}, "goes beyond the 4 groups 0..3"),
     ({"deepstack.start": -1}, "start -1 is negative"),
+    (
+        {"decoder.rope.scaling": "llama3", "decoder.rope.original_positions": 8, "decoder.rope.low_freq_factor": 4.0},
+        "low_freq_factor 4.0 and high_freq_factor 4.0: expected numbers above 0, the second above the first",
+    ),
     ({"deepstack.start": 5}, "start 5 lies beyond the 5 decoder layers 0..4"),
     ({"optimizer.table": (("head", "hot"), (".*", "default"))}, "sends 'head' to 'hot'; valid names: default, frozen"),
     ({"optimizer.table": (("head", "frosen"), (".*", "default"))}, "nearest valid name: 'frozen'"),

@@ -12,7 +12,8 @@ PACKAGE = Path(__file__).parents[2] / "deepstack_jax"
 ALLOWED = {
     "batch": set(),
     "layout": {"batch"},
-    "config_checks": {"layout"},
+    "config_ranges": set(),
+    "config_checks": {"config_ranges", "layout"},
     "config_data": set(),
     "config": {"batch", "layout", "config_checks", "config_data"},
     "types": {"batch"},
