@@ -115,10 +115,19 @@ class StopSignals:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def run(main: Callable[[], int], errors: tuple[type[Exception], ...], usage: str) -> None:
+def run(
+    main: Callable[[], int],
+    errors: tuple[type[Exception], ...],
+    usage: str,
+    needs_less_memory: str = "use a machine with more",
+) -> None:
     """Parse the flags, run `main`, and exit with its code; an error of the given kinds becomes one line on stderr.
 
-    So does a full disk. Anything else is a defect of this package and keeps its traceback.
+    So does a full disk, and a device whose memory does not suffice. Anything else is a defect of this package and keeps its
+    traceback.
+
+    Args:
+      needs_less_memory: what to do when there is too little of it.
     """
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", stream=sys.stderr, force=True)
     logging.getLogger().handlers[0].addFilter(_is_for_the_user)
@@ -137,6 +146,11 @@ def run(main: Callable[[], int], errors: tuple[type[Exception], ...], usage: str
             raise
         where = f" {error.filename}" if error.filename else ""
         _fail(f"cannot write{where}: {error.strerror}; make room and run the same command again")
+    except (RuntimeError, ValueError) as error:  # by the place that it strikes
+        asked = _memory_asked(str(error))
+        if not asked:
+            raise
+        _fail(f"out of memory: {asked}; {needs_less_memory}")
     except KeyboardInterrupt:  # before the first step, when there is nothing to save, or a second Ctrl-C
         print("stopped", file=sys.stderr)
         code = EXIT_INTERRUPTED
@@ -146,6 +160,14 @@ def run(main: Callable[[], int], errors: tuple[type[Exception], ...], usage: str
 def _is_for_the_user(record: logging.LogRecord) -> bool:
     """Orbax logs every failure several times, with tracebacks; what fails in it is said by us, once."""
     return "/orbax/" not in record.pathname and record.name != "asyncio"
+
+
+def _memory_asked(message: str) -> str:
+    """What jax says of memory that it did not get, in one line; "" where it says something else."""
+    found = re.search(r"RESOURCE_EXHAUSTED: *(.*)", message)
+    if not found or not re.search("memory|allocat", found[1], re.IGNORECASE):  # a full disk has the same name
+        return ""
+    return re.sub(r"(\d{7,}) bytes", lambda number: f"{int(number[1]) / 1e9:,.1f} GB", found[1].rstrip(" ."))
 
 
 def _unraisable(unraisable: sys.UnraisableHookArgs) -> None:

@@ -241,4 +241,5 @@ def write(file: Path, text: str) -> None:
 
 if __name__ == "__main__":
     define_flags()
-    cli.run(main, (RequestError, ImageError, ConversationError, CheckpointError, SourceError), USAGE)
+    less = "lower --batch_size or --max_new_tokens, or choose --dtype=bfloat16"
+    cli.run(main, (RequestError, ImageError, ConversationError, CheckpointError, SourceError), USAGE, less)

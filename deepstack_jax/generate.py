@@ -205,4 +205,5 @@ def note(text: str) -> None:
 
 if __name__ == "__main__":
     define_flags()
-    cli.run(main, (RequestError, ImageError, ConversationError, CheckpointError), USAGE)
+    less = "lower --batch_size or --max_new_tokens, or choose --dtype=bfloat16"
+    cli.run(main, (RequestError, ImageError, ConversationError, CheckpointError), USAGE, less)

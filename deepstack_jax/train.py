@@ -69,6 +69,12 @@ Train a DeepStack model; run the same command again to go on where it stopped.
 Exit codes: 0 done; 1 a mistake in the input, said in one line; 75 stopped by SIGTERM and 130 by Ctrl-C, state saved.
 """
 
+NEEDS_LESS_MEMORY = (
+    "raise config.train.accumulation, set config.decoder.remat=block or config.train.frozen_dtype=bfloat16, lower "
+    "config.data.max_length, or cut the model over more devices with config.mesh.fsdp, all but the last in a new --workdir; "
+    "python -m deepstack_jax.plan tells what a configuration needs"
+)
+
 flags.DEFINE_string("workdir", None, "Folder for everything that the run writes.")
 flags.DEFINE_string("report", None, "Print where the time of the run in this workdir went, and draw its curves.")
 flags.DEFINE_string("replay", None, "A file of WORKDIR/replay/: do that step again.")
@@ -266,4 +272,4 @@ def describe_run(program: Program, steps: int) -> Table:
 
 if __name__ == "__main__":
     own = (CheckpointError, NotFiniteError, QuarantineError, ReplayError, ReportError)
-    cli.run(main, (SourceError, ImageError, ConversationError, *own), USAGE)
+    cli.run(main, (SourceError, ImageError, ConversationError, *own), USAGE, NEEDS_LESS_MEMORY)

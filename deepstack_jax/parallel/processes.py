@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import socket
 import sys
+import threading
 import traceback
 import warnings
 from dataclasses import dataclass
@@ -18,6 +20,7 @@ HEARTBEAT_SECONDS = 30
 # How long one that ends waits for the others, which may be stuck in a step that it will never join.
 SHUTDOWN_SECONDS = 30
 CONNECT_SECONDS = 300
+_JAX_WAITS_SECONDS = 60  # longer than we do: it then ends the process with a trace of its own C++
 
 # Where launchers say how many processes they started, which one this is, and its number on its host. The first that speaks is
 # heard: mpirun starts its processes under SLURM from tasks of srun, of which there is one per host.
@@ -47,6 +50,8 @@ class _Launched:
 def join_processes(address: str | None = None, count: int | None = None, number: int | None = None) -> None:
     """Connect this process with the others of its run; must come before the first use of a device.
 
+    Where they do not come within CONNECT_SECONDS, the process ends with one line that says so.
+
     Without arguments jax looks for TPU pods, SLURM and Open MPI 4; where there is none of them, or only one process, nothing is
     connected. An address alone is enough under a launcher that says the rest (Open MPI 5, MPICH, SLURM); the
     process then takes one GPU, by its number on its host, as jax does under SLURM, unless JAX_LOCAL_DEVICE_IDS names others.
@@ -58,9 +63,8 @@ def join_processes(address: str | None = None, count: int | None = None, number:
       number: of this process, from 0.
 
     Raises:
-      ConfigError: arguments that do not go together; or the environment says that there are several processes, which nothing
-        connects: each would train alone into the same workdir.
-      RuntimeError: the others did not come within CONNECT_SECONDS.
+      ConfigError: arguments that do not go together; the port of process 0 is taken; or the environment says that there are
+        several processes, which nothing connects: each would train alone into the same workdir.
     """
     if address is None and number is None and count in (None, 1):
         if count is None:
@@ -100,16 +104,39 @@ def _leave_at_once(kind: type[BaseException], error: BaseException, trace: Trace
 
 
 def _connect(address: str | None = None, count: int | None = None, number: int | None = None, local: int | None = None) -> None:
-    jax.distributed.initialize(
-        address,
-        count,
-        number,
-        None if local is None else [local],
-        initialization_timeout=CONNECT_SECONDS,
-        heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
-        shutdown_timeout_seconds=SHUTDOWN_SECONDS,
-    )
+    too_late = threading.Timer(CONNECT_SECONDS, _end_unconnected, (address, count, number))
+    too_late.daemon = True
+    too_late.start()
+    try:
+        jax.distributed.initialize(
+            address,
+            count,
+            number,
+            None if local is None else [local],
+            initialization_timeout=CONNECT_SECONDS + _JAX_WAITS_SECONDS,
+            heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+            shutdown_timeout_seconds=SHUTDOWN_SECONDS,
+        )
+    finally:
+        too_late.cancel()
     sys.excepthook = _leave_at_once
+
+
+def _end_unconnected(address: str | None, count: int | None, number: int | None) -> None:
+    """The end of a process that waits for others within jax, out of reach of an exception."""
+    print(
+        f"error: {_me(address, count, number)}: not all processes of this run connected within {CONNECT_SECONDS} s; see the "
+        "output of the others; all need the same --coordinator_address=HOST:PORT, of the host of process 0 and reachable from "
+        "here, the same --process_count and each a --process_id of its own",
+        file=sys.stderr,
+        flush=True,
+    )
+    sys.stdout.flush()
+    os._exit(1)
+
+
+def _me(address: str | None, count: int | None, number: int | None) -> str:
+    return "this process" if address is None else f"process {number} of {count}, coordinator {address}"
 
 
 def _connect_if_detected(launched: _Launched | None) -> None:
@@ -159,4 +186,11 @@ def _checked(address: str | None, count: int | None, number: int | None) -> tupl
         raise ConfigError(f"--coordinator_address={address} is not HOST:PORT; e.g. --coordinator_address=10.0.0.1:8476")
     if not 0 <= number < count:
         raise ConfigError(f"--process_id={number} with --process_count={count}; expected 0..{count - 1}, each once")
+    if number == 0:
+        try:
+            socket.create_server(("", int(port))).close()
+        except (OSError, OverflowError) as error:  # jax may crash on a port that it does not get
+            raise ConfigError(
+                f"--coordinator_address={address}: process 0 cannot listen on port {port} ({error}); choose a free one for all"
+            ) from error
     return address, count, number

@@ -1,15 +1,20 @@
 """Several real processes: the same run as one, and what becomes of it when one of them dies or is told to stop."""
 
 import signal
+import socket
+import subprocess
+import sys
 import time
 
 import numpy as np
 import pytest
 
-from tests.distributed.several import train_in, trainers, workers
+from deepstack_jax.config_checks import ConfigError
+from deepstack_jax.parallel.processes import join_processes
+from tests.distributed.several import free_port, train_in, trainers, workers
 from tests.e2e.receipts import draw_receipts
 from tests.e2e.test_train import RECEIPTS
-from tests.e2e.verb import assert_same_bytes, losses, read_json, read_lines, saved_state, train
+from tests.e2e.verb import TIMEOUT, assert_same_bytes, losses, read_json, read_lines, saved_state, train
 
 STEPS = 6
 # 6 held-out examples over 2 or 4 processes: some have more questions than others.
@@ -63,6 +68,26 @@ def assert_same_files(ours, theirs):
     assert_same_bytes(saved_state(ours), saved_state(theirs))
     assert losses(ours) == losses(theirs)
     assert (ours / "predictions.jsonl").read_bytes() == (theirs / "predictions.jsonl").read_bytes()
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_processes_that_do_not_find_each_other_end_in_one_line(number):
+    address = f"127.0.0.1:{free_port()}"
+    code = "from deepstack_jax.parallel import processes; processes.CONNECT_SECONDS = 2; "
+    code += f"processes.join_processes({address!r}, 2, {number})"
+    done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True, timeout=TIMEOUT)
+    assert done.returncode == 1
+    assert done.stderr.startswith(
+        f"error: process {number} of 2, coordinator {address}: not all processes of this run connected"
+    )
+    assert done.stderr.count("\n") == 1, done.stderr
+
+
+def test_a_coordinator_whose_port_is_taken_says_so():
+    with socket.create_server(("", 0)) as taken:
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        with pytest.raises(ConfigError, match=f"{address}: process 0 cannot listen on port .* in use.*; choose a free one"):
+            join_processes(address, 2, 0)
 
 
 def test_two_processes_one_of_them_killed_end_like_one(alone, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 import subprocess
 import sys
@@ -299,3 +300,11 @@ def refused(config: str, workdir: Path | None, changes: dict[str, Any], expected
     if before:
         assert contents(workdir) == before  # pyright: ignore[reportArgumentType]
     return done.stderr
+
+
+@pytest.mark.slow
+def test_too_little_memory_is_one_line_with_what_was_asked_for_and_the_next_moves(tmp_path):
+    changes = DEMO | {"data.max_length": 1_000_000, "train.batch_size": 1}  # attention scores of terabytes
+    done = train("configs/demo.py", tmp_path / "run", changes)
+    assert done.returncode == 1, done.stdout
+    assert re.fullmatch(r"error: out of memory: .*\d GB; raise config\.train\.accumulation, .*\n", done.stderr), done.stderr

@@ -1,4 +1,4 @@
-"""How a verb ends: a user's mistake and a full disk in one line, a defect with its traceback."""
+"""How a verb ends: a user's mistake, a full disk and too little memory in one line, a defect with its traceback."""
 
 import subprocess
 import sys
@@ -6,6 +6,7 @@ import sys
 import pytest
 
 HEAD = "import errno, sys; from deepstack_jax import cli; sys.argv = ['verb']"
+EXHAUSTED = "RESOURCE_EXHAUSTED: "
 
 
 def ending(body: str) -> subprocess.CompletedProcess[str]:
@@ -22,6 +23,14 @@ def ending(body: str) -> subprocess.CompletedProcess[str]:
             "cannot write runs/a/x.json: No space",
         ),
         ("raise OSError(errno.EDQUOT, 'Disk quota exceeded')", "cannot write: Disk quota exceeded; make room and run the same"),
+        (
+            "import jax; jax.numpy.zeros(1 << 50, 'int8').block_until_ready()",
+            "out of memory: Out of memory allocating 1,125,899.9 G",
+        ),
+        (
+            f"raise ValueError('{EXHAUSTED}Ran out of memory in memory space hbm. Used 18.50G of 15.75G hbm.')",
+            "out of memory: Ran out of memory in memory space hbm. Used 18.50G of 15.75G hbm; use a machine with more",
+        ),
     ],
 )
 def test_one_line(body, message):
@@ -31,7 +40,14 @@ def test_one_line(body, message):
     assert done.stderr.count("\n") == 1
 
 
-@pytest.mark.parametrize("body", ["raise OSError(errno.EBADF, 'Bad file descriptor')", "raise RuntimeError('a defect')"])
+@pytest.mark.parametrize(
+    "body",
+    [
+        "raise OSError(errno.EBADF, 'Bad file descriptor')",
+        "raise RuntimeError('a defect')",
+        f"raise ValueError('{EXHAUSTED}Error writing file: No space left on device')",
+    ],
+)
 def test_a_defect_keeps_its_traceback(body):
     done = ending(body)
     assert done.returncode == 1
