@@ -32,7 +32,7 @@ from deepstack_jax.evaluation.runner import HeldOut
 from deepstack_jax.inference.generate import greedy
 from deepstack_jax.inference.text import end_of_turn
 from deepstack_jax.model.deepstack import DeepStack
-from deepstack_jax.parallel.distributed import is_first_host, part_of_batch
+from deepstack_jax.parallel.distributed import ToldToStop, is_first_host, part_of_batch
 from deepstack_jax.parallel.mesh import check_batch_fits, make_mesh
 from deepstack_jax.parallel.processes import join_processes
 from deepstack_jax.parallel.rules import use_mesh
@@ -158,8 +158,9 @@ def main() -> int:
     stop = cli.StopSignals(leave_sigterm=jax.process_count() > 1)
     try:
         with use_mesh(mesh):
-            state = loop(run, state, lambda: stop.received)
-            code = end(run, state, stop)
+            told = ToldToStop(lambda: stop.received)
+            state = loop(run, state, told)
+            code = end(run, int(state.step), stop, told)
             if code == cli.EXIT_DONE:
                 with journal.spend("evaluation"):
                     finish(held_out, config, state.params, facts(run), workdir, log, console)
@@ -209,11 +210,11 @@ def open_log(config: Config, workdir: Path, step: int) -> MetricsLog:
     return MetricsLog(workdir, step, shown)
 
 
-def end(run: Run, state: TrainState, stop: cli.StopSignals) -> int:
+def end(run: Run, step: int, stop: cli.StopSignals, told: ToldToStop) -> int:
     """The exit code of a loop that has saved its state; what follows is computed again by the same command."""
+    told.hand_on()  # before SIGTERM no longer reaches the service that tells the others
     stop.end_on_sigterm()
-    step = int(state.step)
-    if step == run.steps:
+    if step == run.steps and not told.after_all():
         return cli.EXIT_DONE
     run.console.print(f"stopped at step {step}, state saved; the same command goes on from here")
     return stop.exit_code or cli.EXIT_PREEMPTED  # another host was told to stop

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import jax
@@ -20,6 +22,7 @@ from deepstack_jax.config_checks import ConfigError
 from deepstack_jax.parallel.rules import batch_sharding
 
 _TEXT_BYTES = 512
+_NOTICE_SECONDS = 1.5  # jax's preemption service looks once a second for SIGTERM
 
 
 @dataclass(frozen=True)
@@ -119,14 +122,39 @@ def sum_over_hosts(values: dict[str, float]) -> dict[str, float]:
     return dict(zip(sorted(values), totals.tolist(), strict=True))
 
 
-def told_to_stop(step: int, signal_received: bool) -> bool:
-    """Whether the run stops before step `step` + 1: on one host by its own signals, on several where all agreed on a step.
+class ToldToStop:
+    """Whether the run stops before its next step: on one host by its own signals, on several where all agreed on a step.
 
-    With several hosts SIGTERM belongs to jax's preemption service, which tells all hosts and lets them stop at the same step;
-    what stops one host in another way (Ctrl-C) is handed on to the service as such a SIGTERM.
+    With several hosts SIGTERM belongs to jax's preemption service, which tells all hosts and lets them stop at the same call;
+    what stops one host in another way (Ctrl-C) is handed on to the service as such a SIGTERM. All hosts call it equally often.
+
+    Args:
+      signal_received: whether this process was told by a signal of its own.
     """
-    if jax.process_count() == 1:
-        return signal_received
-    if signal_received:
-        os.kill(os.getpid(), signal.SIGTERM)
-    return multihost_utils.reached_preemption_sync_point(step)
+
+    def __init__(self, signal_received: Callable[[], bool]) -> None:
+        self._received = signal_received
+        self._calls = 0
+
+    def __call__(self) -> bool:
+        self.hand_on()
+        return self._agreed()
+
+    def hand_on(self) -> None:
+        """Tell the other hosts, where there are any, what this one was told."""
+        if jax.process_count() > 1 and self._received():
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def after_all(self) -> bool:
+        """The same once all steps are done and saved, for what the hosts were told until a moment ago."""
+        if jax.process_count() > 1:
+            time.sleep(_NOTICE_SECONDS)
+        return self._agreed()
+
+    def _agreed(self) -> bool:
+        if jax.process_count() == 1:
+            return self._received()
+        # The service stops at the largest number seen so far + 1, and nowhere else: a run that began at its own step 500 would
+        # step over the 1 that a SIGTERM before the first call leads to.
+        self._calls += 1
+        return multihost_utils.reached_preemption_sync_point(self._calls)

@@ -16,7 +16,7 @@ from deepstack_jax.batch import Batch
 from deepstack_jax.config import Config
 from deepstack_jax.data.encode import BadExample
 from deepstack_jax.data.pipeline import Delivered, TrainingStream
-from deepstack_jax.parallel.distributed import is_first_host, part_of_batch, put_batch, sum_over_hosts, told_to_stop
+from deepstack_jax.parallel.distributed import is_first_host, part_of_batch, put_batch, sum_over_hosts
 from deepstack_jax.training.checkpoint import Checkpoints
 from deepstack_jax.training.flops import CHIPS, step_flops
 from deepstack_jax.training.journal import Journal
@@ -64,7 +64,7 @@ def loop(run: Run, state: TrainState, stop: Callable[[], bool]) -> TrainState:
     """Step until done or told to stop, then save; returns the last state.
 
     Args:
-      stop: whether a signal asked this process to end; on several hosts all stop at the same step.
+      stop: asked before every step whether to end; on several hosts all must be told before the same step.
 
     Raises:
       NotFiniteError: `train.max_bad_steps` steps in a row changed nothing.
@@ -76,7 +76,7 @@ def loop(run: Run, state: TrainState, stop: Callable[[], bool]) -> TrainState:
     records, before = Records(run, first), None
     run.journal.begin_loop(first)
     with Progress(first, run.steps, run.console) as progress, Trace(run) as trace:
-        while step < run.steps and not told_to_stop(step, stop()):
+        while step < run.steps and not stop():
             with run.journal.spend("data"):
                 delivered = next(run.stream)
             records.left_out(step + 1, delivered)

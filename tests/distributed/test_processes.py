@@ -175,6 +175,43 @@ def test_told_one_all_save_at_one_step(number, code, two, tmp_path):
     assert_same_files(workdir, two)
 
 
+def test_told_before_the_first_step_they_stop_there(tmp_path):
+    with workers(2, "tests.distributed.stopper", tmp_path) as run:
+        assert run.codes(MINUTE) == [0, 0], run.printed(0)
+    assert [(tmp_path / f"{number}.txt").read_text() for number in (0, 1)] == ["[True, False, False]"] * 2
+
+
+@pytest.mark.slow
+def test_told_while_they_resume_they_stop_where_they_were(two, tmp_path):
+    workdir = tmp_path / "told"
+    with trainers(2, workdir, DEMO) as run:
+        run.wait_for(f"step 3/{STEPS} ")
+        run.send(0, signal.SIGTERM)
+        assert run.codes(MINUTE) == [75, 75], run.printed(0)
+    saved = int(saved_state(workdir)["['step']"])
+    with trainers(2, workdir, DEMO | {"train.keep": 3}) as run:
+        run.wait_for("goes on with another train.keep")
+        run.send(1, signal.SIGTERM)
+        assert run.codes(MINUTE) == [75, 75], run.printed(0)
+    assert f"stopped at step {saved}, state saved" in run.printed(0)
+    train_in(2, workdir, DEMO)
+    assert_same_files(workdir, two)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
+def test_told_in_the_last_step_they_end_before_they_evaluate(number, code, two, tmp_path):
+    workdir = tmp_path / "told"
+    with trainers(2, workdir, DEMO) as run:
+        run.wait_for(f"step {STEPS}/{STEPS} ")  # saving it comes next
+        run.send(1, number)
+        assert run.codes(MINUTE) == [75, code], run.printed(0)
+        assert f"stopped at step {STEPS}, state saved" in run.printed(0)
+    assert not (workdir / "results.json").exists()
+    train_in(2, workdir, DEMO)
+    assert_same_files(workdir, two)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("told", [(0, 1), (1,)])
 def test_told_in_the_last_evaluation_they_end_and_evaluate_again(told, two, tmp_path):

@@ -47,3 +47,24 @@ def test_what_ends_a_run_whose_state_is_saved(number, wait, code, told):
         process.send_signal(number)
         printed, _ = process.communicate(timeout=60)
     assert (process.returncode, printed) == (code, f"{told}\n")
+
+
+LAST = """
+import os, signal, sys
+from types import SimpleNamespace
+from rich.console import Console
+from deepstack_jax import cli, train
+from deepstack_jax.parallel.distributed import ToldToStop
+
+stop = cli.StopSignals()
+os.kill(os.getpid(), signal.NUMBER)
+sys.exit(train.end(SimpleNamespace(steps=8, console=Console()), 8, stop, ToldToStop(lambda: stop.received)))
+"""
+
+
+@pytest.mark.parametrize(("number", "code"), [("SIGTERM", 75), ("SIGINT", 130)])
+def test_a_signal_in_the_last_step_is_not_forgotten(number, code):
+    command = [sys.executable, "-c", LAST.replace("NUMBER", number)]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=60)
+    assert done.returncode == code, done.stderr
+    assert "stopped at step 8, state saved" in done.stdout
