@@ -39,6 +39,7 @@ from deepstack_jax.parallel.rules import use_mesh
 from deepstack_jax.training.checkpoint import CheckpointError, Checkpoints, check_room, check_same_run
 from deepstack_jax.training.compiled import CompiledSteps, compile_first
 from deepstack_jax.training.journal import Journal
+from deepstack_jax.training.lock import WorkdirError, alone_in
 from deepstack_jax.training.loop import NotFiniteError, Run, loop
 from deepstack_jax.training.manifest import run_manifest
 from deepstack_jax.training.metrics import MetricsLog, Quarantine, QuarantineError, start_wandb, write_json
@@ -97,6 +98,12 @@ def main() -> int:
     if not asked["workdir"]:
         raise ConfigError("--workdir is missing; e.g. --workdir=runs/demo")
     workdir = cli.writable_folder(asked["workdir"], "workdir")
+    with alone_in(workdir):
+        return train(config, workdir, console)
+
+
+def train(config: Config, workdir: Path, console: Console) -> int:
+    """A run from its inputs to its scores, or on from where it stopped; returns the exit code."""
     for difference in check_same_run(config, workdir):
         console.print(f"goes on with another {difference}", markup=False, soft_wrap=True)
     journal = Journal(workdir if is_first_host() else None)
@@ -246,7 +253,7 @@ def replay_step(file: Path, console: Console) -> int:
     stream = open_stream(config, source, mesh)
     program = build_program(config, mesh, config.train.steps or stream.steps(config.train.epochs))
     with use_mesh(mesh):
-        replay(file, program, stream, Checkpoints(workdir, config.train), console)
+        replay(file, program, stream, Checkpoints(workdir, config.train, read_only=True), console)
     stream.close()
     return cli.EXIT_DONE
 
@@ -272,5 +279,5 @@ def describe_run(program: Program, steps: int) -> Table:
 
 
 if __name__ == "__main__":
-    own = (CheckpointError, NotFiniteError, QuarantineError, ReplayError, ReportError)
+    own = (CheckpointError, NotFiniteError, QuarantineError, ReplayError, ReportError, WorkdirError)
     cli.run(main, (SourceError, ImageError, ConversationError, *own), USAGE, NEEDS_LESS_MEMORY)

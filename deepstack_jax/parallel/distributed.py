@@ -21,7 +21,6 @@ from deepstack_jax.batch import Batch
 from deepstack_jax.config_checks import ConfigError
 from deepstack_jax.parallel.rules import batch_sharding
 
-_TEXT_BYTES = 512
 _NOTICE_SECONDS = 1.5  # jax's preemption service looks once a second for SIGTERM
 
 
@@ -87,12 +86,8 @@ def barrier(name: str) -> None:
 
 
 def first_host_says(text: str) -> str:
-    """The first host's text on all hosts, cut to 512 bytes of UTF-8."""
-    if jax.process_count() == 1:
-        return text
-    padded = text.encode()[:_TEXT_BYTES].ljust(_TEXT_BYTES, b"\0")
-    said = multihost_utils.broadcast_one_to_all(np.frombuffer(padded, np.uint8))
-    return bytes(np.asarray(said)).rstrip(b"\0").decode(errors="ignore")
+    """The first host's text on all hosts, of any length."""
+    return texts_of_hosts(text if is_first_host() else "")[0]
 
 
 def texts_of_hosts(text: str) -> list[str]:

@@ -67,12 +67,14 @@ class Checkpoints:
       workdir: an existing folder.
       train: says which ones stay: the newest `keep`, those at every `keep_every` steps, the `keep_best` of the lowest held-out
         loss. An old one goes when a newer one was read back whole, not before.
+      read_only: restores and nothing else. Otherwise what a kill left half written is removed, and so would be what another
+        run is writing.
     """
 
-    def __init__(self, workdir: Path, train: TrainConfig) -> None:
+    def __init__(self, workdir: Path, train: TrainConfig, *, read_only: bool = False) -> None:
         self._workdir = workdir.absolute()
         self._directory = self._workdir / "checkpoints"
-        self._train = train
+        self._train, self._read_only = train, read_only
         self._manager = self._open()
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="read-back")
         self._pending: tuple[int, Future[str]] | None = None
@@ -85,7 +87,9 @@ class Checkpoints:
             preservation_policy=LatestN(None),
             save_interval_steps=1,
             enable_async_checkpointing=True,
-            cleanup_tmp_directories=True,
+            cleanup_tmp_directories=not self._read_only,
+            read_only=self._read_only,
+            create=not self._read_only,
         )
         handlers: dict[str, Any] = {name: ocp.JsonCheckpointHandler() for name in ("sums", "data", "about", "scores")}
         handlers["state"] = ocp.StandardCheckpointHandler()
@@ -95,6 +99,10 @@ class Checkpoints:
     def latest(self) -> int:
         """Newest step that was saved whole and is not known to be damaged; 0 = none, the run's beginning."""
         return max(self._good, default=0)
+
+    def newest_before(self, step: int) -> int:
+        """The same of those before a step."""
+        return max((good for good in self._good if good < step), default=0)
 
     def save(self, state: TrainState, data: dict[str, Any], about: dict[str, Any], loss: float | None = None) -> None:
         """Write a checkpoint at `state.step`; returns once the state is copied, the files follow in the background.
@@ -192,7 +200,8 @@ class Checkpoints:
             # A host may be the only one that reads a damaged part.
             problem = next((said for said in texts_of_hosts(problem) if said), "")
             if restored is not None and not problem:
-                self._put_aside(problems)
+                if not self._read_only:
+                    self._put_aside(problems)
                 return restored["state"], restored["data"]
             problems[candidate] = problem
             log.warning("checkpoint %s is damaged, trying the one before: %s", candidate, problem)

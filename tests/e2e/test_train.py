@@ -13,6 +13,7 @@ import jax
 import numpy as np
 import pytest
 
+from deepstack_jax.training.lock import alone_in
 from tests.e2e.receipts import draw_receipts
 from tests.e2e.verb import (
     ENVIRONMENT,
@@ -277,6 +278,11 @@ def test_workdir_of_another_configuration(demo):
         ["train.batch_size: 8 there, 4 now", "image.global_filter: 'box' there", "new --workdir"],
     )
     assert "log_every" not in line  # it changes what is shown, not what is computed
+
+
+def test_workdir_of_a_run_that_goes_on(precious):
+    with alone_in(precious):
+        refused("configs/demo.py", precious, DEMO, [f"another run is at work in {precious}", "--workdir"])
 
 
 @pytest.fixture

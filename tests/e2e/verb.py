@@ -16,6 +16,8 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from deepstack_jax.training.lock import LOCK
+
 REPOSITORY = Path(__file__).parents[2]
 TIMEOUT = 300  # seconds that one command may take on a busy machine
 
@@ -140,5 +142,6 @@ def losses(workdir: Path) -> dict[int, list[float]]:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Every file under a folder, to see that nothing was written over."""
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+    """Every file under a folder but the lock of a run, to see that nothing was written over."""
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != LOCK]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}

@@ -98,6 +98,23 @@ def test_a_damaged_checkpoint_is_put_aside_so_that_its_step_can_be_saved_again(s
     chex.assert_trees_all_equal(state, state_at(3))
 
 
+def test_who_only_reads_removes_nothing(saved):
+    writing = saved / "checkpoints" / "4.orbax-checkpoint-tmp"
+    writing.mkdir()
+    damage(saved / "checkpoints" / "3")
+    reader = Checkpoints(saved, TrainConfig(keep=2), read_only=True)
+    state, _ = reader.restore(abstract())
+    reader.close()
+    chex.assert_trees_all_equal(state, state_at(2))
+    assert sorted(path.name for path in (saved / "checkpoints").iterdir()) == ["2", "3", writing.name]
+
+
+def test_who_only_reads_needs_no_checkpoint(tmp_path):
+    reader = Checkpoints(tmp_path, TrainConfig(), read_only=True)
+    assert reader.restore(abstract()) is None
+    assert list(tmp_path.iterdir()) == []
+
+
 def steps_in(workdir):
     return sorted(int(folder.name) for folder in (workdir / "checkpoints").iterdir())
 
