@@ -210,9 +210,12 @@ class TrainingStream(Iterator[Delivered]):
         """The first batch of all, without moving on."""
         return self._make(0).batch
 
-    def state(self) -> dict[str, Any]:
-        """Where the next batch begins, and what the order was computed from; the same on every host."""
-        return {**self.schedule.place(self._next), "order": self._fingerprint()}
+    def state(self, unused: int = 0) -> dict[str, Any]:
+        """Where the next batch begins, and what the order was computed from; the same on every host.
+
+        The last `unused` batches that were handed out come again.
+        """
+        return {**self.schedule.place(self._next - unused), "order": self._fingerprint()}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go on from a saved state.

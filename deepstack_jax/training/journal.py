@@ -14,7 +14,7 @@ from typing import Any
 
 from deepstack_jax.training.lines import Lines, read_lines
 
-# What an attempt's time is spent on; "step" is what the loop does besides the others.
+# What an attempt's time is spent on; "data" is when the devices have no batch, "step" what the loop does besides the others.
 KINDS = ("init", "compile", "data", "step", "checkpoint", "evaluation")
 
 
@@ -48,8 +48,12 @@ class Journal:
         began, claimed = time.perf_counter(), self._claimed
         yield
         inside = time.perf_counter() - began - (self._claimed - claimed)  # less what a kind within has taken
-        self._spent[kind] += inside
-        self._claimed += inside
+        self.count(kind, inside)
+
+    def count(self, kind: str, seconds: float) -> None:
+        """Count seconds that have just passed as `kind`."""
+        self._spent[kind] += seconds
+        self._claimed += seconds
 
     def flush(self, step: int) -> dict[str, float]:
         """Write the seconds by kind since the last time, and return them; `step` is the last step done."""

@@ -16,11 +16,13 @@ from deepstack_jax.batch import Batch
 from deepstack_jax.config import Config
 from deepstack_jax.data.encode import BadExample
 from deepstack_jax.data.pipeline import Delivered, TrainingStream
+from deepstack_jax.data.sources import SourceError
 from deepstack_jax.parallel.distributed import is_first_host, part_of_batch, put_batch, sum_over_hosts
 from deepstack_jax.training.checkpoint import Checkpoints
+from deepstack_jax.training.data_wait import DataWait
 from deepstack_jax.training.flops import CHIPS, step_flops
 from deepstack_jax.training.journal import Journal
-from deepstack_jax.training.metrics import MetricsLog, Quarantine
+from deepstack_jax.training.metrics import MetricsLog, Quarantine, QuarantineError
 from deepstack_jax.training.program import Program
 from deepstack_jax.training.progress import Progress
 from deepstack_jax.training.replay import write_bundle
@@ -61,7 +63,7 @@ class Run:
 
 
 def loop(run: Run, state: TrainState, stop: Callable[[], bool]) -> TrainState:
-    """Step until done or told to stop, then save; returns the last state.
+    """Step until done or told to stop, then save; returns the last state. What ends the run early finds the state saved too.
 
     Args:
       stop: asked before every step whether to end; on several hosts all must be told before the same step.
@@ -69,50 +71,75 @@ def loop(run: Run, state: TrainState, stop: Callable[[], bool]) -> TrainState:
     Raises:
       NotFiniteError: `train.max_bad_steps` steps in a row changed nothing.
       QuarantineError: too many examples cannot be used.
+      SourceError: the data cannot be read.
       CheckpointError: the last state could not be saved.
     """
     train, every = run.config.train, run.config.evaluation.every
     first = step = int(state.step)
-    records, before = Records(run, first), None
+    records, numbers, unused = Records(run, first), None, 0
     run.journal.begin_loop(first)
-    with Progress(first, run.steps, run.console) as progress, Trace(run) as trace:
-        while step < run.steps and not stop():
-            with run.journal.spend("data"):
-                delivered = next(run.stream)
-            records.left_out(step + 1, delivered)
-            batch = put_batch(run.program.mesh, delivered.batch)
-            trace.before(step + 1)
-            state, numbers = run.step(state, batch)
-            # One step ahead of the device and no further: else batches pile up there, and the wait for data looks longer.
-            jax.block_until_ready(before)
-            before = numbers
-            step += 1
-            trace.after(step, numbers)
-            records.add(step, batch.tokens.shape[1], numbers)
-            if step % train.log_every == 0 or step == run.steps:
+    with Progress(first, run.steps, run.console) as progress, Trace(run) as trace, DataWait(run.journal) as wait:
+        try:
+            while step < run.steps and not stop():
+                delivered = wait.next(run.stream, numbers)
+                unused = 1
+                records.left_out(step + 1, delivered)
+                batch = put_batch(run.program.mesh, delivered.batch)
+                trace.before(step + 1)
+                before = numbers
+                state, numbers = run.step(state, batch)
+                unused = 0
+                # One step ahead of the device and no further: else batches pile up there.
+                jax.block_until_ready(before)
+                step += 1
+                trace.after(step, numbers)
+                records.add(step, batch.tokens.shape[1], numbers)
+                if step % train.log_every == 0 or step == run.steps:
+                    progress.show(step, records.write())
+                if every and step % every == 0 and step < run.steps:
+                    evaluate(run, records, state, step)
+                if step % train.checkpoint_every == 0 and step < run.steps:
+                    save(run, records, state, step)
+            if records.waiting:
                 progress.show(step, records.write())
-            if every and step % every == 0 and step < run.steps:
-                with run.journal.spend("evaluation"):
-                    evaluate(run, state, step)
-            if step % train.checkpoint_every == 0 and step < run.steps:
-                save(run, state, step)
-        if records.waiting:
-            progress.show(step, records.write())
-    save(run, state, step)
+        except (NotFiniteError, QuarantineError, SourceError) as error:
+            # All hosts meet the first two alike. What a single one of several meets cannot be saved: that takes them all.
+            if step > first and (jax.process_count() == 1 or not isinstance(error, SourceError)):
+                save_before_leaving(run, records, state, step, unused)
+            raise
+    save(run, records, state, step)
     with run.journal.spend("checkpoint"):
         run.checkpoints.finish(step)
     return state
 
 
-def evaluate(run: Run, state: TrainState, step: int) -> None:
-    loss = run.evaluate(state, step)
+def evaluate(run: Run, records: Records, state: TrainState, step: int) -> None:
+    records.wait()
+    with run.journal.spend("evaluation"):
+        loss = run.evaluate(state, step)
     if loss is not None:
         run.loss_at[step] = loss
 
 
-def save(run: Run, state: TrainState, step: int) -> None:
+def save(run: Run, records: Records, state: TrainState, step: int, unused: int = 0) -> None:
+    """Save; `unused` batches were handed out and not trained on: they come again.
+
+    What is known of the steps until now is judged first: a checkpoint that their replay needs is not to be deleted.
+    """
+    records.judge()
     with run.journal.spend("checkpoint"):
-        run.checkpoints.save(state, run.stream.state(), run.about, run.loss_at.get(step))
+        run.checkpoints.save(state, run.stream.state(unused), run.about, run.loss_at.get(step))
+
+
+def save_before_leaving(run: Run, records: Records, state: TrainState, step: int, unused: int) -> None:
+    """Save for an error that ends the run: it is about the data or the steps, and the state is good."""
+    with contextlib.suppress(NotFiniteError):
+        records.judge()
+    save(run, records, state, step, unused)
+    with run.journal.spend("checkpoint"):
+        run.checkpoints.settle()
+    if run.checkpoints.latest == step:
+        run.console.print(f"state of step {step} saved")
 
 
 class Records:
@@ -120,7 +147,9 @@ class Records:
 
     def __init__(self, run: Run, first: int) -> None:
         self._run, self._first = run, first
-        self._numbers: list[tuple[int, Numbers]] = []
+        self._numbers: list[tuple[int, Numbers]] = []  # on the device
+        self._fetched: list[tuple[int, Any]] = []
+        self._judged = first  # the last step that was
         self._lengths: list[int] = []
         self._bad = 0  # examples that this host left out
         self._speaks = part_of_batch(run.program.mesh).speaks  # for those that hold the same rows
@@ -132,7 +161,11 @@ class Records:
     @property
     def waiting(self) -> bool:
         """Whether there are steps that no log line tells of."""
-        return bool(self._numbers)
+        return bool(self._numbers or self._fetched)
+
+    def wait(self) -> None:
+        """Until the devices are through with all steps, so that what comes next is not taken to last longer than it does."""
+        jax.block_until_ready(self._numbers)
 
     def left_out(self, step: int, delivered: Delivered) -> None:
         """Count what could not be used in the batch of a step; on one host too much of it ends the run at once."""
@@ -151,22 +184,57 @@ class Records:
     def write(self) -> dict[str, float]:
         """Fetch the numbers, judge them, write a record of the latest and return it."""
         run = self._run
-        fetched, lengths = jax.device_get(self._numbers), self._lengths
-        self._numbers, self._lengths = [], []
-        step, latest = fetched[-1]
+        self._fetch()
+        step, latest = self._fetched[-1]
         spent = run.journal.flush(step)
         bad = sum_over_hosts({"bad": self._bad if self._speaks else 0})["bad"]
         run.quarantine.check(int(bad), self._seen(step))
-        values = {name: float(latest[name]) for name in _SHOWN}
-        values["padding"] = float(np.mean([numbers["padding"] for _, numbers in fetched]))
+        self.judge()
+        numbers, lengths = [numbers for _, numbers in self._fetched], self._lengths
+        self._fetched, self._lengths = [], []
+        values = {name: float(latest[name]) for name in (*_SHOWN, "bad_steps")}
+        values["padding"] = float(np.mean([of_step["padding"] for of_step in numbers]))
         values |= {"lr": values["lr_factor"] * self._learning_rate(), "bad_examples": bad}
-        values |= self._rates([numbers for _, numbers in fetched], lengths, spent) if self._timed else {}
+        values |= self._rates(numbers, lengths, spent) if self._timed else {}
         self._timed = True
-        values["bad_steps"] = self._judge(fetched)
         run.metrics.write(step, values)
         return values
 
-    def _rates(self, numbers: list[Numbers], lengths: list[int], spent: dict[str, float]) -> dict[str, float]:
+    def judge(self) -> None:
+        """Write a bundle for every step since the last time that was skipped.
+
+        Raises:
+          NotFiniteError: too many in a row.
+        """
+        run, limit = self._run, self._run.config.train.max_bad_steps
+        self._fetch()
+        new = [(step, numbers) for step, numbers in self._fetched if step > self._judged]
+        if not new:
+            return
+        self._judged, latest = new[-1]
+        bad = [(step, numbers) for step, numbers in new if not numbers["good"]]
+        if bad:
+            with run.journal.spend("checkpoint"):
+                run.checkpoints.settle()  # so that a bundle names the newest
+        for step, numbers in bad:
+            what = f"loss {float(numbers['loss'])}, gradient norm {float(numbers['grad_norm'])}"
+            run.console.print(f"step {step}: {what}: skipped, nothing was updated", soft_wrap=True)
+            if is_first_host():
+                start = run.checkpoints.newest_before(step)
+                write_bundle(run.workdir, step, run.stream.examples(step - 1), start, numbers)
+        if latest["bad_in_a_row"] >= limit:
+            raise NotFiniteError(
+                f"the last {int(latest['bad_in_a_row'])} steps up to {self._judged} gave no finite loss or gradient and "
+                f"changed nothing (config.train.max_bad_steps={limit}); look at one with "
+                f"--replay={run.workdir}/replay/step-N.json, lower the learning rate in a new --workdir"
+            )
+
+    def _fetch(self) -> None:
+        """From the devices, once they are through with all steps."""
+        self._fetched += jax.device_get(self._numbers)
+        self._numbers = []
+
+    def _rates(self, numbers: list[dict[str, Any]], lengths: list[int], spent: dict[str, float]) -> dict[str, float]:
         """Speed over the interval; waiting for data is part of the steps' time, evaluating and saving are not."""
         seconds = sum(spent.get(kind, 0.0) for kind in ("step", "data"))
         config, groups, rows = self._run.config, self._run.program.groups, self._run.stream.rows
@@ -183,31 +251,6 @@ class Records:
             "tflops_per_device": per_device / 1e12,
         }
         return rates if self._peak is None else rates | {"mfu": per_device / self._peak}
-
-    def _judge(self, fetched: list[tuple[int, Numbers]]) -> float:
-        """Write a bundle for every step that was skipped, and count them since the run began.
-
-        Raises:
-          NotFiniteError: too many in a row.
-        """
-        run, limit = self._run, self._run.config.train.max_bad_steps
-        if not all(numbers["good"] for _, numbers in fetched):
-            run.checkpoints.settle()  # so that a bundle names the newest
-        for step, numbers in fetched:
-            if numbers["good"]:
-                continue
-            what = f"loss {float(numbers['loss'])}, gradient norm {float(numbers['grad_norm'])}"
-            run.console.print(f"step {step}: {what}: skipped, nothing was updated", soft_wrap=True)
-            if is_first_host():
-                write_bundle(run.workdir, step, run.stream.examples(step - 1), run.checkpoints.latest, numbers)
-        step, latest = fetched[-1]
-        if latest["bad_in_a_row"] >= limit:
-            raise NotFiniteError(
-                f"the last {int(latest['bad_in_a_row'])} steps up to {step} gave no finite loss or gradient and changed "
-                f"nothing (config.train.max_bad_steps={limit}); look at one with --replay={run.workdir}/replay/step-N.json, "
-                f"lower the learning rate in a new --workdir; the newest checkpoint is step {run.checkpoints.latest}"
-            )
-        return float(latest["bad_steps"])
 
     def _learning_rate(self) -> float:
         """At the schedule's top, of the group that most parameters belong to."""

@@ -137,7 +137,7 @@ def replay(file: Path, program: Program, stream: TrainingStream, checkpoints: Ch
       program, stream: of the run, with its own configuration.
 
     Raises:
-      ReplayError: there is no such bundle.
+      ReplayError: there is no such bundle, or it names a checkpoint from which its step cannot be reached.
       CheckpointError: its checkpoint cannot be read.
     """
     bundle = read_bundle(file)
@@ -146,6 +146,11 @@ def replay(file: Path, program: Program, stream: TrainingStream, checkpoints: Ch
         stream.restore(place)
     else:
         state = first_state(program)
+    if int(state.step) >= bundle.step:
+        raise ReplayError(
+            f"{file} names the checkpoint of step {int(state.step)}, which is not before step {bundle.step}: from there that "
+            'step cannot be walked to; write an earlier one of WORKDIR/checkpoints into "checkpoint", or 0 for the beginning'
+        )
     console.print(f"step {bundle.step} of {file}, walked to from step {int(state.step)}", soft_wrap=True)
     step = program.jit_step()
     for number in range(int(state.step) + 1, bundle.step):

@@ -1,0 +1,281 @@
+"""The loop around a step that computes nothing: what it saves, judges and counts, and when."""
+
+import contextlib
+import json
+import threading
+import time
+from collections.abc import Callable
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from rich.console import Console
+
+from deepstack_jax.config import MeshConfig
+from deepstack_jax.data.encode import BadExample
+from deepstack_jax.data.open import open_source
+from deepstack_jax.data.pipeline import Delivered, TrainingStream
+from deepstack_jax.data.sources import SourceError
+from deepstack_jax.data.synthetic import VOCABULARY
+from deepstack_jax.parallel.mesh import make_mesh
+from deepstack_jax.training.checkpoint import Checkpoints
+from deepstack_jax.training.data_wait import DataWait
+from deepstack_jax.training.journal import Journal
+from deepstack_jax.training.loop import NotFiniteError, Run, loop
+from deepstack_jax.training.metrics import MetricsLog, Quarantine, QuarantineError
+from deepstack_jax.training.program import Program
+from deepstack_jax.training.replay import ReplayError, read_bundle, replay
+from deepstack_jax.training.state import new_state
+from tests.unit.tiny import tiny_config
+
+PAGES = {
+    "data.source": "pages",
+    "data.template": "direct",
+    "data.synthetic.length": 48,
+    "data.synthetic.questions": 1,
+    "data.max_images": 1,
+    "data.tokenizer": "words:" + " ".join(VOCABULARY),
+    "train.batch_size": 8,
+}
+STEPS = 6
+
+
+def first_state():
+    return new_state({"a": {"kernel": jnp.zeros(3)}}, {"a/kernel": "default"}, optax.sgd(1e-3))
+
+
+def abstract_state():
+    place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), first_state())
+
+
+class Steps:
+    """A step that notes the examples of its batch; those numbered `bad` give no number."""
+
+    def __init__(self, bad: tuple[int, ...] = ()) -> None:
+        self.bad, self.examples = bad, []
+
+    def __call__(self, state, batch):
+        number, in_a_row = int(state.step) + 1, int(state.bad_in_a_row)
+        self.examples.append(np.asarray(batch.example_id)[:, 0].tolist())
+        bad = number in self.bad
+        state = state.replace(step=jnp.int32(number), bad_in_a_row=jnp.int32((in_a_row + 1) * bad))
+        names = ("token_accuracy", "grad_norm", "lr_factor", "supervised_tokens", "padding", "segment_squares", "bad_steps")
+        numbers = {name: jnp.float32(1) for name in names} | {"good": jnp.bool(not bad), "bad_in_a_row": state.bad_in_a_row}
+        return state, numbers | {"loss": jnp.float32("nan" if bad else 1)}
+
+
+def made_of(kind, **attributes):
+    """An object of a class whose other attributes are not looked at."""
+    made = object.__new__(kind)
+    vars(made).update(attributes)
+    return made
+
+
+def make_run(workdir, step, **changes) -> Run:
+    config = tiny_config(PAGES | {"train.steps": STEPS} | {key.replace("__", "."): value for key, value in changes.items()})
+    workdir.mkdir(exist_ok=True)
+    groups, sizes = {"a/kernel": "default"}, {"a/kernel": 3}
+    source = open_source(config, "train")
+    return made_of(
+        Run,
+        config=config,
+        workdir=workdir,
+        steps=STEPS,
+        program=made_of(Program, config=config, mesh=make_mesh(MeshConfig()), groups=groups, sizes=sizes),
+        stream=TrainingStream(source, config),
+        step=step,
+        evaluate=lambda state, step: None,
+        checkpoints=Checkpoints(workdir, config.train),
+        metrics=MetricsLog(None, 0),
+        journal=Journal(workdir),
+        quarantine=Quarantine(workdir, config.data.max_bad_fraction, len(source)),
+        console=Console(quiet=True),
+        about={},
+        loss_at={},
+    )
+
+
+def go(run: Run, stop: Callable[[], bool] = lambda: False):
+    """From the newest checkpoint, where there is one, to the end."""
+    restored = run.checkpoints.restore(abstract_state())
+    if restored is not None:
+        run.stream.restore(restored[1])
+    try:
+        return loop(run, first_state() if restored is None else restored[0], stop)
+    finally:
+        run.stream.close()
+        run.checkpoints.close()
+
+
+@pytest.fixture(autouse=True)
+def no_flops(monkeypatch):
+    monkeypatch.setattr("deepstack_jax.training.loop.step_flops", lambda *_, **__: SimpleNamespace(model=1.0))
+
+
+def saved_steps(workdir):
+    return sorted(int(folder.name) for folder in (workdir / "checkpoints").iterdir())
+
+
+def test_a_bundle_names_the_newest_checkpoint_before_its_step_which_stays(tmp_path):
+    """Between the bad step and its log line other checkpoints are saved."""
+    run = make_run(tmp_path, Steps(bad=(3,)), train__log_every=6, train__checkpoint_every=2, train__keep=1)
+    go(run)
+    bundle = read_bundle(tmp_path / "replay" / "step-3.json")
+    assert (bundle.step, bundle.checkpoint) == (3, 2)
+    assert saved_steps(tmp_path) == [2, 6]
+
+
+def test_a_bundle_that_begins_behind_its_step_is_not_replayed(tmp_path):
+    run = make_run(tmp_path, Steps(bad=(3,)), train__checkpoint_every=2)
+    go(run)
+    file = tmp_path / "replay" / "step-3.json"
+    program = made_of(Program, abstract_state=abstract_state)
+    for checkpoint in (4, 6):
+        file.write_text(json.dumps(read_bundle(file)._replace(checkpoint=checkpoint)._asdict()))
+        there = Checkpoints(tmp_path, run.config.train, read_only=True)
+        with pytest.raises(ReplayError, match=f"checkpoint of step {checkpoint}, which is not before step 3"):
+            replay(file, program, run.stream, there, Console(quiet=True))
+
+
+class Once(TrainingStream):
+    """Something goes wrong at the delivery of a batch."""
+
+    def __init__(self, run: Run, number: int, what: Exception | BadExample) -> None:
+        super().__init__(open_source(run.config, "train"), run.config)
+        self._number, self._what = number, what
+
+    def __next__(self):
+        self._number -= 1
+        if self._number == 0 and isinstance(self._what, Exception):
+            raise self._what
+        delivered = super().__next__()
+        return delivered if self._number or isinstance(self._what, Exception) else delivered._replace(bad=(self._what,))
+
+
+@pytest.mark.parametrize("what", [SourceError("the disk is gone"), BadExample(7, "seven", "no image")])
+def test_data_that_ends_a_run_costs_no_step_and_the_next_batch_is_the_one_that_failed(what, tmp_path):
+    straight, stopped, again = Steps(), Steps(), Steps()
+    go(make_run(tmp_path / "straight", straight))
+    options = {"train__checkpoint_every": 3, "data__max_bad_fraction": 0.0}
+    run = make_run(tmp_path / "run", stopped, **options)
+    vars(run)["stream"] = Once(run, 5, what)
+    with pytest.raises((SourceError, QuarantineError)):
+        go(run)
+    assert saved_steps(tmp_path / "run")[-1] == 4
+    go(make_run(tmp_path / "run", again, **options))
+    assert stopped.examples + again.examples == straight.examples
+
+
+def test_too_many_bad_steps_cost_no_step(tmp_path):
+    options = {"train__log_every": 1, "train__checkpoint_every": 2, "train__max_bad_steps": 2}
+    with pytest.raises(NotFiniteError, match="the last 2 steps up to 3"):
+        go(make_run(tmp_path, Steps(bad=(2, 3)), **options))
+    assert saved_steps(tmp_path)[-1] == 3
+    mended = Steps()
+    assert int(go(make_run(tmp_path, mended, **options)).step) == STEPS
+    assert len(mended.examples) == STEPS - 3
+
+
+def test_an_error_in_the_first_step_saves_nothing(tmp_path):
+    run = make_run(tmp_path, Steps())
+    vars(run)["stream"] = Once(run, 1, SourceError("the disk is gone"))
+    with pytest.raises(SourceError):
+        go(run)
+    assert saved_steps(tmp_path) == []
+
+
+class Watched(Journal):
+    """Knows what it counts just now."""
+
+    kind = "step"
+
+    @contextlib.contextmanager
+    def spend(self, kind):
+        before, self.kind = self.kind, kind
+        with super().spend(kind):
+            yield
+        self.kind = before
+
+
+def test_neither_saving_nor_evaluating_is_charged_with_the_step_before_it(tmp_path, monkeypatch):
+    """The devices are still at work on a step when the loop comes to evaluate or save, and both wait for it."""
+    journal, waits, running, steps = Watched(tmp_path), [], set(), Steps()
+
+    def step(state, batch):
+        state, numbers = steps(state, batch)
+        running.add(id(numbers["loss"]))
+        return state, numbers
+
+    def wait(tree):
+        for leaf in map(id, jax.tree.leaves(tree)):
+            if leaf in running:
+                running.remove(leaf)
+                waits.append(journal.kind)
+        return tree
+
+    def wait_for_all():
+        waits.extend(journal.kind for _ in running)
+        running.clear()
+
+    class AfterTheStep(Checkpoints):
+        def save(self, *args):
+            wait_for_all()
+            super().save(*args)
+
+    get = jax.device_get
+    monkeypatch.setattr(jax, "block_until_ready", wait)
+    monkeypatch.setattr(jax, "device_get", lambda tree: get(wait(tree)))
+    run = make_run(tmp_path, step, train__log_every=STEPS, train__checkpoint_every=2, evaluation__every=3)
+    vars(run).update(journal=journal, checkpoints=AfterTheStep(tmp_path, run.config.train))
+    vars(run)["evaluate"] = lambda state, step: wait_for_all()
+    go(run)
+    assert waits == ["step"] * STEPS
+
+
+def batches(before: Callable[[], None]):
+    while True:
+        before()
+        yield Delivered(None, (), 0)  # pyright: ignore[reportArgumentType]
+
+
+def waited(tmp_path, numbers, before: Callable[[], None]) -> float:
+    """Seconds that count as a wait for data while a batch comes late."""
+    journal = Journal(tmp_path)
+    journal.begin_loop(0)
+    with DataWait(journal) as wait:
+        wait.next(batches(before), numbers)
+    return journal.flush(1).get("data", 0.0)
+
+
+class Running:
+    """Numbers of a step that goes on until `done` is set."""
+
+    def __init__(self) -> None:
+        self.done = threading.Event()
+
+    def block_until_ready(self):
+        self.done.wait()
+        return self
+
+
+def test_only_the_wait_in_which_the_devices_have_nothing_to_do_is_one_for_data(tmp_path):
+    running = Running()
+    assert waited(tmp_path, running, lambda: time.sleep(0.05)) == 0, "the devices were busy all the time"
+    running.done.set()
+    assert waited(tmp_path, running, lambda: time.sleep(0.05)) >= 0.05
+    assert waited(tmp_path, None, lambda: time.sleep(0.05)) >= 0.05, "before the first step"
+
+    ending, idle = Running(), []
+
+    def end_and_wait():
+        time.sleep(0.2)
+        ending.done.set()
+        began = time.perf_counter()
+        time.sleep(0.05)
+        idle.append(time.perf_counter() - began)
+
+    assert waited(tmp_path, ending, end_and_wait) <= idle[0] + 0.05, "what came before the end of the step does not count"
