@@ -21,7 +21,7 @@ from deepstack_jax.config import Config, build_config, to_dict
 from deepstack_jax.config_checks import ConfigError
 from deepstack_jax.data.conversation import ConversationError, get_template
 from deepstack_jax.data.image import ImageError
-from deepstack_jax.data.inputs import describe_files
+from deepstack_jax.data.inputs import describe_files, describe_texts
 from deepstack_jax.data.mixture import Mixture, describe_mixture
 from deepstack_jax.data.open import check_images, open_source
 from deepstack_jax.data.pipeline import TrainingStream, open_tokenizer
@@ -36,7 +36,14 @@ from deepstack_jax.parallel.distributed import ToldToStop, is_first_host, part_o
 from deepstack_jax.parallel.mesh import check_batch_fits, make_mesh
 from deepstack_jax.parallel.processes import join_processes
 from deepstack_jax.parallel.rules import use_mesh
-from deepstack_jax.training.checkpoint import CheckpointError, Checkpoints, check_room, check_same_run
+from deepstack_jax.training.checkpoint import (
+    CheckpointError,
+    Checkpoints,
+    check_room,
+    check_same_data,
+    check_same_run,
+    saved_steps,
+)
 from deepstack_jax.training.compiled import CompiledSteps, compile_first
 from deepstack_jax.training.journal import Journal
 from deepstack_jax.training.lock import WorkdirError, alone_in
@@ -45,7 +52,7 @@ from deepstack_jax.training.manifest import run_manifest
 from deepstack_jax.training.metrics import MetricsLog, Quarantine, QuarantineError, start_wandb, write_json
 from deepstack_jax.training.optimizer import describe_groups
 from deepstack_jax.training.program import Program, build_program, first_state
-from deepstack_jax.training.replay import ReplayError, replay
+from deepstack_jax.training.replay import ReplayError, read_bundle, replay
 from deepstack_jax.training.report import ReportError, report
 from deepstack_jax.training.state import find_weights
 from deepstack_jax.types import TrainState
@@ -108,7 +115,9 @@ def train(config: Config, workdir: Path, console: Console) -> int:
         console.print(f"goes on with another {difference}", markup=False, soft_wrap=True)
     journal = Journal(workdir if is_first_host() else None)
 
-    tokenizer, source = open_inputs(config)
+    tokenizer, source = open_inputs(config, starts=not saved_steps(workdir))
+    texts = describe_texts(config, source)
+    check_same_data(config, workdir, texts)
     check_images(source, config)
     held_out_source = open_source(config, "validation") if config.data.source == "pages" or config.data.validation else None
     if held_out_source is not None:
@@ -122,8 +131,8 @@ def train(config: Config, workdir: Path, console: Console) -> int:
 
     program = build_program(config, mesh, steps)
     console.print(describe_run(program, steps))
-    if warning := check_room(workdir, program.abstract_state()):
-        console.print(f"warning: {warning}: room for fewer than three checkpoints", markup=False, soft_wrap=True)
+    if warning := check_room(workdir, program.abstract_state(), config.train, steps):
+        console.print(f"warning: {warning}", markup=False, soft_wrap=True)
 
     checkpoints = Checkpoints(workdir, config.train)
     restored = checkpoints.restore(program.abstract_state())
@@ -133,7 +142,7 @@ def train(config: Config, workdir: Path, console: Console) -> int:
         state, place = restored
         stream.restore(place)
         console.print(f"resumed from step {int(state.step)} in {workdir}")
-    about = {"config": to_dict(config), **run_manifest(data_files(config, source, held_out_source))}
+    about = {"config": to_dict(config), **run_manifest(data_files(config, source, held_out_source), texts)}
     journal.start({name: about[name] for name in ("command", "git", "devices", "hosts")})
     if is_first_host():
         write_json(workdir / "config.json", about["config"])
@@ -181,11 +190,11 @@ def train(config: Config, workdir: Path, console: Console) -> int:
     return code
 
 
-def open_inputs(config: Config) -> tuple[Tokenizer, Source]:
-    """The tokenizer and the training data; all that is missing, weights too, is said at once."""
+def open_inputs(config: Config, *, starts: bool) -> tuple[Tokenizer, Source]:
+    """The tokenizer and the training data; all that is missing is said at once, weights too where the run starts from them."""
     opened, problems = [], []
     wanted = [partial(open_tokenizer, config), partial(open_source, config, "train")]
-    for opener in wanted + ([partial(find_weights, config)] if config.train.weights else []):
+    for opener in wanted + ([partial(find_weights, config)] if starts and config.train.weights else []):
         try:
             opened.append(opener())
         except ConfigError as error:
@@ -248,7 +257,7 @@ def replay_step(file: Path, console: Console) -> int:
         config = build_config(json.loads((workdir / "config.json").read_text()))
     except (OSError, json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ReplayError(f"{workdir} holds no run: {error}; name a file WORKDIR/replay/step-N.json") from error
-    _, source = open_inputs(config)
+    _, source = open_inputs(config, starts=not read_bundle(file).checkpoint)
     mesh = make_mesh(config.mesh)
     stream = open_stream(config, source, mesh)
     program = build_program(config, mesh, config.train.steps or stream.steps(config.train.epochs))

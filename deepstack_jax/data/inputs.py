@@ -17,9 +17,12 @@ from fsspec.core import url_to_fs
 
 from deepstack_jax.config import Config
 from deepstack_jax.data import files
+from deepstack_jax.data.encode import Encoder
 from deepstack_jax.data.file_source import FileSource
 from deepstack_jax.data.mixture import Mixture, row_choice
 from deepstack_jax.data.sources import Source
+
+LOOKED_AT = 64  # rows, spread over the source
 
 
 class Named(NamedTuple):
@@ -56,6 +59,18 @@ def describe_files(config: Config, split: str, source: Source) -> dict[str, str]
     else:
         named = {data.train if split == "train" else data.validation}
     return {name: _version(files.join(data.root, name)) for name in sorted(named)}
+
+
+def describe_texts(config: Config, source: Source) -> str:
+    """A digest of what some rows of the training source become as tokens: the same wherever data and tokenizer lie."""
+    encoder, seen = Encoder(config), hashlib.sha256()
+    for row in np.unique(np.linspace(0, len(source) - 1, LOOKED_AT, dtype=np.int64)):
+        try:
+            ids = encoder.text(source[int(row)]).ids
+        except ValueError:  # what cannot be used is the quarantine's business
+            ids = np.zeros(0, np.int32)
+        seen.update(f"{row}:{ids.tolist()};".encode())
+    return seen.hexdigest()[:16]
 
 
 def named_images(source: Source) -> Named:

@@ -21,11 +21,12 @@ _PACKAGES = (
 )
 
 
-def run_manifest(files: dict[str, dict[str, str]]) -> dict[str, Any]:
+def run_manifest(files: dict[str, dict[str, str]], texts: str) -> dict[str, Any]:
     """Command line, code, versions, devices and data of this attempt.
 
     Args:
       files: for each split the data files as configured, with number, size and last change (`data/inputs.py`).
+      texts: a digest of what the training data says (there).
     """
     devices = jax.devices()
     return {
@@ -35,7 +36,11 @@ def run_manifest(files: dict[str, dict[str, str]]) -> dict[str, Any]:
         | {name: version(name) for name in _PACKAGES},
         "devices": {"platform": devices[0].platform, "kind": devices[0].device_kind, "count": len(devices)},
         "hosts": {"count": jax.process_count(), "first": platform.node(), "system": platform.platform()},
-        "data": {"files": files, "sha256": hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()},
+        "data": {
+            "files": files,
+            "sha256": hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest(),
+            "texts": texts,
+        },
     }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -165,6 +166,31 @@ def test_drawn_receipts_train_the_same_with_and_without_worker_processes(drawn, 
         curves.append(losses(workdir))
     assert [*curves[0]] == [1, 2]
     assert curves[0] == curves[1]
+
+
+@pytest.mark.slow
+def test_it_goes_on_where_all_that_it_began_with_is_gone_or_moved(drawn, tmp_path):
+    """The weights, which it has learned from since, and the data, of which there is a copy."""
+    data, stage1, stage2 = (tmp_path / name for name in ("data", "stage1", "stage2"))
+    shutil.copytree(drawn, data)
+    options = RECEIPTS | {"data.root": data, "evaluation.every": 0}
+    for workdir, weights in ((stage1, ""), (stage2, stage1)):
+        done = train("configs/receipts.py", workdir, options | {"train.weights": weights})
+        assert done.returncode == 0, done.stderr
+    shutil.rmtree(stage1)
+    (stage2 / "results.json").unlink()
+    moved = options | {"data.root": data.rename(tmp_path / "moved"), "train.weights": stage1, "data.max_bad_fraction": 0.5}
+    done = train("configs/receipts.py", stage2, moved | {"name": "renamed"})
+    assert done.returncode == 0, done.stderr
+    assert "resumed from step 2 " in done.stdout
+    for key in ("data.root", "data.max_bad_fraction", "name"):
+        assert f"goes on with another {key}: " in done.stdout
+    assert read_json(stage2 / "results.json")["name"] == "renamed"
+
+    other = shutil.copytree(drawn, tmp_path / "other")
+    text = (other / "train.json").read_text()
+    (other / "train.json").write_text(text.replace("SHOP", "SHIP"))
+    refused("configs/receipts.py", stage2, moved | {"name": "renamed", "data.root": other}, ["other examples", "data.root: "])
 
 
 def test_worker_processes_outlast_a_signal_and_end_with_the_run(drawn, tmp_path):

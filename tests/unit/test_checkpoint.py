@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from deepstack_jax.config import Config, TrainConfig, to_dict
 from deepstack_jax.data.encode import BadExample
-from deepstack_jax.training.checkpoint import CheckpointError, Checkpoints, check_room, check_same_run
+from deepstack_jax.training.checkpoint import CheckpointError, Checkpoints, check_room, check_same_data, check_same_run
 from deepstack_jax.training.checksums import _sum, checksums, checksums_on_disk
 from deepstack_jax.training.metrics import MetricsLog, Quarantine, QuarantineError, read_metrics
 from deepstack_jax.training.replay import write_bundle
@@ -194,14 +194,44 @@ def test_a_full_disk_stops_no_training_and_costs_no_good_checkpoint(small_disk, 
     assert (int(state.step), data) == (1, {"next_batch": 1})
 
 
-def test_room_is_looked_at_before_anything_is_computed(small_disk):
-    def state(megabytes):
-        return {"a": jax.ShapeDtypeStruct((megabytes * 2**18,), jnp.float32)}
+def megabytes(count):
+    return {"a": jax.ShapeDtypeStruct((count * 2**18,), jnp.float32)}
 
-    assert check_room(small_disk, state(1)) is None
-    assert "a checkpoint takes 3.1 MB" in check_room(small_disk, state(3))
+
+def test_room_is_looked_at_before_anything_is_computed(small_disk):
+    train = TrainConfig(keep=2, checkpoint_every=10)
+    assert check_room(small_disk, megabytes(1), train, 100) is None
+    warning = check_room(small_disk, megabytes(3), train, 100)
+    assert "a checkpoint takes 3.1 MB" in warning
+    assert "is to hold 3, of which 0 are there" in warning
     with pytest.raises(CheckpointError, match=r"takes 8\.4 MB, .* has 6.* MB free; make room or choose another --workdir"):
-        check_room(small_disk, state(8))
+        check_room(small_disk, megabytes(8), train, 100)
+
+
+@pytest.mark.parametrize(
+    ("options", "steps", "most"),
+    [
+        ({"keep": 1}, 100, 2),
+        ({"keep": 4}, 100, 5),
+        ({"keep": 2, "keep_best": 3}, 100, 6),
+        ({"keep": 1, "keep_every": 20}, 100, 7),
+        ({"keep": 4}, 10, 2),  # it saves once
+    ],
+)
+def test_the_room_is_that_of_the_checkpoints_that_will_be_there(options, steps, most, small_disk):
+    size = min(5, 6 // most + 1)  # so many do not fit, one does
+    train = TrainConfig(checkpoint_every=10, **options)
+    assert f"is to hold {most}, " in check_room(small_disk, megabytes(size), train, steps)
+
+
+def test_a_run_that_goes_on_is_not_refused_for_want_of_room(small_disk):
+    """What is there needs no room any more, and a run that is done saves nothing."""
+    train = TrainConfig(keep=1, checkpoint_every=10)
+    (small_disk / "checkpoints" / "90").mkdir(parents=True)
+    assert check_room(small_disk, megabytes(4), train, 100) is None
+    assert "is to hold 2, of which 1 are there" in check_room(small_disk, megabytes(8), train, 100)
+    (small_disk / "checkpoints" / "100").mkdir()
+    assert check_room(small_disk, megabytes(8), train, 100) is None
 
 
 def test_weights_of_another_model_are_all_named(saved):
@@ -251,10 +281,36 @@ def test_another_configuration_is_refused_and_listed(tmp_path):
 
 def test_harmless_differences_are_listed_and_accepted(tmp_path):
     stored = to_dict(Config())
-    stored["train"]["log_every"] = 99
-    stored["mesh"]["fsdp"] = 8
+    changed = {
+        "train": ("log_every", 99, 10),
+        "mesh": ("fsdp", 8, 1),
+        "data": ("max_bad_fraction", 0.5, 0.01),
+    }
+    for part, (key, theirs, _) in changed.items():
+        stored[part][key] = theirs
+    stored["train"] |= {"weights": "old", "tower": "old", "projector": "old"}
+    stored["name"] = "first"
     (tmp_path / "config.json").write_text(json.dumps(stored))
-    assert check_same_run(Config(), tmp_path) == ["train.log_every: 99 there, 10 now", "mesh.fsdp: 8 there, 1 now"]
+    expected = {f"{part}.{key}: {theirs!r} there, {ours!r} now" for part, (key, theirs, ours) in changed.items()}
+    expected |= {f"train.{key}: 'old' there, '' now" for key in ("weights", "tower", "projector")}
+    assert {*check_same_run(Config(), tmp_path)} == expected | {"name: 'first' there, 'deepstack' now"}
+
+
+@pytest.mark.parametrize("key", ["root", "tokenizer"])
+def test_data_may_lie_elsewhere_and_must_say_the_same(key, tmp_path):
+    stored = to_dict(Config())
+    stored["data"][key] = "before"
+    (tmp_path / "config.json").write_text(json.dumps(stored))
+    (tmp_path / "manifest.json").write_text(json.dumps({"data": {"texts": "abc"}}))
+    check_same_data(Config(), tmp_path, "other")  # nothing was learned from it yet
+    (tmp_path / "checkpoints" / "5").mkdir(parents=True)
+    assert check_same_run(Config(), tmp_path) == [f"data.{key}: 'before' there, '' now"]
+    check_same_data(Config(), tmp_path, "abc")
+    with pytest.raises(CheckpointError, match=rf"other examples, .*data\.{key}: 'before' there, '' now.* new --workdir"):
+        check_same_data(Config(), tmp_path, "other")
+    stored["data"][key] = ""
+    (tmp_path / "config.json").write_text(json.dumps(stored))
+    check_same_data(Config(), tmp_path, "other")  # rows that were mended where they are
 
 
 def test_a_damaged_config_is_one_line_that_says_how_to_go_on(tmp_path):
