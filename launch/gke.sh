@@ -39,7 +39,7 @@ check_run() {
   parse_topology "$SHAPE"
   need_flag image "$IMAGE" us-docker.pkg.dev/PROJECT/REPOSITORY/deepstack-jax:tpu
   need_flag bucket "$BUCKET" my-bucket
-  [[ $BUCKET =~ ^[a-z0-9][-_.a-z0-9]+$ ]] || die "--bucket=$BUCKET: expected the bucket's name alone, without gs:// and folders"
+  check_bucket "$BUCKET"
   [[ $IMAGE =~ ^[A-Za-z0-9][A-Za-z0-9._/:@-]*$ ]] || die "--image=$IMAGE is not the name of an image"
   [[ -z $QUEUE || $QUEUE =~ ^[a-z0-9]([-a-z0-9]*[a-z0-9])?$ ]] || die "--queue=$QUEUE is not the name of a LocalQueue"
   [[ $SERVICE_ACCOUNT =~ ^[a-z0-9]([-.a-z0-9]*[a-z0-9])?$ ]] || die "--service-account=$SERVICE_ACCOUNT is not a Kubernetes service account"

@@ -75,6 +75,10 @@ check_name() {
     die "--name=$1: expected at most 40 lower-case letters, digits and dashes, a letter first; e.g. --name=stage2-7b"
 }
 
+check_bucket() {
+  [[ $1 =~ ^[a-z0-9][-_.a-z0-9]+$ ]] || die "--bucket=$1: expected the bucket's name alone, without gs:// and folders"
+}
+
 check_count() {
   [[ $2 =~ ^[1-9][0-9]*$ ]] || die "--$1=$2: expected a positive whole number; e.g. --$1=2"
 }

@@ -11,7 +11,7 @@
 #
 # Every line of output is marked with its process. SIGINT and SIGTERM go to every process, so that the run saves its state. When one
 # fails, the others are stopped. The exit code is the worst one: that of the first failure, else 130, else 75, else 0.
-# On the CPU every process has one device; NPROC=8 XLA_FLAGS=--xla_force_host_platform_device_count=4 gives each four.
+# Process I gets GPU I. On the CPU every process has one device; NPROC=8 XLA_FLAGS=--xla_force_host_platform_device_count=4 gives each four.
 set -euo pipefail
 # shellcheck source=launch/lib.sh
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
@@ -33,7 +33,9 @@ free_port() {
 
 start() {
   local output command
-  command=("${PROGRAM[@]}" "${TRAIN[@]}" --coordinator_address=127.0.0.1:"$PORT" --process_count="$PROCESSES" --process_id="$1")
+  # Each would take all GPUs otherwise, as nothing tells jax that they share a machine.
+  command=(env JAX_LOCAL_DEVICE_IDS="${JAX_LOCAL_DEVICE_IDS:-$1}" "${PROGRAM[@]}" "${TRAIN[@]}")
+  command+=(--coordinator_address=127.0.0.1:"$PORT" --process_count="$PROCESSES" --process_id="$1")
   if $DRY_RUN; then
     quoted "${command[@]}"
     return

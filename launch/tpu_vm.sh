@@ -57,6 +57,10 @@ check_arguments() {
   if [[ $1 == run || $1 == up || $1 == watch ]]; then
     check_train_arguments "${TRAIN[@]}"
   fi
+  [[ -z $BUCKET ]] || check_bucket "$BUCKET"
+  if [[ $1 == up || $1 == watch ]]; then # which install, on a new slice too
+    [[ -n $BUCKET || " ${TRAIN[*]}" != *=/gcs/* ]] || die "--bucket is missing: train is given paths in /gcs; e.g. --bucket=my-bucket"
+  fi
   need_tool gcloud "install it from https://cloud.google.com/sdk/docs/install"
 }
 

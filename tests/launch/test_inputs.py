@@ -9,7 +9,7 @@ from tests.launch.scripts import LAUNCH, TRAIN, Tools, bare_path, run
 SCRIPTS = ("gke.sh", "xpk.sh", "tpu_vm.sh", "worker.sh", "slurm.sbatch", "local_multiprocess.sh")
 GKE = ("create", "--name=a", "--topology=v5p:4x4x4", "--image=r/i:t", "--bucket=bucket")
 XPK = ("create", "--name=a", "--cluster=c", "--zone=z", "--topology=v5p:4x4x4", "--image=r/i:t")
-VM = ("up", "--name=a", "--zone=z", "--topology=v5e:4x4")
+VM = ("up", "--name=a", "--zone=z", "--topology=v5e:4x4", "--bucket=bucket")
 ARGUMENTS = {
     "gke.sh": GKE,
     "xpk.sh": XPK,
@@ -115,6 +115,8 @@ MISTAKES = [
     ("tpu_vm.sh", (*VM, "--worker=some"), "--worker=some: expected a number or all"),
     ("tpu_vm.sh", (*VM, "--poll=soon"), "--poll=soon: expected seconds"),
     ("tpu_vm.sh", VM, "train needs --config=FILE"),
+    ("tpu_vm.sh", (*VM, "--bucket=gs://bucket", "--", *TRAIN), "expected the bucket's name alone"),
+    ("tpu_vm.sh", (*without(VM, "bucket"), "--", *TRAIN), "--bucket is missing: train is given paths in /gcs"),
     ("worker.sh", ("rest",), "unknown verb 'rest'; valid: install start status stop"),
     ("local_multiprocess.sh", ("--processes=two",), "--processes=two: expected a positive whole number"),
     ("local_multiprocess.sh", ("--port=70000", "--", *TRAIN), "--port=70000: expected 1 to 65535"),

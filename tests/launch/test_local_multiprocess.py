@@ -72,6 +72,15 @@ def test_train_is_started_by_default(tmp_path):
     ]
 
 
+def test_each_process_has_a_gpu_of_its_own(tmp_path):
+    tools = Tools(tmp_path)
+    tools.add("python", f'echo "${{@: -1}} $JAX_LOCAL_DEVICE_IDS" >> "{tools.log}"')
+    assert run(SCRIPT, "--", "--config=c.py", "--workdir=w", tools=tools).returncode == 0
+    assert {"--process_id=0 0", "--process_id=1 1"} < set(tools.calls())
+    assert run(SCRIPT, "--", "--config=c.py", "--workdir=w", tools=tools, JAX_LOCAL_DEVICE_IDS="2,3").returncode == 0
+    assert {"--process_id=0 2,3", "--process_id=1 2,3"} < set(tools.calls())
+
+
 @pytest.mark.parametrize(
     ("codes", "worst"),
     [((0, 0), 0), ((0, 75), 75), ((75, 75), 75), ((130, 75), 130), ((75, 130), 130), ((75, 1), 1), ((3, 0), 3), ((-9, 0), 137)],

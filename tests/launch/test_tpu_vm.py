@@ -10,7 +10,7 @@ import pytest
 
 from tests.launch.scripts import LAUNCH, SECONDS, TRAIN, Tools, background, wait_for
 
-SLICE = ("--name=a", "--zone=z", "--topology=v5e:4x4", "--poll=0.05")
+SLICE = ("--name=a", "--zone=z", "--topology=v5e:4x4", "--bucket=my-bucket", "--poll=0.05")
 WHERE = "--zone=z --quiet"
 
 # A state file each for the queue entry and the node, a home folder for each worker. `queue` lists the answers to come, OFFLINE
@@ -63,6 +63,7 @@ class Slice:
         self.state.mkdir()
         self.answers("WAITING_FOR_RESOURCES", "ACTIVE")
         self.tools.add("gcloud", GCLOUD)
+        self.tools.add("mountpoint")  # the bucket is there
         for name, text in (("uv", UV), ("python", PYTHON)):
             (self.state / name).write_text(text)
             (self.state / name).chmod(0o755)
@@ -94,7 +95,7 @@ class Slice:
         """Calls that change something, the archive's name and what stands in all of them left out."""
         archive = [word for call in self.tools.calls() for word in call.split() if word.endswith(".tar.gz") and "/tmp" in word]
         calls = [call.removeprefix("gcloud compute tpus ").removesuffix(f" {WHERE}") for call in self.tools.calls()]
-        calls = [call for call in calls if " describe " not in call and not call.endswith("worker.sh status")]
+        calls = [call for call in calls if " describe " not in call and not call.endswith(("worker.sh status", "-q /gcs"))]
         return [
             call.replace(name, "ARCHIVE") for call in calls for name in [next((n for n in archive if n in call), "ARCHIVE")]
         ]
@@ -120,7 +121,7 @@ CREATE = "queued-resources create a --node-id=a --runtime-version=v2-alpha-tpuv5
 COPY = "tpu-vm scp ARCHIVE a:deepstack_jax.tar.gz --worker=all"
 INSTALL = (
     "tpu-vm ssh a --worker=all --command=rm -rf deepstack_jax && tar xzf deepstack_jax.tar.gz && "
-    "bash deepstack_jax/launch/worker.sh install "
+    "bash deepstack_jax/launch/worker.sh install --bucket=my-bucket"
 )
 START = f"tpu-vm ssh a --worker=all --command=bash deepstack_jax/launch/worker.sh start -- {' '.join(TRAIN)}"
 DELETE = "queued-resources delete a --force"
@@ -135,7 +136,7 @@ def test_up_waits_installs_runs_and_ends_with_the_run(tpu):
     assert "a is done" in done.stdout
     for worker in (0, 1):
         home = tpu.state / f"w{worker}"
-        assert tpu.runs(worker) == [f"{home}/deepstack_jax {home}/.cache/jax -m deepstack_jax.train {' '.join(TRAIN)}"]
+        assert tpu.runs(worker) == [f"{home}/deepstack_jax /gcs/cache/jax -m deepstack_jax.train {' '.join(TRAIN)}"]
         assert (
             f"pip install --quiet --python={home}/venv/bin/python {home}/deepstack_jax[tpu]"
             in (tpu.state / "uv.log").read_text()
