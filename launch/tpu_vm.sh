@@ -6,7 +6,7 @@
 #     --config=configs/llava15.py:finetune --config.data.root=/gcs/data --workdir=/gcs/runs/stage2-7b
 #
 #   up        create, install, run and watch
-#   create    ask for the slice and wait until it is there
+#   create    ask for the slice and wait until it is there; interrupted meanwhile, `create` or `up` goes on waiting
 #   install   copy HEAD of this repository to every worker and install it
 #   run       start train on every worker
 #   tail      follow the log of worker 0, or of --worker=N
@@ -76,7 +76,9 @@ on_all() {
 create() {
   local options=(--accelerator-type="$TYPE")
   $SPOT && options+=(--spot)
-  if $QUEUED; then
+  if $QUEUED && ! $DRY_RUN && [[ $(slice_condition) == waiting ]]; then
+    echo "$NAME is in the queue already"
+  elif $QUEUED; then
     tpu queued-resources create "$NAME" --node-id="$NAME" --runtime-version="${RUNTIME_VERSION:-$RUNTIME}" "${options[@]}"
   else
     tpu tpu-vm create "$NAME" --version="${RUNTIME_VERSION:-$RUNTIME}" "${options[@]}"
@@ -88,7 +90,7 @@ wait_until_ready() {
   local condition
   while true; do
     condition=$(slice_condition)
-    count_failed_calls "$condition" "$NAME stays in the queue: launch/tpu_vm.sh status shows it; once READY, install, run and watch go on"
+    count_failed_calls "$condition" "$NAME stays in the queue, and the same command goes on waiting"
     case $condition in
       ready) return ;;
       unknown) ;;

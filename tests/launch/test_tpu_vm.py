@@ -267,8 +267,22 @@ def test_many_failed_calls_end_the_waiting(tpu):
     tpu.answers("WAITING_FOR_RESOURCES", "OFFLINE")
     done = tpu.run("create")
     assert done.returncode == 1
-    assert "gcloud failed 5 times in a row; a stays in the queue: launch/tpu_vm.sh status shows it" in done.stderr
+    assert "gcloud failed 5 times in a row; a stays in the queue, and the same command goes on waiting" in done.stderr
     assert tpu.calls() == [CREATE]
+
+
+def test_interrupted_in_the_queue_up_goes_on_waiting(tpu):
+    tpu.plan("0 0")
+    tpu.answers("WAITING_FOR_RESOURCES")
+    with background(tpu.command("up"), tpu.environment) as process:
+        wait_for(lambda: sum(" describe " in call for call in tpu.tools.calls()) > 1, "the queue")
+        os.killpg(process.pid, signal.SIGINT)
+        assert process.wait(timeout=SECONDS) != 0
+    (tpu.state / "queue").write_text("WAITING_FOR_RESOURCES\nACTIVE\n")
+    done = tpu.run("up")
+    assert done.returncode == 0, done.stderr
+    assert "a is in the queue already" in done.stdout
+    assert tpu.calls() == [CREATE, COPY, INSTALL, START]
 
 
 def test_on_demand_spot_project_and_version(tpu):
