@@ -36,14 +36,7 @@ from deepstack_jax.parallel.distributed import ToldToStop, is_first_host, part_o
 from deepstack_jax.parallel.mesh import check_batch_fits, make_mesh
 from deepstack_jax.parallel.processes import join_processes
 from deepstack_jax.parallel.rules import use_mesh
-from deepstack_jax.training.checkpoint import (
-    CheckpointError,
-    Checkpoints,
-    check_room,
-    check_same_data,
-    check_same_run,
-    saved_steps,
-)
+from deepstack_jax.training.checkpoint import CheckpointError, Checkpoints
 from deepstack_jax.training.compiled import CompiledSteps, compile_first
 from deepstack_jax.training.journal import Journal
 from deepstack_jax.training.lock import WorkdirError, alone_in
@@ -54,6 +47,7 @@ from deepstack_jax.training.optimizer import describe_groups
 from deepstack_jax.training.program import Program, build_program, first_state
 from deepstack_jax.training.replay import ReplayError, read_bundle, replay
 from deepstack_jax.training.report import ReportError, report
+from deepstack_jax.training.resume import check_room, check_same_data, check_same_run, saved_steps
 from deepstack_jax.training.state import find_weights
 from deepstack_jax.types import TrainState
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import shutil
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
@@ -27,34 +26,12 @@ from orbax.checkpoint.checkpoint_managers import (
     PreservationContext,
 )
 
-from deepstack_jax.config import Config, TrainConfig, differences
+from deepstack_jax.config import TrainConfig
 from deepstack_jax.parallel.distributed import barrier, first_host_says, is_first_host, texts_of_hosts
 from deepstack_jax.training.checksums import checksums, checksums_on_disk, damage, mismatches
 from deepstack_jax.types import PyTree, TrainState
 
 log = logging.getLogger(__name__)
-
-# Keys that may change between the parts of one run: they decide what is shown and kept, not what is computed; or where a run
-# starts from, which lies behind one that goes on.
-HARMLESS = (
-    "name",
-    "train.log_every",
-    "train.checkpoint_every",
-    "train.keep",
-    "train.max_bad_steps",
-    "train.wandb",
-    "train.weights",
-    "train.tower",
-    "train.projector",
-    "evaluation.",
-    "profile.",
-    "data.workers",
-    "data.prefetch",
-    "data.max_bad_fraction",
-    "mesh.",
-)
-# Those that may change as far as the same examples come out of them, token by token: see `check_same_data`.
-PLACES = ("data.root", "data.tokenizer")
 
 
 class CheckpointError(ValueError):
@@ -67,6 +44,14 @@ class Info(NamedTuple):
     step: int
     time: datetime
     metrics: float | None  # held-out loss
+
+
+class Pending(NamedTuple):
+    """A checkpoint on its way; both futures give what is wrong with it, "" if nothing. Those of other hosts know nothing."""
+
+    step: int
+    written: Future[str]
+    read_back: Future[str]
 
 
 class Checkpoints:
@@ -86,7 +71,7 @@ class Checkpoints:
         self._train, self._read_only = train, read_only
         self._manager = self._open()
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="read-back")
-        self._pending: tuple[int, Future[str]] | None = None
+        self._pending: Pending | None = None
         self._losses = {step: self._loss_of(step) for step in self._manager.all_steps()}
         self._good = set(self._losses)  # taken as good until they are read: nothing is deleted before a newer one was
 
@@ -117,6 +102,8 @@ class Checkpoints:
         """Write a checkpoint at `state.step`; returns once the state is copied, the files follow in the background.
 
         A save that fails is said loudly and training goes on: the next one tries again. On several hosts it stops the run.
+        Where the one before is written and still read back, and the disk has room, this one does not wait for that: the
+        process may have been given little time to save.
 
         Args:
           data: place in the data.
@@ -124,7 +111,11 @@ class Checkpoints:
           loss: the held-out loss at this step, where it is known.
         """
         step = int(jax.device_get(state.step))
-        self.settle()
+        reads = is_first_host() and self._reads_back(bytes_of(state))
+        earlier = self._pending if first_host_says("reads" if reads else "") else None
+        if earlier is None or earlier.step == step:
+            earlier = None
+            self.settle()
         if step in self._good:
             return
         items = {
@@ -135,28 +126,45 @@ class Checkpoints:
             "scores": ocp.args.JsonSave({"validation_loss": loss}),
         }
         self._losses[step] = loss
+        self._pending = None
         try:
             self._manager.save(step, args=ocp.args.Composite(**items), force=True)
         except Exception as error:  # a full disk comes as OSError, ValueError or XlaRuntimeError, by the place it strikes
+            self._judge(earlier)
             self._failed(step, _reason(error))
             return
-        self._pending = step, self._reader.submit(self._read_back, self._manager, step)
+        written = self._reader.submit(self._wait_for_files, self._manager)
+        self._pending = Pending(step, written, self._reader.submit(self._read_back, written, step))
+        self._judge(earlier)
 
     def settle(self) -> None:
         """Wait until what was saved is written and read back; then let old ones go."""
-        if self._pending is None:
+        pending, self._pending = self._pending, None
+        if pending is None or not self._judge(pending):
             return
-        step, future = self._pending
-        self._pending = None
-        problem = first_host_says(future.result())
-        if problem:
-            self._failed(step, problem)
-            return
-        self._good.add(step)
         # Deleting waits for all hosts, which may see files of each other late: the first one's list holds for all.
         for old in first_host_says(" ".join(map(str, sorted(self._good - self._kept())))).split():
             self._manager.delete(int(old))
             self._good.remove(int(old))
+
+    def _judge(self, saved: Pending | None) -> bool:
+        """Wait until a checkpoint was read back; whether it is good."""
+        if saved is None:
+            return False
+        problem = first_host_says(saved.read_back.result())
+        if not problem:
+            self._good.add(saved.step)
+            return True
+        if self._pending is not None:
+            self._pending.written.result()  # by the manager that is closed now
+        self._failed(saved.step, problem)
+        return False
+
+    def _reads_back(self, needed: int) -> bool:
+        """Whether the last one saved is written and still read, while the disk has room for a further one."""
+        if self._pending is None or self._pending.written.result() or self._pending.read_back.done():
+            return False
+        return shutil.disk_usage(self._workdir).free > needed
 
     def finish(self, step: int) -> None:
         """Wait for the last save.
@@ -233,16 +241,26 @@ class Checkpoints:
                 f"{'; '.join(wrong)}; was it written by another configuration or version? choose a new --workdir"
             )
 
-    def _read_back(self, manager: ocp.CheckpointManager, step: int) -> str:
-        """What is wrong with a checkpoint on its way to disk, "" if nothing; in a thread of the first host."""
+    def _wait_for_files(self, manager: ocp.CheckpointManager) -> str:
+        """Until a checkpoint is written; in a thread of the first host."""
         if not is_first_host():
             return ""
         try:
             manager.wait_until_finished()
+        except Exception as error:  # whatever a full or broken disk raises
+            return _reason(error)
+        return ""
+
+    def _read_back(self, written: Future[str], step: int) -> str:
+        """Compare a checkpoint on disk with what was saved; in the same thread, behind the writing."""
+        problem = written.result()
+        if problem or not is_first_host():
+            return problem
+        try:
             folder = self._directory / str(step)
             expected = json.loads((folder / "sums" / "metadata").read_text())
             return damage(expected, checksums_on_disk(folder / "state"))
-        except Exception as error:  # whatever a full or broken disk raises
+        except Exception as error:  # as above
             return _reason(error)
 
     def _failed(self, step: int, reason: str) -> None:
@@ -259,7 +277,7 @@ class Checkpoints:
             self._manager.close()
         except Exception as error:  # the same failure once more
             log.info("closing after a failed save: %s", _reason(error))
-        for left in self._directory.glob(f"{step}*"):
+        for left in (self._directory / str(step), *self._directory.glob(f"{step}.*")):
             shutil.rmtree(left, ignore_errors=True)
         self._manager = self._open()
 
@@ -307,76 +325,9 @@ class Checkpoints:
         return f"{shutil.disk_usage(self._workdir).free / 1e6:,.0f} MB free"
 
 
-def saved_steps(workdir: Path) -> list[int]:
-    """Steps of the checkpoints that lie in a workdir, damaged ones among them."""
-    return sorted(int(folder.name) for folder in (workdir / "checkpoints").glob("*") if folder.name.isdigit())
-
-
-def check_room(workdir: Path, state: PyTree, train: TrainConfig, steps: int) -> str | None:
-    """A warning where the disk does not hold the checkpoints that are still to come; None where there is room.
-
-    Args:
-      state: abstract or real; its size is that of a checkpoint.
-      train: says which ones stay.
-      steps: of the whole run.
-
-    Raises:
-      CheckpointError: not even the first one fits: better known now than after the first thousand steps. A run that goes on is
-        only warned: it may have nothing left to save, or its old ones make room.
-    """
-    needed = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
-    free, there = shutil.disk_usage(workdir).free, len(saved_steps(workdir))
-    stay = train.keep + train.keep_best + (steps // train.keep_every if train.keep_every else 0)
-    most = min(stay, math.ceil(steps / train.checkpoint_every)) + 1  # the old ones stay until the new one was read back
-    numbers = f"a checkpoint takes {needed / 1e6:,.1f} MB, {workdir} has {free / 1e6:,.1f} MB free"
-    if free < needed and not there:
-        raise CheckpointError(f"{numbers}; make room or choose another --workdir")
-    return f"{numbers} and is to hold {most}, of which {there} are there" if free < (most - there) * needed else None
-
-
-def check_same_run(config: Config, workdir: Path) -> list[str]:
-    """Refuse to go on in a workdir of another configuration; returns the differences that do no harm, one line each.
-
-    Raises:
-      CheckpointError: listing every key that differs and would change what is computed; or the one there cannot be read.
-    """
-    stored = workdir / "config.json"
-    if not stored.exists():
-        return []
-    try:
-        changed = differences(config, json.loads(stored.read_text()))
-    except ValueError as error:
-        raise CheckpointError(
-            f"{stored} is damaged ({error}); if --config is that of the run, delete the file and run the same command again: "
-            "it is written anew"
-        ) from error
-    lines = {key: f"{key}: {theirs!r} there, {ours!r} now" for key, (ours, theirs) in changed.items()}
-    fatal = [line for key, line in lines.items() if key not in PLACES and not key.startswith(HARMLESS)]
-    if fatal:
-        raise CheckpointError(f"{workdir} holds a run of another configuration ({', '.join(fatal)}); choose a new --workdir")
-    return list(lines.values())
-
-
-def check_same_data(config: Config, workdir: Path, texts: str) -> None:
-    """Refuse to go on with what lies at another place, unless it is what the run was begun with.
-
-    Args:
-      texts: see `describe_texts`; the run's own stands in its manifest.
-
-    Raises:
-      CheckpointError: naming the places.
-    """
-    if not (workdir / "config.json").exists() or not saved_steps(workdir):
-        return
-    changed = differences(config, json.loads((workdir / "config.json").read_text()))
-    moved = [f"{key}: {changed[key][1]!r} there, {changed[key][0]!r} now" for key in PLACES if key in changed]
-    manifest = workdir / "manifest.json"
-    known = json.loads(manifest.read_text())["data"].get("texts") if manifest.exists() else None
-    if moved and known != texts:
-        raise CheckpointError(
-            f"{workdir} holds a run on other examples, or that read them as other tokens ({', '.join(moved)}); point to those "
-            "it was begun with, or choose a new --workdir"
-        )
+def bytes_of(state: PyTree) -> int:
+    """What a checkpoint of a state takes; abstract or real."""
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
 
 
 def _reason(error: Exception) -> str:

@@ -3,6 +3,7 @@
 import json
 import resource
 import subprocess
+import time
 
 import chex
 import jax
@@ -15,10 +16,11 @@ from hypothesis import strategies as st
 
 from deepstack_jax.config import Config, TrainConfig, to_dict
 from deepstack_jax.data.encode import BadExample
-from deepstack_jax.training.checkpoint import CheckpointError, Checkpoints, check_room, check_same_data, check_same_run
+from deepstack_jax.training.checkpoint import CheckpointError, Checkpoints
 from deepstack_jax.training.checksums import _sum, checksums, checksums_on_disk
 from deepstack_jax.training.metrics import MetricsLog, Quarantine, QuarantineError, read_metrics
 from deepstack_jax.training.replay import write_bundle
+from deepstack_jax.training.resume import check_room, check_same_data, check_same_run
 from deepstack_jax.training.state import new_state
 from deepstack_jax.types import TrainState
 
@@ -156,6 +158,34 @@ def test_no_checkpoint_goes_before_a_newer_one_was_read_back(tmp_path, monkeypat
     checkpoints.finish(3)
     assert steps_in(tmp_path) == [3]
     checkpoints.close()
+
+
+@pytest.mark.parametrize("good", [True, False])
+def test_a_save_does_not_wait_until_the_one_before_was_read_back(good, tmp_path, monkeypatch, caplog):
+    """And nothing goes until then, nor goes the new one with an old one that turns out to be damaged."""
+    checkpoints = Checkpoints(tmp_path, TrainConfig(keep=1))
+    checkpoints.save(state_at(1), {}, {})
+    checkpoints.settle()
+    there = []
+
+    def read_slowly(folder):
+        deadline = time.monotonic() + 20
+        while not (tmp_path / "checkpoints" / "20").exists() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        there.append(steps_in(tmp_path))
+        return checksums_on_disk(folder) if good or folder.parent.name != "2" else {}
+
+    monkeypatch.setattr("deepstack_jax.training.checkpoint.checksums_on_disk", read_slowly)
+    checkpoints.save(state_at(2), {}, {})
+    checkpoints.save(state_at(20), {"next_batch": 20}, {})
+    checkpoints.finish(20)
+    assert there[0] == [1, 2, 20]
+    assert steps_in(tmp_path) == [20]
+    assert ("checkpoint 2 could not be written" in caplog.text) is not good
+    checkpoints.save(state_at(21), {}, {})
+    checkpoints.finish(21)
+    checkpoints.close()
+    assert Checkpoints(tmp_path, TrainConfig(keep=1)).latest == 21
 
 
 @pytest.fixture
