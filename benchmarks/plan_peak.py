@@ -48,8 +48,8 @@ def main() -> int:
             state, metrics = step(state, placed)
         jax.block_until_ready((state, metrics))
     print(f"{config.name} on {machine.devices[0].device_kind}: planned {gib(plan.used)}, by the compiler that runs it")
-    peaks = [(device.memory_stats() or {}).get("peak_bytes_in_use") for device in jax.local_devices()]
-    if None in peaks:
+    peaks = [(device.memory_stats() or {}).get("peak_bytes_in_use", 0) for device in jax.local_devices()]
+    if not all(peaks):
         raise ConfigError("these devices keep no count of their memory (peak_bytes_in_use); run it on a GPU or TPU")
     ratio = plan.used / max(peaks)
     print(f"the device's peak: {gib(max(peaks))}; planned / peak = {ratio:.3f}, expected within {APART:.0%}")
