@@ -44,7 +44,7 @@ class Board:
         if resume_step:
             self._write(Event(step=resume_step + 1, session_log=SessionLog(status=SessionLog.START)))
 
-    def scalars(self, step: int, numbers: Mapping[str, float]) -> None:
+    def scalars(self, step: int, numbers: Mapping[str, float | int]) -> None:
         """Add a point to each curve."""
         for name, value in numbers.items():
             self._add(step, scalar(name, value))
