@@ -89,7 +89,8 @@ def _launched() -> _Launched | None:
 
 def _leave_at_once(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
     """The end of one of several processes by an exception: Python's own would first wait for the others, and they for it."""
-    if isinstance(error, jax.errors.JaxRuntimeError) and any(sign in str(error) for sign in _LOST):
+    # A ValueError where jax met it while it dispatched.
+    if isinstance(error, (jax.errors.JaxRuntimeError, ValueError)) and any(sign in str(error) for sign in _LOST):
         reason = str(error).splitlines()[0]
         print(
             f"error: lost another process of this run ({reason}); its own output says why; the same command goes on from "

@@ -11,6 +11,7 @@ from jax._src.clusters import ClusterEnv  # what jax.distributed.initialize asks
 from deepstack_jax.config_checks import ConfigError
 from deepstack_jax.parallel.processes import join_processes
 from tests.distributed.several import free_port
+from tests.e2e.verb import REPOSITORY
 
 pytestmark = pytest.mark.quick
 
@@ -157,3 +158,17 @@ def test_processes_of_open_mpi_5_train_together_or_not_at_all():
     for _, error, code in run():
         assert "Open MPI started 2 processes" in error
         assert code != 0
+
+
+@pytest.mark.parametrize("kind", ["jax.errors.JaxRuntimeError", "ValueError"])
+def test_a_collective_whose_other_end_is_gone_is_one_line(kind):
+    """As jax raises it: of a program that runs, or while it dispatches one."""
+    message = "UNKNOWN: Gloo AllGather failed: [pair.cc:538] Read error [127.0.0.1]:30636: Connection reset by peer"
+    code = f"import jax; from deepstack_jax.parallel import processes; error = {kind}({message!r}); "
+    code += "processes._leave_at_once(type(error), error, None)"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=REPOSITORY, check=False, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: lost another process of this run (UNKNOWN: Gloo AllGather failed")
+    assert done.stderr.count("\n") == 1
