@@ -43,7 +43,7 @@ def main() -> int:
     batch = empty_batch(config.batch_shape(plan.load.rows, plan.load.length))
     with use_mesh(program.mesh):
         state, placed = first_state(program), put_batch(program.mesh, batch)
-        step = program.jit_step()
+        step, metrics = program.jit_step(), None
         for _ in range(2):
             state, metrics = step(state, placed)
         jax.block_until_ready((state, metrics))
