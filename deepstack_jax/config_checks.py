@@ -7,9 +7,10 @@ import math
 import re
 import warnings
 from collections.abc import Iterable
+from operator import attrgetter
 from typing import TYPE_CHECKING
 
-from deepstack_jax.config_ranges import lookup, out_of_range
+from deepstack_jax.config_ranges import out_of_range
 from deepstack_jax.layout.grid import anyres_grids
 from deepstack_jax.layout.sequence import MERGES, SEQUENCES, STACKS
 from deepstack_jax.layout.stack import SAMPLINGS
@@ -57,7 +58,7 @@ CHOICES = {
 def check_config(config: Config) -> None:
     """Refuse what cannot run, each with the numbers that clash and the next move."""
     for key, valid in CHOICES.items():
-        value = lookup(config, key)
+        value = attrgetter(key)(config)
         if value not in valid:
             raise ConfigError(f"config.{key} got {value!r}; {nearest(value, valid)}")
     for problem in out_of_range(config):

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, NamedTuple
+from operator import attrgetter
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     from deepstack_jax.config import Config
@@ -103,19 +104,12 @@ GROUP_RANGES = {
 
 def out_of_range(config: Config) -> Iterator[str]:
     """A message for every number outside of its range."""
-    numbers = [(key, lookup(config, key), None) for key in POSITIVE]
-    numbers += [(key, lookup(config, key), valid) for key, valid in RANGES.items()]
+    numbers = [(key, attrgetter(key)(config), None) for key in POSITIVE]
+    numbers += [(key, attrgetter(key)(config), valid) for key, valid in RANGES.items()]
     for name, group in config.optimizer.groups.items():
-        numbers += [(f"optimizer.groups.{name}.{key}", lookup(group, key), valid) for key, valid in GROUP_RANGES.items()]
+        numbers += [(f"optimizer.groups.{name}.{key}", attrgetter(key)(group), valid) for key, valid in GROUP_RANGES.items()]
     numbers += [(f"data.buckets[{i}]", bucket, None) for i, bucket in enumerate(config.data.buckets)]
     numbers += [(f"image.std[{i}]", std, None) for i, std in enumerate(config.image.std)]
     for key, value, valid in numbers:
         if not (value > 0 if valid is None else valid.holds(value)):  # so that NaN is outside too
             yield f"config.{key} got {value}, expected {'a number above 0' if valid is None else valid.expected}"
-
-
-def lookup(config: Any, key: str) -> Any:
-    """The value of a dotted key."""
-    for part in key.split("."):
-        config = getattr(config, part)
-    return config

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -32,6 +30,7 @@ from deepstack_jax.evaluation.scorers import SCORERS
 from deepstack_jax.evaluation.unfinished import Unfinished
 from deepstack_jax.training.checkpoint import CheckpointError
 from deepstack_jax.training.checksums import checksums
+from deepstack_jax.training.metrics import write_json, write_whole
 
 USAGE = """
 Answer a held-out set by greedy generation, and score the answers.
@@ -108,8 +107,8 @@ def main() -> int:
     predictions, bad = run_task(lmm, task, unfinished, console)
     results = summarise(lmm, given["model"], task, predictions, bad)
     if out is not None:
-        write(out / "predictions.jsonl", "".join(f"{json.dumps(line, ensure_ascii=False)}\n" for line in predictions))
-        write(out / "results.json", json.dumps(results, indent=2) + "\n")
+        write_whole(out / "predictions.jsonl", "".join(f"{json.dumps(line, ensure_ascii=False)}\n" for line in predictions))
+        write_json(out / "results.json", results)
         unfinished.done()
     console.print(table_of(results))
     return cli.EXIT_DONE
@@ -230,13 +229,6 @@ def table_of(results: dict[str, Any]) -> Table:
     for name, entry in results["scores"].items():
         table.add_row(name, f"{entry['score']:.4f}", escape(f"{entry['protocol']}; {asked}"))
     return table
-
-
-def write(file: Path, text: str) -> None:
-    """Whole or not at all."""
-    scratch = file.with_suffix(".tmp")
-    scratch.write_text(text, "utf-8")
-    os.replace(scratch, file)
 
 
 if __name__ == "__main__":

@@ -111,7 +111,9 @@ def report(plan: Plan, searched: Search | None, console: Console) -> None:
     elif found:
         how = "recommended" if SEARCH.value else "nearest that fits"
         how += ", as estimated" if found.source == "estimate" else ""
-        console.print(f"{how}: {as_flags(found)}, {gib(found.used)} per device", soft_wrap=True)
+        console.print(f"{how}: {as_flags(found)}", soft_wrap=True)
+        if found is not plan:
+            console.print(f"which takes {gib(found.used)} per device")
 
 
 def no_mesh(searched: Search) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from operator import attrgetter
 from typing import Any
 
 import jax
@@ -100,7 +101,7 @@ def check_model_fits(config: Config, mesh: Mesh) -> None:
     """Raise ConfigError where a size of the model does not divide by the mesh axis that cuts it, naming what would."""
     for axis, keys in CUT_BY.items():
         size = mesh.shape[axis]
-        values = {key: _lookup(config, key) for key in keys}
+        values = {key: attrgetter(key)(config) for key in keys}
         wrong = [f"config.{key} {value}" for key, value in values.items() if value % size]
         if wrong:
             valid = [number for number in _divisors(math.gcd(*values.values())) if mesh.size % number == 0]
@@ -135,9 +136,3 @@ def _divisors(number: int) -> list[int]:
 
 def _nearest(wanted: int, valid: Sequence[int]) -> int:
     return min(valid, key=lambda number: abs(number - wanted))
-
-
-def _lookup(config: Any, key: str) -> int:
-    for part in key.split("."):
-        config = getattr(config, part)
-    return config

@@ -184,7 +184,9 @@ def _in_computation(name: str, lines: list[str], devices: int) -> Iterator[_Foun
         if across := _ACROSS.search(line):
             kind = across[2].lower().replace("_", "-")
             channel, source = _label(line)
-            yield _Found(channel, kind if kind in KINDS else "all-to-all", _bytes(across[1]), _slices(line), 1, source, True)
+            yield _Found(
+                channel, kind if kind in KINDS else "collective-permute", _bytes(across[1]), _slices(line), 1, source, True
+            )
         found = _COLLECTIVE.search(line)
         if not found:
             continue

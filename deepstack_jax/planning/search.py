@@ -73,9 +73,10 @@ def find_best(
     if tries == 0 or not machine.compiler:
         return Search(estimates[0] if estimates[0].fits(margin) else None, (), estimates)
     compiled: list[Plan] = []
-    short: dict[str, float] = {}  # by remat policy: compiled over estimated memory, where that was too optimistic
+    short: dict[str, float] = {}  # by remat policy: compiled over estimated memory
     for estimate, candidate in pairs:
-        if estimate.fits(margin) and not _fits(estimate, margin, short.get(estimate.remat, 1.0)):
+        # An estimate that is so many times too small fits where so much more stays free.
+        if estimate.fits(margin) and not estimate.fits(1 - (1 - margin) / short.get(estimate.remat, 1.0)):
             continue
         if tries == 0:
             break
@@ -120,11 +121,6 @@ def order(plan: Plan, margin: float, like: Plan | None) -> tuple[bool, int, floa
         return (True, 0, plan.used, plan.used)
     changes = _changes(plan, like) if like else 0
     return (False, changes, plan.roofline.likely / plan.load.examples if plan.roofline else 0.0, plan.used)
-
-
-def _fits(estimate: Plan, margin: float, short: float) -> bool:
-    """Whether an estimate fits that is so many times too small."""
-    return not estimate.usable or 1 - short * estimate.used / estimate.usable >= margin
 
 
 def _changes(plan: Plan, like: Plan) -> int:

@@ -148,7 +148,7 @@ def write_whole(path: Path, text: str) -> None:
     """
     scratch = path.with_suffix(".tmp")
     try:
-        with scratch.open("w") as file:
+        with scratch.open("w", encoding="utf-8") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())  # else the name may be on the disk before what it names

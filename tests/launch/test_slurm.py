@@ -81,10 +81,10 @@ def test_one_task_per_gpu_with_what_jax_looks_for(tools):
 
 
 def test_results_can_be_repeated_and_the_choice_of_kernels_is_kept(tools):
-    assert submit(tools, XLA_FLAGS="--xla_dump_to=/tmp/x").returncode == 0
+    assert submit(tools, XLA_FLAGS="--xla_dump_to=dump").returncode == 0
     for task in seen(tools):
         environment = task["environment"]
-        assert environment["XLA_FLAGS"].split() == ["--xla_dump_to=/tmp/x", "--xla_gpu_deterministic_ops=true"]
+        assert environment["XLA_FLAGS"].split() == ["--xla_dump_to=dump", "--xla_gpu_deterministic_ops=true"]
         assert environment["JAX_COMPILATION_CACHE_DIR"] == f"{tools.bin.parent}/.cache/jax"
         assert environment["XLA_PYTHON_CLIENT_MEM_FRACTION"] == "0.92"
     assert (tools.bin.parent / ".cache" / "jax").is_dir()

@@ -5,6 +5,7 @@ import json
 import math
 import re
 import warnings
+from operator import attrgetter
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from ml_collections import ConfigDict
 from deepstack_jax.cli import writable_folder
 from deepstack_jax.config import Config, build_config, default_config, differences, to_dict
 from deepstack_jax.config_checks import CHOICES, ConfigError, check_config, nearest
-from deepstack_jax.config_ranges import GROUP_RANGES, POSITIVE, RANGES, lookup
+from deepstack_jax.config_ranges import GROUP_RANGES, POSITIVE, RANGES
 from tests.unit.tiny import TINY, tiny_config
 
 pytestmark = pytest.mark.quick
@@ -108,7 +109,7 @@ def test_every_choice_is_checked(key):
 
 @pytest.mark.parametrize("key", POSITIVE)
 def test_every_size_must_be_positive(key):
-    kind = type(lookup(Config(), key))
+    kind = type(attrgetter(key)(Config()))
     for value in (kind(0), kind(-1), *([math.nan] if kind is float else [])):
         with pytest.raises(ConfigError, match=rf"config\.{key} got {value}, expected a number above 0"):
             build_config(nested(key, value))
@@ -145,7 +146,7 @@ def test_a_number_outside_of_its_range_is_refused_with_the_range(key, values, ex
 def test_the_ends_of_a_range_belong_to_it():
     for key, valid in RANGES.items():
         if key != "train.keep_best":  # needs evaluations
-            build_config(nested(key, type(lookup(Config(), key))(valid.least)))
+            build_config(nested(key, type(attrgetter(key)(Config()))(valid.least)))
     for key in GROUP_RANGES:
         build_config(nested(f"optimizer.groups.default.{key}", 0.0))
     build_config(nested("optimizer.schedule.warmup", 1))
