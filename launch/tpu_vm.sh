@@ -33,6 +33,7 @@ REPOSITORY=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 readonly VERBS="up create install run tail watch status stop delete" WORKER_SCRIPT="bash deepstack_jax/launch/worker.sh"
 readonly MAX_FAILED_CALLS=5 # of gcloud in a row, before waiting or watching ends
 FAILED_CALLS=0
+NEXT="" # what `watch` has to do before train runs everywhere: request (a new slice in place of this one), install, run; "" = nothing
 NAME="" ZONE="" PROJECT="" SHAPE="" BUCKET="" RUNTIME_VERSION="" QUEUED=true SPOT=false WORKER=0 MAX_RESTARTS=20 POLL=30
 TRAIN=()
 
@@ -74,16 +75,27 @@ on_all() {
 }
 
 create() {
+  local condition=missing
+  $DRY_RUN || condition=$(slice_condition)
+  request "$condition"
+  $DRY_RUN || wait_until_ready
+}
+
+# request CONDITION: ask for the slice, if it is not there or asked for already.
+request() {
   local options=(--accelerator-type="$TYPE")
   $SPOT && options+=(--spot)
-  if $QUEUED && ! $DRY_RUN && [[ $(slice_condition) == waiting ]]; then
-    echo "$NAME is in the queue already"
-  elif $QUEUED; then
-    tpu queued-resources create "$NAME" --node-id="$NAME" --runtime-version="${RUNTIME_VERSION:-$RUNTIME}" "${options[@]}"
-  else
-    tpu tpu-vm create "$NAME" --version="${RUNTIME_VERSION:-$RUNTIME}" "${options[@]}"
-  fi
-  $DRY_RUN || wait_until_ready
+  case $1 in
+    ready) echo "$NAME is there already" ;;
+    waiting) echo "$NAME is in the queue already" ;;
+    *)
+      if $QUEUED; then
+        tpu queued-resources create "$NAME" --node-id="$NAME" --runtime-version="${RUNTIME_VERSION:-$RUNTIME}" "${options[@]}"
+      else
+        tpu tpu-vm create "$NAME" --version="${RUNTIME_VERSION:-$RUNTIME}" "${options[@]}"
+      fi
+      ;;
+  esac
 }
 
 wait_until_ready() {
@@ -148,17 +160,20 @@ state() {
 }
 
 install() {
-  local archive
+  local archive failed=0
   archive=$(mktemp --suffix=.tar.gz)
   [[ -z $(git -C "$REPOSITORY" status --porcelain 2>/dev/null) ]] || echo "warning: changes that are not committed are not installed" >&2
-  run git -C "$REPOSITORY" archive --prefix=deepstack_jax/ --output="$archive" HEAD
-  tpu tpu-vm scp "$archive" "$NAME:deepstack_jax.tar.gz" --worker=all
+  run git -C "$REPOSITORY" archive --prefix=deepstack_jax/ --output="$archive" HEAD &&
+    tpu tpu-vm scp "$archive" "$NAME:deepstack_jax.tar.gz" --worker=all &&
+    on_all "rm -rf deepstack_jax && tar xzf deepstack_jax.tar.gz && $WORKER_SCRIPT install ${BUCKET:+"--bucket=$BUCKET"}" ||
+    failed=$?
   rm -f "$archive"
-  on_all "rm -rf deepstack_jax && tar xzf deepstack_jax.tar.gz && $WORKER_SCRIPT install ${BUCKET:+"--bucket=$BUCKET"}"
+  return "$failed"
 }
 
+# run_train [OPTION]: of worker.sh start.
 run_train() {
-  on_all "$WORKER_SCRIPT start -- $(quoted "${TRAIN[@]}")"
+  on_all "$WORKER_SCRIPT start ${1:+"$1 "}-- $(quoted "${TRAIN[@]}")"
 }
 
 delete() {
@@ -177,14 +192,14 @@ status() {
   on_all "$WORKER_SCRIPT status"
 }
 
-# What the workers say, in one word: running, done, stopped (by hand), again (all ended, at least one by SIGTERM or lost),
-# failed:CODE, unknown (gcloud failed).
+# What the workers say, in one word: running, done, stopped (by hand), again (all ended, at least one by SIGTERM or lost; whoever
+# loses another ends with an error for that alone), failed:CODE, unknown (gcloud failed).
 run_condition() {
   local answer code ended="done"
   answer=$(on_all "$WORKER_SCRIPT status" 2>/dev/null) || { echo unknown && return; }
   answer=$(grep -o 'exit=[a-z0-9]*' <<<"$answer" | cut -d= -f2) || { echo unknown && return; }
   for code in $answer; do
-    [[ $code =~ ^(0|running|stopped|lost|none|$EXIT_PREEMPTED)$ ]] || { echo "failed:$code" && return; }
+    [[ $code =~ ^(0|running|stopped|none|$EXIT_PREEMPTED)$ || $answer == *lost* ]] || { echo "failed:$code" && return; }
   done
   for code in $answer; do
     case $code in
@@ -197,19 +212,42 @@ run_condition() {
   echo "$ended"
 }
 
+# next_step CONDITION: fails where ssh does not answer yet, or the slice is taken away meanwhile; then it is to be tried again.
+next_step() {
+  case $1 in
+    preempted) delete ;;
+    missing) request missing && NEXT=install ;;
+    ready)
+      if [[ $NEXT != run ]]; then
+        install || return
+        NEXT=run
+      fi
+      run_train --unless-running && NEXT=""
+      ;;
+  esac
+}
+
 watch() {
   local restarts=0 condition
   while true; do
     condition=$(slice_condition)
-    [[ $condition == ready ]] && condition=$(run_condition)
-    count_failed_calls "$condition" "the run may go on: launch/tpu_vm.sh status"
+    case $condition:$NEXT in
+      ready:) condition=$(run_condition) ;;
+      ready:* | preempted:request | missing:request)
+        next_step "$condition" && continue
+        condition=unknown
+        ;;
+    esac
+    count_failed_calls "$condition" "the slice costs until launch/tpu_vm.sh delete, a run may go on: launch/tpu_vm.sh status"
     case $condition in
       done) echo "$NAME is done; launch/tpu_vm.sh delete gives the slice back" && return ;;
       stopped) echo "$NAME was stopped by hand; launch/tpu_vm.sh run goes on, delete gives the slice back" && exit "$EXIT_PREEMPTED" ;;
-      missing) die "$NAME was deleted, or is not in $ZONE; launch/tpu_vm.sh up makes it anew" ;;
+      waiting) echo "$(date +%T) $NAME waits for its chips" ;;
+      missing) [[ $NEXT == request ]] || die "$NAME was deleted, or is not in $ZONE; launch/tpu_vm.sh up makes it anew" ;;
       again | preempted)
         ((++restarts <= MAX_RESTARTS)) || die "$NAME was stopped more than $MAX_RESTARTS times; --max-restarts allows more"
-        go_on "$condition" "$restarts"
+        echo "$(date +%T) $NAME: $condition; restart $restarts of $MAX_RESTARTS"
+        [[ $condition == preempted ]] && NEXT=request || NEXT=run
         ;;
       failed:*)
         echo "error: train failed on $NAME with code ${condition#*:}; launch/tpu_vm.sh tail shows why" >&2
@@ -222,15 +260,20 @@ watch() {
   done
 }
 
-# go_on CONDITION RESTART: start again, on a new slice where the old one is gone; train resumes from its workdir.
-go_on() {
-  echo "$(date +%T) $NAME: $1; restart $2 of $MAX_RESTARTS"
-  if [[ $1 == preempted ]]; then
-    delete
+up() {
+  local condition
+  if $DRY_RUN; then
     create
     install
+    run_train --unless-running
+  else
+    condition=$(slice_condition)
+    [[ $condition != ready || $(run_condition) != running ]] ||
+      die "a run goes on already on $NAME; launch/tpu_vm.sh watch follows it, stop ends it"
+    request "$condition"
+    NEXT=install
+    watch
   fi
-  run_train
 }
 
 main() {
@@ -244,12 +287,7 @@ main() {
   parse_flags "$FLAGS" "$SWITCHES" "$@"
   check_arguments "$verb"
   case $verb in
-    up)
-      create
-      install
-      run_train
-      $DRY_RUN || watch
-      ;;
+    up) up ;;
     run) run_train ;;
     tail) tpu tpu-vm ssh "$NAME" --worker="$WORKER" --command="tail -n 100 -F run/log" ;;
     watch) if $DRY_RUN; then status; else watch; fi ;;

@@ -3,6 +3,7 @@
 #
 #   launch/worker.sh install [--bucket=BUCKET]   Python 3.12, the package with its TPU extra in ~/venv, the bucket at /gcs
 #   launch/worker.sh start -- TRAIN ARGUMENTS    mount the bucket if it is not, and train in the background; ~/run holds what is known of it
+#   launch/worker.sh start --unless-running -- TRAIN ARGUMENTS   leave a run alone that goes on already, which is an error else
 #   launch/worker.sh status                      running, stopped (by `stop`), lost (gone without an exit code), none, or the exit code
 #   launch/worker.sh stop                        SIGTERM: the state is saved
 #   --dry-run after the verb prints the commands
@@ -15,6 +16,7 @@ readonly RUN=$HOME/run MOUNT=/gcs UV=$HOME/.local/bin/uv KEY=/usr/share/keyrings
 readonly BOOT=/proc/sys/kernel/random/boot_id # another after every start of the machine, when process ids begin anew
 readonly BUCKET=$HOME/bucket                  # name of the one to mount
 readonly WAIT="-o DPkg::Lock::Timeout=600"    # for the updates that a new machine begins with
+UNLESS_RUNNING=false
 
 install_package() {
   # The system's Python is older than the package asks for.
@@ -42,9 +44,12 @@ mount_bucket() {
 # The shell around `train` outlives the SIGTERM that its whole group gets, to write the exit code down.
 start() {
   local cache=${JAX_COMPILATION_CACHE_DIR:-$HOME/.cache/jax} script
+  if [[ $(status) == running ]]; then
+    $UNLESS_RUNNING || die "a run goes on already on $(hostname); launch/tpu_vm.sh stop ends it"
+    return
+  fi
   [[ ! -s $BUCKET ]] || mount_bucket "$(<"$BUCKET")" # which does not outlive a restart of the machine
   mountpoint -q "$MOUNT" && cache=$MOUNT/cache/jax
-  [[ $(status) != running ]] || die "a run goes on already on $(hostname); launch/tpu_vm.sh stop ends it"
   script="cd $(quoted "$REPOSITORY"); trap : TERM; cat $BOOT > $RUN/boot; echo \$\$ > $RUN/pid"
   script+="; $(quoted env PYTHONUNBUFFERED=1 "JAX_COMPILATION_CACHE_DIR=$cache" "$HOME/venv/bin/python" -m deepstack_jax.train "$@")"
   script+="; echo \$? > $RUN/exit"
@@ -92,6 +97,7 @@ main() {
     case $1 in
       --bucket=*) bucket=${1#*=} ;;
       --dry-run) DRY_RUN=true ;;
+      --unless-running) UNLESS_RUNNING=true ;;
       --)
         shift
         break

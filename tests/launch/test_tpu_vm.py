@@ -14,13 +14,18 @@ SLICE = ("--name=a", "--zone=z", "--topology=v5e:4x4", "--bucket=my-bucket", "--
 WHERE = "--zone=z --quiet"
 
 # A state file each for the queue entry and the node, a home folder for each worker. `queue` lists the answers to come, OFFLINE
-# for a call that fails; the last stays. A new entry starts with `new_queue`. `offline` makes every call fail.
+# for a call that fails; the last stays. A new entry starts with `new_queue`. `offline` makes every call fail; lines of `fails`
+# calls of that kind, one after another: "ssh 0" where that worker is asked, "scp", "create"; "not yet ssh 0" lets one pass.
 GCLOUD = r"""
 shift 2; group=$1 verb=$2 worker=all command=""
 for word in "$@"; do case $word in --command=*) command=${word#*=} ;; --worker=*) worker=${word#*=} ;; esac; done
 cd "$STATE" || exit 9
 fail() { echo "ERROR: cannot reach the server" >&2; exit 1; }
+may_fail() {
+  case $(head -n 1 fails 2>/dev/null) in "$*") sed -i 1d fails; fail ;; "not yet $*") sed -i 1d fails ;; esac
+}
 [ ! -e offline ] || fail
+case "$verb" in create | delete | scp) may_fail "$verb" ;; esac
 make_slice() { for i in 0 1; do mkdir -p w$i/.local/bin; cp "$STATE/uv" w$i/.local/bin/uv; done; echo READY > node; }
 gone() { echo "ERROR: NOT_FOUND: a" >&2; exit 1; }
 case "$group $verb" in
@@ -37,7 +42,7 @@ case "$group $verb" in
   "tpu-vm scp") for i in 0 1; do cp "$3" "w$i/${4#a:}"; done ;;
   "tpu-vm ssh")
     [ "$worker" = all ] && worker="0 1"
-    for i in $worker; do (export HOME=$STATE/w$i; cd "$HOME" && bash -c "$command") || exit; done ;;
+    for i in $worker; do may_fail ssh "$i"; (export HOME=$STATE/w$i; cd "$HOME" && bash -c "$command") || exit; done ;;
 esac
 """
 UV = r"""#!/bin/bash
@@ -75,6 +80,9 @@ class Slice:
 
     def answers(self, *states: str) -> None:
         (self.state / "new_queue").write_text("".join(f"{line}\n" for line in states))
+
+    def fail(self, *calls: str) -> None:
+        (self.state / "fails").write_text("".join(f"{line}\n" for line in calls))
 
     def plan(self, *runs: str) -> None:
         (self.state / "plan").write_text("".join(f"{line}\n" for line in runs))
@@ -123,7 +131,7 @@ INSTALL = (
     "tpu-vm ssh a --worker=all --command=rm -rf deepstack_jax && tar xzf deepstack_jax.tar.gz && "
     "bash deepstack_jax/launch/worker.sh install --bucket=my-bucket"
 )
-START = f"tpu-vm ssh a --worker=all --command=bash deepstack_jax/launch/worker.sh start -- {' '.join(TRAIN)}"
+START = f"tpu-vm ssh a --worker=all --command=bash deepstack_jax/launch/worker.sh start --unless-running -- {' '.join(TRAIN)}"
 DELETE = "queued-resources delete a --force"
 
 
@@ -158,6 +166,90 @@ def test_a_preempted_slice_is_made_anew_and_the_run_goes_on(tpu):
     assert tpu.calls() == [CREATE, COPY, INSTALL, START, DELETE, CREATE, COPY, INSTALL, START]
     assert len(pids) == len(tpu.runs(0)) == len(tpu.runs(1)) == 2
     assert len(set(tpu.runs(0))) == 1  # the very same command: train resumes from its workdir
+
+
+@pytest.mark.parametrize(
+    ("fails", "calls"),
+    [
+        (["scp", "scp"], [COPY, COPY, COPY, INSTALL, START]),
+        (["ssh 1"], [COPY, INSTALL, COPY, INSTALL, START]),
+        (["not yet ssh 1", "ssh 1"], [COPY, INSTALL, START, START]),
+    ],
+    ids=["copying", "installing", "starting"],
+)
+def test_ssh_that_does_not_answer_yet_is_tried_again(fails, calls, tpu):
+    """A new slice is READY before its ssh is; a worker that started already is not started twice."""
+    tpu.plan("wait wait")
+    tpu.fail(*fails)
+    with background(tpu.command("up"), tpu.environment) as process:
+        wait_for(lambda: tpu.runs(0) and tpu.runs(1), "both workers")
+        assert tpu.run("stop").returncode == 0
+        assert process.wait(timeout=SECONDS) == 75
+    assert tpu.calls()[: len(calls) + 1] == [CREATE, *calls]
+    assert len(tpu.runs(0)) == len(tpu.runs(1)) == 1
+
+
+@pytest.mark.parametrize(
+    ("fails", "calls"),
+    [
+        (["delete"], [DELETE, DELETE, CREATE, COPY, INSTALL, START]),
+        (["create"], [DELETE, CREATE, CREATE, COPY, INSTALL, START]),
+    ],
+    ids=["deleting", "creating"],
+)
+def test_a_call_that_fails_after_a_preemption_is_tried_again(fails, calls, tpu):
+    tpu.plan("0 0")
+    tpu.fail(*fails)
+    (tpu.state / "queue").write_text("SUSPENDED SERVICE\n")
+    assert tpu.run("watch").returncode == 0
+    assert tpu.calls() == calls
+
+
+def test_taken_away_while_it_is_installed_the_slice_is_made_anew(tpu):
+    tpu.plan("0 0")
+    tpu.fail("scp")
+    tpu.answers("ACTIVE", "SUSPENDED SERVICE")
+    with background(tpu.command("up"), tpu.environment) as process:
+        wait_for(lambda: DELETE in tpu.calls(), "the deletion")
+        tpu.answers("ACTIVE")
+        assert process.wait(timeout=SECONDS) == 0
+    calls = tpu.calls()
+    assert calls[:3] == [CREATE, COPY, DELETE]
+    assert calls[-4:] == [CREATE, COPY, INSTALL, START]
+
+
+def test_what_fails_again_and_again_ends_with_the_slice_kept(tpu):
+    tpu.plan("0 0")
+    tpu.fail(*5 * ["scp"])
+    done = tpu.run("up")
+    assert done.returncode == 1
+    assert "error: gcloud failed 5 times in a row; the slice costs until launch/tpu_vm.sh delete" in done.stderr
+    assert tpu.calls() == [CREATE, *5 * [COPY]]
+    assert tpu.run("up").returncode == 0  # on the slice that is there
+    assert tpu.calls()[6:] == [COPY, INSTALL, START]
+
+
+def test_up_beside_a_run_is_refused(tpu):
+    tpu.plan("wait wait")
+    assert [tpu.run(verb).returncode for verb in ("create", "install", "run")] == [0, 0, 0]
+    done = tpu.run("up")
+    assert done.returncode == 1
+    assert "error: a run goes on already on a; launch/tpu_vm.sh watch follows it, stop ends it" in done.stderr
+    assert len(tpu.runs(0)) == 1
+    assert tpu.run("stop").returncode == 0
+
+
+def test_a_lost_worker_is_no_failure_of_those_that_miss_it(tpu):
+    tpu.plan("wait wait", "0 0")
+    with background(tpu.command("up"), tpu.environment) as process:
+        wait_for(lambda: tpu.runs(0) and tpu.runs(1), "both workers")
+        pids = [int((tpu.state / f"w{worker}/run/pid").read_text()) for worker in (0, 1)]
+        os.killpg(pids[0], signal.SIGKILL)
+        wait_for(lambda: "exit=lost\nexit=running\n" in tpu.run("status").stdout, "worker 0 to be missed")
+        (tpu.state / "w1/run/exit").write_text("134\n")
+        os.killpg(pids[1], signal.SIGKILL)
+        assert process.wait(timeout=SECONDS) == 0
+    assert len(tpu.runs(0)) == len(tpu.runs(1)) == 2
 
 
 def test_a_slice_that_is_gone_is_not_rented_again(tpu):
@@ -251,7 +343,7 @@ def test_without_a_network_nothing_is_deleted(tpu):
     (tpu.state / "offline").touch()
     done = tpu.run("watch")
     assert done.returncode == 1
-    assert "gcloud failed 5 times in a row; the run may go on" in done.stderr
+    assert "gcloud failed 5 times in a row; the slice costs until launch/tpu_vm.sh delete, a run may go on" in done.stderr
     assert tpu.calls() == []
 
 
@@ -289,7 +381,7 @@ def test_on_demand_spot_project_and_version(tpu):
     tpu.plan("0 0")
     assert tpu.run("create", "--on-demand", "--spot", "--topology=v6e:2x4", "--runtime-version=v9").returncode == 0
     assert tpu.run("delete", "--on-demand", "--project=p").returncode == 0
-    create, delete = tpu.tools.calls()[0], tpu.tools.calls()[-1]
+    create, delete = (next(call for call in tpu.tools.calls() if f" {verb} a " in call) for verb in ("create", "delete"))
     assert create == f"gcloud compute tpus tpu-vm create a --version=v9 --accelerator-type=v6e-8 --spot {WHERE}"
     assert delete == "gcloud compute tpus tpu-vm delete a --zone=z --project=p --quiet"
 
