@@ -58,15 +58,15 @@ def row(variant: str, size: str, topology: str, found: dict[str, Any] | str) -> 
     return f"| {variant} {size} | {topology} | {how} | {memory} | {room} | {step} | {mfu} | {hours} | {by} |"
 
 
-def write_section(name: str, text: str) -> None:
-    """Put text between the marks of a section of docs/plan.md."""
+def write_section(name: str, text: str, path: Path = OUTPUT) -> None:
+    """Put text between the marks of a section of a document."""
     start, end = f"<!-- {name} -->\n", f"<!-- end of {name} -->"
-    whole = OUTPUT.read_text()
+    whole = path.read_text()
     before, _, rest = whole.partition(start)
     _, found, after = rest.partition(end)
     if not found:
-        raise SystemExit(f"{OUTPUT} has no section {start.strip()} ... {end}")
-    OUTPUT.write_text(f"{before}{start}{text}\n{end}{after}")
+        raise SystemExit(f"{path} has no section {start.strip()} ... {end}")
+    path.write_text(f"{before}{start}{text}\n{end}{after}")
 
 
 def main() -> None:
