@@ -1,0 +1,207 @@
+"""Seconds per training step of DeepStack-L on this CPU, beside the same model in PyTorch: `python -m benchmarks.train_step`.
+
+Same parameters, batch, float32 and threads on both sides: a frozen tower, a projector and a LLaMA that train, cross entropy,
+clipping, AdamW. PyTorch's side is made of transformers' modules (SDPA attention, fused AdamW) without the tower's last layer,
+which is not used; the stack is added by a hook of each layer. The losses of three steps are compared first. Without torch the
+second column stays empty.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from safetensors.numpy import load_file
+
+from deepstack_jax.batch import Batch
+from deepstack_jax.config import (
+    Config,
+    DecoderConfig,
+    ImageConfig,
+    OptimizerConfig,
+    OptimizerGroup,
+    ScheduleConfig,
+    TrainConfig,
+    VisionConfig,
+)
+from deepstack_jax.config_data import DataConfig
+from deepstack_jax.data.tokenize import IMAGE_TOKEN
+from deepstack_jax.inference.prompts import CutImage, example, pack
+from deepstack_jax.parallel.distributed import put_batch
+from deepstack_jax.parallel.mesh import make_mesh
+from deepstack_jax.parallel.rules import use_mesh
+from deepstack_jax.training.optimizer import flatten
+from deepstack_jax.training.program import build_program, first_state
+from deepstack_jax.weights.names import TOWER
+from deepstack_jax.weights.save import save_checkpoint
+
+LENGTH, STEPS, CHECKED, VOCABULARY = 256, 12, 3, 8000
+SIZES = {"10M": (256, 8, 4, 8), "40M": (512, 10, 8, 4), "110M": (768, 14, 12, 2)}  # width, layers, heads; rows of the batch
+LR, TRAINS = 1e-4, (("vision_tower", "frozen"), (".*", "default"))
+
+
+def config_of(width: int, layers: int, heads: int, rows: int) -> Config:
+    """A DeepStack-L of 4 crops with 64 tokens each."""
+    decoder = DecoderConfig(
+        "llama", VOCABULARY, width, layers, heads, heads, width // heads, 8 * width // 3 // 16 * 16, remat="dots"
+    )
+    return Config(
+        image=ImageConfig(size=112),
+        vision=VisionConfig(width=256, layers=7, heads=4, mlp=1024),
+        decoder=decoder,
+        data=DataConfig(max_length=LENGTH),
+        optimizer=OptimizerConfig(
+            (("vision_tower", "frozen"), (".*", "default")), {"default": OptimizerGroup(lr=LR)}, ScheduleConfig(warmup=0.0)
+        ),
+        train=TrainConfig(batch_size=rows, compute_dtype="float32"),
+    )
+
+
+def batch_of(config: Config) -> Batch:
+    """Rows without padding: random pixels and words, all of which are predicted."""
+    rng, layout = np.random.default_rng(0), config.layout
+    image = layout.layout(layout.grids[-1], (224, 224))
+    pixels = rng.integers(0, 256, (layout.max_views, config.image.size, config.image.size, 3), np.uint8)
+    words = LENGTH - layout.max_tokens
+    rows = []
+    for _ in range(config.train.batch_size):
+        ids = rng.integers(3, VOCABULARY, words + 1)
+        ids[1] = IMAGE_TOKEN
+        rows.append(example(ids, [CutImage(pixels, image)]))
+    batch = pack(rows, config)
+    targets = np.roll(batch.tokens, -1, axis=1)
+    weights = ((np.roll(batch.visual_index, -1, axis=1) < 0) & (np.arange(LENGTH) < LENGTH - 1)).astype(np.float32)
+    return batch._replace(targets=targets, loss_weights=weights)
+
+
+def measure(step: Callable[[], float]) -> tuple[list[float], float]:
+    """(losses of the first steps, median seconds of those behind them)."""
+    losses, seconds = [], []
+    for _ in range(CHECKED + STEPS):
+        began = time.perf_counter()
+        losses.append(step())
+        seconds.append(time.perf_counter() - began)
+    return losses[:CHECKED], float(np.median(seconds[CHECKED:]))
+
+
+def ours(config: Config, batch: Batch, folder: Path) -> tuple[list[float], float]:
+    """Losses and seconds; the first parameters are left in `folder`."""
+    program = build_program(config, make_mesh(config.mesh), steps=10**6)
+    with use_mesh(program.mesh):
+        state, placed = first_state(program), put_batch(program.mesh, batch)
+        save_checkpoint(flatten(jax.device_get(state.params)), config, folder)
+        jitted = program.jit_step()
+
+        def step() -> float:
+            nonlocal state
+            state, metrics = jitted(state, placed)
+            return float(metrics["loss"])
+
+        return measure(step)
+
+
+def theirs(config: Config, batch: Batch, folder: Path) -> tuple[list[float], float] | None:
+    """The same of PyTorch, None without torch."""
+    try:
+        import torch  # pyright: ignore[reportMissingImports] (not a requirement)
+        from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
+    except ImportError:
+        return None
+    cfg, tower_cfg = config.decoder, config.vision
+    decoder = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=cfg.vocab_size,
+            hidden_size=cfg.width,
+            intermediate_size=cfg.mlp,
+            num_hidden_layers=cfg.layers,
+            num_attention_heads=cfg.heads,
+            num_key_value_heads=cfg.kv_heads,
+            rms_norm_eps=cfg.norm_eps,
+        )
+    )
+    tower = CLIPVisionModel(
+        CLIPVisionConfig(
+            hidden_size=tower_cfg.width,
+            intermediate_size=tower_cfg.mlp,
+            num_hidden_layers=tower_cfg.layers_run,
+            num_attention_heads=tower_cfg.heads,
+            image_size=config.image.size,
+            patch_size=tower_cfg.patch_size,
+        )
+    )
+    projector = torch.nn.Sequential(
+        torch.nn.Linear(tower_cfg.width, cfg.width), torch.nn.GELU(), torch.nn.Linear(cfg.width, cfg.width)
+    )
+    stored = {}
+    for file in folder.rglob("*.safetensors"):
+        stored |= {name: torch.from_numpy(array) for name, array in load_file(file).items()}
+    for module, prefix in ((decoder, ""), (projector, "model.mm_projector."), (tower, f"{TOWER}vision_model.")):
+        module.load_state_dict({name: stored[f"{prefix}{name}"] for name in module.state_dict()})
+    tower.requires_grad_(False)
+    trained = [*decoder.parameters(), *projector.parameters()]
+    optimizer = torch.optim.AdamW(trained, lr=LR, weight_decay=0.0, fused=True)
+    given = {name: torch.from_numpy(np.asarray(value).astype(np.int64)) for name, value in batch._asdict().items()}
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (config.image.mean, config.image.std))
+    weights, rows = torch.from_numpy(batch.loss_weights), torch.arange(config.train.batch_size)[:, None]
+    visual = given["visual_index"] >= 0
+    groups: list[torch.Tensor] = []
+
+    def add_group(number: int) -> Callable[..., Any]:
+        def hook(_: Any, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+            hidden = args[0].clone()
+            hidden[visual] += groups[number].flatten(0, 1)
+            return hidden, *args[1:]
+
+        return hook
+
+    for layer, number in enumerate(config.schedule):
+        if number >= 0:
+            decoder.model.layers[layer].register_forward_pre_hook(add_group(number))
+
+    def loss_of() -> torch.Tensor:
+        pixels = torch.from_numpy(batch.pixels).flatten(0, 1).permute(0, 3, 1, 2)
+        with torch.no_grad():
+            features = tower((pixels / 255 - mean) / std, output_hidden_states=True).hidden_states[-1][:, 1:]
+        tokens = projector(features).reshape(len(rows), -1, cfg.width)
+        groups[:] = [tokens[rows, given["stack_source"][:, number]] for number in range(config.groups)]
+        embeds = decoder.model.embed_tokens(given["tokens"]).clone()
+        embeds[visual] = tokens[rows, given["token_source"]].flatten(0, 1)
+        logits = decoder(inputs_embeds=embeds, use_cache=False).logits
+        losses = torch.nn.functional.cross_entropy(logits.flatten(0, 1), given["targets"].flatten(), reduction="none")
+        return (losses * weights.flatten()).sum() / weights.sum()
+
+    def step() -> float:
+        optimizer.zero_grad(set_to_none=True)
+        loss = loss_of()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, config.optimizer.clip_norm)
+        optimizer.step()
+        return loss.item()
+
+    return measure(step)
+
+
+def main() -> None:
+    print(f"median of {STEPS} steps, {LENGTH} positions a row, 64 of them visual, 4 groups injected")
+    print("| parameters of the decoder | rows | ours, s/step | PyTorch, s/step | PyTorch / ours | losses differ by |")
+    print("|---|---|---|---|---|---|")
+    for name, (width, layers, heads, rows) in SIZES.items():
+        config = config_of(width, layers, heads, rows)
+        batch = batch_of(config)
+        with tempfile.TemporaryDirectory() as folder:
+            losses, seconds = ours(config, batch, Path(folder))
+            other = theirs(config, batch, Path(folder))
+        against = "| | |"
+        if other:
+            apart = max(abs(a - b) for a, b in zip(losses, other[0], strict=True))
+            against = f"| {other[1]:.3f} | {other[1] / seconds:.2f}x | {apart:.0e} |"
+        print(f"| {name} | {rows} | {seconds:.3f} {against}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
