@@ -103,8 +103,8 @@ def make_train_step(
 
         gradients, sums = _accumulate(jax.grad(loss_sum, has_aux=True), trainable, batch, accumulation)
         total = jnp.maximum(sums.weight, 1.0)
-        share = 1 / total
-        gradients = jax.tree.map(lambda g: g * share, gradients)  # XLA would write a quotient down before the optimizer reads it
+        share = 1 / total  # a product is fused into what reads it, where a quotient would be written down first
+        gradients = jax.tree.map(lambda g: g * share, gradients)
         loss, norm = sums.loss / total, optax.tree.norm(gradients)
         good = jnp.isfinite(loss) & jnp.isfinite(norm)
         factor = schedule(state.step - state.bad_steps)  # the optimizer counts its updates, not the batches
