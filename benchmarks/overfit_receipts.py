@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 
 from deepstack_jax.data.conversation import TEMPLATES
-from deepstack_jax.data.tokenize import train_bpe
+from deepstack_jax.data.tokenizers import train_bpe
 
 REPOSITORY = Path(__file__).parents[1]
 CONFIG = REPOSITORY / "configs" / "overfit.py"

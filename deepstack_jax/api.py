@@ -17,7 +17,7 @@ from jax.typing import DTypeLike
 
 from deepstack_jax.config import Config
 from deepstack_jax.config_checks import ConfigError
-from deepstack_jax.data.tokenize import HFTokenizer, SentencePieceTokenizer, Tokenizer, load_tokenizer
+from deepstack_jax.data.tokenizers import HFTokenizer, SentencePieceTokenizer, Tokenizer, load_tokenizer
 from deepstack_jax.inference.answers import Answer, Answerer, Chat, Turn
 from deepstack_jax.inference.options import Options, RequestError
 from deepstack_jax.inference.scores import score

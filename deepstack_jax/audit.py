@@ -21,7 +21,7 @@ from deepstack_jax.config_checks import ConfigError
 from deepstack_jax.data.open import open_source
 from deepstack_jax.data.pipeline import open_tokenizer
 from deepstack_jax.data.sources import Source, SourceError
-from deepstack_jax.data.tokenize import Tokenizer
+from deepstack_jax.data.tokenizers import Tokenizer
 
 USAGE = """
 Look at what the model will see, before a run: one HTML page with every sample's views, the layer that each token goes to, the

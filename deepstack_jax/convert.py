@@ -17,7 +17,7 @@ from deepstack_jax import cli
 from deepstack_jax.api import tokenizer_files
 from deepstack_jax.config import Config
 from deepstack_jax.config_checks import ConfigError
-from deepstack_jax.data.tokenize import load_tokenizer
+from deepstack_jax.data.tokenizers import load_tokenizer
 from deepstack_jax.training.checkpoint import CheckpointError
 from deepstack_jax.training.start import is_workdir
 from deepstack_jax.training.trained import restore_params

@@ -26,7 +26,7 @@ from deepstack_jax.data.mixture import Mixture, describe_mixture
 from deepstack_jax.data.open import check_images, open_source
 from deepstack_jax.data.pipeline import TrainingStream, open_tokenizer
 from deepstack_jax.data.sources import Source, SourceError
-from deepstack_jax.data.tokenize import Tokenizer
+from deepstack_jax.data.tokenizers import Tokenizer
 from deepstack_jax.evaluation.reports import finish, report_held_out, seconds_per_step, visual_tokens_used
 from deepstack_jax.evaluation.runner import HeldOut
 from deepstack_jax.inference.generate import greedy

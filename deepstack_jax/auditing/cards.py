@@ -18,7 +18,7 @@ from deepstack_jax.config import Config
 from deepstack_jax.data.conversation import get_template
 from deepstack_jax.data.encode import BadExample
 from deepstack_jax.data.image import open_image
-from deepstack_jax.data.tokenize import Tokenizer
+from deepstack_jax.data.tokenizers import Tokenizer
 
 
 class Chip(NamedTuple):

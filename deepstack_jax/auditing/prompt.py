@@ -13,7 +13,7 @@ from deepstack_jax.auditing.seen import SeenExample
 from deepstack_jax.batch import NEWLINE, ZERO
 from deepstack_jax.data.conversation import Template
 from deepstack_jax.data.encode import known_ids
-from deepstack_jax.data.tokenize import Tokenizer
+from deepstack_jax.data.tokenizers import Tokenizer
 
 _HALF_CHARACTER = "\ufffd"  # how a tokenizer shows bytes that are no character, or not yet
 _CONTEXT = 8  # tokens before a token that tell whether its text starts with a space

@@ -13,14 +13,8 @@ from deepstack_jax.data.conversation import get_template, normalise, render
 from deepstack_jax.data.image import make_views, open_image
 from deepstack_jax.data.rows import EncodedExample
 from deepstack_jax.data.sources import Example, SampleError, SourceError
-from deepstack_jax.data.tokenize import (
-    IMAGE_TOKEN,
-    EncodedText,
-    Tokenizer,
-    encode_conversation,
-    encode_with_images,
-    load_tokenizer,
-)
+from deepstack_jax.data.tokenize import IMAGE_TOKEN, EncodedText, encode_conversation, encode_with_images
+from deepstack_jax.data.tokenizers import Tokenizer, load_tokenizer
 from deepstack_jax.layout.sequence import VisualLayout
 
 _NO_TOKEN = "<|\uf8ff|>"  # of a private character, so that no tokenizer has it: what this becomes, anything unknown does

@@ -31,7 +31,7 @@ from deepstack_jax.data.packing import Limits
 from deepstack_jax.data.rows import Cursor, EncodedExample, Size, blank_example, place_example
 from deepstack_jax.data.schedule import PackedSchedule, PaddedSchedule, Schedule
 from deepstack_jax.data.sources import SampleError, Source
-from deepstack_jax.data.tokenize import Tokenizer, load_tokenizer
+from deepstack_jax.data.tokenizers import Tokenizer, load_tokenizer
 from deepstack_jax.data.workers import live_and_die_with_the_run
 
 

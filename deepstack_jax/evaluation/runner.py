@@ -18,7 +18,7 @@ from deepstack_jax.data.encode import BadExample, Encoder
 from deepstack_jax.data.pipeline import BatchMaker, Delivered, collate
 from deepstack_jax.data.rows import EncodedExample
 from deepstack_jax.data.sources import Source
-from deepstack_jax.data.tokenize import load_tokenizer
+from deepstack_jax.data.tokenizers import load_tokenizer
 from deepstack_jax.evaluation.scorers import exact_match
 from deepstack_jax.inference.generate import NO_TOKEN
 from deepstack_jax.parallel.distributed import (

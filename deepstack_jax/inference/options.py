@@ -9,7 +9,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 
 from deepstack_jax.config_checks import nearest
-from deepstack_jax.data.tokenize import Tokenizer
+from deepstack_jax.data.tokenizers import Tokenizer
 from deepstack_jax.inference.sampling import Sampling
 
 

@@ -13,7 +13,7 @@ import pytest
 import deepstack_jax as dsx
 from benchmarks.tiny_recipe import CHAINS, HELD_OUT, Run, load_recipe
 from deepstack_jax.data.open import open_files
-from deepstack_jax.data.tokenize import load_tokenizer
+from deepstack_jax.data.tokenizers import load_tokenizer
 from deepstack_jax.training.optimizer import flatten
 from deepstack_jax.training.start import open_start
 from deepstack_jax.training.trained import restore_params

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from deepstack_jax.data.conversation import TEMPLATES
-from deepstack_jax.data.tokenize import ByteTokenizer, load_tokenizer
+from deepstack_jax.data.tokenizers import ByteTokenizer, load_tokenizer
 from deepstack_jax.inference.options import RequestError
 from deepstack_jax.inference.prompts import SMALLEST, bucket, check_context, find_template, question
 from deepstack_jax.inference.text import AnswerText, end_of_turn

@@ -11,7 +11,8 @@ from PIL import Image
 import deepstack_jax as dsx
 from deepstack_jax.api import LMM, Options
 from deepstack_jax.data.image import ImageError
-from deepstack_jax.data.tokenize import IMAGE_TOKEN, load_tokenizer
+from deepstack_jax.data.tokenize import IMAGE_TOKEN
+from deepstack_jax.data.tokenizers import load_tokenizer
 from deepstack_jax.inference.options import RequestError
 from deepstack_jax.inference.scores import padded_left, real_tokens
 from deepstack_jax.model.variants import build_model

@@ -26,7 +26,7 @@ from deepstack_jax.data.conversation import Message, get_template, normalise, re
 from deepstack_jax.data.encode import BadExample, Encoder
 from deepstack_jax.data.pipeline import TrainingStream
 from deepstack_jax.data.sources import Example, SampleError
-from deepstack_jax.data.tokenize import ByteTokenizer, Tokenizer, load_tokenizer, train_bpe
+from deepstack_jax.data.tokenizers import ByteTokenizer, Tokenizer, load_tokenizer, train_bpe
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 SIZE, PATCH, SIDE = 32, 8, 4

@@ -12,15 +12,12 @@ from hypothesis import strategies as st
 
 from deepstack_jax.data.conversation import TEMPLATES, ConversationError, Message, get_template, normalise, parse, render
 from deepstack_jax.data.encode import check_end_of_turn
-from deepstack_jax.data.tokenize import (
-    IGNORE,
-    IMAGE_TOKEN,
+from deepstack_jax.data.tokenize import IGNORE, IMAGE_TOKEN, encode_conversation, encode_with_images
+from deepstack_jax.data.tokenizers import (
     ByteTokenizer,
     HFTokenizer,
     SentencePieceTokenizer,
     WordTokenizer,
-    encode_conversation,
-    encode_with_images,
     load_tokenizer,
     train_bpe,
 )
