@@ -2,7 +2,7 @@
 
 `python -m benchmarks.plan_table` plans what runs/plan does not hold yet, minutes each (the TPU compiler: `pip install -e
 '.[plan]'`), and writes the table; it may be stopped and run again at any time. With `write` it plans nothing and writes what is
-there.
+there. With `recipes` it writes the table of docs/training.md, which is estimated only.
 """
 
 from __future__ import annotations
@@ -26,17 +26,27 @@ VARIANTS = {
 }
 MACHINES = ("v5p:4x4x4", "v5p:2x2x4", "v5e:16x16", "v6e:8x8", "gpu:8xH100", "gpu:64xH100")
 TRIES = 3
+TRAINING = OUTPUT.with_name("training.md")
+RECIPES = {
+    "`llava15.py:pretrain`": ("configs/llava15.py:pretrain",),
+    "... packed": ("configs/llava15.py:pretrain", "--config.data.packing.enabled=true"),
+    "`llava15.py:finetune`": ("configs/llava15.py:finetune",),
+    "... packed ": ("configs/llava15.py:finetune", "--config.data.packing.enabled=true"),
+    "`deepstack_v.py:finetune`": ("configs/deepstack_v.py:finetune",),
+    "`deepstack_hd.py`": ("configs/deepstack_hd.py",),
+}
+RECIPE_MACHINES = {"gpu:8xH100": "8 H100 (80 GB)", "v5p:4x4x4": "64 v5p chips"}
 
 
 def flags(topology: str) -> list[str]:
     """How a machine is planned: TPUs by their compiler, GPUs estimated; the fastest mesh that fits is looked for."""
-    return ["--search", f"--tries={TRIES}", *(["--estimate_only"] if topology.startswith("gpu:") else [])]
+    return [f"--tries={TRIES}", *(["--estimate_only"] if topology.startswith("gpu:") else [])]
 
 
-def plan(config: str, topology: str) -> dict[str, Any] | str:
+def plan(config: str, topology: str, *more: str) -> dict[str, Any] | str:
     """The plan as the verb prints it, or its error."""
-    command = [sys.executable, "-m", "deepstack_jax.plan", f"--config={config}", f"--topology={topology}", "--json"]
-    done = subprocess.run([*command, *flags(topology)], capture_output=True, text=True, check=False)
+    command = [sys.executable, "-m", "deepstack_jax.plan", f"--config={config}", f"--topology={topology}", "--search", "--json"]
+    done = subprocess.run([*command, *more], capture_output=True, text=True, check=False)
     if done.stdout:
         return json.loads(done.stdout)
     if not done.stderr.strip().splitlines()[-1].startswith("error: "):  # a defect, which no table should hold
@@ -69,6 +79,24 @@ def write_section(name: str, text: str, path: Path = OUTPUT) -> None:
     path.write_text(f"{before}{start}{text}\n{end}{after}")
 
 
+def write_recipes() -> None:
+    """The table of docs/training.md."""
+    lines = [
+        f"| recipe | {' | '.join(f'{machine}: GiB each, s per step, hours' for machine in RECIPE_MACHINES.values())} |",
+        "|---" * (1 + len(RECIPE_MACHINES)) + "|",
+    ]
+    for name, (config, *more) in RECIPES.items():
+        cells = []
+        for topology in RECIPE_MACHINES:
+            found = plan(config, topology, "--estimate_only", *more)
+            if isinstance(found, str):
+                raise SystemExit(found)
+            cells.append(f"{found['used'] / GIB:.1f}, {found['roofline']['step']:.2f}, {found['hours']:.1f}")
+        lines.append(f"| {name.strip()} | {' | '.join(cells)} |")
+        print(lines[-1], flush=True)
+    write_section("recipes", "\n".join(lines), TRAINING)
+
+
 def main() -> None:
     FOLDER.mkdir(parents=True, exist_ok=True)
     lines = [
@@ -81,11 +109,11 @@ def main() -> None:
             if not kept.exists():
                 if "write" in sys.argv[1:]:
                     continue
-                kept.write_text(json.dumps(plan(config, topology)))
+                kept.write_text(json.dumps(plan(config, topology, *flags(topology))))
             lines.append(row(variant, size, topology, json.loads(kept.read_text())))
             print(lines[-1], flush=True)
     write_section("table", "\n".join(lines))
 
 
 if __name__ == "__main__":
-    main()
+    write_recipes() if "recipes" in sys.argv[1:] else main()
