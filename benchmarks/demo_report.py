@@ -322,7 +322,8 @@ def draw_pages(pages: Sequence[Shown]) -> Figure:
     title = f"The first {len(pages)} held-out pages, exactly as the models get them"
     figure.text(GAP / width, 1 - 14 / height, title, va="top", fontsize=16, weight="bold")
     if all(page.blind for page in pages):
-        note = "Digits only rearrange the fine checker: the low-res view, its average, is even in each box by construction."
+        note = "Digits only rearrange the fine checker: the low-res view, its average, is even in each box; "
+        note += "a guess is right once in ten."
         figure.text(GAP / width, 1 - 46 / height, note, va="top", fontsize=12.5)
     for left, heading in zip(lefts, headings, strict=True):
         figure.text(left / width, 1 - (HEAD - 10) / height, heading, va="bottom", fontsize=12.5, linespacing=1.25)
