@@ -27,14 +27,15 @@ VARIANTS = {
 MACHINES = ("v5p:4x4x4", "v5p:2x2x4", "v5e:16x16", "v6e:8x8", "gpu:8xH100", "gpu:64xH100")
 TRIES = 3
 TRAINING = OUTPUT.with_name("training.md")
-RECIPES = {
-    "`llava15.py:pretrain`": ("configs/llava15.py:pretrain",),
-    "... packed": ("configs/llava15.py:pretrain", "--config.data.packing.enabled=true"),
-    "`llava15.py:finetune`": ("configs/llava15.py:finetune",),
-    "... packed ": ("configs/llava15.py:finetune", "--config.data.packing.enabled=true"),
-    "`deepstack_v.py:finetune`": ("configs/deepstack_v.py:finetune",),
-    "`deepstack_hd.py`": ("configs/deepstack_hd.py",),
-}
+PACKED = "--config.data.packing.enabled=true"
+RECIPES = (
+    ("`llava15.py:pretrain`", "configs/llava15.py:pretrain"),
+    ("... packed", "configs/llava15.py:pretrain", PACKED),
+    ("`llava15.py:finetune`", "configs/llava15.py:finetune"),
+    ("... packed", "configs/llava15.py:finetune", PACKED),
+    ("`deepstack_v.py:finetune`", "configs/deepstack_v.py:finetune"),
+    ("`deepstack_hd.py`", "configs/deepstack_hd.py"),
+)
 RECIPE_MACHINES = {"gpu:8xH100": "8 H100 (80 GB)", "v5p:4x4x4": "64 v5p chips"}
 
 
@@ -85,14 +86,14 @@ def write_recipes() -> None:
         f"| recipe | {' | '.join(f'{machine}: GiB each, s per step, hours' for machine in RECIPE_MACHINES.values())} |",
         "|---" * (1 + len(RECIPE_MACHINES)) + "|",
     ]
-    for name, (config, *more) in RECIPES.items():
+    for name, config, *more in RECIPES:
         cells = []
         for topology in RECIPE_MACHINES:
             found = plan(config, topology, "--estimate_only", *more)
             if isinstance(found, str):
                 raise SystemExit(found)
             cells.append(f"{found['used'] / GIB:.1f}, {found['roofline']['step']:.2f}, {found['hours']:.1f}")
-        lines.append(f"| {name.strip()} | {' | '.join(cells)} |")
+        lines.append(f"| {name} | {' | '.join(cells)} |")
         print(lines[-1], flush=True)
     write_section("recipes", "\n".join(lines), TRAINING)
 

@@ -234,7 +234,7 @@ watch() {
     case $condition:$NEXT in
       ready:) condition=$(run_condition) ;;
       ready:* | preempted:request | missing:request)
-        next_step "$condition" && continue
+        next_step "$condition" && FAILED_CALLS=0 && continue
         condition=unknown
         ;;
     esac
@@ -270,8 +270,12 @@ up() {
     condition=$(slice_condition)
     [[ $condition != ready || $(run_condition) != running ]] ||
       die "a run goes on already on $NAME; launch/tpu_vm.sh watch follows it, stop ends it"
-    request "$condition"
-    NEXT=install
+    if [[ $condition == preempted ]]; then
+      NEXT=request # which deletes what is left of it first
+    else
+      request "$condition"
+      NEXT=install
+    fi
     watch
   fi
 }

@@ -205,6 +205,13 @@ def test_a_call_that_fails_after_a_preemption_is_tried_again(fails, calls, tpu):
     assert tpu.calls() == calls
 
 
+def test_up_on_a_slice_that_was_taken_away_makes_it_anew(tpu):
+    tpu.plan("0 0")
+    (tpu.state / "queue").write_text("SUSPENDED SERVICE\n")
+    assert tpu.run("up").returncode == 0
+    assert tpu.calls() == [DELETE, CREATE, COPY, INSTALL, START]
+
+
 def test_taken_away_while_it_is_installed_the_slice_is_made_anew(tpu):
     tpu.plan("0 0")
     tpu.fail("scp")
