@@ -91,7 +91,7 @@ ended() {
 
 # `wait -n` names who ended; where a trapped signal interrupted it, whoever bash has reaped meanwhile is asked for by number.
 wait_for_all() {
-  local pid code number
+  local pid code other number
   while ((${#PIDS[@]})); do
     pid="" code=0
     wait -n -p pid "${PIDS[@]}" || code=$?
@@ -99,9 +99,9 @@ wait_for_all() {
       if [[ ${PIDS[$number]} == "${pid:-}" ]]; then
         ended "$number" "$code"
       elif ! kill -0 "${PIDS[$number]}" 2>/dev/null; then
-        code=0
-        wait "${PIDS[$number]}" || code=$?
-        ended "$number" "$code"
+        other=0
+        wait "${PIDS[$number]}" || other=$?
+        ended "$number" "$other"
       fi
     done
   done

@@ -116,11 +116,13 @@ def test_frozen_parameters_stay_equal_to_the_byte_and_all_others_move(reference,
     state, _ = reference
     assert int(state.step) == 1
     before, after = flatten(params), flatten(state.params)
-    # post_norm is part of the checkpoint only: no feature is taken behind it.
+    # post_norm is part of the checkpoint only: no feature is taken behind it. A bias of all keys adds the same to all scores of
+    # a query, which softmax does not see: its gradient is zero but for rounding.
     for path, group in groups.items():
         same = np.asarray(before[path]).tobytes() == np.asarray(after[path]).tobytes()
         idle = path.startswith("vision_tower/post_norm")
-        assert same == (group == FROZEN or idle), path
+        if not path.endswith("/k/bias"):
+            assert same == (group == FROZEN or idle), path
     assert {path for path, group in groups.items() if group == FROZEN} == {"vision_tower/cls", "vision_tower/positions"}
 
 
