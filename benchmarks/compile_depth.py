@@ -133,10 +133,10 @@ def main() -> None:
         except ConfigError as error:
             print(error)
             break
-        full = measure(dataclasses.replace(config, mesh=MeshConfig(data=1, fsdp=-1)), machine, 1)
-        text += ["", f"{title}, for {name}, per chip, one run:", *table(full)]
+        rows = measure(dataclasses.replace(config, mesh=MeshConfig(data=1, fsdp=-1)), machine, 1)
+        text += ["", f"{title}, for {name}, per chip, one run:", *table(rows)]
         if name == SLICE:
-            write_section("depth", sentence(tiny, full), README)
+            write_section("depth", sentence(tiny, rows), README)
     write_section("depth", "\n".join(text))
 
 

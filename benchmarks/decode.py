@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
+from transformers import LlamaConfig
 
 from deepstack_jax.config import Config, DataConfig, DecoderConfig, DeepStackConfig, ImageConfig, TrainConfig, VisionConfig
 from deepstack_jax.inference.generate import answer_ids
@@ -69,24 +70,28 @@ def ours(config: Config) -> tuple[float, int]:
     return seconds_per_token(run), sum(leaf.nbytes for leaf in read)
 
 
+def llama_config(decoder: DecoderConfig) -> LlamaConfig:
+    """The same LLaMA as transformers describes it."""
+    return LlamaConfig(
+        vocab_size=decoder.vocab_size,
+        hidden_size=decoder.width,
+        intermediate_size=decoder.mlp,
+        num_hidden_layers=decoder.layers,
+        num_attention_heads=decoder.heads,
+        num_key_value_heads=decoder.kv_heads,
+        max_position_embeddings=decoder.max_positions,
+        rms_norm_eps=decoder.norm_eps,
+    )
+
+
 def theirs(config: Config) -> float | None:
     """Seconds per token of transformers, None without torch."""
     try:
         import torch  # pyright: ignore[reportMissingImports] (not a requirement)
-        from transformers import LlamaConfig, LlamaForCausalLM
+        from transformers import LlamaForCausalLM
     except ImportError:
         return None
-    cfg = config.decoder
-    shape = LlamaConfig(
-        vocab_size=cfg.vocab_size,
-        hidden_size=cfg.width,
-        intermediate_size=cfg.mlp,
-        num_hidden_layers=cfg.layers,
-        num_attention_heads=cfg.heads,
-        num_key_value_heads=cfg.kv_heads,
-        max_position_embeddings=cfg.max_positions,
-    )
-    model = LlamaForCausalLM(shape).eval()
+    model = LlamaForCausalLM(llama_config(config.decoder)).eval()
     ids = torch.arange(3, 3 + PROMPT)[None]
 
     def run(tokens: int) -> None:

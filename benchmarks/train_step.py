@@ -18,6 +18,7 @@ import jax
 import numpy as np
 from safetensors.numpy import load_file
 
+from benchmarks.decode import llama_config
 from deepstack_jax.batch import Batch
 from deepstack_jax.config import (
     Config,
@@ -55,9 +56,7 @@ def config_of(width: int, layers: int, heads: int, rows: int) -> Config:
         vision=VisionConfig(width=256, layers=7, heads=4, mlp=1024),
         decoder=decoder,
         data=DataConfig(max_length=LENGTH),
-        optimizer=OptimizerConfig(
-            (("vision_tower", "frozen"), (".*", "default")), {"default": OptimizerGroup(lr=LR)}, ScheduleConfig(warmup=0.0)
-        ),
+        optimizer=OptimizerConfig(TRAINS, {"default": OptimizerGroup(lr=LR)}, ScheduleConfig(warmup=0.0)),
         train=TrainConfig(batch_size=rows, compute_dtype="float32"),
     )
 
@@ -109,21 +108,11 @@ def theirs(config: Config, batch: Batch, folder: Path) -> tuple[list[float], flo
     """The same of PyTorch, None without torch."""
     try:
         import torch  # pyright: ignore[reportMissingImports] (not a requirement)
-        from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
+        from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaForCausalLM
     except ImportError:
         return None
     cfg, tower_cfg = config.decoder, config.vision
-    decoder = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=cfg.vocab_size,
-            hidden_size=cfg.width,
-            intermediate_size=cfg.mlp,
-            num_hidden_layers=cfg.layers,
-            num_attention_heads=cfg.heads,
-            num_key_value_heads=cfg.kv_heads,
-            rms_norm_eps=cfg.norm_eps,
-        )
-    )
+    decoder = LlamaForCausalLM(llama_config(cfg))
     tower = CLIPVisionModel(
         CLIPVisionConfig(
             hidden_size=tower_cfg.width,

@@ -12,7 +12,6 @@ from deepstack_jax.data.conversation import IMAGE_MARK, ConversationError, Rende
 from deepstack_jax.data.tokenizers import Tokenizer
 
 IMAGE_TOKEN = -200
-IGNORE = -100
 
 
 @dataclass(frozen=True)

@@ -388,7 +388,8 @@ def test_on_demand_spot_project_and_version(tpu):
     tpu.plan("0 0")
     assert tpu.run("create", "--on-demand", "--spot", "--topology=v6e:2x4", "--runtime-version=v9").returncode == 0
     assert tpu.run("delete", "--on-demand", "--project=p").returncode == 0
-    create, delete = (next(call for call in tpu.tools.calls() if f" {verb} a " in call) for verb in ("create", "delete"))
+    looked, create, *_, delete = tpu.tools.calls()
+    assert looked == f"gcloud compute tpus tpu-vm describe a --format=value(state) {WHERE}"
     assert create == f"gcloud compute tpus tpu-vm create a --version=v9 --accelerator-type=v6e-8 --spot {WHERE}"
     assert delete == "gcloud compute tpus tpu-vm delete a --zone=z --project=p --quiet"
 

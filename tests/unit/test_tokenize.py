@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from deepstack_jax.data.conversation import TEMPLATES, ConversationError, Message, get_template, normalise, parse, render
 from deepstack_jax.data.encode import check_end_of_turn
-from deepstack_jax.data.tokenize import IGNORE, IMAGE_TOKEN, encode_conversation, encode_with_images
+from deepstack_jax.data.tokenize import IMAGE_TOKEN, encode_conversation, encode_with_images
 from deepstack_jax.data.tokenizers import (
     ByteTokenizer,
     HFTokenizer,
@@ -21,6 +21,8 @@ from deepstack_jax.data.tokenizers import (
     load_tokenizer,
     train_bpe,
 )
+
+IGNORE = -100  # the goldens' label of a token that is not trained
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 TOKENIZERS = {path.name: load_tokenizer(str(path)) for path in sorted((GOLDEN / "tokenizer").iterdir())}
