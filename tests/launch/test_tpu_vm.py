@@ -14,9 +14,9 @@ SLICE = ("--name=a", "--zone=z", "--topology=v5e:4x4", "--bucket=my-bucket", "--
 WHERE = "--zone=z --quiet"
 
 # A state file each for the queue entry and the node, a home folder for each worker. `queue` lists the answers to come, OFFLINE
-# for a call that fails; the last stays. A new entry starts with `new_queue`, the one after it with `later_queue`. `offline` makes
-# every call fail; lines of `fails` calls of that kind, one after another: "ssh 0" where that worker is asked, "scp", "create",
-# "delete"; "not yet ssh 0" lets one pass.
+# for a call that fails; the last stays. A new entry starts with `new_queue`, the one after it with `later_queue`. `offline`
+# makes every call fail; lines of `fails` calls of that kind, one after another: "ssh 0" where that worker is asked, "scp",
+# "create", "delete"; "not yet ssh 0" lets one pass.
 GCLOUD = r"""
 shift 2; group=$1 verb=$2 worker=all command=""
 for word in "$@"; do case $word in --command=*) command=${word#*=} ;; --worker=*) worker=${word#*=} ;; esac; done
