@@ -29,7 +29,7 @@ export PIP_NO_INPUT := 1
 # draws the same examples in every run and knows no deadline, so that a busy machine cannot fail a test; plain pytest draws new ones.
 PYTEST = $(RUN) -m pytest -q -n $(WORKERS) --dist loadfile --hypothesis-profile=ci
 
-.PHONY: help venv demo demo-control readme recipe $(DEMOS:%=demo-%) test test-quick test-all lint format clean
+.PHONY: help venv demo demo-control readme recipe $(DEMOS:%=demo-%) test test-quick test-all fuzz lint format clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -62,7 +62,7 @@ NAME ?= llava15
 recipe: $(INSTALLED) ## NAME=llava15 (or another of configs/): both stages, evaluation and export in small, on synthetic weights and data
 	$(RUN) -m benchmarks.tiny_recipe $(NAME)
 
-test test-quick test-all: export JAX_PLATFORMS ?= cpu
+test test-quick test-all fuzz: export JAX_PLATFORMS ?= cpu
 
 test: $(INSTALLED) ## the test suite without the tests that take minutes
 	$(PYTEST) -m 'not slow' $(ARGS)
@@ -72,6 +72,9 @@ test-quick: $(INSTALLED) ## the part marked `quick`, which CI also runs on the n
 
 test-all: $(INSTALLED) ## every test
 	$(PYTEST) $(ARGS)
+
+fuzz: $(INSTALLED) ## hostile files drawn at random, for as long as it takes: thousands of each kind, new ones in every run
+	$(PYTEST:--hypothesis-profile=ci=--hypothesis-profile=fuzz) tests/fuzz $(ARGS)
 
 lint: $(INSTALLED) ## ruff (rules and format), pyright, and the linters of shell scripts and of the Dockerfile
 	$(RUN) -m ruff check .

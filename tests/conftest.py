@@ -13,8 +13,12 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 from pathlib import Path
 
 import jax
+from hypothesis import HealthCheck, settings
 
 REPOSITORY = Path(__file__).parents[1]
 jax.config.update("jax_compilation_cache_dir", str(REPOSITORY / ".cache" / "jax"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 jax.config.update("jax_default_matmul_precision", "highest")
+
+# `make fuzz`: other draws in every run, and many of them.
+settings.register_profile("fuzz", max_examples=5_000, deadline=None, print_blob=True, suppress_health_check=list(HealthCheck))
