@@ -8,7 +8,6 @@ further row. Exit codes: 0 done; 1 a run is missing, unfinished or does not fit 
 
 import argparse
 import json
-import os
 import re
 import sys
 from collections.abc import Mapping, Sequence
@@ -30,6 +29,7 @@ from deepstack_jax.config_checks import ConfigError
 from deepstack_jax.data.image import make_views, open_image
 from deepstack_jax.data.open import open_source
 from deepstack_jax.data.synthetic import BOXES, CHANCE
+from deepstack_jax.outward import write_json
 from deepstack_jax.training.metrics import read_metrics
 
 LABELS = {"baseline": "low-res baseline", "dummy": "dummy stack", "deepstack": "DeepStack"}
@@ -94,9 +94,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         runs = load_runs(folder)
         pages = pick_pages(runs)
         summary = {run.name: summarise(run) for run in runs}
-        scratch = folder / "summary.tmp"
-        scratch.write_text(json.dumps(summary, indent=2) + "\n")
-        os.replace(scratch, folder / "summary.json")
+        write_json(folder / "summary.json", summary)
         draw_curves(runs).savefig(folder / "curves.png", dpi=130)
         draw_pages(pages).savefig(folder / "pages.png", dpi=DPI)
     except (ReportError, ConfigError) as error:

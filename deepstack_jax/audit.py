@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from functools import partial
 from pathlib import Path
 
@@ -22,6 +21,7 @@ from deepstack_jax.data.open import open_source
 from deepstack_jax.data.pipeline import open_tokenizer
 from deepstack_jax.data.sources import Source, SourceError
 from deepstack_jax.data.tokenizers import Tokenizer
+from deepstack_jax.outward import write_whole
 
 USAGE = """
 Look at what the model will see, before a run: one HTML page with every sample's views, the layer that each token goes to, the
@@ -90,10 +90,8 @@ def write(path: Path, content: bytes) -> None:
     Raises:
       ConfigError: the disk does not take it.
     """
-    scratch = path.with_name(f".{path.name}.tmp")
     try:
-        scratch.write_bytes(content)
-        os.replace(scratch, path)
+        write_whole(path, content)
     except OSError as error:
         raise ConfigError(f"cannot write {path}: {error.strerror}; choose another folder with --out=DIR") from error
 

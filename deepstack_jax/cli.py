@@ -8,6 +8,7 @@ import os
 import re
 import signal
 import sys
+import tempfile
 import threading
 import warnings
 from collections.abc import Callable
@@ -59,11 +60,10 @@ def writable_folder(path: str, flag: str) -> Path:
             f"--{flag}={path} is a URL; expected a folder: mount the bucket and give the path, as --{flag}=/gcs/runs/a"
         )
     folder = Path(path).expanduser()
-    probe = folder / f".probe-{os.getpid()}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe.write_bytes(b"\0" * 4096)
-        probe.unlink()
+        with tempfile.TemporaryFile(dir=folder) as probe:  # of a name that nobody else has: it follows no link
+            probe.write(b"\0" * 4096)
     except OSError as error:
         raise ConfigError(f"cannot write to {folder}: {error.strerror}; choose another folder with --{flag}=DIR") from error
     return folder

@@ -28,9 +28,9 @@ from deepstack_jax.evaluation.held_out import Refusal, ask
 from deepstack_jax.evaluation.progress import Progress
 from deepstack_jax.evaluation.scorers import SCORERS
 from deepstack_jax.evaluation.unfinished import Unfinished
+from deepstack_jax.outward import write_json, write_whole
 from deepstack_jax.training.checkpoint import CheckpointError
 from deepstack_jax.training.checksums import checksums
-from deepstack_jax.training.metrics import write_json, write_whole
 
 USAGE = """
 Answer a held-out set by greedy generation, and score the answers.

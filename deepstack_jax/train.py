@@ -32,6 +32,7 @@ from deepstack_jax.evaluation.runner import HeldOut
 from deepstack_jax.inference.generate import greedy
 from deepstack_jax.inference.text import end_of_turn
 from deepstack_jax.model.deepstack import DeepStack
+from deepstack_jax.outward import write_json
 from deepstack_jax.parallel.distributed import ToldToStop, is_first_host, part_of_batch
 from deepstack_jax.parallel.mesh import check_batch_fits, make_mesh
 from deepstack_jax.parallel.processes import join_processes
@@ -42,7 +43,7 @@ from deepstack_jax.training.journal import Journal
 from deepstack_jax.training.lock import WorkdirError, alone_in
 from deepstack_jax.training.loop import NotFiniteError, Run, loop
 from deepstack_jax.training.manifest import run_manifest
-from deepstack_jax.training.metrics import MetricsLog, Quarantine, QuarantineError, start_wandb, write_json
+from deepstack_jax.training.metrics import MetricsLog, Quarantine, QuarantineError, start_wandb
 from deepstack_jax.training.optimizer import describe_groups
 from deepstack_jax.training.program import Program, build_program, first_state
 from deepstack_jax.training.replay import ReplayError, read_bundle, replay

@@ -10,13 +10,14 @@ import io
 import os
 import posixpath
 import re
-import tempfile
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from glob import glob as local_glob
 from typing import IO, Any
 
 from fsspec.core import url_to_fs
+
+from deepstack_jax.outward import whole_file
 
 BUFFER_BYTES = 8 << 20
 """What a stream over the network asks for at once."""
@@ -165,14 +166,8 @@ def local_copy(path: str) -> str:
         copy = os.path.join(folder, posixpath.basename(path))
         if not os.path.isfile(copy):
             os.makedirs(folder, exist_ok=True)
-            with tempfile.NamedTemporaryFile(dir=folder, delete=False) as partial:
-                pass
-            try:
+            with whole_file(copy) as partial:
                 system.get_file(inner, partial.name)
-                os.replace(partial.name, copy)
-            finally:
-                with contextlib.suppress(FileNotFoundError):
-                    os.unlink(partial.name)
     return copy
 
 

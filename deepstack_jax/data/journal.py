@@ -6,7 +6,6 @@ When it is done it holds `manifest.json`, `bad.jsonl` where rows were left out, 
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
 import json
 import os
@@ -17,10 +16,10 @@ from typing import Any
 
 import numpy as np
 
-from deepstack_jax.data import files
-from deepstack_jax.data.preparing import SCRATCH, Bad, Chunk, Job, read_checked
+from deepstack_jax.data.preparing import Bad, Chunk, Job, read_checked
 from deepstack_jax.data.records import MANIFEST, SUFFIX, RecordShards
 from deepstack_jax.data.sources import SampleError, Source, SourceError
+from deepstack_jax.outward import SCRATCH, write_whole
 
 BAD, IDENTITY, JOURNAL = "bad.jsonl", "prepare.json", "journal.jsonl"
 
@@ -237,11 +236,4 @@ def _short(side: Mapping[str, Any], key: str) -> str:
 
 def _publish(path: Path, *values: Any, indent: int | None = None) -> None:
     """Write JSON, one value a line, whole or not at all."""
-    scratch = path.with_name(f"{SCRATCH}{path.name}")
-    try:
-        text = "".join(json.dumps(value, indent=indent) + "\n" for value in values)
-        scratch.write_text(text, encoding="utf-8")
-        files.publish(str(scratch), str(path))
-    finally:
-        with contextlib.suppress(OSError):
-            scratch.unlink(missing_ok=True)
+    write_whole(path, "".join(json.dumps(value, indent=indent) + "\n" for value in values))

@@ -7,7 +7,6 @@ import json
 import os
 import pickle
 import shutil
-import uuid
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -29,6 +28,7 @@ from deepstack_jax.data.image import MAX_PIXELS, ImageError, image_grid
 from deepstack_jax.data.rows import Size
 from deepstack_jax.data.sources import Example, SampleError, Source, SourceError
 from deepstack_jax.data.workers import live_and_die_with_the_run
+from deepstack_jax.outward import whole_file
 
 CHUNK = 512  # rows measured between two saves: a second or two, which is also how long Ctrl-C takes
 UNKNOWN = Size()  # of an example that cannot be used: it takes a place among a row's examples, and no room
@@ -240,12 +240,10 @@ def _save(file: Path, sizes: np.ndarray) -> None:
     Raises:
       SourceError: it cannot be written; a start that measures everything again each time would be found out late.
     """
-    scratch = file.with_name(f"{file.name}.{uuid.uuid4().hex}.tmp")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        with scratch.open("wb") as out:
+        with whole_file(file) as out:
             np.save(out, sizes)
-        os.replace(scratch, file)
     except FileNotFoundError:  # another host has finished first, and has removed the folder of parts
         return
     except OSError as error:

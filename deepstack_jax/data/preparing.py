@@ -25,8 +25,8 @@ from deepstack_jax.data.image import ImageError, open_image
 from deepstack_jax.data.records import SUFFIX, RecordWriter, decode_example, encode_example, read_manifest
 from deepstack_jax.data.sources import Example, SampleError, Source, SourceError
 from deepstack_jax.data.workers import live_and_die_with_the_run
+from deepstack_jax.outward import SCRATCH
 
-SCRATCH = ".part-"
 """How folders of shards begin that are being written; a kill leaves them behind."""
 
 _LOOK_SECONDS = 0.2  # between two looks at the workers

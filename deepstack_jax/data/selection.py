@@ -6,7 +6,6 @@ import contextlib
 import hashlib
 import json
 import os
-import tempfile
 import zipfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -19,6 +18,7 @@ from rich.progress import track
 
 from deepstack_jax.data.files import glob
 from deepstack_jax.data.sources import Outline, OutlinedSource
+from deepstack_jax.outward import whole_file
 
 TEXT_ROWS = "<text>"
 """Stands for the image path of a row that names no image file, so that filters can tell such rows: text, or embedded images."""
@@ -139,13 +139,8 @@ def _key(path: str, filters: Sequence[RowFilter]) -> str:
 def _save(selection: Selection, path: str) -> None:
     os.makedirs(os.path.dirname(path), exist_ok=True)
     rest = json.dumps({"left": selection.left, "shared": selection.shared, "data_sources": selection.data_sources})
-    with tempfile.NamedTemporaryFile(dir=os.path.dirname(path), delete=False) as partial:
-        try:
-            np.savez(partial, *selection.rows, rest=np.array(rest))
-            os.replace(partial.name, path)
-        except OSError:
-            os.unlink(partial.name)
-            raise
+    with whole_file(path) as file:
+        np.savez(file, *selection.rows, rest=np.array(rest))
 
 
 def _load(path: str, filters: int) -> Selection | None:

@@ -20,8 +20,9 @@ from deepstack_jax.data.encode import BadExample
 from deepstack_jax.data.image import ImageError, open_image
 from deepstack_jax.data.sources import Source, SourceError
 from deepstack_jax.evaluation.runner import Answer, HeldOut, mean_by_kind
+from deepstack_jax.outward import write_json, write_whole
 from deepstack_jax.parallel.distributed import first_host_says, is_first_host
-from deepstack_jax.training.metrics import MetricsLog, read_metrics, write_json, write_whole
+from deepstack_jax.training.metrics import MetricsLog, read_metrics
 from deepstack_jax.types import PyTree
 
 THUMBNAIL = 448  # longest side, in pixels, of a picture in the log

@@ -277,7 +277,7 @@ class Checkpoints:
             self._manager.close()
         except Exception as error:  # the same failure once more
             log.info("closing after a failed save: %s", _reason(error))
-        for left in (self._directory / str(step), *self._directory.glob(f"{step}.*")):
+        for left in (self._directory / str(step), *self._directory.glob(f"{step}.orbax-checkpoint-tmp*")):
             shutil.rmtree(left, ignore_errors=True)
         self._manager = self._open()
 

@@ -28,9 +28,12 @@ def alone_in(workdir: Path) -> Iterator[None]:
     On several hosts the first one holds the lock, for all.
 
     Raises:
-      WorkdirError: another run holds it.
+      WorkdirError: another run holds it; or it is a link, whose file would be overwritten.
     """
-    lock = os.open(workdir / LOCK, os.O_RDWR | os.O_CREAT, 0o666) if is_first_host() else -1
+    try:
+        lock = os.open(workdir / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666) if is_first_host() else -1
+    except OSError as error:
+        raise WorkdirError(f"cannot lock {workdir}/{LOCK}: {error.strerror}; delete it, or choose another --workdir") from error
     try:
         holder = first_host_says(_taken_by_another(lock) if is_first_host() else "")
         if holder:

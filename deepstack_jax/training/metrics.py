@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import json
 import math
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ import numpy as np
 
 from deepstack_jax.config_checks import ConfigError
 from deepstack_jax.data.encode import BadExample
+from deepstack_jax.outward import write_whole
 from deepstack_jax.training.board import Board
 from deepstack_jax.training.lines import Lines, read_lines
 
@@ -74,7 +74,7 @@ def start_wandb(project: str, workdir: Path, name: str, config: dict[str, Any]) 
         ) from error
     stored = workdir / "wandb_id.txt"
     if not stored.exists():
-        stored.write_text(wandb.util.generate_id())
+        write_whole(stored, wandb.util.generate_id())
     return wandb.init(project=project, name=name, id=stored.read_text(), resume="allow", dir=str(workdir), config=config)
 
 
@@ -133,26 +133,3 @@ class Quarantine:
 
 class QuarantineError(ValueError):
     """Too much of the data cannot be used."""
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write whole or not at all."""
-    write_whole(path, json.dumps(value, indent=2) + "\n")
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Replace a file at once: whenever the machine stops, the old text is there or the new one.
-
-    Raises:
-      OSError: the new one could not be written.
-    """
-    scratch = path.with_suffix(".tmp")
-    try:
-        with scratch.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())  # else the name may be on the disk before what it names
-        os.replace(scratch, path)
-    except OSError as error:
-        error.filename = str(path)  # which a failed write does not know
-        raise

@@ -17,9 +17,9 @@ from rich.console import Console
 
 from deepstack_jax.batch import Batch
 from deepstack_jax.data.pipeline import TrainingStream
+from deepstack_jax.outward import write_json
 from deepstack_jax.parallel.distributed import put_batch
 from deepstack_jax.training.checkpoint import Checkpoints
-from deepstack_jax.training.metrics import write_json
 from deepstack_jax.training.optimizer import FROZEN, flatten, unflatten
 from deepstack_jax.training.program import Program, first_state
 from deepstack_jax.training.step import token_loss

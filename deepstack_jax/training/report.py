@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
+from deepstack_jax.outward import whole_file
 from deepstack_jax.training.journal import KINDS, read_journal
 from deepstack_jax.training.metrics import read_metrics
 
@@ -122,8 +123,9 @@ def report(workdir: Path, console: Console) -> Account:
     console.print(describe(spent))
     folder = workdir / "report"
     folder.mkdir(exist_ok=True)
-    draw_time(spent).savefig(folder / "time.png", dpi=120)
-    draw_curves(metrics).savefig(folder / "curves.png", dpi=120)
+    for name, figure in (("time.png", draw_time(spent)), ("curves.png", draw_curves(metrics))):
+        with whole_file(folder / name) as file:
+            figure.savefig(file, dpi=120)
     console.print(f"written to {folder}: time.png, curves.png", soft_wrap=True)
     return spent
 

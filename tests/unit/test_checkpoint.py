@@ -362,6 +362,18 @@ def test_a_damaged_bundle_ends_no_run_and_a_whole_one_keeps_its_checkpoint(tmp_p
     assert steps_in(tmp_path) == [1, 3]
 
 
+def test_a_failed_save_takes_away_what_is_its_own_alone(tmp_path, monkeypatch):
+    checkpoints = Checkpoints(tmp_path, TrainConfig())
+    for name in ("1.mine", "1.orbax-checkpoint-tmp"):
+        (tmp_path / "checkpoints" / name).mkdir()
+    monkeypatch.setattr("deepstack_jax.training.checkpoint.checksums_on_disk", lambda _: {})
+    checkpoints.save(state_at(1), {}, {})
+    checkpoints.close()
+    checkpoints.settle()
+    assert [folder.name for folder in (tmp_path / "checkpoints").iterdir()] == ["1.mine"]
+    checkpoints.close()
+
+
 def test_a_save_that_fails_while_a_run_ends_hides_no_other_error(tmp_path, caplog):
     checkpoints = Checkpoints(tmp_path, TrainConfig())
     before = resource.getrlimit(resource.RLIMIT_FSIZE)

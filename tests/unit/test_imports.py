@@ -11,6 +11,7 @@ PACKAGE = Path(__file__).parents[2] / "deepstack_jax"
 # Every room and the rooms it may import from. A verb may import anything but another verb.
 ALLOWED = {
     "batch": set(),
+    "outward": set(),
     "layout": {"batch"},
     "config_ranges": set(),
     "config_checks": {"config_ranges", "layout"},
@@ -18,14 +19,19 @@ ALLOWED = {
     "config": {"batch", "layout", "config_checks", "config_data"},
     "types": {"batch"},
     "model": {"batch", "types", "config"},
-    "data": {"batch", "config", "config_data", "config_checks", "layout"},
+    "data": {"batch", "outward", "config", "config_data", "config_checks", "layout"},
     "parallel": {"batch", "types", "config", "config_checks", "model"},
-    "weights": {"batch", "types", "config", "config_checks"},
-    "training": {"batch", "types", "config", "config_checks", "data", "model", "parallel", "weights"},
-    "inference": {"batch", "types", "config", "config_checks", "layout", "data", "model", "parallel", "weights"},
+    "weights": {"batch", "outward", "types", "config", "config_checks"},
+    "training": {"batch", "outward", "types", "config", "config_checks", "data", "model", "parallel", "weights"},
+    "inference": {"batch", "outward", "types", "config", "config_checks", "layout", "data", "model", "parallel", "weights"},
 }
 _BELOW = set(ALLOWED)
-ALLOWED |= {"evaluation": _BELOW, "planning": _BELOW | {"evaluation"}, "api": _BELOW, "cli": {"config", "config_checks"}}
+ALLOWED |= {
+    "evaluation": _BELOW,
+    "planning": _BELOW | {"evaluation"},
+    "api": _BELOW,
+    "cli": {"config", "config_checks", "outward"},
+}
 ALLOWED["auditing"] = {"batch", "config", "data", "layout"}  # a page about data: nothing builds on it
 VERBS = {"train", "evaluate", "generate", "convert", "prepare", "audit", "plan"}
 FILES = sorted(PACKAGE.rglob("*.py"))

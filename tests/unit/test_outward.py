@@ -1,0 +1,103 @@
+"""Files that are there whole or not at all, and that touch nothing of anybody else's on their way."""
+
+import errno
+import os
+import stat
+import subprocess
+import uuid
+from pathlib import Path
+
+import pytest
+
+from deepstack_jax.cli import writable_folder
+from deepstack_jax.outward import SCRATCH, whole_file, write_json, write_whole
+from deepstack_jax.training.lock import LOCK, WorkdirError, alone_in
+
+PACKAGE = Path(__file__).parents[2] / "deepstack_jax"
+
+
+def test_the_file_is_replaced_and_nothing_else_is_there(tmp_path):
+    theirs = ("predictions.tmp", ".predictions.jsonl.tmp", "predictions.jsonl.tmp", f"{SCRATCH}predictions.jsonl")
+    for name in ("predictions.jsonl", *theirs):
+        (tmp_path / name).write_text(f"old {name}")
+    write_whole(tmp_path / "predictions.jsonl", "new ä\n")
+    assert (tmp_path / "predictions.jsonl").read_bytes() == "new ä\n".encode()
+    assert {path.name: path.read_text() for path in tmp_path.iterdir() if path.name != "predictions.jsonl"} == {
+        name: f"old {name}" for name in theirs
+    }
+
+
+def test_a_link_in_the_way_of_the_scratch_file_is_not_followed(tmp_path, monkeypatch):
+    precious = tmp_path / "precious"
+    precious.write_text("mine")
+    fixed = uuid.UUID(int=7)
+    monkeypatch.setattr(uuid, "uuid4", lambda: fixed)
+    (tmp_path / f"{SCRATCH}{fixed.hex}").symlink_to(precious)
+    with pytest.raises(FileExistsError):
+        write_whole(tmp_path / "results.json", "{}")
+    assert precious.read_text() == "mine"
+
+
+def test_a_failure_leaves_the_old_file_and_names_it(tmp_path):
+    file = tmp_path / "results.json"
+    file.write_text("old")
+
+    def stopped_by(error: BaseException) -> None:
+        with whole_file(file) as out:
+            out.write(b"half")
+            raise error
+
+    with pytest.raises(OSError, match="No space") as caught:
+        stopped_by(OSError(errno.ENOSPC, "No space left on device"))
+    assert caught.value.filename == str(file)
+    with pytest.raises(KeyboardInterrupt):
+        stopped_by(KeyboardInterrupt())
+    assert (os.listdir(tmp_path), file.read_text()) == (["results.json"], "old")
+
+
+def test_others_may_read_what_the_umask_lets_them(tmp_path):
+    before = os.umask(0o027)
+    try:
+        write_json(tmp_path / "a.json", {"a": 1})
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "a.json").stat().st_mode) == 0o640
+
+
+def test_half_a_surrogate_becomes_the_escape_of_json(tmp_path):
+    write_whole(tmp_path / "a.jsonl", '{"id": "\ud83d"}\n')
+    assert (tmp_path / "a.jsonl").read_text() == '{"id": "\\ud83d"}\n'
+
+
+def test_a_workdir_is_tried_without_touching_what_lies_there(tmp_path):
+    precious = tmp_path / "precious"
+    precious.write_text("mine")
+    for name in (f".probe-{os.getpid()}", "probe"):
+        (tmp_path / name).symlink_to(precious)
+    there = sorted(os.listdir(tmp_path))
+    assert writable_folder(str(tmp_path), "workdir") == tmp_path
+    assert (precious.read_text(), sorted(os.listdir(tmp_path))) == ("mine", there)
+
+
+def test_a_lock_that_is_a_link_is_not_followed(tmp_path):
+    precious = tmp_path / "precious"
+    precious.write_text("mine")
+    (tmp_path / LOCK).symlink_to(precious)
+    with (
+        pytest.raises(WorkdirError, match=r"cannot lock .*/\.lock: Too many levels of symbolic links; delete it"),
+        alone_in(tmp_path),
+    ):
+        pass
+    assert precious.read_text() == "mine"
+
+
+def test_there_is_one_way_to_replace_a_file():
+    """Shards, which other libraries write, come by a rename of their own from a folder that nobody else has."""
+    found = subprocess.run(
+        ["grep", "-rlE", r"os\.(replace|rename)\(|NamedTemporaryFile|mkstemp", "--include=*.py", PACKAGE],
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    names = {str(Path(line).relative_to(PACKAGE)) for line in found.stdout.splitlines()}
+    assert names == {"outward.py", "data/files.py", "data/preparing.py"}
