@@ -1,15 +1,19 @@
 """Files by path or URL. Local ones go through the operating system, others (gs://, s3://, memory://) through fsspec, by ranges.
 
-Whatever goes wrong, here or in a backend of fsspec, is an OSError whose `strerror` is one line to show.
+Whatever goes wrong, here or in a backend of fsspec, is an OSError whose `strerror` is one line to show. Only files are read: a
+FIFO, a device or a socket that stands where one is expected is refused, since reading it might never end.
 """
 
 import contextlib
 import errno
 import hashlib
 import io
+import json
 import os
 import posixpath
 import re
+import stat
+import unicodedata
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from glob import glob as local_glob
@@ -21,6 +25,8 @@ from deepstack_jax.outward import whole_file
 
 BUFFER_BYTES = 8 << 20
 """What a stream over the network asks for at once."""
+MAX_JSON_BYTES = 256 << 20
+"""Of a JSON file that is read as a whole: a manifest, a state."""
 
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 _LOCAL = "file://"
@@ -55,7 +61,7 @@ def join(root: str, name: str) -> str:
 def size(path: str) -> int:
     """Bytes of a file."""
     if not is_url(path):
-        return os.stat(path).st_size
+        return _checked(path).st_size
     with _backend(path) as (system, inner):
         length = system.size(inner)
         if length is None:
@@ -95,13 +101,23 @@ def glob(pattern: str) -> list[str]:
         return sorted(system.unstrip_protocol(str(path)) for path in system.glob(inner))
 
 
-def read_bytes(path: str) -> bytes:
-    """All of a file."""
+def read_bytes(path: str, most: int | None = None) -> bytes:
+    """All of a file; OSError (EFBIG) where it has more than `most` bytes."""
+    if most is not None and size(path) > most:
+        raise OSError(errno.EFBIG, f"it has {size(path):,} bytes, more than the {most:,} allowed", path)
     if not is_url(path):
-        with open(path, "rb") as file:
+        with open_binary(path) as file:
             return file.read()
     with _backend(path) as (system, inner):
         return system.cat_file(inner)
+
+
+def read_json(path: str) -> Any:
+    """What a JSON file says; ValueError where it is none, whatever is wrong with it."""
+    try:
+        return json.loads(read_bytes(path, MAX_JSON_BYTES))
+    except RecursionError as error:
+        raise ValueError("it is nested too deep") from error
 
 
 def read_range(path: str, start: int, length: int, whole: int) -> bytes:
@@ -110,6 +126,7 @@ def read_range(path: str, start: int, length: int, whole: int) -> bytes:
         with _backend(path) as (system, inner):
             data = system.cat_file(inner, start=start, end=start + length)
     else:
+        _checked(path)
         with open(path, "rb", buffering=0) as file:
             now = os.fstat(file.fileno()).st_size
             if now != whole:
@@ -124,6 +141,7 @@ def read_range(path: str, start: int, length: int, whole: int) -> bytes:
 def open_binary(path: str, buffer: int = BUFFER_BYTES) -> IO[bytes]:
     """A seekable file to read from; of a remote one `buffer` bytes are fetched at once."""
     if not is_url(path):
+        _checked(path)
         return open(path, "rb")
     return io.BufferedReader(_RemoteFile(path), buffer)
 
@@ -190,6 +208,36 @@ def remove(path: str) -> None:
         return
     with _backend(path) as (system, inner):
         system.rm_file(inner)
+
+
+def _checked(path: str) -> os.stat_result:
+    """What the system knows of a local file; OSError where there is none, or something that is no file."""
+    try:
+        found = os.stat(path)
+    except FileNotFoundError as error:
+        other = "" if path.isascii() else _otherwise_composed(path)
+        if other:
+            reason = f"{error.strerror}, but {other!a} is: the same letters composed otherwise (NFC, NFD); rename one"
+            raise FileNotFoundError(error.errno, reason, path) from error
+        raise
+    except ValueError as error:  # a null byte, half a surrogate
+        raise OSError(errno.EINVAL, f"no name of a file ({_one_line(error)})", ascii(path)) from error
+    if stat.S_ISDIR(found.st_mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), path)
+    if not stat.S_ISREG(found.st_mode):
+        raise OSError(errno.EINVAL, "it is a FIFO, a socket or a device, expected a file", path)
+    return found
+
+
+def _otherwise_composed(path: str) -> str:
+    """The name in the last folder of `path` that exists, which reads like the one missing there; "" if there is none."""
+    folder, name = os.path.split(path)
+    while folder and not os.path.isdir(folder):
+        folder, name = os.path.split(folder)
+    with contextlib.suppress(OSError):
+        wanted = unicodedata.normalize("NFC", name)
+        return next((held for held in os.listdir(folder or ".") if unicodedata.normalize("NFC", held) == wanted), "")
+    return ""
 
 
 class _RemoteFile(io.RawIOBase):

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image
 
+from deepstack_jax.data import files
 from deepstack_jax.layout.grid import Grid, best_grid, letterbox, possible_grids
 
 if TYPE_CHECKING:
@@ -226,11 +227,7 @@ def _decode(source: object) -> Image.Image:
                 raise ImageError("expected uint8[y, x], [y, x, 1], [y, x, 3] or [y, x, 4]")
             image = Image.fromarray(np.ascontiguousarray(source[..., 0] if source.shape[2:] == (1,) else source))
         case str() | os.PathLike() | bytes():
-            if isinstance(source, bytes):
-                data = source
-            else:
-                with open(source, "rb") as file:
-                    data = file.read()
+            data = source if isinstance(source, bytes) else files.read_bytes(os.fsdecode(source))
             if not data:
                 raise ImageError("the file is empty")
             image = Image.open(BytesIO(data))

@@ -47,7 +47,8 @@ def image_size(source: str | os.PathLike[str] | bytes | np.ndarray | Image.Image
     if isinstance(source, Image.Image):
         return source.size
     try:
-        with Image.open(BytesIO(source) if isinstance(source, bytes) else source) as image:
+        opened = BytesIO(source) if isinstance(source, bytes) else files.open_binary(os.fspath(source))
+        with opened, Image.open(opened) as image:
             width, height = image.size
     except Exception as error:  # PIL's readers raise nearly anything on damaged bytes
         name = f"<{len(source)} bytes>" if isinstance(source, bytes) else os.fspath(source)

@@ -3,6 +3,8 @@
 import errno
 import json
 import os
+import socket
+import unicodedata
 import uuid
 
 import fsspec
@@ -11,6 +13,8 @@ from PIL import Image
 
 from deepstack_jax.data import files, json_rows
 from deepstack_jax.data.file_source import FileSource
+from deepstack_jax.data.image import ImageError, open_image
+from deepstack_jax.data.lengths import image_size
 from deepstack_jax.data.open import open_files
 from deepstack_jax.data.sources import SampleError, SourceError
 
@@ -184,3 +188,51 @@ def test_a_local_copy_is_made_once_per_version(remote, tmp_path, monkeypatch):
     assert files.read_bytes(files.local_copy(f"{folder}/a.arrow")) == b"three"
     assert sorted(os.listdir(os.path.dirname(copy))) == ["a.arrow"], "nothing half fetched is left"
     assert files.local_copy("/some/file") == "/some/file"
+
+
+@pytest.mark.parametrize("kind", ["FIFO", "socket", "device", "folder"])
+def test_what_is_no_file_is_refused_and_never_waited_for(tmp_path, monkeypatch, kind):
+    monkeypatch.chdir(tmp_path)  # the name of a socket must be short
+    with socket.socket(socket.AF_UNIX) as waiting:
+        make = {
+            "FIFO": os.mkfifo,
+            "socket": waiting.bind,
+            "device": lambda name: os.symlink("/dev/zero", name),
+            "folder": os.mkdir,
+        }
+        make[kind]("a.png")
+        path = str(tmp_path / "a.png")
+        reason = "Is a directory" if kind == "folder" else "a FIFO, a socket or a device, expected a file"
+        for read in (files.size, files.read_bytes, files.open_binary, lambda name: files.read_range(name, 0, 1, 1)):
+            with pytest.raises(OSError) as caught:
+                read(path)
+            assert reason in caught.value.strerror
+        for read in (open_image, image_size):
+            with pytest.raises(ImageError, match=reason):
+                read(path)
+        os.rename("a.png", "a.json")
+        with pytest.raises(SourceError, match=r"a\.json"):
+            open_files(str(tmp_path / "a.json"), "")
+
+
+def test_a_name_composed_otherwise_is_hinted_at(tmp_path):
+    composed, decomposed = (unicodedata.normalize(form, "Müller/café.png") for form in ("NFC", "NFD"))
+    (tmp_path / decomposed).parent.mkdir()
+    (tmp_path / decomposed).write_bytes(b"x")
+    with pytest.raises(OSError, match="NFC, NFD") as caught:
+        files.read_bytes(str(tmp_path / composed))
+    assert ascii(unicodedata.normalize("NFD", "Müller")) in caught.value.strerror
+    with pytest.raises(OSError, match="No such file") as caught:
+        files.read_bytes(str(tmp_path / "Mäller"))
+    assert "NFC" not in caught.value.strerror
+
+
+def test_json_that_is_too_large_or_too_deep_is_one_error(tmp_path, monkeypatch):
+    path = tmp_path / "state.json"
+    path.write_text("[" * 100_000)
+    with pytest.raises(ValueError, match="nested too deep"):
+        files.read_json(str(path))
+    monkeypatch.setattr(files, "MAX_JSON_BYTES", 1000)
+    with pytest.raises(OSError) as caught:
+        files.read_json(str(path))
+    assert caught.value.strerror == "it has 100,000 bytes, more than the 1,000 allowed"
