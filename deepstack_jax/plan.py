@@ -27,7 +27,7 @@ compiled for the machine; no data and no weights are opened.
   python -m deepstack_jax.plan --config=configs/demo.py --topology=here --json
 
   --config=FILE[:ARGUMENT]   configuration file; --config.KEY=VALUE overrides any key of it
-  --topology=NAME            v5e:8x8, v5p:4x4x4, v6e:8x8 (TPU slices; pip install 'deepstack-jax[plan]'), gpu:8xH100 (estimated
+  --topology=NAME            v5e:8x8, v5p:4x4x4, v6e:8x8 (TPU slices; in a clone pip install '.[plan]'), gpu:8xH100 (estimated
                              only), here (the devices of this machine)
   --slices=2                 so many of the TPU slice, joined by the data center's network
   --search                   try meshes, remat policies and micro-batches, and recommend one

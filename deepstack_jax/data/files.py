@@ -281,7 +281,7 @@ def _backend(path: str) -> Iterator[tuple[Any, str]]:
         raise OSError(number or errno.EIO, os.strerror(number) if number else _one_line(error), path) from error
     except ImportError as error:  # fsspec says which package is missing
         raise OSError(
-            errno.EPROTONOSUPPORT, f"{_one_line(error)} (for gs:// pip install 'deepstack-jax[gcs]')", path
+            errno.EPROTONOSUPPORT, f"{_one_line(error)} (for gs:// in a clone of the repository: pip install '.[gcs]')", path
         ) from error
     except Exception as error:  # every backend raises kinds of its own
         raise OSError(errno.EIO, _one_line(error), path) from error

@@ -99,8 +99,8 @@ def _tpu_slices(name: str, family: str, shape: str, slices: int) -> Machine:
         raise ConfigError(f"--topology={name} has no shape of {dimensions} numbers; slices of {family}: {', '.join(shapes)}")
     if importlib.util.find_spec("libtpu") is None:
         raise ConfigError(
-            f"--topology={name} needs the TPU compiler, which is not installed; pip install 'deepstack-jax[plan]' (libtpu; no "
-            "TPU is needed)"
+            f"--topology={name} needs the TPU compiler, which is not installed; in a clone of the repository: pip install "
+            "'.[plan]' (libtpu; no TPU is needed)"
         )
     # The compiler asks for no machine: without these it looks for one, for seconds, and complains that there is none.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")

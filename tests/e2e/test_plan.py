@@ -89,7 +89,7 @@ def test_without_the_compiler_the_extra_is_named():
         pytest.skip("libtpu is installed: there is nothing to name")
     done = plan("--topology=v5p:4x4x4")
     assert done.returncode == 1
-    assert "pip install 'deepstack-jax[plan]'" in done.stderr
+    assert "in a clone of the repository: pip install '.[plan]'" in done.stderr
 
 
 @pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="libtpu is not installed: pip install -e '.[plan]'")
