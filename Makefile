@@ -29,7 +29,7 @@ export PIP_NO_INPUT := 1
 # draws the same examples in every run and knows no deadline, so that a busy machine cannot fail a test; plain pytest draws new ones.
 PYTEST = $(RUN) -m pytest -q -n $(WORKERS) --dist loadfile --hypothesis-profile=ci
 
-.PHONY: help venv demo demo-control readme recipe $(DEMOS:%=demo-%) test test-quick test-all fuzz lint format clean
+.PHONY: help venv demo demo-control readme recipe $(DEMOS:%=demo-%) test test-quick test-all fuzz lint constraints format clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -82,6 +82,9 @@ lint: $(INSTALLED) ## ruff (rules and format), pyright, and the linters of shell
 	$(RUN) -m pyright --pythonpath $(RUN)
 	$(VENV)/bin/shellcheck --external-sources launch/*.sh launch/slurm.sbatch
 	$(VENV)/bin/hadolint launch/Dockerfile
+
+constraints: $(INSTALLED) ## write constraints.txt from .venv and .venv-3.12 (make venv PYTHON=python3.12), after the tests passed in both
+	$(RUN) launch/constraints.py .venv/bin/python .venv-3.12/bin/python
 
 format: $(INSTALLED) ## format the code and fix what ruff can fix
 	$(RUN) -m ruff check --fix-only --quiet .

@@ -14,6 +14,7 @@
 #   --image=IMAGE            of launch/Dockerfile
 #   --bucket=BUCKET          mounted at /gcs by Cloud Storage FUSE; holds data, weights, workdirs and JAX's compilation cache
 #   --service-account=default    Kubernetes service account that may use the bucket
+#   --user=1000              user of the processes in the Pods; 0 where the cluster hands its chips to root alone
 #   --queue=NAME             Kueue's LocalQueue; without it no queue
 #   --max-restarts=10        restarts after failures; after a preemption (exit code 75, or the node is gone) it always restarts
 #   --grace-seconds=120      from SIGTERM to SIGKILL; Spot nodes give less, whatever is asked for
@@ -28,11 +29,11 @@ MANIFEST="$(dirname "${BASH_SOURCE[0]}")/gke_jobset.yaml"
 readonly VERBS="render create logs status stop resume delete"
 # shellcheck disable=SC2034  # read through ${!variable} in render
 MOUNT=/gcs
-NAME="" SHAPE="" IMAGE="" BUCKET="" QUEUE="" SERVICE_ACCOUNT=default NAMESPACE=default SLICES=1 MAX_RESTARTS=10 GRACE_SECONDS=120
+NAME="" SHAPE="" IMAGE="" BUCKET="" QUEUE="" SERVICE_ACCOUNT=default NAMESPACE=default RUN_AS=1000 SLICES=1 MAX_RESTARTS=10 GRACE_SECONDS=120
 TRAIN=()
 
 readonly FLAGS="name=NAME topology=SHAPE slices=SLICES image=IMAGE bucket=BUCKET service-account=SERVICE_ACCOUNT \
-  queue=QUEUE max-restarts=MAX_RESTARTS grace-seconds=GRACE_SECONDS namespace=NAMESPACE"
+  user=RUN_AS queue=QUEUE max-restarts=MAX_RESTARTS grace-seconds=GRACE_SECONDS namespace=NAMESPACE"
 
 check_run() {
   need_flag topology "$SHAPE" v5p:4x4x4
@@ -40,9 +41,10 @@ check_run() {
   need_flag image "$IMAGE" us-docker.pkg.dev/PROJECT/REPOSITORY/deepstack-jax:tpu
   need_flag bucket "$BUCKET" my-bucket
   check_bucket "$BUCKET"
-  [[ $IMAGE =~ ^[A-Za-z0-9][A-Za-z0-9._/:@-]*$ ]] || die "--image=$IMAGE is not the name of an image"
+  check_image "$IMAGE"
   [[ -z $QUEUE || $QUEUE =~ ^[a-z0-9]([-a-z0-9]*[a-z0-9])?$ ]] || die "--queue=$QUEUE is not the name of a LocalQueue"
   [[ $SERVICE_ACCOUNT =~ ^[a-z0-9]([-.a-z0-9]*[a-z0-9])?$ ]] || die "--service-account=$SERVICE_ACCOUNT is not a Kubernetes service account"
+  [[ $RUN_AS =~ ^(0|[1-9][0-9]{0,8})$ ]] || die "--user=$RUN_AS: expected the number of a user; e.g. --user=1000"
   check_count slices "$SLICES"
   check_count max-restarts "$MAX_RESTARTS"
   check_count grace-seconds "$GRACE_SECONDS"
@@ -54,7 +56,7 @@ check_run() {
 train_arguments() {
   local argument list=""
   for argument in "${TRAIN[@]}"; do
-    argument=${argument//\\/\\\\}
+    argument=$(escape_for_kubernetes "${argument//\\/\\\\}")
     list+="\"${argument//\"/\\\"}\", "
   done
   echo "[${list%, }]"
@@ -63,15 +65,18 @@ train_arguments() {
 # The manifest with every ${VARIABLE} filled in; the line of the queue goes where there is none.
 # shellcheck disable=SC2016,SC2034  # dollar signs that are the manifest's; variables read through ${!variable}
 render() {
-  local line variable TRAIN_ARGUMENTS
+  local line filled variable TRAIN_ARGUMENTS RUN_AS_NON_ROOT=true CAPABILITIES="[]"
   TRAIN_ARGUMENTS=$(train_arguments)
+  # Only root keeps a capability that it is given; with it the TPU's driver may lock the memory that it shares with the chips.
+  [[ $RUN_AS != 0 ]] || RUN_AS_NON_ROOT=false CAPABILITIES="[SYS_RESOURCE]"
   while IFS= read -r line; do
     [[ $line == *'${QUEUE}'* && -z $QUEUE ]] && continue
-    if [[ ! $line =~ ^' '*'#' && $line =~ ^(.*)'${'([A-Z_]+)'}'(.*)$ ]]; then
+    filled=""
+    while [[ ! $line =~ ^' '*'#' && $line =~ ^([^\$]*)'${'([A-Z_]+)'}'(.*)$ ]]; do
       variable=${BASH_REMATCH[2]}
-      line=${BASH_REMATCH[1]}${!variable}${BASH_REMATCH[3]}
-    fi
-    echo "$line"
+      filled+=${BASH_REMATCH[1]}${!variable} line=${BASH_REMATCH[3]}
+    done
+    echo "$filled$line"
   done <"$MANIFEST"
 }
 

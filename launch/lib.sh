@@ -80,7 +80,16 @@ check_bucket() {
 }
 
 check_count() {
-  [[ $2 =~ ^[1-9][0-9]*$ ]] || die "--$1=$2: expected a positive whole number; e.g. --$1=2"
+  [[ $2 =~ ^[1-9][0-9]{0,8}$ ]] || die "--$1=$2: expected a positive whole number; e.g. --$1=2"
+}
+
+check_image() {
+  [[ $1 =~ ^[A-Za-z0-9][A-Za-z0-9._/:@-]*$ ]] || die "--image=$1 is not the name of an image"
+}
+
+# What Kubernetes would take for a reference to a variable, $(NAME), and for an escaped dollar sign, $$.
+escape_for_kubernetes() {
+  printf '%s\n' "${1//\$/\$\$}"
 }
 
 # The verb is told what trains; without it there is nothing to launch.
@@ -91,7 +100,7 @@ check_train_arguments() {
       --config=*) have+=config ;;
       --workdir=*) have+=workdir ;;
     esac
-    [[ $argument != *$'\n'* ]] || die "an argument of train holds a line break: ${argument%%$'\n'*}"
+    [[ $argument != *[[:cntrl:]]* ]] || die "an argument of train holds a line break or another control character: ${argument@Q}"
   done
   [[ $have == *config* && $have == *workdir* ]] ||
     die "train needs --config=FILE and --workdir=DIR after --; e.g. -- --config=configs/llava15.py:finetune --workdir=/gcs/runs/stage2"

@@ -12,29 +12,37 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 
 REPOSITORY=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-readonly RUN=$HOME/run MOUNT=/gcs UV=$HOME/.local/bin/uv KEY=/usr/share/keyrings/cloud.google.asc
+readonly RUN=$HOME/run MOUNT=/gcs UV=$HOME/.local/uv KEY=/usr/share/keyrings/cloud.google.asc
+readonly GCSFUSE=3.11.2 # as Google's own package source has it, whose key signs it
 readonly BOOT=/proc/sys/kernel/random/boot_id # another after every start of the machine, when process ids begin anew
 readonly BUCKET=$HOME/bucket                  # name of the one to mount
-readonly WAIT="-o DPkg::Lock::Timeout=600"    # for the updates that a new machine begins with
+readonly WAIT=(-o DPkg::Lock::Timeout=600)    # for the updates that a new machine begins with
 UNLESS_RUNNING=false
 
 install_package() {
-  # The system's Python is older than the package asks for.
-  if [[ ! -x $UV ]]; then
-    run bash -c "curl -LsSf https://astral.sh/uv/install.sh | sh"
+  # The system's Python is older than the package asks for. uv brings another, whose checksum it knows; its own is in uv.txt.
+  if ! python3 -m pip --version >/dev/null 2>&1; then
+    run sudo apt-get update -qq "${WAIT[@]}"
+    run sudo apt-get install -qq "${WAIT[@]}" python3-pip
   fi
-  run "$UV" venv --quiet --clear --python=3.12 "$HOME/venv"
-  run "$UV" pip install --quiet --python="$HOME/venv/bin/python" "${REPOSITORY}[tpu]"
+  run python3 -m pip install --quiet --upgrade --target="$UV" --require-hashes --only-binary=:all: --requirement="$REPOSITORY/launch/uv.txt"
+  run "$UV/bin/uv" venv --quiet --clear --python=3.12 "$HOME/venv"
+  run "$UV/bin/uv" pip install --quiet --python="$HOME/venv/bin/python" --constraints="$REPOSITORY/constraints.txt" \
+    --build-constraints="$REPOSITORY/constraints.txt" "${REPOSITORY}[tpu]"
 }
 
 mount_bucket() {
   mountpoint -q "$MOUNT" && return
   if ! command -v gcsfuse >/dev/null; then
-    local line
-    line="deb [signed-by=$KEY] https://packages.cloud.google.com/apt gcsfuse-$(lsb_release -cs) main"
-    run sudo bash -c "curl -fsSL https://packages.cloud.google.com/apt/doc/apt-key.gpg > $KEY"
-    run sudo bash -c "echo '$line' > /etc/apt/sources.list.d/gcsfuse.list"
-    run sudo bash -c "apt-get update -qq $WAIT && apt-get install -qq $WAIT gcsfuse"
+    local scratch
+    scratch=$(mktemp -d)
+    echo "deb [signed-by=$KEY] https://packages.cloud.google.com/apt gcsfuse-$(lsb_release -cs) main" >"$scratch/list"
+    run curl --fail --silent --show-error --location --proto =https --output "$scratch/key" https://packages.cloud.google.com/apt/doc/apt-key.gpg
+    run sudo install -m 644 "$scratch/key" "$KEY"
+    run sudo install -m 644 "$scratch/list" /etc/apt/sources.list.d/gcsfuse.list
+    rm -rf "$scratch"
+    run sudo apt-get update -qq "${WAIT[@]}"
+    run sudo apt-get install -qq "${WAIT[@]}" "gcsfuse=$GCSFUSE"
   fi
   run sudo mkdir -p "$MOUNT"
   # Everything in it belongs to whoever mounts it, root, unless told otherwise, and nobody else may write.
@@ -50,14 +58,15 @@ start() {
   fi
   [[ ! -s $BUCKET ]] || mount_bucket "$(<"$BUCKET")" # which does not outlive a restart of the machine
   mountpoint -q "$MOUNT" && cache=$MOUNT/cache/jax
-  script="cd $(quoted "$REPOSITORY"); trap : TERM; cat $BOOT > $RUN/boot; echo \$\$ > $RUN/pid"
+  script="cd $(quoted "$REPOSITORY"); trap : TERM; cat $BOOT > $(quoted "$RUN/boot"); echo \$\$ > $(quoted "$RUN/pid")"
   script+="; $(quoted env PYTHONUNBUFFERED=1 "JAX_COMPILATION_CACHE_DIR=$cache" "$HOME/venv/bin/python" -m deepstack_jax.train "$@")"
-  script+="; echo \$? > $RUN/exit"
+  script+="; echo \$? > $(quoted "$RUN/exit")"
   if $DRY_RUN; then
     quoted setsid bash -c "$script"
     return
   fi
   mkdir -p "$RUN"
+  chmod 700 "$RUN" # the log may tell what is nobody else's business
   rm -f "$RUN/exit" "$RUN/pid" "$RUN/stopped"
   setsid bash -c "$script" >>"$RUN/log" 2>&1 </dev/null &
   until [[ -s $RUN/pid ]]; do
@@ -106,6 +115,7 @@ main() {
     esac
     shift
   done
+  [[ -z $bucket ]] || check_bucket "$bucket"
   case $verb in
     install)
       install_package

@@ -32,6 +32,7 @@ check_run() {
   parse_topology "$SHAPE"
   [[ $SHAPE != v5e:2x2 ]] || die "--topology=v5e:2x2: XPK has no v5e slice below 2x4; take that, or launch/gke.sh"
   need_flag image "$IMAGE" us-docker.pkg.dev/PROJECT/REPOSITORY/deepstack-jax:tpu
+  check_image "$IMAGE"
   check_count slices "$SLICES"
   check_count max-restarts "$MAX_RESTARTS"
   check_count grace-seconds "$GRACE_SECONDS"
@@ -48,7 +49,7 @@ xpk_type() {
 }
 
 # XPK runs --command in a subshell and sends its SIGTERM there: `exec` puts train in its place. It ends a run on exit codes other than
-# 42, 127 to 255 and those named.
+# 42, 127 to 255 and those named. The command stands in the Pod's own, where Kubernetes fills in variables before any shell.
 create() {
   local options=(--workload="$NAME" --tpu-type="$(xpk_type)" --num-slices="$SLICES" --docker-image="$IMAGE" --priority="$PRIORITY")
   options+=(--max-restarts="$MAX_RESTARTS" --restart-on-exit-codes="$EXIT_PREEMPTED")
@@ -56,7 +57,7 @@ create() {
   if [[ -n $STORAGE ]]; then
     options+=(--storage="$STORAGE" --env=JAX_COMPILATION_CACHE_DIR=/gcs/cache/jax)
   fi
-  workload create "${options[@]}" --command="$(quoted exec python -m deepstack_jax.train "${TRAIN[@]}")"
+  workload create "${options[@]}" --command="$(escape_for_kubernetes "$(quoted exec python -m deepstack_jax.train "${TRAIN[@]}")")"
 }
 
 workload() {

@@ -54,6 +54,13 @@ ACTION = OneOf(
 POD = {
     "restartPolicy": OneOf(("Never",)),  # batch/v1: the only one that a podFailurePolicy allows
     "serviceAccountName": Text(r"[a-z0-9]([-.a-z0-9]{0,251}[a-z0-9])?"),
+    "automountServiceAccountToken": bool,
+    "securityContext": {
+        "runAsNonRoot": bool,
+        "runAsUser": Number(0),
+        "runAsGroup": Number(0),
+        "seccompProfile": {"type": OneOf(("RuntimeDefault", "Unconfined", "Localhost"))},
+    },
     "terminationGracePeriodSeconds": Number(0),
     "nodeSelector": STRINGS,
     "containers": [
@@ -62,6 +69,11 @@ POD = {
             "image": str,
             "command": [str],
             "args": [str],
+            "securityContext": {
+                "privileged": bool,
+                "allowPrivilegeEscalation": bool,
+                "capabilities": {"drop": [str], "add": [str]},
+            },
             "env": [{"name": Text(r"[A-Za-z_][A-Za-z0-9_]*"), "value": str}],
             "ports": [{"containerPort": Number(1, 65535)}],
             "resources": {"requests": MapOf(QUALIFIED, Number(1)), "limits": MapOf(QUALIFIED, Number(1))},
@@ -110,6 +122,19 @@ JOBSET = {
         "replicatedJobs": [{"name": LABEL, "replicas": Number(0), "template": {"spec": JOB}}],
     },
 }
+
+
+def filled_in(argument: str, **variables: str) -> str:
+    """What Kubernetes makes of a word of `command` or `args`: `$$` is one dollar sign, a variable of the container its value.
+
+    Source: third_party/forked/golang/expansion of kubernetes/kubernetes. A variable that is not there stays as it is written.
+    """
+    variables = {"PYTHONUNBUFFERED": "1"} | variables
+    return re.sub(
+        r"\$(\$|\(([^)]*)\))",
+        lambda found: "$" if found[1] == "$" else variables.get(found[2], found[0]),
+        argument,
+    )
 
 
 def problems(value: Any, schema: Schema, place: str = "") -> list[str]:

@@ -36,12 +36,15 @@ def test_everything_copied_exists_and_is_not_ignored(steps):
 def test_the_package_and_its_extra_are_installed(steps):
     with (REPOSITORY / "pyproject.toml").open("rb") as file:
         project = tomllib.load(file)["project"]
-    assert rests(steps, "ARG") == ["EXTRA=tpu"]
+    constraints = "/deepstack_jax/constraints.txt"
+    assert rests(steps, "ARG") == ["EXTRA=tpu", f"PIP_CONSTRAINT={constraints}", f"PIP_BUILD_CONSTRAINT={constraints}"]
     documented = set(re.findall(r"--build-arg=EXTRA=(\w+)", (LAUNCH / "Dockerfile").read_text()))
     assert documented == {"tpu", "cuda"} <= set(project["optional-dependencies"])
     assert any('pip install ".[${EXTRA}]"' in command for command in rests(steps, "RUN"))
     (base,) = rests(steps, "FROM")
-    python = tuple(int(part) for part in re.findall(r"python:(\d+)\.(\d+)-", base)[0])
+    found = re.fullmatch(r"python:(\d+)\.(\d+)\.\d+-slim-bookworm@sha256:[0-9a-f]{64}", base)
+    assert found, base  # a tag alone is another image tomorrow
+    python = tuple(int(part) for part in found.groups())
     assert (3, 11) <= python < (3, 14)
     assert project["requires-python"] == ">=3.11,<3.14"
 
@@ -51,8 +54,16 @@ def test_train_is_the_process_that_gets_the_signals(steps):
     assert json.loads(entry) == ["python", "-m", "deepstack_jax.train"]
 
 
+def test_train_is_nobody_elses_user(steps):
+    (user,) = rests(steps, "USER")
+    assert user == "1000:1000"  # by number: Kubernetes cannot tell by a name whether it is root's
+    order = [name for name, _ in steps]
+    assert order.index("USER") > max(index for index, name in enumerate(order) if name in ("COPY", "RUN"))
+    assert not [rest for rest in rests(steps, "COPY") if "--chown" in rest]  # the code is root's: train cannot change it
+
+
 def test_dependencies_are_installed_before_the_code_is_copied(steps):
     order = [rest for name, rest in steps if name in ("COPY", "RUN")]
-    assert order[0].startswith("requirements.txt pyproject.toml")
+    assert order[0].startswith("requirements.txt constraints.txt pyproject.toml")
     assert "pip install" in order[1]
     assert order.index("deepstack_jax deepstack_jax") > 1

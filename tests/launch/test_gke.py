@@ -5,7 +5,7 @@ import json
 import pytest
 import yaml
 
-from tests.launch.jobset_schema import JOBSET, problems
+from tests.launch.jobset_schema import JOBSET, filled_in, problems
 from tests.launch.scripts import LAUNCH, TRAIN, Tools, run
 
 # GKE, "Plan TPUs": the label of every generation, and nodes of a slice whose machines have four chips each
@@ -145,10 +145,47 @@ def test_options_and_queue_land_in_their_fields():
 
 
 def test_train_gets_its_arguments_as_they_were_given():
-    tricky = [*TRAIN, '--config.name=a "b" \\ c: d # e', "--config.x=${NAME} {[,]}", "--config.y=é*'"]
+    tricky = [
+        *TRAIN,
+        '--config.name=a "b" \\ c: d # e',
+        "--config.x=${NAME} {[,]}",
+        "--config.y=é*'",
+        "--config.z=$(PYTHONUNBUFFERED) $$ $",
+    ]
     container = pod_of(rendered(train=tricky))["containers"][0]
     assert container["command"] == ["python", "-m", "deepstack_jax.train"]
-    assert container["args"] == tricky
+    assert [filled_in(argument) for argument in container["args"]] == tricky
+
+
+def test_the_pods_have_no_rights_that_training_does_not_need():
+    """As the level "restricted" of Kubernetes' Pod Security Standards wants it, and no token of the cluster's."""
+    pod = pod_of(rendered())
+    (container,) = pod["containers"]
+    assert pod["automountServiceAccountToken"] is False
+    assert pod["securityContext"] == {
+        "runAsNonRoot": True,
+        "runAsUser": 1000,
+        "runAsGroup": 1000,
+        "seccompProfile": {"type": "RuntimeDefault"},
+    }
+    assert container["securityContext"] == {
+        "privileged": False,
+        "allowPrivilegeEscalation": False,
+        "capabilities": {"drop": ["ALL"], "add": []},
+    }
+    assert not {"hostNetwork", "hostPID", "hostIPC", "hostUsers"} & set(pod)
+    # The image's own user, to whom the bucket belongs.
+    assert "\nUSER 1000:1000\n" in (LAUNCH / "Dockerfile").read_text()
+    bucket = next(volume for volume in pod["volumes"] if volume["name"] == "bucket")
+    assert bucket["csi"]["volumeAttributes"]["mountOptions"] == "implicit-dirs,uid=1000,gid=1000"
+
+
+def test_root_where_the_cluster_hands_its_chips_to_no_other_user():
+    pod = pod_of(rendered("--user=0"))
+    assert (pod["securityContext"]["runAsNonRoot"], pod["securityContext"]["runAsUser"]) == (False, 0)
+    assert pod["containers"][0]["securityContext"]["capabilities"] == {"drop": ["ALL"], "add": ["SYS_RESOURCE"]}
+    bucket = next(volume for volume in pod["volumes"] if volume["name"] == "bucket")
+    assert bucket["csi"]["volumeAttributes"]["mountOptions"] == "implicit-dirs,uid=0,gid=0"
 
 
 def test_create_hands_the_manifest_to_kubectl(tmp_path):

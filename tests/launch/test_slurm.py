@@ -80,6 +80,13 @@ def test_one_task_per_gpu_with_what_jax_looks_for(tools):
     assert call.startswith("srun --gpu-bind=none --cpus-per-task=3 --kill-on-bad-exit=0 --wait=120 --label task -m")
 
 
+def test_a_dry_run_names_the_cores_that_the_head_asks_for(tmp_path):
+    """SLURM has not read the options then; in a job its own variable counts."""
+    (cores,) = re.findall(r"^#SBATCH --cpus-per-task=(\d+)$", (LAUNCH / "slurm.sbatch").read_text(), re.MULTILINE)
+    done = run("slurm.sbatch", "--dry-run", "--", *TRAIN, tools=Tools(tmp_path))
+    assert f"'--cpus-per-task={cores}'" in done.stdout
+
+
 def test_results_can_be_repeated_and_the_choice_of_kernels_is_kept(tools):
     assert submit(tools, XLA_FLAGS="--xla_dump_to=dump").returncode == 0
     for task in seen(tools):

@@ -27,7 +27,7 @@ may_fail() {
 }
 [ ! -e offline ] || fail
 case "$verb" in create | delete | scp) may_fail "$verb" ;; esac
-make_slice() { for i in 0 1; do mkdir -p w$i/.local/bin; cp "$STATE/uv" w$i/.local/bin/uv; done; echo READY > node; }
+make_slice() { mkdir -p w0 w1; echo READY > node; }
 gone() { echo "ERROR: NOT_FOUND: a" >&2; exit 1; }
 case "$group $verb" in
   "queued-resources create") cp new_queue queue; [ ! -e later_queue ] || mv later_queue new_queue; make_slice ;;
@@ -45,6 +45,10 @@ case "$group $verb" in
     [ "$worker" = all ] && worker="0 1"
     for i in $worker; do may_fail ssh "$i"; (export HOME=$STATE/w$i; cd "$HOME" && bash -c "$command") || exit; done ;;
 esac
+"""
+# The system's Python: installs uv into --target=FOLDER.
+PYTHON3 = r"""
+for word in "$@"; do case $word in --target=*) mkdir -p "${word#*=}/bin"; cp "$STATE/uv" "${word#*=}/bin/uv" ;; esac; done
 """
 UV = r"""#!/bin/bash
 echo "uv $*" >> "$STATE/uv.log"
@@ -70,6 +74,7 @@ class Slice:
         self.answers("WAITING_FOR_RESOURCES", "ACTIVE")
         self.tools.add("gcloud", GCLOUD)
         self.tools.add("mountpoint")  # the bucket is there
+        self.tools.add("python3", PYTHON3)
         for name, text in (("uv", UV), ("python", PYTHON)):
             (self.state / name).write_text(text)
             (self.state / name).chmod(0o755)
@@ -102,9 +107,10 @@ class Slice:
 
     def calls(self) -> list[str]:
         """Calls that change something, the archive's name and what stands in all of them left out."""
-        archive = [word for call in self.tools.calls() for word in call.split() if word.endswith(".tar.gz") and "/tmp" in word]
-        calls = [call.removeprefix("gcloud compute tpus ").removesuffix(f" {WHERE}") for call in self.tools.calls()]
-        calls = [call for call in calls if " describe " not in call and not call.endswith(("worker.sh status", "-q /gcs"))]
+        calls = [call for call in self.tools.calls() if call.startswith("gcloud ")]
+        archive = [word for call in calls for word in call.split() if word.endswith(".tar.gz") and "/tmp" in word]
+        calls = [call.removeprefix("gcloud compute tpus ").removesuffix(f" {WHERE}") for call in calls]
+        calls = [call for call in calls if " describe " not in call and not call.endswith("worker.sh status")]
         return [
             call.replace(name, "ARCHIVE") for call in calls for name in [next((n for n in archive if n in call), "ARCHIVE")]
         ]
@@ -146,10 +152,9 @@ def test_up_waits_installs_runs_and_ends_with_the_run(tpu):
     for worker in (0, 1):
         home = tpu.state / f"w{worker}"
         assert tpu.runs(worker) == [f"{home}/deepstack_jax /gcs/cache/jax -m deepstack_jax.train {' '.join(TRAIN)}"]
-        assert (
-            f"pip install --quiet --python={home}/venv/bin/python {home}/deepstack_jax[tpu]"
-            in (tpu.state / "uv.log").read_text()
-        )
+        pinned = f"--constraints={home}/deepstack_jax/constraints.txt --build-constraints={home}/deepstack_jax/constraints.txt"
+        installed = f"pip install --quiet --python={home}/venv/bin/python {pinned} {home}/deepstack_jax[tpu]"
+        assert installed in (tpu.state / "uv.log").read_text()
     assert tpu.exit_codes() == ["0", "0"]
 
 
@@ -422,9 +427,8 @@ class Worker:
     def __init__(self, tpu):
         self.home, self.tools, self.environment = tpu.state / "home", tpu.tools, tpu.environment
         tpu.plan("0")
-        for folder, name in ((".local/bin", "uv"), ("venv/bin", "python")):
-            (self.home / folder).mkdir(parents=True)
-            shutil.copy(tpu.state / name, self.home / folder / name)
+        (self.home / "venv" / "bin").mkdir(parents=True)
+        shutil.copy(tpu.state / "python", self.home / "venv" / "bin" / "python")
 
     def run(self, *arguments):
         command = ["bash", str(LAUNCH / "worker.sh"), *arguments]
@@ -440,24 +444,55 @@ def worker(tpu):
 
 
 OWNER = f"--uid={os.getuid()} --gid={os.getgid()}"  # else root's, and train could not write there
-MOUNT = ["sudo mkdir -p /gcs", f"sudo gcsfuse --implicit-dirs {OWNER} -o allow_other b /gcs"]
+MOUNT = ["sudo mkdir -p /gcs", f"sudo gcsfuse --implicit-dirs {OWNER} -o allow_other my-bucket /gcs"]
 
 
 def test_worker_mounts_the_bucket_once_and_again_after_a_restart_of_the_machine(worker):
     for name, body in (("mountpoint", "exit 1"), ("sudo", ""), ("gcsfuse", "")):
         worker.tools.add(name, body)
-    worker.run("install", "--bucket=b")
+    worker.run("install", "--bucket=my-bucket")
     assert worker.tools.calls()[-2:] == MOUNT
     worker.tools.add("mountpoint", "exit 0")
-    for command in (("install", "--bucket=b"), ("start", "--", *TRAIN)):
+    for command in (("install", "--bucket=my-bucket"), ("start", "--", *TRAIN)):
         before = len(worker.tools.calls())
         worker.run(*command)
-        assert set(worker.tools.calls()[before:]) == {"mountpoint -q /gcs"}
+        assert {call for call in worker.tools.calls()[before:] if "python3" not in call} == {"mountpoint -q /gcs"}
     wait_for(lambda: worker.run("status") == "exit=0\n", "the run")
     worker.tools.add("mountpoint", "exit 1")
     before = len(worker.tools.calls())
     worker.run("start", "--", *TRAIN)
     assert [call for call in worker.tools.calls()[before:] if call.startswith("sudo")] == MOUNT
+
+
+def test_worker_installs_what_is_pinned_and_runs_nothing_that_it_downloads(worker):
+    """uv by its checksum, gcsfuse by its version and Google's key, without a shell of root's that reads what was fetched."""
+    for name, body in (("mountpoint", "exit 1"), ("sudo", ""), ("lsb_release", "echo jammy"), ("curl", "")):
+        worker.tools.add(name, body)
+    for name in ("bash", "cat", "chmod", "cp", "dirname", "grep", "id", "mkdir", "mktemp", "rm", "sed"):
+        (worker.tools.bin / name).symlink_to(shutil.which(name))
+    worker.environment["PATH"] = str(worker.tools.bin)  # no gcsfuse
+    worker.run("install", "--bucket=my-bucket")
+    calls = [call for call in worker.tools.calls() if not call.startswith(("mountpoint", "lsb_release"))]
+    scratch = next(word for word in calls[2].split() if word.endswith("/key")).removesuffix("/key")
+    assert [call.replace(scratch, "SCRATCH").replace(str(LAUNCH), "LAUNCH") for call in calls] == [
+        "python3 -m pip --version",
+        f"python3 -m pip install --quiet --upgrade --target={worker.home}/.local/uv --require-hashes --only-binary=:all: "
+        "--requirement=LAUNCH/uv.txt",
+        "curl --fail --silent --show-error --location --proto =https --output SCRATCH/key "
+        "https://packages.cloud.google.com/apt/doc/apt-key.gpg",
+        "sudo install -m 644 SCRATCH/key /usr/share/keyrings/cloud.google.asc",
+        "sudo install -m 644 SCRATCH/list /etc/apt/sources.list.d/gcsfuse.list",
+        "sudo apt-get update -qq -o DPkg::Lock::Timeout=600",
+        "sudo apt-get install -qq -o DPkg::Lock::Timeout=600 gcsfuse=3.11.2",
+        *MOUNT,
+    ]
+    assert not Path(scratch).exists()
+
+
+def test_what_a_worker_writes_of_a_run_is_for_its_owner_alone(worker):
+    worker.run("start", "--", *TRAIN)
+    wait_for(lambda: worker.run("status") == "exit=0\n", "the run")
+    assert (worker.home / "run").stat().st_mode & 0o777 == 0o700
 
 
 def test_after_a_restart_of_the_machine_the_process_id_is_a_strangers(worker):

@@ -4,6 +4,7 @@ import shlex
 
 import pytest
 
+from tests.launch.jobset_schema import filled_in
 from tests.launch.scripts import TRAIN, Tools, run
 
 CLUSTER = ("--cluster=c", "--zone=us-east5-a")
@@ -50,9 +51,9 @@ def test_create_names_the_slice_as_xpk_does(topology, kind, tools):
 
 
 def test_the_command_is_read_by_a_shell_as_it_was_given(tools):
-    tricky = [*TRAIN, '--config.name=it\'s $HOME "q"']
+    tricky = [*TRAIN, '--config.name=it\'s $HOME "q"', "--config.x=$(PYTHONUNBUFFERED) $$ $$(HOME)"]
     flags, _ = create(tools, "--topology=v6e:4x4", train=tricky)
-    assert shlex.split(flags["--command"]) == ["exec", "python", "-m", "deepstack_jax.train", *tricky]
+    assert shlex.split(filled_in(flags["--command"])) == ["exec", "python", "-m", "deepstack_jax.train", *tricky]
 
 
 def test_storage_brings_the_compilation_cache(tools):
