@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 
@@ -12,8 +13,8 @@ from deepstack_jax.config import Config
 from deepstack_jax.data.conversation import get_template, normalise, render
 from deepstack_jax.data.image import make_views, open_image
 from deepstack_jax.data.rows import EncodedExample
-from deepstack_jax.data.sources import Example, SampleError, SourceError
-from deepstack_jax.data.tokenize import IMAGE_TOKEN, EncodedText, encode_conversation, encode_with_images
+from deepstack_jax.data.sources import Example, SampleError, Source, SourceError
+from deepstack_jax.data.tokenize import IMAGE_TOKEN, EncodedText, encode_conversation
 from deepstack_jax.data.tokenizers import Tokenizer, load_tokenizer
 from deepstack_jax.layout.sequence import VisualLayout
 
@@ -57,6 +58,28 @@ class BadExample:
     reason: str
 
 
+Made = TypeVar("Made")
+
+
+def try_row(source: Source, index: int, use: Callable[[Example], Made]) -> Made | BadExample:
+    """What `use` makes of row `index`, or why it cannot, by the row's id: also where the source as a whole cannot be read.
+
+    Raises:
+      OverlongError: from `use`.
+    """
+    name = f"row {index}"
+    try:
+        example = source[index]
+        name = example.name
+        return use(example)
+    except OverlongError:
+        raise
+    except SampleError as error:
+        return BadExample(index, error.name, str(error))
+    except (ValueError, OSError) as error:
+        return BadExample(index, name, str(error))
+
+
 class OverlongError(SourceError):
     """An example is longer than a row, and `config.data.overlong` is "error"."""
 
@@ -83,13 +106,13 @@ class Encoder:
     def encode(self, example: Example) -> EncodedExample:
         """Like the call, but raises ValueError on an example that cannot be used."""
         text = self.text(example)
-        pixels, layouts = self._images(example)
+        pixels, layouts = self.images(example)
         text = self.fit(example, text, [layout.tokens.size for layout in layouts])
         return EncodedExample(example.index, text.ids, text.supervised, pixels, layouts)
 
     def text(self, example: Example) -> EncodedText:
         """Token ids of an example whole, its images not looked at; raises ValueError where it cannot be used."""
-        self._check_images(example)
+        self.check_images(example)
         template, tokenizer = get_template(self.config.data.template), load_tokenizer(self.config.data.tokenizer)
         messages = normalise(example.messages, template) if example.images else example.messages
         return encode_conversation(render(messages, template), tokenizer, has_image=bool(example.images))
@@ -122,22 +145,7 @@ class Encoder:
             raise SampleError(f"{problem}, and no answer begins before the cut; raise config.data.max_length", example.name)
         return EncodedText(text.ids[:kept], text.supervised[:kept])
 
-    def questions(self, example: Example) -> list[tuple[EncodedExample, str]]:
-        """One generation prompt per answered turn, with the true answers of the turns before it, and the expected answer."""
-        self._check_images(example)
-        template, tokenizer = get_template(self.config.data.template), load_tokenizer(self.config.data.tokenizer)
-        messages = normalise(example.messages, template) if example.images else example.messages
-        images = self._images(example)
-        prompts = []
-        for turn, message in enumerate(messages):
-            if message.role != "gpt" or turn == 0:
-                continue
-            text = render(messages[:turn], template, complete=False).text
-            ids, _ = encode_with_images(text, tokenizer, has_image=bool(example.images))
-            prompts.append((EncodedExample(example.index, ids, np.zeros(ids.size, bool), *images), message.text))
-        return prompts
-
-    def _check_images(self, example: Example) -> None:
+    def check_images(self, example: Example) -> None:
         """Refuse what the row has no room for before any image is decoded."""
         room = self.config.data.max_images
         if len(example.images) > room:
@@ -146,7 +154,8 @@ class Encoder:
                 example.name,
             )
 
-    def _images(self, example: Example) -> tuple[tuple[np.ndarray, ...], tuple[VisualLayout, ...]]:
+    def images(self, example: Example) -> tuple[tuple[np.ndarray, ...], tuple[VisualLayout, ...]]:
+        """The views u8[n, y, x, 3] and the layout of every image; ImageError where one cannot be read."""
         config = self.config
         pixels, layouts = [], []
         for source in example.images:

@@ -28,6 +28,7 @@ from deepstack_jax.data.image import MAX_PIXELS, ImageError, image_grid
 from deepstack_jax.data.rows import Size
 from deepstack_jax.data.sources import Example, SampleError, Source, SourceError
 from deepstack_jax.data.workers import live_and_die_with_the_run
+from deepstack_jax.layout.sequence import VisualLayout
 from deepstack_jax.outward import whole_file
 
 CHUNK = 512  # rows measured between two saves: a second or two, which is also how long Ctrl-C takes
@@ -67,6 +68,18 @@ def measure(example: Example, encoder: Encoder) -> Size:
     visual = [layout.token_count(grid, size) for grid, size in zip(grids, sizes, strict=True)]
     text = encoder.fit(example, text, visual)
     return Size(text.ids.size - len(visual) + sum(visual), sum(map(layout.views, grids)), sum(visual))
+
+
+def header_layouts(example: Example, config: Config) -> list[VisualLayout]:
+    """The layout of every image, known by its header; ImageError where one has none."""
+    sizes = [image_size(source) for source in example.images]
+    return [config.layout.layout(image_grid(size, config.image), size) for size in sizes]
+
+
+def encoded_tokens(example: Example, config: Config) -> int:
+    """Distinct encoded tokens that an example gives the model, in the sequence or injected."""
+    sources = [np.append(layout.tokens, layout.stack) for layout in header_layouts(example, config)]
+    return sum(np.unique(source[source >= 0]).size for source in sources)
 
 
 def measure_rows(rows: range, source: Source, encoder: Encoder) -> np.ndarray:

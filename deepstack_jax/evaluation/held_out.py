@@ -6,13 +6,14 @@ from collections.abc import Container, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from deepstack_jax.data.conversation import IMAGE_MARK, normalise
-from deepstack_jax.data.encode import BadExample
+from deepstack_jax.data.conversation import IMAGE_MARK
+from deepstack_jax.data.encode import BadExample, try_row
 from deepstack_jax.data.sources import Example, Source
+from deepstack_jax.evaluation.questions import answered_turns
 from deepstack_jax.evaluation.scorers import SCORERS
 from deepstack_jax.inference.answers import Answerer, Turn
 from deepstack_jax.inference.options import Options, RequestError
-from deepstack_jax.inference.prompts import CutImage, cut_image, find_template
+from deepstack_jax.inference.prompts import cut_image, find_template
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,7 @@ class Question:
     turn: int  # which question of the row, from 0
     turns: tuple[Turn, ...]  # all before its answer
     reference: str
+    problem: str  # why it cannot be asked; "" where it can
 
 
 @dataclass(frozen=True)
@@ -77,10 +79,9 @@ def ask(
     find_template(options.template or answerer.template)  # a wrong name is no fault of the rows
     waiting: list[Question] = []
     for row in rows:
-        try:
-            found = questions(source[row], answerer, options)
-        except ValueError as error:  # of the source, the images or the turns: all say which row it is
-            yield BadExample(row, str(row), str(error))
+        found = try_row(source, row, lambda example: questions(example, answerer, options))
+        if isinstance(found, BadExample):
+            yield found
             continue
         waiting += [question for question in found if (question.row, question.turn) not in done]
         while len(waiting) >= batch_size:
@@ -94,34 +95,25 @@ def questions(example: Example, answerer: Answerer, options: Options) -> list[Qu
     """The questions of one row, its images cut once.
 
     Raises:
-      ImageError: an image cannot be read. ValueError: its turns and images do not fit together, or nothing is answered.
+      ImageError: an image cannot be read. ConversationError: as `answered_turns`.
     """
-    template = find_template(options.template or answerer.template)
-    messages = normalise(example.messages, template) if example.images else example.messages
+    asked = answered_turns(example, find_template(options.template or answerer.template))
     images = [cut_image(image, answerer.config) for image in example.images]
-    turns: list[Turn] = []
-    found: list[Question] = []
-    for message in messages:
-        if message.role == "human":
-            turns.append(Turn("human", message.text, _take(images, message.text.count(IMAGE_MARK) if example.images else 0)))
-        elif turns:  # one that comes first answers nothing, and is dropped in training too
-            found.append(Question(example.index, example.name, len(found), tuple(turns), message.text))
-            turns.append(Turn("gpt", message.text))
-    if images or not found:
-        problem = f"{len(images)} images more than placeholders" if images else "no answered question"
-        raise ValueError(f"{example.name}: {problem}; mend the row")
+    found, turns = list[Question](), list[Turn]()
+    for one in asked:
+        for message in one.before[len(turns) :]:
+            shown = sum(len(turn.images) for turn in turns)
+            count = message.text.count(IMAGE_MARK) if images else 0
+            turns.append(Turn(message.role, message.text, images[shown : shown + count]))
+        found.append(Question(example.index, example.name, one.turn, tuple(turns), one.reference, one.problem))
     return found
-
-
-def _take(images: list[CutImage], count: int) -> Sequence[CutImage]:
-    taken = images[:count]
-    del images[:count]
-    return taken
 
 
 def _answer(answerer: Answerer, asked: Sequence[Question], options: Options, batch_size: int) -> list[Prediction | Refusal]:
     """Answer some questions at once; where one cannot be asked, each alone, so that it spoils no other."""
     try:
+        if problem := next((question.problem for question in asked if question.problem), ""):
+            raise RequestError(problem)
         answers = answerer.answers([question.turns for question in asked], options, batch_size)
     except RequestError as error:
         if len(asked) == 1:

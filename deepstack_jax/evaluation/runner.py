@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import jax
 import numpy as np
@@ -13,14 +13,16 @@ from jax.sharding import Mesh
 
 from deepstack_jax.batch import Batch
 from deepstack_jax.config import Config
-from deepstack_jax.data.conversation import IMAGE_MARK
-from deepstack_jax.data.encode import BadExample, Encoder
-from deepstack_jax.data.pipeline import BatchMaker, Delivered, collate
+from deepstack_jax.data.conversation import get_template
+from deepstack_jax.data.encode import BadExample, Encoder, try_row
+from deepstack_jax.data.pipeline import Delivered, collate
 from deepstack_jax.data.rows import EncodedExample
-from deepstack_jax.data.sources import Source
+from deepstack_jax.data.sources import Example, Source
 from deepstack_jax.data.tokenizers import load_tokenizer
+from deepstack_jax.evaluation.questions import prompts
 from deepstack_jax.evaluation.scorers import exact_match
 from deepstack_jax.inference.generate import NO_TOKEN
+from deepstack_jax.inference.text import AnswerText, end_of_turn
 from deepstack_jax.parallel.distributed import (
     Part,
     local_rows,
@@ -40,6 +42,7 @@ _NOBODY = BadExample(-1, "", "")
 class Answer:
     """One question, what the model said, and what was expected."""
 
+    id: str  # of the row
     index: int  # row of the source
     turn: int  # which question of the example, from 0
     kind: str
@@ -71,15 +74,17 @@ def ask(
     """
     part, size = part_of_batch(mesh), _rows_per_host(config, mesh)
     tokenizer = load_tokenizer(config.data.tokenizer)
+    stops = end_of_turn(get_template(config.data.template), tokenizer)[1]
     questions, bad = _questions(source, config, range(part.index, min(examples, len(source)), part.count))
     answers: list[Answer] = []
     for first in range(0, max_over_hosts(len(questions)), size):
         asked = questions[first : first + size]
         batch = _collate([prompt for prompt, _ in asked], size, config).batch
         for (_, answer), ids in zip(asked, decode(batch), strict=False):
-            end = np.flatnonzero(ids == NO_TOKEN)
-            said = tokenizer.decode(ids[: end[0]] if end.size else ids).strip()
-            answers.append(Answer(**{**answer, "prediction": said, "score": exact_match(said, answer["reference"])}))
+            said = AnswerText(tokenizer, stops)
+            said.feed(ids[ids != NO_TOKEN])
+            said.close()
+            answers.append(Answer(**answer, prediction=said.text, score=exact_match(said.text, answer["reference"])))
     return _of_all_hosts(answers, bad, part)
 
 
@@ -111,24 +116,32 @@ def _questions(
     source: Source, config: Config, indices: Iterable[int]
 ) -> tuple[list[tuple[EncodedExample, dict]], list[BadExample]]:
     encoder = Encoder(config)
-    questions, bad = [], []
-    for index in indices:
-        try:
-            example = source[index]
-            prompts = encoder.questions(example)
-        except ValueError as error:
-            bad.append(BadExample(index, str(index), str(error)))
-            continue
-        kinds = example.info.get("kinds", ())
-        asked = [message.text.replace(IMAGE_MARK, "").strip() for message in example.messages if message.role == "human"]
-        for turn, (prompt, reference) in enumerate(prompts):
-            if prompt.length > config.data.max_length:
-                bad.append(BadExample(index, example.name, f"turn {turn}: a prompt of {prompt.length} tokens"))
+
+    def encode(example: Example) -> list[tuple[EncodedExample, dict] | BadExample]:
+        encoder.check_images(example)
+        pixels, layouts = encoder.images(example)
+        found: list[tuple[EncodedExample, dict] | BadExample] = []
+        for one in prompts(example, config, [layout.tokens.size for layout in layouts]):
+            if isinstance(one, BadExample):
+                found.append(one)
                 continue
-            kind = kinds[turn] if turn < len(kinds) else "all"
-            answer = {"index": index, "turn": turn, "kind": kind, "question": asked[turn], "reference": reference}
-            questions.append((prompt, answer))
-    return questions, bad
+            asked, ids = one
+            seen = (pixels[: asked.images], layouts[: asked.images])
+            answer = {"id": example.name, "index": example.index, "turn": asked.turn, "kind": _kind(example, asked.turn)}
+            answer |= {"question": asked.words, "reference": asked.reference}
+            found.append((EncodedExample(example.index, ids, np.zeros(ids.size, bool), *seen), answer))
+        return found
+
+    rows = [try_row(source, index, encode) for index in indices]
+    found = [one for row in rows for one in ([row] if isinstance(row, BadExample) else row)]
+    return [one for one in found if not isinstance(one, BadExample)], [one for one in found if isinstance(one, BadExample)]
+
+
+def _kind(example: Example, turn: int) -> str:
+    """What the source calls this question; "all" where it has no name, as a stranger's row may hold anything."""
+    kinds = example.info.get("kinds")
+    kind = kinds[turn] if isinstance(kinds, list | tuple) and turn < len(kinds) else None
+    return kind if isinstance(kind, str) else "all"
 
 
 def mean_by_kind(answers: Sequence[Answer]) -> dict[str, float]:
@@ -192,9 +205,12 @@ class HeldOut:
 
     def _batches(self) -> Iterator[Delivered]:
         """This host's parts of the batches."""
-        maker = BatchMaker(self.source, Encoder(self._config))
+        data = self._config.data  # a row that has become too long since the start is no reason to lose the run
+        encoder = Encoder(
+            replace(self._config, data=replace(data, overlong="drop" if data.overlong == "error" else data.overlong))
+        )
         part, rows = part_of_batch(self._mesh), _rows_per_host(self._config, self._mesh)
         for first in range(0, self.rows, rows * part.count):
             begin = first + part.index * rows
-            examples = [maker.load(index) for index in range(begin, min(self.rows, begin + rows))]
+            examples = [try_row(self.source, index, encoder) for index in range(begin, min(self.rows, begin + rows))]
             yield _collate(examples, rows, self._config)

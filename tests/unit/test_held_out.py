@@ -81,7 +81,7 @@ def test_a_row_or_question_that_cannot_be_asked_spoils_no_other():
 def test_images_and_placeholders_must_agree():
     results, _ = asked([row(0, "A?", "a", images=1)])
     assert isinstance(results[0], BadExample)
-    assert "1 images more than placeholders" in results[0].reason
+    assert "row0: 0 <image> in the text, expected 1, one per image" in results[0].reason
 
 
 def test_a_limit_and_a_wrong_template():
