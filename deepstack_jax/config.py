@@ -307,6 +307,10 @@ class Config:
         examples = self.data.packing.max_examples if self.data.packing.enabled else 1
         return BatchShape(rows, length, self.crop_slots, self.image.size, visual, self.groups, examples)
 
+    def padded_length(self, longest: int) -> int:
+        """T of a batch whose longest example has so many positions: the bucket that holds it."""
+        return min((bucket for bucket in self.data.buckets if bucket >= longest), default=self.data.max_length)
+
     def padded_shape(self, rows: int, length: int) -> BatchShape:
         """The same with one example per row, as in evaluation, whether or not training packs."""
         images = self.data.max_images

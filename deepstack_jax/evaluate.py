@@ -26,6 +26,8 @@ from deepstack_jax.data.open import MissingError, open_files, open_source
 from deepstack_jax.data.sources import Source, SourceError
 from deepstack_jax.evaluation.held_out import Refusal, ask
 from deepstack_jax.evaluation.progress import Progress
+from deepstack_jax.evaluation.questions import check_questions
+from deepstack_jax.evaluation.reports import left_out_of
 from deepstack_jax.evaluation.scorers import SCORERS
 from deepstack_jax.evaluation.unfinished import Unfinished
 from deepstack_jax.outward import write_json, write_whole
@@ -72,7 +74,7 @@ DEFAULTS = {"max_new_tokens": 64, "batch_size": 8}  # without --config
 
 @dataclass(frozen=True)
 class Task:
-    """What is asked, and how; `origin` tells these rows from others."""
+    """What is asked, and how; `origin` tells these rows from others, `bad` are known to be no questions for any model."""
 
     source: Source
     data: str
@@ -81,6 +83,7 @@ class Task:
     options: Options
     batch_size: int
     max_bad_fraction: float
+    bad: tuple[BadExample, ...] = ()
 
 
 def define_flags() -> None:
@@ -99,10 +102,10 @@ def main() -> int:
     for name in ("limit", "batch_size"):
         if given[name] is not None and given[name] < 1:
             raise ConfigError(f"--{name}={given[name]}, expected 1 or more")
-    task = open_task(given)
+    task, console = open_task(given), Console(highlight=False)
+    leave_out(task.bad, [], task, console)
     out = cli.writable_folder(given["out"], "out") if given["out"] else None
     lmm = load(given["model"], given["dtype"])
-    console = Console(highlight=False)
     unfinished = Unfinished(out, None if out is None else key_of(lmm, task))
     predictions, bad = run_task(lmm, task, unfinished, console)
     results = summarise(lmm, given["model"], task, predictions, bad)
@@ -138,7 +141,8 @@ def open_task(given: dict[str, Any]) -> Task:
     rows = min(len(source), given["limit"] or len(source))
     origin = {"root": config.data.root, "files": describe_files(config, "validation", source)}
     origin |= describe_options(config, "validation", source, 0)
-    return Task(source, name, origin, rows, options, sizes["batch_size"], config.data.max_bad_fraction)
+    bad = tuple(check_questions(source, range(rows)))
+    return Task(source, name, origin, rows, options, sizes["batch_size"], config.data.max_bad_fraction, bad)
 
 
 def key_of(lmm: LMM, task: Task) -> dict[str, Any]:
@@ -160,13 +164,13 @@ def run_task(lmm: LMM, task: Task, unfinished: Unfinished, console: Console) -> 
     answers, refused = unfinished.answers(), unfinished.refused()
     done = {*answers, *((refusal.index, refusal.turn) for refusal in refused)}
     reached = max((row for row, _ in done), default=0)
-    unread = sorted({*range(reached)} - {row for row, _ in done})  # could not be read then: they may be mended
+    bad, never = list(task.bad), {example.index for example in task.bad}
+    unread = sorted({*range(reached)} - {row for row, _ in done} - never)  # could not be read then: they may be mended
     if done:
         console.print(f"goes on behind {len(done)} questions that were answered before, in {unfinished.file}", soft_wrap=True)
-    bad: list[BadExample] = []
     leave_out(refused, bad, task, console)
     with Progress(reached, task.rows, console) as progress:
-        for rows in (unread, range(reached, task.rows)):
+        for rows in (unread, [row for row in range(reached, task.rows) if row not in never]):
             for results in ask(lmm.answerer, task.source, task.options, task.batch_size, rows, done):
                 if isinstance(results, BadExample):
                     leave_out([results], bad, task, console)
@@ -191,9 +195,10 @@ def leave_out(more: Sequence[BadExample], bad: list[BadExample], task: Task, con
     for example in more:
         console.print(f"row {example.index} ({example.name}) is left out: {example.reason}", markup=False)
     bad += more
-    if len(bad) > task.max_bad_fraction * task.rows:
+    rows = len({example.index for example in bad})
+    if rows > task.max_bad_fraction * task.rows:
         raise SourceError(
-            f"{len(bad)} of {task.rows} rows cannot be asked, the last one: {bad[-1].reason}; mend them (image paths "
+            f"{rows} of {task.rows} rows cannot be asked, the last one: {bad[-1].reason}; mend them (image paths "
             "start at --images=DIR), or the score would be of another set"
         )
 
@@ -217,7 +222,7 @@ def summarise(
         name: {"score": float(np.mean([line[name] for line in predictions])), "protocol": scorer.protocol}
         for name, scorer in SCORERS.items()
     }
-    counts = {"rows": task.rows, "questions": len(predictions), "bad_examples": len(bad)}
+    counts = {"rows": task.rows, "questions": len(predictions), **left_out_of(bad)}
     return {"model": model, "data": task.data, **counts, "protocol": protocol, "scores": scores}
 
 

@@ -27,7 +27,7 @@ from deepstack_jax.data.open import check_images, open_source
 from deepstack_jax.data.pipeline import TrainingStream, open_tokenizer
 from deepstack_jax.data.sources import Source, SourceError
 from deepstack_jax.data.tokenizers import Tokenizer
-from deepstack_jax.evaluation.reports import finish, report_held_out, seconds_per_step, visual_tokens_used
+from deepstack_jax.evaluation.reports import check_held_out, finish, first_sizes, report_held_out, seconds_per_step
 from deepstack_jax.evaluation.runner import HeldOut
 from deepstack_jax.inference.generate import greedy
 from deepstack_jax.inference.text import end_of_turn
@@ -110,13 +110,13 @@ def train(config: Config, workdir: Path, console: Console) -> int:
         console.print(f"goes on with another {difference}", markup=False, soft_wrap=True)
     journal = Journal(workdir if is_first_host() else None)
 
-    tokenizer, source = open_inputs(config, starts=not saved_steps(workdir))
+    starts = not saved_steps(workdir)
+    tokenizer, source = open_inputs(config, starts=starts)
     texts = describe_texts(config, source)
     check_same_data(config, workdir, texts)
     check_images(source, config)
     held_out_source = open_source(config, "validation") if config.data.source == "pages" or config.data.validation else None
-    if held_out_source is not None:
-        check_images(held_out_source, config, config.evaluation.examples)
+    left_out = set() if held_out_source is None else check_held_out(held_out_source, config, console, starts=starts)
     mesh = make_mesh(config.mesh)
     stream = open_stream(config, source, mesh)
     steps = config.train.steps or stream.steps(config.train.epochs)
@@ -146,6 +146,7 @@ def train(config: Config, workdir: Path, console: Console) -> int:
     held_out = None
     if held_out_source is not None:
         held_out = HeldOut(held_out_source, config, program.loss, make_decode(program.model, config, tokenizer), mesh)
+        held_out.named |= left_out
     log = open_log(config, workdir, int(state.step))
 
     def evaluate(state: TrainState, step: int) -> float | None:
@@ -174,7 +175,7 @@ def train(config: Config, workdir: Path, console: Console) -> int:
             code = end(run, int(state.step), stop, told)
             if code == cli.EXIT_DONE:
                 with journal.spend("evaluation"):
-                    finish(held_out, config, state.params, facts(run), workdir, log, console)
+                    finish(held_out, config, state.params, facts(run, source), workdir, log, console)
         journal.stop(int(state.step), {cli.EXIT_DONE: "done", cli.EXIT_PREEMPTED: "preempted"}.get(code, "interrupted"))
     finally:
         # Last comes first, each whatever the others raise. jax lets go of host arrays that it was lent when Python collects
@@ -231,17 +232,15 @@ def end(run: Run, step: int, stop: cli.StopSignals, told: ToldToStop) -> int:
     return stop.exit_code or cli.EXIT_PREEMPTED  # another host was told to stop
 
 
-def facts(run: Run) -> dict[str, Any]:
+def facts(run: Run, source: Source) -> dict[str, Any]:
     """What results.json says besides scores."""
-    first = run.stream.peek()
     return {
         "steps": run.steps,
         "seconds_per_step": seconds_per_step(run.workdir)
         if is_first_host()
         else None,  # from a file that the others may not see
         "parameters": sum(run.program.sizes.values()),
-        "context_length": int(first.tokens.shape[1]),
-        "visual_tokens": visual_tokens_used(first),
+        **first_sizes(source, run.config),
     }
 
 

@@ -106,7 +106,7 @@ def padded_efficiency(sizes: np.ndarray, config: Config) -> float:
     batch, slots = config.train.batch_size, 0
     for start in range(0, len(sizes), batch):
         part = sizes[start : start + batch, 0]
-        slots += len(part) * min((b for b in config.data.buckets if b >= part.max()), default=config.data.max_length)
+        slots += len(part) * config.padded_length(part.max())
     return float(sizes[:, 0].sum() / slots) if slots else 0.0
 
 

@@ -127,9 +127,8 @@ def collate(examples: Sequence[EncodedExample | BadExample], config: Config, lon
     """
     if longest is None:
         longest = max((example.length for example in examples if isinstance(example, EncodedExample)), default=0)
-    length = min((bucket for bucket in config.data.buckets if bucket >= longest), default=config.data.max_length)
     rows = [[(example, Size())] for example in examples]
-    return _fill(config.padded_shape(len(rows), length), rows, config.layout.patches)
+    return _fill(config.padded_shape(len(rows), config.padded_length(longest)), rows, config.layout.patches)
 
 
 def _fill(shape: BatchShape, rows: Sequence[Sequence[tuple[EncodedExample | BadExample, Size]]], patches: int) -> Delivered:
@@ -205,10 +204,6 @@ class TrainingStream(Iterator[Delivered]):
     def examples(self, number: int) -> list[int]:
         """The same of all hosts' parts."""
         return [index for row in self.schedule.step(number).rows for index in row]
-
-    def peek(self) -> Batch:
-        """The first batch of all, without moving on."""
-        return self._make(0).batch
 
     def state(self, unused: int = 0) -> dict[str, Any]:
         """Where the next batch begins, and what the order was computed from; the same on every host.

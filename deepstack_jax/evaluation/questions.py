@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -77,6 +78,12 @@ def prompts(example: Example, config: Config, visual: Sequence[int]) -> Iterator
         if length > room:
             problem = f"a prompt of {length} tokens with its images, expected {room} at most; raise config.data.max_length"
         yield BadExample(example.index, example.name, f"turn {asked.turn}: {problem}") if problem else (asked, ids)
+
+
+def uninterrupted(config: Config) -> Config:
+    """The same, but a row that is too long is left out and counted: no reason to lose a run that has begun."""
+    overlong = "drop" if config.data.overlong == "error" else config.data.overlong
+    return replace(config, data=replace(config.data, overlong=overlong))
 
 
 def check_rows(source: Source, config: Config) -> list[BadExample]:

@@ -14,11 +14,14 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
-from deepstack_jax.batch import Batch
 from deepstack_jax.config import Config
-from deepstack_jax.data.encode import BadExample
+from deepstack_jax.data.encode import BadExample, Encoder, try_row
 from deepstack_jax.data.image import ImageError, open_image
+from deepstack_jax.data.lengths import encoded_tokens, measure
+from deepstack_jax.data.mixture import epoch_order
+from deepstack_jax.data.open import check_images
 from deepstack_jax.data.sources import Source, SourceError
+from deepstack_jax.evaluation.questions import check_rows, uninterrupted
 from deepstack_jax.evaluation.runner import Answer, HeldOut, mean_by_kind
 from deepstack_jax.outward import write_json, write_whole
 from deepstack_jax.parallel.distributed import first_host_says, is_first_host
@@ -34,16 +37,13 @@ def report_held_out(
     """Held-out loss and a few answers, to the console and the logs.
 
     Returns:
-      The loss; None where there is none, or none that can be compared with others.
-
-    Raises:
-      SourceError: as `count_left_out`.
+      The loss; None where there is none, or none that can be compared with others, as where too many rows were left out.
     """
     numbers, bad = held_out.loss(params)
     left_out = count_left_out(held_out, bad, config, console)
     answers, _ = held_out.answers(params, 1)
     shown = answers[: config.evaluation.samples]
-    log.write(step, {**numbers, "validation_bad_examples": left_out})
+    log.write(step, {**numbers, "validation_bad_examples": len(left_out)})
     if shown:
         picture = thumbnail(held_out.source, shown[0].index)
         log.sample(step, "samples", "\n\n".join(one_line(answer) for answer in shown), picture)
@@ -51,28 +51,61 @@ def report_held_out(
     for answer in shown:
         console.print(f"  {one_line(answer)}", markup=False, soft_wrap=True)
     loss = numbers.get("validation_loss", math.nan)
-    return loss if math.isfinite(loss) else None
+    return loss if math.isfinite(loss) and not _too_many(len(left_out), held_out.rows, config) else None
 
 
-def count_left_out(held_out: HeldOut, bad: Iterable[BadExample], config: Config, console: Console) -> int:
-    """How many held-out rows could not be used; each is named when it is first met.
+def count_left_out(held_out: HeldOut, bad: Iterable[BadExample], config: Config, console: Console) -> dict[int, BadExample]:
+    """Held-out rows that could not be used, each with the first reason; named when first met, with a warning if they are many.
+
+    By now they are no reason to end a run: `check_held_out` has looked at all of them before it began.
+    """
+    reasons: dict[int, BadExample] = {}
+    for example in bad:
+        reasons.setdefault(example.index, example)
+    if _name(reasons, held_out.named, console) and (problem := _too_many(len(reasons), held_out.rows, config)):
+        console.print(f"warning: {problem}; loss and scores are those of the others", markup=False, soft_wrap=True)
+    return reasons
+
+
+def check_held_out(source: Source, config: Config, console: Console, *, starts: bool) -> set[int]:
+    """Look through the held-out rows before anything is compiled; returns the numbers of those that cannot be used, now named.
+
+    Args:
+      starts: False where a run goes on, whose steps are not to be lost for its held-out data: what is wrong is said only.
 
     Raises:
-      SourceError: more than `data.max_bad_fraction`: the numbers would be of another set.
+      SourceError: more than `data.max_bad_fraction`: loss and scores would be of another set.
+      OverlongError: one is too long, and the configuration says to stop then.
     """
-    reasons = {example.index: example for example in bad}
-    for index, example in reasons.items():
-        if index not in held_out.named:
-            held_out.named.add(index)
-            console.print(f"held-out row {index} ({example.name}) is left out: {example.reason}", markup=False, soft_wrap=True)
-    limit = config.data.max_bad_fraction
-    if len(reasons) > limit * held_out.rows:
-        last = list(reasons.values())[-1]
-        raise SourceError(
-            f"{len(reasons)} of {held_out.rows} held-out rows cannot be used, more than config.data.max_bad_fraction={limit}, "
-            f"the last one: {last.reason}; mend them, or the held-out loss and scores would be of another set"
+    if starts:
+        check_images(source, config, config.evaluation.examples)
+    rows = min(config.evaluation.examples, len(source))
+    named: set[int] = set()
+    reasons = {example.index: example for example in check_rows(source, config if starts else uninterrupted(config))}
+    _name(reasons, named, console)
+    if problem := _too_many(len(reasons), rows, config):
+        if starts:
+            raise SourceError(f"{problem}, the last one: {list(reasons.values())[-1].reason}; mend them, or allow more")
+        console.print(f"warning: {problem}; loss and scores will be those of the others", markup=False, soft_wrap=True)
+    return named
+
+
+def _name(reasons: dict[int, BadExample], named: set[int], console: Console) -> bool:
+    """Print those that are not named yet; returns whether there were any."""
+    new = [example for row, example in reasons.items() if row not in named]
+    for example in new:
+        console.print(
+            f"held-out row {example.index} ({example.name}) is left out: {example.reason}", markup=False, soft_wrap=True
         )
-    return len(reasons)
+    named.update(reasons)
+    return bool(new)
+
+
+def _too_many(bad: int, rows: int, config: Config) -> str:
+    limit = config.data.max_bad_fraction
+    if bad <= limit * rows:
+        return ""
+    return f"{bad} of {rows} held-out rows cannot be used, more than config.data.max_bad_fraction={limit}"
 
 
 def loss_line(held_out: HeldOut, numbers: dict[str, float]) -> str:
@@ -109,14 +142,13 @@ def finish(
 
     Args:
       facts: what results.json says besides scores; "steps" among them.
-
-    Raises:
-      SourceError: as `count_left_out`.
     """
     stored = workdir / "results.json"
     protocol = asdict(config.evaluation)
     known = stored_results(stored, console) if is_first_host() else {}
     done = (known.get("steps"), known.get("evaluation")) == (facts["steps"], protocol)
+    if held_out is not None and _too_many(known.get("bad_examples", 0), held_out.rows, config):
+        done = False  # they may be mended by now
     if first_host_says("done" if done else ""):
         show_results(config.name, stored, known, console)
         return
@@ -129,7 +161,7 @@ def finish(
             console.print(loss_line(held_out, numbers))
         answers, unasked = held_out.answers(params, config.evaluation.examples)
         left_out = count_left_out(held_out, [*bad, *unasked], config, console)
-        results |= numbers | mean_by_kind(answers) | {"questions": len(answers), "bad_examples": left_out}
+        results |= numbers | mean_by_kind(answers) | {"questions": len(answers), **left_out_of(left_out.values())}
     if not is_first_host():
         return
     if answers is not None:
@@ -139,6 +171,12 @@ def finish(
             console.print(f"  {one_line(answer)}", markup=False, soft_wrap=True)
     write_json(stored, results)
     show_results(config.name, stored, results, console)
+
+
+def left_out_of(bad: Iterable[BadExample]) -> dict[str, Any]:
+    """Part of results.json: how many rows the scores are not of, and which, with the reasons."""
+    rows = [{"row": example.index, "id": example.name, "reason": example.reason} for example in bad]
+    return {"bad_examples": len({row["row"] for row in rows}), "left_out": rows}
 
 
 def stored_results(stored: Path, console: Console) -> dict[str, Any]:
@@ -162,17 +200,24 @@ def seconds_per_step(workdir: Path) -> float | None:
     return float(np.median(timed)) if timed else None
 
 
-def visual_tokens_used(batch: Batch) -> int:
-    """Most distinct encoded tokens that any row of the batch sees, in the sequence or injected."""
-    rows = zip(batch.token_source, batch.stack_source, strict=True)
-    return max(np.unique(source[source >= 0]).size for source in (np.concatenate([t, s.ravel()]) for t, s in rows))
+def first_sizes(source: Source, config: Config) -> dict[str, int]:
+    """Of the examples that training begins with: positions of a row that holds one, and the most that one of them sees.
+
+    "visual_tokens" counts distinct encoded tokens, in the sequence or injected: those of an example, however many share a row.
+    """
+    order, encoder = epoch_order(source, config.data.seed, config.data.shuffle), Encoder(uninterrupted(config))
+    rows = order(0, np.arange(min(config.train.batch_size, len(order)))).tolist()
+    found = [try_row(source, row, lambda one: (measure(one, encoder).tokens, encoded_tokens(one, config))) for row in rows]
+    usable = [sizes for sizes in found if not isinstance(sizes, BadExample)]
+    longest, visual = (max(sizes, default=0) for sizes in zip(*usable, strict=True)) if usable else (0, 0)
+    return {"context_length": config.padded_length(longest), "visual_tokens": visual}
 
 
 def show_results(name: str, stored: Path, results: dict[str, Any], console: Console) -> None:
     """The scores as a table."""
     table = Table(title=f"{name}: {stored}", show_header=False)
     for key, value in results.items():
-        if isinstance(value, dict):
+        if isinstance(value, dict | list):
             continue
         table.add_row(key, f"{value:.4f}" if isinstance(value, float) else str(value))
     console.print(table)

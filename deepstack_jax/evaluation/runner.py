@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 
 import jax
 import numpy as np
@@ -19,7 +19,7 @@ from deepstack_jax.data.pipeline import Delivered, collate
 from deepstack_jax.data.rows import EncodedExample
 from deepstack_jax.data.sources import Example, Source
 from deepstack_jax.data.tokenizers import load_tokenizer
-from deepstack_jax.evaluation.questions import prompts
+from deepstack_jax.evaluation.questions import prompts, uninterrupted
 from deepstack_jax.evaluation.scorers import exact_match
 from deepstack_jax.inference.generate import NO_TOKEN
 from deepstack_jax.inference.text import AnswerText, end_of_turn
@@ -82,7 +82,7 @@ def ask(
         batch = _collate([prompt for prompt, _ in asked], size, config).batch
         for (_, answer), ids in zip(asked, decode(batch), strict=False):
             said = AnswerText(tokenizer, stops)
-            said.feed(ids[ids != NO_TOKEN])
+            said.feed(ids[ids != NO_TOKEN].tolist())
             said.close()
             answers.append(Answer(**answer, prediction=said.text, score=exact_match(said.text, answer["reference"])))
     return _of_all_hosts(answers, bad, part)
@@ -205,10 +205,7 @@ class HeldOut:
 
     def _batches(self) -> Iterator[Delivered]:
         """This host's parts of the batches."""
-        data = self._config.data  # a row that has become too long since the start is no reason to lose the run
-        encoder = Encoder(
-            replace(self._config, data=replace(data, overlong="drop" if data.overlong == "error" else data.overlong))
-        )
+        encoder = Encoder(uninterrupted(self._config))
         part, rows = part_of_batch(self._mesh), _rows_per_host(self._config, self._mesh)
         for first in range(0, self.rows, rows * part.count):
             begin = first + part.index * rows

@@ -12,7 +12,10 @@ SHAPES = ((300, 640), (240, 720), (420, 480))  # (width, height) in pixels: grid
 
 
 def draw_receipts(root: Path, train: int, validation: int) -> Path:
-    """Write train.json, val.json (one row per line) and images/ into `root`, ids train0, ..., val0, ...; returns `root`."""
+    """Write train.json, val.json (one row per line) and images/ into `root`, ids train0, ..., val0, ...; returns `root`.
+
+    The receipt of every second row for validation comes with the second question.
+    """
     (root / "images").mkdir(parents=True)
     for split, count in (("train", train), ("val", validation)):
         rows = []
@@ -24,6 +27,8 @@ def draw_receipts(root: Path, train: int, validation: int) -> Path:
                 {"from": "human", "value": "<image>\nTranscribe this receipt."},
                 {"from": "gpt", "value": "\n".join(lines)},
             ]
+            if split == "val" and number % 2:
+                turns[:0] = [{"from": "human", "value": "Hello!"}, {"from": "gpt", "value": "What do you have there?"}]
             rows.append(json.dumps({"id": name, "image": f"images/{name}.jpg", "conversations": turns}))
         (root / f"{split}.json").write_text("[\n" + ",\n".join(rows) + "\n]\n")
     return root

@@ -162,7 +162,8 @@ def test_drawn_receipts_train_the_same_with_and_without_worker_processes(drawn, 
         assert done.returncode == 0, done.stderr
         assert "step 1: validation loss" in done.stdout
         assert "'Transcribe this receipt.' -> " in done.stdout
-        assert len(read_lines(workdir / "predictions.jsonl")) == 2
+        answers = read_lines(workdir / "predictions.jsonl")
+        assert [(line["id"], line["turn"]) for line in answers] == [("val0", 0), ("val1", 0), ("val1", 1)]
         curves.append(losses(workdir))
     assert [*curves[0]] == [1, 2]
     assert curves[0] == curves[1]

@@ -84,6 +84,14 @@ def test_images_and_placeholders_must_agree():
     assert "row0: 0 <image> in the text, expected 1, one per image" in results[0].reason
 
 
+def test_a_row_keeps_its_id_where_its_image_cannot_be_read(tmp_path):
+    messages = (Message("human", "<image>"), Message("gpt", "a"))
+    damaged = Example(1, "of mine", (b"no image",), messages)
+    missing = Example(2, "of yours", (str(tmp_path / "gone.png"),), messages)
+    results, _ = asked([row(0, "A?", "a"), damaged, missing])
+    assert [(bad.index, bad.name) for bad in results if isinstance(bad, BadExample)] == [(1, "of mine"), (2, "of yours")]
+
+
 def test_a_limit_and_a_wrong_template():
     results, echo = asked([row(number, "A?", "a") for number in range(5)], limit=3)
     assert (len(results), echo.asked) == (3, [3])

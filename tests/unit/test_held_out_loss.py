@@ -13,7 +13,7 @@ from rich.console import Console
 from deepstack_jax.batch import Batch
 from deepstack_jax.config import Config
 from deepstack_jax.data.sources import SourceError
-from deepstack_jax.evaluation.reports import finish, report_held_out
+from deepstack_jax.evaluation.reports import check_held_out, finish, report_held_out
 from deepstack_jax.evaluation.runner import HeldOut
 from deepstack_jax.inference.generate import NO_TOKEN
 from deepstack_jax.parallel.mesh import make_mesh
@@ -58,12 +58,8 @@ def said_of(tmp_path, bad: tuple[int, ...], allowed: float, loss: Any = two_per_
     subject, config = held_out(bad, allowed, loss)
     printed, log = io.StringIO(), MetricsLog(tmp_path, 0)
     console = Console(file=printed, width=200)
-    try:
-        values = [report_held_out(subject, config, {}, step, log, console) for step in range(1, times + 1)]
-    except SourceError as error:
-        return error, printed.getvalue()
-    finally:
-        log.close()
+    values = [report_held_out(subject, config, {}, step, log, console) for step in range(1, times + 1)]
+    log.close()
     return values, printed.getvalue()
 
 
@@ -76,12 +72,48 @@ def test_rows_that_cannot_be_used_are_counted_and_named_once(tmp_path):
     assert printed.count("validation loss 2.0000") == 2
 
 
-def test_more_than_allowed_end_the_run_after_all_were_named(tmp_path):
-    error, printed = said_of(tmp_path, (1, 3, 6), 0.25)
+def test_more_than_allowed_are_warned_of_once_and_make_a_loss_that_is_compared_with_none(tmp_path):
+    values, printed = said_of(tmp_path, (1, 3, 6), 0.25, times=2)
+    assert values == [None, None]
+    assert printed.count("warning: 3 of 8 held-out rows cannot be used, more than config.data.max_bad_fraction=0.25") == 1
+    assert printed.count("is left out") == 3
+    assert printed.count("validation loss 2.0000") == 2
+
+
+def checked(bad: tuple[int, ...], allowed: float, starts: bool) -> tuple[Any, str]:
+    """What a look at the rows before a run returns or raises, and prints."""
+    subject, config = held_out(bad, allowed)
+    printed = io.StringIO()
+    try:
+        return check_held_out(subject.source, config, Console(file=printed, width=200), starts=starts), printed.getvalue()
+    except SourceError as error:
+        return error, printed.getvalue()
+
+
+def test_more_than_allowed_stop_a_start_after_all_were_named():
+    error, printed = checked((0, 2, 6), 0.25, starts=True)
     assert isinstance(error, SourceError)
     for part in ("3 of 8 held-out rows cannot be used", "config.data.max_bad_fraction=0.25", "row 6 is refused", "mend them"):
         assert part in str(error)
     assert printed.count("is left out") == 3
+
+
+def test_they_do_not_stop_a_run_that_goes_on():
+    named, printed = checked((0, 2, 6), 0.25, starts=False)
+    assert named == {0, 2, 6}
+    assert printed.count("is left out") == 3
+    assert printed.count("warning: 3 of 8 held-out rows cannot be used") == 1
+
+
+def test_what_was_named_at_the_start_is_not_named_again(tmp_path):
+    subject, config = held_out((1, 6), 0.25)
+    printed = io.StringIO()
+    console = Console(file=printed, width=200)
+    subject.named |= check_held_out(subject.source, config, console, starts=True)
+    assert subject.named == {6}, "row 1 shows when its image is decoded"
+    report_held_out(subject, config, {}, 1, MetricsLog(None, 0), console)
+    assert printed.getvalue().count("held-out row 6 (made6) is left out") == 1
+    assert printed.getvalue().count("held-out row 1 (made1) is left out") == 1
 
 
 def test_no_supervised_token_is_no_loss(tmp_path):
@@ -110,10 +142,16 @@ def test_the_results_count_every_row_left_out(bad, loss, tmp_path):
     assert np.isfinite([value for value in results.values() if isinstance(value, float)]).all()
 
 
-def test_too_many_bad_rows_leave_no_results(tmp_path):
-    subject, config = held_out((1, 3, 6), 0.25)
-    log = MetricsLog(tmp_path, 0)
-    with pytest.raises(SourceError, match="3 of 8 held-out rows cannot be used"):
-        finish(subject, config, {}, {"steps": 3}, tmp_path, log, Console(file=io.StringIO()))
-    log.close()
-    assert not (tmp_path / "results.json").exists()
+def test_a_run_whose_rows_are_bad_has_results_all_the_same_and_new_ones_once_they_are_mended(tmp_path):
+    def end(bad: tuple[int, ...]) -> dict[str, Any]:
+        subject, config = held_out(bad, 0.25)
+        finish(subject, config, {}, {"steps": 3}, tmp_path, MetricsLog(None, 0), Console(file=io.StringIO()))
+        return json.loads((tmp_path / "results.json").read_text())
+
+    results = end((1, 3, 6))
+    assert [(one["row"], one["id"]) for one in results["left_out"]] == [(1, "made1"), (3, "made3"), (6, "made6")]
+    assert "row 6 is refused" in results["left_out"][2]["reason"]
+    assert (results["bad_examples"], results["questions"], results["validation_loss"]) == (3, 5, 2.0)
+    results = end((6,))
+    assert (results["bad_examples"], results["questions"]) == (1, 7)
+    assert end(())["questions"] == 7, "they are there: as many as are allowed are no reason to evaluate again"

@@ -156,14 +156,6 @@ def test_packed_and_padded_streams_take_the_same_steps():
     assert padded.describe() is None
 
 
-def test_peeking_does_not_move_on():
-    stream = TrainingStream(SOURCE, make_config("packed"))
-    take(stream, 2)
-    first = stream.peek()
-    assert_same([Delivered(first, *uninterrupted("packed")[0][1:])], uninterrupted("packed")[:1])
-    assert_same(take(stream, 1), uninterrupted("packed")[2:3])
-
-
 @pytest.mark.parametrize(
     ("change", "said"),
     [
