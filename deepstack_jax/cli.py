@@ -27,6 +27,11 @@ EXIT_INTERRUPTED = 130  # Ctrl-C, state saved
 EXIT_PREEMPTED = 75  # SIGTERM, state saved: requeue
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # a full disk, a quota, a limit on the size of files
+# Storage or rights that fail: no defect of this package, and no mistake in what it was given.
+_FAILING = (
+    *(errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EMFILE, errno.ENFILE),
+    *(errno.ENOMEM, errno.ENOTCONN, errno.EHOSTDOWN, errno.EBUSY),
+)
 
 
 def define_config_flag() -> None:
@@ -142,10 +147,14 @@ def run(
     except (*errors, ConfigError) as error:
         _fail(str(error))
     except OSError as error:
-        if error.errno not in _NO_ROOM:
-            raise
         where = f" {error.filename}" if error.filename else ""
-        _fail(f"cannot write{where}: {error.strerror}; make room and run the same command again")
+        if error.errno in _NO_ROOM:
+            _fail(f"cannot write{where}: {error.strerror}; make room and run the same command again")
+        if error.errno not in _FAILING:
+            raise
+        _fail(f"cannot read or write{where}: {error.strerror}; run the same command again when that is mended")
+    except MemoryError as error:
+        _fail(f"out of memory: {str(error) or 'this process was given no more'}; {needs_less_memory}")
     except (RuntimeError, ValueError) as error:  # by the place that it strikes
         asked = _memory_asked(str(error))
         if not asked:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import json
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -46,9 +45,10 @@ from deepstack_jax.training.manifest import run_manifest
 from deepstack_jax.training.metrics import MetricsLog, Quarantine, QuarantineError, start_wandb
 from deepstack_jax.training.optimizer import describe_groups
 from deepstack_jax.training.program import Program, build_program, first_state
+from deepstack_jax.training.reading import UnreadableError, read_json, saved_steps
 from deepstack_jax.training.replay import ReplayError, read_bundle, replay
 from deepstack_jax.training.report import ReportError, report
-from deepstack_jax.training.resume import check_room, check_same_data, check_same_run, saved_steps
+from deepstack_jax.training.resume import check_room, check_same_data, check_same_run
 from deepstack_jax.training.state import find_weights
 from deepstack_jax.types import TrainState
 
@@ -248,8 +248,10 @@ def replay_step(file: Path, console: Console) -> int:
     """Build the run that a bundle lies in, and do its step again."""
     workdir = file.absolute().parents[1]
     try:
-        config = build_config(json.loads((workdir / "config.json").read_text()))
-    except (OSError, json.JSONDecodeError, UnicodeDecodeError) as error:
+        config = build_config(read_json(workdir / "config.json"))
+    except UnreadableError:
+        raise
+    except CheckpointError as error:
         raise ReplayError(f"{workdir} holds no run: {error}; name a file WORKDIR/replay/step-N.json") from error
     _, source = open_inputs(config, starts=not read_bundle(file).checkpoint)
     mesh = make_mesh(config.mesh)

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import shutil
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,13 +30,13 @@ from orbax.checkpoint.checkpoint_managers import (
 from deepstack_jax.config import TrainConfig
 from deepstack_jax.parallel.distributed import barrier, first_host_says, is_first_host, texts_of_hosts
 from deepstack_jax.training.checksums import checksums, checksums_on_disk, damage, mismatches
+from deepstack_jax.training.reading import CheckpointError, UnreadableError, one_line, read_or_damage
 from deepstack_jax.types import PyTree, TrainState
 
 log = logging.getLogger(__name__)
 
 
-class CheckpointError(ValueError):
-    """The checkpoints in a workdir cannot be used by this run, or none could be written; no good one was touched."""
+_UNREAD = "unread: "
 
 
 class Info(NamedTuple):
@@ -47,7 +48,10 @@ class Info(NamedTuple):
 
 
 class Pending(NamedTuple):
-    """A checkpoint on its way; both futures give what is wrong with it, "" if nothing. Those of other hosts know nothing."""
+    """A checkpoint on its way; both futures give what is wrong with it, "" if nothing. Those of other hosts know nothing.
+
+    What `read_back` gives begins with _UNREAD where the files could not be read then, which is no damage.
+    """
 
     step: int
     written: Future[str]
@@ -63,13 +67,19 @@ class Checkpoints:
         loss. An old one goes when a newer one was read back whole, not before.
       read_only: restores and nothing else. Otherwise what a kill left half written is removed, and so would be what another
         run is writing.
+
+    Raises:
+      CheckpointError: what lies there cannot be read.
     """
 
     def __init__(self, workdir: Path, train: TrainConfig, *, read_only: bool = False) -> None:
         self._workdir = workdir.absolute()
         self._directory = self._workdir / "checkpoints"
         self._train, self._read_only = train, read_only
-        self._manager = self._open()
+        manager, problem = read_or_damage(str(self._directory), self._open)
+        if manager is None:
+            raise CheckpointError(f"{self._directory} holds no checkpoints ({problem}); choose another --workdir")
+        self._manager = manager
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="read-back")
         self._pending: Pending | None = None
         self._losses = {step: self._loss_of(step) for step in self._manager.all_steps()}
@@ -131,7 +141,7 @@ class Checkpoints:
             self._manager.save(step, args=ocp.args.Composite(**items), force=True)
         except Exception as error:  # a full disk comes as OSError, ValueError or XlaRuntimeError, by the place it strikes
             self._judge(earlier)
-            self._failed(step, _reason(error))
+            self._failed(step, one_line(error))
             return
         written = self._reader.submit(self._wait_for_files, self._manager)
         self._pending = Pending(step, written, self._reader.submit(self._read_back, written, step))
@@ -142,9 +152,17 @@ class Checkpoints:
         pending, self._pending = self._pending, None
         if pending is None or not self._judge(pending):
             return
+        try:
+            gone = self._good - self._kept()
+        except UnreadableError as error:
+            gone = set()
+            log.warning("no checkpoint is deleted now: %s", error)
         # Deleting waits for all hosts, which may see files of each other late: the first one's list holds for all.
-        for old in first_host_says(" ".join(map(str, sorted(self._good - self._kept())))).split():
-            self._manager.delete(int(old))
+        for old in first_host_says(" ".join(map(str, sorted(gone)))).split():
+            try:
+                self._manager.delete(int(old))
+            except OSError as error:  # it is in the way of nothing but room
+                log.warning("checkpoint %s cannot be deleted now: %s", old, one_line(error))
             self._good.remove(int(old))
 
     def _judge(self, saved: Pending | None) -> bool:
@@ -152,9 +170,11 @@ class Checkpoints:
         if saved is None:
             return False
         problem = first_host_says(saved.read_back.result())
-        if not problem:
-            self._good.add(saved.step)
-            return True
+        if not problem or problem.startswith(_UNREAD):
+            self._good.add(saved.step)  # like one that an earlier attempt left: taken as good, while no older one goes for it
+            if problem:
+                log.warning("checkpoint %s stays, and all before it: %s", saved.step, problem.removeprefix(_UNREAD))
+            return not problem
         if self._pending is not None:
             self._pending.written.result()  # by the manager that is closed now
         self._failed(saved.step, problem)
@@ -185,12 +205,13 @@ class Checkpoints:
         try:
             self._manager.close()
         except Exception as error:  # whatever a full or broken disk raises
-            log.warning("a checkpoint could not be written (%s; %s)", _reason(error), self._free())
+            log.warning("a checkpoint could not be written (%s; %s)", one_line(error), self._free())
 
     def restore(self, abstract: TrainState, step: int | None = None) -> tuple[TrainState, dict[str, Any]] | None:
         """Newest usable checkpoint as (state, data state), or None if there is none at all.
 
-        A damaged checkpoint is passed over, loudly, for the one before, and put aside in `workdir/damaged/`.
+        A damaged checkpoint is passed over, loudly, for the one before, and put aside in `workdir/damaged/`. One that storage
+        or memory does not let through now is none: see `read_or_damage`.
 
         Args:
           abstract: shapes, dtypes and shardings to restore to; they may differ from those that saved.
@@ -198,28 +219,17 @@ class Checkpoints:
 
         Raises:
           CheckpointError: there are checkpoints and none can be read, since starting anew would throw the run away; or the
-            weights in one are not those of this model, each of them named.
+            weights in one are not those of this model, each of them named; or (UnreadableError) storage fails now.
         """
         steps = sorted(self._good if step is None else self._good & {step}, reverse=True)
         problems: dict[int, str] = {}
         for candidate in steps:
             self._check_tree(candidate, abstract)
-            items = {
-                "state": ocp.args.StandardRestore(abstract),
-                "data": ocp.args.JsonRestore(),
-                "sums": ocp.args.JsonRestore(),
-            }
-            try:
-                restored = self._manager.restore(candidate, args=ocp.args.Composite(**items))
-                problem = damage(restored["sums"], checksums(restored["state"]))
-            except Exception as error:  # tensorstore, orbax and json each raise their own kinds on damaged files
-                restored, problem = None, _reason(error)
-            # A host may be the only one that reads a damaged part.
-            problem = next((said for said in texts_of_hosts(problem) if said), "")
-            if restored is not None and not problem:
+            restored, problem = self._read(candidate, abstract)
+            if restored is not None:
                 if not self._read_only:
                     self._put_aside(problems)
-                return restored["state"], restored["data"]
+                return restored
             problems[candidate] = problem
             log.warning("checkpoint %s is damaged, trying the one before: %s", candidate, problem)
         if problems or step is not None:
@@ -228,6 +238,22 @@ class Checkpoints:
             )
             raise CheckpointError(f"no checkpoint in {self._directory} can be read ({listed}); move the folder away")
         return None
+
+    def _read(self, step: int, abstract: TrainState) -> tuple[tuple[TrainState, dict[str, Any]] | None, str]:
+        """(state, data state) of a checkpoint, or None and its damage. A host may be the only one that reads a damaged part."""
+        items = {
+            "state": ocp.args.StandardRestore(abstract),
+            "data": ocp.args.JsonRestore(),
+            "sums": ocp.args.JsonRestore(),
+        }
+        what = f"checkpoint {step} in {self._directory}"
+        restore = partial(self._manager.restore, step, args=ocp.args.Composite(**items))
+        restored, problem = read_or_damage(what, restore, texts_of_hosts)
+        if restored is None:
+            return None, problem
+        state, sums, data = restored["state"], restored["sums"], restored["data"]
+        found, problem = read_or_damage(what, lambda: damage(sums, checksums(state)), texts_of_hosts)
+        return (None, found or problem) if found or problem else ((state, data), "")
 
     def _check_tree(self, step: int, abstract: TrainState) -> None:
         try:
@@ -248,7 +274,7 @@ class Checkpoints:
         try:
             manager.wait_until_finished()
         except Exception as error:  # whatever a full or broken disk raises
-            return _reason(error)
+            return one_line(error)
         return ""
 
     def _read_back(self, written: Future[str], step: int) -> str:
@@ -256,12 +282,16 @@ class Checkpoints:
         problem = written.result()
         if problem or not is_first_host():
             return problem
+        folder = self._directory / str(step)
+
+        def compare() -> str:
+            return damage(json.loads((folder / "sums" / "metadata").read_text()), checksums_on_disk(folder / "state"))
+
         try:
-            folder = self._directory / str(step)
-            expected = json.loads((folder / "sums" / "metadata").read_text())
-            return damage(expected, checksums_on_disk(folder / "state"))
-        except Exception as error:  # as above
-            return _reason(error)
+            found, problem = read_or_damage(f"checkpoint {step} in {self._directory}", compare)
+        except Exception as error:  # no damage; the files are written, and the run can go on
+            return _UNREAD + one_line(error)
+        return found or problem
 
     def _failed(self, step: int, reason: str) -> None:
         """Say that a save failed, clear what is left of it, and open anew: the manager does not survive a failed save."""
@@ -276,7 +306,7 @@ class Checkpoints:
         try:
             self._manager.close()
         except Exception as error:  # the same failure once more
-            log.info("closing after a failed save: %s", _reason(error))
+            log.info("closing after a failed save: %s", one_line(error))
         for left in (self._directory / str(step), *self._directory.glob(f"{step}.orbax-checkpoint-tmp*")):
             shutil.rmtree(left, ignore_errors=True)
         self._manager = self._open()
@@ -295,26 +325,29 @@ class Checkpoints:
         return {info.step for info, stays in zip(infos, stay, strict=True) if stays}
 
     def _pinned(self) -> list[int]:
-        """Checkpoints that a replay starts from."""
-        pinned = []
-        for file in (self._workdir / "replay").glob("*.json"):
-            with suppress(ValueError, KeyError, TypeError):  # a damaged one cannot be replayed from anywhere
-                pinned.append(json.loads(file.read_text())["checkpoint"])
-        return pinned
+        """Checkpoints that a replay starts from; a damaged bundle cannot be replayed from anywhere."""
+        folder = self._workdir / "replay"
+        names, _ = read_or_damage(str(folder), partial(os.listdir, folder))
+        found = [_stored(folder / name, "checkpoint") for name in names or () if name.endswith(".json")]
+        return [step for step in found if isinstance(step, int)]
 
     def _loss_of(self, step: int) -> float | None:
-        try:
-            return json.loads((self._directory / str(step) / "scores" / "metadata").read_text())["validation_loss"]
-        except (OSError, ValueError, KeyError):  # damaged: it is not the best, and restoring says what is wrong
-            return None
+        """None of a damaged one, too: it is not the best, and restoring says what is wrong."""
+        loss = _stored(self._directory / str(step) / "scores" / "metadata", "validation_loss")
+        return float(loss) if isinstance(loss, int | float) else None
 
     def _put_aside(self, problems: dict[int, str]) -> None:
         """Out of the way, so that the run can save at the same steps again; not deleted, since somebody may want to look."""
         for step in problems:
             target = self._workdir / "damaged" / f"{step}-{datetime.now(UTC):%Y%m%d-%H%M%S}"
             if is_first_host():
-                target.parent.mkdir(exist_ok=True)
-                (self._directory / str(step)).rename(target)
+                try:
+                    target.parent.mkdir(exist_ok=True)
+                    (self._directory / str(step)).rename(target)
+                except OSError as error:
+                    raise CheckpointError(
+                        f"damaged checkpoint {step} cannot be moved to {target}: {error.strerror}; move it away yourself"
+                    ) from error
             log.warning("damaged checkpoint %s was moved to %s", step, target)
             self._good.discard(step)
         if problems:
@@ -330,7 +363,6 @@ def bytes_of(state: PyTree) -> int:
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
 
 
-def _reason(error: Exception) -> str:
-    """In one line; of a long chain of causes the beginning and the end, where the first cause stands."""
-    text = (str(error).splitlines() or [type(error).__name__])[0]
-    return text if len(text) <= 300 else f"{text[:120]} ... {text[-160:]}"
+def _stored(file: Path, key: str) -> Any:
+    """What a JSON file has under a key; None where it is damaged. UnreadableError where that cannot be told now."""
+    return read_or_damage(str(file), lambda: json.loads(file.read_text())[key])[0]

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 from pathlib import Path
 
 from deepstack_jax.config import Config, TrainConfig, differences
-from deepstack_jax.training.checkpoint import CheckpointError, bytes_of
+from deepstack_jax.training.checkpoint import bytes_of
+from deepstack_jax.training.reading import CheckpointError, UnreadableError, read_json, saved_steps
 from deepstack_jax.types import PyTree
 
 # Keys that may change between the parts of one run: they decide what is shown and kept, not what is computed; or where a run
@@ -32,11 +32,6 @@ HARMLESS = (
 )
 # Those that may change as far as the same examples come out of them, token by token: see `check_same_data`.
 PLACES = ("data.root", "data.tokenizer")
-
-
-def saved_steps(workdir: Path) -> list[int]:
-    """Steps of the checkpoints that lie in a workdir, damaged ones among them."""
-    return sorted(int(folder.name) for folder in (workdir / "checkpoints").glob("*") if folder.name.isdigit())
 
 
 def check_room(workdir: Path, state: PyTree, train: TrainConfig, steps: int) -> str | None:
@@ -71,11 +66,12 @@ def check_same_run(config: Config, workdir: Path) -> list[str]:
     if not stored.exists():
         return []
     try:
-        changed = differences(config, json.loads(stored.read_text()))
-    except ValueError as error:
+        changed = differences(config, read_json(stored))
+    except UnreadableError:
+        raise
+    except CheckpointError as error:
         raise CheckpointError(
-            f"{stored} is damaged ({error}); if --config is that of the run, delete the file and run the same command again: "
-            "it is written anew"
+            f"{error}; if --config is that of the run, delete the file and run the same command again: it is written anew"
         ) from error
     lines = {key: f"{key}: {theirs!r} there, {ours!r} now" for key, (ours, theirs) in changed.items()}
     fatal = [line for key, line in lines.items() if key not in PLACES and not key.startswith(HARMLESS)]
@@ -95,10 +91,10 @@ def check_same_data(config: Config, workdir: Path, texts: str) -> None:
     """
     if not (workdir / "config.json").exists() or not saved_steps(workdir):
         return
-    changed = differences(config, json.loads((workdir / "config.json").read_text()))
+    changed = differences(config, read_json(workdir / "config.json"))
     moved = [f"{key}: {changed[key][1]!r} there, {changed[key][0]!r} now" for key in PLACES if key in changed]
     manifest = workdir / "manifest.json"
-    known = json.loads(manifest.read_text())["data"].get("texts") if manifest.exists() else None
+    known = read_json(manifest)["data"].get("texts") if manifest.exists() else None
     if moved and known != texts:
         raise CheckpointError(
             f"{workdir} holds a run on other examples, or that read them as other tokens ({', '.join(moved)}); point to those "

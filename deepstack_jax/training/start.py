@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import os
 import re
 from collections.abc import Callable, Mapping
@@ -17,6 +16,8 @@ from pathlib import Path
 import numpy as np
 
 from deepstack_jax.config import Config, build_config
+from deepstack_jax.training.reading import UnreadableError, saved_steps
+from deepstack_jax.training.reading import read_json as read_stored
 from deepstack_jax.training.trained import restore_params
 from deepstack_jax.weights.files import StoredTensor, WeightsError
 from deepstack_jax.weights.folders import Checkpoint, open_checkpoint
@@ -65,7 +66,7 @@ def run_tensors(workdir: str | Path, only: tuple[str, ...] = ("",)) -> dict[str,
       WeightsError: the run has no checkpoint yet.
     """
     folder = Path(workdir).expanduser()
-    if not any(entry.name.isdigit() for entry in (folder / "checkpoints").iterdir()):
+    if not saved_steps(folder):
         raise WeightsError(f"{folder} is a run without a checkpoint; let it train until it has one, or name another")
     table = Table(_config_of(folder))
 
@@ -102,7 +103,9 @@ def _open_run(workdir: str, run: Config) -> Checkpoint:
 
 def _config_of(workdir: Path) -> Config:
     try:
-        return build_config(json.loads((workdir / "config.json").read_text()))
+        return build_config(read_stored(workdir / "config.json"))
+    except UnreadableError:
+        raise
     except ValueError as error:
         raise WeightsError(f"{workdir}/config.json cannot be used: {error}; name another run") from error
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -11,9 +12,9 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from deepstack_jax.config import Config, build_config
-from deepstack_jax.training.checkpoint import CheckpointError
 from deepstack_jax.training.checksums import checksums_in_memory, damage
 from deepstack_jax.training.optimizer import flatten, unflatten
+from deepstack_jax.training.reading import CheckpointError, read_json, read_or_damage, saved_steps
 from deepstack_jax.weights.names import Table
 
 log = logging.getLogger(__name__)
@@ -27,18 +28,18 @@ def restore_params(workdir: Path, only: tuple[str, ...] = ("",)) -> tuple[int, C
     written before there were checksums is taken as it is.
 
     Raises:
-      CheckpointError: there is no checkpoint that can be read whole.
+      CheckpointError: there is no checkpoint that can be read whole; or (UnreadableError) storage fails now.
     """
-    config = build_config(json.loads((workdir / "config.json").read_text()))
+    config = build_config(read_json(workdir / "config.json"))
     shapes = {path: leaf.shape for path, leaf in Table(config).leaves.items() if path.startswith(only)}
-    folders = [folder for folder in (workdir / "checkpoints").absolute().glob("*") if folder.name.isdigit()]
     problems = []
-    for folder in sorted(folders, key=lambda folder: int(folder.name), reverse=True):
-        try:
-            return int(folder.name), config, _read(folder, shapes)
-        except Exception as error:  # tensorstore, orbax and json each raise their own kinds on damaged files
-            problems.append(f"step {folder.name}: {(str(error).splitlines() or [type(error).__name__])[0][:300]}")
-            log.warning("checkpoint %s is damaged, trying the one before: %s", folder, problems[-1])
+    for step in reversed(saved_steps(workdir)):
+        folder = (workdir / "checkpoints" / str(step)).absolute()
+        leaves, problem = read_or_damage(str(folder), partial(_read, folder, shapes))
+        if leaves is not None:
+            return step, config, leaves
+        problems.append(f"step {step}: {problem}")
+        log.warning("checkpoint %s is damaged, trying the one before: %s", folder, problems[-1])
     if not problems:
         raise CheckpointError(f"there is no checkpoint in {workdir}; train it first")
     raise CheckpointError(f"no checkpoint in {workdir} can be read ({'; '.join(problems)}); copy the run there again")

@@ -22,6 +22,11 @@ def ending(body: str) -> subprocess.CompletedProcess[str]:
             "raise OSError(errno.ENOSPC, 'No space left on device', 'runs/a/x.json')",
             "cannot write runs/a/x.json: No space",
         ),
+        (
+            "raise OSError(errno.EIO, 'Input/output error', 'runs/a/metrics.jsonl')",
+            "cannot read or write runs/a/metrics.jsonl: Input/output error; run the same command again when that is mended",
+        ),
+        ("raise MemoryError", "out of memory: this process was given no more; use a machine with more"),
         ("raise OSError(errno.EDQUOT, 'Disk quota exceeded')", "cannot write: Disk quota exceeded; make room and run the same"),
         (
             "import jax; jax.numpy.zeros(1 << 50, 'int8').block_until_ready()",

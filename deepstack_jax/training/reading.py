@@ -1,0 +1,143 @@
+"""Reading what runs have left: damage, which no further try mends, apart from storage or memory that fails just now."""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import os
+import re
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+PAUSES = (1.0, 3.0, 10.0)
+"""Seconds before each further try."""
+
+# What the operating system says of a file that is missing, or something else than it was written as.
+_MISSING = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG)
+_MISSING_KINDS = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
+# How the bytes of a damaged file fail in json, orbax and tensorstore; its DATA_LOSS and NOT_FOUND come as ValueErrors.
+_UNDECODABLE = (ValueError, LookupError, TypeError, AttributeError, EOFError, RecursionError, OSError)
+# Status codes of tensorstore and of jax that say nothing of the file.
+_PASSING = re.compile(
+    r"\b(?:UNAVAILABLE|DEADLINE_EXCEEDED|RESOURCE_EXHAUSTED|INTERNAL|ABORTED|CANCELLED|UNKNOWN|PERMISSION_DENIED"
+    r"|UNAUTHENTICATED)\b:"
+)
+_NUMBER = re.compile(r"(?:os_error_code='|\[Errno )(\d+)")
+_WORDS = tuple(
+    os.strerror(number)
+    for number in (
+        *(errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT),
+        *(errno.EMFILE, errno.ENFILE, errno.EINTR, errno.EAGAIN, errno.ENOMEM, errno.EBUSY, errno.ENOTCONN, errno.ECONNRESET),
+        *(errno.ECONNREFUSED, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENETUNREACH, errno.EPIPE),
+    )
+)
+_NOW = "now: "  # before what a host says of a failure that is no damage
+
+
+class CheckpointError(ValueError):
+    """The checkpoints in a workdir cannot be used by this run, or none could be written; no good one was touched."""
+
+
+class UnreadableError(CheckpointError, OSError):
+    """Storage that fails now, after several tries; nothing is known to be damaged, and nothing was changed."""
+
+
+def is_damage(error: BaseException) -> bool:
+    """Whether an error is about the bytes that were read (missing, cut, not what they should be) and nothing passing."""
+    return isinstance(error, _UNDECODABLE) and not _is_passing(error)
+
+
+def _is_passing(error: BaseException) -> bool:
+    """Whether the error, or any that led to it, tells of memory, storage, a network or rights."""
+    chain = [error]
+    for link in chain:
+        text, numbers = str(link), list[int]()
+        if isinstance(link, OSError):
+            if link.errno is None and not isinstance(link, _MISSING_KINDS):
+                return True
+            numbers += [link.errno] if link.errno is not None else []
+        numbers += map(int, _NUMBER.findall(text))
+        if isinstance(link, MemoryError) or any(number not in _MISSING for number in numbers):
+            return True
+        if not numbers and (_PASSING.search(text) or any(words in text for words in _WORDS)):
+            return True
+        led = [link.__cause__, None if link.__suppress_context__ else link.__context__]
+        led += link.exceptions if isinstance(link, BaseExceptionGroup) else ()
+        chain += [earlier for earlier in led if earlier is not None and earlier not in chain]
+    return False
+
+
+def _is_memory(error: BaseException) -> bool:
+    """Too little memory on the host or a device, which what runs a verb has advice for."""
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" in str(error))
+
+
+def read_or_damage(
+    what: str, read: Callable[[], T], agree: Callable[[str], list[str]] = lambda said: [said]
+) -> tuple[T | None, str]:
+    """(what `read` gives, ""), or (None, what is damaged). All other failures are tried again, after a pause.
+
+    Args:
+      what: is read, for messages.
+      agree: what all hosts say that read it together: they go on, try again or give up together. Alone by default.
+
+    Raises:
+      UnreadableError: the storage still fails at the last try.
+      Exception: anything else is raised as it is: too little memory, or a defect.
+    """
+    for pause in (*PAUSES, None):
+        result, failure = None, None
+        try:
+            result = read()
+        except Exception as error:  # tensorstore, orbax and json each raise their own kinds
+            failure = error.with_traceback(None)  # whose frames may hold what memory lacks
+        mine = "" if failure is None else one_line(failure) if is_damage(failure) else f"{_NOW}{one_line(failure)}"
+        said = [text for text in agree(mine) if text]
+        passing = [text.removeprefix(_NOW) for text in said if text.startswith(_NOW)]
+        if not passing:
+            return (None, said[0]) if said else (result, "")
+        if pause is not None:
+            log.warning("%s cannot be read now (%s); trying again in %g s", what, passing[0], pause)
+            time.sleep(pause)
+        elif failure is not None and (_is_memory(failure) or not _is_passing(failure)):
+            raise failure
+        else:
+            raise UnreadableError(
+                f"{what} cannot be read now, in {len(PAUSES) + 1} tries: {passing[0]}; nothing is known to be damaged and "
+                "nothing was changed: run the same command again when its storage answers"
+            ) from failure
+    raise AssertionError("the last try returns or raises")
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The object in a JSON file of a workdir.
+
+    Raises:
+      CheckpointError: it is missing or damaged, or (UnreadableError) cannot be read now.
+    """
+    value, damage = read_or_damage(str(file), lambda: json.loads(file.read_text()))
+    if not damage and not isinstance(value, dict):
+        damage = f"it holds a {type(value).__name__}, expected an object"
+    if damage:
+        raise CheckpointError(f"{file} is damaged ({damage})")
+    return value or {}
+
+
+def saved_steps(workdir: Path) -> list[int]:
+    """Steps of the checkpoints that lie in a workdir, damaged ones among them; OSError where that cannot be told now."""
+    folder = workdir / "checkpoints"
+    names, _ = read_or_damage(str(folder), lambda: os.listdir(folder))
+    return sorted(int(name) for name in names or () if name.isascii() and name.isdigit())
+
+
+def one_line(error: BaseException) -> str:
+    """In one line; of a long chain of causes the beginning and the end, where the first cause stands."""
+    text = (str(error).splitlines() or [type(error).__name__])[0]
+    return text if len(text) <= 300 else f"{text[:120]} ... {text[-160:]}"
