@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
 from deepstack_jax.config import Config
 from deepstack_jax.config_checks import nearest
-from deepstack_jax.weights.files import WeightsError
+from deepstack_jax.weights.files import WeightsError, quote
 
 # What stands in the sequence and what is injected; an official folder has at most one of these.
 _STACKS = {
@@ -29,7 +30,7 @@ def ablation_text(values: Mapping[str, Any]) -> str:
     text = values.get("deepstack_args_for_ablation") or ""
     if not isinstance(text, str):
         raise WeightsError(
-            f"config.json: deepstack_args_for_ablation is {text!r}, expected names joined by '+', such as '2xsample'"
+            f"config.json: deepstack_args_for_ablation is {quote(text)}, expected names joined by '+', such as '2xsample'"
         )
     return text
 
@@ -60,11 +61,11 @@ def ablations_from(text: str, tower_layers: int) -> dict[str, dict[str, Any]]:
             image["fit"] = "letterbox"
         elif flag == "deepstack_vit":
             deepstack["into"] = "vision"
-        elif flag.startswith(_START) and flag.removeprefix(_START).isdigit():
+        elif re.fullmatch(_START + "[0-9]{1,4}", flag):
             deepstack["vision_start"] = int(flag.removeprefix(_START))
         else:
             why = _REFUSED.get(flag) or f"is unknown; {nearest(flag, KNOWN)}"
-            raise WeightsError(f"deepstack_args_for_ablation got {text!r}: {flag!r} {why}")
+            raise WeightsError(f"deepstack_args_for_ablation got {quote(text)}: {quote(flag)} {why}")
     if deepstack.get("into") != "vision":
         deepstack.pop("vision_start", None)  # upstream reads it with deepstack_vit only
     elif deepstack.get("vision_start", -1) >= tower_layers:
@@ -81,7 +82,7 @@ def pooled_baseline(text: str) -> dict[str, Any]:
     flags = [flag for flag in text.split("+") if flag]
     for flag in flags:
         if flag == "deepstack_vit":
-            raise WeightsError(f"deepstack_args_for_ablation got {text!r}, which needs image_aspect_ratio 'deepstack'")
+            raise WeightsError(f"deepstack_args_for_ablation got {quote(text)}, which needs image_aspect_ratio 'deepstack'")
     ablations_from("+".join(flag for flag in flags if flag != _POOLED), 0)
     return {"pool": 2} if _POOLED in flags else {}
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import reprlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +32,20 @@ BEYOND_FILE = "deepstack_jax.json"  # in a folder that we wrote: what the offici
 
 class WeightsError(ConfigError):
     """A checkpoint that cannot be used; the message names what, what was expected and the next move."""
+
+    def __init__(self, message: str) -> None:
+        """Nothing in the names and values of a stranger's file can end the line or speak to a terminal."""
+        super().__init__("".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in message))
+
+
+_REPR = reprlib.Repr()
+_REPR.maxstring = _REPR.maxother = _REPR.maxlong = 100
+_REPR.maxlevel = 3
+
+
+def quote(value: Any) -> str:
+    """A stranger's value for a message: its beginning and end where it is long."""
+    return _REPR.repr(value)
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,9 @@ from deepstack_jax.config import Config, build_config, to_dict
 from deepstack_jax.config_checks import ConfigError
 from deepstack_jax.weights.files import BEYOND_FILE, StoredTensor, WeightsError
 from deepstack_jax.weights.hf_config import BARE, CARRIED, WORDED, check_against, from_hf, is_llava_hf, tower_from
-from deepstack_jax.weights.hf_decoder import decoder_from
+from deepstack_jax.weights.hf_decoder import decoder_from, word
 from deepstack_jax.weights.hf_export import tower_to_hf
+from deepstack_jax.weights.hf_image import processor_of
 from deepstack_jax.weights.io import open_files, read_json, weight_files
 from deepstack_jax.weights.names import TOWER, canonical
 
@@ -183,8 +184,7 @@ def _describe(
     if tower_json is None and name in _DEFAULT_TOWERS and any(tensor.startswith(TOWER) for tensor in tensors):
         tower_json = tower_to_hf(Config())
     beside = folder if is_llava_hf(values) else tower
-    preprocessor = beside / "preprocessor_config.json" if beside is not None else None
-    pixels = read_json(preprocessor) if preprocessor is not None and preprocessor.exists() else {}
+    pixels = processor_of(beside) if beside is not None else {}
     if values.get("model_type") not in BARE:
         return from_hf(values, tower_json, pixels)
     if run is None or tower_json is None:
@@ -233,7 +233,7 @@ def _collect(
     """All tensors by official name: the folder's own, then what the others add."""
     own = folder / PROJECTOR_FILE
     try:
-        files = weight_files(folder)
+        files = weight_files(folder, word(values, "transformers_weights"))
     except WeightsError:
         if not own.exists():
             raise

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import dataclasses
 import difflib
 import math
@@ -12,10 +11,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from deepstack_jax.config import Config, DataConfig, DeepStackConfig, ImageConfig, ProjectorConfig, VisionConfig
-from deepstack_jax.config_checks import CHOICES, ConfigError, check_config, nearest
+from deepstack_jax.config_checks import CHOICES, check_config, nearest
 from deepstack_jax.weights.ablations import ablation_text, ablations_from, pooled_baseline
-from deepstack_jax.weights.files import WeightsError
-from deepstack_jax.weights.hf_decoder import decoder_from, expect, number, real
+from deepstack_jax.weights.files import WeightsError, quote
+from deepstack_jax.weights.hf_decoder import decoder_from, expect, flag, number, real, section, word
+from deepstack_jax.weights.hf_image import check_pinpoints, image_values, pads, pinpoints_from
+from deepstack_jax.weights.io import present
 
 # model_type -> the decoder that it has.
 OFFICIAL = {
@@ -88,36 +89,37 @@ def from_hf(
     Args:
       values: its config.json.
       tower: config.json of the vision tower that it names; `llava-hf` folders hold their own.
-      preprocessor: preprocessor_config.json of the tower (of the folder itself for `llava-hf`), for mean and deviation.
+      preprocessor: settings of the image processor beside the tower (beside the folder's config.json for `llava-hf`).
 
     Raises:
       WeightsError: a value that is unknown or not implemented; going on would compute another model than the file's.
     """
-    kind = values.get("model_type")
+    values, tower, preprocessor = (present(given) for given in (values, tower, preprocessor or {}))
+    kind = word(values, "model_type")
     if "quantization_config" in values:
         raise WeightsError("config.json: quantization_config is set; quantised weights are not read: give the full model")
-    if is_llava_hf(values) and kind in LLAVA_HF:
-        config = _from_llava_hf(values, preprocessor or {})
-    elif kind in OFFICIAL:
-        config = _from_official(values, tower, preprocessor or {})
-    else:
+    inner = is_llava_hf(values) and kind in LLAVA_HF
+    if not inner and kind not in OFFICIAL:
         valid = sorted({*OFFICIAL, *LLAVA_HF})
         raise WeightsError(
-            f"config.json: model_type is {kind!r}, expected {', '.join(valid)} (a bare {', '.join(BARE)} needs --tower and a "
-            f"recipe); {nearest(str(kind), valid)}"
+            f"config.json: model_type is {quote(kind)}, expected {', '.join(valid)} (a bare {', '.join(BARE)} needs --tower "
+            f"and a recipe); {nearest(kind[:100], valid)}"
         )
     try:
+        config = _from_llava_hf(values, preprocessor) if inner else _from_official(values, tower, preprocessor)
         check_config(config)
-    except ConfigError as error:
+        return config
+    except WeightsError:
+        raise
+    except ValueError as error:
         raise WeightsError(f"config.json describes a model that cannot run: {error}") from error
-    return config
 
 
 def _from_official(values: Mapping[str, Any], tower: Mapping[str, Any] | None, preprocessor: Mapping[str, Any]) -> Config:
     _refuse(values)
     if tower is None:
         raise WeightsError(
-            f"config.json: mm_vision_tower is {values.get('mm_vision_tower')!r}, which is no folder here; put the "
+            f"config.json: mm_vision_tower is {quote(values.get('mm_vision_tower'))}, which is no folder here; put the "
             "tower's folder beside config.json under that name, or name it: convert --tower=DIR, train --config.train.tower=DIR"
         )
     kind = OFFICIAL[values["model_type"]]
@@ -125,14 +127,14 @@ def _from_official(values: Mapping[str, Any], tower: Mapping[str, Any] | None, p
     vision = dataclasses.replace(
         vision, feature_layer=number({"mm_vision_select_layer": -2} | dict(values), "mm_vision_select_layer", above=None)
     )
-    expect(values, "mm_hidden_size", vision.width, None, move="the tower is another one than the projector was trained on")
+    expect(values, "mm_hidden_size", vision.width, move="the tower is another one than the projector was trained on")
     decoder = decoder_from(values, kind)
     parts = _deepstack(values, vision.layers) if values.get("image_aspect_ratio") == "deepstack" else _baseline(values)
     if values["model_type"] in DEEPSTACK and parts["image"]["mode"] in ("pad", "square"):
         parts["deepstack"] |= pooled_baseline(ablation_text(values))
     if parts["deepstack"].get("start", 0) >= decoder.layers:  # upstream then injects nothing
         parts["deepstack"] = _never_injected(parts["deepstack"], decoder.layers)
-    image = ImageConfig(size=size, **{**_pixels(preprocessor, size), **parts["image"]})
+    image = ImageConfig(size=size, **image_values(preprocessor, size, parts["image"]["mode"], "official"), **parts["image"])
     vision = dataclasses.replace(vision, **parts["vision"])
     config = Config(
         image=image,
@@ -141,7 +143,7 @@ def _from_official(values: Mapping[str, Any], tower: Mapping[str, Any] | None, p
         decoder=decoder,
         deepstack=DeepStackConfig(**parts["deepstack"]),
     )
-    length = values.get("tokenizer_model_max_length") or decoder.max_positions
+    length = values.get("tokenizer_model_max_length", decoder.max_positions)
     return _with_data(config, length, "phi3_instruct" if kind == "phi3" else "v1")
 
 
@@ -150,28 +152,28 @@ def _refuse(values: Mapping[str, Any]) -> None:
     other = "choose a checkpoint without it"
     _refuse_unknown(values)
     for key in ("twoviews_unshare", "s2", "mm_use_im_start_end"):
-        expect(values, key, False, None, move=other)
-    expect(values, "mm_vision_select_feature", "patch", None, move=other)
-    expect(values, "mm_resampler_type", None, move=other)
+        expect(values, key, False, move=other)
+    expect(values, "mm_vision_select_feature", "patch", move=other)
+    expect(values, "mm_resampler_type", move="choose a checkpoint without it")
 
 
 def _refuse_unknown(values: Mapping[str, Any]) -> None:
     """Keys of the multimodal part that nobody here knows: a misspelt one would silently be its default."""
     for key, value in values.items():
-        if key in KNOWN or value is None:
+        if key in KNOWN:
             continue
         if key.startswith(("mm_", "image_", "deepstack_")) or difflib.get_close_matches(key, UNPREFIXED, cutoff=0.85):
             raise WeightsError(
-                f"config.json: {key} is {value!r}, a key that the official code does not have; {nearest(key, KNOWN)}; "
-                "remove it if nothing depends on it"
+                f"config.json: {key[:200]} is {quote(value)}, a key that the official code does not have; "
+                f"{nearest(key, KNOWN)}; remove it if nothing depends on it"
             )
 
 
 def _projector(values: Mapping[str, Any]) -> ProjectorConfig:
-    kind = values.get("mm_projector_type", "linear")
-    match = re.fullmatch(r"linear|mlp([1-9])x_gelu", str(kind))
+    kind = word(values, "mm_projector_type", "linear")
+    match = re.fullmatch(r"linear|mlp([1-9])x_gelu", kind)
     if not match:
-        raise WeightsError(f"config.json: mm_projector_type is {kind!r}, expected linear or mlpNx_gelu")
+        raise WeightsError(f"config.json: mm_projector_type is {quote(kind)}, expected linear or mlpNx_gelu")
     if kind == "mlp1x_gelu":  # named like a list of layers, and one nonetheless
         raise WeightsError("config.json: mm_projector_type is 'mlp1x_gelu', one layer: call it 'linear', its tensors too")
     return ProjectorConfig(int(match[1] or 1))
@@ -184,16 +186,16 @@ def _deepstack(values: Mapping[str, Any], tower_layers: int) -> dict[str, dict[s
     if "num_crops" not in values:
         raise WeightsError("config.json: num_crops is missing, which image_aspect_ratio 'deepstack' needs; the paper has 4")
     image["num_crops"] = number(values, "num_crops", above=0 if image.get("grid") == "square" else 1)
-    image["mode"] = "hd" if values.get("is_anyres_deepstack") else "deepstack"
+    image["mode"] = "hd" if flag(values, "is_anyres_deepstack", False) else "deepstack"
     image["merge"] = _merge(values)
     counts = {"deepstack_start_id": 1, "deepstack_interval": 1} | dict(values)
     stack["start"] = number(counts, "deepstack_start_id", above=-1)
     stack["interval"] = number(counts, "deepstack_interval")
-    sampling = values.get("deepstack_sampling", "2d")
+    sampling = word(values, "deepstack_sampling", "2d")
     if sampling not in ("2d", "1d", "grid", "2d_scaledown"):
         raise WeightsError(
-            f"config.json: deepstack_sampling is {sampling!r}, expected 2d, 1d, grid or 2d_scaledown; "
-            + nearest(str(sampling), ("2d", "1d", "grid", "2d_scaledown"))
+            f"config.json: deepstack_sampling is {quote(sampling)}, expected 2d, 1d, grid or 2d_scaledown; "
+            + nearest(sampling, ("2d", "1d", "grid", "2d_scaledown"))
         )
     if image["mode"] == "deepstack" and stack.get("into") != "vision":  # elsewhere upstream does not look at it
         stack |= {"sampling": "2d", "pool": 2} if sampling == "2d_scaledown" else {"sampling": sampling}
@@ -202,12 +204,12 @@ def _deepstack(values: Mapping[str, Any], tower_layers: int) -> dict[str, dict[s
 
 def _baseline(values: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """Image values of LLaVA-1.5 and LLaVA-NeXT."""
-    aspect = values.get("image_aspect_ratio") or "square"
+    aspect = word(values, "image_aspect_ratio") or "square"
     modes = ("pad", "anyres", "square")
     if aspect not in modes:
         raise WeightsError(
-            f"config.json: image_aspect_ratio is {aspect!r}, expected deepstack, pad, anyres or square; "
-            + nearest(str(aspect), ("deepstack", *modes))
+            f"config.json: image_aspect_ratio is {quote(aspect)}, expected deepstack, pad, anyres or square; "
+            + nearest(aspect, ("deepstack", *modes))
         )
     image: dict[str, Any] = {"mode": aspect, "merge": _merge(values)}
     if aspect == "anyres":
@@ -227,53 +229,42 @@ def _never_injected(stack: dict[str, Any], layers: int) -> dict[str, Any]:
 
 
 def _merge(values: Mapping[str, Any]) -> str:
-    merge = values.get("mm_patch_merge_type") or "flat"
+    merge = word(values, "mm_patch_merge_type") or "flat"
     if merge not in MERGES:
         raise WeightsError(
-            f"config.json: mm_patch_merge_type is {merge!r}, expected {', '.join(MERGES)}; {nearest(str(merge), MERGES)}"
+            f"config.json: mm_patch_merge_type is {quote(merge)}, expected {', '.join(MERGES)}; {nearest(merge, MERGES)}"
         )
     return merge
 
 
-def pinpoints_from(value: Any) -> tuple[tuple[int, int], ...]:
-    """image_grid_pinpoints, a list of pairs or its text.
-
-    Raises:
-      WeightsError: it is neither.
-    """
-    try:
-        pairs = ast.literal_eval(value) if isinstance(value, str) else value
-        return tuple((int(first), int(second)) for first, second in pairs)
-    except (ValueError, TypeError, SyntaxError) as error:
-        raise WeightsError(
-            f"config.json: image_grid_pinpoints is {value!r}, expected pairs of pixels such as [[336, 672], [672, 336]]"
-        ) from error
-
-
 def _from_llava_hf(values: Mapping[str, Any], preprocessor: Mapping[str, Any]) -> Config:
     other = "choose a checkpoint without it"
-    text = values.get("text_config") or {}
-    kind = text.get("model_type", "llama")
+    text, inner = section(values, "text_config"), section(values, "vision_config")
+    kind = word(text, "model_type", "llama")
     if kind not in BARE:
-        raise WeightsError(f"config.json: text_config has model_type {kind!r}, expected {', '.join(BARE)}; {other}")
-    expect(values, "vision_feature_select_strategy", "default", None, move=other)
-    expect(values, "projector_hidden_act", "gelu", None, move=other)
-    expect(values, "multimodal_projector_bias", True, None, move=other)
-    expect(values, "tie_word_embeddings", False, None, move="save the model with a head of its own first")
-    expect(values, "use_image_newline_parameter", True, None, move=other)
-    inner = values.get("vision_config") or {}
+        raise WeightsError(f"config.json: text_config has model_type {quote(kind)}, expected {', '.join(BARE)}; {other}")
+    expect(values, "vision_feature_select_strategy", "default", move=other)
+    expect(values, "projector_hidden_act", "gelu", move=other)
+    expect(values, "multimodal_projector_bias", True, move=other)
+    expect(values, "tie_word_embeddings", False, move="save the model with a head of its own first")
+    expect(values, "use_image_newline_parameter", True, move=other)
     vision, size = tower_from({"model_type": "clip_vision_model"} | _LLAVA_HF_TOWER | dict(inner))
     layer = values.get("vision_feature_layer", -2)
-    if not isinstance(layer, int):
-        raise WeightsError(f"config.json: vision_feature_layer is {layer!r}, expected one layer such as -2; {other}")
-    pixels = _pixels(preprocessor, size)
-    if values["model_type"] == "llava_next":
+    if type(layer) is not int:
+        raise WeightsError(f"config.json: vision_feature_layer is {quote(layer)}, expected one layer such as -2; {other}")
+    model = values["model_type"]
+    mode = "anyres" if model == "llava_next" else "pad" if pads(preprocessor) else "square"
+    pixels = image_values(preprocessor, size, mode, model)
+    if model == "llava_next":
         pairs = values.get("image_grid_pinpoints") or [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
+        check_pinpoints(preprocessor, pairs)
         points = tuple((width, height) for height, width in pinpoints_from(pairs))  # there they are (height, width)
-        image = ImageConfig(mode="anyres", merge="spatial_unpad", size=size, pinpoints=points, **pixels)
+        image = ImageConfig(mode=mode, merge="spatial_unpad", size=size, pinpoints=points, **pixels)
     else:
-        image = ImageConfig(mode="pad" if preprocessor.get("do_pad") else "square", size=size, **pixels)
+        image = ImageConfig(mode=mode, size=size, **pixels)
     decoder = decoder_from(text, kind)
+    if decoder.rope.scaling == "yarn":  # transformers 5 computes Phi-3's as longrope
+        decoder = dataclasses.replace(decoder, rope=dataclasses.replace(decoder.rope, scaling="longrope"))
     if decoder.sliding_window:  # transformers counts the token itself, upstream's masks do not
         decoder = dataclasses.replace(decoder, sliding_window=decoder.sliding_window - 1)
     config = Config(
@@ -291,14 +282,16 @@ def tower_from(values: Mapping[str, Any]) -> tuple[VisionConfig, int]:
     Raises:
       WeightsError: no CLIP.
     """
-    kind = values.get("model_type")
+    values = present(values)
+    kind = word(values, "model_type")
     if kind not in TOWERS:
         raise WeightsError(
-            f"the vision tower's config.json has model_type {kind!r}, expected {' or '.join(TOWERS)}; give one with --tower=DIR"
+            f"the vision tower's config.json has model_type {quote(kind)}, expected {' or '.join(TOWERS)}; "
+            "give one with --tower=DIR"
         )
     if kind == "clip":
-        values = values.get("vision_config") or values.get("vision_config_dict") or {}
-    get = _TOWER_DEFAULTS | {key: value for key, value in values.items() if value is not None}
+        values = section(values, "vision_config") or section(values, "vision_config_dict")
+    get = _TOWER_DEFAULTS | dict(values)
     expect(get, "hidden_act", "quick_gelu", "gelu", move="choose another tower")
     expect(get, "num_channels", 3, move="choose another tower")
     vision = VisionConfig(
@@ -313,27 +306,10 @@ def tower_from(values: Mapping[str, Any]) -> tuple[VisionConfig, int]:
     return vision, number(get, "image_size")
 
 
-def _pixels(preprocessor: Mapping[str, Any], size: int) -> dict[str, Any]:
-    """Mean and deviation of a preprocessor_config.json, whose crop must be the tower's picture."""
-    crop = preprocessor.get("crop_size", size)
-    sides = tuple(crop.get(side) for side in ("height", "width")) if isinstance(crop, Mapping) else (crop, crop)
-    if sides != (size, size):
-        raise WeightsError(f"preprocessor_config.json: crop_size is {crop}, expected the tower's {size}; take its own file")
-    expect(preprocessor, "resample", 3, None, move="only bicubic resizing (3) is what the official code computes with")
-    keys = (("image_mean", "mean"), ("image_std", "std"))
-    for key in (theirs for theirs, _ in keys if theirs in preprocessor):
-        value = preprocessor[key]
-        if not isinstance(value, list) or len(value) != 3 or not all(isinstance(number, int | float) for number in value):
-            raise WeightsError(
-                f"preprocessor_config.json: {key} is {value!r}, expected three numbers; take the tower's own file"
-            )
-    return {ours: tuple(map(float, preprocessor[theirs])) for theirs, ours in keys if theirs in preprocessor}
-
-
-def _with_data(config: Config, length: int, template: str) -> Config:
+def _with_data(config: Config, length: Any, template: str) -> Config:
     """With template and length; a tokenizer's round 10**30 for "no limit" becomes the model's own."""
     needed = config.visual_tokens_per_image
-    if not needed < length <= 2**24:
+    if type(length) is not int or not needed < length <= 2**24:
         length = max(config.decoder.max_positions, math.ceil((needed + 1) / 1024) * 1024)
     return dataclasses.replace(config, data=DataConfig(template=template, max_length=length))
 

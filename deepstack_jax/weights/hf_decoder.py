@@ -7,7 +7,8 @@ from typing import Any
 
 from deepstack_jax.config import DecoderConfig, RopeConfig
 from deepstack_jax.config_checks import nearest
-from deepstack_jax.weights.files import WeightsError
+from deepstack_jax.weights.files import WeightsError, quote
+from deepstack_jax.weights.io import present
 
 # What transformers assumes where a config.json says nothing.
 _COMMON = {
@@ -46,6 +47,15 @@ _SCALINGS = {
     "yarn": {"short_factor", "long_factor", "original_max_position_embeddings"},
 }
 _SCALINGS["su"] = _SCALINGS["longrope"]
+# Most that a size of config.json may be, where it is not _MOST: beyond, no model is meant, and tables of it would take hours.
+_MOST = 2**24
+_MOST_OF = {
+    "num_hidden_layers": 1024,
+    "num_crops": 100,
+    "image_size": 8192,
+    "patch_size": 8192,
+    "max_position_embeddings": 2**31,
+}
 
 
 def expect(values: Mapping[str, Any], key: str, *allowed: Any, move: str) -> None:
@@ -54,9 +64,9 @@ def expect(values: Mapping[str, Any], key: str, *allowed: Any, move: str) -> Non
     Raises:
       WeightsError: naming the key, the value, the values that can be read, and `move`.
     """
-    if key in values and values[key] not in allowed:
-        wanted = " or ".join(repr(value) for value in allowed)
-        raise WeightsError(f"config.json: {key} is {values[key]!r}, expected {wanted}; {move}")
+    if values.get(key) is not None and values[key] not in allowed:
+        wanted = " or ".join(repr(value) for value in allowed) or "no such key"
+        raise WeightsError(f"config.json: {key} is {quote(values[key])}, expected {wanted}; {move}")
 
 
 def decoder_from(values: Mapping[str, Any], kind: str) -> DecoderConfig:
@@ -68,17 +78,17 @@ def decoder_from(values: Mapping[str, Any], kind: str) -> DecoderConfig:
     Raises:
       WeightsError: a size is missing or a number it cannot be, or the model computes something that is not implemented.
     """
-    get = DEFAULTS[kind] | {key: value for key, value in values.items() if value is not None}
+    get = DEFAULTS[kind] | present(values)
     other = "choose a checkpoint without it"
-    expect(values, "attention_bias", False, None, move=other)
-    expect(values, "mlp_bias", False, None, move=other)
-    expect(values, "hidden_act", "silu", None, move=other)
-    expect(values, "tie_word_embeddings", False, None, move="save the model with a head of its own first")
-    expect(values, "partial_rotary_factor", 1.0, None, move=other)
+    expect(values, "attention_bias", False, move=other)
+    expect(values, "mlp_bias", False, move=other)
+    expect(values, "hidden_act", "silu", move=other)
+    expect(values, "tie_word_embeddings", False, move="save the model with a head of its own first")
+    expect(values, "partial_rotary_factor", 1.0, move=other)
     heads, width = number(get, "num_attention_heads"), number(get, "hidden_size")
     head_dim = number(get | {"head_dim": get.get("head_dim", width // heads)}, "head_dim")
     window = 0
-    if kind != "llama" and values.get("sliding_window", DEFAULTS[kind].get("sliding_window")) is not None:
+    if kind != "llama" and get.get("sliding_window") is not None:
         window = number(get, "sliding_window")
     return DecoderConfig(
         architecture="phi3" if kind == "phi3" else "llama",
@@ -92,32 +102,36 @@ def decoder_from(values: Mapping[str, Any], kind: str) -> DecoderConfig:
         norm_eps=real(get, "rms_norm_eps"),
         max_positions=number(get, "max_position_embeddings"),
         sliding_window=window,
-        rope=_rope_from(values, get, kind),
+        rope=_rope_from(get, kind),
     )
 
 
-def _rope_from(values: Mapping[str, Any], get: Mapping[str, Any], kind: str) -> RopeConfig:
-    """Rotary positions: `rope_theta` and `rope_scaling`, which transformers 5 writes as one `rope_parameters`."""
-    given = values.get("rope_parameters") or values.get("rope_scaling") or {}
+def _rope_from(get: Mapping[str, Any], kind: str) -> RopeConfig:
+    """Rotary positions, read as transformers 5 does: a `rope_scaling` replaces `rope_parameters`, whatever that says."""
+    given = get.get("rope_scaling") or get.get("rope_parameters") or {}
     if not isinstance(given, Mapping):
         raise WeightsError(
-            f"config.json: rope_scaling is {given!r}, expected an object with a type; take it from the model's source"
+            f"config.json: rope_scaling is {quote(given)}, expected an object with a type; take it from the model's source"
         )
     scaling = dict(given)
-    theta = real({"rope_theta": get["rope_theta"]} | scaling, "rope_theta")
+    theta = real(get | scaling, "rope_theta")
     scaling.pop("rope_theta", None)
     kinds = [scaling.pop(key, None) for key in ("rope_type", "type")]
-    name = kinds[0] or kinds[1] or ("unnamed" if scaling else "default")
-    expect(scaling, "partial_rotary_factor", 1.0, None, move="choose a checkpoint without it")
-    scaling = {key: value for key, value in scaling.items() if value is not None and key != "partial_rotary_factor"}
+    name = kinds[0] or kinds[1] or "default"
+    expect(scaling, "partial_rotary_factor", 1.0, move="choose a checkpoint without it")
+    scaling.pop("partial_rotary_factor", None)
     if name == "default":
+        if not kinds[0] and not kinds[1] and set(scaling) & {"factor", "short_factor", "long_factor"}:
+            raise WeightsError(
+                f"config.json: rope_scaling is {quote(given)} without a type, which transformers ignores; say which"
+            )
         return RopeConfig(theta=theta)
-    if name not in _SCALINGS or (name == "yarn" and kind != "phi3"):
+    if not isinstance(name, str) or name not in _SCALINGS or (name == "yarn" and kind != "phi3"):
         raise WeightsError(
-            f"config.json: rope_scaling has type {name!r}, expected linear, llama3, su or longrope (yarn for Phi-3 only); "
+            f"config.json: rope_scaling has type {quote(name)}, expected linear, llama3, su or longrope (yarn for Phi-3 only); "
             f"{nearest(name, _SCALINGS)}"
         )
-    unknown = sorted(set(scaling) - _SCALINGS[name])
+    unknown = sorted(set(scaling) - _SCALINGS[name] - {"original_max_position_embeddings"})
     if unknown:
         raise WeightsError(
             f"config.json: rope_scaling of type {name!r} has {', '.join(unknown)}, expected "
@@ -129,10 +143,17 @@ def _rope_from(values: Mapping[str, Any], get: Mapping[str, Any], kind: str) -> 
             f"config.json: rope_scaling of type {name!r} lacks {', '.join(sorted(needed - set(scaling)))}; take "
             "config.json from the model's source"
         )
-    original = scaling.pop("original_max_position_embeddings", None) or get.get("original_max_position_embeddings", 0)
-    numbers: dict[str, Any] = {k: tuple(map(float, v)) if isinstance(v, list) else float(v) for k, v in scaling.items()}
+    key = "original_max_position_embeddings"
+    inside = {key: number(scaling, key)} if key in scaling else {}  # Phi-3's own stands outside and goes before
+    original = number({key: get["max_position_embeddings"]} | inside | ({key: get[key]} if key in get else {}), key)
+    scaling.pop(key, None)
+    many = ("short_factor", "long_factor")
+    numbers: dict[str, Any] = {
+        key: tuple(real({key: n}, key) for n in value) if key in many and isinstance(value, list) else real(scaling, key)
+        for key, value in scaling.items()
+    }
     name = "longrope" if name == "su" else name
-    return RopeConfig(theta=theta, scaling=name, original_positions=0 if name == "linear" else int(original), **numbers)
+    return RopeConfig(theta=theta, scaling=name, original_positions=0 if name == "linear" else original, **numbers)
 
 
 def decoder_to(config: DecoderConfig) -> dict[str, Any]:
@@ -181,25 +202,52 @@ def decoder_to(config: DecoderConfig) -> dict[str, Any]:
 
 
 def number(values: Mapping[str, Any], key: str, *, above: int | None = 0) -> int:
-    """A whole number of config.json, larger than `above`.
+    """A whole number of config.json, larger than `above`, and no larger than such a number is in any model.
 
     Raises:
       WeightsError: it is something else.
     """
-    value = values[key]
-    if not isinstance(value, int) or isinstance(value, bool) or (above is not None and value <= above):
-        wanted = "a whole number" + ("" if above is None else f" above {above}")
-        raise WeightsError(f"config.json: {key} is {value!r}, expected {wanted}; take it from the model's source")
+    value, most = values[key], _MOST_OF.get(key, _MOST)
+    if type(value) is not int or (above is not None and value <= above) or abs(value) > most:
+        wanted = (
+            "a whole number" + ("" if above is None else f" above {above}") + (f" up to {most}" if _over(value, most) else "")
+        )
+        raise WeightsError(f"config.json: {key} is {quote(value)}, expected {wanted}; take it from the model's source")
     return value
 
 
-def real(values: Mapping[str, Any], key: str) -> float:
+def _over(value: Any, most: int) -> bool:
+    return type(value) is int and abs(value) > most
+
+
+def real(values: Mapping[str, Any], key: str, default: float | None = None) -> float:
     """A number of config.json.
 
     Raises:
       WeightsError: it is something else.
     """
-    value = values[key]
-    if not isinstance(value, int | float) or isinstance(value, bool):
-        raise WeightsError(f"config.json: {key} is {value!r}, expected a number; take it from the model's source")
+    value = values.get(key, default)
+    if type(value) not in (int, float) or not abs(value) < 1e30:
+        raise WeightsError(f"config.json: {key} is {quote(value)}, expected a number; take it from the model's source")
     return float(value)
+
+
+def flag(values: Mapping[str, Any], key: str, default: bool) -> bool:
+    """true or false; WeightsError where it is something else."""
+    if type(values.get(key, default)) is not bool:
+        raise WeightsError(f"{key} is {quote(values[key])}, expected true or false; take it from the model's source")
+    return values.get(key, default)
+
+
+def section(values: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    """An object inside an object, empty where it is absent; WeightsError where it is something else."""
+    if not isinstance(values.get(key, {}), Mapping):
+        raise WeightsError(f"{key} is {quote(values[key])}, expected an object; take it from the model's source")
+    return values.get(key, {})
+
+
+def word(values: Mapping[str, Any], key: str, default: str = "") -> str:
+    """A string; WeightsError where it is something else."""
+    if not isinstance(values.get(key, default), str):
+        raise WeightsError(f"{key} is {quote(values[key])}, expected a string; take it from the model's source")
+    return values.get(key, default)

@@ -11,6 +11,7 @@ from deepstack_jax.weights.ablations import ablations_to
 from deepstack_jax.weights.files import WeightsError
 from deepstack_jax.weights.hf_config import CARRIED, WORDED, from_hf
 from deepstack_jax.weights.hf_decoder import decoder_to
+from deepstack_jax.weights.hf_image import RESAMPLE
 
 TOWER_FOLDER = "clip"
 # What the image processor of transformers 4.39 writes about itself.
@@ -175,7 +176,7 @@ def preprocessor_to_hf(config: Config) -> dict[str, Any]:
         "image_mean": list(config.image.mean),
         "image_processor_type": "CLIPImageProcessor",
         "image_std": list(config.image.std),
-        "resample": 3,
+        "resample": RESAMPLE[config.image.global_filter if config.image.mode in ("pad", "square") else "bicubic"],
         "rescale_factor": 1 / 255,
         "size": {"shortest_edge": size},
     }

@@ -4,19 +4,29 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable
+import warnings
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from deepstack_jax.weights.files import StoredTensor, WeightsError, open_safetensors
 from deepstack_jax.weights.pickles import open_bin
 
-# What trainers leave beside a model.
-_OTHER_FILES = re.compile(r"(mm_projector|training_args|optimizer|scheduler|adapter_model|non_lora_trainables)\b.*\.bin")
+# The names of whole weights, in the order in which transformers looks for them; it reads the first that is there.
+_WHOLE = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+_SHARD = re.compile(r"(model|pytorch_model)-(\d{5})-of-(\d{5})\.(safetensors|bin)")
+_MAX_JSON = 2**25  # bytes; the index of a model of 10,000 tensors needs a million
+# Keys whose null says something else than their absence: no sliding window (unsaid, Mistral has one), no such token.
+_NULL_SAYS = ("sliding_window", "bos_token_id", "eos_token_id", "pad_token_id")
 
 
-def weight_files(folder: str | Path) -> list[Path]:
-    """The files of a folder that hold its tensors: safetensors if there are any, else .bin; those of an index if there is one.
+def weight_files(folder: str | Path, named: str = "") -> list[Path]:
+    """The files of a folder that hold its tensors, chosen as transformers chooses them; warns where it could be others.
+
+    A whole file comes before an index, safetensors before .bin. Shards without an index are read where none is missing.
+
+    Args:
+      named: the file or index that config.json names as transformers_weights, which goes before all.
 
     Raises:
       WeightsError: the folder is not there, holds none, or lacks files that its index names.
@@ -24,31 +34,59 @@ def weight_files(folder: str | Path) -> list[Path]:
     folder = Path(folder).expanduser()
     if not folder.is_dir():
         raise WeightsError(f"no folder {folder}; give a checkpoint folder (config.json and *.safetensors or *.bin)")
-    for index, single, pattern in (
-        ("model.safetensors.index.json", "model.safetensors", "*.safetensors"),
-        ("pytorch_model.bin.index.json", "pytorch_model.bin", "*.bin"),
-    ):
-        if (folder / index).exists():
-            return _indexed(folder / index)
-        if (folder / single).exists():
-            return [folder / single]
-        found = [file for file in sorted(folder.glob(pattern)) if not _OTHER_FILES.fullmatch(file.name)]
-        if found:
+    there = [name for name in (named, *_WHOLE) if name and (folder / name).is_file()]
+    if named and (named not in there or not _inside(named) or not named.endswith((".safetensors", ".safetensors.index.json"))):
+        raise WeightsError(
+            f"config.json: transformers_weights is {named[:200]!r}, expected a *.safetensors or its index inside {folder}; "
+            "remove the key or fetch the file"
+        )
+    if there:
+        others = [name for name in there[1:] if name != there[0] and not _belongs(folder / there[0], folder / name)]
+        if others:
+            warnings.warn(
+                f"{folder} has weights in {there[0]} and by {', '.join(others)}; {there[0]} is read, as transformers does: "
+                "delete what is old",
+                stacklevel=2,
+            )
+        return _indexed(folder / there[0]) if there[0].endswith(".json") else [folder / there[0]]
+    for kind in ("safetensors", "bin"):
+        found = [file for file in sorted(folder.glob(f"*.{kind}")) if _SHARD.fullmatch(file.name)]
+        if found and len(found) == int(_SHARD.fullmatch(found[0].name)[3]):  # type: ignore[index]
             return found
+    seen = sorted(file.name for file in folder.iterdir() if file.suffix in (".safetensors", ".bin"))
     raise WeightsError(
-        f"no *.safetensors and no pytorch_model*.bin in {folder}; give the folder with the weights beside their config.json"
+        f"no {' and no '.join(_WHOLE[::2])} in {folder}, nor all shards of one"
+        + (
+            f" ({', '.join(seen)[:300]} are not chosen by themselves: rename those that are meant, or fetch the rest)"
+            if seen
+            else ""
+        )
+        + "; give the folder with the weights beside their config.json"
     )
 
 
+def _inside(name: str) -> bool:
+    """Whether a name in a JSON file leads to a file of its own folder."""
+    return not Path(name).is_absolute() and ".." not in Path(name).parts
+
+
+def _belongs(chosen: Path, other: Path) -> bool:
+    """Whether an index beside a chosen file names nothing but that file: then the two do not disagree."""
+    return other.suffix == ".json" and other.with_suffix("").with_suffix("") == chosen and {chosen} == set(_named_by(other))
+
+
+def _named_by(index: Path) -> list[Path]:
+    names = read_json(index).get("weight_map")
+    if not isinstance(names, dict) or not all(isinstance(name, str) and _inside(name) for name in names.values()):
+        raise WeightsError(f"{index} has no weight_map of tensors to files of its folder; download it again")
+    return [index.parent / name for name in sorted(set(names.values()))]
+
+
 def _indexed(index: Path) -> list[Path]:
-    try:
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        files = [index.parent / Path(name).name for name in names]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise WeightsError(f"{index} has no readable weight_map; download it again") from error
-    missing = [file.name for file in files if not file.exists()]
+    files = _named_by(index)
+    missing = [file.name for file in files if not file.is_file()]
     if missing or not files:
-        raise WeightsError(f"{index} names {len(files)} files, {', '.join(missing) or 'none'} missing; download the rest")
+        raise WeightsError(f"{index} names {len(files)} files, {', '.join(missing)[:300] or 'none'} missing; download the rest")
     return files
 
 
@@ -65,18 +103,31 @@ def open_files(files: Iterable[Path]) -> list[tuple[str, StoredTensor]]:
     return found
 
 
+def present(value: Any) -> Any:
+    """JSON without what is null in it: that key is absent, but for those few whose null says something of its own."""
+    if isinstance(value, Mapping):
+        return {key: present(inner) for key, inner in value.items() if inner is not None or key in _NULL_SAYS}
+    return [present(inner) for inner in value] if isinstance(value, list) else value
+
+
+def _no_number(text: str) -> Any:
+    raise ValueError(f"{text} is no number of JSON")
+
+
 def read_json(file: Path) -> dict[str, Any]:
-    """The object in a JSON file.
+    """The object in a JSON file, without the keys that are null; see `present`.
 
     Raises:
       WeightsError: there is no such file, or it holds something else.
     """
     try:
-        value = json.loads(file.read_text())
+        if file.stat().st_size > _MAX_JSON:
+            raise ValueError(f"more than {_MAX_JSON} bytes")
+        value = present(json.loads(file.read_bytes(), parse_constant=_no_number))
     except OSError as error:
         raise WeightsError(f"no readable {file}: {error.strerror}; give a checkpoint folder with its config.json") from error
-    except ValueError as error:
-        raise WeightsError(f"{file} is no JSON ({error}); download it again") from error
+    except (ValueError, RecursionError) as error:
+        raise WeightsError(f"{file} is no JSON ({' '.join(str(error).split())[:200]}); download it again") from error
     if not isinstance(value, dict):
         raise WeightsError(f"{file} holds a {type(value).__name__}, expected an object; download it again")
     return value

@@ -24,6 +24,7 @@ from deepstack_jax.weights.hf_export import (
     to_llava_hf,
     tower_to_hf,
 )
+from deepstack_jax.weights.hf_image import RESAMPLE
 from deepstack_jax.weights.names import TOWER, Table, llava_hf_name, to_theirs
 
 DTYPES = {
@@ -120,10 +121,11 @@ def save_checkpoint(
             _write_tower(outs, tower_to_hf(config, carried, dtype), preprocessor_to_hf(config), scratch / TOWER_FOLDER, dtype)
         else:
             pixels = preprocessor_to_hf(config) | {"do_pad": config.image.mode == "pad"}
+            pixels |= {"resample": RESAMPLE[config.image.global_filter]}
             kind = "LlavaNextImageProcessor" if config.image.mode == "anyres" else "LlavaImageProcessor"
             _write_json(scratch / "preprocessor_config.json", pixels | {"image_processor_type": kind})
         beyond = _beyond(config, values, dtype) if form == "official" else {}
-        _warn_of_other_code(config, beyond)
+        _warn_of_other_code(config, beyond, form)
         if beyond:
             _write_json(scratch / BEYOND_FILE, beyond)
         _copy_tokenizer(tokenizer_folder, scratch)
@@ -136,22 +138,19 @@ def save_checkpoint(
     return Written(len(outs), parameters, parameters * DTYPES[dtype][1].itemsize, files)
 
 
-def _warn_of_other_code(config: Config, beyond: Mapping[str, Any]) -> None:
-    keys = ("crop_filter", "global_filter")
-    filters = [f"config.image.{key}={getattr(config.image, key)!r}" for key in keys if getattr(config.image, key) != "bicubic"]
-    if filters:
-        warnings.warn(
-            f"{', '.join(filters)}: other code resizes bicubically and will see other pixels than this model was trained on; "
-            f"here {BEYOND_FILE} in an official folder tells",
-            stacklevel=3,
-        )
-    rest = [f"config.{key}={value!r}" for key, value in beyond.items() if not key.startswith("data.")]
-    rest = [what for what in rest if what not in filters]
-    if rest:
-        warnings.warn(
-            f"{', '.join(rest)}: the official code has no such model and will compute another one; here {BEYOND_FILE} tells",
-            stacklevel=3,
-        )
+def _warn_of_other_code(config: Config, beyond: Mapping[str, Any], form: str) -> None:
+    image = config.image
+    said = {f"config.{key}={value!r}" for key, value in beyond.items() if not key.startswith("data.")}
+    filters = {what for what in said if what.startswith("config.image.") and "_filter=" in what}
+    if form == "llava-hf" and image.mode == "anyres" and image.crop_filter != image.global_filter:
+        filters = {f"config.image.crop_filter={image.crop_filter!r}"}
+    tells = f"here {BEYOND_FILE} tells" if beyond else "the form cannot say it"
+    for some, what in (
+        (filters, "other code resizes with another filter and will see other pixels than this model was trained on"),
+        (said - filters, "the official code has no such model and will compute another one"),
+    ):
+        if some:
+            warnings.warn(f"{', '.join(sorted(some))}: {what}; {tells}", stacklevel=3)
 
 
 def _beyond(config: Config, values: Mapping[str, Any], dtype: str) -> dict[str, Any]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import warnings
 from typing import Any
 
 import jax
@@ -14,6 +16,7 @@ import deepstack_jax as dsx
 from deepstack_jax.data.image import make_views
 from deepstack_jax.weights.files import WeightsError
 from deepstack_jax.weights.folders import open_checkpoint
+from deepstack_jax.weights.io import weight_files
 from deepstack_jax.weights.load import load_params, stored_leaves
 from deepstack_jax.weights.pickles import open_bin
 from deepstack_jax.weights.save import save_checkpoint
@@ -182,3 +185,24 @@ def test_bin_files_of_torch(dtype, tmp_path):
     torch.save(tensors, tmp_path / "old.bin", _use_new_zipfile_serialization=False)
     with pytest.raises(WeightsError, match=r"before version 1\.6.*torch\.save"):
         open_bin(tmp_path / "old.bin")
+
+
+_CHOICES = ["model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json"]
+
+
+@pytest.mark.parametrize("there", [list(some) for n in (1, 2, 3, 4) for some in itertools.combinations(_CHOICES, n)])
+def test_files_are_chosen_as_transformers_chooses_them(there, tmp_path):
+    """Its own function is the reference, whichever of the four kinds stand together; where two do, it is said."""
+    for name in there:
+        kind = "bin" if ".bin" in name else "safetensors"
+        shard = f"{name.split('.')[0]}-00001-of-00001.{kind}"
+        (tmp_path / name).write_text(json.dumps({"metadata": {}, "weight_map": {"a": shard}}))
+        (tmp_path / shard).write_bytes(b"")
+    theirs = transformers.modeling_utils._get_resolved_checkpoint_files(
+        pretrained_model_name_or_path=str(tmp_path), variant=None, gguf_file=None, use_safetensors=None, user_agent=None,
+        is_remote_code=False,
+    )[0]  # fmt: skip
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        assert [str(file) for file in weight_files(tmp_path)] == theirs
+    assert [there[0] in str(one.message) and there[1] in str(one.message) for one in said] == [True] * (len(there) > 1)

@@ -2,12 +2,13 @@
 
 import dataclasses
 import json
+import re
 
 import pytest
 
 from deepstack_jax.config import Config, DecoderConfig, RopeConfig, VisionConfig
 from deepstack_jax.weights.files import WeightsError
-from deepstack_jax.weights.hf_config import from_hf, tower_from
+from deepstack_jax.weights.hf_config import KNOWN, from_hf, tower_from
 from deepstack_jax.weights.hf_decoder import decoder_from
 from deepstack_jax.weights.hf_export import to_hf, to_llava_hf, tower_to_hf
 from tests.parity.goldens import GOLDEN
@@ -191,6 +192,74 @@ def test_rotary_scalings_both_ways(case, scaling, wanted):
         assert exported["rope_scaling"]["type"] == "su"
 
 
+SCALED = {"rope_type": "linear", "factor": 2.0, "rope_theta": 5e5}
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+
+
+@pytest.mark.parametrize(
+    ("kind", "values"),
+    [
+        ("llama", {"rope_parameters": SCALED}),
+        ("llama", {"rope_scaling": {"type": "linear", "factor": 4.0}, "rope_theta": 3e4}),
+        ("llama", {"rope_parameters": SCALED, "rope_scaling": {"type": "linear", "factor": 4.0}}),
+        ("llama", {"rope_parameters": SCALED, "rope_scaling": {"rope_type": "linear", "factor": 4.0, "rope_theta": 2e4}}),
+        ("llama", {"rope_parameters": SCALED, "rope_scaling": {"rope_type": "default"}, "rope_theta": 7e4}),
+        ("llama", {"rope_parameters": SCALED, "rope_scaling": None}),
+        ("llama", {"rope_parameters": SCALED, "rope_scaling": {}}),
+        ("llama", {"rope_parameters": {"rope_theta": 5e5, "rope_type": "default"}, "rope_scaling": LLAMA3}),
+        ("llama", {"rope_scaling": {"rope_type": "linear", "type": "dynamic", "factor": 2.0}}),
+        ("llama", {"rope_scaling": LLAMA3, "max_position_embeddings": 9000}),
+        ("llama", {"rope_scaling": LLAMA3 | {"original_max_position_embeddings": 77}}),
+        ("mistral", {"rope_parameters": SCALED, "rope_scaling": {"type": "linear", "factor": 4.0}}),
+        ("phi3", {"rope_scaling": {"type": "longrope"} | dict.fromkeys(("short_factor", "long_factor"), [1.0] * 48)}),
+        (
+            "phi3",
+            {"rope_scaling": {"type": "longrope"} | dict.fromkeys(("short_factor", "long_factor"), [2.0] * 48)}
+            | {"original_max_position_embeddings": 50, "rope_parameters": {"rope_theta": 5.0, "rope_type": "default"}},
+        ),
+    ],
+)
+def test_rotary_positions_are_read_as_transformers_reads_them(kind, values):
+    """Its own configuration classes, which need no torch, are the reference."""
+    import transformers
+
+    theirs = getattr(transformers, {"llama": "Llama", "mistral": "Mistral", "phi3": "Phi3"}[kind] + "Config")(
+        **json.loads(json.dumps(values))
+    ).rope_parameters
+    ours = decoder_from(values, kind).rope
+    assert ours.theta == theirs["rope_theta"]
+    assert ours.scaling == {"default": "none"}.get(theirs["rope_type"], theirs["rope_type"])
+    for key in ("factor", "low_freq_factor", "high_freq_factor", "short_factor", "long_factor"):
+        if key in theirs and ours.scaling != "none":
+            assert getattr(ours, key) == (tuple(theirs[key]) if isinstance(theirs[key], list) else theirs[key])
+    if ours.scaling in ("llama3", "longrope"):
+        assert ours.original_positions == theirs["original_max_position_embeddings"]
+
+
+@pytest.mark.parametrize("case", ["l_2d", "phi", "v", "hd", "llava15", "llava_next"])
+def test_a_key_that_is_null_is_absent(case):
+    """Every key, null one by one; only a null sliding window says something: there is none, where unsaid Mistral has one."""
+    values = golden(case)
+    needed = []
+    for key in [*values, *KNOWN, "rope_parameters", "quantization_config", "text_config", "vision_config", "head_dim", "s2"]:
+        try:
+            absent = from_hf({name: value for name, value in values.items() if name != key}, TOWER)
+        except WeightsError as error:
+            with pytest.raises(WeightsError, match=re.escape(str(error).split(";")[0].split(" is ")[0])):
+                from_hf(values | {key: None}, TOWER)
+            needed.append(key)
+        else:
+            assert from_hf(values | {key: None}, TOWER) == absent, key
+    unsaid = {"num_crops", "hidden_size", "num_attention_heads", "image_aspect_ratio", "image_grid_pinpoints"}
+    assert {"model_type"} <= set(needed) <= {"model_type", *unsaid}
+    for key in TOWER:
+        less = {name: value for name, value in TOWER.items() if name != key}
+        if key not in ("model_type", "hidden_size", "image_size", "patch_size", "num_attention_heads", "intermediate_size"):
+            assert tower_from(TOWER | {key: None}) == tower_from(less), key
+    assert decoder_from({"sliding_window": None}, "mistral").sliding_window == 0
+    assert decoder_from({}, "mistral").sliding_window == 4096
+
+
 def test_transformers_5_writes_rotary_positions_as_one_entry():
     values = golden(rope_theta=..., rope_scaling=..., rope_parameters={"rope_theta": 5e5, "rope_type": "default"})
     assert from_hf(values, TOWER).decoder.rope == RopeConfig(theta=5e5)
@@ -213,7 +282,7 @@ def test_transformers_5_writes_rotary_positions_as_one_entry():
             r"cannot run: config\.deepstack\.into='vision' needs a fixed square",
         ),
         ({"deepstack_sampling": "3d"}, r"deepstack_sampling is '3d', expected 2d, 1d, grid or 2d_scaledown; nearest"),
-        ({"twoviews_unshare": True}, r"twoviews_unshare is True, expected False or None; choose"),
+        ({"twoviews_unshare": True}, r"twoviews_unshare is True, expected False; choose"),
         ({"s2": True}, "s2 is True"),
         ({"mm_use_im_start_end": True}, "mm_use_im_start_end is True"),
         ({"deepstack_start_idx": 3}, r"deepstack_start_idx is 3, a key .* nearest valid name: 'deepstack_start_id'"),
@@ -289,7 +358,7 @@ def test_what_the_official_code_cannot_say_is_refused():
 def test_a_preprocessor_of_another_size_is_refused():
     with pytest.raises(WeightsError, match=r"crop_size is \{'height': 224, 'width': 224\}, expected the tower's 28"):
         from_hf(golden(), TOWER, {"crop_size": {"height": 224, "width": 224}})
-    with pytest.raises(WeightsError, match="resample is 2, expected 3"):
+    with pytest.raises(WeightsError, match=r"resample is 2, expected 3 \(bicubic\)"):
         from_hf(golden(), TOWER, {"resample": 2})
     for mean in ("0.5", [0.5, 0.5], [0.5, None, 0.5]):
         with pytest.raises(WeightsError, match=r"image_mean is .*, expected three numbers"):

@@ -1,9 +1,11 @@
 """Tensors on disk: safetensors and .bin, whole, sharded, damaged and hostile."""
 
+import itertools
 import json
 import os
 import pickle
 import shutil
+import warnings
 import zipfile
 
 import ml_dtypes
@@ -82,6 +84,57 @@ def test_several_files_with_and_without_an_index_equal_one(tmp_path):
         (tmp_path / "model.safetensors.index.json").unlink(missing_ok=True)
 
 
+_CHOICES = ["model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json"]
+
+
+@pytest.mark.parametrize("there", [list(some) for n in (1, 2, 3, 4) for some in itertools.combinations(_CHOICES, n)])
+def test_a_whole_file_goes_before_an_index_and_safetensors_before_bin(there, tmp_path):
+    for name in there:
+        shard = f"{name.split('.')[0]}-00001-of-00001.{'bin' if '.bin' in name else 'safetensors'}"
+        (tmp_path / name).write_text(json.dumps({"weight_map": {"a": shard}}))
+        (tmp_path / shard).write_bytes(b"")
+    first = there[0].split(".")[0] + "-00001-of-00001" if there[0].endswith(".json") else there[0].split(".")[0]
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        assert [file.name for file in weight_files(tmp_path)] == [f"{first}.{there[0].split('.')[1]}"]
+    assert [all(name in str(one.message) for name in there) for one in said] == [True] * (len(there) > 1)
+
+
+def test_an_index_that_names_nothing_but_the_whole_file_is_no_second_choice(tmp_path):
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "model.safetensors"}}))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert [file.name for file in weight_files(tmp_path)] == ["model.safetensors"]
+
+
+@pytest.mark.parametrize(
+    "name", ["model.fp16.safetensors", "consolidated.safetensors", "model-00001-of-00002.safetensors", "a.bin"]
+)
+def test_variants_and_parts_are_not_taken_for_the_weights(name, tmp_path):
+    (tmp_path / name).write_bytes(b"")
+    with pytest.raises(WeightsError, match=rf"no model\.safetensors and no pytorch_model\.bin in .*\({name} are not chosen"):
+        weight_files(tmp_path)
+
+
+def test_config_json_may_name_the_weights(tmp_path):
+    for name in ("model.safetensors", "tuned.safetensors"):
+        (tmp_path / name).write_bytes(b"")
+    with pytest.warns(UserWarning, match=r"tuned\.safetensors is read"):
+        assert [file.name for file in weight_files(tmp_path, "tuned.safetensors")] == ["tuned.safetensors"]
+    (tmp_path.parent / "outside.safetensors").write_bytes(b"")
+    for wrong in ("../outside.safetensors", "gone.safetensors", "config.json", str(tmp_path.parent / "outside.safetensors")):
+        with pytest.raises(WeightsError, match=r"transformers_weights is '.*expected a \*\.safetensors or its index inside"):
+            weight_files(tmp_path, wrong)
+
+
+@pytest.mark.parametrize("map_", [["a"], {"a": 3}, {"a": "../model.safetensors"}, {"a": "/etc/passwd"}, None])
+def test_an_index_names_files_of_its_folder(map_, tmp_path):
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": map_}))
+    with pytest.raises(WeightsError, match="has no weight_map of tensors to files of its folder"):
+        weight_files(tmp_path)
+
+
 def test_a_missing_shard_is_named(tmp_path):
     write_shards(outs_of(load_file(WEIGHTS)), tmp_path, "float32", 200_000, nothing)
     gone = sorted(tmp_path.glob("model-00002-*.safetensors"))[0]
@@ -120,7 +173,9 @@ def test_quantised_and_absent_weights_are_refused(tmp_path):
         open_safetensors(tmp_path / "model.safetensors")
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / "training_args.bin").write_bytes(b"x")
-    with pytest.raises(WeightsError, match=r"no \*\.safetensors and no pytorch_model\*\.bin"):
+    with pytest.raises(
+        WeightsError, match=r"no model\.safetensors and no pytorch_model\.bin in .* \(training_args\.bin are not chosen"
+    ):
         weight_files(tmp_path / "empty")
     with pytest.raises(WeightsError, match="no folder"):
         weight_files(tmp_path / "nowhere")

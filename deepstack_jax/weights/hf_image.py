@@ -1,0 +1,156 @@
+"""How a Hugging Face folder says that images become pixels: its image processor's settings as values of our ImageConfig."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from deepstack_jax.weights.files import WeightsError, quote
+from deepstack_jax.weights.hf_decoder import expect, flag, number, real, section
+from deepstack_jax.weights.io import read_json
+
+RESAMPLE = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3, "box": 4}  # Pillow's numbers
+_FILE = "preprocessor_config.json"
+_CLASS = re.compile(r"(\w+?)(?:ImageProcessor|FeatureExtractor)(?:Fast|Pil)?")
+# The processors that can stand before each kind of model; the last one where none is named.
+_KINDS = {"official": ("CLIP",), "llava": ("CLIP", "Llava"), "llava_next": ("LlavaNext",)}
+
+
+def processor_of(folder: Path) -> Mapping[str, Any]:
+    """The settings where transformers 5 finds them: `image_processor` of processor_config.json, else the older file's."""
+    if (folder / "processor_config.json").exists():
+        both = read_json(folder / "processor_config.json")
+        if "image_processor" in both:
+            return section(both, "image_processor")
+    return read_json(folder / _FILE) if (folder / _FILE).exists() else {}
+
+
+def pads(values: Mapping[str, Any]) -> bool:
+    """Whether an image before a LLaVA-1.5 is squared with the mean colour: its own processor can, CLIP's ignores the wish."""
+    return flag(values, "do_pad", False) and _class_of(values, "llava") == "Llava"
+
+
+def image_values(values: Mapping[str, Any], size: int, mode: str, model: str) -> dict[str, Any]:
+    """Mean, deviation and resizing filters, as keys of ImageConfig.
+
+    Args:
+      values: the processor's settings. size: side of the tower's picture in pixels. mode: of our ImageConfig.
+      model: official | llava | llava_next: what stands behind the processor.
+
+    Raises:
+      WeightsError: a setting that gives other pixels than can be made here; it is named.
+    """
+    _class_of(values, model)
+    expect(values, "use_square_size", False, move=f"remove it from {_FILE}")
+    whole = mode in ("pad", "square")  # else the views are cut to the tower's size first, and the processor finds them so
+    if whole:
+        expect({"do_resize": flag(values, "do_resize", True)}, "do_resize", True, move="only resized images fit the tower")
+    crops = flag(values, "do_center_crop", True)
+    if mode == "square" and not crops:
+        raise WeightsError(f"{_FILE}: do_center_crop is False, expected True or do_pad: the rest is no square for the tower")
+    sides = _sides(values, "size", size)
+    if sides not in ((size,), (size, size)) or (mode == "square" and sides == (size, size)):
+        wanted = f"{{'shortest_edge': {size}}}" if mode == "square" else f"the tower's {size}"
+        raise WeightsError(f"{_FILE}: size is {quote(values['size'])}, expected {wanted}; take the tower's own file")
+    if (crops or model == "llava_next") and _sides(values, "crop_size", size) not in ((size,), (size, size)):
+        raise WeightsError(
+            f"{_FILE}: crop_size is {quote(values['crop_size'])}, expected the tower's {size}; take its own file"
+        )
+    return _numbers(values, mode) | _filters(values, mode, model)
+
+
+def _class_of(values: Mapping[str, Any], model: str) -> str:
+    name = values.get("image_processor_type", values.get("feature_extractor_type", f"{_KINDS[model][-1]}ImageProcessor"))
+    found = _CLASS.fullmatch(name) if isinstance(name, str) else None
+    if not found or found[1] not in _KINDS[model]:
+        wanted = " or ".join(f"{kind}ImageProcessor" for kind in _KINDS[model])
+        raise WeightsError(f"{_FILE}: image_processor_type is {quote(name)}, expected {wanted}; choose a checkpoint without it")
+    return found[1]
+
+
+def _sides(values: Mapping[str, Any], key: str, default: int) -> tuple[Any, ...]:
+    """(shortest edge,) or (height, width) of a size, in any of the ways in which it is written."""
+    value = values.get(key, default)
+    if isinstance(value, Mapping):
+        names = {("shortest_edge",): ("shortest_edge",), ("height", "width"): ("height", "width")}.get(tuple(sorted(value)))
+        return tuple(number(value, name) for name in names) if names else (value,)
+    return tuple(value) if isinstance(value, list) else (value,)
+
+
+def _numbers(values: Mapping[str, Any], mode: str) -> dict[str, Any]:
+    """x * factor, less the mean, over the deviation, as the mean and deviation of x / 255."""
+    mean, std = (_three(values, key) for key in ("image_mean", "image_std"))
+    factor = real(values, "rescale_factor", 1 / 255) if flag(values, "do_rescale", True) else 1.0
+    normal = flag(values, "do_normalize", True)
+    if factor <= 0:
+        raise WeightsError(f"{_FILE}: rescale_factor is {factor}, expected a number above 0; take the tower's own file")
+    if factor == 1 / 255 and normal:
+        found = {"mean": mean, "std": std}
+        if mode == "pad" and mean and not 0 <= min(mean) <= max(mean) <= 1:
+            raise WeightsError(f"{_FILE}: image_mean is {mean}, expected shares from 0 to 1: do_pad fills with that colour")
+        return {key: value for key, value in found.items() if value}
+    if mode == "pad":
+        raise WeightsError(
+            f"{_FILE}: do_rescale, rescale_factor or do_normalize is changed, where the image is padded with image_mean; "
+            "expected those of CLIP; choose a checkpoint without it"
+        )
+    if normal and not (mean and std):
+        raise WeightsError(
+            f"{_FILE}: image_mean or image_std is missing beside a changed rescale_factor; take the tower's own file"
+        )
+    scale = 255 * factor
+    shifted = (mean, std) if normal else ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+    return {key: tuple(value / scale for value in three) for key, three in zip(("mean", "std"), shifted, strict=True)}
+
+
+def _three(values: Mapping[str, Any], key: str) -> tuple[float, ...]:
+    value = values.get(key, [])
+    three = [value] * 3 if isinstance(value, int | float) else value
+    fits = isinstance(three, list) and all(type(n) in (int, float) and abs(n) < 1e6 for n in three)
+    if not fits or (key in values and (len(three) != 3 or (key == "image_std" and not min(three) > 0))):
+        above = " above 0" if key == "image_std" else ""
+        raise WeightsError(f"{_FILE}: {key} is {quote(value)}, expected three numbers{above}; take the tower's own file")
+    return tuple(map(float, three))
+
+
+def _filters(values: Mapping[str, Any], mode: str, model: str) -> dict[str, str]:
+    """The filter of what the processor itself resizes; the official code cuts crops by Pillow's bicubic before it."""
+    official = model == "official" and mode not in ("pad", "square")
+    names = {3: "bicubic"} if official else {value: name for name, value in RESAMPLE.items()}
+    resample = values.get("resample", RESAMPLE["bicubic"])
+    if type(resample) is not int or resample not in names:
+        wanted = ", ".join(f"{value} ({name})" for value, name in names.items())
+        raise WeightsError(f"{_FILE}: resample is {quote(resample)}, expected {wanted}; take the tower's own file")
+    keys = () if official else ("global_filter", "crop_filter") if mode == "anyres" else ("global_filter",)
+    return dict.fromkeys(keys, names[resample])
+
+
+def pinpoints_from(value: Any, where: str = "config.json") -> tuple[tuple[int, int], ...]:
+    """image_grid_pinpoints, a list of pairs or its text.
+
+    Raises:
+      WeightsError: it is neither.
+    """
+    try:
+        pairs = ast.literal_eval(value) if isinstance(value, str) and len(value) < 10_000 else value
+        found = tuple((first, second) for first, second in pairs)
+        if not found or len(found) > 1000 or not all(type(side) is int and 0 < side < 2**20 for pair in found for side in pair):
+            raise ValueError
+        return found
+    except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError) as error:
+        raise WeightsError(
+            f"{where}: image_grid_pinpoints is {quote(value)}, expected pairs of pixels such as [[336, 672], [672, 336]]"
+        ) from error
+
+
+def check_pinpoints(values: Mapping[str, Any], pairs: Any) -> None:
+    """Refuse a processor that cuts other crops than the model's config.json puts together."""
+    own = values.get("image_grid_pinpoints")
+    if own is not None and pinpoints_from(own, _FILE) != pinpoints_from(pairs):
+        raise WeightsError(
+            f"{_FILE}: image_grid_pinpoints is {quote(own)}, config.json has {quote(pairs)}; "
+            "the crops must be those of the model: make them one"
+        )
