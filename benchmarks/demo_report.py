@@ -21,7 +21,6 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.patheffects import withStroke
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.table import Table
 
 from deepstack_jax.config import Config, build_config
@@ -30,6 +29,7 @@ from deepstack_jax.data.image import make_views, open_image
 from deepstack_jax.data.open import open_source
 from deepstack_jax.data.synthetic import BOXES, CHANCE
 from deepstack_jax.outward import write_json
+from deepstack_jax.printing import Console
 from deepstack_jax.training.metrics import read_metrics
 
 LABELS = {"baseline": "low-res baseline", "dummy": "dummy stack", "deepstack": "DeepStack"}
@@ -89,7 +89,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.demo_report", description="Compare the demo's finished runs.")
     parser.add_argument("folder", nargs="?", default="runs/demo", type=Path, help="holds the workdirs (default: %(default)s)")
     folder = parser.parse_args(arguments).folder
-    console = Console(highlight=False)
+    console = Console()
     try:
         runs = load_runs(folder)
         pages = pick_pages(runs)

@@ -21,10 +21,10 @@ import ml_dtypes
 import numpy as np
 from absl import app, flags
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from rich.console import Console
 from rich.table import Table as RichTable
 
 from deepstack_jax.config import Config, DecoderConfig, ImageConfig, VisionConfig
+from deepstack_jax.printing import Console
 from deepstack_jax.weights.folders import open_checkpoint
 from deepstack_jax.weights.hf_export import preprocessor_to_hf, to_hf, tower_to_hf
 from deepstack_jax.weights.load import load_params, stored_leaves, unflatten

@@ -20,13 +20,13 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-from rich.console import Console
 from rich.table import Table
 
 from configs import receipts
 from deepstack_jax.config import build_config
 from deepstack_jax.data.open import open_source
 from deepstack_jax.data.pipeline import TrainingStream
+from deepstack_jax.printing import Console
 
 GROWTH = 0.10
 MB = 1024  # /proc counts in kB
@@ -69,7 +69,7 @@ def main() -> int:
         changes.update_from_flattened_dict({"data.max_length": 2048})
     config = build_config(changes)
     stream = TrainingStream(open_source(config, "train"), config)
-    console, own = Console(highlight=False, width=110), os.getpid()
+    console, own = Console(width=110), os.getpid()
     if table := stream.describe():
         console.print(table)
 

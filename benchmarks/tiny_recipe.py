@@ -22,12 +22,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from rich.console import Console
 from rich.table import Table as RichTable
 from safetensors.numpy import save_file
 
 from deepstack_jax.config import Config, build_config
 from deepstack_jax.data.synthetic_files import write_file, write_sets
+from deepstack_jax.printing import Console
 from deepstack_jax.weights.hf_decoder import decoder_to
 from deepstack_jax.weights.hf_export import preprocessor_to_hf, tower_to_hf
 from deepstack_jax.weights.names import TOWER, Table
@@ -189,11 +189,11 @@ def main() -> None:
     except ValueError as error:
         parser.error(str(error))
     workdir = (given.workdir or REPOSITORY / "runs" / "tiny" / given.name.replace(":", "-").replace(",", "-")).absolute()
-    console, table = Console(highlight=False), RichTable("step", "seconds", "result", title=f"{given.name} in small")
+    console, table = Console(), RichTable("step", "seconds", "result", title=f"{given.name} in small")
     for step in steps(name, words, workdir):
         began, done = time.perf_counter(), step.proof.exists()
         if not done:
-            console.print(f"[bold]{step.name}")
+            console.print(step.name, style="bold")
             step.run()
         table.add_row(step.name, "done before" if done else f"{time.perf_counter() - began:.1f}", step.result())
     console.print(table)

@@ -6,7 +6,6 @@ from functools import partial
 from pathlib import Path
 
 from absl import flags
-from rich.console import Console
 from rich.progress import track
 
 from deepstack_jax import cli
@@ -16,12 +15,13 @@ from deepstack_jax.auditing.page import quarantined, render_page
 from deepstack_jax.auditing.seen import see
 from deepstack_jax.auditing.survey import choose_rows, survey
 from deepstack_jax.config import Config
-from deepstack_jax.config_checks import ConfigError
+from deepstack_jax.config_checks import ConfigError, try_all
 from deepstack_jax.data.open import open_source
 from deepstack_jax.data.pipeline import open_tokenizer
 from deepstack_jax.data.sources import Source, SourceError
 from deepstack_jax.data.tokenizers import Tokenizer
 from deepstack_jax.outward import write_whole
+from deepstack_jax.printing import Console
 
 USAGE = """
 Look at what the model will see, before a run: one HTML page with every sample's views, the layer that each token goes to, the
@@ -50,7 +50,7 @@ def main() -> int:
     config = cli.parse_config()
     out = cli.writable_folder(OUT.value, "out")
     tokenizer, source = open_inputs(config)
-    console = Console(highlight=False)
+    console = Console()
 
     rows = choose_rows(source, config, max(N.value, SCAN.value), SEED.value)
     found = survey(source, config, rows[: SCAN.value], console)
@@ -73,15 +73,8 @@ def main() -> int:
 
 def open_inputs(config: Config) -> tuple[Tokenizer, Source]:
     """The tokenizer and the training data; if both are missing, both are said at once."""
-    opened, problems = [], []
-    for opener in (partial(open_tokenizer, config), partial(open_source, config, "train")):
-        try:
-            opened.append(opener())
-        except ConfigError as error:
-            problems.append(str(error))
-    if problems:
-        raise ConfigError("; ".join(problems))
-    return opened[0], opened[1]
+    tokenizer, source = try_all(partial(open_tokenizer, config), partial(open_source, config, "train"))
+    return tokenizer, source
 
 
 def write(path: Path, content: bytes) -> None:

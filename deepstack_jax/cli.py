@@ -20,6 +20,7 @@ from ml_collections import ConfigDict, config_flags
 
 from deepstack_jax.config import Config, build_config
 from deepstack_jax.config_checks import ConfigError
+from deepstack_jax.printing import guard_streams, one_line
 
 EXIT_DONE = 0
 EXIT_ERROR = 1  # a user's mistake, said in one line on stderr
@@ -134,9 +135,11 @@ def run(
     Args:
       needs_less_memory: what to do when there is too little of it.
     """
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", stream=sys.stderr, force=True)
+    guard_streams()
+    logging.basicConfig(level=logging.WARNING, stream=sys.stderr, force=True)
     logging.getLogger().handlers[0].addFilter(_is_for_the_user)
-    warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
+    logging.getLogger().handlers[0].setFormatter(_OneLine("%(levelname)s: %(message)s"))
+    warnings.showwarning = lambda message, *_: print(f"warning: {one_line(str(message))}", file=sys.stderr)
     sys.unraisablehook = _unraisable
     if any(arg in ("--help", "-h", "-help") for arg in sys.argv[1:]):
         print(usage.strip())
@@ -145,7 +148,7 @@ def run(
     try:
         code = main()
     except (*errors, ConfigError) as error:
-        _fail(str(error))
+        _fail(*(map(str, error.args) if isinstance(error, ConfigError) else [str(error)]))
     except OSError as error:
         where = f" {error.filename}" if error.filename else ""
         if error.errno in _NO_ROOM:
@@ -164,6 +167,14 @@ def run(
         print("stopped", file=sys.stderr)
         code = EXIT_INTERRUPTED
     sys.exit(code)
+
+
+class _OneLine(logging.Formatter):
+    """A record's message in one line; a traceback keeps its lines."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        record.message = one_line(record.message)
+        return super().formatMessage(record)
 
 
 def _is_for_the_user(record: logging.LogRecord) -> bool:
@@ -208,6 +219,10 @@ def _unknown_key(message: str) -> str:
     return f"unknown key {flag}; {hint}"
 
 
-def _fail(message: str) -> NoReturn:
-    print("error: " + " ".join(message.replace("\\n", " ").split()), file=sys.stderr)
+def _fail(*problems: str) -> NoReturn:
+    """Say what is wrong, in a line each, and exit."""
+    lines = [one_line(problem.replace("\\n", " ")) for problem in problems]
+    if len(lines) > 1:
+        lines = ["more than one thing is amiss; each with what to do:", *lines]
+    print("error: " + "\n  ".join(lines), file=sys.stderr)
     sys.exit(EXIT_ERROR)

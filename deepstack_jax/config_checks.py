@@ -6,9 +6,9 @@ import difflib
 import math
 import re
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from operator import attrgetter
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from deepstack_jax.config_ranges import out_of_range
 from deepstack_jax.layout.grid import anyres_grids
@@ -20,7 +20,36 @@ if TYPE_CHECKING:
 
 
 class ConfigError(ValueError):
-    """A configuration that cannot run; the message names the key, what it got, what was expected and the next move."""
+    """A configuration that cannot run; the message names the key, what it got, what was expected and the next move.
+
+    Several messages may come at once; a verb then shows each on a line of its own.
+    """
+
+    def __str__(self) -> str:
+        return "; ".join(self.args)
+
+
+def try_all(*calls: Callable[[], Any]) -> list[Any]:
+    """What every call returns.
+
+    Raises:
+      ConfigError: with the problems of all of them, each once.
+    """
+    results, problems = [], {}
+    for call in calls:
+        try:
+            results.append(call())
+        except ConfigError as error:
+            problems |= dict.fromkeys(error.args)
+    if problems:
+        raise ConfigError(*problems)
+    return results
+
+
+def fetch_command(path: str) -> str:
+    """The command that gets OWNER/NAME of the Hugging Face hub into a folder whose path ends so; "" for other paths."""
+    found = re.search(r"[\w.-]+/[\w.-]+$", path)
+    return f"hf download {found[0]} --local-dir {path}" if found and path.count("/") > 1 else ""
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:

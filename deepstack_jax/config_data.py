@@ -44,8 +44,8 @@ class SetConfig:
     keep_images: tuple[str, ...] = ()  # beginnings of image paths; empty = all rows
     drop_images: tuple[str, ...] = ()  # beginnings of image paths that are not wanted, whatever else holds
     keep_sources: tuple[str, ...] = ()  # values of the rows' "data_source"; empty = all rows
-    file_from: str = ""  # where to get the file, for the message that it is missing
-    images_from: str = ""  # where to get the images
+    file_from: str = ""  # how to get the file, for the message that it is missing: a command in which $ROOT is `data.root`
+    images_from: str = ""  # how to get the images
     licence: str = ""  # as published
 
 

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 from absl import flags
-from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from rich.table import Table
 
@@ -18,6 +17,7 @@ from deepstack_jax.api import tokenizer_files
 from deepstack_jax.config import Config
 from deepstack_jax.config_checks import ConfigError
 from deepstack_jax.data.tokenizers import load_tokenizer
+from deepstack_jax.printing import Console
 from deepstack_jax.training.checkpoint import CheckpointError
 from deepstack_jax.training.start import is_workdir
 from deepstack_jax.training.trained import restore_params
@@ -83,7 +83,7 @@ def main() -> int:
             raise ConfigError(f"--{name} got {given[name]!r}, expected {', '.join(filter(None, valid))}")
     target = Path(given["to"]).expanduser().absolute()
     cli.writable_folder(str(target.parent), "to")
-    console = Console(highlight=False)
+    console = Console()
     workdir = Path(given["from"]).expanduser()
     source = open_run(workdir) if is_workdir(workdir) else open_folder(given)
     dtype = given["dtype"] or source.dtype

@@ -10,8 +10,6 @@ from typing import Any
 import jax
 import numpy as np
 from absl import flags
-from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from deepstack_jax import cli
@@ -31,6 +29,7 @@ from deepstack_jax.evaluation.reports import left_out_of
 from deepstack_jax.evaluation.scorers import SCORERS
 from deepstack_jax.evaluation.unfinished import Unfinished
 from deepstack_jax.outward import write_json, write_whole
+from deepstack_jax.printing import Console, label
 from deepstack_jax.training.checkpoint import CheckpointError
 from deepstack_jax.training.checksums import checksums
 
@@ -102,7 +101,7 @@ def main() -> int:
     for name in ("limit", "batch_size"):
         if given[name] is not None and given[name] < 1:
             raise ConfigError(f"--{name}={given[name]}, expected 1 or more")
-    task, console = open_task(given), Console(highlight=False)
+    task, console = open_task(given), Console()
     leave_out(task.bad, [], task, console)
     out = cli.writable_folder(given["out"], "out") if given["out"] else None
     lmm = load(given["model"], given["dtype"])
@@ -193,7 +192,7 @@ def leave_out(more: Sequence[BadExample], bad: list[BadExample], task: Task, con
       SourceError: as `run_task`.
     """
     for example in more:
-        console.print(f"row {example.index} ({example.name}) is left out: {example.reason}", markup=False)
+        console.print(f"row {example.index} ({label(example.name)}) is left out: {example.reason}", soft_wrap=True)
     bad += more
     rows = len({example.index for example in bad})
     if rows > task.max_bad_fraction * task.rows:
@@ -230,9 +229,9 @@ def table_of(results: dict[str, Any]) -> Table:
     """The scores, each with its protocol."""
     asked = ", ".join(f"{name} {value}" for name, value in results["protocol"].items())
     counts = f"{results['questions']} questions of {results['rows']} rows, {results['bad_examples']} left out"
-    table = Table("score", "value", "protocol", title=escape(f"{results['model']} on {results['data']}: {counts}"))
+    table = Table("score", "value", "protocol", title=f"{results['model']} on {results['data']}: {counts}")
     for name, entry in results["scores"].items():
-        table.add_row(name, f"{entry['score']:.4f}", escape(f"{entry['protocol']}; {asked}"))
+        table.add_row(name, f"{entry['score']:.4f}", f"{entry['protocol']}; {asked}")
     return table
 
 

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 
 import jax
 from absl import flags
-from rich.console import Console
 from rich.table import Table
 
 from deepstack_jax import cli
@@ -17,6 +16,7 @@ from deepstack_jax.planning.planner import Wanted, make_plan
 from deepstack_jax.planning.report import Plan, gib, show
 from deepstack_jax.planning.search import Search, find_best
 from deepstack_jax.planning.topology import examples, open_machine
+from deepstack_jax.printing import Console
 
 USAGE = """
 What a run costs on a machine that is not here: memory per chip, FLOPs, traffic, step time and hours. The very training step is
@@ -65,7 +65,7 @@ def main() -> int:
     jax.config.update("jax_enable_compilation_cache", False)  # the time to compile is part of the plan
     machine = open_machine(TOPOLOGY.value, SLICES.value)
     wanted = Wanted(EXAMPLES.value, PER_ROW.value)
-    said, told = Console(highlight=False), Console(stderr=True, highlight=False)
+    said, told = Console(), Console(stderr=True)
 
     def compiling(plan: Plan) -> None:
         told.print(f"compiling {choice(plan)}, estimated {gib(plan.used)} per device", soft_wrap=True)

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from absl import flags
-from rich.console import Console
 from rich.filesize import decimal
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 from rich.table import Table
@@ -26,6 +25,7 @@ from deepstack_jax.data.journal import BAD, IDENTITY, Journal
 from deepstack_jax.data.preparing import Chunk, DiskError, Job, make_chunks, record_bytes, shard_bytes
 from deepstack_jax.data.records import MANIFEST, verify
 from deepstack_jax.data.sources import SourceError
+from deepstack_jax.printing import Console
 
 USAGE = """
 Write the data of a configuration as ArrayRecord shards with the images inside, every image decoded once to check it. Stopped at
@@ -90,7 +90,7 @@ class Split:
 
 
 def main() -> int:
-    console = Console(highlight=False)
+    console = Console()
     asked: dict[str, Any] = {
         name: flags.FLAGS[name].value for name in ("out", "split", "shard_rows", "force", "dry-run", "decode", "verify")
     }
@@ -253,7 +253,7 @@ def dry_run(splits: Sequence[Split], config: Config, workers: int, out: str, con
     stop.release()
     console.print(table)
     for note in notes:
-        console.print(note, markup=False, soft_wrap=True)
+        console.print(note, soft_wrap=True)
     if out:
         needed = sum(split.bytes_of(range(split.job.chunks)) for split in splits)
         console.print(f"{out}: about {decimal(needed)} are needed, {decimal(free_bytes(out))} are free", soft_wrap=True)

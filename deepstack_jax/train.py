@@ -11,13 +11,12 @@ from typing import Any
 import jax
 from absl import flags
 from jax.sharding import Mesh
-from rich.console import Console
 from rich.table import Table
 
 from deepstack_jax import cli
 from deepstack_jax.batch import Batch
 from deepstack_jax.config import Config, build_config, to_dict
-from deepstack_jax.config_checks import ConfigError
+from deepstack_jax.config_checks import ConfigError, try_all
 from deepstack_jax.data.conversation import ConversationError, get_template
 from deepstack_jax.data.image import ImageError
 from deepstack_jax.data.inputs import describe_files, describe_texts
@@ -36,6 +35,7 @@ from deepstack_jax.parallel.distributed import ToldToStop, is_first_host, part_o
 from deepstack_jax.parallel.mesh import check_batch_fits, make_mesh
 from deepstack_jax.parallel.processes import join_processes
 from deepstack_jax.parallel.rules import use_mesh
+from deepstack_jax.printing import Console
 from deepstack_jax.training.checkpoint import CheckpointError, Checkpoints
 from deepstack_jax.training.compiled import CompiledSteps, compile_first
 from deepstack_jax.training.journal import Journal
@@ -90,10 +90,10 @@ cli.define_config_flag()
 def main() -> int:
     asked = {name: flags.FLAGS[name].value for name in ("workdir", "report", "replay")}
     if asked["report"]:
-        report(Path(asked["report"]), Console(highlight=False))
+        report(Path(asked["report"]), Console())
         return cli.EXIT_DONE
     join_processes(*(flags.FLAGS[name].value for name in ("coordinator_address", "process_count", "process_id")))
-    console = Console(highlight=False, quiet=not is_first_host())
+    console = Console(quiet=not is_first_host())
     if asked["replay"]:
         return replay_step(Path(asked["replay"]), console)
     config = cli.parse_config()
@@ -107,7 +107,7 @@ def main() -> int:
 def train(config: Config, workdir: Path, console: Console) -> int:
     """A run from its inputs to its scores, or on from where it stopped; returns the exit code."""
     for difference in check_same_run(config, workdir):
-        console.print(f"goes on with another {difference}", markup=False, soft_wrap=True)
+        console.print(f"goes on with another {difference}", soft_wrap=True)
     journal = Journal(workdir if is_first_host() else None)
 
     starts = not saved_steps(workdir)
@@ -127,7 +127,7 @@ def train(config: Config, workdir: Path, console: Console) -> int:
     program = build_program(config, mesh, steps)
     console.print(describe_run(program, steps))
     if warning := check_room(workdir, program.abstract_state(), config.train, steps):
-        console.print(f"warning: {warning}", markup=False, soft_wrap=True)
+        console.print(f"warning: {warning}", soft_wrap=True)
 
     checkpoints = Checkpoints(workdir, config.train)
     restored = checkpoints.restore(program.abstract_state())
@@ -188,16 +188,9 @@ def train(config: Config, workdir: Path, console: Console) -> int:
 
 def open_inputs(config: Config, *, starts: bool) -> tuple[Tokenizer, Source]:
     """The tokenizer and the training data; all that is missing is said at once, weights too where the run starts from them."""
-    opened, problems = [], []
-    wanted = [partial(open_tokenizer, config), partial(open_source, config, "train")]
-    for opener in wanted + ([partial(find_weights, config)] if starts and config.train.weights else []):
-        try:
-            opened.append(opener())
-        except ConfigError as error:
-            problems.append(str(error))
-    if problems:
-        raise ConfigError("; ".join(problems))
-    return opened[0], opened[1]
+    weights = [partial(find_weights, config)] if starts and config.train.weights else []
+    tokenizer, source, *_ = try_all(partial(open_tokenizer, config), partial(open_source, config, "train"), *weights)
+    return tokenizer, source
 
 
 def open_stream(config: Config, source: Source, mesh: Mesh) -> TrainingStream:

@@ -32,7 +32,7 @@ def kept(name: str, paper: int) -> SetConfig:
 
 def new(file: str, thousands: int, origin: str, licence: str) -> SetConfig:
     """One of the seven new sets, of which the paper gives thousands of rows."""
-    rows = 1000 * thousands
+    rows, origin = 1000 * thousands, f"made from {origin}, see docs/datasets.md"
     return SetConfig(file=file, rows=rows, exact=False, paper=rows, file_from=origin, images_from=origin, licence=licence)
 
 
@@ -49,7 +49,9 @@ SETS = {
 }
 
 RELEASE = "LLaVA-NeXT-Data/llava_next_raw_format"
-RELEASE_FROM = "https://huggingface.co/datasets/lmms-lab/LLaVA-NeXT-Data (llava_next_raw_format: the JSON, *.tar.gz unpacked)"
+FETCH = "hf download lmms-lab/LLaVA-NeXT-Data --include '{}/*' --repo-type dataset --local-dir $ROOT/LLaVA-NeXT-Data"
+UNPACK = f"(cd $ROOT/{RELEASE} && for a in *.tar.gz; do tar xzf $a; done)"
+RELEASE_FROM = f"{FETCH.format('llava_next_raw_format')} && {UNPACK}"
 
 
 def released(folder: str, rows: int, paper: int = 0) -> SetConfig:
@@ -93,7 +95,7 @@ PARQUET = {
         rows=779_289,
         paper=747_000,
         keep_sources=("llava-next-instruct",),
-        file_from="https://huggingface.co/datasets/lmms-lab/LLaVA-NeXT-Data (data/train-*.parquet)",
+        file_from=FETCH.format("data"),
         licence="Apache 2.0 as a collection; every set's own beside it",
     ),
 }

@@ -2,15 +2,15 @@
 
 from deepstack_jax.config_data import SetConfig
 
-HUB = "https://huggingface.co/datasets/liuhaotian/LLaVA-Pretrain"
+FETCH = "hf download liuhaotian/LLaVA-Pretrain {} --repo-type dataset --local-dir $ROOT"
 
 SETS = {
     "lcs558k": SetConfig(
         file="blip_laion_cc_sbu_558k.json",
         images="images",
         rows=558_128,
-        file_from=f"{HUB} (blip_laion_cc_sbu_558k.json)",
-        images_from=f"{HUB} (images.zip, unpacked into images/)",
+        file_from=FETCH.format("blip_laion_cc_sbu_558k.json"),
+        images_from=f"{FETCH.format('images.zip')} && unzip -q $ROOT/images.zip -d $ROOT/images",
         licence="other: those of CC-3M and BLIP, see the data set's card",
     ),
 }

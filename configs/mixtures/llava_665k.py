@@ -7,7 +7,9 @@ OKVQA 8,998 rows. The numbers are LLaVA's own (github.com/haotian-liu/LLaVA, iss
 from deepstack_jax.config_data import SetConfig
 
 FILE = "llava_v1_5_mix665k.json"
-FILE_FROM = f"https://huggingface.co/datasets/liuhaotian/LLaVA-Instruct-150K ({FILE})"
+FILE_FROM = f"hf download liuhaotian/LLaVA-Instruct-150K {FILE} --repo-type dataset --local-dir $ROOT"
+UNZIP = "wget -P $ROOT/{0} {1} && unzip -q $ROOT/{0}/\\*.zip -d $ROOT/{0}"
+VISUAL_GENOME = "https://cs.stanford.edu/people/rak248/VG_100K_2"
 ANSWERS = "CC BY 4.0 and OpenAI's terms of use"
 
 
@@ -20,32 +22,32 @@ SETS = {
     "coco": images(
         "coco/train2017/",
         rows=364_100,
-        images_from="http://images.cocodataset.org/zips/train2017.zip",
+        images_from=UNZIP.format("coco", "http://images.cocodataset.org/zips/train2017.zip"),
         licence=f"{ANSWERS}; images: Flickr's terms of use",
     ),
     "gqa": images(
         "gqa/images/",
         rows=72_140,
-        images_from="https://downloads.cs.stanford.edu/nlp/data/gqa/images.zip",
+        images_from=UNZIP.format("gqa", "https://downloads.cs.stanford.edu/nlp/data/gqa/images.zip"),
         licence="CC BY 4.0",
     ),
     "ocr_vqa": images(
         "ocr_vqa/images/",
         rows=80_000,
-        images_from="https://huggingface.co/datasets/ej2/llava-ocr-vqa",
+        images_from="hf download ej2/llava-ocr-vqa --repo-type dataset --local-dir $ROOT/ocr_vqa",
         licence="none given; book covers, for research",
     ),
     "textcaps": images(
         "textvqa/train_images/",
         rows=21_953,
-        images_from="https://dl.fbaipublicfiles.com/textvqa/images/train_val_images.zip",
+        images_from=UNZIP.format("textvqa", "https://dl.fbaipublicfiles.com/textvqa/images/train_val_images.zip"),
         licence="CC BY 4.0",
     ),
     "vg": images(
         "vg/VG_100K/",
         "vg/VG_100K_2/",
         rows=86_417,
-        images_from="https://cs.stanford.edu/people/rak248/VG_100K_2/images.zip and images2.zip",
+        images_from=UNZIP.format("vg", f"{VISUAL_GENOME}/images.zip {VISUAL_GENOME}/images2.zip"),
         licence="CC BY 4.0",
     ),
     "sharegpt": SetConfig(

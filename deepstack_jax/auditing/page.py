@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jinja2
 import numpy as np
@@ -16,6 +17,7 @@ from deepstack_jax.auditing.seen import injecting_layers
 from deepstack_jax.auditing.survey import Survey
 from deepstack_jax.config import Config
 from deepstack_jax.data.encode import BadExample
+from deepstack_jax.printing import printable
 
 CAPTIONS = {
     "lengths": "Sequence positions per example. What lies beyond the red line is dropped, cut or stops the run, as configured.",
@@ -43,6 +45,7 @@ def render_page(
         trim_blocks=True,
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
+        finalize=_harmless,
     )
     return environment.get_template("audit.html.j2").render(
         config=config,
@@ -125,6 +128,11 @@ def layer_chips(config: Config) -> list[Chip]:
 
 def _png(data: bytes) -> str:
     return "data:image/png;base64," + base64.b64encode(data).decode()
+
+
+def _harmless(value: Any) -> Any:
+    """Text without controls of direction and the like: the browser would obey them."""
+    return type(value)(printable(value)) if isinstance(value, str) else value
 
 
 def _with_newlines(text: str) -> Markup:

@@ -7,7 +7,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-from rich.console import Console
 from rich.progress import track
 
 from deepstack_jax.config import Config
@@ -19,6 +18,7 @@ from deepstack_jax.data.packing import Limits, pack
 from deepstack_jax.data.rows import Size
 from deepstack_jax.data.sources import Example, SampleError, Source
 from deepstack_jax.layout.grid import Grid
+from deepstack_jax.printing import Console
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from deepstack_jax.data.sources import Example, SampleError, Source, SourceError
 from deepstack_jax.data.tokenize import IMAGE_TOKEN, EncodedText, encode_conversation
 from deepstack_jax.data.tokenizers import Tokenizer, load_tokenizer
 from deepstack_jax.layout.sequence import VisualLayout
+from deepstack_jax.printing import MOST, label, one_line
 
 _NO_TOKEN = "<|\uf8ff|>"  # of a private character, so that no tokenizer has it: what this becomes, anything unknown does
 
@@ -56,6 +57,10 @@ class BadExample:
     index: int
     name: str
     reason: str
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "name", label(self.name, MOST))
+        object.__setattr__(self, "reason", one_line(self.reason))
 
 
 Made = TypeVar("Made")

@@ -18,7 +18,6 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from rich.console import Console
 from rich.progress import Progress
 
 from deepstack_jax.config import Config
@@ -30,6 +29,7 @@ from deepstack_jax.data.sources import Example, SampleError, Source, SourceError
 from deepstack_jax.data.workers import live_and_die_with_the_run
 from deepstack_jax.layout.sequence import VisualLayout
 from deepstack_jax.outward import whole_file
+from deepstack_jax.printing import Console
 
 CHUNK = 512  # rows measured between two saves: a second or two, which is also how long Ctrl-C takes
 UNKNOWN = Size()  # of an example that cannot be used: it takes a place among a row's examples, and no room

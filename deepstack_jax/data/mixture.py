@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 import os
 import posixpath
+import shlex
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -14,8 +15,8 @@ from typing import Any, SupportsIndex
 
 import numpy as np
 from numpy.typing import ArrayLike
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from deepstack_jax.config_checks import ConfigError
 from deepstack_jax.config_data import SetConfig
@@ -232,10 +233,9 @@ def describe_mixture(mixture: Mixture) -> Table:
     rows = []
     for part, entry, count in zip(mixture.parts, configs, counts, strict=True):
         known = f"{'' if entry.exact else '~'}{entry.rows:,}" if entry.rows else "?"
-        verdict = "[bold red]not as expected" if count_problem(part) else "[green]ok" if entry.rows else ""
+        verdict = Text("not as expected", "bold red") if count_problem(part) else Text("ok" if entry.rows else "", "green")
         paper = f"{entry.paper:,}" if entry.paper else ""
-        name, file = escape(part.name), escape(entry.file)
-        rows.append((name, file, f"{len(part.rows):,}", known, paper, f"{entry.repeat:g}", f"{count:,}", verdict))
+        rows.append((part.name, entry.file, f"{len(part.rows):,}", known, paper, f"{entry.repeat:g}", f"{count:,}", verdict))
     expected = [entry.rows for entry in configs]
     # The sum of those that are known would be taken for the whole.
     known, paper = f"{sum(expected):,}" if all(expected) else "?", sum(entry.paper for entry in configs)
@@ -260,20 +260,24 @@ def _by_file(sets: Mapping[str, SetConfig]) -> dict[tuple[str, str], list[str]]:
 
 def _check_present(sets: Mapping[str, SetConfig], root: str) -> None:
     """Everything that can be seen to be missing before a file is opened, in one message."""
-    missing: dict[str, tuple[str, list[str]]] = {}
+    missing: dict[str, tuple[dict[str, None], dict[str, None]]] = {}  # by origin: paths and sets, each once
     for name, entry in sets.items():
         images = files.join(root, entry.images)
         folders = [files.join(images, start) for start in entry.keep_images if start.endswith("/")]
         wanted = {files.join(root, entry.file): entry.file_from} | dict.fromkeys([images, *folders], entry.images_from)
         for path, origin in wanted.items():
             if not _exists(path):
-                missing.setdefault(path, (origin, []))[1].append(name)
-    if missing:
-        said = [f"{path} (set {', '.join(names)}{f'; from {o}' if o else ''})" for path, (o, names) in missing.items()]
-        raise ConfigError(
-            f"{len(missing)} files or folders of the mixture are missing: {' | '.join(said)}; put them there, point to another "
-            "place with --config.data.root=DIR, or train on one file with --config.data.train=FILE"
-        )
+                paths, names = missing.setdefault(origin or path, ({}, {}))
+                paths[path] = names[name] = None
+    where, problems = shlex.quote(root or "."), []
+    for origin, (paths, names) in missing.items():
+        more = f" and {len(paths) - 3} more" if len(paths) > 3 else ""
+        get = "put it there, or leave the set out" if origin in paths else origin.replace("$ROOT", where)
+        word = "set" if len(names) == 1 else "sets"
+        problems.append(f"no {', '.join([*paths][:3])}{more} ({word} {', '.join(names)}): {get}")
+    if problems:
+        elsewhere = "--config.data.root=DIR; one file alone: --config.data.train=FILE"
+        raise ConfigError(*problems, f"where the data lies elsewhere than in {where}: {elsewhere}")
 
 
 def _exists(path: str) -> bool:

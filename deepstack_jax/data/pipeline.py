@@ -22,7 +22,7 @@ from rich.table import Table
 
 from deepstack_jax.batch import Batch, BatchShape, check_batch, empty_batch
 from deepstack_jax.config import Config
-from deepstack_jax.config_checks import ConfigError
+from deepstack_jax.config_checks import ConfigError, fetch_command
 from deepstack_jax.data import files
 from deepstack_jax.data.encode import BadExample, Encoder, check_end_of_turn
 from deepstack_jax.data.lengths import length_index
@@ -51,7 +51,8 @@ def open_tokenizer(config: Config) -> Tokenizer:
         tokenizer = load_tokenizer(config.data.tokenizer)
         check_end_of_turn(config.data.template, tokenizer)
     except (ValueError, OSError) as error:
-        raise ConfigError(f"config.data: {error}") from error
+        fetch = fetch_command(config.data.tokenizer) if isinstance(error, FileNotFoundError) else ""
+        raise ConfigError(f"config.data: {error}" + (f": {fetch}" if fetch else "")) from error
     if tokenizer.vocab_size > config.decoder.vocab_size:
         raise ConfigError(
             f"the tokenizer has {tokenizer.vocab_size} ids, config.decoder.vocab_size is {config.decoder.vocab_size}; raise it"

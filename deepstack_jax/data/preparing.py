@@ -26,6 +26,7 @@ from deepstack_jax.data.records import SUFFIX, RecordWriter, decode_example, enc
 from deepstack_jax.data.sources import Example, SampleError, Source, SourceError
 from deepstack_jax.data.workers import live_and_die_with_the_run
 from deepstack_jax.outward import SCRATCH
+from deepstack_jax.printing import MOST, label, one_line
 
 """How folders of shards begin that are being written; a kill leaves them behind."""
 
@@ -159,7 +160,7 @@ def make_chunk(job: Job, number: int, tick: Callable[[], None]) -> Chunk:
             try:
                 example, length = read_checked(job.source, row)
             except SampleError as error:
-                bad.append(Bad(row, error.name, str(error)))
+                bad.append(Bad(row, label(error.name, MOST), one_line(str(error))))
             except SourceError as error:
                 raise _LostSource(str(error)) from error
             else:

@@ -13,12 +13,13 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 from fsspec.core import url_to_fs
-from rich.console import Console
+from rich.markup import escape
 from rich.progress import track
 
 from deepstack_jax.data.files import glob
 from deepstack_jax.data.sources import Outline, OutlinedSource
 from deepstack_jax.outward import whole_file
+from deepstack_jax.printing import Console, label
 
 TEXT_ROWS = "<text>"
 """Stands for the image path of a row that names no image file, so that filters can tell such rows: text, or embedded images."""
@@ -99,8 +100,14 @@ def scan(source: OutlinedSource, filters: Sequence[RowFilter], name: str) -> Sel
     left: Counter[str] = Counter()
     data_sources: Counter[str] = Counter()
     shared = 0
+    title = f"filtering {escape(label(name))}"
     outlines = track(
-        source.outlines(), f"filtering {name}", len(source), console=Console(stderr=True), transient=True, update_period=0.5
+        source.outlines(),
+        title,
+        len(source),
+        console=Console(stderr=True),
+        transient=True,
+        update_period=0.5,
     )
     for row, outline in enumerate(outlines):
         data_sources[outline.data_source] += 1

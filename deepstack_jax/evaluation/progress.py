@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import time
 
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
 
+from deepstack_jax.printing import Console
 from deepstack_jax.training.progress import duration
 
 _LINES = 50  # about so many in all: in a log, hours of work are to be seen and not to fill it

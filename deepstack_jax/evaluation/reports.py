@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
-from rich.console import Console
 from rich.table import Table
 
 from deepstack_jax.config import Config
@@ -25,6 +24,7 @@ from deepstack_jax.evaluation.questions import check_rows, uninterrupted
 from deepstack_jax.evaluation.runner import Answer, HeldOut, mean_by_kind
 from deepstack_jax.outward import write_json, write_whole
 from deepstack_jax.parallel.distributed import first_host_says, is_first_host
+from deepstack_jax.printing import Console, label
 from deepstack_jax.training.metrics import MetricsLog, read_metrics
 from deepstack_jax.types import PyTree
 
@@ -49,7 +49,7 @@ def report_held_out(
         log.sample(step, "samples", "\n\n".join(one_line(answer) for answer in shown), picture)
     console.print(f"step {step}: {loss_line(held_out, numbers)}")
     for answer in shown:
-        console.print(f"  {one_line(answer)}", markup=False, soft_wrap=True)
+        console.print(f"  {one_line(answer)}", soft_wrap=True)
     loss = numbers.get("validation_loss", math.nan)
     return loss if math.isfinite(loss) and not _too_many(len(left_out), held_out.rows, config) else None
 
@@ -63,7 +63,7 @@ def count_left_out(held_out: HeldOut, bad: Iterable[BadExample], config: Config,
     for example in bad:
         reasons.setdefault(example.index, example)
     if _name(reasons, held_out.named, console) and (problem := _too_many(len(reasons), held_out.rows, config)):
-        console.print(f"warning: {problem}; loss and scores are those of the others", markup=False, soft_wrap=True)
+        console.print(f"warning: {problem}; loss and scores are those of the others", soft_wrap=True)
     return reasons
 
 
@@ -86,7 +86,7 @@ def check_held_out(source: Source, config: Config, console: Console, *, starts: 
     if problem := _too_many(len(reasons), rows, config):
         if starts:
             raise SourceError(f"{problem}, the last one: {list(reasons.values())[-1].reason}; mend them, or allow more")
-        console.print(f"warning: {problem}; loss and scores will be those of the others", markup=False, soft_wrap=True)
+        console.print(f"warning: {problem}; loss and scores will be those of the others", soft_wrap=True)
     return named
 
 
@@ -94,9 +94,7 @@ def _name(reasons: dict[int, BadExample], named: set[int], console: Console) -> 
     """Print those that are not named yet; returns whether there were any."""
     new = [example for row, example in reasons.items() if row not in named]
     for example in new:
-        console.print(
-            f"held-out row {example.index} ({example.name}) is left out: {example.reason}", markup=False, soft_wrap=True
-        )
+        console.print(f"held-out row {example.index} ({label(example.name)}) is left out: {example.reason}", soft_wrap=True)
     named.update(reasons)
     return bool(new)
 
@@ -168,7 +166,7 @@ def finish(
         write_whole(workdir / "predictions.jsonl", "".join(json.dumps(answer.as_dict()) + "\n" for answer in answers))
         log.write(facts["steps"], {name: value for name, value in results.items() if isinstance(value, float)})
         for answer in answers[: config.evaluation.samples]:
-            console.print(f"  {one_line(answer)}", markup=False, soft_wrap=True)
+            console.print(f"  {one_line(answer)}", soft_wrap=True)
     write_json(stored, results)
     show_results(config.name, stored, results, console)
 
@@ -190,7 +188,7 @@ def stored_results(stored: Path, console: Console) -> dict[str, Any]:
         problem = "no object"
     except ValueError as error:
         problem = str(error)
-    console.print(f"{stored} is damaged ({problem}) and is made anew", markup=False, soft_wrap=True)
+    console.print(f"{stored} is damaged ({problem}) and is made anew", soft_wrap=True)
     return {}
 
 

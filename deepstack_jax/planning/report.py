@@ -6,11 +6,11 @@ from collections import defaultdict
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from deepstack_jax.planning.collectives import Collective
 from deepstack_jax.planning.roofline import Roofline
+from deepstack_jax.printing import Console
 from deepstack_jax.training.flops import GIB, Part
 
 SHOWN = 5  # collectives with most traffic that are shown one by one

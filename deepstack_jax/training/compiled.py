@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import jax
-from rich.console import Console
 
 from deepstack_jax.batch import Batch
+from deepstack_jax.printing import Console
 from deepstack_jax.training.journal import Journal
 from deepstack_jax.training.program import Program
 from deepstack_jax.training.step import StepFn

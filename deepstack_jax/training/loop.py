@@ -10,7 +10,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from rich.console import Console
 
 from deepstack_jax.batch import Batch
 from deepstack_jax.config import Config
@@ -18,6 +17,7 @@ from deepstack_jax.data.encode import BadExample
 from deepstack_jax.data.pipeline import Delivered, TrainingStream
 from deepstack_jax.data.sources import SourceError
 from deepstack_jax.parallel.distributed import is_first_host, part_of_batch, put_batch, sum_over_hosts
+from deepstack_jax.printing import Console, label
 from deepstack_jax.training.checkpoint import Checkpoints
 from deepstack_jax.training.data_wait import DataWait
 from deepstack_jax.training.flops import CHIPS, step_flops
@@ -172,7 +172,7 @@ class Records:
         run, before = self._run, self._bad
         self._bad = run.quarantine.add(delivered.bad)
         if self._bad and not before:
-            run.console.print(f"step {step}: {one_line_of(delivered.bad[0])}", markup=False, soft_wrap=True)
+            run.console.print(f"step {step}: {one_line_of(delivered.bad[0])}", soft_wrap=True)
         if delivered.bad and jax.process_count() == 1:
             run.quarantine.check(self._bad, self._seen(step))
 
@@ -296,4 +296,4 @@ class Trace(contextlib.AbstractContextManager):
 
 
 def one_line_of(bad: BadExample) -> str:
-    return f"example {bad.name} cannot be used and stays blank (further ones are only counted): {bad.reason}"
+    return f"example {label(bad.name)} cannot be used and stays blank (further ones are only counted): {bad.reason}"

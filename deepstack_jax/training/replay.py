@@ -13,12 +13,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
-from rich.console import Console
 
 from deepstack_jax.batch import Batch
 from deepstack_jax.data.pipeline import TrainingStream
 from deepstack_jax.outward import write_json
 from deepstack_jax.parallel.distributed import put_batch
+from deepstack_jax.printing import Console
 from deepstack_jax.training.checkpoint import Checkpoints
 from deepstack_jax.training.optimizer import FROZEN, flatten, unflatten
 from deepstack_jax.training.program import Program, first_state
@@ -160,7 +160,7 @@ def replay(file: Path, program: Program, stream: TrainingStream, checkpoints: Ch
     batch = put_batch(program.mesh, delivered.batch)
     findings = examine(program, state, batch)
     _, numbers = step(state, batch)
-    console.print(describe(bundle, findings, delivered.batch, numbers), markup=False, soft_wrap=True)
+    console.print(describe(bundle, findings, delivered.batch, numbers), soft_wrap=True)
     return findings
 
 

@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from rich.console import Console
 from rich.table import Table
 
 from deepstack_jax.outward import whole_file
+from deepstack_jax.printing import Console
 from deepstack_jax.training.journal import KINDS, read_journal
 from deepstack_jax.training.metrics import read_metrics
 

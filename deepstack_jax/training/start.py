@@ -9,13 +9,13 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
-import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
 
 from deepstack_jax.config import Config, build_config
+from deepstack_jax.config_checks import fetch_command
 from deepstack_jax.training.reading import UnreadableError, saved_steps
 from deepstack_jax.training.reading import read_json as read_stored
 from deepstack_jax.training.trained import restore_params
@@ -115,12 +115,9 @@ def _check_there(config: Config, *, tower: bool) -> None:
     train = config.train
     problems = []
     for key, path in (("weights", train.weights), ("tower", train.tower if tower else "")):
-        fetch = re.search(r"[\w.-]+/[\w.-]+$", path)
-        if path.count("/") > 1 and fetch and not os.path.exists(Path(path).expanduser()):  # else it may be a hub id
-            problems.append(
-                f"no folder {path}: fetch {fetch[0]} from the Hugging Face hub (hf download {fetch[0]} --local-dir {path}), "
-                f"or point to another with --config.train.{key}=DIR"
-            )
+        fetch = fetch_command(path)
+        if fetch and not os.path.exists(Path(path).expanduser()):  # else it may be a hub id
+            problems.append(f"no folder {path}: {fetch}; or point to another with --config.train.{key}=DIR")
     if train.projector and not os.path.exists(Path(train.projector).expanduser()):
         problems.append(
             f"no projector at {train.projector}: train stage 1 with --workdir={train.projector}, point to its workdir or to an "
@@ -128,4 +125,4 @@ def _check_there(config: Config, *, tower: bool) -> None:
             "--config.train.projector="
         )
     if problems:
-        raise WeightsError("; ".join(problems))
+        raise WeightsError(*problems)

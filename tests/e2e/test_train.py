@@ -248,11 +248,12 @@ def test_missing_data(precious, tmp_path):
 
 
 def test_full_size_recipe_names_what_to_give(precious):
-    """Weights, tower, stage 1 and data, all in one line; the ways to give them are in test_recipes."""
+    """Weights, tower, stage 1 and data, one a line; the ways to give them are in test_recipes."""
     said = ["hf download lmsys/vicuna-7b-v1.5 --local-dir checkpoints/lmsys/vicuna-7b-v1.5", "--config.train.weights=DIR"]
     said += ["openai/clip-vit-large-patch14-336", "--config.train.tower=DIR", "--config.train.projector=PATH"]
-    said += ["llava_v1_5_mix665k.json (set coco", "--config.data.root=DIR", "tokenizer"]
-    refused("configs/llava15.py:finetune", precious, {}, said)
+    said += ["llava_v1_5_mix665k.json (sets coco", "--config.data.root=DIR", "tokenizer"]
+    lines = refused("configs/llava15.py:finetune", precious, {}, said, lines=12).splitlines()[1:]
+    assert all(line.startswith("  ") and len(line) < 400 for line in lines)
 
 
 @pytest.mark.parametrize("name", ["train2", "val1"])
@@ -322,13 +323,13 @@ def precious(tmp_path) -> Path:
     return workdir
 
 
-def refused(config: str, workdir: Path | None, changes: dict[str, Any], expected: list[str]) -> str:
-    """Run the verb; it must end with 1 and one line that holds every expected part, and leave an old workdir as it is."""
+def refused(config: str, workdir: Path | None, changes: dict[str, Any], expected: list[str], lines: int = 1) -> str:
+    """Run the verb; it must end with 1 and `lines` lines with every expected part, and leave an old workdir as it is."""
     before = contents(workdir) if workdir is not None and workdir.is_dir() else {}
     done = train(config, workdir, changes)
     assert done.returncode == 1, done.stderr
     assert done.stderr.startswith("error: ")
-    assert done.stderr.count("\n") == 1
+    assert done.stderr.count("\n") == lines
     assert [part for part in expected if part not in done.stderr] == [], done.stderr
     if before:
         assert contents(workdir) == before  # pyright: ignore[reportArgumentType]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from html.parser import HTMLParser
 from io import StringIO
 from pathlib import Path
@@ -11,7 +12,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from rich.console import Console
 
 from deepstack_jax.auditing import pictures, survey
 from deepstack_jax.auditing.cards import make_card
@@ -27,6 +27,7 @@ from deepstack_jax.data.encode import BadExample, Encoder
 from deepstack_jax.data.pipeline import TrainingStream
 from deepstack_jax.data.sources import Example, SampleError
 from deepstack_jax.data.tokenizers import ByteTokenizer, Tokenizer, load_tokenizer, train_bpe
+from deepstack_jax.printing import Console
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 SIZE, PATCH, SIDE = 32, 8, 4
@@ -382,6 +383,22 @@ def test_page_names_bad_samples_with_their_reasons(mixed):
         assert text.count(name) >= 2, "in the list and as a card"
         assert reason in text
     assert "<one>" not in html
+
+
+def test_what_a_browser_would_obey_comes_out_as_text():
+    nasty = "\u202e\x1b]0;x\x07\x9b<script>alert(1)</script>\u2066'\"><img src=x>"
+    config = small_config()
+    turns = (Message("human", f"<image>\n{nasty}"), Message("gpt", f"a\n{nasty}"))
+    source = Listed([example(0, SQUARE, turns=turns, data_source=nasty), SampleError(f"row 1: {nasty}", f"{nasty}\n2")])
+    found = survey.survey(source, config, range(2), Console(file=StringIO()))
+    cards = [make_card(number, see(source, row, config), config, ByteTokenizer()) for number, row in enumerate(range(2), 1)]
+    config = replace(config, name=nasty, data=replace(config.data, train=nasty))
+    html = render_page(config, found, cards, draw_charts(found, config), 2)
+    assert not set(html) & set("\u202e\x1b\x07\x9b\u2066")
+    assert "<script" not in html
+    assert "<img src=x" not in html
+    assert html.count("\\u202e\\u001b]0;x\\u0007\\u009b&lt;script") >= 6
+    assert html.count('<span class="newline">') >= 2, "line ends of a prompt are still shown as such"
 
 
 def test_page_marks_what_is_supervised_and_nothing_else(mixed):

@@ -1,5 +1,6 @@
 """How a verb ends: a user's mistake, a full disk and too little memory in one line, a defect with its traceback."""
 
+import os
 import subprocess
 import sys
 
@@ -9,10 +10,11 @@ HEAD = "import errno, sys; from deepstack_jax import cli; sys.argv = ['verb']"
 EXHAUSTED = "RESOURCE_EXHAUSTED: "
 
 
-def ending(body: str) -> subprocess.CompletedProcess[str]:
+def ending(body: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """A verb whose main is `body`."""
     lines = [HEAD, "def main():", *(f"    {line}" for line in body.splitlines()), "cli.run(main, (), '')"]
-    return subprocess.run([sys.executable, "-c", "\n".join(lines)], check=False, capture_output=True, text=True)
+    command = [sys.executable, "-c", "\n".join(lines)]
+    return subprocess.run(command, check=False, capture_output=True, text=True, env=os.environ | environment)
 
 
 @pytest.mark.parametrize(
@@ -43,6 +45,54 @@ def test_one_line(body, message):
     assert done.returncode == 1
     assert done.stderr.startswith(f"error: {message}")
     assert done.stderr.count("\n") == 1
+
+
+NASTY = r"\x1b]0;owned\x07\x9b2J\u202e\ud83d"
+
+
+@pytest.mark.parametrize(
+    ("body", "code"),
+    [
+        (f'raise cli.ConfigError("id {NASTY} is bad; mend it")', 1),
+        (f'raise RuntimeError("a defect {NASTY}")', 1),
+        (f'print("answer {NASTY}"); return 0', 0),
+        (f'print("note {NASTY}", file=sys.stderr); return 0', 0),
+        (f'import warnings; warnings.warn("careful {NASTY}"); return 0', 0),
+        (f'import logging; logging.warning("careful %s", "{NASTY}"); return 0', 0),
+        (f'from absl import logging; logging.error("careful %s", "{NASTY}"); return 0', 0),
+        (f'from deepstack_jax.printing import Console; Console().print("careful {NASTY}"); return 0', 0),
+    ],
+)
+def test_no_way_out_lets_escape_sequences_through(body, code):
+    done = ending(body)
+    assert done.returncode == code, done.stderr
+    said = done.stdout + done.stderr
+    assert r"\u001b]0;owned\u0007\u009b2J\u202e\ud83d" in said
+    assert not set(said) & set("\x1b\x07\x9b\u202e")
+
+
+def test_bars_of_other_libraries_still_move():
+    done = ending("import sys\nsys.stderr.write('\\r 50% of file')\nsys.stderr.write('\\n\\x1b[A')\nreturn 0")
+    assert done.stderr == "\r 50% of file\n\x1b[A".replace("\r", "\n"), "as text mode reads it"
+
+
+def test_output_that_the_terminal_cannot_encode_is_no_end():
+    done = ending("print('caf\\xe9 \\u65e5'); return 0", PYTHONIOENCODING="ascii")
+    assert (done.returncode, done.stdout) == (0, "caf\\xe9 \\u65e5\n")
+
+
+@pytest.mark.parametrize("uri", ["data:image/png;base64," + "QUJD" * 16_000, "two words " * 9000])
+def test_an_error_quotes_little_and_keeps_its_next_move(uri):
+    done = ending(f"""raise cli.ConfigError("row 7: image '{uri}' is no file; give a path")""")
+    assert done.stderr.startswith("error: row 7: image '")
+    assert done.stderr.endswith("' is no file; give a path\n")
+    assert len(done.stderr) < 400
+
+
+def test_several_problems_are_a_list():
+    done = ending("raise cli.ConfigError('no a: get a', 'no b: get\\n b')")
+    assert done.stderr.splitlines()[1:] == ["  no a: get a", "  no b: get b"]
+    assert done.stderr.startswith("error: ")
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,6 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from rich.console import Console
 
 from deepstack_jax.batch import Batch
 from deepstack_jax.config import Config
@@ -17,6 +16,7 @@ from deepstack_jax.evaluation.reports import check_held_out, finish, report_held
 from deepstack_jax.evaluation.runner import HeldOut
 from deepstack_jax.inference.generate import NO_TOKEN
 from deepstack_jax.parallel.mesh import make_mesh
+from deepstack_jax.printing import Console
 from deepstack_jax.training.metrics import MetricsLog, read_metrics
 from deepstack_jax.training.step import LossSums
 from tests.unit.made_examples import MadeExamples

@@ -4,8 +4,8 @@ import json
 import time
 
 import pytest
-from rich.console import Console
 
+from deepstack_jax.printing import Console
 from deepstack_jax.training.journal import Journal, read_journal
 from deepstack_jax.training.report import LOST, ReportError, account, report
 

@@ -12,7 +12,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from rich.console import Console
 
 from deepstack_jax.config import MeshConfig
 from deepstack_jax.data.encode import BadExample
@@ -21,6 +20,7 @@ from deepstack_jax.data.pipeline import Delivered, TrainingStream
 from deepstack_jax.data.sources import SourceError
 from deepstack_jax.data.synthetic import VOCABULARY
 from deepstack_jax.parallel.mesh import make_mesh
+from deepstack_jax.printing import Console
 from deepstack_jax.training.checkpoint import Checkpoints
 from deepstack_jax.training.data_wait import DataWait
 from deepstack_jax.training.journal import Journal

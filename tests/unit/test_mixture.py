@@ -18,7 +18,6 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from rich.console import Console
 
 from deepstack_jax.config import build_config, default_config
 from deepstack_jax.config_checks import ConfigError
@@ -27,6 +26,7 @@ from deepstack_jax.data import selection
 from deepstack_jax.data.mixture import EpochOrder, Mixture, count_problem, describe_mixture, epoch_order, open_mixture
 from deepstack_jax.data.open import open_files
 from deepstack_jax.data.sources import OutlinedSource, SampleError, SourceError
+from deepstack_jax.printing import Console
 
 REPOSITORY = Path(__file__).parents[2]
 MIXTURES = REPOSITORY / "configs" / "mixtures"
@@ -305,15 +305,28 @@ def test_all_that_is_missing_is_named_at_once(root):
     (root / "vg/VG_100K_2").rename(root / "elsewhere")
     with pytest.raises(ConfigError) as error:
         opened(sets, root)
-    message = str(error.value)
-    assert message.startswith("5 files or folders of the mixture are missing: ")
-    assert f"{root}/vg/VG_100K_2 (set vg; from https://cs.stanford.edu/people/rak248/" in message
-    assert f"{root}/chartqa_7k.json (set chartqa; from https://github.com/vis-nlp/ChartQA)" in message
-    assert all(f"{root}/{path} (set " in message for path in ("hub/train", "more/*.parquet", "nowhere"))
-    assert "--config.data.root=DIR" in message
+    images, made, *rest, where = error.value.args
+    archives = "https://cs.stanford.edu/people/rak248/VG_100K_2/images"
+    assert images == (
+        f"no {root}/vg/VG_100K_2 (set vg): wget -P {root}/vg {archives}.zip {archives}2.zip && unzip -q {root}/vg/\\*.zip "
+        f"-d {root}/vg"
+    )
+    assert made == (
+        f"no {root}/chartqa_7k.json (set chartqa): made from https://github.com/vis-nlp/ChartQA, see docs/datasets.md"
+    )
+    own = "put it there, or leave the set out"
+    expected = (("hub/train", "split"), ("more/*.parquet", "many"), ("nowhere", "many"))
+    assert rest == [f"no {root}/{path} (set {name}): {own}" for path, name in expected]
+    assert "--config.data.root=DIR" in where
     (root / "llava_v1_5_mix665k.json").unlink()
-    with pytest.raises(ConfigError, match=r"mix665k\.json \(set coco, gqa, ocr_vqa, textcaps, vg, sharegpt; from https"):
+    fetch = rf"mix665k\.json \(sets coco, gqa, ocr_vqa, textcaps, vg, sharegpt\): hf download liuhaotian/.* --local-dir {root}"
+    with pytest.raises(ConfigError, match=fetch):
         opened(sets, root)
+
+
+def test_a_root_with_spaces_stays_one_word_of_the_command(tmp_path):
+    with pytest.raises(ConfigError, match=r"--local-dir '.*/two words'"):
+        opened(table("llava_558k"), tmp_path / "two words")
 
 
 def test_a_split_of_a_folder_is_looked_for_by_the_one_that_opens_it(root):

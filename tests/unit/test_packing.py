@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from rich.console import Console
 
 from deepstack_jax.batch import Batch
 from deepstack_jax.config import Config
@@ -19,6 +18,7 @@ from deepstack_jax.data.mixture import EpochOrder
 from deepstack_jax.data.packing import Limits, describe_packs, pack
 from deepstack_jax.data.pipeline import BatchMaker, StepMaker
 from deepstack_jax.data.schedule import PackedSchedule, PaddedSchedule
+from deepstack_jax.printing import Console
 from tests.unit.made_examples import MadeExamples
 from tests.unit.tiny import tiny_config
 

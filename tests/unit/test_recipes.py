@@ -110,7 +110,7 @@ def test_flags_move_weights_and_tokenizer_together_or_apart():
 
 
 @pytest.mark.parametrize(("name", "words"), [(name, listed[at]) for name, listed in WORDS.items() for at in (0, -1)])
-def test_what_is_missing_is_one_line_with_its_flag(name, words, tmp_path, monkeypatch):
+def test_what_is_missing_is_said_with_its_command_and_its_flag(name, words, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     config = recipe(name, words)
     said = {}
@@ -121,8 +121,8 @@ def test_what_is_missing_is_one_line_with_its_flag(name, words, tmp_path, monkey
         assert "\n" not in said[part]
     assert "--config.data.root=DIR" in said["data"]
     for entry in config.data.sets.values():
-        assert f"/{entry.file} (set " in said["data"]
-        assert entry.file_from in said["data"]
+        assert f"/{entry.file}" in said["data"]
+        assert entry.file_from.replace("$ROOT", ".") in said["data"]
     assert f"hf download {config.train.weights.removeprefix('checkpoints/')} --local-dir" in said["weights"]
     assert "--config.train.weights=DIR" in said["weights"]
     assert ("--config.train.tower=DIR" in said["weights"]) == bool(config.train.tower)

@@ -52,7 +52,7 @@ def test_what_ends_a_run_whose_state_is_saved(number, wait, code, told):
 LAST = """
 import os, signal, sys
 from types import SimpleNamespace
-from rich.console import Console
+from deepstack_jax.printing import Console
 from deepstack_jax import cli, train
 from deepstack_jax.parallel.distributed import ToldToStop
 

@@ -9,7 +9,6 @@ from typing import Any
 
 import jax.numpy as jnp
 import pytest
-from rich.console import Console
 
 from deepstack_jax.data.sources import SourceError
 from deepstack_jax.evaluate import Task, key_of, run_task
@@ -17,6 +16,7 @@ from deepstack_jax.evaluation.progress import Progress
 from deepstack_jax.evaluation.unfinished import Unfinished
 from deepstack_jax.inference.answers import Answer
 from deepstack_jax.inference.options import Options
+from deepstack_jax.printing import Console
 from tests.unit.test_held_out import Echo, Rows, row
 from tests.unit.tiny import tiny_config
 

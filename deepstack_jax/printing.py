@@ -1,0 +1,139 @@
+"""What goes out to a reader: text that may hold a stranger's data, made harmless and kept short, whatever it says.
+
+Escape sequences in an id, a file name or an answer could move the cursor, retitle the window or write to the clipboard of
+whoever looks at a log; controls of the text's direction make it read as what it is not.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import reprlib
+import sys
+from collections.abc import Iterable
+from copy import copy
+from typing import Any, TextIO
+
+import rich.console
+from rich.segment import Segment
+from rich.table import Table
+from rich.text import Text
+
+MOST = 300  # characters of somebody's data in one line
+# C0 but for tab and line end, DEL, C1, marks and controls of direction, what some take for line ends, half surrogates.
+_UNSAFE = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+# What reads as data, not as our words: a quotation, a list, and anything long without a space in it.
+_LONG = re.compile(
+    r"""(?<!\w)'(?:[^'\\]|\\.){100,}'(?!\w)|(?<!\w)"(?:[^"\\]|\\.){100,}"(?!\w)"""
+    r"""|[\[{][^][{}]{100,}[]}]|\(-?\d[^()]{100,}\)|\S{100,}""",
+    re.DOTALL,
+)
+_LINE = 2000  # no line of ours comes near to it
+_BAR = re.compile(r"(?:\r|\n|\x1b\[A)+|\r[^\r\n\x1b]*")  # all that the progress bars of other libraries write
+
+
+def printable(text: object) -> str:
+    r"""The text with everything that a terminal or browser would obey written as `\u001b`, as JSON does; its lines stay."""
+    return _UNSAFE.sub(lambda found: f"\\u{ord(found[0]):04x}", str(text))
+
+
+def label(text: object, most: int = MOST // 2) -> str:
+    """A name or a file's words within a line: on one line, and cut in the middle where longer than `most`."""
+    return _cut(printable(_cut(str(text), 2 * most)).replace("\n", "\\n").replace("\t", "\\t"), most)
+
+
+def quote(value: object) -> str:
+    """A value as Python writes it, for a message: of what is long, deep or many the beginning and the end."""
+    try:
+        return label(_REPR.repr(value))
+    except ValueError:  # an int of more digits than Python converts
+        return f"a huge {type(value).__name__}"
+
+
+def one_line(message: str) -> str:
+    """A message as a line in which the parts that are data take MOST characters at most; our own words stay whole."""
+    line = " ".join(printable(_cut(message, 10 * _LINE)).split())
+    long = [len(found) for found in _LONG.findall(line)]
+    if sum(long) > MOST:
+        each = max(20, MOST // len(long))
+        line = _LONG.sub(lambda found: _cut(found[0], each), line)
+    return _cut(line, _LINE)
+
+
+def _cut(text: str, most: int) -> str:
+    if len(text) <= most:
+        return text
+    half = (most - 3) // 2
+    return f"{text[: most - 3 - half]}...{text[len(text) - half :]}"
+
+
+_REPR = reprlib.Repr()
+_REPR.maxstring = _REPR.maxother = _REPR.maxlong = MOST // 3
+_REPR.maxlevel = 3
+
+
+def plural(count: int, noun: str, many: str = "") -> str:
+    """`1 image`, `2,000 images`."""
+    return f"{count:,} {noun if count == 1 else many or noun + 's'}"
+
+
+class Console(rich.console.Console):
+    """Rich's, which takes no text for markup and lets no control character through, tables and bars included.
+
+    The title of a table stands on a line of its own, so that no path in it is broken, and long cells are folded, not cut.
+    """
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(markup=False, emoji=False, highlight=False, **settings)
+
+    def print(self, *objects: Any, **how: Any) -> None:
+        """As rich's."""
+        if len(objects) == 1 and isinstance(objects[0], Table):
+            table = copy(objects[0])
+            table.columns = [copy(column) for column in table.columns]
+            for column in table.columns:
+                column.overflow = "fold"
+            if table.title:
+                super().print(Text(label(table.title, 1000), style="table.title"), soft_wrap=True)
+            table.title, objects = None, (table,)
+        super().print(*objects, **how)
+
+    def render_str(self, text: str, **how: Any) -> Text:
+        """As rich's, here so that the widths of cells are those of what is printed."""
+        return super().render_str(printable(text), **how)
+
+    def render(self, renderable: Any, options: Any = None) -> Iterable[Segment]:
+        """As rich's; what comes as `Text` has not passed `render_str`."""
+        for text, style, control in super().render(renderable, options):
+            yield Segment(text if control else printable(text), style, control)
+
+
+class _Guarded:
+    """A stream without control characters but for line ends and tabs; rich, which has its own, writes past it."""
+
+    def __init__(self, stream: TextIO, *, bars: bool) -> None:
+        self.rich_proxied_file = stream  # where rich's Console looks
+        self._bars = bars
+
+    def write(self, text: str) -> int:
+        if not (self._bars and _BAR.fullmatch(text)):
+            text = printable(text.replace("\r\n", "\n"))
+        return self.rich_proxied_file.write(text)
+
+    def writelines(self, lines: Iterable[str]) -> None:
+        for line in lines:
+            self.write(line)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.rich_proxied_file, name)
+
+
+def guard_streams() -> None:
+    """From here on nothing that this process prints, by whatever way, controls the terminal, or fails for its encoding."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None or isinstance(stream, _Guarded):
+            continue
+        with contextlib.suppress(AttributeError):
+            stream.reconfigure(errors="backslashreplace")
+        setattr(sys, name, _Guarded(stream, bars=name == "stderr"))
