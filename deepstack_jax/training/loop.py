@@ -24,7 +24,7 @@ from deepstack_jax.training.flops import CHIPS, step_flops
 from deepstack_jax.training.journal import Journal
 from deepstack_jax.training.metrics import MetricsLog, Quarantine, QuarantineError
 from deepstack_jax.training.program import Program
-from deepstack_jax.training.progress import Progress
+from deepstack_jax.training.progress import Progress, padding_hint
 from deepstack_jax.training.replay import write_bundle
 from deepstack_jax.types import TrainState
 
@@ -195,6 +195,10 @@ class Records:
         values = {name: float(latest[name]) for name in (*_SHOWN, "bad_steps")}
         values["padding"] = float(np.mean([of_step["padding"] for of_step in numbers]))
         values |= {"lr": values["lr_factor"] * self._learning_rate(), "bad_examples": bad}
+        if not (self._first or self._timed) and (
+            hint := padding_hint(values["padding"], float(np.mean(lengths)), run.config.data)
+        ):
+            run.console.print(hint, soft_wrap=True)
         values |= self._rates(numbers, lengths, spent) if self._timed else {}
         self._timed = True
         run.metrics.write(step, values)

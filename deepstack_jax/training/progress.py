@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
 
+from deepstack_jax.config_data import DataConfig
 from deepstack_jax.printing import Console
 
 # What the line shows of the numbers at hand, in this order.
@@ -22,6 +23,7 @@ _SHOWN = (
     ("data_wait", "data wait {:.1%}"),
     ("padding", "padding {:.1%}"),
 )
+PADDING_HINTED = 0.7  # above it a run is told of packing and buckets
 
 
 class Progress:
@@ -51,6 +53,25 @@ class Progress:
         if not self._console.is_terminal:
             left = "" if self._per_step is None else f" left {duration(self._per_step * (self._steps - step))}"
             self._console.print(f"step {step}/{self._steps} {line}{left}", soft_wrap=True)
+
+
+def padding_hint(padding: float, length: float, data: DataConfig) -> str:
+    """What to do about rows that hold little, with the numbers; "" where they are full enough, or packed already.
+
+    Args:
+      padding: share of positions that hold nothing, 0..1.
+      length: positions of a row.
+    """
+    if padding <= PADDING_HINTED or data.packing.enabled:
+        return ""
+    used = round((1 - padding) * length)
+    buckets = tuple(2**power for power in range(5, 31) if 1.25 * used < 2**power < length)
+    shorter = f', or pad to shorter lengths with --config.data.buckets="{buckets}"' if buckets else ""
+    unset = ' --config.data.buckets="()"' if data.buckets else ""
+    return (
+        f"{padding:.0%} of the positions are padding, an example has {used:,} of the {length:,.0f} of its row: pack about "
+        f"{length / max(1, used):.0f} into each with --config.data.packing.enabled=True{unset}{shorter}, in a new --workdir"
+    )
 
 
 def duration(seconds: float) -> str:

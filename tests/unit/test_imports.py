@@ -23,7 +23,7 @@ ALLOWED = {
     "data": {"batch", "outward", "config", "config_data", "config_checks", "layout"},
     "parallel": {"batch", "types", "config", "config_checks", "model"},
     "weights": {"batch", "outward", "types", "config", "config_checks"},
-    "training": {"batch", "outward", "types", "config", "config_checks", "data", "model", "parallel", "weights"},
+    "training": {"batch", "outward", "types", "config", "config_checks", "config_data", "data", "model", "parallel", "weights"},
     "inference": {"batch", "outward", "types", "config", "config_checks", "layout", "data", "model", "parallel", "weights"},
 }
 _BELOW = set(ALLOWED)

@@ -1,6 +1,8 @@
 """The loop around a step that computes nothing: what it saves, judges and counts, and when."""
 
 import contextlib
+import dataclasses
+import io
 import json
 import threading
 import time
@@ -14,6 +16,7 @@ import optax
 import pytest
 
 from deepstack_jax.config import MeshConfig
+from deepstack_jax.config_data import PackingConfig
 from deepstack_jax.data.encode import BadExample
 from deepstack_jax.data.open import open_source
 from deepstack_jax.data.pipeline import Delivered, TrainingStream
@@ -27,6 +30,7 @@ from deepstack_jax.training.journal import Journal
 from deepstack_jax.training.loop import NotFiniteError, Run, loop
 from deepstack_jax.training.metrics import MetricsLog, Quarantine, QuarantineError
 from deepstack_jax.training.program import Program
+from deepstack_jax.training.progress import padding_hint
 from deepstack_jax.training.replay import ReplayError, read_bundle, replay
 from deepstack_jax.training.state import new_state
 from tests.unit.tiny import tiny_config
@@ -279,3 +283,30 @@ def test_only_the_wait_in_which_the_devices_have_nothing_to_do_is_one_for_data(t
         idle.append(time.perf_counter() - began)
 
     assert waited(tmp_path, ending, end_and_wait) <= idle[0] + 0.05, "what came before the end of the step does not count"
+
+
+def test_much_padding_is_said_with_what_helps():
+    data = tiny_config().data
+    assert padding_hint(0.7, 2048.0, data) == ""
+    hint = padding_hint(0.85, 2048.0, data)
+    for part in (
+        "85% of the positions are padding",
+        "an example has 307 of the 2,048",
+        "pack about 7 into each with --config.data.packing.enabled=True, or",
+        '--config.data.buckets="(512, 1024)"',
+    ):
+        assert part in hint
+    assert "True --config.data.buckets=" in padding_hint(0.85, 2048.0, dataclasses.replace(data, buckets=(1024,)))
+    assert "shorter" not in padding_hint(0.75, 32.0, data), "there is no shorter length that holds an example"
+    assert padding_hint(0.99, 2048.0, dataclasses.replace(data, packing=PackingConfig(enabled=True))) == ""
+    assert padding_hint(1.0, 2048.0, data)
+
+
+def test_the_hint_comes_once_and_only_where_a_run_begins(tmp_path):
+    printed = io.StringIO()
+    for stops in (iter([False, False, False, True]), iter([False] * STEPS)):
+        run = make_run(tmp_path, Steps(), train__log_every=1)
+        vars(run)["console"] = Console(file=printed, width=400)
+        go(run, lambda stops=stops: next(stops))
+    assert printed.getvalue().count("\nstep ") + printed.getvalue().startswith("step ") == STEPS
+    assert printed.getvalue().count("100% of the positions are padding") == 1
