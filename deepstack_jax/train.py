@@ -116,7 +116,7 @@ def train(config: Config, workdir: Path, console: Console) -> int:
     check_same_data(config, workdir, texts)
     check_images(source, config)
     held_out_source = open_source(config, "validation") if config.data.source == "pages" or config.data.validation else None
-    left_out = set() if held_out_source is None else check_held_out(held_out_source, config, console, starts=starts)
+    left_out = set() if held_out_source is None else check_held_out(held_out_source, source, config, console, starts=starts)
     mesh = make_mesh(config.mesh)
     stream = open_stream(config, source, mesh)
     steps = config.train.steps or stream.steps(config.train.epochs)

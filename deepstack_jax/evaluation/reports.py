@@ -19,12 +19,13 @@ from deepstack_jax.data.image import ImageError, open_image
 from deepstack_jax.data.lengths import encoded_tokens, measure
 from deepstack_jax.data.mixture import epoch_order
 from deepstack_jax.data.open import check_images
+from deepstack_jax.data.overlap import find_overlap
 from deepstack_jax.data.sources import Source, SourceError
 from deepstack_jax.evaluation.questions import check_rows, uninterrupted
 from deepstack_jax.evaluation.runner import Answer, HeldOut, mean_by_kind
 from deepstack_jax.outward import write_json, write_whole
 from deepstack_jax.parallel.distributed import first_host_says, is_first_host
-from deepstack_jax.printing import Console, label
+from deepstack_jax.printing import Console, label, plural
 from deepstack_jax.training.metrics import MetricsLog, read_metrics
 from deepstack_jax.types import PyTree
 
@@ -67,10 +68,11 @@ def count_left_out(held_out: HeldOut, bad: Iterable[BadExample], config: Config,
     return reasons
 
 
-def check_held_out(source: Source, config: Config, console: Console, *, starts: bool) -> set[int]:
+def check_held_out(source: Source, train: Source, config: Config, console: Console, *, starts: bool) -> set[int]:
     """Look through the held-out rows before anything is compiled; returns the numbers of those that cannot be used, now named.
 
     Args:
+      train: the rows that are trained on, of which these should be none.
       starts: False where a run goes on, whose steps are not to be lost for its held-out data: what is wrong is said only.
 
     Raises:
@@ -87,7 +89,22 @@ def check_held_out(source: Source, config: Config, console: Console, *, starts: 
         if starts:
             raise SourceError(f"{problem}, the last one: {list(reasons.values())[-1].reason}; mend them, or allow more")
         console.print(f"warning: {problem}; loss and scores will be those of the others", soft_wrap=True)
+    if starts and is_first_host() and (said := overlap_line(source, rows, train)):
+        console.print(f"warning: {said}", soft_wrap=True)
     return named
+
+
+def overlap_line(held_out: Source, rows: int, train: Source) -> str:
+    """How many of the held-out rows are trained on; "" where none was found."""
+    overlap = find_overlap(held_out, rows, train)
+    if not overlap.rows:
+        return ""
+    part = "" if overlap.looked_at >= len(train) else f" (the first {overlap.looked_at:,} of {len(train):,} were looked at)"
+    return (
+        f"{len(overlap.rows)} of {plural(rows, 'held-out row')} also stand among the training rows{part}, as the same row or "
+        f"the same question about the same image, the first: {label(overlap.first)}; scores on them tell what was remembered: "
+        "hold others out with --config.data.validation=FILE"
+    )
 
 
 def _name(reasons: dict[int, BadExample], named: set[int], console: Console) -> bool:

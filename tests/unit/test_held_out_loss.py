@@ -85,7 +85,9 @@ def checked(bad: tuple[int, ...], allowed: float, starts: bool) -> tuple[Any, st
     subject, config = held_out(bad, allowed)
     printed = io.StringIO()
     try:
-        return check_held_out(subject.source, config, Console(file=printed, width=200), starts=starts), printed.getvalue()
+        return check_held_out(
+            subject.source, subject.source, config, Console(file=printed, width=200), starts=starts
+        ), printed.getvalue()
     except SourceError as error:
         return error, printed.getvalue()
 
@@ -109,7 +111,7 @@ def test_what_was_named_at_the_start_is_not_named_again(tmp_path):
     subject, config = held_out((1, 6), 0.25)
     printed = io.StringIO()
     console = Console(file=printed, width=200)
-    subject.named |= check_held_out(subject.source, config, console, starts=True)
+    subject.named |= check_held_out(subject.source, subject.source, config, console, starts=True)
     assert subject.named == {6}, "row 1 shows when its image is decoded"
     report_held_out(subject, config, {}, 1, MetricsLog(None, 0), console)
     assert printed.getvalue().count("held-out row 6 (made6) is left out") == 1

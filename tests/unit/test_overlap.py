@@ -1,0 +1,110 @@
+"""Held-out rows found among the training rows: by what they say and show, whatever they are called and wherever they lie."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from deepstack_jax.config_data import SetConfig
+from deepstack_jax.data.mixture import Mixture, Part
+from deepstack_jax.data.open import open_files
+from deepstack_jax.data.overlap import find_overlap
+from deepstack_jax.data.sources import OutlinedSource
+from deepstack_jax.evaluation.reports import overlap_line
+from tests.unit.made_examples import MadeExamples
+
+
+def row(name: str, image: str, *turns: str) -> dict[str, Any]:
+    said = [{"from": ("human", "gpt")[at % 2], "value": text} for at, text in enumerate(turns)]
+    return {"id": name, "conversations": said} | ({"image": image} if image else {})
+
+
+def write(file: Path, rows: list[dict[str, Any]]) -> OutlinedSource:
+    file.parent.mkdir(exist_ok=True)
+    file.write_text(json.dumps(rows))
+    return open_files(str(file), str(file.parent))
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    for number, name in enumerate(("a.png", "b.png", "c.png")):
+        Image.new("L", (8, 8), 60 * number).save(tmp_path / name)
+    shutil.copytree(tmp_path, tmp_path / "copy")
+    return tmp_path
+
+
+TRAIN = [
+    row("1", "a.png", "<image>\nColour?", "red", "Size?", "big"),
+    row("2", "b.png", "<image>\nColour?", "blue"),
+    row("3", "", "2 + 2?", "4"),
+    {"id": "4"},
+    row("5", "gone.png", "<image>\nShape?", "round"),
+]
+HELD_OUT = {
+    "the same row": (row("1", "a.png", "<image>\nColour?", "red", "Size?", "big"), True),
+    "by another name": (row("x", "a.png", "<image>\nColour?", "red", "Size?", "big"), True),
+    "with another answer": (row("x", "b.png", "Colour?\n<image>", "green"), True),
+    "one question of several": (row("x", "a.png", "<image>\nSize?", "big"), True),
+    "the same text": (row("3", "", "2 + 2?", "4"), True),
+    "an image that is not there": (row("5", "gone.png", "<image>\nShape?", "round"), True),
+    "another question": (row("1", "a.png", "<image>\nShape?", "red"), False),
+    "another image": (row("1", "c.png", "<image>\nColour?", "red", "Size?", "big"), False),
+    "the same question as text": (row("1", "", "Colour?", "red"), False),
+    "another sum": (row("3", "", "2 + 2?", "5"), False),
+    "no row": ({"id": "4"}, False),
+}
+
+
+@pytest.mark.parametrize("case", HELD_OUT)
+def test_the_same_row_or_question_on_the_same_image(case, folder):
+    given, shared = HELD_OUT[case]
+    rows = [row("other", "c.png", "<image>\nColour?", "grey"), given]
+    overlap = find_overlap(write(folder / "val.json", rows), 2, write(folder / "train.json", TRAIN))
+    assert (overlap.rows, overlap.looked_at) == ([1] if shared else [], len(TRAIN))
+    assert overlap.first == (given["id"] if shared else "")
+
+
+def test_images_in_another_place_are_the_same_by_their_content(folder):
+    train = write(folder / "train.json", TRAIN)
+    assert find_overlap(write(folder / "copy" / "val.json", TRAIN[:3]), 3, train).rows == [0, 1, 2]
+    Image.new("L", (8, 8), 250).save(folder / "copy" / "a.png")
+    assert find_overlap(write(folder / "copy" / "val.json", TRAIN[:3]), 3, train).rows == [1, 2]
+
+
+def test_images_inside_of_a_table_are_compared_with_those_of_a_folder(folder):
+    inside = [given | {"image": {"bytes": (folder / given["image"]).read_bytes(), "path": None}} for given in TRAIN[:2]]
+    pq.write_table(pa.Table.from_pylist(inside), folder / "train.parquet")
+    train = open_files(str(folder / "train.parquet"), "")
+    assert find_overlap(write(folder / "val.json", TRAIN[:3]), 3, train).rows == [0, 1]
+
+
+def test_of_a_mixture_only_the_rows_that_are_trained_on_count_each_once(folder):
+    source = write(folder / "train.json", TRAIN)
+    parts = [Part(name, source, np.array(rows), SetConfig()) for name, rows in (("a", [0, 1]), ("b", [1, 2]))]
+    overlap = find_overlap(write(folder / "val.json", TRAIN), 5, Mixture(parts))
+    assert (overlap.rows, overlap.looked_at) == ([0, 1, 2], 3)
+
+
+def test_it_ends_in_time_and_says_what_it_has_looked_at(folder, monkeypatch):
+    train = write(folder / "train.json", [row(str(number), "", f"{number}?", "yes") for number in range(2500)])
+    held_out = write(folder / "val.json", [row(str(number), "", f"{number}?", "yes") for number in (0, 700, 1800)])
+    overlap = find_overlap(held_out, 3, train, seconds=-1.0)
+    assert (overlap.rows, overlap.looked_at) == ([0, 1], 999)
+    assert "3 of 3 held-out rows also stand among the training rows, as" in overlap_line(held_out, 3, train)
+    monkeypatch.setattr("deepstack_jax.evaluation.reports.find_overlap", lambda *_: overlap)
+    assert (
+        "2 of 3 held-out rows also stand among the training rows (the first 999 of 2,500 were looked at), as the same row"
+        in (said := overlap_line(held_out, 3, train))
+    )
+    assert "the first: 0; scores on them tell what was remembered" in said
+
+
+def test_nothing_is_said_where_nothing_is_shared_or_could_be_looked_over(folder):
+    assert overlap_line(write(folder / "val.json", TRAIN[:1]), 1, write(folder / "train.json", TRAIN[1:])) == ""
+    assert overlap_line(MadeExamples(4), 4, MadeExamples(4)) == ""
