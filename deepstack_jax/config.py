@@ -6,6 +6,7 @@ it once, rejects unknown keys (naming the nearest) and impossible combinations, 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import typing
@@ -176,6 +177,7 @@ class TrainConfig:
     max_bad_steps: int = 10  # steps in a row without a finite loss and gradient, after which the run stops
     compute_dtype: str = "bfloat16"  # of activations; parameters are float32
     frozen_dtype: str = "float32"  # float32 | bfloat16: of parameters that do not train; bfloat16 halves their memory
+    changed_data: str = "refuse"  # refuse | accept: where a run goes on and its data is not what it was begun with
     wandb: str = ""  # project that Weights & Biases shows the run in; empty = none
     weights: str = ""  # Hugging Face folder to start from, a bare language model included; empty = draw fresh parameters
     tower: str = ""  # folder of the vision tower, where `weights` neither holds nor names one
@@ -351,6 +353,8 @@ def differences(ours: Config, theirs: dict[str, Any]) -> dict[str, tuple[Any, An
             return {k: v for key in value for k, v in flatten(value[key], f"{path}.{key}" if path else str(key)).items()}
         return {path: list(value) if isinstance(value, tuple) else value}
 
+    with contextlib.suppress(ConfigError):  # a key that was not there yet had what is its default by now
+        theirs = to_dict(_build(Config, theirs, "config"))
     mine, other = (flatten(json.loads(json.dumps(side)), "") for side in (to_dict(ours), theirs))
     keys = [*mine, *(key for key in other if key not in mine)]
     return {key: (mine.get(key), other.get(key)) for key in keys if mine.get(key) != other.get(key)}

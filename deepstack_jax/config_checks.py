@@ -81,6 +81,7 @@ CHOICES = {
     "optimizer.schedule.kind": ("cosine", "linear_tail"),
     "train.compute_dtype": ("float32", "bfloat16"),
     "train.frozen_dtype": ("float32", "bfloat16"),
+    "train.changed_data": ("refuse", "accept"),
 }
 
 

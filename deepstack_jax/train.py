@@ -19,7 +19,7 @@ from deepstack_jax.config import Config, build_config, to_dict
 from deepstack_jax.config_checks import ConfigError, try_all
 from deepstack_jax.data.conversation import ConversationError, get_template
 from deepstack_jax.data.image import ImageError
-from deepstack_jax.data.inputs import describe_files, describe_texts
+from deepstack_jax.data.inputs import describe_data, describe_texts
 from deepstack_jax.data.mixture import Mixture, describe_mixture
 from deepstack_jax.data.open import check_images, open_source
 from deepstack_jax.data.pipeline import TrainingStream, open_tokenizer
@@ -48,7 +48,7 @@ from deepstack_jax.training.program import Program, build_program, first_state
 from deepstack_jax.training.reading import UnreadableError, read_json, saved_steps
 from deepstack_jax.training.replay import ReplayError, read_bundle, replay
 from deepstack_jax.training.report import ReportError, report
-from deepstack_jax.training.resume import check_room, check_same_data, check_same_run
+from deepstack_jax.training.resume import check_room, check_same_data, check_same_run, data_changes
 from deepstack_jax.training.state import find_weights
 from deepstack_jax.types import TrainState
 
@@ -112,11 +112,12 @@ def train(config: Config, workdir: Path, console: Console) -> int:
 
     starts = not saved_steps(workdir)
     tokenizer, source = open_inputs(config, starts=starts)
-    texts = describe_texts(config, source)
-    check_same_data(config, workdir, texts)
     check_images(source, config)
     held_out_source = open_source(config, "validation") if config.data.source == "pages" or config.data.validation else None
     left_out = set() if held_out_source is None else check_held_out(held_out_source, source, config, console, starts=starts)
+    data = describe_data(config, {"train": source} | ({} if held_out_source is None else {"validation": held_out_source}))
+    for difference in check_same_data(config, workdir, data, partial(describe_texts, config, source)):
+        console.print(f"goes on with other examples: {difference}", soft_wrap=True)
     mesh = make_mesh(config.mesh)
     stream = open_stream(config, source, mesh)
     steps = config.train.steps or stream.steps(config.train.epochs)
@@ -137,7 +138,7 @@ def train(config: Config, workdir: Path, console: Console) -> int:
         state, place = restored
         stream.restore(place)
         console.print(f"resumed from step {int(state.step)} in {workdir}")
-    about = {"config": to_dict(config), **run_manifest(data_files(config, source, held_out_source), texts)}
+    about = {"config": to_dict(config), **run_manifest(data)}
     journal.start({name: about[name] for name in ("command", "git", "devices", "hosts")})
     if is_first_host():
         write_json(workdir / "config.json", about["config"])
@@ -200,12 +201,6 @@ def open_stream(config: Config, source: Source, mesh: Mesh) -> TrainingStream:
     return TrainingStream(source, config, process=part.index, processes=part.count, devices=shards)
 
 
-def data_files(config: Config, source: Source, held_out: Source | None) -> dict[str, dict[str, str]]:
-    """For each split the files behind it, for the manifest."""
-    splits = {"train": source} | ({} if held_out is None else {"validation": held_out})
-    return {split: describe_files(config, split, opened) for split, opened in splits.items()}
-
-
 def open_log(config: Config, workdir: Path, step: int) -> MetricsLog:
     """Where the run's numbers go; on one host only."""
     if not is_first_host():
@@ -250,6 +245,9 @@ def replay_step(file: Path, console: Console) -> int:
     mesh = make_mesh(config.mesh)
     stream = open_stream(config, source, mesh)
     program = build_program(config, mesh, config.train.steps or stream.steps(config.train.epochs))
+    data = describe_data(config, {"train": source})
+    for difference in data_changes(config, workdir, data, partial(describe_texts, config, source)):
+        console.print(f"warning: the step may be another one: {difference}", soft_wrap=True)
     with use_mesh(mesh):
         replay(file, program, stream, Checkpoints(workdir, config.train, read_only=True), console)
     stream.close()

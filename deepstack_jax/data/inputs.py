@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import posixpath
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from datetime import UTC, datetime
 from itertools import compress
@@ -20,9 +20,14 @@ from deepstack_jax.data import files
 from deepstack_jax.data.encode import Encoder
 from deepstack_jax.data.file_source import FileSource
 from deepstack_jax.data.mixture import Mixture, row_choice
+from deepstack_jax.data.records import SUFFIX
 from deepstack_jax.data.sources import Source
 
-LOOKED_AT = 64  # rows, spread over the source
+LOOKED_AT = 64  # rows, spread over the source: of one behind a network, or drawn; the only ones of earlier versions
+COMPARED = 1024  # rows, spread over any other source, whose tokens and images must be the same when a run goes on
+READ_WHOLE = 2 << 30  # bytes of data files that are read to the last for their digest; of larger ones parts
+_PARTS, _PART_BYTES, _READ_BYTES = 256, 64 << 10, 1 << 20
+UNUSABLE = "-"  # in place of a digest, of what cannot be used: mended since, it is no other data
 
 
 class Named(NamedTuple):
@@ -61,10 +66,80 @@ def describe_files(config: Config, split: str, source: Source) -> dict[str, str]
     return {name: _version(files.join(data.root, name)) for name in sorted(named)}
 
 
+def describe_data(config: Config, sources: Mapping[str, Source]) -> dict[str, Any]:
+    """What is compared when a run goes on, by split: files, digests of their bytes, and how many rows the training data has.
+
+    And of some of its rows tokens and images, as "ROW:DIGEST:DIGEST" each; images as encoded bytes.
+    """
+    files_of = {split: describe_files(config, split, source) for split, source in sources.items()}
+    contents = {
+        split: {name: _digest(files.join(config.data.root, name)) for name in names} for split, names in files_of.items()
+    }
+    return {
+        "files": files_of,
+        "contents": contents,
+        "rows": len(sources["train"]),
+        "looked_at": _look_at(config, sources["train"]),
+    }
+
+
+def _look_at(config: Config, source: Source) -> str:
+    data, encoder = config.data, Encoder(config)
+    few = data.source == "pages" or any(map(files.is_url, (data.root, data.images, data.train)))
+    rows = np.unique(np.concatenate([_spread(source, count) for count in (LOOKED_AT, LOOKED_AT if few else COMPARED)]))
+    seen = []
+    for row in map(int, rows):
+        tokens = images = UNUSABLE
+        try:
+            example = source[row]
+            tokens = _short_digest(encoder.text(example).ids.tolist())
+            encoded = [image if isinstance(image, bytes) else files.read_bytes(str(image)) for image in example.images]
+            images = _short_digest(encoded)
+        except (ValueError, OSError):  # what cannot be used is the quarantine's business
+            pass
+        seen.append(f"{row}:{tokens}:{images}")
+    return " ".join(seen)
+
+
+def _spread(source: Source, count: int) -> np.ndarray:
+    return np.linspace(0, len(source) - 1, count, dtype=np.int64)
+
+
+def _short_digest(parts: list[Any]) -> str:
+    seen = hashlib.blake2b(digest_size=4)
+    for part in parts:
+        seen.update(part if isinstance(part, bytes) else f"{part};".encode())
+    return seen.hexdigest()
+
+
+def _digest(path: str) -> str:
+    """Of the bytes behind a local path, begun by whether all of them were read; "" behind a URL, whose version is known."""
+    if files.is_url(path):
+        return ""
+    names = [name for name in _behind(path)[1] if os.path.isfile(name)]
+    if os.path.isdir(path):
+        names = [name for name in names if name.endswith((".parquet", ".arrow", SUFFIX))]
+    sizes = [os.path.getsize(name) for name in names]
+    whole = sum(sizes) <= READ_WHOLE
+    seen = hashlib.blake2b(digest_size=16)
+    for name, size in zip(names, sizes, strict=True):
+        seen.update(f"{posixpath.basename(name)}:{size};".encode())
+        with open(name, "rb") as file:
+            if whole:
+                starts, length = range(0, size, _READ_BYTES), _READ_BYTES
+            else:
+                starts = np.linspace(0, max(0, size - _PART_BYTES), 2 + _PARTS // len(names), dtype=np.int64).tolist()
+                length = _PART_BYTES
+            for start in starts:
+                file.seek(start)
+                seen.update(file.read(length))
+    return f"{'whole' if whole else 'parts'}:{seen.hexdigest()}"
+
+
 def describe_texts(config: Config, source: Source) -> str:
-    """A digest of what some rows of the training source become as tokens: the same wherever data and tokenizer lie."""
+    """What earlier versions kept in place of `looked_at`: a digest of some rows as tokens."""
     encoder, seen = Encoder(config), hashlib.sha256()
-    for row in np.unique(np.linspace(0, len(source) - 1, LOOKED_AT, dtype=np.int64)):
+    for row in np.unique(_spread(source, LOOKED_AT)):
         try:
             ids = encoder.text(source[int(row)]).ids
         except ValueError:  # what cannot be used is the quarantine's business
@@ -96,15 +171,20 @@ def _image_paths(source: Source) -> Iterator[str]:
                 yield from (files.under(container.image_root, name) for name in outline.images)
 
 
-def _version(path: str) -> str:
-    """Changes with every file behind `path`: a file, a folder, a pattern, or one split of a folder."""
+def _behind(path: str) -> tuple[Any, list[str]]:
+    """A file system of fsspec and the files behind `path` in it: a file, a folder, a pattern, or one split of a folder."""
     system, inner = url_to_fs(path)
     if any(mark in path for mark in "*?["):
         names = system.glob(inner)
     else:
         there = system.exists(inner)
         names = system.find(inner if there else posixpath.dirname(inner), maxdepth=2)
-    names = sorted(map(str, names)) or [inner]
+    return system, sorted(map(str, names)) or [inner]
+
+
+def _version(path: str) -> str:
+    """Changes with every file behind `path`."""
+    system, names = _behind(path)
     if files.is_url(path):
         version = hashlib.sha256(json.dumps([system.ukey(name) for name in names]).encode()).hexdigest()[:16]
     else:

@@ -21,12 +21,11 @@ _PACKAGES = (
 )
 
 
-def run_manifest(files: dict[str, dict[str, str]], texts: str) -> dict[str, Any]:
+def run_manifest(data: dict[str, Any]) -> dict[str, Any]:
     """Command line, code, versions, devices and data of this attempt.
 
     Args:
-      files: for each split the data files as configured, with number, size and last change (`data/inputs.py`).
-      texts: a digest of what the training data says (there).
+      data: files, digests and rows, see `describe_data`.
     """
     devices = jax.devices()
     return {
@@ -36,11 +35,7 @@ def run_manifest(files: dict[str, dict[str, str]], texts: str) -> dict[str, Any]
         | {name: version(name) for name in _PACKAGES},
         "devices": {"platform": devices[0].platform, "kind": devices[0].device_kind, "count": len(devices)},
         "hosts": {"count": jax.process_count(), "first": platform.node(), "system": platform.platform()},
-        "data": {
-            "files": files,
-            "sha256": hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest(),
-            "texts": texts,
-        },
+        "data": data | {"sha256": hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()},
     }
 
 

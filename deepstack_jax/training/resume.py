@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import math
 import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from deepstack_jax.config import Config, TrainConfig, differences
+from deepstack_jax.data.inputs import UNUSABLE
 from deepstack_jax.training.checkpoint import bytes_of
 from deepstack_jax.training.reading import CheckpointError, UnreadableError, read_json, saved_steps
 from deepstack_jax.types import PyTree
@@ -23,6 +26,7 @@ HARMLESS = (
     "train.weights",
     "train.tower",
     "train.projector",
+    "train.changed_data",
     "evaluation.",
     "profile.",
     "data.workers",
@@ -80,23 +84,78 @@ def check_same_run(config: Config, workdir: Path) -> list[str]:
     return list(lines.values())
 
 
-def check_same_data(config: Config, workdir: Path, texts: str) -> None:
-    """Refuse to go on with what lies at another place, unless it is what the run was begun with.
+def check_same_data(config: Config, workdir: Path, now: dict[str, Any], texts: Callable[[], str]) -> list[str]:
+    """Refuse to go on with other data than the run was begun with, at the same place or another.
 
     Args:
-      texts: see `describe_texts`; the run's own stands in its manifest.
+      now: see `describe_data`; that of the run stands in its manifest.
+      texts: see `describe_texts`; asked for where the manifest is of an earlier version.
+
+    Returns:
+      What differs, where `train.changed_data` accepts it.
 
     Raises:
-      CheckpointError: naming the places.
+      CheckpointError: naming what differs, and the ways to go on.
     """
+    found = data_changes(config, workdir, now, texts)
+    if not found or config.train.changed_data == "accept":
+        return found
+    # Another number of rows is another order, which no flag can go on with.
+    accept = ", or go on with what is there now: --config.train.changed_data=accept" if "rows there" not in found[0] else ""
+    raise CheckpointError(
+        f"{workdir} holds a run on other examples, or that read them as other tokens ({'; '.join(found)}); put back what it "
+        f"was begun with, choose a new --workdir{accept}"
+    )
+
+
+def data_changes(config: Config, workdir: Path, now: dict[str, Any], texts: Callable[[], str]) -> list[str]:
+    """What of the data differs from what the run in a workdir has learned from; nothing where it has learned nothing yet."""
     if not (workdir / "config.json").exists() or not saved_steps(workdir):
-        return
+        return []
     changed = differences(config, read_json(workdir / "config.json"))
     moved = [f"{key}: {changed[key][1]!r} there, {changed[key][0]!r} now" for key in PLACES if key in changed]
     manifest = workdir / "manifest.json"
-    known = read_json(manifest)["data"].get("texts") if manifest.exists() else None
-    if moved and known != texts:
-        raise CheckpointError(
-            f"{workdir} holds a run on other examples, or that read them as other tokens ({', '.join(moved)}); point to those "
-            "it was begun with, or choose a new --workdir"
-        )
+    before = read_json(manifest).get("data", {}) if manifest.exists() else {}
+    found = []
+    if before.get("rows", now["rows"]) != now["rows"]:
+        found.append(f"{before['rows']:,} rows there, {now['rows']:,} now")
+    for split, named in now["contents"].items():
+        for name, digest in named.items():
+            files = [side.get("files", {}).get(split, {}).get(name, "") for side in (before, now)]
+            theirs = before.get("contents", {}).get(split, {}).get(name)
+            if _is_changed(theirs, digest, *files, moved=bool(moved)):
+                found.append(f"{split} data {name}: {files[0] or 'unknown'} there, {files[1]} now")
+    if "looked_at" in before:
+        found += _changed_rows(before["looked_at"], now["looked_at"])
+    elif moved and before.get("texts") != texts():
+        found.append("rows looked at became other tokens")
+    return found + moved if found else []
+
+
+def _is_changed(theirs: str | None, ours: str, files_before: str, files_now: str, *, moved: bool) -> bool:
+    """Whether one data file is another by now; by its number, size and time where its bytes are not known to the last."""
+    if theirs and ours and theirs != ours:
+        return True
+    if moved or not files_before or (theirs and ours.startswith("whole")):
+        return False
+    if theirs is None:  # an earlier version, which may be read on a copy: the size tells
+        return files_before.rpartition(", ")[0] != files_now.rpartition(", ")[0]
+    return files_before != files_now
+
+
+def _changed_rows(before: str, now: str) -> Iterator[str]:
+    """Rows that both looked at and that are others by now.
+
+    Not what could not be used and was mended since, nor images that cannot be read now: those are the quarantine's business.
+    """
+    theirs, ours = ({row: (tokens, images) for row, tokens, images in _parts(side)} for side in (before, now))
+    both = [row for row in ours if row in theirs]
+    tokens = [row for row in both if theirs[row][0] not in (UNUSABLE, ours[row][0])]
+    images = [row for row in both if theirs[row][1] != ours[row][1] and UNUSABLE not in (theirs[row][1], ours[row][1])]
+    for rows, what in ((tokens, "became other tokens"), (images, "have other images")):
+        if rows:
+            yield f"{len(rows):,} of {len(both):,} rows looked at {what}, the first is row {rows[0]}"
+
+
+def _parts(looked_at: str) -> Iterator[list[str]]:
+    return (parts for parts in (word.split(":") for word in looked_at.split()) if len(parts) == 3)

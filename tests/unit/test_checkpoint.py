@@ -20,7 +20,7 @@ from deepstack_jax.training.checkpoint import CheckpointError, Checkpoints
 from deepstack_jax.training.checksums import _sum, checksums, checksums_on_disk
 from deepstack_jax.training.metrics import MetricsLog, Quarantine, QuarantineError, read_metrics
 from deepstack_jax.training.replay import write_bundle
-from deepstack_jax.training.resume import check_room, check_same_data, check_same_run
+from deepstack_jax.training.resume import check_room, check_same_run
 from deepstack_jax.training.state import new_state
 from deepstack_jax.types import TrainState
 
@@ -324,23 +324,6 @@ def test_harmless_differences_are_listed_and_accepted(tmp_path):
     expected = {f"{part}.{key}: {theirs!r} there, {ours!r} now" for part, (key, theirs, ours) in changed.items()}
     expected |= {f"train.{key}: 'old' there, '' now" for key in ("weights", "tower", "projector")}
     assert {*check_same_run(Config(), tmp_path)} == expected | {"name: 'first' there, 'deepstack' now"}
-
-
-@pytest.mark.parametrize("key", ["root", "tokenizer"])
-def test_data_may_lie_elsewhere_and_must_say_the_same(key, tmp_path):
-    stored = to_dict(Config())
-    stored["data"][key] = "before"
-    (tmp_path / "config.json").write_text(json.dumps(stored))
-    (tmp_path / "manifest.json").write_text(json.dumps({"data": {"texts": "abc"}}))
-    check_same_data(Config(), tmp_path, "other")  # nothing was learned from it yet
-    (tmp_path / "checkpoints" / "5").mkdir(parents=True)
-    assert check_same_run(Config(), tmp_path) == [f"data.{key}: 'before' there, '' now"]
-    check_same_data(Config(), tmp_path, "abc")
-    with pytest.raises(CheckpointError, match=rf"other examples, .*data\.{key}: 'before' there, '' now.* new --workdir"):
-        check_same_data(Config(), tmp_path, "other")
-    stored["data"][key] = ""
-    (tmp_path / "config.json").write_text(json.dumps(stored))
-    check_same_data(Config(), tmp_path, "other")  # rows that were mended where they are
 
 
 def test_a_damaged_config_is_one_line_that_says_how_to_go_on(tmp_path):
