@@ -50,6 +50,19 @@ class SetConfig:
 
 
 @dataclass(frozen=True)
+class LimitsConfig:
+    """What a data file may ask of the memory; beyond it stands a slip or a bomb. Raise what data of your own goes beyond."""
+
+    text_bytes: int = 16 << 20  # of a row of JSON
+    row_bytes: int = 256 << 20  # of a row of a table, or of a record, with its images
+    group_bytes: int = 1 << 30  # of a row group of parquet, a text that is repeated counted once
+
+
+LIMITS = LimitsConfig()
+"""For a file that no configuration names."""
+
+
+@dataclass(frozen=True)
 class DataConfig:
     """Where examples come from and how they become rows."""
 
@@ -70,5 +83,6 @@ class DataConfig:
     workers: int = 0  # processes that decode ahead; 0 decodes in a thread of this process
     prefetch: int = 4  # batches made ahead
     max_bad_fraction: float = 0.01  # of all examples seen; the run stops above it
+    limits: LimitsConfig = field(default_factory=LimitsConfig)
     packing: PackingConfig = field(default_factory=PackingConfig)
     synthetic: SyntheticConfig = field(default_factory=SyntheticConfig)

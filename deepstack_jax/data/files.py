@@ -58,6 +58,23 @@ def join(root: str, name: str) -> str:
     return absolute(under(absolute(root), posixpath.normpath(name)))
 
 
+def held(folder: str, name: str) -> str:
+    """The path of what a file of a folder says to be in the folder by `name`.
+
+    Raises:
+        OSError: it is no plain name, or a link that leads out: whoever wrote the folder would choose what is read here.
+    """
+    path = under(folder, name)
+    if name in ("", ".", "..") or any(mark in name for mark in ("/", "\\", "\0", "::", "?", "#")):
+        raise OSError(errno.EINVAL, f"it names {name!r:.80}, expected what is in the folder; write or copy it again", path)
+    if not is_url(path):
+        # A snapshot in the hub's cache holds links alone, to the files beside all snapshots.
+        place = os.path.realpath(folder).split("/snapshots/")[0]
+        if not os.path.realpath(path).startswith(f"{place}/"):
+            raise OSError(errno.EINVAL, f"{name!r:.80} is a link that leaves the folder; put the file itself there", path)
+    return path
+
+
 def size(path: str) -> int:
     """Bytes of a file."""
     if not is_url(path):

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from deepstack_jax.config import ImageConfig
 
 MAX_PIXELS = 178_956_970  # where Pillow itself refuses an image as a decompression bomb
+MAX_BYTES = 512 << 20  # of a file that may be an image
 SCRATCH_PIXELS = 2**25  # bounds the scratch image of a very long, thin picture
 
 # Otherwise glibc hands its free pages back after an image and faults them in again for the next: a tenth of the time. The free
@@ -227,7 +228,7 @@ def _decode(source: object) -> Image.Image:
                 raise ImageError("expected uint8[y, x], [y, x, 1], [y, x, 3] or [y, x, 4]")
             image = Image.fromarray(np.ascontiguousarray(source[..., 0] if source.shape[2:] == (1,) else source))
         case str() | os.PathLike() | bytes():
-            data = source if isinstance(source, bytes) else files.read_bytes(os.fsdecode(source))
+            data = source if isinstance(source, bytes) else files.read_bytes(os.fsdecode(source), MAX_BYTES)
             if not data:
                 raise ImageError("the file is empty")
             image = Image.open(BytesIO(data))

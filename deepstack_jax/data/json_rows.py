@@ -8,6 +8,7 @@ from typing import IO
 
 import numpy as np
 
+from deepstack_jax.config_data import LIMITS, LimitsConfig
 from deepstack_jax.data import files
 from deepstack_jax.data.normaliser import RowError, row_name
 from deepstack_jax.data.sources import SourceError
@@ -15,9 +16,7 @@ from deepstack_jax.data.sources import SourceError
 LINE_SUFFIXES = (".jsonl", ".ndjson")
 
 _WINDOW_BYTES = 8 << 20
-_MAX_ROW_BYTES = 64 << 20
-"""A row that does not parse within this much text is malformed; without a bound one missing quote would load the whole file."""
-
+_GZIP, _ZSTD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
 _SPACE = re.compile(r"[ \t\r\n]*")
 _DECODER = json.JSONDecoder()
 
@@ -30,17 +29,18 @@ class JsonRows:
 
     Args:
         path: the JSON file, a local path or a URL.
+        limits: what a row may take. Without a bound one missing quote, or a file without line ends, would be loaded whole.
 
     Raises:
         SourceError: when the file cannot be read, is not JSON (line, column, last good id), holds no array or no rows.
     """
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, limits: LimitsConfig = LIMITS) -> None:
         self.path = path
         try:
             self._size = files.size(path)
             with files.open_binary(path) as file:
-                spans = np.fromiter(_row_spans(path, file), np.dtype((np.int64, 2)))
+                spans = np.fromiter(_row_spans(path, file, limits.text_bytes), np.dtype((np.int64, 2)))
         except OSError as error:
             raise SourceError(f"cannot read {path}: {error.strerror}; give an existing JSON file of rows") from error
         if not len(spans):
@@ -85,21 +85,28 @@ class JsonRows:
             return json.loads(data.decode("utf-8"))
         except UnicodeDecodeError as error:
             raise RowError(f"not UTF-8 ({error.reason}); save the file as UTF-8") from error
+        except RecursionError as error:  # opening the file stood a few calls less deep
+            raise RowError("is nested too deep; flatten it") from error
         except ValueError as error:  # it was JSON when the file was opened
             raise SourceError(f"cannot read {self.path} any more: it changed while in use; start again") from error
 
 
-def _row_spans(path: str, file: IO[bytes]) -> Iterator[tuple[int, int]]:
+def _row_spans(path: str, file: IO[bytes], most: int) -> Iterator[tuple[int, int]]:
     """(byte offset, byte length) of every row; raises `SourceError` at the first place that is not JSON."""
     rows, last = 0, None
-    file.seek(3 if file.read(3) == codecs.BOM_UTF8 else 0)
-    scan = _line_spans(file) if path.endswith(LINE_SUFFIXES) else _array_spans(file)
+    head = file.read(4)
+    if head.startswith((_GZIP, _ZSTD)):
+        raise SourceError(f"{path} is compressed, expected JSON as it is; unpack it")
+    if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in head:
+        raise SourceError(f"{path} is UTF-16 or no text, expected JSON as UTF-8; save it as UTF-8")
+    file.seek(3 if head.startswith(codecs.BOM_UTF8) else 0)
+    scan = _line_spans(file, most) if path.lower().endswith(LINE_SUFFIXES) else _array_spans(file, most)
     try:
         for last in scan:
             rows += 1
             yield last
     except _SyntaxError as error:
-        last_id = "no good row before it" if last is None else f"last good id {row_name(_read_row(path, last), rows - 1)!r}"
+        last_id = "no good row before it" if last is None else f"last good id {_name_of(path, last, rows - 1)!r:.80}"
         line, column = _line_and_column(path, error.offset)
         where = f"{path} line {line} column {column}"
         raise SourceError(f"{where}: {error} (at row {rows}, {last_id}); mend the file there or write it again") from None
@@ -118,12 +125,22 @@ def _json_failure(error: ValueError | RecursionError, start: int = 0) -> tuple[i
     return (error.pos, error.msg) if isinstance(error, json.JSONDecodeError) else (start, str(error))
 
 
-def _line_spans(file: IO[bytes]) -> Iterator[tuple[int, int]]:
+def _too_long(most: int, offset: int) -> _SyntaxError:
+    return _SyntaxError(
+        f"a row of more than config.data.limits.text_bytes={most:,}, which may be raised if it is no slip", offset
+    )
+
+
+def _line_spans(file: IO[bytes], most: int) -> Iterator[tuple[int, int]]:
     """Rows of a JSON-lines file; blank lines are no rows."""
-    offset = file.tell()
-    for line in file:
+    offset, is_first = file.tell(), True
+    while line := file.readline(most + 1):
+        if len(line) > most:
+            raise _too_long(most, offset)
         start = offset + len(line) - len(line.lstrip())
         text = line.strip().decode("latin-1")
+        if is_first and text.startswith("["):
+            raise _SyntaxError("one array of rows under a name for JSON lines; rename the file, to end in .json", start)
         if text:
             try:
                 json.loads(text)
@@ -131,12 +148,13 @@ def _line_spans(file: IO[bytes]) -> Iterator[tuple[int, int]]:
                 at, why = _json_failure(error)
                 raise _SyntaxError(f"malformed JSON, {why}", start + at) from None
             yield start, len(text)
+            is_first = False
         offset += len(line)
 
 
-def _array_spans(file: IO[bytes]) -> Iterator[tuple[int, int]]:
+def _array_spans(file: IO[bytes], most: int) -> Iterator[tuple[int, int]]:
     """Rows of a file that is one JSON array."""
-    scan = _Scanner(file)
+    scan = _Scanner(file, most)
     if scan.peek() != "[":
         raise _SyntaxError("expected one array of rows, [{...}, ...]; one object per line needs the suffix .jsonl", scan.offset)
     scan.position += 1
@@ -162,8 +180,8 @@ class _Scanner:
     untouched. The strings inside come out garbled; rows are decoded properly when they are read.
     """
 
-    def __init__(self, file: IO[bytes]) -> None:
-        self._file = file
+    def __init__(self, file: IO[bytes], most: int) -> None:
+        self._file, self._most = file, most
         self._base = file.tell()
         self._text = ""
         self.position = 0
@@ -187,9 +205,11 @@ class _Scanner:
             try:
                 end = _DECODER.raw_decode(self._text, self.position)[1]
             except (ValueError, RecursionError) as error:
-                if len(self._text) - self.position < _MAX_ROW_BYTES and self._read_on():
+                if len(self._text) - self.position <= self._most and self._read_on():
                     continue
                 raise self._malformed(error) from None
+            if end - self.position > self._most:
+                raise _too_long(self._most, self.offset)
             if end < len(self._text) or not self._read_on():  # a number at the window's edge may go on behind it
                 start, self.position = self.position, end
                 return self._base + start, end - start
@@ -197,6 +217,8 @@ class _Scanner:
     def _malformed(self, error: ValueError | RecursionError) -> _SyntaxError:
         at, why = _json_failure(error, self.position)
         cut = why.startswith("Unterminated") or at >= len(self._text.rstrip())
+        if cut and len(self._text) - self.position > self._most:
+            return _too_long(self._most, self.offset)
         return _SyntaxError(f"{'the array is cut inside a row' if cut else 'malformed JSON'}, {why}", self._base + at)
 
     def _read_on(self) -> bool:
@@ -210,10 +232,13 @@ class _Scanner:
         return bool(more)
 
 
-def _read_row(path: str, span: tuple[int, int]) -> object:
+def _name_of(path: str, span: tuple[int, int], number: int) -> str:
     with files.open_binary(path) as file:
         file.seek(span[0])
-        return json.loads(file.read(span[1]).decode("utf-8", "replace"))
+        try:
+            return row_name(json.loads(file.read(span[1]).decode("utf-8", "replace")), number)
+        except RecursionError:
+            return f"row {number}"
 
 
 def _line_and_column(path: str, offset: int) -> tuple[int, int]:

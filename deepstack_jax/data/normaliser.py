@@ -21,6 +21,7 @@ from deepstack_jax.data.sources import Example, Outline
 IMAGE_KEYS = ("image", "images")
 
 _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
+_INLINE = ("image", "image_url", "url", "path", "base64")  # keys of a part of content that brings its image along
 _ROLES = {"user": "human", "assistant": "gpt"}
 
 
@@ -45,13 +46,22 @@ def to_example(row: object, index: int, image_root: str) -> Example:
     style = _style(row)
     images = _images(row, image_root)
     messages = _READERS[style](_turns(row[style]), len(images))
+    check_messages(messages, len(images))
+    info = {key: value for key, value in row.items() if value is not None and key not in ("id", *IMAGE_KEYS, style)}
+    return Example(index, row_name(row, index), images, messages, info)
+
+
+def check_messages(messages: tuple[Message, ...], images: int) -> None:
+    """Refuse what is no conversation about so many images, whatever it was read from; RowError or ConversationError."""
+    if not messages:
+        raise RowError("has no turns; expected a question and an answer")
     for number, message in enumerate(messages):
+        if message.role not in ("human", "gpt") or not isinstance(message.text, str):
+            raise RowError(f"turn {number}: got {message!r:.120}, expected a human or gpt and its text")
         if _LONE_SURROGATE.search(message.text):
             raise RowError(f"turn {number} holds half a surrogate pair, which no tokenizer can encode; remove that character")
     _check_order(messages)
-    _check_placeholders(messages, len(images))
-    info = {key: value for key, value in row.items() if value is not None and key not in ("id", *IMAGE_KEYS, style)}
-    return Example(index, row_name(row, index), images, messages, info)
+    _check_placeholders(messages, images)
 
 
 def to_outline(row: object, index: int) -> Outline:
@@ -71,14 +81,24 @@ def to_outline(row: object, index: int) -> Outline:
 def row_name(row: object, index: int) -> str:
     """The row's id as text; "row N" where it has none that can be shown."""
     name = row.get("id") if isinstance(row, dict) else None
-    return str(name) if isinstance(name, str | int) and name != "" else f"row {index}"
+    if not isinstance(name, str | int) or name == "":
+        return f"row {index}"
+    return str(name).encode("utf-8", "backslashreplace").decode()  # half a surrogate could not be written into any report
 
 
 def check_columns(columns: list[str]) -> str:
     """What is wrong with the columns of a table, as the end of a sentence; "" where its rows can be conversations."""
+    twice = [name for name in needed_keys() if columns.count(name) > 1]
+    if twice:
+        return f"has the column {twice[0]} {columns.count(twice[0])} times, expected once; rename or remove the others"
     if set(columns) & set(_READERS):
         return ""
     return f"has the columns {', '.join(columns) or '(none)'}; expected one of {', '.join(_READERS)}, rename the one that is it"
+
+
+def needed_keys() -> tuple[str, ...]:
+    """What of a row decides what is trained on, or how it is chosen and named; everything else is carried along."""
+    return ("id", "data_source", *IMAGE_KEYS, *_READERS)
 
 
 def _style(row: dict[str, Any]) -> str:
@@ -123,15 +143,17 @@ def _image(value: object, root: str) -> str | bytes:
         value = value["path"]
     if isinstance(value, bytes):
         return value
-    if not isinstance(value, str) or not value or "\0" in value:
+    if not isinstance(value, str) or not value or "\0" in value or _LONE_SURROGATE.search(value):
         raise RowError(f"image is {value!r:.80}, expected a path relative to the image root, or a list of them")
+    if value.startswith("data:"):
+        raise RowError(f"image {value!r:.40} is its content, expected a path; write it to a file, or as bytes into a table")
     if not root:
-        raise RowError(f"image {value!r} is a path, but there is no image root; give the folder that it starts from")
+        raise RowError(f"image {value!r:.200} is a path, but there is no image root; give the folder that it starts from")
     read_as = [value, unquote(value)] if files.is_url(root) else [value]  # some servers decode "%2e%2e" by themselves
     if any(map(_escapes, read_as)):
-        raise RowError(f"image {value!r} leaves the image root {root}; make it a path relative to the root")
+        raise RowError(f"image {value!r:.200} leaves the image root {root}; make it a path relative to the root")
     if files.is_url(value) or (files.is_url(root) and any(mark in value for mark in ("::", "?", "#"))):
-        raise RowError(f"image {value!r} is no path under the image root {root}; put the image there and name it by its path")
+        raise RowError(f"image {value!r:.200} is no path under the image root {root}; put it there and name its path")
     return files.under(root, posixpath.normpath(value))
 
 
@@ -158,13 +180,13 @@ def _trl(turns: object, images: int) -> tuple[Message, ...]:
             raise _system_turn(number)
         if role not in _ROLES:
             raise RowError(f"turn {number}: role is {role!r:.40}, expected 'user' or 'assistant'; remove or rename the turn")
-        messages.append(Message(_ROLES[role], _content(turn.get("content"), number)))
+        messages.append(Message(_ROLES[role], _content(turn.get("content"), number, images)))
     if all(isinstance(turn["content"], str) for turn in turns):
         return _images_first(messages, images)
     return tuple(messages)
 
 
-def _content(content: object, turn: int) -> str:
+def _content(content: object, turn: int, images: int) -> str:
     """Text of a TRL message: its parts one after the other, as chat templates join them."""
     if isinstance(content, str):
         return content
@@ -173,6 +195,11 @@ def _content(content: object, turn: int) -> str:
     pieces = []
     for part in content:
         kind, text = (part.get("type"), part.get("text")) if isinstance(part, dict) else (None, None)
+        if not images and isinstance(part, dict) and any(part.get(key) for key in _INLINE):
+            raise RowError(
+                f"turn {turn}: an image inside content ({', '.join(map(str, part)):.80}); name it in `images` of the row, in "
+                'the order of the parts, and leave {"type": "image"} in its place'
+            )
         if kind == "image":
             pieces.append(IMAGE_MARK)
         elif kind == "text" and isinstance(text, str):

@@ -1,13 +1,14 @@
 """From what a configuration or a user names to a source of examples: the container is told by the path, never guessed."""
 
-import json
 import posixpath
 import re
 from collections.abc import Sequence
 from fnmatch import fnmatch
+from functools import partial
 
 from deepstack_jax.config import Config
 from deepstack_jax.config_checks import ConfigError
+from deepstack_jax.config_data import LIMITS, LimitsConfig
 from deepstack_jax.data import files, records
 from deepstack_jax.data.file_source import FileSource, Rows
 from deepstack_jax.data.json_rows import LINE_SUFFIXES, JsonRows
@@ -28,7 +29,7 @@ class MissingError(SourceError):
     """Nothing is at the path."""
 
 
-def open_files(path: str, images: str) -> OutlinedSource:
+def open_files(path: str, images: str, limits: LimitsConfig = LIMITS) -> OutlinedSource:
     """The examples of a data file or folder.
 
     Args:
@@ -39,6 +40,7 @@ def open_files(path: str, images: str) -> OutlinedSource:
             - a folder written by `datasets.save_to_disk`; FOLDER/SPLIT of a DatasetDict;
             - a folder of ArrayRecord shards with manifest.json, as `prepare` writes it.
         images: local folder or URL that image paths in the rows start from; "" where all images are embedded.
+        limits: what its rows may take.
 
     Returns:
         Random access, cheap to pickle. Rows may be of any style that `data/normaliser.py` knows.
@@ -50,7 +52,7 @@ def open_files(path: str, images: str) -> OutlinedSource:
     """
     path = files.absolute(path)
     try:
-        opened = _open(path)
+        opened = _open(path, limits)
     except OSError as error:
         raise SourceError(f"cannot read {path}: {error.strerror}; check the path") from error
     if isinstance(opened, records.RecordShards):
@@ -71,11 +73,11 @@ def open_source(config: Config, split: str) -> Source:
         return DocumentPages(pages.seed, pages.length, pages.style, pages.questions, split)
     name = data.train if split == "train" else data.validation
     if split == "train" and data.sets and not name:
-        return open_mixture(data.sets, data.root, open_files)
+        return open_mixture(data.sets, data.root, partial(open_files, limits=data.limits))
     if not name:
         raise ConfigError(f"config.data.{split} is empty: name the data file or folder with --config.data.{split}=PATH")
     try:
-        return open_files(files.join(data.root, name), files.join(data.root, data.images))
+        return open_files(files.join(data.root, name), files.join(data.root, data.images), data.limits)
     except MissingError as error:
         flags = f"--config.data.root=DIR --config.data.{split}=PATH"
         raise ConfigError(f"{split} data: {error}; point to it with {flags}") from error
@@ -98,33 +100,33 @@ def check_images(source: Source, config: Config, limit: int = 1000) -> None:
         )
 
 
-def _open(path: str) -> "Rows | records.RecordShards":
+def _open(path: str, limits: LimitsConfig) -> "Rows | records.RecordShards":
     if files.is_file(path):
-        return _open_parts(path, [path])
+        return _open_parts(path, [path], limits)
     if files.is_folder(path):
-        return _open_folder(path, "")
+        return _open_folder(path, "", limits)
     if any(mark in path for mark in "*?["):
         parts = [part for part in files.glob(path) if files.is_file(part)]
         if not parts:
             raise MissingError(f"no file matches {path}; check the pattern and the folder before it")
-        return _open_parts(path, parts)
+        return _open_parts(path, parts, limits)
     folder, _, split = path.rpartition("/")
     splits = _splits(folder) if folder and files.is_folder(folder) else {}
     if split in splits:
-        return _open_folder(folder, split)
+        return _open_folder(folder, split, limits)
     held = f"{folder} holds the splits {', '.join(splits)}" if any(splits) else f"give {_CONTAINERS}"
     raise MissingError(f"{path} does not exist; {held}")
 
 
-def _open_parts(path: str, parts: Sequence[str]) -> Rows:
-    suffixes = {posixpath.splitext(part)[1] for part in parts}
+def _open_parts(path: str, parts: Sequence[str], limits: LimitsConfig) -> Rows:
+    suffixes = {posixpath.splitext(part)[1].lower() for part in parts}
     if suffixes == {".parquet"}:
         _check_shards(path, parts)
-        return ParquetRows(path, parts)
+        return ParquetRows(path, parts, limits)
     if suffixes == {".arrow"}:
-        return ArrowRows(path, parts)
+        return ArrowRows(path, parts, limits)
     if len(parts) == 1 and suffixes <= {".json", *LINE_SUFFIXES}:
-        return JsonRows(path)
+        return JsonRows(path, limits)
     if len(parts) > 1:
         raise SourceError(
             f"{path} matches {len(parts)} files that are not all .parquet or all .arrow; name one kind, or one file"
@@ -132,7 +134,7 @@ def _open_parts(path: str, parts: Sequence[str]) -> Rows:
     raise SourceError(f"{path} ends in {suffixes.pop()!r}, which names no format; give {_CONTAINERS}")
 
 
-def _open_folder(folder: str, split: str) -> "Rows | records.RecordShards":
+def _open_folder(folder: str, split: str, limits: LimitsConfig) -> "Rows | records.RecordShards":
     """The one container that a folder is; `split` chooses among the splits of a folder of parquet files."""
     held = files.names(folder)
     kinds = {
@@ -146,23 +148,23 @@ def _open_folder(folder: str, split: str) -> "Rows | records.RecordShards":
         what = f"is {' and '.join(found)} at once" if found else f"holds {', '.join(held[:8]) or 'nothing'}"
         raise SourceError(f"folder {folder} {what}; give {_CONTAINERS}")
     if found == ["ArrayRecord shards"]:
-        return records.RecordShards(folder)
+        return records.RecordShards(folder, limits)
     if found == ["a saved dataset"]:
-        return _open_saved(folder)
+        return _open_saved(folder, limits)
     by_split = _splits(folder)
     if not split and len(by_split) > 1:
         raise SourceError(
             f"{folder} holds the splits {', '.join(by_split)}; name one of them, as in {folder}/{next(iter(by_split))}"
         )
     parts = by_split[split] if split else next(iter(by_split.values()))
-    return _open_folder(parts[0], "") if found == ["a DatasetDict"] else _open_parts(folder, parts)
+    return _open_folder(parts[0], "", limits) if found == ["a DatasetDict"] else _open_parts(folder, parts, limits)
 
 
 def _splits(folder: str) -> dict[str, list[str]]:
     """Split -> its parquet files, or its folder in a DatasetDict; files whose names tell no split are split ""."""
     if files.is_file(files.under(folder, "dataset_dict.json")):
         names = _read_list(files.under(folder, "dataset_dict.json"), "splits")
-        return {str(name): [files.under(folder, str(name))] for name in names}
+        return {name: [files.held(folder, name)] for name in map(str, names)}
     splits: dict[str, list[str]] = {}
     for part in _parquet_files(folder):
         splits.setdefault(_split_of(posixpath.basename(part)), []).append(part)
@@ -203,23 +205,24 @@ def _check_shards(path: str, parts: Sequence[str]) -> None:
             raise SourceError(f"{', '.join(lost[:3])}{more} missing; fetch them, or name by a pattern which files to use")
 
 
-def _open_saved(folder: str) -> Rows:
+def _open_saved(folder: str, limits: LimitsConfig) -> Rows:
     """The arrow files that state.json of `datasets.save_to_disk` lists, in its order."""
     state = files.under(folder, "state.json")
     entries = _read_list(state, "_data_files")
     if _read_list(state, "_indices_data_files"):
         raise SourceError(f"{folder} selects rows by an index; save it again after dataset.flatten_indices()")
     names = [str(entry["filename"]) if isinstance(entry, dict) and "filename" in entry else "?" for entry in entries]
-    lost = files.missing(files.under(folder, name) for name in names)
+    parts = [files.held(folder, name) for name in names]
+    lost = files.missing(parts)
     if lost or not names:
         raise SourceError(f"{state} lists {len(names)} files, missing: {', '.join(lost[:3]) or 'all'}; copy the folder again")
-    return ArrowRows(folder, [files.under(folder, name) for name in names])
+    return ArrowRows(folder, parts, limits)
 
 
 def _read_list(path: str, key: str) -> list[object]:
     """A list out of a JSON object that `datasets` wrote; empty where the key is absent or null."""
     try:
-        value = json.loads(files.read_bytes(path)).get(key)
+        value = files.read_json(path).get(key)
     except (ValueError, AttributeError) as error:
         raise SourceError(f"{path} is damaged ({error}); write or copy the folder again") from error
     if value is not None and not isinstance(value, list):

@@ -1,8 +1,6 @@
 """Examples with their images inside, as ArrayRecord shards and a manifest: what `prepare` writes and training reads fastest.
 
 A folder holds `shard-00000.array_record`, ... and `manifest.json`, which is written last: a folder without it is not finished.
-A record is msgpack of [name, [[role, text], ...], [encoded image, ...], info]; inside info, extension 1 is a tuple
-(msgpack of its list) and extension 2 an array (msgpack of [dtype, shape, bytes in C order]).
 Shards are uncompressed with one record per chunk (images are compressed already), so the same examples give the same bytes.
 """
 
@@ -11,21 +9,20 @@ import hashlib
 import json
 import operator
 import os
+import re
 import tempfile
 import threading
 from collections.abc import Iterator, Mapping
-from io import BytesIO
 from itertools import accumulate
 from typing import Any, NamedTuple, SupportsIndex
 
-import msgpack
-import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
-from PIL import Image
 
+from deepstack_jax.config_data import LIMITS, LimitsConfig
 from deepstack_jax.data import files
-from deepstack_jax.data.conversation import Message
-from deepstack_jax.data.image import open_image
+from deepstack_jax.data.conversation import ConversationError
+from deepstack_jax.data.normaliser import RowError
+from deepstack_jax.data.record_codec import decode_example, encode_example
 from deepstack_jax.data.sources import Example, Outline, SampleError, SourceError
 
 MANIFEST = "manifest.json"
@@ -33,10 +30,10 @@ SUFFIX = ".array_record"
 
 _FORMAT = "deepstack_jax examples"
 _VERSION = 1
-_TUPLE, _ARRAY = 1, 2  # msgpack extensions
 _WRITER_OPTIONS = "group_size:1,uncompressed"
 _READER_OPTIONS = "readahead_buffer_size:0"  # rows are asked for in any order
 _BLOCK = 8 << 20
+_SHARD_NAME = re.compile(r"shard-\d{5,9}" + re.escape(SUFFIX))
 
 
 class Shard(NamedTuple):
@@ -162,14 +159,15 @@ class RecordShards:
 
     Args:
         folder: local folder or URL.
+        limits: what a record may take.
 
     Raises:
         SourceError: no manifest or none of ours, a shard missing, cut short or with another number of rows than the manifest
             says: all of them are named. Content is not compared; `verify` does.
     """
 
-    def __init__(self, folder: str) -> None:
-        self.folder = files.absolute(folder)
+    def __init__(self, folder: str, limits: LimitsConfig = LIMITS) -> None:
+        self.folder, self._limits = files.absolute(folder), limits
         self.manifest = read_manifest(self.folder)
         self._shards = [Shard(**shard) for shard in self.manifest["shards"]]
         _refuse(self.folder, _problems(self.folder, self._shards))
@@ -199,7 +197,7 @@ class RecordShards:
 
         Raises:
             IndexError: outside 0..len-1.
-            SampleError: the record is damaged; the others may be whole.
+            SampleError: the record is damaged, no usable conversation, or beyond the limit; the others may be whole.
             SourceError: its shard vanished or changed since the folder was opened.
         """
         index = operator.index(index)
@@ -207,13 +205,20 @@ class RecordShards:
             raise IndexError(f"row {index} is outside 0..{len(self) - 1} of {self.folder}")
         number = bisect.bisect_right(self._ends, index)
         row = index - (self._ends[number] - self._shards[number].rows)
-        reader = self._reader(number)
+        reader, where = self._reader(number), f"{files.under(self.folder, self._shards[number].file)} row {row}"
         try:
-            return decode_example(reader.read([row])[0], index)
-        except (RuntimeError, ValueError, TypeError, msgpack.UnpackException) as error:
-            where = files.under(self.folder, self._shards[number].file)
-            reason = " ".join(str(error).split())[:200]
-            raise SampleError(f"{where} row {row}: damaged ({reason}); fetch or prepare it again", f"row {index}") from error
+            record = reader.read([row])[0]
+            if len(record) > self._limits.row_bytes:
+                most = f"config.data.limits.row_bytes={self._limits.row_bytes:,}"
+                raise SampleError(f"{where} takes {len(record):,} bytes, allowed are {most}; raise that", f"row {index}")
+            return decode_example(record, index)
+        except (SampleError, MemoryError):
+            raise
+        except (RowError, ConversationError) as error:
+            raise SampleError(f"{where}: {error}", f"row {index}") from error
+        except Exception as error:  # what msgpack, numpy and array_record raise on damaged bytes is nearly anything
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())}"[:200]
+            raise SampleError(f"{where}: damaged ({reason}); fetch or prepare it again", f"row {index}") from error
 
     def outlines(self) -> Iterator[Outline]:
         """Name and data_source of every example; reads everything, since a record is read as a whole."""
@@ -250,7 +255,7 @@ def read_manifest(folder: str) -> dict[str, Any]:
     """The manifest of a finished folder; SourceError where there is none of ours."""
     path = files.under(files.absolute(folder), MANIFEST)
     try:
-        manifest = json.loads(files.read_bytes(path))
+        manifest = files.read_json(path)
     except OSError as error:
         message = f"cannot read {path}: {error.strerror}; a folder without it is not finished, prepare it again"
         raise SourceError(message) from error
@@ -261,13 +266,23 @@ def read_manifest(folder: str) -> dict[str, Any]:
         raise SourceError(f"{path} says format, version {found}, expected {(_FORMAT, _VERSION)}; prepare it with this release")
     try:
         shards = [Shard(**shard) for shard in manifest["shards"]]
+        for shard in shards:
+            _check_shard(shard)
         rows = sum(shard.rows for shard in shards)
-        whole = 0 < rows == manifest["rows"] and all("/" not in shard.file for shard in shards)
-    except (KeyError, TypeError) as error:
-        raise SourceError(f"{path} lacks or misnames an entry ({error}); prepare the folder again") from error
+        whole = 0 < rows == manifest["rows"]
+    except (KeyError, TypeError, ValueError) as error:
+        raise SourceError(f"{path} lacks or misnames an entry ({error!s:.200}); prepare the folder again") from error
     if not whole:
         raise SourceError(f"{path} lists {rows} rows in shards and {manifest['rows']} in all; prepare the folder again")
     return manifest
+
+
+def _check_shard(shard: Shard) -> None:
+    """Raises ValueError where an entry is not as `RecordWriter` writes it: a name may lead nowhere else."""
+    if not (isinstance(shard.file, str) and _SHARD_NAME.fullmatch(shard.file) and isinstance(shard.sha256, str)):
+        raise ValueError(f"file {shard.file!r:.80}, expected shard-00000{SUFFIX} and its sha256")
+    if not all(type(number) is int and 0 < number < 2**50 for number in (shard.rows, shard.bytes)):
+        raise ValueError(f"{shard.file} with {shard.rows!r:.40} rows, {shard.bytes!r:.40} bytes")
 
 
 def verify(folder: str) -> dict[str, Any]:
@@ -288,70 +303,12 @@ def verify(folder: str) -> dict[str, Any]:
     return manifest
 
 
-def encode_example(example: Example) -> bytes:
-    """One record: msgpack of name, messages, images (files as they are, pixels as PNG) and info; without the row number."""
-    try:
-        images = [_image_bytes(image) for image in example.images]
-        messages = [[message.role, message.text] for message in example.messages]
-        return _pack([example.name, messages, images, dict(example.info)])
-    except OSError as error:
-        reason = f"cannot read image {error.filename}: {error.strerror or error}; put it there or remove the row"
-        raise SampleError(f"{example.name}: {reason}", example.name) from error
-    except (TypeError, ValueError, OverflowError) as error:
-        reason = " ".join(str(error).split())
-        message = f"{example.name}: {reason}; expected text, numbers, bytes, arrays, lists and dicts in info"
-        raise SampleError(message, example.name) from error
-
-
-def decode_example(record: bytes, index: int) -> Example:
-    """The example of a record, as row `index`; ValueError or TypeError where it is none."""
-    name, messages, images, info = _unpack(record)
-    return Example(index, name, tuple(images), tuple(Message(role, text) for role, text in messages), info)
-
-
-def _image_bytes(image: str | bytes | np.ndarray | Image.Image) -> bytes:
-    if isinstance(image, bytes):
-        return image
-    if isinstance(image, str):
-        return files.read_bytes(image)
-    buffer = BytesIO()
-    open_image(image).save(buffer, "PNG")  # RGB or gray, as training would see it
-    return buffer.getvalue()
-
-
-def _pack(value: object) -> bytes:
-    packed = msgpack.packb(value, strict_types=True, default=_extend)
-    assert packed is not None  # msgpack's annotation allows for a packer that was given a stream
-    return packed
-
-
-def _extend(value: object) -> msgpack.ExtType:
-    if isinstance(value, tuple):
-        return msgpack.ExtType(_TUPLE, _pack(list(value)))
-    if isinstance(value, np.ndarray) and not value.dtype.hasobject:
-        return msgpack.ExtType(_ARRAY, _pack([value.dtype.str, list(value.shape), value.tobytes()]))
-    raise TypeError(f"got a {type(value).__name__}: {value!r:.80}")
-
-
-def _unpack(data: bytes) -> Any:
-    return msgpack.unpackb(data, ext_hook=_restore, strict_map_key=False)
-
-
-def _restore(code: int, data: bytes) -> tuple[Any, ...] | np.ndarray:
-    if code == _TUPLE:
-        return tuple(_unpack(data))
-    if code == _ARRAY:
-        dtype, shape, content = _unpack(data)
-        return np.frombuffer(content, dtype).reshape(shape)
-    raise ValueError(f"unknown msgpack extension {code}")
-
-
 def _problems(folder: str, shards: list[Shard]) -> list[str]:
     """What is wrong with the shards by size and, on this machine, by number of rows; each begins with the file's name."""
 
     def look(path: str) -> int | str:
         try:
-            return files.size(path)
+            return files.size(files.held(folder, path.rpartition("/")[2]))
         except OSError as error:
             return f"cannot be read ({error.strerror})"
 

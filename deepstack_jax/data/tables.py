@@ -9,14 +9,17 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from deepstack_jax.config_data import LIMITS, LimitsConfig
 from deepstack_jax.data import files
-from deepstack_jax.data.normaliser import IMAGE_KEYS, RowError, check_columns
+from deepstack_jax.data.columns import VALUE_BYTES, carried, one_line, scanned, to_row, warn_of
+from deepstack_jax.data.normaliser import IMAGE_KEYS, RowError, check_columns, needed_keys
 from deepstack_jax.data.sources import SourceError
 
 _CACHE_BYTES = 128 << 20
 """Decoded row groups that a process keeps; the one in use stays, however large it is."""
 _FOOTER_BYTES = 64 << 10  # fetched at once from a remote file: its footer, or the gap between two columns
 _END_OF_STREAM = b"\xff\xff\xff\xff\x00\x00\x00\x00"
+_MAX_ROWS = 2**31
 
 
 class ParquetRows:
@@ -28,30 +31,47 @@ class ParquetRows:
     Args:
         path: what the user named, for messages.
         parts: the files in order, local paths or URLs.
+        limits: what a row, and a row group, may take.
 
     Raises:
         SourceError: a file cannot be read, is no parquet or cut short, lacks the columns of every row style, has others than
-            the first file, or all are empty.
+            the first file, has a row group beyond the limit, or all are empty.
     """
 
-    def __init__(self, path: str, parts: Sequence[str]) -> None:
-        self.path, self._parts = path, tuple(parts)
-        footers: list[_Footer] = files.in_parallel(_read_footer, self._parts)
-        for part, footer in zip(self._parts, footers, strict=True):
-            if footer.columns.keys() != footers[0].columns.keys():
-                theirs = sorted(footer.columns.keys() ^ footers[0].columns.keys())
+    def __init__(self, path: str, parts: Sequence[str], limits: LimitsConfig = LIMITS) -> None:
+        self.path, self._parts, self._limits = path, tuple(parts), limits
+        self._footers: list[_Footer] = files.in_parallel(_read_footer, self._parts)
+        first = self._footers[0]
+        for part, footer in zip(self._parts, self._footers, strict=True):
+            if footer.columns.keys() != first.columns.keys():
+                theirs = sorted(footer.columns.keys() ^ first.columns.keys())
                 raise SourceError(f"{part} and {self._parts[0]} differ in the columns {theirs}; name files of one table")
-        problem = check_columns(list(footers[0].columns))
+        problem = check_columns(list(first.names))
         if problem:
             raise SourceError(f"{path} {problem}")
-        self._outlined = [name for name, short in footers[0].columns.items() if short]
-        self._sizes = np.array([footer.size for footer in footers], np.int64)
-        rows = [(part, group, count) for part, footer in enumerate(footers) for group, count in enumerate(footer.rows)]
+        self._columns = carried(path, {name: column.type for name, column in first.columns.items()})
+        self._check_groups()
+        self._outlined = [name for name in self._columns if first.columns[name].short]
+        rows = [(part, group, count) for part, footer in enumerate(self._footers) for group, count in enumerate(footer.rows)]
         self._groups = np.array([(part, group) for part, group, _ in rows], np.int32).reshape(-1, 2)
-        self._starts = np.concatenate([[0], np.cumsum([count for *_, count in rows], dtype=np.int64)])
-        if not len(self):
-            raise SourceError(f"{path} holds no rows; expected at least one conversation")
+        self._starts = _starts(path, [count for *_, count in rows])
         self._forget()
+
+    def _check_groups(self) -> None:
+        """Leave out the columns that nobody needs where a row group would not fit with them; refuse it where it never does."""
+        most = self._limits.group_bytes
+        for part, footer in zip(self._parts, self._footers, strict=True):
+            for group, sizes in enumerate(footer.sizes):
+                needed = sum(sizes.get(name, 0) for name in self._columns if name in needed_keys())
+                if needed > most:
+                    raise SourceError(
+                        f"{part} row group {group} takes {needed:,} bytes, allowed are "
+                        f"config.data.limits.group_bytes={most:,}; write it with fewer rows in a row group, or raise that"
+                    )
+                if sum(sizes.get(name, 0) for name in self._columns) > most:
+                    others = [name for name in self._columns if name not in needed_keys()]
+                    self._columns = [name for name in self._columns if name in needed_keys()]
+                    warn_of(self.path, others, f"go beyond config.data.limits.group_bytes={most:,}")
 
     def _forget(self) -> None:
         self._lock = threading.Lock()
@@ -78,22 +98,22 @@ class ParquetRows:
         """Row `index` as a dict.
 
         Raises:
-            RowError: its row group does not decode; the others may.
+            RowError: its row group does not decode, or it is larger than the limit; the others may be whole.
             SourceError: the file changed or vanished since it was opened.
         """
         group = self._group_of(index)
-        return self._table(group).slice(index - int(self._starts[group]), 1).to_pylist()[0]
+        return to_row(self._table(group).slice(index - int(self._starts[group]), 1), self._limits.row_bytes)
 
     def scan(self) -> Iterator[object]:
         """All rows in order, only the columns that are short and that an outline needs."""
         if not self._outlined:
             yield from ({} for _ in range(len(self)))
             return
-        for part in self._parts:
+        for part, footer in zip(self._parts, self._footers, strict=True):
             try:
-                with _open_parquet(part) as parquet:
+                with _open_parquet(part, footer.texts) as parquet:
                     for batch in parquet.iter_batches(columns=self._outlined):
-                        yield from batch.to_pylist()
+                        yield from scanned(batch, self._limits)
             except (pa.ArrowException, OSError) as error:
                 raise _failure(part, error) from error
 
@@ -111,17 +131,31 @@ class ParquetRows:
 
     def _decode(self, group: int) -> pa.Table:
         part, number = self._groups[group].tolist()
-        path = self._parts[part]
+        path, footer = self._parts[part], self._footers[part]
         try:
             size = files.size(path)
-            if size != self._sizes[part]:
-                raise SourceError(f"{path} changed while in use: {size} bytes, {self._sizes[part]} when opened; start again")
-            with _open_parquet(path) as parquet:
-                return parquet.read_row_group(number)
+            if size != footer.size:
+                raise SourceError(f"{path} changed while in use: {size} bytes, {footer.size} when opened; start again")
+            with _open_parquet(path, footer.texts) as parquet:
+                table = self._read_group(parquet, number)
         except (pa.ArrowException, OSError) as error:
             if isinstance(error, OSError) and error.errno:
                 raise SourceError(f"cannot read {path} any more: {error.strerror}; put it back and start again") from error
-            raise RowError(f"row group {number} cannot be read ({_one_line(error)}); fetch or write the file again") from error
+            raise RowError(f"row group {number} cannot be read ({one_line(error)}); fetch or write the file again") from error
+        if len(table) != footer.rows[number]:
+            raise RowError(f"row group {number} has {len(table)} rows of {footer.rows[number]}; fetch or write the file again")
+        return table
+
+    def _read_group(self, parquet: pq.ParquetFile, number: int) -> pa.Table:
+        try:
+            return parquet.read_row_group(number, columns=self._columns)
+        except (pa.ArrowException, OSError) as error:
+            needed = [name for name in self._columns if name in needed_keys()]
+            if needed == self._columns or (isinstance(error, OSError) and error.errno):
+                raise
+            table = parquet.read_row_group(number, columns=needed)  # it may have been a column that nobody needs
+            warn_of(self.path, [name for name in self._columns if name not in needed], f"cannot be read ({one_line(error)})")
+            return table
 
 
 class ArrowRows:
@@ -130,28 +164,28 @@ class ArrowRows:
     Args:
         path: what the user named, for messages.
         parts: the files in order, local paths or URLs; of a URL a copy is kept (`files.local_copy`).
+        limits: what a row may take.
 
     Raises:
         SourceError: a file cannot be read, is no arrow or cut short, lacks the columns of every row style, or all are empty.
     """
 
-    def __init__(self, path: str, parts: Sequence[str]) -> None:
-        self.path, self._parts = path, tuple(parts)
+    def __init__(self, path: str, parts: Sequence[str], limits: LimitsConfig = LIMITS) -> None:
+        self.path, self._parts, self._limits = path, tuple(parts), limits
         try:
             self._copies = files.in_parallel(files.local_copy, self._parts)
         except OSError as error:
             raise SourceError(f"cannot read {error.filename or path}: {error.strerror}; check the path") from error
         self._map()
-        if not len(self):
-            raise SourceError(f"{path} holds no rows; expected at least one conversation")
 
     def _map(self) -> None:
         self._batches = [_map_arrow(part, copy) for part, copy in zip(self._parts, self._copies, strict=True)]
         self._flat = [batch for batches in self._batches for batch in batches]
-        self._starts = np.concatenate([[0], np.cumsum([len(batch) for batch in self._flat], dtype=np.int64)])
+        self._starts = _starts(self.path, [len(batch) for batch in self._flat])
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"path": self.path, "_parts": self._parts, "_copies": self._copies, "_rows": len(self)}
+        kept = {"path": self.path, "_parts": self._parts, "_copies": self._copies, "_limits": self._limits}
+        return kept | {"_rows": len(self)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         rows = state.pop("_rows")
@@ -173,41 +207,68 @@ class ArrowRows:
         raise IndexError(index)
 
     def read(self, index: int) -> object:
-        """Row `index` as a dict; RowError where its bytes are no valid data."""
+        """Row `index` as a dict; RowError where its bytes are no valid data, or more than the limit."""
         batch = int(np.searchsorted(self._starts, index, side="right")) - 1
-        try:
-            row = self._flat[batch].slice(index - int(self._starts[batch]), 1)
-            row.validate(full=True)  # unchecked, damaged offsets would lead anywhere in memory
-            return row.to_pylist()[0]
-        except (pa.ArrowException, ValueError) as error:
-            raise RowError(f"cannot be decoded ({_one_line(error)}); fetch or write the file again") from error
+        return to_row(self._flat[batch].slice(index - int(self._starts[batch]), 1), self._limits.row_bytes)
 
     def scan(self) -> Iterator[object]:
         """All rows in order, only the columns that are short and that an outline needs."""
         for batch in self._flat:
             names = [field.name for field in batch.schema if _is_short(field)]
-            yield from batch.select(names).to_pylist() if names else ({} for _ in range(len(batch)))
+            yield from scanned(batch.select(names), self._limits) if names else ({} for _ in range(len(batch)))
+
+
+class _Column(NamedTuple):
+    """A column of a parquet file."""
+
+    type: pa.DataType
+    short: bool  # whether an outline reads it
 
 
 class _Footer(NamedTuple):
     """What a parquet file says of itself."""
 
     rows: list[int]  # of each row group
-    columns: dict[str, bool]  # name -> whether an outline reads it
+    sizes: list[dict[str, int]]  # of each row group: column -> bytes in memory at most, its texts once for all their uses
+    columns: dict[str, _Column]
+    names: tuple[str, ...]  # of the columns, as often as they are there
+    texts: tuple[str, ...]  # paths of the leaves that hold texts or bytes
     size: int  # bytes of the file
 
 
 def _read_footer(path: str) -> _Footer:
     try:
         with _open_parquet(path) as parquet:
-            groups = [parquet.metadata.row_group(number).num_rows for number in range(parquet.metadata.num_row_groups)]
-            return _Footer(groups, {field.name: _is_short(field) for field in parquet.schema_arrow}, files.size(path))
-    except (pa.ArrowException, OSError) as error:
+            metadata, schema = parquet.metadata, parquet.schema_arrow
+            columns = {field.name: _Column(field.type, _is_short(field)) for field in schema}
+            leaves = [parquet.schema.column(number) for number in range(metadata.num_columns)]
+            texts = [leaf.path for leaf in leaves if leaf.physical_type == "BYTE_ARRAY" and leaf.logical_type.type != "DECIMAL"]
+            groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
+            for number, group in enumerate(groups):
+                fewest = min((group.column(leaf).num_values for leaf in range(group.num_columns)), default=0)
+                if not 0 <= group.num_rows <= fewest:
+                    raise pa.ArrowInvalid(f"row group {number} has {group.num_rows} rows, a column in it {fewest} values")
+            sizes = [_sizes(group, leaves) for group in groups]
+            rows = [group.num_rows for group in groups]
+            return _Footer(rows, sizes, columns, tuple(schema.names), tuple(texts), files.size(path))
+    except (pa.ArrowException, OSError, RecursionError) as error:
         raise _failure(path, error) from error
 
 
-def _open_parquet(path: str) -> pq.ParquetFile:
-    return pq.ParquetFile(files.open_binary(path, _FOOTER_BYTES) if files.is_url(path) else path)
+def _sizes(group: pq.RowGroupMetaData, leaves: Sequence[Any]) -> dict[str, int]:
+    sizes: dict[str, int] = {}
+    for number, leaf in enumerate(leaves):
+        chunk, name = group.column(number), leaf.path.split(".")[0]
+        width = max(VALUE_BYTES, leaf.length if leaf.physical_type == "FIXED_LEN_BYTE_ARRAY" else 0)
+        sizes[name] = sizes.get(name, 0) + chunk.num_values * width + max(0, chunk.total_uncompressed_size)
+    return sizes
+
+
+def _open_parquet(path: str, texts: Sequence[str] = ()) -> pq.ParquetFile:
+    """Texts come as a dictionary: one that stands in the file once, and is meant a million times, is in memory once."""
+    files.size(path)  # refuses what is no file
+    opened = files.open_binary(path, _FOOTER_BYTES) if files.is_url(path) else path
+    return pq.ParquetFile(opened, read_dictionary=list(texts) or None)
 
 
 def _is_short(field: pa.Field) -> bool:
@@ -218,8 +279,9 @@ def _is_short(field: pa.Field) -> bool:
 
 
 def _map_arrow(path: str, copy: str) -> list[pa.RecordBatch]:
-    """The record batches of a file; none of their bytes are read yet."""
+    """The record batches of a file, of their columns those that are carried; none of their bytes are read yet."""
     try:
+        files.size(copy)  # refuses what is no file
         source = pa.memory_map(copy)
         if source.read(6) == b"ARROW1":
             reader = pa.ipc.open_file(source)
@@ -233,20 +295,26 @@ def _map_arrow(path: str, copy: str) -> list[pa.RecordBatch]:
             batches, schema = list(reader), reader.schema
             if not ended:
                 raise pa.ArrowInvalid(f"its end mark is missing after {sum(map(len, batches))} rows")
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, RecursionError) as error:
         raise _failure(path, error) from error
     problem = check_columns(schema.names)
     if problem:
         raise SourceError(f"{path} {problem}")
-    return batches
+    names = carried(path, {field.name: field.type for field in schema})
+    return [batch.select(names) for batch in batches]
+
+
+def _starts(path: str, counts: Sequence[int]) -> np.ndarray:
+    """i64[groups + 1]: the first row of every group, and the number of all."""
+    total = sum(counts)
+    if not 0 < total <= _MAX_ROWS:
+        says = "no rows" if not total else f"{total:,} rows, if it is believed"
+        raise SourceError(f"{path} holds {says}; expected at least one conversation, at most {_MAX_ROWS:,}")
+    return np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
 
 
 def _failure(path: str, error: Exception) -> SourceError:
     """What to say of a file that cannot be read; pyarrow's own OSError is about the content and carries no number."""
     if isinstance(error, OSError) and error.errno:
         return SourceError(f"cannot read {path}: {error.strerror}; check the path")
-    return SourceError(f"{path} is damaged, cut short or of another format ({_one_line(error)}); fetch or write it again")
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]
+    return SourceError(f"{path} is damaged, cut short or of another format ({one_line(error)}); fetch or write it again")

@@ -113,6 +113,13 @@ BAD = [
     (TRL | {"messages": [user("hi"), ANSWER]}, "turn 0: part 'hi' of content"),
     (TRL | {"messages": [user(IMAGE, IMAGE, text("?")), ANSWER]}, "has 2 <image> for 1 images, expected 1; name the missing"),
     (TRL | {"messages": [user(text("What?")), ANSWER]}, "has 0 <image> for 1 images, expected 1; put one <image>"),
+    (
+        {"messages": [user({"type": "image", "image": "x.jpg"}, text("?")), ANSWER]},
+        r"turn 0: an image inside content \(type, image\); name it in `images`",
+    ),
+    ({"messages": [user({"type": "image_url", "image_url": {"url": "x"}}), ANSWER]}, "turn 0: an image inside content"),
+    (LLAVA | {"image": "data:image/png;base64," + "A" * 999}, r"image 'data:image.{,40} is its content, expected a path"),
+    (LLAVA | {"image": "\ud83d.png"}, "expected a path relative"),
     (TRL | {"messages": []}, "has no messages; expected"),
     (CAULDRON | {"texts": []}, "has no texts; expected"),
     (CAULDRON | {"texts": [{"user": "?", "assistant": None}]}, "texts 0: assistant is null, expected a text"),
@@ -128,7 +135,7 @@ BAD = [
     (TRL | {"messages": [*TRL["messages"], ANSWER]}, "turn 2: got 'gpt', expected 'human'; turns alternate"),
     (LLAVA | {"conversations": {"from": ["human"], "value": ["<image>", "x"]}}, "columns of turns that differ in length"),
     (LLAVA | {"conversations": {"from": "human", "value": "<image>"}}, "has no conversations; expected"),
-    (LLAVA | {"image": "https://example.com/x.jpg"}, "is no path under the image root .*; put the image there"),
+    (LLAVA | {"image": "https://example.com/x.jpg"}, "is no path under the image root .*; put it there"),
 ]
 
 

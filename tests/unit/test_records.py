@@ -1,23 +1,29 @@
 """ArrayRecord shards: every example comes back whole, the same examples give the same bytes, damage is named exactly."""
 
 import json
+import math
 import pickle
 import shutil
 import uuid
+from datetime import date
 from io import BytesIO
 from pathlib import Path
 
 import fsspec
+import msgpack
 import numpy as np
 import pytest
+from array_record.python.array_record_module import ArrayRecordWriter
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from deepstack_jax.data import files, records
+from deepstack_jax.config_data import LimitsConfig
+from deepstack_jax.data import files, record_codec, records
 from deepstack_jax.data.conversation import Message
 from deepstack_jax.data.open import open_files
-from deepstack_jax.data.records import RecordShards, RecordWriter, decode_example, encode_example, read_manifest, verify
+from deepstack_jax.data.record_codec import decode_example, encode_example
+from deepstack_jax.data.records import RecordShards, RecordWriter, read_manifest, verify
 from deepstack_jax.data.sources import Example, Outline, SampleError, SourceError
 from deepstack_jax.data.synthetic import DocumentPages
 
@@ -43,10 +49,22 @@ plain = st.none() | st.booleans() | st.integers(-(2**63), 2**64 - 1) | st.floats
 values = st.recursive(
     plain, lambda inner: st.lists(inner) | st.tuples(inner, inner) | st.dictionaries(text, inner), max_leaves=6
 )
-messages = st.lists(st.builds(Message, st.sampled_from(["human", "gpt"]), text), max_size=4).map(tuple)
+
+
+def conversation(words: list[str], images: list[bytes], info: dict) -> Example:
+    turns = [Message(("human", "gpt")[number % 2], word) for number, word in enumerate(words)]
+    turns[0] = Message("human", "<image>" * len(images) + words[0])
+    return Example(3, words[-1], tuple(images), tuple(turns), info)
+
+
+words = text.filter(lambda word: "<image>" not in word)
 examples = st.builds(
-    Example, st.just(3), text, st.lists(st.binary(max_size=40), max_size=3).map(tuple), messages, st.dictionaries(text, values)
+    conversation,
+    st.lists(words, min_size=1, max_size=4),
+    st.lists(st.binary(max_size=40), max_size=3),
+    st.dictionaries(text, values),
 )
+ASKED, SHOWN = (Message("human", "What?"),), (Message("human", "<image>What?"),)
 
 
 @settings(max_examples=150, deadline=None)
@@ -61,7 +79,7 @@ def test_pixels_and_paths_become_encoded_bytes(tmp_path):
     gray, colour = np.arange(12, dtype=np.uint8).reshape(3, 4), np.arange(36, dtype=np.uint8).reshape(3, 4, 3)
     Image.fromarray(colour).save(tmp_path / "a.png")
     sources = (gray, gray[..., None], colour, Image.fromarray(colour), str(tmp_path / "a.png"))
-    images = decode_example(encode_example(Example(0, "a", sources, ())), 0).images
+    images = decode_example(encode_example(Example(0, "a", sources, (Message("human", "<image>" * 5),))), 0).images
     for stored, expected in zip(images, (gray, gray, colour, colour, colour), strict=True):
         assert isinstance(stored, bytes)
         with Image.open(BytesIO(stored)) as image:
@@ -72,11 +90,12 @@ def test_pixels_and_paths_become_encoded_bytes(tmp_path):
 @pytest.mark.parametrize(
     ("bad", "message"),
     [
-        (Example(0, "bad", ("/nowhere/x.jpg",), ()), r"bad: cannot read image /nowhere/x\.jpg: No such file"),
-        (Example(0, "bad", (), (), {"when": object()}), "bad: got a object: .*; expected text, numbers"),
-        (Example(0, "bad", (), (), {"big": 2**70}), "bad: .*expected text, numbers"),
-        (Example(0, "bad", (), (Message("human", "\ud800"),)), "bad: .*surrogates"),
-        (Example(0, "bad", (np.zeros((2, 2, 7), np.uint8),), ()), "bad: .*expected uint8"),
+        (Example(0, "bad", ("/nowhere/x.jpg",), SHOWN), r"bad: cannot read image /nowhere/x\.jpg: No such file"),
+        (Example(0, "bad", (), ASKED, {"when": object()}), "bad: got a object: .*; expected text, numbers"),
+        (Example(0, "bad", (), (Message("human", "\ud800"),)), "bad: .*surrogate"),
+        (Example(0, "bad", (), ()), "bad: has no turns"),
+        (Example(0, "bad", (b"x",), ASKED), "bad: has 0 <image> for 1 images"),
+        (Example(0, "bad", (np.zeros((2, 2, 7), np.uint8),), SHOWN), "bad: .*expected uint8"),
     ],
 )
 def test_an_example_that_cannot_be_stored_leaves_the_others(tmp_path, bad, message):
@@ -201,6 +220,115 @@ def test_changed_content_is_found_by_verify_and_is_one_bad_sample(tmp_path):
     assert [outline.name for outline in source.outlines()] == ["r0", "r1", "r2", "row 3", "r4", "r5"]
 
 
+def shard_of(folder: Path, records: list[bytes]) -> Path:
+    """A finished folder of one shard with any bytes as its records."""
+    write(folder, 1)
+    shard, path = folder / "shard-00000.array_record", folder / "manifest.json"
+    writer = ArrayRecordWriter(str(shard), "group_size:1,uncompressed")
+    for record in records:
+        writer.write(record)
+    writer.close()
+    entry = {"file": shard.name, "rows": len(records), "bytes": shard.stat().st_size, "sha256": ""}
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"rows": len(records), "shards": [entry]}))
+    return folder
+
+
+def array_in_info(dtype: str, shape: list[int], content: bytes) -> bytes:
+    """A record but for its conversation, with an array of any description in its info."""
+    return msgpack.packb(["a", [], [], {"k": msgpack.ExtType(2, msgpack.packb([dtype, shape, content]))}])
+
+
+ASK, ANSWER = ["human", "<image>What?"], ["gpt", "That."]
+NO_EXAMPLES = {
+    "an image by path": (["a", [ASK, ANSWER], [], {}], r"an image is a str, '.*secret\.png', expected its encoded bytes"),
+    "an image by URL": (
+        ["a", [ASK, ANSWER], ["http://127.0.0.1:9/a.png"], {}],
+        "an image is a str, 'http.*expected its encoded",
+    ),
+    "an image of pixels": (
+        ["a", [ASK, ANSWER], [np.zeros((2, 2, 3), np.uint8)], {}],
+        "an image is a ndarray",
+    ),
+    "no image": (["a", [ASK, ANSWER], [], {}], "has 1 <image> for 0 images"),
+    "a turn of a number": (["a", [["human", 3], ANSWER], [], {}], "turn 0: got .*expected a human or gpt and its text"),
+    "another speaker": (["a", [["system", "x"], ANSWER], [], {}], "turn 0: got .*expected a human or gpt"),
+    "twice the same": (["a", [ANSWER, ANSWER], [], {}], "turn 1: got 'gpt', expected 'human'"),
+    "no turns": (["a", [], [], {}], "has no turns"),
+    "turns of one": (["a", [["human"]], [], {}], "damaged"),
+    "turns by key": (["a", {"from": "human"}, [], {}], "damaged"),
+    "a number as name": ([7, [ASK, ANSWER], [b"x"], {}], "damaged"),
+    "info of a list": (["a", [ASK, ANSWER], [b"x"], []], "damaged .*info"),
+    "info by number": (["a", [ASK, ANSWER], [b"x"], {1: 2}], "damaged .*info"),
+    "three of four": (["a", [], []], "damaged"),
+    "a number": (7, "damaged"),
+    "nested tuples": (b"\xdd\x00\x00\x00\x04\xa1a" + b"\x91" * 100_000, "damaged"),
+    "cut": (b"\x94\xa1a\x91", "damaged"),
+    "a list of 2^32": (b"\xdd\xff\xff\xff\xff", "damaged"),
+    "an odd dtype": (
+        b"\x94\xa1a\x90\x90\x81\xa1k" + msgpack.packb(msgpack.ExtType(2, msgpack.packb([",,", [1], b"x"]))),
+        "damaged",
+    ),
+    "a huge shape": (
+        b"\x94\xa1a\x90\x90\x81\xa1k" + msgpack.packb(msgpack.ExtType(2, msgpack.packb(["<u8", [2**63, 2**63], b"x" * 8]))),
+        "damaged",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", NO_EXAMPLES)
+def test_a_record_is_checked_as_a_row_and_opens_nothing(tmp_path, monkeypatch, case):
+    content, message = NO_EXAMPLES[case]
+    Image.new("RGB", (2, 2)).save(tmp_path / "secret.png")
+    if case == "an image by path":
+        content[2] = [str(tmp_path / "secret.png")]
+    record = content if isinstance(content, bytes) else record_codec._pack(content)
+    source = RecordShards(str(shard_of(tmp_path / "set", [encode_example(example(0)), record])))
+    assert source[0].name == "r0"
+    opened = []
+    monkeypatch.setattr(files, "read_bytes", opened.append)
+    with pytest.raises(SampleError, match=rf"shard-00000\.array_record row 1.*{message}") as caught:
+        source[1]
+    assert caught.value.name == "row 1"
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 600
+    assert not opened
+
+
+def test_a_record_beyond_the_limit_is_refused(tmp_path):
+    write(tmp_path / "set", 2)
+    source = RecordShards(str(tmp_path / "set"), LimitsConfig(row_bytes=999))
+    with pytest.raises(SampleError, match=r"row 1 takes 1,\d+ bytes, allowed are config\.data\.limits\.row_bytes=999"):
+        source[1]
+
+
+DEEP = json.loads("[" * 900 + "]" * 900)
+
+
+def test_info_that_msgpack_does_not_know_is_carried_as_text():
+    info = {
+        "big": 2**70,
+        "half": "a \ud83d",
+        "day": date(2026, 1, 2),
+        "nan": float("nan"),
+        "deep": json.loads("[" * 900 + "]" * 900),
+    }
+    stored = decode_example(encode_example(Example(0, "a", (), ASKED, info)), 0).info
+    assert stored["big"] == "1180591620717411303424"
+    assert stored["half"] == "a \\ud83d"
+    assert stored["day"] == "2026-01-02"
+    assert math.isnan(stored["nan"])
+    assert json.dumps(stored["deep"]) == json.dumps(DEEP)
+
+
+def test_a_shard_that_is_a_link_out_of_its_folder_is_refused(tmp_path):
+    write(tmp_path / "set", 1)
+    shard = tmp_path / "set" / "shard-00000.array_record"
+    shard.rename(tmp_path / "elsewhere")
+    shard.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(SourceError, match=r"shard-00000\.array_record cannot be read .*is a link that leaves the folder"):
+        RecordShards(str(tmp_path / "set"))
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -209,8 +337,15 @@ def test_changed_content_is_found_by_verify_and_is_one_bad_sample(tmp_path):
         ({"version": 2}, r"says format, version \('deepstack_jax examples', 2\)"),
         ({"rows": 19}, "lists 20 rows in shards and 19 in all"),
         ({"shards": [{"file": "a"}]}, "lacks or misnames an entry"),
+        ("[" * 100_000, r"manifest\.json is no JSON"),
+        ({"shards": [{"file": "shard-00000.array_record", "rows": 20.0, "bytes": 1, "sha256": ""}]}, "with 20.0 rows"),
+        ({"shards": [{"file": "shard-00000.array_record", "rows": 20, "bytes": -1, "sha256": ""}]}, "20 rows, -1 bytes"),
+        ({"shards": [{"file": "..", "rows": 20, "bytes": 1, "sha256": ""}]}, "lacks or misnames an entry"),
         ({"shards": None}, "lacks or misnames an entry"),
-        ({"shards": [{"file": "../x", "rows": 20, "bytes": 1, "sha256": ""}]}, "lists 20 rows"),
+        (
+            {"shards": [{"file": "../x", "rows": 20, "bytes": 1, "sha256": ""}]},
+            "lacks or misnames an entry .*file '../x', expected shard-00000",
+        ),
     ],
 )
 def test_a_damaged_manifest_is_refused(tmp_path, change, message):

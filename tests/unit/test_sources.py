@@ -1,5 +1,6 @@
 """JSON files of rows, and rows of every style: what is read, what is refused and how it is said, and what opening costs."""
 
+import gzip
 import json
 import pickle
 import subprocess
@@ -11,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from deepstack_jax.config_data import LimitsConfig
 from deepstack_jax.data import json_rows
 from deepstack_jax.data.conversation import Message
 from deepstack_jax.data.file_source import FileSource
@@ -148,13 +150,31 @@ def test_a_broken_line_of_json_lines_is_named(tmp_path):
 
 def test_an_endless_row_is_refused_without_reading_the_rest(tmp_path, monkeypatch):
     monkeypatch.setattr(json_rows, "_WINDOW_BYTES", 64)
-    monkeypatch.setattr(json_rows, "_MAX_ROW_BYTES", 512)
     path = write(tmp_path, '[{"id": "open' + " " * 100_000 + '"}]')
     with path.open("rb") as file:
-        scanner = json_rows._array_spans(file)
-        with pytest.raises(ValueError, match="cut inside a row"):
+        scanner = json_rows._array_spans(file, 512)
+        with pytest.raises(ValueError, match=r"a row of more than config\.data\.limits\.text_bytes=512"):
             next(scanner)
         assert file.tell() <= 1024
+    (tmp_path / "open.jsonl").write_bytes(path.read_bytes()[1:])
+    with pytest.raises(SourceError, match=r"line 1 column 1: a row of more than config\.data\.limits\.text_bytes=512"):
+        json_rows.JsonRows(str(tmp_path / "open.jsonl"), LimitsConfig(text_bytes=512))
+
+
+def test_json_under_another_coding_or_name_is_hinted_at(tmp_path):
+    array, lines = json.dumps([row("a"), row("b")]), "".join(json.dumps(row(name)) + "\n" for name in "ab")
+    for coding in ("utf-16", "utf-16-le", "utf-16-be", "utf-32"):
+        (tmp_path / "a.json").write_bytes(array.encode(coding))
+        with pytest.raises(SourceError, match=r"a\.json is UTF-16 or no text, expected JSON as UTF-8; save it as UTF-8"):
+            open_files(str(tmp_path / "a.json"), "")
+    (tmp_path / "a.json").write_bytes(gzip.compress(array.encode()))
+    with pytest.raises(SourceError, match=r"a\.json is compressed.*unpack it"):
+        open_files(str(tmp_path / "a.json"), "")
+    for text in (array, json.dumps([row("a")], indent=1)):
+        with pytest.raises(SourceError, match=r"one array of rows.*rename the file, to end in \.json"):
+            opened(tmp_path, text, "data.jsonl")
+    assert [example.name for example in opened(tmp_path, array, "data.JSON")] == ["a", "b"]
+    assert [example.name for example in opened(tmp_path, lines, "data.JSONL")] == ["a", "b"]
 
 
 def test_a_missing_file_and_a_missing_root_are_named(tmp_path):

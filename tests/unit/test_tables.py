@@ -3,7 +3,10 @@
 import json
 import pickle
 import random
+import tracemalloc
 import uuid
+from datetime import date, datetime
+from decimal import Decimal
 from pathlib import Path
 
 import fsspec
@@ -11,10 +14,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from deepstack_jax.config_data import LimitsConfig
 from deepstack_jax.data import tables
 from deepstack_jax.data.conversation import Message
 from deepstack_jax.data.file_source import FileSource
 from deepstack_jax.data.open import MissingError, open_files
+from deepstack_jax.data.record_codec import decode_example, encode_example
 from deepstack_jax.data.sources import Outline, SampleError, SourceError
 
 HF_IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
@@ -236,6 +241,143 @@ def test_damaged_offsets_of_an_arrow_file_are_a_bad_sample(tmp_path):
     assert source[0].name == "r0"
     with pytest.raises(SampleError, match=r"cannot be decoded .*fetch or write the file again"):
         source[1]
+    assert [outline.name for outline in source.outlines()] == ["r0", "row 1", "row 2", "r3"]
+
+
+EXTRA = {
+    "a date": (pa.array([date(2026, 1, 2)]), "2026-01-02"),
+    "a time": (pa.array([datetime(2026, 1, 2, 3, 4)]), "2026-01-02 03:04:00.000000"),
+    "nanoseconds": (pa.array([1], pa.timestamp("ns")), "1970-01-01 00:00:00.000000001"),
+    "a zone": (pa.array([1], pa.timestamp("us", "Nowhere/City")), None),
+    "a year of no calendar": (pa.array([4_000_000], pa.date32()), "12921-08-18"),
+    "a decimal": (pa.array([Decimal("1.50")]), "1.50"),
+    "a duration": (pa.array([5], pa.duration("ns")), "5"),
+    "a map": (pa.array([[("a", 1)]], pa.map_(pa.string(), pa.int64())), [{"key": "a", "value": 1}]),
+    "a struct": (pa.array([{"at": datetime(2026, 1, 2), "by": "me"}]), {"at": "2026-01-02 00:00:00.000000", "by": "me"}),
+    "a list of nanoseconds": (pa.array([[1]], pa.list_(pa.time64("ns"))), ["00:00:00.000000001"]),
+    "2^64 - 1": (pa.array([2**64 - 1], pa.uint64()), 2**64 - 1),
+    "half precision": (pa.array([1.5], pa.float16()), 1.5),
+    "a large string": (pa.array(["x"], pa.large_string()), "x"),
+    "a category": (pa.array(["x"]).dictionary_encode(), "x"),
+    "no UTF-8": (pa.array([b"\xff"]).view(pa.string()), None),
+}
+LEFT_OUT = {
+    "an interval": pa.array([(1, 2, 3)], pa.month_day_nano_interval()),
+    "a union": pa.UnionArray.from_sparse(pa.array([0], pa.int8()), [pa.array([1])]),
+    "runs": pa.RunEndEncodedArray.from_arrays([1], pa.array(["x"])),
+    "a view of a list": pa.array([[1]], pa.list_view(pa.int64())),
+}
+
+
+def with_column(path: Path, column: pa.Array, name: str = "extra") -> Path:
+    """One row, with a column more."""
+    table = pa.Table.from_pylist(llava(1), schema=SCHEMA).append_column(name, column)
+    if path.suffix == ".parquet":
+        pq.write_table(table, path)
+        return path
+    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, table.schema) as writer:
+        writer.write_table(table)
+    return path
+
+
+@pytest.mark.parametrize("kind", ["parquet", "arrow"])
+@pytest.mark.parametrize("case", EXTRA)
+@pytest.mark.filterwarnings("ignore:column extra has values that cannot be carried along")
+def test_a_column_that_nobody_needs_is_carried_and_prepared(tmp_path, kind, case):
+    column, expected = EXTRA[case]
+    source = open_files(str(with_column(tmp_path / f"a.{kind}", column)), "")
+    example = source[0]
+    assert example.messages[1].text == "It is 0."
+    if expected is not None:
+        assert example.info["extra"] == expected
+    stored = decode_example(encode_example(example), 0)
+    assert (stored.messages, stored.images, stored.info) == (example.messages, example.images, example.info)
+    assert [outline.name for outline in source.outlines()] == ["r0"]
+
+
+@pytest.mark.parametrize("case", LEFT_OUT)
+def test_a_column_that_cannot_be_carried_is_named_and_left_out(tmp_path, case):
+    path = str(with_column(tmp_path / "a.arrow", LEFT_OUT[case]))
+    with pytest.warns(UserWarning, match=r"a\.arrow: columns that are not carried along, .*: extra"):
+        source = open_files(path, "")
+    assert source[0].info == {"data_source": "set0"}
+
+
+def test_a_needed_column_of_a_type_that_is_none_is_refused(tmp_path):
+    path = with_column(tmp_path / "a.arrow", LEFT_OUT["a union"], "messages")
+    with pytest.raises(SourceError, match=r"a\.arrow: column messages is sparse_union.*expected texts"):
+        open_files(str(path), "")
+    path = with_column(tmp_path / "b.arrow", pa.array(["x"]), "id")
+    with pytest.raises(SourceError, match=r"b\.arrow has the column id 2 times, expected once"):
+        open_files(str(path), "")
+
+
+def test_a_group_is_read_though_a_column_that_nobody_needs_is_damaged(tmp_path):
+    path = with_column(tmp_path / "a.parquet", pa.array(["word " * 400]))
+    chunk = pq.read_metadata(path).row_group(0).column(6)
+    assert chunk.path_in_schema == "extra"
+    data = bytearray(path.read_bytes())
+    data[chunk.dictionary_page_offset : chunk.dictionary_page_offset + 40] = b"\xff" * 40
+    path.write_bytes(data)
+    with pytest.warns(UserWarning, match=r"a\.parquet: columns that are not carried along, since they cannot be read .*extra"):
+        assert open_files(str(path), "")[0].name == "r0"
+
+
+BOMBS = {  # a file of a few kilobytes, and what it takes in memory
+    "one text, many rows": {"conversations": [[{"from": "system", "value": "x" * 100_000}]] * 2000, "id": ["a"] * 2000},
+    "one text, many turns": {"conversations": [[{"from": "human", "value": "x" * 100_000}] * 2000], "id": ["a"]},
+    "one id, many rows": {"conversations": [[]] * 2000, "id": ["x" * 100_000] * 2000},
+    "nothing, often": {"conversations": [[{"from": None, "value": None}] * 400_000], "id": ["a"]},
+}
+
+
+@pytest.mark.parametrize("case", BOMBS)
+@pytest.mark.parametrize("compression", ["zstd", "none"])
+def test_a_bomb_in_parquet_costs_no_more_than_the_limits(tmp_path, case, compression):
+    columns = [pa.array(BOMBS[case]["id"]), pa.array(BOMBS[case]["conversations"], pa.list_(TURN))]
+    table = pa.Table.from_arrays(columns, ["id", "conversations"])
+    pq.write_table(table, tmp_path / "a.parquet", compression=compression)
+    del columns, table
+    tracemalloc.start()
+    try:
+        source = open_files(str(tmp_path / "a.parquet"), "", LimitsConfig(row_bytes=1 << 20, group_bytes=8 << 20))
+        assert sum(1 for _ in source.outlines()) == len(source) == len(BOMBS[case]["id"])
+        for row in range(0, len(source), 100):
+            with pytest.raises(
+                SampleError, match=r"row \d+" if len(source) > 1 else r"config\.data\.limits\.row_bytes=1,048,576"
+            ):
+                source[row]
+        assert tracemalloc.get_traced_memory()[1] < 40 << 20
+    finally:
+        tracemalloc.stop()
+    assert pa.total_allocated_bytes() < 40 << 20
+
+
+def test_a_row_group_or_a_row_beyond_the_limit_names_its_key(tmp_path):
+    path = write_parquet(tmp_path / "a.parquet", llava(8))
+    with pytest.raises(SourceError, match=r"a\.parquet row group 0 takes \d+ bytes, .*config\.data\.limits\.group_bytes=99;"):
+        open_files(str(path), "", LimitsConfig(group_bytes=99))
+    for name in (path, write_arrow(tmp_path / "a.arrow", llava(8))):
+        source = open_files(str(name), "", LimitsConfig(row_bytes=99))
+        with pytest.raises(SampleError, match=r"row 3 .*takes \d+ bytes, allowed are config\.data\.limits\.row_bytes=99;"):
+            source[3]
+    wide = with_column(tmp_path / "b.parquet", pa.array(["".join(map(str, range(9999)))]))
+    with pytest.warns(UserWarning, match=r"since they go beyond config\.data\.limits\.group_bytes=9,999: .*extra"):
+        source = open_files(str(wide), "", LimitsConfig(group_bytes=9999))
+    assert source[0].info == {"data_source": "set0"}
+
+
+def test_nulls_that_take_no_room_in_an_arrow_file_are_counted(tmp_path):
+    offsets = pa.array([0, 2**31 - 1], pa.int32())
+    column = pa.ListArray.from_arrays(offsets, pa.nulls(2**31 - 1))
+    table = pa.Table.from_arrays([pa.array(["a"]), column], ["id", "conversations"])
+    with pa.OSFile(str(tmp_path / "a.arrow"), "wb") as file, pa.ipc.new_stream(file, table.schema) as writer:
+        writer.write_table(table)
+    assert (tmp_path / "a.arrow").stat().st_size < 2000
+    source = open_files(str(tmp_path / "a.arrow"), "")
+    with pytest.raises(SampleError, match=r"takes 17,\d+,\d+,\d+ bytes, .*limits\.row_bytes=268,435,456"):
+        source[0]
+    assert [outline.name for outline in source.outlines()] == ["a"]
 
 
 def test_shuffled_reading_keeps_few_row_groups(tmp_path, monkeypatch):
@@ -321,14 +463,42 @@ def test_containers_behind_a_url(tmp_path, monkeypatch):
         open_files(f"{url}/saved", "")
 
 
+NAMES = ["../secret", "/etc", "sub/a.arrow", "..", ".", "", "a\\b", "link"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("listed", ["dataset_dict.json", "state.json"])
+def test_what_a_saved_dataset_lists_stays_in_its_folder(tmp_path, name, listed):
+    save_to_disk(tmp_path / "secret", [llava(2)])
+    folder = tmp_path / "set"
+    folder.mkdir()
+    (folder / "link").symlink_to(tmp_path / "secret" / ("" if listed == "dataset_dict.json" else "data-00000-of-00001.arrow"))
+    what = {"splits": [name]} if listed == "dataset_dict.json" else {"_data_files": [{"filename": name}]}
+    (folder / listed).write_text(json.dumps(what))
+    with pytest.raises(SourceError, match=r"expected what is in the folder|is a link that leaves the folder"):
+        open_files(str(folder), "")
+
+
+def test_links_of_the_hubs_cache_are_followed(tmp_path):
+    """A snapshot there holds links alone, to files that are named by their content."""
+    snapshot, blobs = tmp_path / "datasets--a--b" / "snapshots" / "abc" / "set", tmp_path / "datasets--a--b" / "blobs"
+    save_to_disk(snapshot, [llava(2)])
+    blobs.mkdir()
+    for number, file in enumerate(sorted(snapshot.iterdir())):
+        file.rename(blobs / str(number))
+        file.symlink_to(f"../../../blobs/{number}")
+    assert open_files(str(snapshot), "")[1].name == "r1"
+
+
 @pytest.mark.parametrize(
     ("state", "message"),
     [
+        ("[" * 100_000, r"state\.json is damaged \(it is nested too deep\)"),
         ("{", r"state\.json is damaged"),
         ("[]", r"state\.json is damaged"),
         ('{"_data_files": 3}', "has _data_files 3, expected a list"),
         ('{"_data_files": []}', "lists 0 files"),
-        ('{"_data_files": [{}]}', r"lists 1 files, missing: .*\?"),
+        ('{"_data_files": [{}]}', r"it names '\?', expected what is in the folder"),
         ('{"_data_files": [{"filename": "a.arrow"}], "_indices_data_files": [{"filename": "b"}]}', "flatten_indices"),
     ],
 )
