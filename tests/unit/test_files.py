@@ -146,7 +146,7 @@ def test_a_missing_backend_names_the_package(monkeypatch):
         raise ImportError("Please install gcsfs to access Google Storage")
 
     monkeypatch.setattr(files, "url_to_fs", absent)
-    with pytest.raises(SourceError, match=r"install gcsfs .*pip install 'deepstack-jax\[gcs\]'"):
+    with pytest.raises(SourceError, match=r"install gcsfs .*pip install '\.\[gcs\]'"):
         open_files("gs://bucket/a.json", "")
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from deepstack_jax.data import preparing, records
+from deepstack_jax.data.conversation import Message
 from deepstack_jax.data.image import open_image
 from deepstack_jax.data.journal import Journal, source_rows
 from deepstack_jax.data.preparing import Bad, DiskError, Job, make_chunk, make_chunks, read_checked, record_bytes, shard_bytes
@@ -90,7 +91,7 @@ class Witness:
 
     def __getitem__(self, index: int) -> Example:
         modules = [name for name in ("jax", "flax", "torch", "grain") if name in sys.modules]
-        return Example(index, str(os.getpid()), (), (), {"modules": modules})
+        return Example(index, str(os.getpid()), (), (Message("human", "Where?"),), {"modules": modules})
 
 
 def test_workers_are_other_processes_and_know_no_jax(tmp_path):
