@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -28,7 +27,7 @@ from deepstack_jax.evaluation.questions import check_questions
 from deepstack_jax.evaluation.reports import left_out_of
 from deepstack_jax.evaluation.scorers import SCORERS
 from deepstack_jax.evaluation.unfinished import Unfinished
-from deepstack_jax.outward import write_json, write_whole
+from deepstack_jax.outward import write_json, write_lines
 from deepstack_jax.printing import Console, label
 from deepstack_jax.training.checkpoint import CheckpointError
 from deepstack_jax.training.checksums import checksums
@@ -109,7 +108,7 @@ def main() -> int:
     predictions, bad = run_task(lmm, task, unfinished, console)
     results = summarise(lmm, given["model"], task, predictions, bad)
     if out is not None:
-        write_whole(out / "predictions.jsonl", "".join(f"{json.dumps(line, ensure_ascii=False)}\n" for line in predictions))
+        write_lines(out / "predictions.jsonl", predictions)
         write_json(out / "results.json", results)
         unfinished.done()
     console.print(table_of(results))

@@ -6,9 +6,11 @@ import contextlib
 import json
 import os
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
+
+from deepstack_jax.printing import printable
 
 SCRATCH = ".part-"
 """How the name of a file begins that is still being written."""
@@ -50,5 +52,12 @@ def write_whole(path: str | os.PathLike[str], content: str | bytes) -> None:
 
 
 def write_json(path: str | os.PathLike[str], value: Any) -> None:
-    """The same of a value as JSON."""
+    """The same of a value as JSON, in ASCII: it is read back, whatever the encoding of the system."""
     write_whole(path, json.dumps(value, indent=2) + "\n")
+
+
+def write_lines(path: str | os.PathLike[str], values: Iterable[Any]) -> None:
+    """The same of JSON values, one a line, for people to read: what a terminal obeys, half a surrogate, and what some take for
+    the end of a line, is escaped.
+    """
+    write_whole(path, "".join(f"{printable(json.dumps(value, ensure_ascii=False))}\n" for value in values))

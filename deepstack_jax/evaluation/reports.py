@@ -23,7 +23,7 @@ from deepstack_jax.data.overlap import find_overlap
 from deepstack_jax.data.sources import Source, SourceError
 from deepstack_jax.evaluation.questions import check_rows, uninterrupted
 from deepstack_jax.evaluation.runner import Answer, HeldOut, mean_by_kind
-from deepstack_jax.outward import write_json, write_whole
+from deepstack_jax.outward import write_json, write_lines
 from deepstack_jax.parallel.distributed import first_host_says, is_first_host
 from deepstack_jax.printing import Console, label, plural
 from deepstack_jax.training.metrics import MetricsLog, read_metrics
@@ -180,7 +180,7 @@ def finish(
     if not is_first_host():
         return
     if answers is not None:
-        write_whole(workdir / "predictions.jsonl", "".join(json.dumps(answer.as_dict()) + "\n" for answer in answers))
+        write_lines(workdir / "predictions.jsonl", (answer.as_dict() for answer in answers))
         log.write(facts["steps"], {name: value for name, value in results.items() if isinstance(value, float)})
         for answer in answers[: config.evaluation.samples]:
             console.print(f"  {one_line(answer)}", soft_wrap=True)

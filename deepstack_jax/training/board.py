@@ -15,6 +15,8 @@ from tensorboardX import RecordWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore[reportAttributeAccessIssue] (made at run time)
 from tensorboardX.summary import image, scalar, text
 
+from deepstack_jax.printing import printable
+
 log = logging.getLogger(__name__)
 
 FLUSH_SECONDS = 30
@@ -51,7 +53,7 @@ class Board:
 
     def sample(self, step: int, name: str, markdown: str, picture: np.ndarray | None) -> None:
         """Show a text, and what it is about as u8[y, x, 3]."""
-        self._add(step, text(name, markdown))
+        self._add(step, text(name, printable(markdown)))  # half a surrogate would end the run
         if picture is not None:
             self._add(step, image(name, picture, dataformats="HWC"))
 

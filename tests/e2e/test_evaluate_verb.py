@@ -17,6 +17,7 @@ from tests.e2e.verb import ENVIRONMENT, REPOSITORY, TIMEOUT, contents, read_json
 from tests.parity.goldens import GOLDEN, write_folder
 
 ROWS = 5
+HARD_ID = "\ud800\u2028\x1b[2J\0"
 
 
 def evaluate(*flags: str) -> subprocess.CompletedProcess[str]:
@@ -34,10 +35,11 @@ def model(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def data(tmp_path) -> Path:
-    """Rows with images, one of them with a second question, and one of text."""
+    """Rows with images, one of them with a second question, and one of text; the first has a hard id."""
     write_file(tmp_path / "data" / "val.json", tmp_path / "data" / "images", ROWS)
     rows = json.loads((tmp_path / "data" / "val.json").read_text())
     rows[1]["conversations"] += [{"from": "human", "value": "Sure?"}, {"from": "gpt", "value": "Yes."}]
+    rows[0]["id"] = HARD_ID
     del rows[3]["image"]
     rows[3]["conversations"][0]["value"] = "What is 2 + 2?"
     (tmp_path / "data" / "val.json").write_text(json.dumps(rows))
@@ -50,6 +52,7 @@ def test_every_answered_turn_is_asked_and_scored(model, data, tmp_path):
     assert done.returncode == 0, done.stderr
     lines, results = read_lines(tmp_path / "out" / "predictions.jsonl"), read_json(tmp_path / "out" / "results.json")
     assert [(line["row"], line["turn"]) for line in lines] == [(0, 0), (1, 0), (1, 1), (2, 0), (3, 0), (4, 0)]
+    assert lines[0]["id"] == HARD_ID
     assert [lines[2][key] for key in ("question", "reference")] == ["Sure?", "Yes."]
     assert (results["rows"], results["questions"], results["bad_examples"]) == (ROWS, 6, 0)
     assert results["protocol"]["template"] == "v1"

@@ -11,6 +11,7 @@ import pytest
 
 from deepstack_jax.batch import Batch
 from deepstack_jax.config import Config
+from deepstack_jax.data.open import open_files
 from deepstack_jax.data.sources import SourceError
 from deepstack_jax.evaluation.reports import check_held_out, finish, report_held_out
 from deepstack_jax.evaluation.runner import HeldOut
@@ -157,3 +158,24 @@ def test_a_run_whose_rows_are_bad_has_results_all_the_same_and_new_ones_once_the
     results = end((6,))
     assert (results["bad_examples"], results["questions"]) == (1, 7)
     assert end(())["questions"] == 7, "they are there: as many as are allowed are no reason to evaluate again"
+
+
+def test_hard_ids_reach_every_file_and_no_terminal(tmp_path):
+    hard = "\ud800\x1b[2J\u2028\0"
+    turns = [{"from": "human", "value": "A?"}, {"from": "gpt", "value": "b"}]
+    rows = [{"id": f"{hard}1", "conversations": turns}, {"id": f"{hard}2", "image": "gone.png", "conversations": turns}]
+    (tmp_path / "val.json").write_text(json.dumps(rows))
+    source, printed = open_files(str(tmp_path / "val.json"), str(tmp_path)), io.StringIO()
+    config = tiny_config(SETTINGS | {"data.max_bad_fraction": 1.0})
+    subject, log = HeldOut(source, config, two_per_token, say_nothing, make_mesh(config.mesh)), MetricsLog(tmp_path, 0)
+    console = Console(file=printed, width=200)
+    report_held_out(subject, config, {}, 1, log, console)
+    finish(subject, config, {}, {"steps": 3}, tmp_path, log, console)
+    log.close()
+    lines = (tmp_path / "predictions.jsonl").read_text("utf-8").splitlines()
+    assert [json.loads(line)["id"] for line in lines] == [f"{hard}1"]
+    results = json.loads((tmp_path / "results.json").read_text("utf-8"))
+    shown = r"\ud800\u001b[2J\u2028\u00002"
+    assert [one["id"] for one in results["left_out"]] == [shown]
+    assert shown in printed.getvalue()
+    assert not set("\ud800\x1b\u2028\0") & set(printed.getvalue())

@@ -76,6 +76,15 @@ def test_samples_are_shown_as_text_and_picture(tmp_path):
     assert b"\x89PNG" in written
 
 
+def test_any_text_is_shown(tmp_path):
+    log = MetricsLog(tmp_path, 0)
+    log.sample(3, "samples", "half \ud800, nothing \0, äöü", None)
+    log.close()
+    written = b"".join(path.read_bytes() for path in (tmp_path / "tensorboard").iterdir())
+    assert rb"half \ud800, nothing \u0000" in written
+    assert "äöü".encode() in written
+
+
 def test_other_hosts_write_nothing(tmp_path):
     log = MetricsLog(None, 0)
     log.write(1, {"loss": 1.0})

@@ -1,6 +1,7 @@
 """Files that are there whole or not at all, and that touch nothing of anybody else's on their way."""
 
 import errno
+import json
 import os
 import stat
 import subprocess
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from deepstack_jax.cli import writable_folder
-from deepstack_jax.outward import SCRATCH, whole_file, write_json, write_whole
+from deepstack_jax.outward import SCRATCH, whole_file, write_json, write_lines, write_whole
 from deepstack_jax.training.lock import LOCK, WorkdirError, alone_in
 
 PACKAGE = Path(__file__).parents[2] / "deepstack_jax"
@@ -25,6 +26,20 @@ def test_the_file_is_replaced_and_nothing_else_is_there(tmp_path):
     assert {path.name: path.read_text() for path in tmp_path.iterdir() if path.name != "predictions.jsonl"} == {
         name: f"old {name}" for name in theirs
     }
+
+
+HARD = '\ud800 \x00 \x1b[2J \x9b \u2028 \u0085 \r\n "\\ \u202e ä 中 \U0001f600'
+
+
+def test_json_holds_any_text_and_is_read_back_as_it_was(tmp_path):
+    values = [{"id": HARD, HARD: [HARD, 10**400, float("inf"), None]}, {"id": "ä"}]
+    write_lines(tmp_path / "lines.jsonl", values)
+    text = (tmp_path / "lines.jsonl").read_bytes().decode("utf-8")
+    assert [json.loads(line) for line in text.splitlines()] == values, "also where a reader knows more ends of a line than one"
+    assert "ä 中 \U0001f600" in text
+    assert not set(text) & set("\x1b\x9b\u202e\0")
+    write_json(tmp_path / "one.json", values)
+    assert json.loads((tmp_path / "one.json").read_text("ascii")) == values
 
 
 def test_a_link_in_the_way_of_the_scratch_file_is_not_followed(tmp_path, monkeypatch):
