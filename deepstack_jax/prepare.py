@@ -9,7 +9,9 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 from absl import flags
@@ -21,15 +23,15 @@ from deepstack_jax import cli
 from deepstack_jax.config import Config
 from deepstack_jax.config_checks import ConfigError
 from deepstack_jax.data import files
-from deepstack_jax.data.journal import BAD, IDENTITY, Journal
+from deepstack_jax.data.journal import BAD, IDENTITY, Journal, too_many_bad
 from deepstack_jax.data.preparing import Chunk, DiskError, Job, make_chunks, record_bytes, shard_bytes
 from deepstack_jax.data.records import MANIFEST, verify
-from deepstack_jax.data.sources import SourceError
+from deepstack_jax.data.sources import Example, SourceError
 from deepstack_jax.printing import Console
 
 USAGE = """
-Write the data of a configuration as ArrayRecord shards with the images inside, every image decoded once to check it. Stopped at
-any moment, the same command goes on; rows that cannot be used are left out and listed in bad.jsonl.
+Write the data of a configuration as ArrayRecord shards with the images inside. Every row is checked as training checks it,
+every image decoded once. Stopped at any moment, the same command goes on; rows that cannot be used are left out, see bad.jsonl.
 
   python -m deepstack_jax.prepare --config=configs/receipts.py --config.data.root=DIR --out=shards
   python -m deepstack_jax.prepare --config=configs/llava15.py:finetune --config.data.root=DIR --dry-run
@@ -41,8 +43,8 @@ any moment, the same command goes on; rows that cannot be used are left out and 
   --workers=N                processes that read and decode (default: one per CPU core); not seen in the bytes
   --shard_rows=1000          rows of the source in a shard
   --force                    start over, in place of what an earlier run left in DIR
-  --dry-run                  look at files, rows, missing images and space; writes nothing
-  --decode                   with --dry-run: read every row and decode every image
+  --dry-run                  look at files, rows, missing images and space; writes nothing, and fails where a run would
+  --decode                   with --dry-run: decode every image, too
   --verify=DIR               compare every byte of finished shards with their manifest
 
 Train on them with --config.data.train=DIR/train --config.data.validation=DIR/validation, DIR being absolute.
@@ -53,7 +55,7 @@ SPLITS = ("train", "validation")
 _SHOWN = 10  # bad rows or missing images that a dry run names
 _LOOKED_ROWS = 100  # at once by a worker in a dry run
 _SUMMARY = ("split", "rows", "bad", "images", "bytes", "shards", "seconds")
-_LOOKED = ("split", "rows", "images named", "files missing", "bytes", "shards", "bad")
+_LOOKED = ("split", "rows", "bad", "images named", "files missing", "bytes", "shards")
 
 flags.DEFINE_string("out", "", "Folder for the shards.")
 flags.DEFINE_string("split", "", "train, validation or both.")
@@ -107,7 +109,7 @@ def main() -> int:
         raise ConfigError("--decode belongs to --dry-run; without it every image is decoded anyway")
     splits = [open_split(config, name, out, asked, console) for name in chosen_splits(config, asked["split"])]
     if asked["dry-run"]:
-        return dry_run(splits, config, workers if asked["decode"] else 0, files.absolute(out) if out else "", console)
+        return dry_run(splits, config, workers, asked, console)
     return prepare(splits, config, workers, asked["force"], console)
 
 
@@ -134,10 +136,11 @@ def open_split(config: Config, name: str, out: str, asked: dict[str, Any], conso
     from deepstack_jax.data.mixture import Mixture, describe_mixture
     from deepstack_jax.data.open import open_source
 
+    check, checked = new_check(config)
     with console.status(f"opening {name} data"):
         source = open_source(config, name)
         per_row = record_bytes(source)
-        options = describe_options(config, name, source, asked["shard_rows"])
+        options = describe_options(config, name, source, asked["shard_rows"]) | checked
         inputs = describe_files(config, name, source)
     if isinstance(source, Mixture):
         console.print(describe_mixture(source))
@@ -149,7 +152,29 @@ def open_split(config: Config, name: str, out: str, asked: dict[str, Any], conso
                 stacklevel=1,
             )
     folder = os.path.join(files.absolute(out), name) if out else ""
-    return Split(name, Job(source, asked["shard_rows"], folder), per_row, options, inputs)
+    decode = asked["decode"] or not asked["dry-run"]
+    return Split(name, Job(source, asked["shard_rows"], folder, check, decode), per_row, options, inputs)
+
+
+def new_check(config: Config) -> tuple[Callable[[Example], object], dict[str, Any]]:
+    """What every example must stand, which is what a run asks of it, and the settings that this depends on.
+
+    Where the tokenizer is not on this machine, a warning says that lengths are not looked at.
+    """
+    from deepstack_jax.data.encode import Encoder  # late: see `open_split`
+    from deepstack_jax.data.lengths import measure
+    from deepstack_jax.data.pipeline import open_tokenizer
+
+    data, encoder = config.data, Encoder(config)
+    asked: dict[str, Any] = {"config.data.template": data.template, "config.data.max_images": data.max_images}
+    try:
+        open_tokenizer(config)
+    except ConfigError as error:
+        warnings.warn(f"the lengths of rows are not checked: {error}", stacklevel=1)
+        return encoder.rendered, asked
+    asked |= {f"config.data.{key}": getattr(data, key) for key in ("max_length", "overlong")}
+    asked["tokens"] = [os.path.basename(data.tokenizer.rstrip("/")), config.visual_tokens_per_image]
+    return partial(measure, encoder=encoder), asked
 
 
 def prepare(splits: Sequence[Split], config: Config, workers: int, force: bool, console: Console) -> int:
@@ -223,41 +248,66 @@ def write(
         ) from error
 
 
-def dry_run(splits: Sequence[Split], config: Config, workers: int, out: str, console: Console) -> int:
-    """Report on every split and write nothing; with `workers` their rows are read and their images decoded."""
+def dry_run(splits: Sequence[Split], config: Config, workers: int, asked: dict[str, Any], console: Console) -> int:
+    """Read every row, report on every split and write nothing.
+
+    Raises:
+      SourceError, ConfigError: what the run itself would raise.
+    """
     from deepstack_jax.data.inputs import named_images  # late: see `open_split`
 
-    stop = cli.StopSignals()
-    table = new_table("Dry run, nothing is written", _LOOKED[: None if workers else -1])
-    notes = []
+    stop, table = cli.StopSignals(), new_table("Dry run, nothing is written", _LOOKED)
+    notes: list[str] = []
+    problems: list[str] = []
+    work = []
     for split in splits:
-        job = split.job
+        job, left, finished = split.job, range(split.job.chunks), False
+        if os.path.isdir(job.folder):
+            with Journal(Path(job.folder), split.options, split.inputs, asked["force"], look=True) as journal:
+                finished = journal.manifest is not None
+                left = [] if finished else [number for number in left if number not in journal.chunks]
+        work.append((split, left))
         with console.status(f"looking for the images of {split.name}"):
             images = named_images(job.source)
-        cells = [split.name, f"{len(job.source):,}", f"{images.named:,}", f"{len(images.missing):,}"]
-        cells += [f"~{decimal(split.bytes_of(range(job.chunks)))}", f"{job.chunks:,}"]
         notes += listed(f"{split.name}: missing", images.missing)
-        if workers:
-            chunks: list[Chunk] = []
-            looks = Job(job.source, min(job.shard_rows, _LOOKED_ROWS))
-            with progress(split.name, looks, range(looks.chunks), console) as looked:
-                make_chunks(looks, range(looks.chunks), workers, chunks.append, looked, lambda: stop.received)
-            if stop.received:
-                return stop.exit_code
-            bad = sorted(entry for chunk in chunks for entry in chunk.bad)
-            cells.append(f"{len(bad):,}")
-            notes += listed(f"{split.name}: unusable", [entry.reason for entry in bad])
-            if len(bad) > config.data.max_bad_fraction * len(job.source):
-                notes.append(f"{split.name}: too many for config.data.max_bad_fraction={config.data.max_bad_fraction:g}")
-        table.add_row(*cells)
+        chunks: list[Chunk] = []
+        looks = replace(job, shard_rows=min(job.shard_rows, _LOOKED_ROWS), folder="")
+        with progress(split.name, looks, range(looks.chunks), console) as looked:
+            make_chunks(looks, range(looks.chunks), workers, chunks.append, looked, lambda: stop.received)
+        if stop.received:
+            return stop.exit_code
+        bad = sorted(entry for chunk in chunks for entry in chunk.bad)
+        notes += listed(f"{split.name}: unusable", [entry.reason for entry in bad])
+        problem = "" if finished else too_many_bad(bad, len(job.source), config.data.max_bad_fraction)
+        problems += [f"{split.name}: {problem}"] if problem else []
+        cells = [split.name, *(f"{number:,}" for number in (len(job.source), len(bad), images.named, len(images.missing)))]
+        table.add_row(*cells, f"~{decimal(split.bytes_of(range(job.chunks)))}", f"{job.chunks:,}")
     stop.release()
     console.print(table)
     for note in notes:
         console.print(note, soft_wrap=True)
-    if out:
-        needed = sum(split.bytes_of(range(split.job.chunks)) for split in splits)
+    if asked["out"]:
+        out = check_place(asked["out"])
+        needed = sum(split.bytes_of(numbers) for split, numbers in work)
         console.print(f"{out}: about {decimal(needed)} are needed, {decimal(free_bytes(out))} are free", soft_wrap=True)
+        check_space(out, work)
+    if problems:
+        raise SourceError(f"{'; '.join(problems)}; mend them, or allow more")
     return cli.EXIT_DONE
+
+
+def check_place(out: str) -> str:
+    """The absolute path of a folder that can be made or written to.
+
+    Raises:
+      ConfigError: it cannot.
+    """
+    place = out = files.absolute(out)
+    while not os.path.exists(place):
+        place = os.path.dirname(place)
+    if not os.path.isdir(place) or not os.access(place, os.W_OK | os.X_OK):
+        raise ConfigError(f"cannot write to {place}; choose another folder with --out=DIR")
+    return out
 
 
 def verify_all(out: str, console: Console) -> int:

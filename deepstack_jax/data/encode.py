@@ -10,7 +10,7 @@ from typing import TypeVar
 import numpy as np
 
 from deepstack_jax.config import Config
-from deepstack_jax.data.conversation import get_template, normalise, render
+from deepstack_jax.data.conversation import Rendered, get_template, normalise, render
 from deepstack_jax.data.image import make_views, open_image
 from deepstack_jax.data.rows import EncodedExample
 from deepstack_jax.data.sources import Example, SampleError, Source, SourceError
@@ -117,10 +117,14 @@ class Encoder:
 
     def text(self, example: Example) -> EncodedText:
         """Token ids of an example whole, its images not looked at; raises ValueError where it cannot be used."""
+        text, tokenizer = self.rendered(example), load_tokenizer(self.config.data.tokenizer)
+        return encode_conversation(text, tokenizer, has_image=bool(example.images))
+
+    def rendered(self, example: Example) -> Rendered:
+        """The text of an example, not tokenised; ValueError where it has too many images or does not fit the template."""
         self.check_images(example)
-        template, tokenizer = get_template(self.config.data.template), load_tokenizer(self.config.data.tokenizer)
-        messages = normalise(example.messages, template) if example.images else example.messages
-        return encode_conversation(render(messages, template), tokenizer, has_image=bool(example.images))
+        template = get_template(self.config.data.template)
+        return render(normalise(example.messages, template) if example.images else example.messages, template)
 
     def fit(self, example: Example, text: EncodedText, visual: Sequence[int]) -> EncodedText:
         """The text that a row has room for beside `visual` visual tokens per image, by `config.data.overlong`.

@@ -10,7 +10,7 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ import numpy as np
 
 from deepstack_jax.data.preparing import Bad, Chunk, Job, read_checked
 from deepstack_jax.data.records import MANIFEST, SUFFIX, RecordShards
-from deepstack_jax.data.sources import SampleError, Source, SourceError
+from deepstack_jax.data.sources import SampleError, SourceError
 from deepstack_jax.outward import SCRATCH, write_whole
 
 BAD, IDENTITY, JOURNAL = "bad.jsonl", "prepare.json", "journal.jsonl"
@@ -32,6 +32,7 @@ class Journal:
         options: what was asked for; goes into the manifest.
         inputs: versions of the files read; with `options` what must not change between a run and the one that goes on.
         force: drop what an earlier run left in the folder, finished or not.
+        look: change nothing; raise what a run would raise.
 
     Attributes:
         chunks: the finished ones by number, whose shards are there in their full size.
@@ -42,19 +43,23 @@ class Journal:
             origin: going on would mix two data sets.
     """
 
-    def __init__(self, folder: Path, options: Mapping[str, Any], inputs: Mapping[str, str], force: bool = False) -> None:
-        self.folder, self._options = folder, dict(options)
+    def __init__(
+        self, folder: Path, options: Mapping[str, Any], inputs: Mapping[str, str], force: bool = False, look: bool = False
+    ) -> None:
+        self.folder, self._options, self._look = folder, dict(options), look
         self._lock = os.open(folder, os.O_RDONLY)
         try:
             self._take_lock()
             if not self._begun():
                 self._refuse_strangers()
-            if force:
+            if force and not look:
                 self._clear()
-            self._check_identity({"options": dict(options), "inputs": dict(inputs)})
-            self._sweep()
-            self.manifest = self._finished()
-            self.chunks = {} if self.manifest else self._read()
+            if not (force and look):
+                self._check_identity({"options": dict(options), "inputs": dict(inputs)})
+            if not look:
+                self._sweep()
+            self.manifest = None if force else self._finished()
+            self.chunks = {} if force or self.manifest else self._read()
         except OSError as error:
             os.close(self._lock)
             raise SourceError(f"cannot use {folder}: {error.strerror}; mend that, or name another --out") from error
@@ -110,6 +115,8 @@ class Journal:
             raise SourceError(f"{path} is damaged ({error}); start over with --force, or name another --out") from error
         changed = [key for key in {**there, **now} if there.get(key) != now.get(key)]
         if changed and not self._begun():
+            if self._look:
+                return
             (self.folder / JOURNAL).unlink(missing_ok=True)  # rows that were bad, at most
             _publish(path, ours)
         elif changed:
@@ -121,7 +128,8 @@ class Journal:
     def _finished(self) -> dict[str, Any] | None:
         if not (self.folder / MANIFEST).exists():
             return None
-        (self.folder / JOURNAL).unlink(missing_ok=True)
+        if not self._look:
+            (self.folder / JOURNAL).unlink(missing_ok=True)
         try:
             return RecordShards(str(self.folder)).manifest  # looks at the size and the rows of every shard
         except SourceError as error:
@@ -143,7 +151,7 @@ class Journal:
             chunks.pop(number, None)
             if self._is_there(chunk):
                 chunks[number] = chunk
-        if path.exists():
+        if path.exists() and not self._look:
             os.truncate(path, good)
         return chunks
 
@@ -156,7 +164,7 @@ class Journal:
 
     def left(self, job: Job) -> list[int]:
         """Numbers of the chunks still to make: those not finished, and those of which a bad row can be used by now."""
-        mended = [number for number, chunk in self.chunks.items() if any(_is_good(job.source, bad.row) for bad in chunk.bad)]
+        mended = [number for number, chunk in self.chunks.items() if any(_is_good(job, bad.row) for bad in chunk.bad)]
         for number in mended:
             del self.chunks[number]
         return [number for number in range(job.chunks) if number not in self.chunks]
@@ -186,11 +194,11 @@ class Journal:
         report.unlink(missing_ok=True)
         if bad:
             _publish(report, *(entry._asdict() for entry in bad))
-        if len(bad) > max_bad_fraction * rows or len(bad) == rows:
+        problem = too_many_bad(bad, rows, max_bad_fraction)
+        if problem:
             raise SourceError(
-                f"{len(bad):,} of {rows:,} rows cannot be used, config.data.max_bad_fraction={max_bad_fraction:g} allows "
-                f"{min(rows - 1, int(max_bad_fraction * rows)):,}; the first: {bad[0].reason}; all of them with reasons: "
-                f"{report}; mend them and run the same command, which makes only their shards again, or allow more"
+                f"{problem}; all of them with reasons: {report}; mend them and run the same command, which makes only their "
+                "shards again, or allow more"
             )
         parts = [chunk.manifest for chunk in chunks if chunk.manifest]
         manifest = parts[0] | {
@@ -209,15 +217,25 @@ class Journal:
         return manifest
 
 
+def too_many_bad(bad: Sequence[Bad], rows: int, max_bad_fraction: float) -> str:
+    """What to say where more rows than that share of a source cannot be used, or none of them can; else ""."""
+    if len(bad) <= max_bad_fraction * rows and len(bad) < rows:
+        return ""
+    return (
+        f"{len(bad):,} of {rows:,} rows cannot be used, config.data.max_bad_fraction={max_bad_fraction:g} allows "
+        f"{min(rows - 1, int(max_bad_fraction * rows)):,}; the first: {bad[0].reason}"
+    )
+
+
 def source_rows(manifest: Mapping[str, Any]) -> np.ndarray:
     """i64[rows]: for each example of a finished folder, its row in the source, where rows were left out."""
     source = manifest["source"]
     return np.setdiff1d(np.arange(source["rows"], dtype=np.int64), np.array(source["left_out"], np.int64))
 
 
-def _is_good(source: Source, row: int) -> bool:
+def _is_good(job: Job, row: int) -> bool:
     try:
-        read_checked(source, row)
+        read_checked(job, row)
     except SampleError:
         return False
     return True

@@ -75,11 +75,15 @@ class Job:
         source: random access, cheap to pickle.
         shard_rows: rows of a chunk.
         folder: an existing local folder for the shards; "" = look at the rows and write nothing.
+        check: what else an example must stand: raises ValueError where a run could not use it.
+        decode: False looks no further into an image than `check` does.
     """
 
     source: Source
     shard_rows: int
     folder: str = ""
+    check: Callable[[Example], object] = id
+    decode: bool = True
 
     @property
     def chunks(self) -> int:
@@ -91,23 +95,29 @@ class Job:
         return range(number * self.shard_rows, min((number + 1) * self.shard_rows, len(self.source)))
 
 
-def read_checked(source: Source, row: int) -> tuple[Example, int]:
+def read_checked(job: Job, row: int) -> tuple[Example, int]:
     """Row `row` as a shard holds it, and the bytes of its record.
 
     Raises:
-        SampleError: it is no usable conversation, cannot be stored, or an image of it does not decode.
+        SampleError: it is no usable conversation, cannot be stored, fails the check, or an image of it does not decode.
         SourceError: what the source raises when all of it is lost.
     """
-    original = source[row]
+    original = job.source[row]
     record = encode_example(original)
     stored = decode_example(record, row)
-    for image, named in zip(stored.images, original.images, strict=True):
+    for image, named in zip(stored.images, original.images, strict=True) if job.decode else ():
         try:
             open_image(image)  # what is stored, not the file, which may change meanwhile
         except ImageError as error:
             where = f"image {named}" if isinstance(named, str) else "an embedded image"
             why = str(error).partition(": ")[2]  # behind what was read, which is nameless bytes here
             raise SampleError(f"{original.name}: cannot read {where}: {why}; mend or remove it", original.name) from error
+    try:
+        job.check(stored)
+    except SourceError:
+        raise
+    except ValueError as error:
+        raise SampleError(f"{original.name}: {error}", original.name) from error
     return stored, len(record)
 
 
@@ -159,7 +169,7 @@ def make_chunk(job: Job, number: int, tick: Callable[[], None]) -> Chunk:
         nonlocal images, size
         for row in job.rows(number):
             try:
-                example, length = read_checked(job.source, row)
+                example, length = read_checked(job, row)
             except SampleError as error:
                 bad.append(Bad(row, label(error.name, MOST), one_line(str(error))))
             except SourceError as error:

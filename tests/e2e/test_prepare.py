@@ -163,10 +163,16 @@ def test_bad_rows_dry_run_report_and_mending(drawn, tmp_path):
     before = contents(tmp_path)
 
     decoded = prepare(root, out, "--shard_rows=4", "--dry-run", "--decode", "--split=train")
-    assert decoded.returncode == 0, decoded.stderr
+    said = (
+        "error: train: 2 of 8 rows cannot be used, config.data.max_bad_fraction=0.01 allows 0; the first: train1: cannot read"
+    )
+    assert (decoded.returncode, decoded.stderr.count("\n"), decoded.stderr[: len(said)]) == (1, 1, said)
     assert f"train: missing: {image / 'train1.jpg'}" in decoded.stdout
     assert f"train: unusable: train6: cannot read image {image / 'train6.jpg'}: image file is truncated" in decoded.stdout
-    assert "train: too many for config.data.max_bad_fraction=0.01" in decoded.stdout
+    headers = prepare(root, out, "--shard_rows=4", "--dry-run", "--split=train", "--config.data.max_bad_fraction=0.2")
+    assert headers.returncode == 0, headers.stderr
+    assert "train: unusable: train1: cannot read" in headers.stdout
+    assert "train6" not in headers.stdout, "its header is whole"
     assert contents(tmp_path) == before
     assert not out.exists()
 

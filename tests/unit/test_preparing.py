@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -287,12 +288,30 @@ def test_an_error_of_a_worker_reaches_the_caller(tmp_path):
 
 def test_a_row_is_checked_as_it_is_stored():
     pages = DocumentPages(0, 2, "checker", 3, "train")
-    page, size = read_checked(pages, 1)
+    page, size = read_checked(Job(pages, 2), 1)
     assert isinstance(page.images[0], bytes)
     np.testing.assert_array_equal(np.asarray(open_image(page.images[0]).convert("RGB")), pages[1].images[0])
     assert size > len(page.images[0])
     with pytest.raises(SampleError, match=r"made7: cannot read an embedded image: .*; mend or remove it"):
-        read_checked(MadeExamples(ROWS, broken=(7,)), 7)
+        read_checked(Job(MadeExamples(ROWS, broken=(7,)), 4), 7)
+
+
+def test_a_look_raises_what_a_run_would_and_changes_nothing(tmp_path, whole):
+    shutil.copytree(whole, tmp_path / "set")
+    before = contents(tmp_path / "set")
+    with pytest.raises(SourceError, match="begun with other input or options: rows: 10 there, 11 now"):
+        Journal(tmp_path / "set", OPTIONS | {"rows": 11}, INPUTS, look=True)
+    with Journal(tmp_path / "set", OPTIONS | {"rows": 11}, INPUTS, force=True, look=True) as journal:
+        assert (journal.manifest, journal.chunks) == (None, {})
+    with Journal(tmp_path / "set", OPTIONS, INPUTS, look=True) as journal:
+        assert journal.manifest is not None
+    assert contents(tmp_path / "set") == before
+    (tmp_path / "other").mkdir()
+    with Journal(tmp_path / "other", OPTIONS, INPUTS, look=True):
+        assert not list((tmp_path / "other").iterdir())
+    (tmp_path / "other" / "mine.txt").touch()
+    with pytest.raises(SourceError, match=r"holds mine\.txt, which is not of a run of prepare"):
+        Journal(tmp_path / "other", OPTIONS, INPUTS, look=True)
 
 
 def test_looking_writes_nothing_and_counts_the_same(tmp_path, whole, monkeypatch):

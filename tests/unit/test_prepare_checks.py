@@ -1,0 +1,66 @@
+"""What `prepare` leaves out is what training would leave out."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from configs.receipts import get_config
+from deepstack_jax.config import build_config
+from deepstack_jax.data.encode import BadExample, Encoder
+from deepstack_jax.data.open import open_source
+from deepstack_jax.data.pipeline import BatchMaker
+from deepstack_jax.data.preparing import Job, make_chunk
+from deepstack_jax.prepare import new_check
+
+
+def rows_of_every_kind(folder: Path) -> Path:
+    """Rows that a run can use, and rows that it cannot, each for another reason."""
+    Image.new("RGB", (90, 60)).save(folder / "a.png")
+    (folder / "cut.png").write_bytes((folder / "a.png").read_bytes()[:40])
+
+    def row(name: str, images: list[str], answer: str | None = "That.", **more) -> dict:
+        turns = [{"from": "human", "value": "<image>" * len(images) + "What?"}]
+        return {
+            "id": name,
+            "image": images,
+            "conversations": turns + [{"from": "gpt", "value": answer}] * (answer is not None),
+        } | more
+
+    rows = [
+        row("good", ["a.png"]),
+        row("two images", ["a.png", "a.png"]),
+        row("long", ["a.png"], "x" * 5000),
+        row("no answer", ["a.png"], None),
+        row("cut", ["cut.png"]),
+        row("missing", ["b.png"]),
+        row("text", [], more=2**70, half="\ud83d", score=float("nan")),
+    ]
+    (folder / "rows.json").write_text(json.dumps(rows))
+    return folder / "rows.json"
+
+
+def test_prepare_leaves_out_what_training_would(tmp_path):
+    config = get_config()
+    config.data.root, config.data.train, config.data.images = str(tmp_path), "rows.json", "."
+    rows_of_every_kind(tmp_path)
+    config = build_config(config)
+    source = open_source(config, "train")
+    check, asked = new_check(config)
+    chunk = make_chunk(Job(source, 7, "", check), 0, lambda: None)
+    loader = BatchMaker(source, Encoder(config))
+    trained = [row for row in range(7) if isinstance(loader.load(row), BadExample)]
+    assert [bad.row for bad in chunk.bad] == trained == [1, 2, 3, 4, 5]
+    reasons = {bad.id: bad.reason for bad in chunk.bad}
+    assert "config.data.max_images" in reasons["two images"]
+    assert "config.data.max_length" in reasons["long"]
+    assert "expected its last turn to be 'gpt'" in reasons["no answer"]
+    assert {"config.data.max_images": 1, "config.data.overlong": "drop"}.items() <= asked.items()
+
+    with pytest.warns(UserWarning, match=r"the lengths of rows are not checked: config\.data\.tokenizer is empty"):
+        check, asked = new_check(replace(config, data=replace(config.data, tokenizer="")))
+    chunk = make_chunk(Job(source, 7, "", check), 0, lambda: None)
+    assert [bad.row for bad in chunk.bad] == [1, 3, 4, 5]
+    assert "config.data.max_length" not in asked
