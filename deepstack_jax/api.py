@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import re
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from os import PathLike
@@ -17,11 +20,14 @@ from jax.typing import DTypeLike
 
 from deepstack_jax.config import Config
 from deepstack_jax.config_checks import ConfigError
+from deepstack_jax.data.conversation import TEMPLATES
 from deepstack_jax.data.tokenizers import HFTokenizer, SentencePieceTokenizer, Tokenizer, load_tokenizer
 from deepstack_jax.inference.answers import Answer, Answerer, Chat, Turn
 from deepstack_jax.inference.options import Options, RequestError
 from deepstack_jax.inference.scores import score
+from deepstack_jax.inference.text import is_one_token
 from deepstack_jax.model.variants import build_model
+from deepstack_jax.training.checkpoint import CheckpointError
 from deepstack_jax.training.optimizer import flatten, unflatten
 from deepstack_jax.training.start import is_workdir
 from deepstack_jax.training.trained import restore_params
@@ -48,6 +54,7 @@ class LMM:
       pad_id: the token that `logits` takes for padding at the ends of a row.
       tokenizer_folder: where the tokenizer came from, "" without files; `save_hf` copies them.
       carried: keys of the checkpoint's config.json that `config` does not describe; `save_hf` writes them again.
+      ends: ids that end an answer besides the tokenizer's and the template's.
     """
 
     config: Config
@@ -57,11 +64,12 @@ class LMM:
     pad_id: int = 0
     tokenizer_folder: str = ""
     carried: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    ends: tuple[int, ...] = ()
 
     @cached_property
     def answerer(self) -> Answerer:
         """What answers; it keeps the one module that all compiled programs belong to."""
-        return Answerer(build_model(self.config), self.params, self.config, self.tokenizer, self.template)
+        return Answerer(build_model(self.config), self.params, self.config, self.tokenizer, self.template, self.ends)
 
     def generate(
         self, images: Sequence[Any] | None, prompt: str | Sequence[str], *, batch_size: int = 8, **options: Any
@@ -112,6 +120,10 @@ class LMM:
         """A conversation that remembers its turns; options as of `generate`."""
         return Chat(self.answerer, Options().but(options))
 
+    def save_hf(self, folder: str | PathLike[str], *, dtype: str = "", force: bool = False) -> None:
+        """As `deepstack_jax.save_hf` of this model."""
+        save_hf(self, folder, dtype=dtype, force=force)
+
     def logits(
         self, input_ids: Any, images: Sequence[Sequence[Any] | None] | None = None, attention_mask: Any = None
     ) -> np.ndarray:
@@ -136,13 +148,36 @@ class LMM:
         return score(model, self.params, self.config, input_ids, images, attention_mask, self.pad_id)
 
 
-def load(path: str | PathLike[str], dtype: DTypeLike | None = None) -> LMM:
+@contextmanager
+def _in_python() -> Iterator[None]:
+    """Messages that name the flags of the verbs, here by the arguments of the same names."""
+    try:
+        yield
+    except (ConfigError, CheckpointError) as error:
+        text = re.sub(r"(?<![\w-])--(?=[a-z])", "", re.sub(r"(?<![\w-])--force\b", "force=True", str(error)))
+        if text == str(error):
+            raise
+        raise type(error)(text) from error
+
+
+@_in_python()
+def load(
+    path: str | PathLike[str],
+    dtype: DTypeLike | None = None,
+    *,
+    tower: str | PathLike[str] = "",
+    base: str | PathLike[str] = "",
+    projector: str | PathLike[str] = "",
+) -> LMM:
     """Read a model.
 
     Args:
       path: a Hugging Face folder or hub id (official DeepStack, LLaVA-1.5/NeXT, either naming), or the workdir of a training
-        run, whose newest checkpoint is taken.
+        run, whose newest checkpoint is taken. Where neither is there and it looks like a hub id, it is fetched.
       dtype: float32 or bfloat16, of parameters and activations; None = float32 on a CPU, bfloat16 on accelerators.
+      tower: folder or hub id of the vision tower, in place of the one that config.json names.
+      base: folder or hub id of the language model under a folder that holds a projector alone.
+      projector: an mm_projector.bin, in place of the folder's.
 
     Raises:
       WeightsError, ConfigError: the folder, its config.json, weights or tokenizer do not fit together or are not known here.
@@ -157,25 +192,32 @@ def load(path: str | PathLike[str], dtype: DTypeLike | None = None) -> LMM:
     folder = find_folder(Path(path))
     if is_workdir(folder):
         return _load_workdir(folder, kind)
-    found = open_checkpoint(folder)
+    found = open_checkpoint(folder, tower=str(tower), base=str(base), projector=str(projector))
     config = _computing_in(found.config, kind)
     name = found.tokenizer or config.data.tokenizer
     tokenizer = _tokenizer(name, config) if name else None
+    if tokenizer is not None:
+        _warn_of_template(tokenizer, found.template)
     params = load_params(found.tensors, config, np.dtype(kind))
     pad_id = UNKNOWN if tokenizer is None else tokenizer.pad_id  # upstream pads with it, whatever config.json says
-    return LMM(config, params, tokenizer, found.template, pad_id, found.tokenizer, found.carried)
+    return LMM(config, params, tokenizer, found.template, pad_id, found.tokenizer, found.carried, found.ends)
 
 
+@_in_python()
 def save_hf(lmm: LMM, folder: str | PathLike[str], *, dtype: str = "", force: bool = False) -> None:
     """Write a folder (safetensors, config.json, clip/, tokenizer) that the official code loads.
 
     Args:
-      folder: must not exist or be empty, unless `force`.
+      folder: must not exist or be empty, or with `force` be an earlier export, to which nobody has added a file.
       dtype: float32 | bfloat16 | float16 of the file; "" = as loaded.
 
     Raises:
-      WeightsError: the folder is not empty, or the model has no such form; nothing is left behind.
+      WeightsError: something else stands there, or the model has no such form; nothing is left behind.
+      ConfigError: an argument of the wrong type.
     """
+    if not isinstance(lmm, LMM) or not isinstance(folder, str | PathLike):
+        got = f"{type(lmm).__name__}, {type(folder).__name__}"
+        raise ConfigError(f"save_hf got ({got}), expected a model and a folder: save_hf(lmm, 'out'), or lmm.save_hf('out')")
     save_checkpoint(
         flatten(lmm.params),
         lmm.config,
@@ -185,6 +227,22 @@ def save_hf(lmm: LMM, folder: str | PathLike[str], *, dtype: str = "", force: bo
         carried=lmm.carried,
         force=force,
     )
+
+
+def _warn_of_template(tokenizer: Tokenizer, template: str) -> None:
+    """A template is guessed by the architecture; its end of turn then has to be a token, or no answer ends."""
+
+    def lacks(name: str) -> bool:
+        end = TEMPLATES[name].end.strip()
+        return end.startswith("<") and not is_one_token(end, tokenizer)
+
+    if template in TEMPLATES and lacks(template):
+        fitting = sorted(name for name in TEMPLATES if TEMPLATES[name].end.strip().startswith("<") and not lacks(name))
+        warnings.warn(
+            f"the template is taken to be {template!r}, but its end of turn, {TEMPLATES[template].end.strip()}, is no token "
+            f"of the tokenizer; that one has those of: {', '.join(fitting) or 'no template here'}; choose with template=NAME",
+            stacklevel=3,
+        )
 
 
 def _load_workdir(workdir: Path, kind: str) -> LMM:

@@ -40,7 +40,7 @@ Convert a checkpoint into a folder that the official DeepStack code, LLaVA or tr
   --dtype=DTYPE       float32, bfloat16 or float16; as stored if not given
   --format=FORMAT     official (default), or llava-hf for LLaVA-1.5 and LLaVA-NeXT in transformers
   --max_shard=SIZE    most bytes of one file (default 5GB)
-  --force             replace what is in --to
+  --force             replace an earlier export in --to; nothing else is ever replaced
 
 Exit codes: 0 done; 1 a mistake in the input, said in one line, nothing written.
 """
@@ -58,7 +58,7 @@ TEXT_FLAGS = {
 DEFAULTS = {"format": "official", "max_shard": "5GB"}
 for _name, _meaning in TEXT_FLAGS.items():
     flags.DEFINE_string(_name, DEFAULTS.get(_name, ""), _meaning)
-flags.DEFINE_bool("force", False, "Replace what is in --to.")
+flags.DEFINE_bool("force", False, "Replace an earlier export in --to.")
 
 
 @dataclass(frozen=True)
@@ -71,6 +71,7 @@ class Source:
     tokenizer: str
     carried: Mapping[str, Any]
     what: str
+    sources: tuple[str | Path, ...] = ()
 
 
 def main() -> int:
@@ -101,6 +102,9 @@ def main() -> int:
             form=given["format"],
             carried=source.carried,
             force=bool(flags.FLAGS["force"].value),
+            sources=[
+                path for path in (*source.sources, given["from"], given["tower"], given["base"], given["projector"]) if path
+            ],
             progress=lambda nbytes: progress.advance(bar, nbytes),
         )
     console.print(describe(source, target, given["format"], dtype, written))
@@ -126,8 +130,9 @@ def open_folder(given: Mapping[str, str]) -> Source:
     """A checkpoint folder, nothing of it read yet."""
     checkpoint = open_checkpoint(given["from"], tower=given["tower"], base=given["base"], projector=given["projector"])
     leaves = stored_leaves(checkpoint.tensors, checkpoint.config)
+    sources = (checkpoint.path, checkpoint.tower)
     what = f"{checkpoint.path.name}, {len(checkpoint.tensors)} tensors"
-    return Source(checkpoint.config, leaves, stored_dtype(checkpoint), checkpoint.tokenizer, checkpoint.carried, what)
+    return Source(checkpoint.config, leaves, stored_dtype(checkpoint), checkpoint.tokenizer, checkpoint.carried, what, sources)
 
 
 def stored_dtype(checkpoint: Checkpoint) -> str:

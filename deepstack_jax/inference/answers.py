@@ -53,6 +53,7 @@ class Answerer:
     config: Config
     tokenizer: AnswerTokenizer | None
     template: str
+    ends: tuple[int, ...] = ()  # ids that end an answer besides the tokenizer's and the template's
 
     def answers(self, conversations: Sequence[Sequence[Turn]], options: Options, batch_size: int) -> list[Answer]:
         """One answer per conversation, `batch_size` at a time; all are checked before the first is computed."""
@@ -96,7 +97,8 @@ class Answerer:
 
     def _ends(self, options: Options) -> tuple[list[int], tuple[str, ...]]:
         assert self.tokenizer is not None, "_encode comes first"
-        return end_of_turn(find_template(options.template or self.template), self.tokenizer)
+        ids, strings = end_of_turn(find_template(options.template or self.template), self.tokenizer)
+        return sorted({*ids, *self.ends}), strings
 
     def _text(self, options: Options) -> AnswerText:
         assert self.tokenizer is not None, "_encode comes first"

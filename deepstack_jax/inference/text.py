@@ -26,6 +26,14 @@ def end_of_turn(template: Template, tokenizer: AnswerTokenizer) -> tuple[list[in
     return ids, (end,) if shows else ()
 
 
+def is_one_token(text: str, tokenizer: AnswerTokenizer) -> bool:
+    """Whether a tokenizer has these characters as one token of its own."""
+    if not _can_encode(text, tokenizer):
+        return False
+    found = tokenizer.encode(text)[0].tolist()
+    return len(found) == 1 and tokenizer.encode(text * 2)[0].tolist() == found * 2  # twice an unknown word is one unknown word
+
+
 def _can_encode(text: str, tokenizer: AnswerTokenizer) -> bool:
     try:
         tokenizer.encode(text)

@@ -19,7 +19,7 @@ from deepstack_jax.config_checks import fetch_command
 from deepstack_jax.training.reading import UnreadableError, saved_steps
 from deepstack_jax.training.reading import read_json as read_stored
 from deepstack_jax.training.trained import restore_params
-from deepstack_jax.weights.files import StoredTensor, WeightsError
+from deepstack_jax.weights.files import StoredTensor, WeightsError, flags_as
 from deepstack_jax.weights.folders import Checkpoint, open_checkpoint
 from deepstack_jax.weights.hf_config import check_against
 from deepstack_jax.weights.io import read_json
@@ -48,7 +48,8 @@ def open_start(config: Config) -> Checkpoint:
         found = _open_run(train.weights, config)
     else:
         projector = "" if stage1 else train.projector
-        found = open_checkpoint(train.weights, tower=train.tower, projector=projector, run=config)
+        with flags_as({"tower": "config.train.tower", "projector": "config.train.projector", "base": "config.train.weights"}):
+            found = open_checkpoint(train.weights, tower=train.tower, projector=projector, run=config)
     if not stage1:
         return found
     wanted = Table(config).tensors
@@ -98,7 +99,7 @@ def _open_run(workdir: str, run: Config) -> Checkpoint:
     check_against(run, config)
     if not run.newline:
         tensors.pop(NEWLINE, None)
-    return Checkpoint(folder, run, tensors, config.data.tokenizer, config.data.template, "", {})
+    return Checkpoint(folder, run, tensors, config.data.tokenizer, config.data.template, "", (), {})
 
 
 def _config_of(workdir: Path) -> Config:

@@ -8,7 +8,8 @@ from typing import Any
 
 from deepstack_jax.config import Config
 from deepstack_jax.config_checks import nearest
-from deepstack_jax.weights.files import WeightsError, quote
+from deepstack_jax.printing import quote
+from deepstack_jax.weights.files import WeightsError
 
 # What stands in the sequence and what is injected; an official folder has at most one of these.
 _STACKS = {

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import json
 import math
-import reprlib
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from deepstack_jax.config_checks import ConfigError
+from deepstack_jax.printing import one_line
 
 DTYPES = {
     "F64": np.dtype(np.float64),
@@ -33,19 +35,19 @@ BEYOND_FILE = "deepstack_jax.json"  # in a folder that we wrote: what the offici
 class WeightsError(ConfigError):
     """A checkpoint that cannot be used; the message names what, what was expected and the next move."""
 
-    def __init__(self, message: str) -> None:
-        """Nothing in the names and values of a stranger's file can end the line or speak to a terminal."""
-        super().__init__("".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in message))
+    def __init__(self, *messages: str) -> None:
+        """Nothing in the names and values of a stranger's file can end a line, fill the screen or speak to a terminal."""
+        super().__init__(*map(one_line, messages))
 
 
-_REPR = reprlib.Repr()
-_REPR.maxstring = _REPR.maxother = _REPR.maxlong = 100
-_REPR.maxlevel = 3
-
-
-def quote(value: Any) -> str:
-    """A stranger's value for a message: its beginning and end where it is long."""
-    return _REPR.repr(value)
+@contextmanager
+def flags_as(names: Mapping[str, str]) -> Iterator[None]:
+    """Messages name the flags of `convert`; within this block those of another verb."""
+    try:
+        yield
+    except WeightsError as error:
+        told = re.sub(r"(?<![\w-])--(\w+)=", lambda found: f"--{names.get(found[1], found[1])}=", str(error))
+        raise WeightsError(told) from error
 
 
 @dataclass(frozen=True)

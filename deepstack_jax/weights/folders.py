@@ -6,7 +6,7 @@ import dataclasses
 import os
 import re
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,11 +16,11 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from ml_collections import ConfigDict
 
 from deepstack_jax.config import Config, build_config, to_dict
-from deepstack_jax.config_checks import ConfigError
+from deepstack_jax.printing import quote
 from deepstack_jax.weights.files import BEYOND_FILE, StoredTensor, WeightsError
 from deepstack_jax.weights.hf_config import BARE, CARRIED, WORDED, check_against, from_hf, is_llava_hf, tower_from
-from deepstack_jax.weights.hf_decoder import decoder_from, word
-from deepstack_jax.weights.hf_export import tower_to_hf
+from deepstack_jax.weights.hf_decoder import decoder_from, section, word
+from deepstack_jax.weights.hf_export import may_say, tower_to_hf
 from deepstack_jax.weights.hf_image import processor_of
 from deepstack_jax.weights.io import open_files, read_json, weight_files
 from deepstack_jax.weights.names import TOWER, canonical
@@ -29,6 +29,7 @@ PROJECTOR_FILE = "mm_projector.bin"
 # Towers whose sizes are the defaults of our Config: a checkpoint with one of them inside needs no second folder.
 _DEFAULT_TOWERS = ("openai/clip-vit-large-patch14-336",)
 _NEWLINE = "model.image_newline"
+_FILES = (".safetensors", ".bin", ".json", ".pt", ".pth", ".ckpt", ".gguf", ".zip", ".tar", ".gz")  # ends of no hub id
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,7 @@ class Checkpoint:
       tokenizer: folder with the tokenizer's files, or "".
       template: the conversation template that such a model is trained with.
       tower: folder of its vision tower, or "".
+      ends: ids that end an answer besides the tokenizer's own, as generation_config.json (or else config.json) has them.
       carried: keys of its config.json that our Config does not describe, for an export.
     """
 
@@ -51,6 +53,7 @@ class Checkpoint:
     tokenizer: str
     template: str
     tower: str
+    ends: tuple[int, ...]
     carried: Mapping[str, Any]
 
 
@@ -82,7 +85,9 @@ def open_checkpoint(
     bare, inner = values.get("model_type") in BARE, is_llava_hf(values)
     named = values.get("mm_vision_tower") or ""
     if not isinstance(named, str):
-        raise WeightsError(f"config.json: mm_vision_tower is {named!r}, expected the name of a folder; take it from the source")
+        raise WeightsError(
+            f"config.json: mm_vision_tower is {quote(named)}, expected the name of a folder; take it from the source"
+        )
     tower_folder = None if inner and not tower else find_tower(tower or named, folder, bool(tower))
     base_folder = find_folder(base) if base else None
     tensors = _collect(folder, values, base_folder, tower_folder, projector)
@@ -90,9 +95,9 @@ def open_checkpoint(
     if base_folder is not None:
         _check_base(base_folder, stored)
     config = _with_beyond(stored, folder)
-    carried = {key: value for key, value in values.items() if key in (*CARRIED, *WORDED)}
+    carried = _carried(values, (*CARRIED, *WORDED))
     if tower_folder is not None:
-        carried |= {k: v for k, v in read_json(tower_folder / "config.json").items() if k == "projection_dim"}
+        carried |= _carried(read_json(tower_folder / "config.json"), ("projection_dim",))
     if run is not None:
         check_against(run, stored, bare=bare)
         config = run
@@ -108,12 +113,34 @@ def open_checkpoint(
         tokenizer=next((str(at) for at in (folder, base_folder) if at is not None and has_tokenizer(at)), ""),
         template=config.data.template if run is None else stored.data.template,
         tower=str(tower_folder or ""),
+        ends=_ends(folder, values),
         carried=carried,
     )
 
 
+def _carried(values: Mapping[str, Any], keys: Collection[str]) -> dict[str, Any]:
+    """What an export writes again without looking at it: numbers and lists of them, and the words that say what is computed."""
+    found = {key: value for key, value in values.items() if key in keys}
+    for key, value in found.items():
+        several = value if isinstance(value, list) else [value]
+        if key not in WORDED and not all(n is None or isinstance(n, int | float) for n in several):
+            raise WeightsError(f"config.json: {key} is {quote(value)}, expected a number; take it from the model's source")
+    return found
+
+
+def _ends(folder: Path, values: Mapping[str, Any]) -> tuple[int, ...]:
+    """Where both files say it, transformers reads the one that is there for generating."""
+    file = folder / "generation_config.json"
+    said = read_json(file) if file.is_file() else {**section(values, "text_config"), **values}
+    ids = said.get("eos_token_id", [])
+    ids = [] if ids is None else ids if isinstance(ids, list) else [ids]
+    if not all(type(id) is int and 0 <= id < 2**31 for id in ids):
+        raise WeightsError(f"{file.name}: eos_token_id is {quote(ids)}, expected ids; take it from the model's source")
+    return tuple(ids)
+
+
 def find_folder(path: str | Path) -> Path:
-    """The folder behind a path or a hub id.
+    """The folder behind a path or a hub id; what is fetched is said first, and what looks like a path is never asked for.
 
     Raises:
       WeightsError: neither is there.
@@ -122,8 +149,12 @@ def find_folder(path: str | Path) -> Path:
     if os.path.isdir(folder):  # unlike Path.is_dir, says no to a name that is too long
         return folder
     name = str(path)
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
-        raise WeightsError(f"no folder {name}; give a checkpoint folder with its config.json, or a hub id such as org/name")
+    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name):
+        raise WeightsError(
+            f"no folder {quote(name)}; give a checkpoint folder with its config.json, or a hub id such as org/name"
+        )
+    if os.path.lexists(name.partition("/")[0]) or name.endswith(_FILES):
+        raise WeightsError(f"no folder {name}, and it is not asked for on the hub, as it looks like a path; correct the path")
     cached = _cached(name)
     if cached is not None and (cached / "config.json").exists():
         try:
@@ -131,6 +162,7 @@ def find_folder(path: str | Path) -> Path:
             return cached
         except WeightsError:  # only a part of it was ever fetched
             pass
+    _say_what_is_fetched(name)
     try:
         rest = ["*.json", "*.model", "*.txt", "mm_projector.bin"]
         fetched = Path(huggingface_hub.snapshot_download(name, allow_patterns=[*rest, "*.safetensors"]))
@@ -140,6 +172,13 @@ def find_folder(path: str | Path) -> Path:
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise WeightsError(f"{name} is no folder, and not to be had from the hub ({reason}); give a folder") from error
+
+
+def _say_what_is_fetched(name: str) -> None:
+    if not huggingface_hub.is_offline_mode():
+        token = "with your token" if huggingface_hub.get_token() else "without a token"
+        place = f"{huggingface_hub.constants.ENDPOINT}/{name} into {huggingface_hub.constants.HF_HUB_CACHE}"
+        warnings.warn(f"there is no folder {name}: fetching {place}, {token}", stacklevel=3)
 
 
 def _cached(name: str) -> Path | None:
@@ -208,11 +247,19 @@ def _with_beyond(stored: Config, folder: Path) -> Config:
     file = folder / BEYOND_FILE
     if not file.is_file():
         return stored
-    values = ConfigDict(to_dict(stored), convert_dict=True)
+    said, values = read_json(file), ConfigDict(to_dict(stored), convert_dict=True)
+    foreign = [key for key, value in said.items() if not may_say(key, value)]
+    if foreign:
+        raise WeightsError(
+            f"{file} has {quote(foreign[0])}: {quote(said[foreign[0]])}, which no export writes there; delete the file to "
+            "load the plain model"
+        )
     try:
-        values.update_from_flattened_dict(read_json(file))
-        return build_config(values)
-    except (KeyError, TypeError, AttributeError, ConfigError) as error:
+        values.update_from_flattened_dict(said)
+        config = build_config(values)
+        check_against(config, stored)
+        return config
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise WeightsError(f"{file} does not fit the rest of the folder: {error}; delete it to load the plain model") from error
 
 

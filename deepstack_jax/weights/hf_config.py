@@ -12,8 +12,9 @@ from typing import Any
 
 from deepstack_jax.config import Config, DataConfig, DeepStackConfig, ImageConfig, ProjectorConfig, VisionConfig
 from deepstack_jax.config_checks import CHOICES, check_config, nearest
+from deepstack_jax.printing import quote
 from deepstack_jax.weights.ablations import ablation_text, ablations_from, pooled_baseline
-from deepstack_jax.weights.files import WeightsError, quote
+from deepstack_jax.weights.files import WeightsError
 from deepstack_jax.weights.hf_decoder import decoder_from, expect, flag, number, real, section, word
 from deepstack_jax.weights.hf_image import check_pinpoints, image_values, pads, pinpoints_from
 from deepstack_jax.weights.io import present
@@ -94,7 +95,7 @@ def from_hf(
     Raises:
       WeightsError: a value that is unknown or not implemented; going on would compute another model than the file's.
     """
-    values, tower, preprocessor = (present(given) for given in (values, tower, preprocessor or {}))
+    values, tower, preprocessor = present(values), present(tower), present(preprocessor or {})
     kind = word(values, "model_type")
     if "quantization_config" in values:
         raise WeightsError("config.json: quantization_config is set; quantised weights are not read: give the full model")
@@ -120,7 +121,7 @@ def _from_official(values: Mapping[str, Any], tower: Mapping[str, Any] | None, p
     if tower is None:
         raise WeightsError(
             f"config.json: mm_vision_tower is {quote(values.get('mm_vision_tower'))}, which is no folder here; put the "
-            "tower's folder beside config.json under that name, or name it: convert --tower=DIR, train --config.train.tower=DIR"
+            "tower's folder beside config.json under that name, or name it with --tower=DIR"
         )
     kind = OFFICIAL[values["model_type"]]
     vision, size = tower_from(tower)

@@ -7,7 +7,8 @@ from typing import Any
 
 from deepstack_jax.config import DecoderConfig, RopeConfig
 from deepstack_jax.config_checks import nearest
-from deepstack_jax.weights.files import WeightsError, quote
+from deepstack_jax.printing import quote
+from deepstack_jax.weights.files import WeightsError
 from deepstack_jax.weights.io import present
 
 # What transformers assumes where a config.json says nothing.
@@ -78,7 +79,7 @@ def decoder_from(values: Mapping[str, Any], kind: str) -> DecoderConfig:
     Raises:
       WeightsError: a size is missing or a number it cannot be, or the model computes something that is not implemented.
     """
-    get = DEFAULTS[kind] | present(values)
+    get: dict[str, Any] = DEFAULTS[kind] | present(values)
     other = "choose a checkpoint without it"
     expect(values, "attention_bias", False, move=other)
     expect(values, "mlp_bias", False, move=other)
@@ -106,7 +107,7 @@ def decoder_from(values: Mapping[str, Any], kind: str) -> DecoderConfig:
     )
 
 
-def _rope_from(get: Mapping[str, Any], kind: str) -> RopeConfig:
+def _rope_from(get: dict[str, Any], kind: str) -> RopeConfig:
     """Rotary positions, read as transformers 5 does: a `rope_scaling` replaces `rope_parameters`, whatever that says."""
     given = get.get("rope_scaling") or get.get("rope_parameters") or {}
     if not isinstance(given, Mapping):

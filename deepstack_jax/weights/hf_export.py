@@ -19,6 +19,8 @@ _PROCESSOR_KEYS = (
     *("images", "do_resize", "size", "resample", "do_center_crop", "crop_size", "do_rescale", "rescale_factor"),
     *("do_normalize", "image_mean", "image_std", "do_convert_rgb", "return_tensors", "data_format", "input_data_format"),
 )
+_SECTIONS = ("image.", "vision.", "projector.", "decoder.", "deepstack.")  # of the configuration, that say what is computed
+_HOW_IT_RUNS = ("vision.position_std", "decoder.embed_std", "decoder.head_std", "decoder.scan", "decoder.remat")  # and not that
 _VERSION = "4.39.3"  # of transformers, whose form these files have: the one that the official code runs on
 
 
@@ -180,6 +182,22 @@ def preprocessor_to_hf(config: Config) -> dict[str, Any]:
         "rescale_factor": 1 / 255,
         "size": {"shortest_edge": size},
     }
+
+
+def llava_processor_to_hf(config: Config) -> dict[str, Any]:
+    """preprocessor_config.json of a `llava-hf` folder."""
+    image = config.image
+    kind = "LlavaNextImageProcessor" if image.mode == "anyres" else "LlavaImageProcessor"
+    own = {"do_pad": image.mode == "pad", "image_processor_type": kind, "resample": RESAMPLE[image.global_filter]}
+    points = {"image_grid_pinpoints": [[h, w] for w, h in image.pinpoints]} if image.mode == "anyres" else {}
+    return preprocessor_to_hf(config) | own | points
+
+
+def may_say(key: str, value: Any) -> bool:
+    """Whether deepstack_jax.json may say this beside official files: what is computed, and words of its own, never a path."""
+    if key == "data.tokenizer":
+        return isinstance(value, str) and (value == "bytes" or value.startswith("words:")) and not value.startswith("words:@")
+    return key == "data.template" or (key.startswith(_SECTIONS) and key not in _HOW_IT_RUNS)
 
 
 def to_llava_hf(config: Config, image_token: int, dtype: str = "float32") -> dict[str, Any]:

@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from deepstack_jax.weights.files import WeightsError, quote
+from deepstack_jax.printing import quote
+from deepstack_jax.weights.files import WeightsError
 from deepstack_jax.weights.hf_decoder import expect, flag, number, real, section
 from deepstack_jax.weights.io import read_json
 
@@ -135,7 +136,7 @@ def pinpoints_from(value: Any, where: str = "config.json") -> tuple[tuple[int, i
       WeightsError: it is neither.
     """
     try:
-        pairs = ast.literal_eval(value) if isinstance(value, str) and len(value) < 10_000 else value
+        pairs: Any = ast.literal_eval(value) if isinstance(value, str) and len(value) < 10_000 else value
         found = tuple((first, second) for first, second in pairs)
         if not found or len(found) > 1000 or not all(type(side) is int and 0 < side < 2**20 for pair in found for side in pair):
             raise ValueError

@@ -7,10 +7,12 @@ checkpoint; elsewhere one parameter, or with shardings those of its parts that t
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Collection, Mapping
 from typing import Any
 
 import jax
+import ml_dtypes
 import numpy as np
 from jax.sharding import Sharding
 from jax.typing import DTypeLike
@@ -30,9 +32,11 @@ class StoredLeaf:
       shape, dtype: of the parameter as a whole; elements are cast to `dtype` on the way.
     """
 
-    def __init__(self, leaf: Leaf, tensors: Mapping[str, StoredTensor], dtype: DTypeLike, fresh: Any = None) -> None:
+    def __init__(
+        self, leaf: Leaf, tensors: Mapping[str, StoredTensor], dtype: DTypeLike, fresh: Any, unfinite: list[str]
+    ) -> None:
         self.shape, self.dtype = leaf.shape, np.dtype(dtype)
-        self._leaf, self._tensors, self._fresh = leaf, tensors, fresh
+        self._leaf, self._tensors, self._fresh, self._unfinite = leaf, tensors, fresh, unfinite
 
     def __getitem__(self, index: int | tuple[slice, ...]) -> np.ndarray:
         """A copy of one layer, or of a block given by one slice per axis."""
@@ -56,7 +60,22 @@ class StoredLeaf:
             part = np.asarray(self._fresh[(layer, *index)] if self._leaf.stacked else self._fresh[index])
         out = aligned_empty(part.shape, self.dtype) if out is None else out
         copy_into(out, part)
+        if not self._unfinite and not is_finite(out):
+            self._unfinite.append(piece.name)
+            warnings.warn(
+                f"the weights hold NaN or infinite numbers, first seen in {piece.name}: what they compute will be NaN; copy or "
+                "download them again",
+                stacklevel=2,
+            )
         return out
+
+
+def is_finite(array: np.ndarray) -> bool:
+    """Whether no element of a contiguous array is NaN or infinite, which have every bit of the exponent set; reads it once."""
+    info = ml_dtypes.finfo(array.dtype)
+    bits, exponent = array.reshape(-1).view(f"u{array.itemsize}"), ((1 << info.nexp) - 1) << info.nmant
+    strip = 2**18  # elements, that stay in the cache
+    return all((bits[at : at + strip] & exponent).max() < exponent for at in range(0, bits.size, strip))
 
 
 def stored_leaves(
@@ -85,7 +104,8 @@ def stored_leaves(
             f"weights must be floating point, got {'; '.join(whole)}; give the folder of the full-precision model"
         )
     kinds = dtype if isinstance(dtype, Mapping) else dict.fromkeys(table.leaves, dtype)
-    return {path: StoredLeaf(leaf, tensors, kinds[path], fresh.get(path)) for path, leaf in table.leaves.items()}
+    unfinite: list[str] = []  # one for all, so that it is said once
+    return {path: StoredLeaf(leaf, tensors, kinds[path], fresh.get(path), unfinite) for path, leaf in table.leaves.items()}
 
 
 def load_params(

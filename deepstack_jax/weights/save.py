@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -19,13 +18,15 @@ from deepstack_jax.weights.files import BEYOND_FILE, WeightsError, copy_into
 from deepstack_jax.weights.hf_config import from_hf
 from deepstack_jax.weights.hf_export import (
     TOWER_FOLDER,
+    llava_processor_to_hf,
+    may_say,
     preprocessor_to_hf,
     to_hf,
     to_llava_hf,
     tower_to_hf,
 )
-from deepstack_jax.weights.hf_image import RESAMPLE
 from deepstack_jax.weights.names import TOWER, Table, llava_hf_name, to_theirs
+from deepstack_jax.weights.target import TOKENIZER_FILES, whole_export
 
 DTYPES = {
     "float32": ("F32", np.dtype(np.float32)),
@@ -33,16 +34,6 @@ DTYPES = {
     "float16": ("F16", np.dtype(np.float16)),
 }
 FORMATS = ("official", "llava-hf")
-TOKENIZER_FILES = (
-    "tokenizer.model",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "generation_config.json",
-)
-_SECTIONS = ("image.", "vision.", "projector.", "decoder.", "deepstack.")  # of the configuration, that say what is computed
-_HOW_IT_RUNS = ("vision.position_std", "decoder.embed_std", "decoder.head_std", "decoder.scan", "decoder.remat")  # and not that
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
@@ -82,6 +73,7 @@ def save_checkpoint(
     form: str = "official",
     carried: Mapping[str, Any] | None = None,
     force: bool = False,
+    sources: Iterable[str | Path] = (),
     progress: Callable[[int], None] = lambda nbytes: None,
 ) -> Written:
     """Write config.json, the weights in safetensors, the vision tower's own folder and the tokenizer.
@@ -90,11 +82,13 @@ def save_checkpoint(
     stands in memory at a time beyond `leaves`.
 
     Args:
-      leaves: parameters by "/"-joined path. folder: must not exist or be empty, unless `force`.
+      leaves: parameters by "/"-joined path. folder: must not exist or be empty, or with `force` be an earlier export, to which
+        nobody has added a file.
       tokenizer_folder: where the tokenizer's files are copied from; "" writes none.
       dtype: float32 | bfloat16 | float16. max_shard: most bytes of a file, e.g. "5GB".
       form: official (DeepStack, LLaVA) | llava-hf (baselines only, for transformers).
       carried: keys of config.json that our Config does not describe, as `Checkpoint.carried`.
+      sources: files and folders that the parameters come from, which are never replaced.
       progress: called with the bytes of every tensor written.
 
     Raises:
@@ -105,35 +99,25 @@ def save_checkpoint(
     for value, valid, flag in ((dtype, tuple(DTYPES), "dtype"), (form, FORMATS, "format")):
         if value not in valid:
             raise WeightsError(f"--{flag} got {value!r}, expected {', '.join(valid)}")
-    if folder.exists() and not folder.is_dir():
-        raise WeightsError(f"{folder} is a file; name a folder that is new or empty")
-    if folder.exists() and not force and any(folder.iterdir()):
-        raise WeightsError(f"{folder} is not empty; choose another folder, or replace it with --force")
     outs = list(_tensors(leaves, config, form))
     image_token = config.decoder.vocab_size  # the row behind the vocabulary
     values = to_hf(config, carried, dtype) if form == "official" else to_llava_hf(config, image_token, dtype)
-    scratch = folder.parent / f".{folder.name}.tmp-{os.getpid()}"
     try:
-        scratch.mkdir(parents=True)
-        files = write_shards(outs, scratch, dtype, size, progress)
-        _write_json(scratch / "config.json", values)
-        if form == "official":
-            _write_tower(outs, tower_to_hf(config, carried, dtype), preprocessor_to_hf(config), scratch / TOWER_FOLDER, dtype)
-        else:
-            pixels = preprocessor_to_hf(config) | {"do_pad": config.image.mode == "pad"}
-            pixels |= {"resample": RESAMPLE[config.image.global_filter]}
-            kind = "LlavaNextImageProcessor" if config.image.mode == "anyres" else "LlavaImageProcessor"
-            _write_json(scratch / "preprocessor_config.json", pixels | {"image_processor_type": kind})
-        beyond = _beyond(config, values, dtype) if form == "official" else {}
-        _warn_of_other_code(config, beyond, form)
-        if beyond:
-            _write_json(scratch / BEYOND_FILE, beyond)
-        _copy_tokenizer(tokenizer_folder, scratch)
-        _move_into_place(scratch, folder)
+        with whole_export(folder, [*sources, *filter(None, [tokenizer_folder])], force=force) as scratch:
+            files = write_shards(outs, scratch, dtype, size, progress)
+            _write_json(scratch / "config.json", values)
+            if form == "official":
+                tower = tower_to_hf(config, carried, dtype)
+                _write_tower(outs, tower, preprocessor_to_hf(config), scratch / TOWER_FOLDER, dtype)
+            else:
+                _write_json(scratch / "preprocessor_config.json", llava_processor_to_hf(config))
+            beyond = _beyond(config, values, dtype) if form == "official" else {}
+            _warn_of_other_code(config, beyond, form)
+            if beyond:
+                _write_json(scratch / BEYOND_FILE, beyond)
+            _copy_tokenizer(tokenizer_folder, scratch)
     except OSError as error:
         raise WeightsError(f"cannot write {folder}: {error.strerror or error}; choose another folder") from error
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
     parameters = sum(int(np.prod(out.shape)) for out in outs)
     return Written(len(outs), parameters, parameters * DTYPES[dtype][1].itemsize, files)
 
@@ -157,12 +141,11 @@ def _beyond(config: Config, values: Mapping[str, Any], dtype: str) -> dict[str, 
     """What of the configuration an official folder cannot say, by dotted key; the importer here reads it back."""
     told = from_hf(values, tower_to_hf(config, dtype=dtype), preprocessor_to_hf(config))
     ours = {key: pair[0] for key, pair in differences(config, to_dict(told)).items()}
-    kept = {key: value for key, value in ours.items() if key.startswith(_SECTIONS) and key not in _HOW_IT_RUNS}
-    if config.data.template != told.data.template:
-        kept["data.template"] = config.data.template
-    if config.data.tokenizer.startswith(("bytes", "words:")):  # made from these words, without files
-        kept["data.tokenizer"] = config.data.tokenizer
-    return kept
+    if config.data.tokenizer.startswith("words:@"):  # a path of this machine says nothing elsewhere
+        ours["data.tokenizer"] = "words:" + " ".join(
+            Path(config.data.tokenizer.removeprefix("words:@")).read_text("utf-8").split()
+        )
+    return {key: value for key, value in ours.items() if may_say(key, value)}
 
 
 def shard_size(text: str) -> int:
@@ -287,21 +270,6 @@ def _copy_tokenizer(source: str, folder: Path) -> None:
         raise WeightsError(f"no tokenizer.model and no tokenizer.json in {source}; give the tokenizer's folder, or none")
     for file in present:
         shutil.copyfile(file, folder / file.name)
-
-
-def _move_into_place(scratch: Path, folder: Path) -> None:
-    """Rename; a folder that is replaced is moved aside first and deleted last."""
-    if not folder.exists():
-        scratch.rename(folder)
-        return
-    aside = folder.parent / f".{folder.name}.old-{os.getpid()}"
-    folder.rename(aside)
-    try:
-        scratch.rename(folder)
-    except OSError:
-        aside.rename(folder)
-        raise
-    shutil.rmtree(aside)
 
 
 def _write_json(file: Path, values: Mapping[str, Any]) -> None:

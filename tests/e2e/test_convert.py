@@ -76,6 +76,24 @@ def test_a_training_run_becomes_an_official_folder(tmp_path):
     )
 
 
+def test_force_replaces_an_export_and_nothing_else(tmp_path):
+    hf, mine = write_folder("l_2d", tmp_path / "source"), tmp_path / "mine"
+    mine.mkdir()
+    (mine / "notes.txt").write_text("years of work")
+    before = contents(tmp_path)
+    for target, message in (
+        (mine, "is no export of deepstack_jax"),
+        (hf, "overlaps with"),
+        (hf.parent, "overlaps with"),
+        (REPOSITORY, "is or holds the working directory"),
+    ):
+        refused = convert(f"--from={hf}", f"--to={target}", "--force")
+        assert refused.returncode == 1
+        assert len(refused.stderr.splitlines()) == 1
+        assert message in refused.stderr
+    assert contents(tmp_path) == before
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [

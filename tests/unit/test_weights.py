@@ -425,7 +425,7 @@ def test_an_export_is_whole_or_not_there(folder, tmp_path):
     with pytest.raises(WeightsError, match=r"1 parameters do not fit.*head/kernel: missing"):
         save_checkpoint({k: v for k, v in leaves.items() if k != "head/kernel"}, checkpoint.config, out, force=True)
     with pytest.raises(WeightsError, match=r"no tokenizer\.model and no tokenizer\.json in"):
-        save_checkpoint(leaves, checkpoint.config, out, force=True, tokenizer_folder=str(tmp_path))
+        save_checkpoint(leaves, checkpoint.config, out, force=True, tokenizer_folder=str(folder))
 
     class Full:
         shape = leaves["head/kernel"].shape

@@ -1,0 +1,115 @@
+"""The folder that an export is written to: what may stand there, and how the whole export takes its place at once."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from deepstack_jax.weights.files import BEYOND_FILE, WeightsError
+
+MARK = ".deepstack_jax_export"  # in every export: a later one may take its place
+TOKENIZER_FILES = (
+    "tokenizer.model",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "generation_config.json",
+)
+_WRITTEN = {MARK, BEYOND_FILE, "config.json", "preprocessor_config.json", "model.safetensors.index.json", *TOKENIZER_FILES}
+_WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
+_TOWER = {"clip", *(f"clip/{name}" for name in ("config.json", "preprocessor_config.json", "model.safetensors"))}
+
+
+@contextmanager
+def whole_export(folder: Path, sources: Iterable[str | Path], *, force: bool) -> Iterator[Path]:
+    """A scratch folder that becomes `folder` when the block ends without an error; otherwise all is as before.
+
+    Args:
+      folder: must not exist or be empty, unless `force`; then also an export of ours that nobody added a file to.
+      sources: files and folders that the export is made from, which a replaced folder must be apart from.
+
+    Raises:
+      WeightsError: something else stands there. OSError: it cannot be written.
+    """
+    _check(folder, [Path(source).expanduser() for source in sources], force)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    scratch, aside = (Path(tempfile.mkdtemp(prefix=f".{part}-", dir=folder.parent)) for part in ("export", "replaced"))
+    try:
+        scratch.chmod(0o777 & ~_umask())
+        (scratch / MARK).write_text(
+            "Written by deepstack_jax; a later export with --force or force=True may replace this folder.\n"
+        )
+        yield scratch
+        _swap(scratch, folder, aside, force=force)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+        if folder.is_dir():  # else what was there could not be put back: better two folders than none
+            shutil.rmtree(aside, ignore_errors=True)
+
+
+def _check(folder: Path, sources: list[Path], force: bool) -> None:
+    if folder.is_symlink():
+        raise WeightsError(f"{folder} is a link; name the folder itself, or a new one")
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise WeightsError(f"{folder} is a file; name a folder that is new or empty")
+    real = folder.resolve()
+    for name, taken in (("the working directory", Path.cwd()), ("your home", Path.home()), ("the whole disk", Path("/"))):
+        if _holds(real, taken.resolve()):
+            raise WeightsError(f"{folder} is or holds {name}; name a folder that is new or empty")
+    if os.path.ismount(folder):
+        raise WeightsError(f"{folder} is a mount point and cannot be replaced; name a folder inside")
+    if not any(folder.iterdir()):
+        return
+    if not force:
+        raise WeightsError(f"{folder} is not empty; choose another folder, or replace it with --force")
+    for source in sources:
+        if source.exists() and (_holds(real, source.resolve()) or _holds(source.resolve(), real)):
+            raise WeightsError(f"{folder} overlaps with {source}, which the export is made from; choose another folder")
+    _check_ours(folder, folder)
+
+
+def _check_ours(at: Path, folder: Path) -> None:
+    """Refuse to delete what no export has."""
+    if not (at / MARK).is_file():
+        raise WeightsError(
+            f"{folder} is no export of deepstack_jax (it has no {MARK}) and is not replaced; choose another folder"
+        )
+    for path in sorted(at.rglob("*")):
+        name = path.relative_to(at).as_posix()
+        known = name in _WRITTEN or name in _TOWER or _WEIGHTS.fullmatch(name)
+        if not known or path.is_symlink() or path.is_dir() != (name == "clip"):
+            raise WeightsError(
+                f"{folder} holds {name}, which no export writes, and is not replaced; move it or choose another folder"
+            )
+
+
+def _holds(outer: Path, inner: Path) -> bool:
+    return inner == outer or outer in inner.parents
+
+
+def _swap(scratch: Path, folder: Path, aside: Path, *, force: bool) -> None:
+    """What is replaced is moved aside first, looked at once more, and deleted last."""
+    if not force or not folder.exists() or not any(folder.iterdir()):
+        scratch.rename(folder)  # onto an empty folder too; where it has filled up since, this fails
+        return
+    folder.rename(aside)
+    try:
+        _check_ours(aside, folder)
+        scratch.rename(folder)
+    except BaseException:
+        aside.rename(folder)
+        raise
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
