@@ -1,4 +1,4 @@
-"""Compare the demo's finished runs: a table, summary.json, curves.png and pages.png.
+"""Compare the demo's finished runs: a table, summary.json, curves.png, pages.png, and page.png, a held-out page to ask about.
 
   python -m benchmarks.demo_report runs/demo
 
@@ -20,6 +20,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.patheffects import withStroke
+from PIL import Image
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
@@ -97,6 +98,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         write_json(folder / "summary.json", summary)
         draw_curves(runs).savefig(folder / "curves.png", dpi=130)
         draw_pages(pages).savefig(folder / "pages.png", dpi=DPI)
+        Image.fromarray(pages[0].high).save(folder / "page.png")
     except (ReportError, ConfigError) as error:
         print("error: " + " ".join(str(error).split()), file=sys.stderr)
         return 1
@@ -105,7 +107,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     console.print(table(runs))
     console.print(conclusion(runs, all(page.blind for page in pages)), soft_wrap=True)
-    console.print(f"written to {folder}: summary.json, curves.png, pages.png", soft_wrap=True)
+    console.print(f"written to {folder}: summary.json, curves.png, pages.png, page.png", soft_wrap=True)
     return 0
 
 

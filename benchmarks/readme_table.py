@@ -13,7 +13,6 @@ import sys
 from pathlib import Path
 
 from deepstack_jax.config import build_config
-from deepstack_jax.data.image import open_image
 from deepstack_jax.data.open import open_source
 
 REPOSITORY = Path(__file__).parents[1]
@@ -54,7 +53,6 @@ def answers(demo: Path) -> str:
     """What the trained demo says about a held-out page, from Python, the command line and in a conversation."""
     config = build_config(json.loads((demo / "deepstack" / "config.json").read_text()))
     example, page = open_source(config, "validation")[0], demo / "page.png"
-    open_image(example.images[0]).save(page)
     asked = [message.text.replace("<image>", "").strip() for message in example.messages if message.role == "human"]
     fine = next(words for words in asked if words.startswith("digit"))
     coarse = next(words for words in asked if words.startswith("shade"))
@@ -64,9 +62,7 @@ def answers(demo: Path) -> str:
     said = _run([sys.executable, "-c", script]).splitlines()
     lines = ["```python"]
     for line in script.splitlines():
-        lines.append(line.removeprefix("print(").removesuffix(")") if line.startswith("print(") else line)
-        if line.startswith("print("):
-            lines[-1] += f"  # {said.pop(0)}"
+        lines.append(f"{line}  # {said.pop(0)}" if line.startswith("print(") else line)
     command = ["--model=" + model, f"--image={page}", "--max_new_tokens=1"]
     said_once = _run([*verb, *command, f"--prompt={fine}", "--json"])
     said_twice = _run([*verb, *command, "--chat"], f"{coarse}\n{fine}\n").splitlines()

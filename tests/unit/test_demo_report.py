@@ -10,6 +10,7 @@ from PIL import Image
 
 from benchmarks.demo_report import COUNTS, LABELS, asked_box, box_of, load_runs, main, pick_pages, put_together
 from deepstack_jax.config import build_config, to_dict
+from deepstack_jax.data.image import open_image
 from deepstack_jax.data.open import open_source
 from deepstack_jax.data.synthetic import CHANCE
 
@@ -106,6 +107,15 @@ def test_the_pictures_show_something(demo, name):
     assert 600 <= height <= 2000
     assert 0.02 < (pixels < 250).any(axis=2).mean() < 0.9
     assert len(np.unique(pixels @ np.array([1, 256, 65536]))) > 50, "more than a few colours"
+
+
+def test_a_held_out_page_is_left_to_be_asked_about(demo):
+    """As README does: the first held-out page, every pixel of it."""
+    folder, _ = demo
+    assert main([str(folder)]) == 0
+    example = open_source(demo_config("deepstack"), "validation")[0]
+    with Image.open(folder / "page.png") as image:
+        np.testing.assert_array_equal(np.asarray(image), np.asarray(open_image(example.images[0]).convert("RGB")))
 
 
 def test_answers_decide_the_marks_and_the_pages_do_not_move(demo):
