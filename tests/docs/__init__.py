@@ -1,0 +1,1 @@
+"""Every block of code in the documents, run as it is written."""

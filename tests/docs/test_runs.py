@@ -1,0 +1,146 @@
+"""What the documents show, run in full on small inputs: the demo after a few steps, drawn receipts, tiny checkpoints.
+
+The commands are those of the documents, with a few flags more that make them short. Left out is what no small input stands
+for (recipes of billions of parameters, `plan` for machines that are elsewhere, a step that was not finite); `test_blocks.py`
+looks at the flags of those.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from deepstack_jax.config import build_config
+from deepstack_jax.data.image import open_image
+from deepstack_jax.data.open import open_source
+from tests.docs.blocks import REPOSITORY, Block, blocks, commands_of_console, run_shell, scratch_folder
+from tests.docs.conftest import Runner
+from tests.e2e.receipts import draw_receipts
+from tests.parity.goldens import GOLDEN, write_folder
+
+# Few layers, steps and examples: the programs are to be compiled, not to learn.
+SHORT = {
+    "train": (
+        "--config.decoder.layers=3",
+        "--config.vision.layers=2",
+        "--config.train.steps=2",
+        "--config.train.batch_size=2",
+        "--config.evaluation.examples=2",
+        "--config.evaluation.batch_size=2",
+        "--config.evaluation.max_new_tokens=2",
+    ),
+    "evaluate": ("--limit=1", "--max_new_tokens=2"),
+    "audit": ("--scan=4", "--n=2"),
+    "prepare": ("--workers=1",),
+}
+LEFT_OUT = re.compile(r"configs/(llava|deepstack|phi)|--replay=|deepstack_jax\.plan")
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory, runner) -> Path:
+    """A scratch clone after `make demo` of two steps, with what the documents take for granted."""
+    folder = scratch_folder(tmp_path_factory.mktemp("docs") / "clone")
+    train_demo(folder, runner, SHORT["train"])
+    draw_receipts(folder / "DIR", train=8, validation=2)
+    (folder / "DIR" / "images" / "images").symlink_to(".")  # for --config.data.images=images
+    shutil.copy(GOLDEN / "images" / "img0.png", folder / "photo.jpg")
+    for name, case in (("DeepStack-L-Vicuna-7B", "generate"), ("llava-1.5", "llava15")):
+        write_folder(case, folder / name)
+        shutil.copytree(GOLDEN / "tokenizer" / "llama_legacy_false", folder / name, dirs_exist_ok=True)
+    return folder
+
+
+def train_demo(folder: Path, runner: Runner, flags: tuple[str, ...]) -> None:
+    """What `make demo` does for one of its models, and the page that it leaves."""
+    command = ["make", "-n", "demo-deepstack"]
+    printed = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True).stdout
+    module, words = re.findall(r"-m (deepstack_jax\.train) (.*)", printed)[-1]
+    run(runner, folder, module, [*words.split(), *flags])
+    config = build_config(json.loads((folder / "runs" / "demo" / "deepstack" / "config.json").read_text()))
+    open_image(open_source(config, "validation")[0].images[0]).save(folder / "runs" / "demo" / "page.png")
+
+
+def run(runner: Runner, folder: Path, module: str, words: list[str], typed: str = "") -> str:
+    done = runner(module=module, arguments=words, folder=str(folder), typed=typed)
+    assert done["code"] == 0, f"{module} {words}: {done['err']}"
+    return done["out"]
+
+
+def run_python(runner: Runner, folder: Path, block: Block) -> list[str]:
+    """The lines that it prints."""
+    done = runner(code=block.text, folder=str(folder))
+    assert done["code"] == 0, f"{block.name}: {done['err']}"
+    return done["out"].splitlines()
+
+
+def of(document: str, language: str) -> list[Block]:
+    return [block for block in blocks() if block.document == document and block.language == language]
+
+
+def run_all(document: str, clone: Path, runner: Runner) -> list[str]:
+    """Every verb that the shell and console blocks of a document call; the names of those that ran."""
+    done, calls = run_shell(of(document, "sh"), clone)
+    assert done.returncode == 0, done.stderr
+    commands = [(list(call.words), "") for call in calls if call.words[:2] == ("python", "-m")]
+    for block in of(document, "console"):
+        commands += [(command.split(), typed) for command, typed, _ in commands_of_console(block)]
+    ran = []
+    for (_, _, module, *words), typed in commands:
+        verb = module.removeprefix("deepstack_jax.")
+        if verb != module and not LEFT_OUT.search(" ".join([module, *words])):
+            whole = any(word.startswith(("--report=", "--verify=")) for word in words)
+            run(runner, clone, module, [*words, *(() if whole else SHORT.get(verb, ()))], typed)
+            ran.append(verb)
+    return ran
+
+
+def shown(block: Block) -> list[str]:
+    """What a block of Python says that it prints."""
+    return [line.split("  # ", 1)[1] for line in block.text.splitlines() if line.startswith("print(") and "  # " in line]
+
+
+def test_readme_and_what_takes_its_runs_further(clone, runner):
+    """In the order of a reader: README, then docs/checkpoints.md, which converts README's run."""
+    assert run_all("README.md", clone, runner) == ["train", "audit", "prepare", "evaluate", "generate", "generate"]
+    assert (clone / "runs" / "audit" / "audit.html").is_file()
+    assert (clone / "shards" / "train" / "manifest.json").is_file()
+    (block,) = of("README.md", "python")
+    one, two, shape = run_python(runner, clone, block)
+    # The answers are those of a model that has learned nothing yet; there is one for each question, and the shape is known.
+    assert one
+    assert len(ast.literal_eval(two)) == len(ast.literal_eval(shown(block)[1])) == 2
+    assert shape == shown(block)[2]
+    assert run_all("docs/checkpoints.md", clone, runner) == ["convert", "convert", "convert"]
+    assert {path.name for path in (clone / "out").iterdir()} == {"receipts", "llava", "bf16"}
+    (block,) = of("docs/checkpoints.md", "python")
+    shutil.rmtree(clone / "out")
+    assert run_python(runner, clone, block)
+    assert (clone / "out" / "clip").is_dir()
+
+
+def test_data_and_the_report_of_a_run(clone, runner):
+    shutil.rmtree(clone / "shards", ignore_errors=True)
+    assert run_all("docs/data.md", clone, runner) == ["train", "audit", "prepare", "prepare", "prepare", "train"]
+    assert run_all("docs/runs.md", clone, runner) == ["train"]
+    assert (clone / "runs" / "mine" / "report" / "time.png").is_file()
+
+
+@pytest.mark.slow
+def test_readme_says_what_the_demo_answers(tmp_path, runner):
+    """The whole training of `make demo`'s DeepStack, and then every line that README shows of it."""
+    folder = scratch_folder(tmp_path / "clone")
+    train_demo(folder, runner, ())
+    (block,) = of("README.md", "python")
+    assert run_python(runner, folder, block) == shown(block)
+    for block in of("README.md", "console"):
+        for command, typed, expected in commands_of_console(block):
+            _, _, module, *words = command.split()
+            said = run(runner, folder, module, words, typed)
+            without_time = [re.sub(r'"seconds": [\d.]+', "", text) for text in (said, expected)]
+            assert without_time[0] == without_time[1]
