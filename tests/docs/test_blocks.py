@@ -21,6 +21,7 @@ import pytest
 from deepstack_jax.config import build_config
 from tests.docs.blocks import (
     DOCUMENTS,
+    FENCE,
     KNOWN,
     OTHERS,
     REPOSITORY,
@@ -118,6 +119,26 @@ def test_json_blocks_are_rows_that_are_read(block, tmp_path):
     source = open_files(str(tmp_path / "train.json"), str(tmp_path))
     assert len(source) == len(json.loads(block.text))
     assert [message.role for message in source[0].messages] == ["human", "gpt"]
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_commands_and_links_within_the_text_lead_somewhere(document):
+    """`make target`, `python -m module --flag`, `launch/script.sh verb`, and links with the headings that they point to."""
+    text = FENCE.sub("", (REPOSITORY / document).read_text())
+    for words in (shlex.split(found) for found in re.findall(r"`((?:make|python -m|launch/\w)[^`]*)`", text)):
+        if words[0] == "make":
+            check_make(words[1:], document)
+        elif words[0] == "python":
+            check_python(words[1:], REPOSITORY, {}, lambda **_: {"code": 0}, document)
+        else:
+            assert (REPOSITORY / words[0]).is_file(), f"{document}: {words[0]}"
+    for target, heading in re.findall(r"\]\((?!\w+:)([^)#\s]*)#?([^)\s]*)\)", text):
+        file = ((REPOSITORY / document).parent / target) if target else REPOSITORY / document
+        assert file.exists(), f"{document} links to {target}, which is not there"
+        if heading:
+            titles = re.findall(r"^#+ (.*)", file.read_text(), re.MULTILINE)
+            slugs = {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+            assert heading in slugs, f"{document} links to #{heading} of {file.name}; headings: {sorted(slugs)}"
 
 
 def check(call: Call, folder: Path, runner: Runner) -> None:
