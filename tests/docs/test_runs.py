@@ -51,7 +51,7 @@ def clone(tmp_path_factory, runner) -> Path:
     (folder / "DIR" / "images" / "images").symlink_to(".")  # for --config.data.images=images
     shutil.copy(GOLDEN / "images" / "img0.png", folder / "photo.jpg")
     for name, case in (("DeepStack-L-Vicuna-7B", "generate"), ("llava-1.5", "llava15")):
-        write_folder(case, folder / name)
+        shutil.move(write_folder(case, tmp_path_factory.mktemp(case)), folder / name)
         shutil.copytree(GOLDEN / "tokenizer" / "llama_legacy_false", folder / name, dirs_exist_ok=True)
     return folder
 
@@ -124,6 +124,7 @@ def test_readme_and_what_takes_its_runs_further(clone, runner):
     assert (clone / "out" / "clip").is_dir()
 
 
+@pytest.mark.slow
 def test_data_and_the_report_of_a_run(clone, runner):
     shutil.rmtree(clone / "shards", ignore_errors=True)
     assert run_all("docs/data.md", clone, runner) == ["train", "audit", "prepare", "prepare", "prepare", "train"]
