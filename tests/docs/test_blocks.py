@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from deepstack_jax.config import build_config
+from deepstack_jax.config import build_config, default_config
 from tests.docs.blocks import (
     DOCUMENTS,
     FENCE,
@@ -139,6 +139,23 @@ def test_commands_and_links_within_the_text_lead_somewhere(document):
             titles = re.findall(r"^#+ (.*)", file.read_text(), re.MULTILINE)
             slugs = {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
             assert heading in slugs, f"{document} links to #{heading} of {file.name}; headings: {sorted(slugs)}"
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_keys_of_the_configuration_that_the_text_names_are_there(document):
+    known = default_config().to_dict()
+    sections = "|".join(name for name, value in known.items() if isinstance(value, dict))
+    text = FENCE.sub("", (REPOSITORY / document).read_text())
+    for key in re.findall(rf"`(?:--)?(?:config\.)?((?:{sections})\.[\w.]+)(?:=[^`]*)?`", text):
+        section, name, *_ = key.split(".")
+        module = (REPOSITORY / "deepstack_jax" / section / f"{name}.py").is_file()
+        if not module and name not in ("json", "jsonl", "ndjson", "parquet"):  # a file that is called train
+            value = known
+            for part in key.split("."):
+                assert part in value, f"{document}: {key}: {part} is none of {sorted(value)}"
+                value = value[part]
+                if not isinstance(value, dict) or part in ("sets", "groups"):  # whose names are anybody's
+                    break
 
 
 def check(call: Call, folder: Path, runner: Runner) -> None:

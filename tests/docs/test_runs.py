@@ -51,7 +51,9 @@ def clone(tmp_path_factory, runner) -> Path:
     (folder / "DIR" / "images" / "images").symlink_to(".")  # for --config.data.images=images
     shutil.copy(GOLDEN / "images" / "img0.png", folder / "photo.jpg")
     for name, case in (("DeepStack-L-Vicuna-7B", "generate"), ("llava-1.5", "llava15")):
-        shutil.move(write_folder(case, tmp_path_factory.mktemp(case)), folder / name)
+        made = write_folder(case, tmp_path_factory.mktemp(case))
+        shutil.copytree(made.parent / "clip", folder / "clip", dirs_exist_ok=True)  # where a checkpoint looks, too
+        shutil.move(made, folder / name)
         shutil.copytree(GOLDEN / "tokenizer" / "llama_legacy_false", folder / name, dirs_exist_ok=True)
     return folder
 
