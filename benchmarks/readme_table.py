@@ -42,11 +42,11 @@ def markdown(summary: dict) -> str:
 
 PYTHON = """import deepstack_jax as dsx
 
-lmm = dsx.load({model})
-print(lmm.generate([{page}], {fine}, max_new_tokens=1))
-print(lmm.generate([[{page}], [{page}]], [{coarse}, {fine}], max_new_tokens=1))
+lmm, page = dsx.load({model}), [{page}]
+print(lmm.generate(page, {fine}, max_new_tokens=1))
+print(lmm.generate([page, page], [{coarse}, {fine}], max_new_tokens=1))
 dsx.save_hf(lmm, {out}, force=True)
-print(dsx.load({out}).logits([[1, -200, 5]], [[{page}]]).shape)"""
+print(dsx.load({out}).logits([[1, -200, 5]], [page]).shape)"""
 
 
 def answers(demo: Path) -> str:
