@@ -78,8 +78,7 @@ def test_what_is_missing_is_said_at_once_with_what_to_fetch(tiny):
     with pytest.raises(WeightsError) as caught:
         open_start(tiny)
     for part in (
-        "no folder checkpoints/lmsys/vicuna-7b-v1.5: fetch lmsys/vicuna-7b-v1.5 from the Hugging Face hub",
-        "hf download lmsys/vicuna-7b-v1.5 --local-dir checkpoints/lmsys/vicuna-7b-v1.5",
+        "no folder checkpoints/lmsys/vicuna-7b-v1.5: hf download lmsys/vicuna-7b-v1.5 --local-dir checkpoints/lmsys/vicuna",
         "--config.train.weights=DIR",
         "hf download openai/clip-vit-large-patch14-336",
         "--config.train.tower=DIR",
