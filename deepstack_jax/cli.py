@@ -20,7 +20,7 @@ from ml_collections import ConfigDict, config_flags
 
 from deepstack_jax.config import Config, build_config
 from deepstack_jax.config_checks import ConfigError
-from deepstack_jax.printing import guard_streams, one_line
+from deepstack_jax.printing import guard_streams, one_line, quote
 
 EXIT_DONE = 0
 EXIT_ERROR = 1  # a user's mistake, said in one line on stderr
@@ -144,8 +144,8 @@ def run(
     if any(arg in ("--help", "-h", "-help") for arg in sys.argv[1:]):
         print(usage.strip())
         sys.exit(EXIT_DONE)
-    _parse_flags()
     try:
+        parse_flags()
         code = main()
     except (*errors, ConfigError) as error:
         _fail(*(map(str, error.args) if isinstance(error, ConfigError) else [str(error)]))
@@ -196,18 +196,25 @@ def _unraisable(unraisable: sys.UnraisableHookArgs) -> None:
         sys.__unraisablehook__(unraisable)
 
 
-def _parse_flags() -> None:
+def parse_flags() -> None:
+    """The flags of the command line, `--config` read.
+
+    Raises:
+      ConfigError: an unknown flag or key, a value of another type, no file, more than flags.
+    """
     try:
         rest = flags.FLAGS(sys.argv)[1:]
     except (flags.Error, ConfigError) as error:
         flag, traceback, _ = str(error).partition(": Error whilst parsing config file")
-        _fail(f"{flag}: {str(error).strip().splitlines()[-1]}" if traceback else flag)
+        raise ConfigError(one_line(f"{flag}: {str(error).strip().splitlines()[-1]}" if traceback else flag)) from error
     except (AttributeError, KeyError) as error:  # how ml_collections reports an unknown --config.a.b; it names the nearest
-        _fail(_unknown_key(str(error)))
+        raise ConfigError(one_line(_unknown_key(str(error)))) from error
     except OSError as error:
-        _fail(f"--config names no readable file: {str(error).splitlines()[0]}")
+        raise ConfigError(f"--config names no readable file: {str(error).splitlines()[0]}") from error
+    except Exception as error:  # of ml_collections, which parses a flag's value as Python does, or of the file itself
+        raise ConfigError(one_line(f"a flag cannot be read: {error}; flags look like --config.KEY=VALUE")) from error
     if rest:
-        _fail(f"unexpected argument {rest[0]!r}; flags look like --name=value")
+        raise ConfigError(f"unexpected argument {quote(rest[0])}; flags look like --name=value")
 
 
 def _unknown_key(message: str) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import math
 import typing
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -21,6 +22,7 @@ from deepstack_jax.config_data import DataConfig
 from deepstack_jax.layout.grid import possible_grids
 from deepstack_jax.layout.sequence import LayoutSpec
 from deepstack_jax.layout.stack import layer_schedule
+from deepstack_jax.printing import label, quote
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -334,8 +336,7 @@ def build_config(source: ConfigDict | dict[str, Any]) -> Config:
     Raises:
       ConfigError: an unknown key (the nearest valid one is named), a value of the wrong type, or an impossible combination.
     """
-    values = source.to_dict() if isinstance(source, ConfigDict) else dict(source)
-    config = _build(Config, values, "config")
+    config = _convert(source.to_dict() if isinstance(source, ConfigDict) else source, Config, "config")
     check_config(config)
     return config
 
@@ -364,7 +365,7 @@ def _build(cls: type[T], values: dict[str, Any], path: str) -> T:
     hints = typing.get_type_hints(cls)
     for key in values:
         if key not in hints:
-            raise ConfigError(f"unknown key {path}.{key}; {nearest(key, hints)}")
+            raise ConfigError(f"unknown key {path}.{label(key)}; {nearest(key, hints)}")
     return cls(**{key: _convert(value, hints[key], f"{path}.{key}") for key, value in values.items()})
 
 
@@ -372,21 +373,23 @@ def _convert(value: Any, hint: Any, path: str) -> Any:
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if isinstance(hint, type) and dataclasses.is_dataclass(hint):
         if not isinstance(value, dict):
-            raise ConfigError(f"{path} got {value!r}, expected the keys of {hint.__name__}")
+            raise ConfigError(f"{path} got {quote(value)}, expected the keys of {hint.__name__}")
         return _build(hint, value, path)
     if origin is dict:
         if not isinstance(value, dict):
-            raise ConfigError(f"{path} got {value!r}, expected a dict of {args[1].__name__}")
-        return {str(key): _convert(item, args[1], f"{path}.{key}") for key, item in value.items()}
+            raise ConfigError(f"{path} got {quote(value)}, expected a dict of {args[1].__name__}")
+        return {str(key): _convert(item, args[1], f"{path}.{label(key)}") for key, item in value.items()}
     if origin is tuple:
         if not isinstance(value, list | tuple):
-            raise ConfigError(f"{path} got {value!r}, expected a list")
+            raise ConfigError(f"{path} got {quote(value)}, expected a list")
         items = [args[0]] * len(value) if args[-1] is Ellipsis else list(args)
         if len(items) != len(value):
             raise ConfigError(f"{path} got {len(value)} values, expected {len(items)}")
         return tuple(_convert(item, kind, f"{path}[{i}]") for i, (item, kind) in enumerate(zip(value, items, strict=True)))
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
-        raise ConfigError(f"{path} got {value!r} ({type(value).__name__}), expected {hint.__name__}")
+    if not isinstance(value, (int, float) if hint is float else hint) or (hint is not bool and isinstance(value, bool)):
+        raise ConfigError(f"{path} got {quote(value)} ({type(value).__name__}), expected {hint.__name__}")
+    if hint is str and "\0" in value:
+        raise ConfigError(f"{path} got {quote(value)}, expected text without a null character, which no name of a file has")
+    if hint is float and isinstance(value, int):
+        return float(value) if abs(value) < 2**1000 else math.inf if value > 0 else -math.inf
     return value

@@ -10,10 +10,11 @@ from collections.abc import Callable, Iterable
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
-from deepstack_jax.config_ranges import out_of_range
+from deepstack_jax.config_ranges import out_of_range, too_large
 from deepstack_jax.layout.grid import anyres_grids
 from deepstack_jax.layout.sequence import MERGES, SEQUENCES, STACKS
 from deepstack_jax.layout.stack import SAMPLINGS
+from deepstack_jax.printing import label, quote
 
 if TYPE_CHECKING:
     from deepstack_jax.config import Config
@@ -54,9 +55,9 @@ def fetch_command(path: str) -> str:
 
 def nearest(name: str, valid: Iterable[str]) -> str:
     """The nearest valid name, or all of them if none is near, as the end of an error message."""
-    valid = sorted(valid)
-    close = difflib.get_close_matches(str(name), valid, n=1, cutoff=0.5)
-    return f"nearest valid name: {close[0]!r}" if close else f"valid names: {', '.join(valid)}"
+    valid = sorted(map(str, valid))
+    close = difflib.get_close_matches(str(name)[:200], valid, n=1, cutoff=0.5)
+    return f"nearest valid name: {quote(close[0])}" if close else f"valid names: {label(', '.join(valid), 500)}"
 
 
 CHOICES = {
@@ -90,7 +91,7 @@ def check_config(config: Config) -> None:
     for key, valid in CHOICES.items():
         value = attrgetter(key)(config)
         if value not in valid:
-            raise ConfigError(f"config.{key} got {value!r}; {nearest(value, valid)}")
+            raise ConfigError(f"config.{key} got {quote(value)}; {nearest(value, valid)}")
     for problem in out_of_range(config):
         raise ConfigError(problem)
     for name, group in config.optimizer.groups.items():
@@ -99,13 +100,20 @@ def check_config(config: Config) -> None:
             ("moment_dtype", group.moment_dtype, ("float32", "bfloat16")),
         ):
             if value not in valid:
-                raise ConfigError(f"config.optimizer.groups.{name}.{key} got {value!r}; {nearest(value, valid)}")
+                raise ConfigError(f"config.optimizer.groups.{label(name)}.{key} got {quote(value)}; {nearest(value, valid)}")
     for pattern, name in config.optimizer.table:
-        if name != "frozen" and name not in config.optimizer.groups:
+        try:
+            re.compile(pattern)
+        except (re.error, RecursionError, OverflowError) as error:
             raise ConfigError(
-                f"config.optimizer.table sends {pattern!r} to {name!r}; {nearest(name, (*config.optimizer.groups, 'frozen'))}"
-            )
+                f"config.optimizer.table holds {quote(pattern)}, which is no regular expression: {error}"
+            ) from error
+        if name != "frozen" and name not in config.optimizer.groups:
+            near = nearest(name, (*config.optimizer.groups, "frozen"))
+            raise ConfigError(f"config.optimizer.table sends {quote(pattern)} to {quote(name)}; {near}")
     _check_image(config)
+    for problem in too_large(config):
+        raise ConfigError(problem)
     _check_sets(config)
     _check_sizes(config)
     _check_train(config)
@@ -137,7 +145,7 @@ def _check_sizes(config: Config) -> None:
     if not -vision.layers - 1 <= vision.feature_layer <= vision.layers:
         raise ConfigError(f"config.vision.feature_layer {vision.feature_layer} is outside a tower of {vision.layers} layers")
     if any(bucket > data.max_length for bucket in data.buckets):
-        raise ConfigError(f"config.data.buckets {data.buckets} go beyond config.data.max_length {data.max_length}")
+        raise ConfigError(f"config.data.buckets {quote(data.buckets)} go beyond config.data.max_length {data.max_length}")
     needed = config.visual_tokens_per_image * data.max_images
     if needed >= data.max_length:
         raise ConfigError(
@@ -156,8 +164,10 @@ def _check_train(config: Config) -> None:
         raise ConfigError(
             f"config.train.keep_best {train.keep_best} needs a held-out loss to tell the best by; set config.evaluation.every"
         )
-    if steps and not (re.fullmatch(r"\d+:\d+", steps) and 0 < int(steps.split(":")[0]) <= int(steps.split(":")[1])):
-        raise ConfigError(f"config.profile.steps got {steps!r}, expected FIRST:LAST from step 1 on, as 10:15")
+    if steps and not (
+        re.fullmatch(r"\d{1,10}:\d{1,10}", steps, re.ASCII) and 0 < int(steps.split(":")[0]) <= int(steps.split(":")[1])
+    ):
+        raise ConfigError(f"config.profile.steps got {quote(steps)}, expected FIRST:LAST from step 1 on, as 10:15")
 
 
 def _check_packing(config: Config) -> None:
@@ -165,7 +175,7 @@ def _check_packing(config: Config) -> None:
     data, packing = config.data, config.data.packing
     if data.buckets:
         raise ConfigError(
-            f"config.data.buckets {data.buckets} with packing, whose rows are all {data.max_length} long; set buckets=()"
+            f"config.data.buckets {quote(data.buckets)} with packing, whose rows are all {data.max_length} long; set buckets=()"
         )
     if packing.max_images < data.max_images:
         raise ConfigError(
@@ -221,7 +231,7 @@ def _check_image(config: Config) -> None:
 def _check_sets(config: Config) -> None:
     """The sets of a mixture: what can be seen to be wrong before a file is opened."""
     for name, entry in config.data.sets.items():
-        where = f"config.data.sets.{name}"
+        where = f"config.data.sets.{label(name)}"
         if not entry.file:
             raise ConfigError(f"{where}.file is empty; name the file or folder of its rows, relative to config.data.root")
         if not 0 < entry.repeat < math.inf:
@@ -235,7 +245,7 @@ def _check_sets(config: Config) -> None:
                     expected = (
                         "a data_source" if key == "keep_sources" else "the beginning of a path below the image root, as 'coco/'"
                     )
-                    raise ConfigError(f"{where}.{key} holds {value!r}, expected {expected}")
+                    raise ConfigError(f"{where}.{key} holds {quote(value)}, expected {expected}")
 
 
 def _check_rope(config: Config) -> None:
@@ -310,7 +320,7 @@ def _check_deepstack(config: Config) -> None:
             )
         if max(stack.schedule) >= config.groups or min(stack.schedule) < -1:
             raise ConfigError(
-                f"config.deepstack.schedule {stack.schedule} goes beyond the {config.groups} groups 0..{config.groups - 1}"
+                f"config.deepstack.schedule {quote(stack.schedule)} goes beyond the groups 0..{config.groups - 1}"
             )
         return
     if stack.start < 0:

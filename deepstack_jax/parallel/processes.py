@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 import sys
@@ -9,6 +10,7 @@ import threading
 import traceback
 import warnings
 from dataclasses import dataclass
+from ipaddress import ip_address
 from types import TracebackType
 
 import jax
@@ -58,7 +60,8 @@ def join_processes(address: str | None = None, count: int | None = None, number:
     SIGTERM to one of several processes is from here on a notice to all: see `ToldToStop`.
 
     Args:
-      address: HOST:PORT on which process 0 listens, the same for all.
+      address: HOST:PORT on which process 0 listens, there alone if HOST is one of its own addresses; the same for all. Nothing
+        in it is encrypted or asks who is there: the network must be one that only the run's own users reach.
       count: number of processes; 1 on its own keeps jax from looking.
       number: of this process, from 0.
 
@@ -74,7 +77,8 @@ def join_processes(address: str | None = None, count: int | None = None, number:
     if count is None and number is None and (launched := _launched()):
         count, number = launched.count, launched.number
         local = None if "JAX_LOCAL_DEVICE_IDS" in os.environ else launched.local
-    _connect(*_checked(address, count, number), local)
+    address, count, number = _checked(address, count, number)
+    _connect(address, count, number, local, None if number else _to_bind(address))
 
 
 def _launched() -> _Launched | None:
@@ -104,7 +108,13 @@ def _leave_at_once(kind: type[BaseException], error: BaseException, trace: Trace
     os._exit(1)
 
 
-def _connect(address: str | None = None, count: int | None = None, number: int | None = None, local: int | None = None) -> None:
+def _connect(
+    address: str | None = None,
+    count: int | None = None,
+    number: int | None = None,
+    local: int | None = None,
+    bind: str | None = None,
+) -> None:
     too_late = threading.Timer(CONNECT_SECONDS, _end_unconnected, (address, count, number))
     too_late.daemon = True
     too_late.start()
@@ -114,6 +124,7 @@ def _connect(address: str | None = None, count: int | None = None, number: int |
             count,
             number,
             None if local is None else [local],
+            coordinator_bind_address=bind,
             initialization_timeout=CONNECT_SECONDS + _JAX_WAITS_SECONDS,
             heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
             shutdown_timeout_seconds=SHUTDOWN_SECONDS,
@@ -187,11 +198,36 @@ def _checked(address: str | None, count: int | None, number: int | None) -> tupl
         raise ConfigError(f"--coordinator_address={address} is not HOST:PORT; e.g. --coordinator_address=10.0.0.1:8476")
     if not 0 <= number < count:
         raise ConfigError(f"--process_id={number} with --process_count={count}; expected 0..{count - 1}, each once")
-    if number == 0:
-        try:
-            socket.create_server(("", int(port))).close()
-        except (OSError, OverflowError) as error:  # jax may crash on a port that it does not get
-            raise ConfigError(
-                f"--coordinator_address={address}: process 0 cannot listen on port {port} ({error}); choose a free one for all"
-            ) from error
     return address, count, number
+
+
+def _to_bind(address: str) -> str:
+    """IP:PORT that process 0 listens on: that of the host in its address alone, since whoever reaches the port joins the run.
+
+    Raises:
+      ConfigError: no such host, or the port is taken: jax may crash on a port that it does not get.
+    """
+    host, _, port = address.rpartition(":")
+    host = host.strip("[]")
+    try:
+        for family, *_, place in socket.getaddrinfo(host, int(port), type=socket.SOCK_STREAM):
+            # A name that means this machine within itself only (127.0.1.1 in /etc/hosts) is another address for the others.
+            if ip_address(place[0]).is_loopback and host not in ("localhost", place[0]):
+                continue
+            try:
+                socket.create_server(place[:2], family=family).close()
+            except OSError as error:
+                if error.errno != errno.EADDRNOTAVAIL:
+                    raise
+            else:
+                return f"[{place[0]}]:{port}" if family == socket.AF_INET6 else f"{place[0]}:{port}"
+    except (OSError, OverflowError) as error:
+        raise ConfigError(
+            f"--coordinator_address={address}: process 0 cannot listen on port {port} ({error}); choose a free one for all"
+        ) from error
+    warnings.warn(
+        f"--coordinator_address={address}: {host} is no address that this machine has for others, so process 0 listens on "
+        "all of its own; let nobody else reach the port",
+        stacklevel=2,
+    )
+    return f"0.0.0.0:{port}"

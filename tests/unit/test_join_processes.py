@@ -1,8 +1,11 @@
 """How the processes of a run find each other, and that those which do not never train alone."""
 
+import errno
 import os
+import socket
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import jax
 import pytest
@@ -130,6 +133,60 @@ def test_a_process_alone_stays_alone():
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
+
+
+def test_the_coordinator_listens_on_the_named_address_alone():
+    port = free_port()
+    code = (
+        f"from deepstack_jax.parallel.processes import join_processes; join_processes('127.0.0.1:{port}', 1, 0); "
+        "print(open('/proc/net/tcp').read() + open('/proc/net/tcp6').read())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    sockets = [line.split()[1:4] for line in done.stdout.splitlines() if line.strip()]
+    listens = [local for local, _, state in sockets if local.endswith(f":{port:04X}") and state == "0A"]
+    assert {local.split(":")[0][-8:] for local in listens} == {"0100007F"}, "127.0.0.1, be it written as IPv6; else zeros"
+
+
+MINE = "10.9.8.7"
+
+
+@pytest.mark.parametrize(
+    ("host", "found", "bound"),
+    [
+        ("127.0.0.1", ["127.0.0.1"], "127.0.0.1"),
+        ("[::1]", ["::1"], "[::1]"),
+        ("localhost", ["127.0.0.1"], "127.0.0.1"),
+        ("node0", ["127.0.1.1", MINE], MINE),
+        ("node0", ["127.0.1.1"], None),
+        ("balanced", ["192.0.2.9"], None),
+    ],
+)
+def test_which_address_is_listened_on(host, found, bound, connected, monkeypatch):
+    said = {}
+    monkeypatch.setattr(jax.distributed, "initialize", lambda *_, **named: said.update(named))
+    families = [(socket.AF_INET6 if ":" in address else socket.AF_INET, 1, 6, "", (address, 1234)) for address in found]
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: families)
+
+    def create(place, family):
+        if place[0] == "192.0.2.9":
+            raise OSError(errno.EADDRNOTAVAIL, "Cannot assign requested address")
+        return SimpleNamespace(close=lambda: None)
+
+    monkeypatch.setattr(socket, "create_server", create)
+    if bound:
+        join_processes(f"{host}:1234", 2, 0)
+    else:
+        with pytest.warns(UserWarning, match=f"{host} is no address that this machine has for others"):
+            join_processes(f"{host}:1234", 2, 0)
+    assert said["coordinator_bind_address"] == f"{bound or '0.0.0.0'}:1234"
+
+
+def test_a_port_that_is_taken_is_said_before_jax_tries(connected):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(ConfigError, match=rf"127\.0\.0\.1:{port}: process 0 cannot listen on port {port} .*in use"):
+            join_processes(f"127.0.0.1:{port}", 2, 0)
+    assert connected == []
 
 
 def test_processes_of_open_mpi_5_train_together_or_not_at_all():
