@@ -97,6 +97,13 @@ def test_results_can_be_repeated_and_the_choice_of_kernels_is_kept(tools):
     assert (tools.bin.parent / ".cache" / "jax").is_dir()
 
 
+def test_train_gets_its_arguments_as_they_were_given(tools):
+    tricky = ["--config.name=it's; touch owned", '--config.x=$(touch owned) "q"', "--config.y=* a  b \\ # & |"]
+    done = run("slurm.sbatch", "--python=task", "--", *TRAIN, *tricky, tools=tools, **variables(tools))
+    assert done.returncode == 0, done.stderr
+    assert [task["arguments"] for task in seen(tools)] == [["-m", "deepstack_jax.train", *TRAIN, *tricky]] * 2
+
+
 def test_fast_leaves_the_operations_as_they_are(tools):
     folder = tools.bin.parent / "elsewhere"
     assert submit(tools, "--fast", f"--cache={folder}").returncode == 0

@@ -489,6 +489,19 @@ def test_worker_installs_what_is_pinned_and_runs_nothing_that_it_downloads(worke
     assert not Path(scratch).exists()
 
 
+def test_train_gets_its_arguments_as_they_were_given(tpu):
+    """Through ssh, the shell of every worker and the one around train: nothing in them is read as code or as another word."""
+    tpu.plan("0 0")
+    tricky = ["--config.name=it's; touch owned", '--config.x=$(touch owned) `touch owned` "q"', "--config.y=* a  b \\ # & |"]
+    command = [*tpu.command("up"), *tricky]
+    done = subprocess.run(command, capture_output=True, text=True, env=tpu.environment, timeout=SECONDS, check=False)
+    assert done.returncode == 0, done.stderr
+    for worker in (0, 1):
+        (run,) = tpu.runs(worker)
+        assert run.endswith(" ".join(tricky))
+    assert not list(tpu.state.parent.rglob("owned"))
+
+
 def test_what_a_worker_writes_of_a_run_is_for_its_owner_alone(worker):
     worker.run("start", "--", *TRAIN)
     wait_for(lambda: worker.run("status") == "exit=0\n", "the run")
