@@ -79,9 +79,10 @@ def _run(command: list[str], typed: str = "") -> str:
 def main(folder: str) -> int:
     """Rewrite the parts of README.md between the marks, and refresh docs/images."""
     demo, readme = Path(folder), REPOSITORY / "README.md"
-    if not (demo / "summary.json").is_file():
-        print(f"error: {demo}/summary.json does not exist; run `make demo` first", file=sys.stderr)
-        return 1
+    for needed in ("summary.json", "page.png"):
+        if not (demo / needed).is_file():
+            print(f"error: {demo / needed} does not exist; run `make demo` first", file=sys.stderr)
+            return 1
     parts = {"demo": markdown(json.loads((demo / "summary.json").read_text())), "answers": answers(demo)}
     text = readme.read_text()
     for name, part in parts.items():

@@ -100,7 +100,11 @@ check_train_arguments() {
       --config=*) have+=config ;;
       --workdir=*) have+=workdir ;;
     esac
-    [[ $argument != *[[:cntrl:]]* ]] || die "an argument of train holds a line break or another control character: ${argument@Q}"
+    case $argument in # the last three are line breaks of Unicode, which YAML folds into a blank
+      *[[:cntrl:]]* | *$'\xc2\x85'* | *$'\xe2\x80\xa8'* | *$'\xe2\x80\xa9'*)
+        die "an argument of train holds a line break or another control character: ${argument@Q}"
+        ;;
+    esac
   done
   [[ $have == *config* && $have == *workdir* ]] ||
     die "train needs --config=FILE and --workdir=DIR after --; e.g. -- --config=configs/llava15.py:finetune --workdir=/gcs/runs/stage2"

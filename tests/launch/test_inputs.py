@@ -110,6 +110,7 @@ MISTAKES = [
         "an argument of train holds a line break or another control character: $'--a=b\\nc'",
     ),
     ("gke.sh", (*GKE, "--", *TRAIN, "--a=b\rc"), "a line break or another control character: $'--a=b\\rc'"),
+    ("gke.sh", (*GKE, "--", *TRAIN, "--a=b\u2028c"), "a line break or another control character"),
     ("gke.sh", (*GKE, "--slices=99999999999999999999"), "--slices=99999999999999999999: expected a positive whole number"),
     ("gke.sh", (*GKE, "--user=root"), "--user=root: expected the number of a user; e.g. --user=1000"),
     ("gke.sh", (*GKE, '--image=i" # '), '--image=i" #  is not the name of an image'),
