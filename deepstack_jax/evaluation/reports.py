@@ -15,12 +15,12 @@ from rich.table import Table
 
 from deepstack_jax.config import Config
 from deepstack_jax.data.encode import BadExample, Encoder, try_row
-from deepstack_jax.data.image import ImageError, open_image
+from deepstack_jax.data.image import open_image
 from deepstack_jax.data.lengths import encoded_tokens, measure
 from deepstack_jax.data.mixture import epoch_order
 from deepstack_jax.data.open import check_images
 from deepstack_jax.data.overlap import find_overlap
-from deepstack_jax.data.sources import Source, SourceError
+from deepstack_jax.data.sources import Example, Source, SourceError
 from deepstack_jax.evaluation.questions import check_rows, uninterrupted
 from deepstack_jax.evaluation.runner import Answer, HeldOut, mean_by_kind
 from deepstack_jax.outward import write_json, write_lines
@@ -64,7 +64,10 @@ def count_left_out(held_out: HeldOut, bad: Iterable[BadExample], config: Config,
     for example in bad:
         reasons.setdefault(example.index, example)
     if _name(reasons, held_out.named, console) and (problem := _too_many(len(reasons), held_out.rows, config)):
-        console.print(f"warning: {problem}; loss and scores are those of the others", soft_wrap=True)
+        console.print(
+            f"warning: {problem}; loss and scores are of the others; once they are mended, the same command evaluates again",
+            soft_wrap=True,
+        )
     return reasons
 
 
@@ -88,7 +91,7 @@ def check_held_out(source: Source, train: Source, config: Config, console: Conso
     if problem := _too_many(len(reasons), rows, config):
         if starts:
             raise SourceError(f"{problem}, the last one: {list(reasons.values())[-1].reason}; mend them, or allow more")
-        console.print(f"warning: {problem}; loss and scores will be those of the others", soft_wrap=True)
+        console.print(f"warning: {problem}; loss and scores will be of the others", soft_wrap=True)
     if starts and is_first_host() and (said := overlap_line(source, rows, train)):
         console.print(f"warning: {said}", soft_wrap=True)
     return named
@@ -131,15 +134,16 @@ def loss_line(held_out: HeldOut, numbers: dict[str, float]) -> str:
 
 def thumbnail(source: Source, index: int) -> np.ndarray | None:
     """The first picture of an example as u8[y, x, 3], shrunk; None where it has none that can be read."""
-    try:
-        example = source[index]
+
+    def draw(example: Example) -> np.ndarray | None:
         if not example.images:
             return None
         picture = open_image(example.images[0]).convert("RGB")
-    except (ImageError, SourceError):
-        return None
-    picture.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS)
-    return np.asarray(picture)
+        picture.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS)
+        return np.asarray(picture)
+
+    drawn = try_row(source, index, draw)
+    return None if isinstance(drawn, BadExample) else drawn
 
 
 def finish(
