@@ -82,7 +82,8 @@ class LMM:
           prompt: the user's words. With as many `<image>` as images, each stands where the words put it; without any, the
             images come first.
           batch_size: prompts that are answered at once; what is said does not depend on it.
-          options: max_new_tokens=64, temperature=0.0, top_p=1.0, top_k=0, stop=(), seed=0, template=None; see `Options`.
+          options: max_new_tokens=64, temperature=0.0, top_p=1.0, top_k=0, stop=(), seed=0, template=None, exif="apply"; see
+            `Options`.
 
         Returns:
           The answer, or a list of answers.
@@ -125,7 +126,12 @@ class LMM:
         save_hf(self, folder, dtype=dtype, force=force)
 
     def logits(
-        self, input_ids: Any, images: Sequence[Sequence[Any] | None] | None = None, attention_mask: Any = None
+        self,
+        input_ids: Any,
+        images: Sequence[Sequence[Any] | None] | None = None,
+        attention_mask: Any = None,
+        *,
+        exif: str = "apply",
     ) -> np.ndarray:
         """Scores of the next token at every position, for the official code's inputs; needs no tokenizer.
 
@@ -134,6 +140,7 @@ class LMM:
           images: one list of PIL images per row, [] for a row of text.
           attention_mask: int or bool[B, T0], 0 = padding. Without it the runs of the pad id at both ends of a row are padding,
             and any other is a token.
+          exif: "apply" turns images upright as EXIF says; "ignore" takes them as they are stored, as the official code does.
 
         Returns:
           f32[B, T, V]; T is the longest row with its images, padded with zeros on the input's side. For parity load in float32
@@ -145,7 +152,8 @@ class LMM:
           ImageError: an image that cannot be read.
         """
         model = self.answerer.model
-        return score(model, self.params, self.config, input_ids, images, attention_mask, self.pad_id)
+        exif = Options().but({"exif": exif}).exif
+        return score(model, self.params, self.config, input_ids, images, attention_mask, self.pad_id, exif)
 
 
 @contextmanager

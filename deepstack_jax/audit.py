@@ -67,6 +67,8 @@ def main() -> int:
     bad = len(quarantined(found, cards))
     console.print(f"{len(found.rows):,} examples looked at, {bad:,} unusable; the data has {len(source):,}")
     console.print(f"{found.supervised_share:.1%} of their tokens are supervised")
+    for remark, count in found.remarks():
+        console.print(f"{remark}: {count:,}", soft_wrap=True)
     console.print(f"written: {out / 'audit.html'} ({len(page) / 1e6:.1f} MB, {len(cards)} samples)", soft_wrap=True)
     return cli.EXIT_DONE
 

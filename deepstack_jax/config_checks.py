@@ -78,6 +78,8 @@ CHOICES = {
     "deepstack.high_res": ("crops", "view"),
     "data.source": ("files", "pages"),
     "data.overlong": ("drop", "cut", "error"),
+    "data.exif": ("ignore", "apply"),
+    "data.control_tokens": ("text", "tokens"),
     "data.synthetic.style": ("checker", "legible"),
     "optimizer.schedule.kind": ("cosine", "linear_tail"),
     "train.compute_dtype": ("float32", "bfloat16"),

@@ -76,6 +76,9 @@ class DataConfig:
     tokenizer: str = ""  # bytes | words:... | folder with tokenizer.model or tokenizer.json
     max_length: int = 2048  # T of the longest bucket, visual tokens included
     buckets: tuple[int, ...] = ()  # shorter lengths that a batch may be padded to; empty = max_length only
+    max_pixels: int = 120_000_000  # of an image; passes phones of 108 megapixels and A3 at 600 dpi. Decoded, one takes 4 bytes
+    exif: str = "ignore"  # ignore (images as they are stored, the published recipes) | apply (turned upright as EXIF says)
+    control_tokens: str = "text"  # "</s>" or "<|im_end|>" inside a turn's words: text (to read) | tokens (as upstream)
     overlong: str = "drop"  # an example longer than that: drop (and count) | cut (text at its end) | error (stop the run)
     max_images: int = 1  # images that an example may have
     shuffle: bool = True

@@ -91,6 +91,7 @@ RANGES = {
     "data.seed": _SEED,
     "data.synthetic.seed": _SEED,
     "data.workers": Range(0, math.inf, "0 (a thread of this process) or a number of processes"),
+    "data.max_pixels": Range(1, 178_956_970, "1 to 178956970 pixels, the most that Pillow decodes"),
     "data.max_bad_fraction": Range(0, 1, "a share of the examples, 0 to 1, as 0.01"),
     "optimizer.schedule.warmup": _SHARE_OF_STEPS,
     "optimizer.schedule.tail": _SHARE_OF_STEPS,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import jax
@@ -104,6 +104,7 @@ def main() -> int:
     leave_out(task.bad, [], task, console)
     out = cli.writable_folder(given["out"], "out") if given["out"] else None
     lmm = load(given["model"], given["dtype"])
+    task = replace(task, options=task.options.but({"exif": lmm.config.data.exif}))  # as in training
     unfinished = Unfinished(out, None if out is None else key_of(lmm, task))
     predictions, bad = run_task(lmm, task, unfinished, console)
     results = summarise(lmm, given["model"], task, predictions, bad)
@@ -139,7 +140,7 @@ def open_task(given: dict[str, Any]) -> Task:
     rows = min(len(source), given["limit"] or len(source))
     origin = {"root": config.data.root, "files": describe_files(config, "validation", source)}
     origin |= describe_options(config, "validation", source, 0)
-    bad = tuple(check_questions(source, range(rows)))
+    bad = tuple(check_questions(source, range(rows), config.data))
     return Task(source, name, origin, rows, options, sizes["batch_size"], config.data.max_bad_fraction, bad)
 
 

@@ -13,12 +13,12 @@ from typing import Any
 
 import jax
 from absl import flags
-from PIL import Image
 
 from deepstack_jax import cli
 from deepstack_jax.api import DTYPES, LMM, Chat, ConfigError, Options, RequestError, load
 from deepstack_jax.data.conversation import ConversationError
-from deepstack_jax.data.image import ImageError, open_image
+from deepstack_jax.data.image import ImageError
+from deepstack_jax.inference.prompts import CutImage, cut_image
 from deepstack_jax.training.checkpoint import CheckpointError
 
 USAGE = """
@@ -39,6 +39,7 @@ Ask a model about images, once or in a conversation.
   --max_new_tokens=64   most tokens of an answer
   --temperature=0       0 = always the likeliest token; then --top_p=1, --top_k=0 (all) and --seed=0 change nothing
   --stop=TEXT           the answer ends before this text; again for several
+  --exif=apply          turns images upright as EXIF says; ignore: as they are stored, which the official code does
   --template=NAME       conversation template in place of the model's own, e.g. v1, phi3_instruct, plain
   --dtype=NAME          float32 or bfloat16; float32 on a CPU and bfloat16 on accelerators if left out
   --batch_size=1        prompts answered at once; the answers do not depend on it
@@ -62,6 +63,7 @@ FLAGS = {
     "top_k": (flags.DEFINE_integer, _OPTIONS.top_k, "Likeliest tokens drawn from, 0 = all."),
     "stop": (flags.DEFINE_multi_string, [], "Text that ends an answer."),
     "seed": (flags.DEFINE_integer, _OPTIONS.seed, "Seed of the noise."),
+    "exif": (flags.DEFINE_string, _OPTIONS.exif, "apply or ignore."),
     "template": (flags.DEFINE_string, None, "Conversation template."),
     "dtype": (flags.DEFINE_string, None, "float32 or bfloat16."),
     "batch_size": (flags.DEFINE_integer, 1, "Prompts answered at once."),
@@ -137,7 +139,7 @@ def answer_all(lmm: LMM, prompts: list[str], images: list[str], options: Options
 
 def chat(lmm: LMM, images: list[str], options: Options) -> int:
     """A conversation on the terminal; a mistake is said in one line and the conversation goes on as it was."""
-    talk, waiting = lmm.chat(**vars(options)), [open_image(image) for image in images]
+    talk, waiting = lmm.chat(**vars(options)), [cut_image(image, lmm.config, options.exif) for image in images]
     note("ask away; /image FILE adds a picture, /clear starts anew, /exit or Ctrl-D ends, Ctrl-C stops an answer")
     for line in typed_lines():
         command, _, rest = line.partition(" ")
@@ -152,7 +154,7 @@ def chat(lmm: LMM, images: list[str], options: Options) -> int:
                 note("forgotten: all turns and images")
             case "/image" if rest.strip():
                 try:
-                    waiting.append(open_image(Path(rest.strip()).expanduser()))
+                    waiting.append(cut_image(Path(rest.strip()).expanduser(), lmm.config, options.exif))
                     note(f"{rest.strip()} comes with the next question")
                 except ImageError as error:
                     note(f"error: {error}")
@@ -177,7 +179,7 @@ def typed_lines() -> Iterator[str]:
             note("\nto end type /exit or Ctrl-D")
 
 
-def answer_turn(talk: Chat, line: str, images: list[Image.Image]) -> bool:
+def answer_turn(talk: Chat, line: str, images: list[CutImage]) -> bool:
     """Stream one answer; False if the question could not be asked, and was not remembered."""
     start, said = time.perf_counter(), False
     try:

@@ -17,7 +17,7 @@ from deepstack_jax.auditing.survey import grid_name
 from deepstack_jax.config import Config
 from deepstack_jax.data.conversation import get_template
 from deepstack_jax.data.encode import BadExample
-from deepstack_jax.data.image import open_image
+from deepstack_jax.data.image_files import read_image
 from deepstack_jax.data.tokenizers import Tokenizer
 
 
@@ -84,7 +84,7 @@ def make_card(number: int, seen: SeenExample | BadExample, config: Config, token
         Fact("crop slots", f"{sum(len(image.pixels) for image in seen.images)} of {config.crop_slots}"),
         Fact("padding alone in its row", f"{seen.row_length - length:,} of {seen.row_length:,}"),
     )
-    opened = [open_image(source) for source in seen.example.images]
+    opened = [read_image(source, config.data)[0] for source in seen.example.images]
     cards = [
         make_image_card(f"Image {place}" if len(opened) > 1 else "Image", original, image, config)
         for place, (original, image) in enumerate(zip(opened, seen.images, strict=True), 1)

@@ -55,6 +55,7 @@ def render_page(
         charts=[(name, CAPTIONS[name], {theme: _png(png) for theme, png in chart.items()}) for name, chart in charts.items()],
         sets=survey.by_origin(found.usable),
         bad=bad,
+        remarks=found.remarks(),
         scanned=len(found.rows),
         method=method(config),
         layers=layer_chips(config),

@@ -12,7 +12,7 @@ import numpy as np
 from deepstack_jax.config import Config
 from deepstack_jax.data.encode import BadExample, Encoder, OverlongError
 from deepstack_jax.data.image import image_grid
-from deepstack_jax.data.lengths import image_size
+from deepstack_jax.data.image_files import image_size
 from deepstack_jax.data.pipeline import collate
 from deepstack_jax.data.sources import Example, SampleError, Source
 from deepstack_jax.layout.grid import Grid
@@ -112,7 +112,7 @@ def see(source: Source, index: int, config: Config) -> SeenExample | BadExample:
     view_ends = np.cumsum([layout.views for layout in encoded.layouts], dtype=np.int64)
     images = []
     for picture, views, places in zip(example.images, _spans(view_ends), _spans(visual_ends), strict=True):
-        shift, size_wh = views.start * patches, image_size(picture)
+        shift, size_wh = views.start * patches, image_size(picture, config.data)
         tokens, stack = (
             np.where(source >= 0, source - shift, source)
             for source in (batch.token_source[0, places], batch.stack_source[0, :, places])

@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 
 import numpy as np
 from rich.progress import track
 
 from deepstack_jax.config import Config
-from deepstack_jax.data.encode import BadExample, Encoder, OverlongError
+from deepstack_jax.data.encode import REMARKS, BadExample, Encoder, OverlongError
 from deepstack_jax.data.image import image_grid
-from deepstack_jax.data.lengths import image_size
+from deepstack_jax.data.image_files import look_at
 from deepstack_jax.data.mixture import epoch_order
 from deepstack_jax.data.packing import Limits, pack
 from deepstack_jax.data.rows import Size
@@ -28,6 +29,7 @@ class Measured:
     size: Size
     supervised: int  # tokens that the loss asks for
     grids: tuple[Grid | None, ...]  # per image
+    remarks: tuple[str, ...]  # `encode.REMARKS` that hold, one for each image or text
     origin: str  # its set in a mixture, else its "data_source"; "" where it has neither
 
 
@@ -59,6 +61,11 @@ class Survey:
     def grids(self) -> Counter[str]:
         """Images by the grid of their crops, "rows×cols"."""
         return Counter(grid_name(grid) for one in self.usable for grid in one.grids)
+
+    def remarks(self) -> list[tuple[str, int]]:
+        """(what was done to images or words, how many), of what was done at all."""
+        counts = Counter(chain.from_iterable(one.remarks for one in self.usable))
+        return [(remark, counts[remark]) for remark in REMARKS if counts[remark]]
 
 
 def grid_name(grid: Grid | None) -> str:
@@ -92,13 +99,15 @@ def measure(example: Example, encoder: Encoder) -> Measured:
     """Sizes and supervised tokens of an example, its images known by their headers; raises ValueError if it cannot be used."""
     config, layout = encoder.config, encoder.config.layout
     whole = encoder.text(example)
-    sizes = [image_size(source) for source in example.images]
+    looks = [look_at(source, config.data) for source in example.images]
+    sizes = [look.size_wh for look in looks]
     grids = tuple(image_grid(size, config.image) for size in sizes)
     visual = [layout.token_count(grid, size) for grid, size in zip(grids, sizes, strict=True)]
     text = encoder.fit(example, whole, visual)
     size = Size(text.ids.size - len(visual) + sum(visual), sum(map(layout.views, grids)), sum(visual))
     origin = str(example.info.get("set") or example.info.get("data_source") or "")
-    return Measured(size, int(text.supervised[1:].sum()), grids, origin)
+    remarks = (*chain.from_iterable(look.remarks for look in looks), *text.remarks)
+    return Measured(size, int(text.supervised[1:].sum()), grids, remarks, origin)
 
 
 def padded_efficiency(sizes: np.ndarray, config: Config) -> float:

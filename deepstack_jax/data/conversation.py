@@ -19,10 +19,16 @@ class Message:
 
 @dataclass(frozen=True)
 class Rendered:
-    """Prompt text and the half-open character spans of it that are trained: every answer with its end of turn."""
+    """Prompt text and half-open character spans of it.
+
+    Attributes:
+      spans: what is trained: every answer with its end of turn.
+      words: what the turns themselves say; all else is the template's.
+    """
 
     text: str
     spans: tuple[tuple[int, int], ...]
+    words: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -203,18 +209,16 @@ def render(messages: Sequence[Message], template: Template, *, complete: bool = 
     if template.caption:
         turns = _captioned(turns)
 
-    pieces, spans, length = [], [], 0
+    text, spans, words = "", [], []
     for number, message in enumerate(turns):
-        if message.role == "human":
-            piece = (template.again if number else template.start) + message.text + template.ask
-        else:
-            piece = template.lead + message.text + template.end
-            spans.append((length, length + len(piece)))
-        pieces.append(piece)
-        length += len(piece)
-    if complete:
-        pieces.append(template.tail)
-    return Rendered("".join(pieces), tuple(spans))
+        start = len(text)
+        asks = message.role == "human"
+        text += (template.again if number else template.start) if asks else template.lead
+        words.append((len(text), len(text) + len(message.text)))
+        text += message.text + (template.ask if asks else template.end)
+        if not asks:
+            spans.append((start, len(text)))
+    return Rendered(text + template.tail * complete, tuple(spans), tuple(words))
 
 
 def _check(turns: Sequence[Message], dropped: int, complete: bool) -> None:

@@ -11,13 +11,17 @@ import numpy as np
 
 from deepstack_jax.config import Config
 from deepstack_jax.data.conversation import Rendered, get_template, normalise, render
-from deepstack_jax.data.image import make_views, open_image
+from deepstack_jax.data.image import make_views
+from deepstack_jax.data.image_files import DEEP, TURNED, read_image
 from deepstack_jax.data.rows import EncodedExample
 from deepstack_jax.data.sources import Example, SampleError, Source, SourceError
-from deepstack_jax.data.tokenize import IMAGE_TOKEN, EncodedText, encode_conversation
+from deepstack_jax.data.tokenize import CONTROL, IMAGE_TOKEN, EncodedText, encode_conversation
 from deepstack_jax.data.tokenizers import Tokenizer, load_tokenizer
 from deepstack_jax.layout.sequence import VisualLayout
 from deepstack_jax.printing import MOST, label, one_line
+
+REMARKS = (DEEP, TURNED, CONTROL)
+"""What is done to images and words that not everybody expects: a run counts it and says it once."""
 
 _NO_TOKEN = "<|\uf8ff|>"  # of a private character, so that no tokenizer has it: what this becomes, anything unknown does
 
@@ -111,14 +115,15 @@ class Encoder:
     def encode(self, example: Example) -> EncodedExample:
         """Like the call, but raises ValueError on an example that cannot be used."""
         text = self.text(example)
-        pixels, layouts = self.images(example)
+        pixels, layouts, remarks = self.images(example)
         text = self.fit(example, text, [layout.tokens.size for layout in layouts])
-        return EncodedExample(example.index, text.ids, text.supervised, pixels, layouts)
+        return EncodedExample(example.index, text.ids, text.supervised, pixels, layouts, (*remarks, *text.remarks))
 
     def text(self, example: Example) -> EncodedText:
         """Token ids of an example whole, its images not looked at; raises ValueError where it cannot be used."""
         text, tokenizer = self.rendered(example), load_tokenizer(self.config.data.tokenizer)
-        return encode_conversation(text, tokenizer, has_image=bool(example.images))
+        plain = self.config.data.control_tokens == "text"
+        return encode_conversation(text, tokenizer, has_image=bool(example.images), plain_words=plain)
 
     def rendered(self, example: Example) -> Rendered:
         """The text of an example, not tokenised; ValueError where it has too many images or does not fit the template."""
@@ -152,7 +157,7 @@ class Encoder:
             raise SampleError(f"{problem}, and an image would be cut; raise config.data.max_length", example.name)
         if not text.supervised[1:kept].any():
             raise SampleError(f"{problem}, and no answer begins before the cut; raise config.data.max_length", example.name)
-        return EncodedText(text.ids[:kept], text.supervised[:kept])
+        return EncodedText(text.ids[:kept], text.supervised[:kept], text.remarks)
 
     def check_images(self, example: Example) -> None:
         """Refuse what the row has no room for before any image is decoded."""
@@ -163,12 +168,14 @@ class Encoder:
                 example.name,
             )
 
-    def images(self, example: Example) -> tuple[tuple[np.ndarray, ...], tuple[VisualLayout, ...]]:
-        """The views u8[n, y, x, 3] and the layout of every image; ImageError where one cannot be read."""
+    def images(self, example: Example) -> tuple[tuple[np.ndarray, ...], tuple[VisualLayout, ...], list[str]]:
+        """The views u8[n, y, x, 3] and the layout of every image, and remarks; ImageError where one cannot be read."""
         config = self.config
-        pixels, layouts = [], []
+        pixels, layouts, remarks = [], [], []
         for source in example.images:
-            views = make_views(open_image(source), config.image)
+            image, of_image = read_image(source, config.data)
+            views = make_views(image, config.image)
             pixels.append(views.pixels)
             layouts.append(config.layout.layout(views.grid, views.size_wh))
-        return tuple(pixels), tuple(layouts)
+            remarks += of_image
+        return tuple(pixels), tuple(layouts), remarks

@@ -1,24 +1,20 @@
 """From image files to the square uint8 views that the vision tower sees, equal to the official pixels to the bit."""
 
 import math
-import os
 from dataclasses import dataclass
-from io import BytesIO
 from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
 
-from deepstack_jax.data import files
+from deepstack_jax.data.image_files import ImageError as ImageError
+from deepstack_jax.data.image_files import open_image as open_image
 from deepstack_jax.layout.grid import Grid, best_grid, letterbox, possible_grids
 
 if TYPE_CHECKING:
     from deepstack_jax.config import ImageConfig
 
-MAX_PIXELS = 178_956_970  # where Pillow itself refuses an image as a decompression bomb
-MAX_BYTES = 512 << 20  # of a file that may be an image
 SCRATCH_PIXELS = 2**25  # bounds the scratch image of a very long, thin picture
-
 # Otherwise glibc hands its free pages back after an image and faults them in again for the next: a tenth of the time. The free
 # of one large block raises its limits (mallopt(3), the dynamic mmap threshold) to 62 MiB kept for reuse, for the whole process.
 np.empty(31 * 2**20, np.uint8)
@@ -33,10 +29,6 @@ FILTERS = {
 }
 
 
-class ImageError(ValueError):
-    """An image that cannot be read; the message is one line with its path and the reason."""
-
-
 @dataclass(frozen=True)
 class Views:
     """The crops of one image, as the vision tower takes them before normalisation."""
@@ -44,36 +36,6 @@ class Views:
     pixels: np.ndarray  # u8[n, S, S, 3]; view 0 is the global one, then the crops row-major
     grid: Grid | None  # (rows, cols) of the crops, None without crops
     size_wh: tuple[int, int]  # of the original image
-
-
-def open_image(source: str | os.PathLike | bytes | Image.Image | np.ndarray, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """Read an image by its content, whatever its name says; of several frames the first. EXIF is not applied, as upstream.
-
-    Args:
-        source: a path, an encoded file, a PIL image, or u8[y, x], u8[y, x, 1], u8[y, x, 3] or u8[y, x, 4].
-        max_pixels: largest width * height that is decoded.
-
-    Returns:
-        A decoded image of mode RGB, or L where the source is gray: a third of the work for `make_views`, the same pixels.
-        `.convert("RGB")` of it equals PIL's own conversion of the source.
-
-    Raises:
-        ImageError: missing, empty, truncated, too large, or no image at all; black pixels in its place would train on noise.
-    """
-    name = _describe(source)
-    try:
-        image = _decode(source)
-        if image.width * image.height > max_pixels:
-            raise ImageError(f"{image.width}x{image.height} is more than max_pixels={max_pixels}")
-        image.load()
-        if image.mode in ("RGB", "L"):
-            return image
-        return image.convert("L" if image.mode in ("1", "LA") else "RGB")
-    except Exception as error:  # PIL's decoders raise nearly anything on damaged bytes
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        if isinstance(error, Image.UnidentifiedImageError):
-            reason = "not in any image format that Pillow knows"
-        raise ImageError(f"cannot read image {name}: {' '.join(reason.split()) or type(error).__name__}") from error
 
 
 def image_grid(size_wh: tuple[int, int], spec: "ImageConfig") -> Grid | None:
@@ -205,35 +167,3 @@ def _filter(name: str) -> Image.Resampling:
     if name not in FILTERS:
         raise ValueError(f"image filter {name!r} is unknown; use one of {', '.join(map(repr, FILTERS))}")
     return FILTERS[name]
-
-
-def _describe(source: object) -> str:
-    match source:
-        case str() | os.PathLike():
-            return os.fsdecode(source)
-        case bytes():
-            return f"<{len(source)} bytes>"
-        case np.ndarray():
-            return f"<array {source.dtype}{list(source.shape)}>"
-        case _:
-            return f"<{type(source).__name__}>"
-
-
-def _decode(source: object) -> Image.Image:
-    match source:
-        case Image.Image():
-            image = source
-        case np.ndarray():
-            if source.dtype != np.uint8 or source.ndim not in (2, 3) or (source.ndim == 3 and source.shape[2] not in (1, 3, 4)):
-                raise ImageError("expected uint8[y, x], [y, x, 1], [y, x, 3] or [y, x, 4]")
-            image = Image.fromarray(np.ascontiguousarray(source[..., 0] if source.shape[2:] == (1,) else source))
-        case str() | os.PathLike() | bytes():
-            data = source if isinstance(source, bytes) else files.read_bytes(os.fsdecode(source), MAX_BYTES)
-            if not data:
-                raise ImageError("the file is empty")
-            image = Image.open(BytesIO(data))
-        case _:
-            raise ImageError("expected a path, encoded bytes, a PIL image or a uint8 array")
-    if 0 in image.size:
-        raise ImageError(f"{image.width}x{image.height} has no pixels")
-    return image

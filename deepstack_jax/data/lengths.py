@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import pickle
 import shutil
 from collections.abc import Callable, Iterable, Iterator
@@ -12,18 +11,17 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict
 from functools import partial
-from io import BytesIO
 from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 from rich.progress import Progress
 
 from deepstack_jax.config import Config
 from deepstack_jax.data import files
 from deepstack_jax.data.encode import Encoder
-from deepstack_jax.data.image import MAX_PIXELS, ImageError, image_grid
+from deepstack_jax.data.image import image_grid
+from deepstack_jax.data.image_files import image_size
 from deepstack_jax.data.rows import Size
 from deepstack_jax.data.sources import Example, SampleError, Source, SourceError
 from deepstack_jax.data.workers import live_and_die_with_the_run
@@ -37,33 +35,10 @@ UNKNOWN = Size()  # of an example that cannot be used: it takes a place among a 
 _VERSION = 1  # of what the numbers mean
 
 
-def image_size(source: str | os.PathLike[str] | bytes | np.ndarray | Image.Image) -> tuple[int, int]:
-    """(width, height) of what `open_image` would give, read from the image's header.
-
-    Raises:
-      ImageError: there is no such header. An image that is damaged behind it still has a size.
-    """
-    if isinstance(source, np.ndarray):
-        return source.shape[1], source.shape[0]
-    if isinstance(source, Image.Image):
-        return source.size
-    try:
-        opened = BytesIO(source) if isinstance(source, bytes) else files.open_binary(os.fspath(source))
-        with opened, Image.open(opened) as image:
-            width, height = image.size
-    except Exception as error:  # PIL's readers raise nearly anything on damaged bytes
-        name = f"<{len(source)} bytes>" if isinstance(source, bytes) else os.fspath(source)
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        raise ImageError(f"cannot read image {name}: {reason}") from error
-    if not 0 < width * height <= MAX_PIXELS:
-        raise ImageError(f"an image of {width}x{height} pixels, expected 1 to {MAX_PIXELS} of them")
-    return width, height
-
-
 def measure(example: Example, encoder: Encoder) -> Size:
     """The size of `encoder.encode(example)`, images known by their headers only; raises ValueError as that does."""
     text, config, layout = encoder.text(example), encoder.config, encoder.config.layout
-    sizes = [image_size(source) for source in example.images]
+    sizes = [image_size(source, config.data) for source in example.images]
     grids = [image_grid(size, config.image) for size in sizes]
     visual = [layout.token_count(grid, size) for grid, size in zip(grids, sizes, strict=True)]
     text = encoder.fit(example, text, visual)
@@ -72,7 +47,7 @@ def measure(example: Example, encoder: Encoder) -> Size:
 
 def header_layouts(example: Example, config: Config) -> list[VisualLayout]:
     """The layout of every image, known by its header; ImageError where one has none."""
-    sizes = [image_size(source) for source in example.images]
+    sizes = [image_size(source, config.data) for source in example.images]
     return [config.layout.layout(image_grid(size, config.image), size) for size in sizes]
 
 
@@ -212,7 +187,15 @@ def _key(source: Source, config: Config) -> str:
         "source": hashlib.sha256(pickle.dumps(source, protocol=4)).hexdigest(),
         "rows": [_text_of(source, int(row)) for row in looked_at],
         "tokenizer": _tokenizer_version(data.tokenizer),
-        "data": [data.template, data.max_length, data.max_images, data.overlong],
+        "data": [
+            data.template,
+            data.max_length,
+            data.max_images,
+            data.overlong,
+            data.max_pixels,
+            data.exif,
+            data.control_tokens,
+        ],
         "image": asdict(config.image),
         "layout": asdict(layout),
     }

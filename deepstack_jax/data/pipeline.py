@@ -41,6 +41,7 @@ class Delivered(NamedTuple):
     batch: Batch
     bad: tuple[BadExample, ...]
     examples: int  # that were due in this part, bad ones included
+    remarks: tuple[tuple[int, tuple[str, ...]], ...] = ()  # row of the source, and what was done to it (`encode.REMARKS`)
 
 
 def open_tokenizer(config: Config) -> Tokenizer:
@@ -135,7 +136,7 @@ def collate(examples: Sequence[EncodedExample | BadExample], config: Config, lon
 def _fill(shape: BatchShape, rows: Sequence[Sequence[tuple[EncodedExample | BadExample, Size]]], patches: int) -> Delivered:
     """A batch with every row's examples one behind the other; where a bad one was due, room of the given size stays blank."""
     batch = empty_batch(shape)
-    bad = []
+    bad, remarks = [], []
     for row, examples in enumerate(rows):
         cursor = Cursor()
         for example, room in examples:
@@ -145,8 +146,10 @@ def _fill(shape: BatchShape, rows: Sequence[Sequence[tuple[EncodedExample | BadE
                 cursor = cursor.after(room)
             else:
                 cursor = place_example(batch, row, example, cursor, patches)
+                if example.remarks:
+                    remarks.append((example.index, example.remarks))
     check_batch(batch, patches)
-    return Delivered(batch, tuple(bad), sum(map(len, rows)))
+    return Delivered(batch, tuple(bad), sum(map(len, rows)), tuple(remarks))
 
 
 class TrainingStream(Iterator[Delivered]):

@@ -16,7 +16,7 @@ from PIL import Image
 
 from deepstack_jax.data import files
 from deepstack_jax.data.conversation import ConversationError, Message
-from deepstack_jax.data.image import MAX_BYTES, open_image
+from deepstack_jax.data.image_files import MAX_BYTES, open_image
 from deepstack_jax.data.normaliser import RowError, check_messages
 from deepstack_jax.data.sources import Example, SampleError
 
@@ -71,7 +71,8 @@ def _image_bytes(image: str | bytes | np.ndarray | Image.Image) -> bytes:
     if isinstance(image, str):
         return files.read_bytes(image, MAX_BYTES)
     buffer = BytesIO()
-    open_image(image).save(buffer, "PNG")  # RGB or gray, as training would see it
+    opened = open_image(image)
+    opened.save(buffer, "PNG", exif=opened.info.get("exif", b""))  # RGB or gray, as training would see it
     return buffer.getvalue()
 
 

@@ -29,6 +29,7 @@ class EncodedExample:
     supervised: np.ndarray  # bool[n], tokens that the loss asks for
     pixels: tuple[np.ndarray, ...]  # per image: u8[views, y, x, 3]
     layouts: tuple[VisualLayout, ...]  # per image
+    remarks: tuple[str, ...] = ()  # `encode.REMARKS` that hold, one for each image or text
 
     @property
     def length(self) -> int:

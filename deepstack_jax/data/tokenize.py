@@ -4,6 +4,8 @@ Which tokens are trained is read off the characters of the rendered conversation
 tokenizer, template or answer can shift the labels ("tokenization mismatch" upstream, which blanks the sample).
 """
 
+import unicodedata
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,19 +14,24 @@ from deepstack_jax.data.conversation import IMAGE_MARK, ConversationError, Rende
 from deepstack_jax.data.tokenizers import Tokenizer
 
 IMAGE_TOKEN = -200
+CONTROL = "texts whose words hold control tokens such as </s>, read as letters; data.control_tokens=tokens: as upstream does"
 
 
 @dataclass(frozen=True)
 class EncodedText:
     ids: np.ndarray  # i32[n], IMAGE_TOKEN where an image stands
     supervised: np.ndarray  # bool[n]
+    remarks: tuple[str, ...] = ()  # CONTROL, if it holds
 
 
-def encode_with_images(text: str, tokenizer: Tokenizer, *, has_image: bool = True) -> tuple[np.ndarray, np.ndarray]:
+def encode_with_images(
+    text: str, tokenizer: Tokenizer, *, has_image: bool = True, words: Sequence[tuple[int, int]] = ()
+) -> tuple[np.ndarray, np.ndarray]:
     """Ids i32[n], BOS once at the front, and offsets i32[n, 2]; IMAGE_TOKEN where the text says "<image>".
 
     The chunks between images are tokenized one by one, as upstream does: each starts like a text of its own. With
-    `has_image=False` (a record without images) a literal "<image>" is ordinary text.
+    `has_image=False` (a record without images) a literal "<image>" is ordinary text. Inside the spans `words` control
+    tokens are read as the letters they are written in.
     """
     ids, offsets = [], []
     if tokenizer.bos_id is not None:
@@ -37,21 +44,52 @@ def encode_with_images(text: str, tokenizer: Tokenizer, *, has_image: bool = Tru
             offsets.append(np.array([[position, position + len(IMAGE_MARK)]], np.int32))
             position += len(IMAGE_MARK)
         chunk_ids, chunk_offsets = tokenizer.encode(chunk)
+        inside = [(start - position, end - position) for start, end in words]
+        if plain := control_spans(chunk, chunk_ids, chunk_offsets, inside, tokenizer):
+            chunk_ids, chunk_offsets = tokenizer.encode(chunk, plain)
         ids.append(chunk_ids)
         offsets.append(chunk_offsets + np.int32(position))
         position += len(chunk)
     return np.concatenate(ids), np.concatenate(offsets)
 
 
-def encode_conversation(rendered: Rendered, tokenizer: Tokenizer, *, has_image: bool = True) -> EncodedText:
+def control_spans(
+    text: str, ids: np.ndarray, offsets: np.ndarray, words: Sequence[tuple[int, int]], tokenizer: Tokenizer
+) -> list[tuple[int, int]]:
+    """Where the text, inside `words`, spells out what became one of the tokenizer's control tokens."""
+    found = []
+    if words:
+        for at in np.flatnonzero(np.isin(ids, list(tokenizer.control_tokens))):
+            start, end = offsets[at].tolist()
+            spelt = _same_letters(text[start:end]) == _same_letters(tokenizer.control_tokens[int(ids[at])])
+            if spelt and any(first <= start and end <= last for first, last in words):  # not an unknown letter's <unk>
+                found.append((start, end))
+    return found
+
+
+def _same_letters(text: str) -> str:
+    """Equal for what a tokenizer's normaliser may take for equal."""
+    return unicodedata.normalize("NFKC", text).strip().casefold()
+
+
+def encode_conversation(
+    rendered: Rendered, tokenizer: Tokenizer, *, has_image: bool = True, plain_words: bool = False
+) -> EncodedText:
     """Token ids and which of them are trained: those that overlap a supervised span.
 
     A token without characters goes with the character that follows it. BOS and images are never trained.
+
+    Args:
+      plain_words: control tokens inside the turns' words are read as text (`config.data.control_tokens`).
 
     Raises:
       ConversationError: nothing would be trained; such a sample only dilutes a batch and hides a broken record.
     """
     ids, offsets = encode_with_images(rendered.text, tokenizer, has_image=has_image)
+    remarks = ()
+    if plain_words and control_spans(rendered.text, ids, offsets, rendered.words, tokenizer):
+        ids, offsets = encode_with_images(rendered.text, tokenizer, has_image=has_image, words=rendered.words)
+        remarks = (CONTROL,)
     starts, ends = offsets[:, 0], np.maximum(offsets[:, 1], offsets[:, 0] + 1)
     supervised = np.zeros(len(ids), bool)
     for start, end in rendered.spans:
@@ -62,4 +100,4 @@ def encode_conversation(rendered: Rendered, tokenizer: Tokenizer, *, has_image: 
         raise ConversationError(
             f"no supervised token among {len(ids)}; expected an answer; repair or drop the record; text: {rendered.text!r:.120}"
         )
-    return EncodedText(ids, supervised)
+    return EncodedText(ids, supervised, remarks)

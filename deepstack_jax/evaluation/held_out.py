@@ -98,7 +98,7 @@ def questions(example: Example, answerer: Answerer, options: Options) -> list[Qu
       ImageError: an image cannot be read. ConversationError: as `answered_turns`.
     """
     asked = answered_turns(example, find_template(options.template or answerer.template))
-    images = [cut_image(image, answerer.config) for image in example.images]
+    images = [cut_image(image, answerer.config, options.exif) for image in example.images]
     found, turns = list[Question](), list[Turn]()
     for one in asked:
         for message in one.before[len(turns) :]:

@@ -10,9 +10,20 @@ from typing import NamedTuple
 import numpy as np
 
 from deepstack_jax.config import Config
-from deepstack_jax.data.conversation import IMAGE_MARK, ConversationError, Message, Template, get_template, normalise, render
+from deepstack_jax.config_data import DataConfig
+from deepstack_jax.data.conversation import (
+    IMAGE_MARK,
+    ConversationError,
+    Message,
+    Rendered,
+    Template,
+    get_template,
+    normalise,
+    render,
+)
 from deepstack_jax.data.encode import BadExample, Encoder, try_row
-from deepstack_jax.data.lengths import header_layouts, image_size, measure
+from deepstack_jax.data.image_files import DEFAULTS, image_size
+from deepstack_jax.data.lengths import header_layouts, measure
 from deepstack_jax.data.sources import Example, Source
 from deepstack_jax.data.tokenize import encode_with_images
 from deepstack_jax.data.tokenizers import load_tokenizer
@@ -24,7 +35,7 @@ class AnsweredTurn(NamedTuple):
     turn: int  # which question of the row, from 0
     before: tuple[Message, ...]  # the turns up to the question, which is the last
     images: int  # how many of the row's images, from the first on, stand in these turns
-    prompt: str  # these turns as a text that the answer follows
+    prompt: Rendered  # these turns as a text that the answer follows
     reference: str
     problem: str  # why no words can match it; "" where they can
 
@@ -55,7 +66,7 @@ def answered_turns(example: Example, template: Template) -> list[AnsweredTurn]:
     found = []
     for turn, number in enumerate(answers):
         before, reference = messages[:number], messages[number].text
-        prompt = render(before, template, complete=False).text
+        prompt = render(before, template, complete=False)
         problem = "its answer holds an image, which no words can match" if shown[number] > shown[number - 1] else ""
         found.append(AnsweredTurn(turn, before, shown[number - 1], prompt, reference, problem))
     return found
@@ -73,7 +84,8 @@ def prompts(example: Example, config: Config, visual: Sequence[int]) -> Iterator
     tokenizer, room = load_tokenizer(config.data.tokenizer), config.data.max_length
     room = min(room, config.decoder.max_positions - config.evaluation.max_new_tokens)
     for asked in answered_turns(example, get_template(config.data.template)):
-        ids, _ = encode_with_images(asked.prompt, tokenizer, has_image=bool(example.images))
+        words = asked.prompt.words if config.data.control_tokens == "text" else ()
+        ids, _ = encode_with_images(asked.prompt.text, tokenizer, has_image=bool(example.images), words=words)
         length, problem = ids.size + sum(visual[: asked.images]) - asked.images, asked.problem
         if length > room:
             problem = f"a prompt of {length} tokens with its images, expected {room} at most; raise config.data.max_length"
@@ -102,13 +114,13 @@ def check_rows(source: Source, config: Config) -> list[BadExample]:
     return _bad(source, range(min(config.evaluation.examples, len(source))), check)
 
 
-def check_questions(source: Source, rows: range) -> list[BadExample]:
+def check_questions(source: Source, rows: range, data: DataConfig = DEFAULTS) -> list[BadExample]:
     """Rows that no model can be asked, as far as shows before one is loaded and images are decoded."""
 
     def check(example: Example) -> None:
         answered_turns(example, get_template("v1"))
         for image in example.images:
-            image_size(image)
+            image_size(image, data)
 
     return _bad(source, rows, check)
 

@@ -14,8 +14,9 @@ from PIL import Image
 from rich.table import Table
 
 from deepstack_jax.config import Config
+from deepstack_jax.config_data import DataConfig
 from deepstack_jax.data.encode import BadExample, Encoder, try_row
-from deepstack_jax.data.image import open_image
+from deepstack_jax.data.image_files import read_image
 from deepstack_jax.data.lengths import encoded_tokens, measure
 from deepstack_jax.data.mixture import epoch_order
 from deepstack_jax.data.open import check_images
@@ -46,7 +47,7 @@ def report_held_out(
     shown = answers[: config.evaluation.samples]
     log.write(step, {**numbers, "validation_bad_examples": len(left_out)})
     if shown:
-        picture = thumbnail(held_out.source, shown[0].index)
+        picture = thumbnail(held_out.source, shown[0].index, config.data)
         log.sample(step, "samples", "\n\n".join(one_line(answer) for answer in shown), picture)
     console.print(f"step {step}: {loss_line(held_out, numbers)}")
     for answer in shown:
@@ -132,13 +133,13 @@ def loss_line(held_out: HeldOut, numbers: dict[str, float]) -> str:
     return f"validation loss {numbers['validation_loss']:.4f}"
 
 
-def thumbnail(source: Source, index: int) -> np.ndarray | None:
+def thumbnail(source: Source, index: int, data: DataConfig) -> np.ndarray | None:
     """The first picture of an example as u8[y, x, 3], shrunk; None where it has none that can be read."""
 
     def draw(example: Example) -> np.ndarray | None:
         if not example.images:
             return None
-        picture = open_image(example.images[0]).convert("RGB")
+        picture = read_image(example.images[0], data)[0].convert("RGB")
         picture.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS)
         return np.asarray(picture)
 

@@ -108,8 +108,8 @@ def _rows_per_host(config: Config, mesh: Mesh) -> int:
 def _collate(examples: Sequence[EncodedExample | BadExample], rows: int, config: Config) -> Delivered:
     """A host's part of a batch, filled up with blank rows; all hosts take the same length."""
     longest = max((example.length for example in examples if isinstance(example, EncodedExample)), default=0)
-    batch, bad, due = collate([*examples, *[_NOBODY] * (rows - len(examples))], config, max_over_hosts(longest))
-    return Delivered(batch, tuple(example for example in bad if example is not _NOBODY), due)
+    delivered = collate([*examples, *[_NOBODY] * (rows - len(examples))], config, max_over_hosts(longest))
+    return delivered._replace(bad=tuple(example for example in delivered.bad if example is not _NOBODY))
 
 
 def _questions(
@@ -119,7 +119,7 @@ def _questions(
 
     def encode(example: Example) -> list[tuple[EncodedExample, dict] | BadExample]:
         encoder.check_images(example)
-        pixels, layouts = encoder.images(example)
+        pixels, layouts, _ = encoder.images(example)
         found: list[tuple[EncodedExample, dict] | BadExample] = []
         for one in prompts(example, config, [layout.tokens.size for layout in layouts]):
             if isinstance(one, BadExample):

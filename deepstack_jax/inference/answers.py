@@ -90,8 +90,9 @@ class Answerer:
                 got = f"{type(images).__name__} and {type(words).__name__}"
                 raise RequestError(f"a prompt is a list of images and a string, got {got}; put a single image into a list")
             messages.append(Message(role, question(words, len(images), template) if role == "human" else words))
-            cut += [image if isinstance(image, CutImage) else cut_image(image, self.config) for image in images]
-        encoded = encode_prompt(messages, cut, self.tokenizer, template)
+            cut += [cut_image(image, self.config, options.exif) for image in images]
+        plain = self.config.data.control_tokens == "text"
+        encoded = encode_prompt(messages, cut, self.tokenizer, template, plain_words=plain)
         check_context(encoded.length, options.max_new_tokens, self.config)
         return encoded
 
@@ -147,9 +148,10 @@ class Chat:
         """
         if not isinstance(images, list | tuple):
             raise RequestError(f"images is a {type(images).__name__}, expected a list; put a single image into a list")
-        cut = [cut_image(image, self._answerer.config) for image in images]
+        chosen = self._options.but(options)
+        cut = [cut_image(image, self._answerer.config, chosen.exif) for image in images]
         asked = (*self.turns, Turn("human", prompt, cut))
-        return self._listen(asked, self._answerer.stream(asked, self._options.but(options)))
+        return self._listen(asked, self._answerer.stream(asked, chosen))
 
     def clear(self) -> None:
         """Forget all turns and images."""

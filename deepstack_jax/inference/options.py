@@ -34,6 +34,7 @@ class Options:
       stop: the answer ends before the first of these strings, besides the template's own end of turn.
       seed: of the noise; one for all prompts, or one each. A prompt draws the same alone and in any batch.
       template: name of the conversation template; None = the checkpoint's own.
+      exif: "apply" turns images upright as EXIF says, "ignore" takes them as they are stored, as the official code does.
     """
 
     max_new_tokens: int = 64
@@ -43,6 +44,7 @@ class Options:
     stop: str | Sequence[str] = ()
     seed: int | Sequence[int] = 0
     template: str | None = None
+    exif: str = "apply"
 
     def __post_init__(self) -> None:
         """Raises RequestError on a value of the wrong type or out of range."""
@@ -51,6 +53,7 @@ class Options:
         _within("temperature", self.temperature, float, 0 <= self.temperature < float("inf"), "0 (greedy) or more")
         _within("top_p", self.top_p, float, 0 < self.top_p <= 1, "more than 0 and at most 1 (1 = all tokens)")
         _within("top_k", self.top_k, int, self.top_k >= 0, "0 (all tokens) or more")
+        _within("exif", self.exif, str, self.exif in ("apply", "ignore"), "'apply' or 'ignore'")
         for text in self.stops:
             _within("stop", text, str, isinstance(text, str) and bool(text), "strings that are not empty")
 
@@ -105,6 +108,7 @@ _KINDS: dict[str, tuple[tuple[type, ...], str]] = {
     "stop": ((str, list, tuple), "a string or a list of them"),
     "seed": ((*_WHOLE, list, tuple, np.ndarray), "a whole number, or one per prompt"),
     "template": ((str, type(None)), "the name of a conversation template"),
+    "exif": ((str,), "'apply' or 'ignore'"),
 }
 
 

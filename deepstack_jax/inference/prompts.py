@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -10,7 +11,8 @@ import numpy as np
 from deepstack_jax.batch import Batch, BatchShape, check_batch, empty_batch
 from deepstack_jax.config import Config
 from deepstack_jax.data.conversation import IMAGE_MARK, Message, Template, get_template, render
-from deepstack_jax.data.image import make_views, open_image
+from deepstack_jax.data.image import make_views
+from deepstack_jax.data.image_files import read_image
 from deepstack_jax.data.rows import Cursor, EncodedExample, place_example
 from deepstack_jax.data.tokenize import encode_with_images
 from deepstack_jax.inference.options import AnswerTokenizer, RequestError
@@ -24,6 +26,7 @@ class CutImage(NamedTuple):
 
     pixels: np.ndarray  # u8[views, y, x, 3]
     layout: VisualLayout
+    remarks: tuple[str, ...] = ()  # see `EncodedExample`
 
 
 def bucket(size: int) -> int:
@@ -48,10 +51,17 @@ def find_template(name: str) -> Template:
         raise RequestError(f"{error}; choose one with template=NAME") from error
 
 
-def cut_image(source: Any, config: Config) -> CutImage:
-    """The views of one image and its layout; ImageError, naming the image, where it cannot be read."""
-    views = make_views(open_image(source), config.image)
-    return CutImage(views.pixels, config.layout.layout(views.grid, views.size_wh))
+def cut_image(source: Any, config: Config, exif: str) -> CutImage:
+    """The views of one image and its layout; `exif` as in `Options`. What is cut already stays as it is.
+
+    Raises:
+      ImageError: the image cannot be read; it is named.
+    """
+    if isinstance(source, CutImage):
+        return source
+    image, remarks = read_image(source, replace(config.data, exif=exif))
+    views = make_views(image, config.image)
+    return CutImage(views.pixels, config.layout.layout(views.grid, views.size_wh), remarks)
 
 
 def question(prompt: str, images: int, template: Template) -> str:
@@ -72,16 +82,25 @@ def question(prompt: str, images: int, template: Template) -> str:
 
 
 def encode_prompt(
-    messages: Sequence[Message], images: Sequence[CutImage], tokenizer: AnswerTokenizer, template: Template
+    messages: Sequence[Message],
+    images: Sequence[CutImage],
+    tokenizer: AnswerTokenizer,
+    template: Template,
+    *,
+    plain_words: bool = True,
 ) -> EncodedExample:
     """A conversation with an open question, ready to be placed.
+
+    Args:
+      plain_words: control tokens that somebody's words spell out are text (`config.data.control_tokens`).
 
     Raises:
       RequestError: the tokenizer has no id for a word, or placeholders and images differ in number.
     """
-    text = render(messages, template, complete=False).text
+    asked = render(messages, template, complete=False)
+    words = asked.words if plain_words else ()
     try:
-        ids, _ = encode_with_images(text, tokenizer, has_image=bool(images))
+        ids, _ = encode_with_images(asked.text, tokenizer, has_image=bool(images), words=words)
     except ValueError as error:
         raise RequestError(f"the tokenizer cannot read the prompt: {error}") from error
     return example(ids, images)

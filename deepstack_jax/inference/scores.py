@@ -31,6 +31,7 @@ def score(
     images: Any,
     attention_mask: Any,
     pad_id: int,
+    exif: str,
 ) -> np.ndarray:
     """As `api.LMM.logits`, which see."""
     ids = _array("input_ids", input_ids)
@@ -45,7 +46,7 @@ def score(
         raise RequestError(
             f"input_ids holds {bad}, expected 0..{config.decoder.vocab_size - 1}, or {IMAGE_TOKEN} where an image stands"
         )
-    rows = _rows(ids, mask, images, config)
+    rows = _rows(ids, mask, images, config, exif)
     lengths = [row.length for row in rows]
     for number, length in enumerate(lengths):
         check_context(length, 0, config, f"row {number}")
@@ -85,7 +86,7 @@ def _as_mask(attention_mask: Any, shape: tuple[int, ...]) -> np.ndarray:
     return mask.astype(bool)
 
 
-def _rows(ids: np.ndarray, mask: np.ndarray, images: Any, config: Config) -> list:
+def _rows(ids: np.ndarray, mask: np.ndarray, images: Any, config: Config, exif: str) -> list:
     """Every row without its padding, and with its images cut."""
     images = [None] * len(ids) if images is None else images
     if not isinstance(images, list | tuple):
@@ -101,4 +102,6 @@ def _rows(ids: np.ndarray, mask: np.ndarray, images: Any, config: Config) -> lis
             raise RequestError(f"row {number} of input_ids holds nothing but padding; leave it out")
         if wanted != count:
             raise RequestError(f"row {number} has {wanted} image tokens ({IMAGE_TOKEN}) and {count} images; give one for each")
-    return [example(row, [cut_image(image, config) for image in given or ()]) for row, given in zip(kept, images, strict=True)]
+    return [
+        example(row, [cut_image(image, config, exif) for image in given or ()]) for row, given in zip(kept, images, strict=True)
+    ]

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ import numpy as np
 
 from deepstack_jax.batch import Batch
 from deepstack_jax.config import Config
-from deepstack_jax.data.encode import BadExample
+from deepstack_jax.data.encode import REMARKS, BadExample
 from deepstack_jax.data.pipeline import Delivered, TrainingStream
 from deepstack_jax.data.sources import SourceError
 from deepstack_jax.parallel.distributed import is_first_host, part_of_batch, put_batch, sum_over_hosts
@@ -107,6 +109,7 @@ def loop(run: Run, state: TrainState, stop: Callable[[], bool]) -> TrainState:
             if step > first and (jax.process_count() == 1 or not isinstance(error, SourceError)):
                 save_before_leaving(run, records, state, step, unused)
             raise
+    records.say_remarks()
     save(run, records, state, step)
     with run.journal.spend("checkpoint"):
         run.checkpoints.finish(step)
@@ -152,6 +155,8 @@ class Records:
         self._judged = first  # the last step that was
         self._lengths: list[int] = []
         self._bad = 0  # examples that this host left out
+        self._remarks: dict[int, tuple[str, ...]] = {}  # by row, in this attempt
+        self._remarked: set[str] = set()
         self._speaks = part_of_batch(run.program.mesh).speaks  # for those that hold the same rows
         self._devices = run.program.mesh.devices
         kind = self._devices.flat[0].device_kind
@@ -175,6 +180,18 @@ class Records:
             run.console.print(f"step {step}: {one_line_of(delivered.bad[0])}", soft_wrap=True)
         if delivered.bad and jax.process_count() == 1:
             run.quarantine.check(self._bad, self._seen(step))
+        for row, remarks in delivered.remarks:
+            for remark in sorted({*remarks} - self._remarked):
+                run.console.print(f"{remark}: row {row} is the first; their number comes at the end", soft_wrap=True)
+            self._remarked.update(remarks)
+            self._remarks[row] = remarks
+
+    def say_remarks(self) -> None:
+        """Say how many images and texts of this attempt were read in a way that not everybody expects. All hosts call it."""
+        counts = Counter(chain.from_iterable(self._remarks.values()) if self._speaks else ())
+        for remark, count in sum_over_hosts({remark: counts[remark] for remark in REMARKS}).items():
+            if count:
+                self._run.console.print(f"{remark}: {count:.0f}", soft_wrap=True)
 
     def add(self, step: int, length: int, numbers: Numbers) -> None:
         """Keep the numbers of a step on a batch of `length` positions."""

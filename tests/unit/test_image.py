@@ -194,10 +194,6 @@ def test_extreme_shapes(mode, size_wh):
         assert (views.pixels[1:] == colour).all(axis=-1).any()
 
 
-def save_png16(path):
-    Image.fromarray(np.random.default_rng(0).integers(0, 65536, (30, 40), np.uint16)).save(path)
-
-
 def save_gif_as_jpg(path):
     frames = [noise("L", 40, 30, seed).convert("P") for seed in range(2)]
     frames[0].save(path, format="GIF", save_all=True, append_images=frames[1:])
@@ -225,9 +221,6 @@ FILES = {
     "alpha.png": lambda path: noise("RGBA", 40, 30).save(path),
     "cmyk.jpg": lambda path: noise("RGB", 40, 30).convert("CMYK").save(path),
     "cmyk.tif": lambda path: noise("RGB", 40, 30).convert("CMYK").save(path),
-    "gray16.png": save_png16,
-    "float.tif": lambda path: noise("L", 40, 30).convert("F").save(path),
-    "int32.tif": lambda path: noise("L", 40, 30).convert("I").save(path),
     "ycbcr.tif": lambda path: noise("RGB", 40, 30).convert("YCbCr").save(path),
     "lab.tif": lambda path: Image.frombytes("LAB", (40, 30), noise("RGB", 40, 30).tobytes()).save(path),
     "gif.jpg": save_gif_as_jpg,
@@ -294,7 +287,7 @@ DAMAGED = {
     "truncated_png": (lambda tmp: encoded("rgb.png", tmp)[:-300], "truncated"),
     "header_only": (lambda tmp: encoded("rgb.jpg", tmp)[:20], "cannot read image"),
     "corrupt_png": (lambda tmp: encoded("rgb.png", tmp).replace(b"IDAT", b"IDAX"), "cannot read image"),
-    "bomb": (huge_png, "exceeds limit"),
+    "bomb": (huge_png, r"3600000000 pixels\) exceeds limit .* max_pixels=120000000 \(config.data.max_pixels\)"),
 }
 
 
