@@ -55,7 +55,7 @@ class LimitsConfig:
 
     text_bytes: int = 16 << 20  # of a row of JSON
     row_bytes: int = 256 << 20  # of a row of a table, or of a record, with its images
-    group_bytes: int = 1 << 30  # of a row group of parquet, a text that is repeated counted once
+    group_bytes: int = 1 << 30  # of a row group of parquet, a repeated text counted once; of a compressed arrow file
 
 
 LIMITS = LimitsConfig()

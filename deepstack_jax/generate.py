@@ -111,8 +111,11 @@ def read_prompts(given: list[str], file: str | None) -> list[str]:
         try:
             text = Path(file).expanduser().read_text("utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"--prompts={file} cannot be read: {error}; give a text file with one prompt per line") from error
-    prompts = given + [line.strip() for line in text.splitlines() if line.strip()]
+            raise ConfigError(
+                f"--prompts={file} cannot be read: {error}; give a text file with one prompt per line, as UTF-8"
+            ) from error
+    # Not splitlines: it breaks a prompt at U+2028, a form feed and others that end no line of a file.
+    prompts = given + [line.strip() for line in text.removeprefix("\ufeff").split("\n") if line.strip()]
     if not prompts:
         raise ConfigError('no prompt; give --prompt="...", --prompts=FILE, a pipe, or --chat')
     return prompts

@@ -10,6 +10,7 @@ from deepstack_jax.data import files
 from deepstack_jax.data.conversation import ConversationError
 from deepstack_jax.data.normaliser import RowError, row_name, to_example, to_outline
 from deepstack_jax.data.sources import Example, Outline, SampleError, SourceError
+from deepstack_jax.printing import quote
 
 
 class Rows(Protocol):
@@ -86,7 +87,7 @@ class FileSource:
             return replace(example, images=tuple(map(_fetched, example.images))) if files.is_url(self.image_root) else example
         except (RowError, ConversationError) as error:
             name = row_name(row, index)
-            raise SampleError(f"{self.rows.place(index)} (id {name!r}): {error}", name) from error.__cause__
+            raise SampleError(f"{self.rows.place(index)} (id {quote(name)}): {error}", name) from error.__cause__
 
     def outlines(self) -> Iterator[Outline]:
         """Name, image paths and data_source of every row, in one pass over the container.

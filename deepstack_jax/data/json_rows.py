@@ -12,6 +12,7 @@ from deepstack_jax.config_data import LIMITS, LimitsConfig
 from deepstack_jax.data import files
 from deepstack_jax.data.normaliser import RowError, row_name
 from deepstack_jax.data.sources import SourceError
+from deepstack_jax.printing import quote
 
 LINE_SUFFIXES = (".jsonl", ".ndjson")
 
@@ -106,7 +107,7 @@ def _row_spans(path: str, file: IO[bytes], most: int) -> Iterator[tuple[int, int
             rows += 1
             yield last
     except _SyntaxError as error:
-        last_id = "no good row before it" if last is None else f"last good id {_name_of(path, last, rows - 1)!r:.80}"
+        last_id = "no good row before it" if last is None else f"last good id {quote(_name_of(path, last, rows - 1))}"
         line, column = _line_and_column(path, error.offset)
         where = f"{path} line {line} column {column}"
         raise SourceError(f"{where}: {error} (at row {rows}, {last_id}); mend the file there or write it again") from None

@@ -17,6 +17,7 @@ from urllib.parse import unquote
 from deepstack_jax.data import files
 from deepstack_jax.data.conversation import IMAGE_MARK, Message, parse
 from deepstack_jax.data.sources import Example, Outline
+from deepstack_jax.printing import label
 
 IMAGE_KEYS = ("image", "images")
 
@@ -106,7 +107,7 @@ def _style(row: dict[str, Any]) -> str:
     if len(found) > 1:
         raise RowError(f"has {' and '.join(found)}, expected one of them; remove the one that is not to be trained on")
     if not found:
-        held = ", ".join(map(str, row)) or "nothing"
+        held = label(", ".join(map(str, row))) or "nothing"
         raise RowError(f"has no conversations, messages or texts, but {held}; name the turns by one of these keys")
     return found[0]
 
@@ -116,7 +117,9 @@ def _turns(value: object) -> object:
     if not isinstance(value, dict) or not all(isinstance(column, list) for column in value.values()):
         return value
     if len({len(column) for column in value.values()}) > 1:
-        raise RowError(f"has columns of turns that differ in length ({', '.join(map(str, value))}); write the table again")
+        raise RowError(
+            f"has columns of turns that differ in length ({label(', '.join(map(str, value)))}); write the table again"
+        )
     return [dict(zip(value, turn, strict=True)) for turn in zip(*value.values(), strict=True)]
 
 
@@ -196,9 +199,10 @@ def _content(content: object, turn: int, images: int) -> str:
     for part in content:
         kind, text = (part.get("type"), part.get("text")) if isinstance(part, dict) else (None, None)
         if not images and isinstance(part, dict) and any(part.get(key) for key in _INLINE):
+            names = label(", ".join(map(str, part)))
             raise RowError(
-                f"turn {turn}: an image inside content ({', '.join(map(str, part)):.80}); name it in `images` of the row, in "
-                'the order of the parts, and leave {"type": "image"} in its place'
+                f"turn {turn}: an image inside content ({names}); name it in `images` of the row, in the order of the parts, "
+                'and leave {"type": "image"} in its place'
             )
         if kind == "image":
             pieces.append(IMAGE_MARK)

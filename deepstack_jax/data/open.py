@@ -93,8 +93,12 @@ def check_images(source: Source, config: Config, limit: int = 1000) -> None:
         return
     missing = source.missing_images(limit)
     if len(missing) > config.data.max_bad_fraction * min(limit, len(source)):
+        try:
+            why = f"{files.size(missing[0])} bytes by now"
+        except OSError as error:
+            why = error.strerror or str(error)
         raise SourceError(
-            f"{len(missing)} images are missing among the first {min(limit, len(source))} rows, e.g. {missing[0]}; "
+            f"{len(missing)} images are missing among the first {min(limit, len(source))} rows, e.g. {missing[0]} ({why}); "
             "point to the image root with --config.data.root=DIR and --config.data.images=FOLDER, "
             f"or allow more than config.data.max_bad_fraction={config.data.max_bad_fraction}"
         )

@@ -3,6 +3,7 @@
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,6 +13,7 @@ import pyarrow.parquet as pq
 from deepstack_jax.config_data import LIMITS, LimitsConfig
 from deepstack_jax.data import files
 from deepstack_jax.data.columns import VALUE_BYTES, carried, one_line, scanned, to_row, warn_of
+from deepstack_jax.data.footers import Chunk, decompressed_bytes, read_chunks
 from deepstack_jax.data.normaliser import IMAGE_KEYS, RowError, check_columns, needed_keys
 from deepstack_jax.data.sources import SourceError
 
@@ -40,7 +42,7 @@ class ParquetRows:
 
     def __init__(self, path: str, parts: Sequence[str], limits: LimitsConfig = LIMITS) -> None:
         self.path, self._parts, self._limits = path, tuple(parts), limits
-        self._footers: list[_Footer] = files.in_parallel(_read_footer, self._parts)
+        self._footers: list[_Footer] = files.in_parallel(partial(_read_footer, limits=limits), self._parts)
         first = self._footers[0]
         for part, footer in zip(self._parts, self._footers, strict=True):
             if footer.columns.keys() != first.columns.keys():
@@ -179,7 +181,9 @@ class ArrowRows:
         self._map()
 
     def _map(self) -> None:
-        self._batches = [_map_arrow(part, copy) for part, copy in zip(self._parts, self._copies, strict=True)]
+        self._batches = [
+            _map_arrow(part, copy, self._limits.group_bytes) for part, copy in zip(self._parts, self._copies, strict=True)
+        ]
         self._flat = [batch for batches in self._batches for batch in batches]
         self._starts = _starts(self.path, [len(batch) for batch in self._flat])
 
@@ -236,31 +240,31 @@ class _Footer(NamedTuple):
     size: int  # bytes of the file
 
 
-def _read_footer(path: str) -> _Footer:
+def _read_footer(path: str, limits: LimitsConfig) -> _Footer:
     try:
+        chunks = read_chunks(path, limits.text_bytes)
         with _open_parquet(path) as parquet:
             metadata, schema = parquet.metadata, parquet.schema_arrow
             columns = {field.name: _Column(field.type, _is_short(field)) for field in schema}
             leaves = [parquet.schema.column(number) for number in range(metadata.num_columns)]
             texts = [leaf.path for leaf in leaves if leaf.physical_type == "BYTE_ARRAY" and leaf.logical_type.type != "DECIMAL"]
-            groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
-            for number, group in enumerate(groups):
-                fewest = min((group.column(leaf).num_values for leaf in range(group.num_columns)), default=0)
-                if not 0 <= group.num_rows <= fewest:
-                    raise pa.ArrowInvalid(f"row group {number} has {group.num_rows} rows, a column in it {fewest} values")
-            sizes = [_sizes(group, leaves) for group in groups]
-            rows = [group.num_rows for group in groups]
+            rows = [metadata.row_group(number).num_rows for number in range(metadata.num_row_groups)]
+            for number, (count, group) in enumerate(zip(rows, chunks, strict=True)):
+                fewest = min((chunk.values for chunk in group), default=0)
+                if len(group) != len(leaves) or not 0 <= count <= fewest:
+                    raise ValueError(f"row group {number} has {count} rows, a column in it {fewest} values")
+            sizes = [_sizes(group, leaves) for group in chunks]
             return _Footer(rows, sizes, columns, tuple(schema.names), tuple(texts), files.size(path))
-    except (pa.ArrowException, OSError, RecursionError) as error:
+    except (pa.ArrowException, OSError, ValueError, RecursionError) as error:
         raise _failure(path, error) from error
 
 
-def _sizes(group: pq.RowGroupMetaData, leaves: Sequence[Any]) -> dict[str, int]:
+def _sizes(group: Sequence[Chunk], leaves: Sequence[Any]) -> dict[str, int]:
     sizes: dict[str, int] = {}
-    for number, leaf in enumerate(leaves):
-        chunk, name = group.column(number), leaf.path.split(".")[0]
+    for chunk, leaf in zip(group, leaves, strict=True):
+        name = leaf.path.split(".")[0]
         width = max(VALUE_BYTES, leaf.length if leaf.physical_type == "FIXED_LEN_BYTE_ARRAY" else 0)
-        sizes[name] = sizes.get(name, 0) + chunk.num_values * width + max(0, chunk.total_uncompressed_size)
+        sizes[name] = sizes.get(name, 0) + chunk.values * width + max(0, chunk.bytes)
     return sizes
 
 
@@ -278,30 +282,44 @@ def _is_short(field: pa.Field) -> bool:
     return field.name in ("id", "data_source") or (field.name in IMAGE_KEYS and is_text)
 
 
-def _map_arrow(path: str, copy: str) -> list[pa.RecordBatch]:
+def _map_arrow(path: str, copy: str, most: int) -> list[pa.RecordBatch]:
     """The record batches of a file, of their columns those that are carried; none of their bytes are read yet."""
     try:
         files.size(copy)  # refuses what is no file
-        source = pa.memory_map(copy)
-        if source.read(6) == b"ARROW1":
-            reader = pa.ipc.open_file(source)
-            batches = [reader.get_batch(number) for number in range(reader.num_record_batches)]
-            schema = reader.schema
-        else:
-            source.seek(max(0, source.size() - len(_END_OF_STREAM)))
-            ended = source.read() == _END_OF_STREAM  # a cut between two batches shows nowhere else
-            source.seek(0)
-            reader = pa.ipc.open_stream(source)
-            batches, schema = list(reader), reader.schema
-            if not ended:
-                raise pa.ArrowInvalid(f"its end mark is missing after {sum(map(len, batches))} rows")
-    except (pa.ArrowException, OSError, RecursionError) as error:
+        schema, batches = _read_arrow(path, pa.memory_map(copy), most)
+        problem = check_columns(schema.names)
+        if problem:
+            raise SourceError(f"{path} {problem}")
+        names = carried(path, {field.name: field.type for field in schema})
+    except SourceError:
+        raise
+    except (pa.ArrowException, OSError, ValueError, RecursionError) as error:  # a ValueError: names that are no UTF-8
         raise _failure(path, error) from error
-    problem = check_columns(schema.names)
-    if problem:
-        raise SourceError(f"{path} {problem}")
-    names = carried(path, {field.name: field.type for field in schema})
     return [batch.select(names) for batch in batches]
+
+
+def _read_arrow(path: str, source: pa.MemoryMappedFile, most: int) -> tuple[pa.Schema, list[pa.RecordBatch]]:
+    """A file holds a stream between its magic and its footer, which might lead anywhere: it is compared alone."""
+    listed, start = None, 0
+    if source.read(6) == b"ARROW1":
+        listed, start = pa.ipc.open_file(source).num_record_batches, 8
+    else:
+        source.seek(max(0, source.size() - len(_END_OF_STREAM)))
+        if source.read() != _END_OF_STREAM:  # a cut between two batches shows nowhere else
+            raise pa.ArrowInvalid("its end mark is missing")
+    source.seek(start)
+    grown = sum(map(decompressed_bytes, pa.ipc.MessageReader.open_stream(source)))
+    if grown > most:
+        raise SourceError(
+            f"{path} is compressed and takes {grown:,} bytes in memory, allowed are config.data.limits.group_bytes={most:,}; "
+            "write it without compression, or raise that"
+        )
+    source.seek(start)
+    reader = pa.ipc.open_stream(source)
+    batches = list(reader)
+    if listed not in (None, len(batches)):
+        raise pa.ArrowInvalid(f"its footer lists {listed} batches, {len(batches)} are there")
+    return reader.schema, batches
 
 
 def _starts(path: str, counts: Sequence[int]) -> np.ndarray:

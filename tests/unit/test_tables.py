@@ -367,6 +367,25 @@ def test_a_row_group_or_a_row_beyond_the_limit_names_its_key(tmp_path):
     assert source[0].info == {"data_source": "set0"}
 
 
+@pytest.mark.parametrize("compression", [None, "zstd", "lz4"])
+@pytest.mark.parametrize("new", [pa.ipc.new_stream, pa.ipc.new_file])
+def test_compressed_arrow_is_measured_before_it_is_read(tmp_path, compression, new):
+    rows = [row | {"conversations": [{"from": "human", "value": "x" * 100_000}]} for row in llava(50)]
+    table = pa.Table.from_pylist(rows, schema=SCHEMA)
+    options = pa.ipc.IpcWriteOptions(compression=compression)
+    with pa.OSFile(str(tmp_path / "a.arrow"), "wb") as file, new(file, table.schema, options=options) as writer:
+        writer.write_table(table, max_chunksize=20)
+    source = open_files(str(tmp_path / "a.arrow"), "")
+    assert [outline.name for outline in source.outlines()] == [row["id"] for row in rows]
+    if compression is None:
+        open_files(str(tmp_path / "a.arrow"), "", LimitsConfig(group_bytes=1 << 20))
+        return
+    before = pa.total_allocated_bytes()
+    with pytest.raises(SourceError, match=r"a\.arrow is compressed and takes 5,\d+,\d+ bytes .*limits\.group_bytes=1,048,576;"):
+        open_files(str(tmp_path / "a.arrow"), "", LimitsConfig(group_bytes=1 << 20))
+    assert pa.total_allocated_bytes() <= before
+
+
 def test_nulls_that_take_no_room_in_an_arrow_file_are_counted(tmp_path):
     offsets = pa.array([0, 2**31 - 1], pa.int32())
     column = pa.ListArray.from_arrays(offsets, pa.nulls(2**31 - 1))

@@ -1,0 +1,131 @@
+"""What the footer of a parquet file, and the messages of an arrow file, say of the sizes in it, before anything is decoded.
+
+pyarrow reads the footer too, but asked for the sizes of a column whose statistics are damaged it ends the process: its C++
+exception is caught nowhere. Thrift's compact protocol is short enough to be read here.
+"""
+
+from typing import Any, NamedTuple
+
+import pyarrow as pa
+
+from deepstack_jax.data import files
+
+_END = 8  # bytes behind the footer: its length, and the magic
+
+
+class Chunk(NamedTuple):
+    """The values of one leaf column in one row group."""
+
+    values: int  # nulls included
+    bytes: int  # not compressed
+
+
+def read_chunks(path: str, most: int) -> list[list[Chunk]]:
+    """Of every row group its chunks, in the order of the leaves.
+
+    Raises:
+        ValueError: it is no footer, or has more than `most` bytes; OSError where the file cannot be read.
+    """
+    size = files.size(path)
+    if size < 2 * _END:
+        raise ValueError(f"a file of {size} bytes holds no footer")
+    length = int.from_bytes(files.read_range(path, size - _END, 4, size), "little")
+    if not 0 < length <= size - _END:
+        raise ValueError(f"its footer has {length} bytes of {size}")
+    if length > most:
+        raise ValueError(f"its footer has {length:,} bytes, allowed are config.data.limits.text_bytes={most:,}")
+    try:
+        groups = _Compact(files.read_range(path, size - _END - length, length, size)).struct()[4]
+        chunks = [[chunk[3] for chunk in group[1]] for group in groups]
+        return [[Chunk(int(chunk[5]), int(chunk[6])) for chunk in group] for group in chunks]
+    except (IndexError, KeyError, TypeError, RecursionError) as error:
+        raise ValueError(f"its footer is damaged ({type(error).__name__})") from error
+
+
+class _Compact:
+    """Reads Thrift's compact protocol: a struct is a dict by field number."""
+
+    def __init__(self, data: bytes) -> None:
+        self._data, self._at = data, 0
+
+    def struct(self) -> dict[int, Any]:
+        fields, number = {}, 0
+        while head := self._byte():
+            number = number + (head >> 4) if head >> 4 else self._integer()
+            kind = head & 15
+            fields[number] = kind == 1 if kind <= 2 else self._value(kind)
+        return fields
+
+    def _value(self, kind: int) -> Any:
+        match kind:
+            case 1 | 2 | 3:  # a byte; of a list, also a boolean
+                return self._byte()
+            case 4 | 5 | 6:
+                return self._integer()
+            case 7:
+                return self._bytes(8)
+            case 8:
+                return self._bytes(self._varint())
+            case 9 | 10:
+                head = self._byte()
+                count = head >> 4 if head >> 4 < 15 else self._varint()
+                return [self._value(head & 15) for _ in range(count)]
+            case 12:
+                return self.struct()
+            case _:
+                raise ValueError(f"its footer holds a value of kind {kind}, which parquet does not have")
+
+    def _byte(self) -> int:
+        self._at += 1
+        return self._data[self._at - 1]
+
+    def _bytes(self, count: int) -> bytes:
+        if count > len(self._data) - self._at:
+            raise IndexError
+        self._at += count
+        return self._data[self._at - count : self._at]
+
+    def _varint(self) -> int:
+        value = shift = 0
+        while (byte := self._byte()) >= 128:
+            value |= (byte & 127) << shift
+            shift += 7
+            if shift > 63:
+                raise ValueError("its footer holds a number of more than 64 bits")
+        return value | byte << shift
+
+    def _integer(self) -> int:
+        value = self._varint()
+        return value >> 1 ^ -(value & 1)
+
+
+def decompressed_bytes(message: pa.ipc.Message) -> int:
+    """What the compressed buffers of an arrow message become: a buffer begins with its size then, or with -1. 0 = none is.
+
+    Flatbuffers are read as far as needed; pyarrow has verified them when it read the message.
+    """
+    data, body = message.metadata.to_pybytes(), message.body
+
+    def number(at: int, width: int) -> int:
+        return int.from_bytes(data[at : at + width], "little", signed=width > 2)
+
+    def field(table: int, which: int) -> int:
+        """Where a field of a table stands; 0 where it is absent."""
+        vtable = table - number(table, 4)
+        offset = number(vtable + 4 + 2 * which, 2) if 4 + 2 * which < number(vtable, 2) else 0
+        return table + offset if offset else 0
+
+    def followed(at: int) -> int:
+        return at + number(at, 4)
+
+    if message.type not in ("record batch", "dictionary"):
+        return 0
+    batch = followed(field(followed(0), 2))
+    if message.type == "dictionary":
+        batch = followed(field(batch, 1))
+    if body is None or not field(batch, 3):  # its compression
+        return 0
+    buffers = followed(field(batch, 2))
+    places = [(number(at, 8), number(at + 8, 8)) for at in range(buffers + 4, buffers + 4 + 16 * number(buffers, 4), 16)]
+    starts = [body.slice(offset, 8).to_pybytes() for offset, length in places if 0 <= offset <= body.size and length >= 8]
+    return sum(max(0, int.from_bytes(start, "little", signed=True)) for start in starts)
