@@ -22,7 +22,7 @@ from deepstack_jax.config_data import DataConfig
 from deepstack_jax.layout.grid import possible_grids
 from deepstack_jax.layout.sequence import LayoutSpec
 from deepstack_jax.layout.stack import layer_schedule
-from deepstack_jax.printing import label, quote
+from deepstack_jax.printing import label, quote, redacted
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -347,7 +347,7 @@ def to_dict(config: Config) -> dict[str, Any]:
 
 
 def differences(ours: Config, theirs: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Keys whose values differ, as {dotted key: (ours, theirs)}; both sides as JSON would write them."""
+    """Keys whose values differ, as {dotted key: (ours, theirs)}; both sides as JSON would write them, without credentials."""
 
     def flatten(value: Any, path: str) -> dict[str, Any]:
         if isinstance(value, dict):
@@ -356,7 +356,7 @@ def differences(ours: Config, theirs: dict[str, Any]) -> dict[str, tuple[Any, An
 
     with contextlib.suppress(ConfigError):  # a key that was not there yet had what is its default by now
         theirs = to_dict(_build(Config, theirs, "config"))
-    mine, other = (flatten(json.loads(json.dumps(side)), "") for side in (to_dict(ours), theirs))
+    mine, other = (flatten(redacted(json.loads(json.dumps(side))), "") for side in (to_dict(ours), theirs))
     keys = [*mine, *(key for key in other if key not in mine)]
     return {key: (mine.get(key), other.get(key)) for key in keys if mine.get(key) != other.get(key)}
 

@@ -28,7 +28,7 @@ from deepstack_jax.evaluation.reports import left_out_of
 from deepstack_jax.evaluation.scorers import SCORERS
 from deepstack_jax.evaluation.unfinished import Unfinished
 from deepstack_jax.outward import write_json, write_lines
-from deepstack_jax.printing import Console, label
+from deepstack_jax.printing import Console, label, redacted
 from deepstack_jax.training.checkpoint import CheckpointError
 from deepstack_jax.training.checksums import checksums
 
@@ -141,7 +141,7 @@ def open_task(given: dict[str, Any]) -> Task:
     origin = {"root": config.data.root, "files": describe_files(config, "validation", source)}
     origin |= describe_options(config, "validation", source, 0)
     bad = tuple(check_questions(source, range(rows), config.data))
-    return Task(source, name, origin, rows, options, sizes["batch_size"], config.data.max_bad_fraction, bad)
+    return Task(source, redacted(name), origin, rows, options, sizes["batch_size"], config.data.max_bad_fraction, bad)
 
 
 def key_of(lmm: LMM, task: Task) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What leaves the process: files that are there whole or not at all, and URLs without the credentials in them."""
+"""Files that are there whole or not at all."""
 
 from __future__ import annotations
 

@@ -32,6 +32,46 @@ _LINE = 2000  # no line of ours comes near to it
 _BAR = re.compile(r"(?:\r|\n|\x1b\[A)+|\r[^\r\n\x1b]*")  # all that the progress bars of other libraries write
 
 
+REDACTED = "***"
+"""In place of what only the user's command should hold."""
+
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^\s'\"<>]+")
+# A name and a password, which may hold slashes; in place of the colon's port.
+_PASSWORD = re.compile(r"[^/?#:]*:(?!\d{1,5}(?:[/?#]|$))[^?#]*@")
+# Of requests signed by Amazon, Google and Azure all that changes from one signature to the next.
+_SIGNED = re.compile(
+    r"([?&;#](?:[^=&;#]*(?:sig|token|key|secret|pass|pwd|auth|cred|hmac|jwt|session|policy)[^=&;#]*"
+    r"|x-(?:amz|goog)-[^=&;#]*|awsaccesskeyid|googleaccessid|expires|s[eptrvi]|sk[a-z]+|spr|code)=)[^&;#]+",
+    re.IGNORECASE,
+)
+_CONTAINERS = ("abfs", "abfss", "wasb", "wasbs")  # where CONTAINER@ACCOUNT is an address
+
+
+def redacted(value: Any) -> Any:
+    """The value with what proves who somebody is taken out of every URL in it: names, passwords, tokens, signatures.
+
+    Args:
+      value: a text, or lists, tuples and dicts of texts and other things; keys of dicts too.
+    """
+    if isinstance(value, str):
+        return _URL.sub(_without_credentials, value) if "://" in value else value
+    if isinstance(value, dict):
+        return {redacted(key): redacted(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(map(redacted, value))
+    return value
+
+
+def _without_credentials(url: re.Match[str]) -> str:
+    scheme, rest = url[0].split("://", 1)
+    authority = re.split("[/?#]", rest, maxsplit=1)[0]
+    password = _PASSWORD.match(rest)
+    end = authority.rfind("@") if "@" in authority else password.end() - 1 if password else -1
+    if end >= 0 and (":" in rest[:end] or scheme.lower() not in _CONTAINERS):
+        rest = REDACTED + rest[end:]
+    return f"{scheme}://" + _SIGNED.sub(rf"\1{REDACTED}", rest)
+
+
 def printable(text: object) -> str:
     r"""The text with everything that a terminal or browser would obey written as `\u001b`, as JSON does; its lines stay."""
     return _UNSAFE.sub(lambda found: f"\\u{ord(found[0]):04x}", str(text))
@@ -39,7 +79,7 @@ def printable(text: object) -> str:
 
 def label(text: object, most: int = MOST // 2) -> str:
     """A name or a file's words within a line: on one line, and cut in the middle where longer than `most`."""
-    return _cut(printable(_cut(str(text), 2 * most)).replace("\n", "\\n").replace("\t", "\\t"), most)
+    return _cut(printable(_cut(redacted(str(text)), 2 * most)).replace("\n", "\\n").replace("\t", "\\t"), most)
 
 
 def quote(value: object) -> str:
@@ -52,7 +92,7 @@ def quote(value: object) -> str:
 
 def one_line(message: str) -> str:
     """A message as a line in which the parts that are data take MOST characters at most; our own words stay whole."""
-    line = " ".join(printable(_cut(message, 10 * _LINE)).split())
+    line = " ".join(printable(_cut(redacted(message), 10 * _LINE)).split())
     long = [len(found) for found in _LONG.findall(line)]
     if sum(long) > MOST:
         each = max(20, MOST // len(long))
@@ -67,7 +107,12 @@ def _cut(text: str, most: int) -> str:
     return f"{text[: most - 3 - half]}...{text[len(text) - half :]}"
 
 
-_REPR = reprlib.Repr()
+class _Repr(reprlib.Repr):
+    def repr_str(self, x: str, level: int) -> str:
+        return super().repr_str(redacted(x), level)
+
+
+_REPR = _Repr()
 _REPR.maxstring = _REPR.maxother = _REPR.maxlong = MOST // 3
 _REPR.maxlevel = 3
 
@@ -100,7 +145,7 @@ class Console(rich.console.Console):
 
     def render_str(self, text: str, **how: Any) -> Text:
         """As rich's, here so that the widths of cells are those of what is printed."""
-        return super().render_str(printable(text), **how)
+        return super().render_str(printable(redacted(text)), **how)
 
     def render(self, renderable: Any, options: Any = None) -> Iterable[Segment]:
         """As rich's; what comes as `Text` has not passed `render_str`."""
@@ -113,11 +158,11 @@ class _Guarded:
 
     def __init__(self, stream: TextIO, *, bars: bool) -> None:
         self.rich_proxied_file = stream  # where rich's Console looks
-        self._bars = bars
+        self._bars = bars  # the stream of errors and logs: what is said on the other, as answers, is not ours to change
 
     def write(self, text: str) -> int:
         if not (self._bars and _BAR.fullmatch(text)):
-            text = printable(text.replace("\r\n", "\n"))
+            text = printable((redacted(text) if self._bars else text).replace("\r\n", "\n"))
         return self.rich_proxied_file.write(text)
 
     def writelines(self, lines: Iterable[str]) -> None:

@@ -35,7 +35,7 @@ from deepstack_jax.parallel.distributed import ToldToStop, is_first_host, part_o
 from deepstack_jax.parallel.mesh import check_batch_fits, make_mesh
 from deepstack_jax.parallel.processes import join_processes
 from deepstack_jax.parallel.rules import use_mesh
-from deepstack_jax.printing import Console
+from deepstack_jax.printing import REDACTED, Console, redacted
 from deepstack_jax.training.checkpoint import CheckpointError, Checkpoints
 from deepstack_jax.training.compiled import CompiledSteps, compile_first
 from deepstack_jax.training.journal import Journal
@@ -95,7 +95,8 @@ def main() -> int:
     join_processes(*(flags.FLAGS[name].value for name in ("coordinator_address", "process_count", "process_id")))
     console = Console(quiet=not is_first_host())
     if asked["replay"]:
-        return replay_step(Path(asked["replay"]), console)
+        given = None if flags.FLAGS["config"].value is None else cli.parse_config()
+        return replay_step(Path(asked["replay"]), given, console)
     config = cli.parse_config()
     if not asked["workdir"]:
         raise ConfigError("--workdir is missing; e.g. --workdir=runs/demo")
@@ -138,7 +139,7 @@ def train(config: Config, workdir: Path, console: Console) -> int:
         state, place = restored
         stream.restore(place)
         console.print(f"resumed from step {int(state.step)} in {workdir}")
-    about = {"config": to_dict(config), **run_manifest(data)}
+    about = redacted({"config": to_dict(config), **run_manifest(data)})
     journal.start({name: about[name] for name in ("command", "git", "devices", "hosts")})
     if is_first_host():
         write_json(workdir / "config.json", about["config"])
@@ -206,7 +207,7 @@ def open_log(config: Config, workdir: Path, step: int) -> MetricsLog:
     if not is_first_host():
         return MetricsLog(None, step)
     project = config.train.wandb
-    shown = start_wandb(project, workdir, config.name, to_dict(config)) if project else None
+    shown = start_wandb(project, workdir, config.name, redacted(to_dict(config))) if project else None
     return MetricsLog(workdir, step, shown)
 
 
@@ -232,8 +233,8 @@ def facts(run: Run, source: Source) -> dict[str, Any]:
     }
 
 
-def replay_step(file: Path, console: Console) -> int:
-    """Build the run that a bundle lies in, and do its step again."""
+def replay_step(file: Path, given: Config | None, console: Console) -> int:
+    """Build the run that a bundle lies in, by the configuration there or the same one given again, and do its step again."""
     workdir = file.absolute().parents[1]
     try:
         config = build_config(read_json(workdir / "config.json"))
@@ -241,6 +242,11 @@ def replay_step(file: Path, console: Console) -> int:
         raise
     except CheckpointError as error:
         raise ReplayError(f"{workdir} holds no run: {error}; name a file WORKDIR/replay/step-N.json") from error
+    if given is not None:
+        check_same_run(given, workdir)
+        config = given
+    elif REDACTED in str(config):
+        raise ReplayError(f"{workdir}/config.json holds no credentials; give --config as the run was given it, URLs and all")
     _, source = open_inputs(config, starts=not read_bundle(file).checkpoint)
     mesh = make_mesh(config.mesh)
     stream = open_stream(config, source, mesh)

@@ -17,7 +17,7 @@ from deepstack_jax.auditing.seen import injecting_layers
 from deepstack_jax.auditing.survey import Survey
 from deepstack_jax.config import Config
 from deepstack_jax.data.encode import BadExample
-from deepstack_jax.printing import printable
+from deepstack_jax.printing import printable, redacted
 
 CAPTIONS = {
     "lengths": "Sequence positions per example. What lies beyond the red line is dropped, cut or stops the run, as configured.",
@@ -50,7 +50,7 @@ def render_page(
     return environment.get_template("audit.html.j2").render(
         config=config,
         version=__version__,
-        data="synthetic pages" if config.data.source == "pages" else config.data.train or ", ".join(config.data.sets),
+        data="synthetic pages" if config.data.source == "pages" else redacted(config.data.train) or ", ".join(config.data.sets),
         tiles=make_tiles(config, found, rows, len(bad)),
         charts=[(name, CAPTIONS[name], {theme: _png(png) for theme, png in chart.items()}) for name, chart in charts.items()],
         sets=survey.by_origin(found.usable),

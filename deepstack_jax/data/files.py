@@ -198,7 +198,7 @@ def local_copy(path: str) -> str:
     with _backend(path) as (system, inner):
         version = hashlib.sha256(f"{path} {system.ukey(inner)}".encode()).hexdigest()[:24]
         folder = os.path.join(cache_folder(), "copies", version)
-        copy = os.path.join(folder, posixpath.basename(path))
+        copy = os.path.join(folder, posixpath.basename(path.partition("?")[0]))  # a query may hold a key
         if not os.path.isfile(copy):
             os.makedirs(folder, exist_ok=True)
             with whole_file(copy) as partial:

@@ -22,6 +22,7 @@ from deepstack_jax.data.file_source import FileSource
 from deepstack_jax.data.mixture import Mixture, row_choice
 from deepstack_jax.data.records import SUFFIX
 from deepstack_jax.data.sources import Source
+from deepstack_jax.printing import redacted
 
 LOOKED_AT = 64  # rows, spread over the source: of one behind a network, or drawn; the only ones of earlier versions
 COMPARED = 1024  # rows, spread over any other source, whose tokens and images must be the same when a run goes on
@@ -51,19 +52,24 @@ def describe_options(config: Config, split: str, source: Source, shard_rows: int
     if isinstance(source, Mixture):
         return options | {f"config.data.sets.{name}": row_choice(entry) for name, entry in data.sets.items()}
     name = data.train if split == "train" else data.validation
-    return options | {f"config.data.{split}": name, "config.data.images": data.images}
+    return redacted(options | {f"config.data.{split}": name, "config.data.images": data.images})
 
 
 def describe_files(config: Config, split: str, source: Source) -> dict[str, str]:
     """Data file as configured -> number, size and last change of what is behind it."""
+    return redacted({name: _version(path) for name, path in _named(config, split, source).items()})
+
+
+def _named(config: Config, split: str, source: Source) -> dict[str, str]:
+    """Data file as configured -> its path or URL."""
     data = config.data
     if data.source == "pages":
         return {}
     if isinstance(source, Mixture):
-        named = {entry.file for entry in data.sets.values()}
+        names = {entry.file for entry in data.sets.values()}
     else:
-        named = {data.train if split == "train" else data.validation}
-    return {name: _version(files.join(data.root, name)) for name in sorted(named)}
+        names = {data.train if split == "train" else data.validation}
+    return {name: files.join(data.root, name) for name in sorted(names)}
 
 
 def describe_data(config: Config, sources: Mapping[str, Source]) -> dict[str, Any]:
@@ -71,16 +77,13 @@ def describe_data(config: Config, sources: Mapping[str, Source]) -> dict[str, An
 
     And of some of its rows tokens and images, as "ROW:DIGEST:DIGEST" each; images as encoded bytes.
     """
-    files_of = {split: describe_files(config, split, source) for split, source in sources.items()}
+    known = {split: describe_files(config, split, source) for split, source in sources.items()}
     contents = {
-        split: {name: _digest(files.join(config.data.root, name)) for name in names} for split, names in files_of.items()
+        split: {redacted(name): _digest(path) for name, path in _named(config, split, source).items()}
+        for split, source in sources.items()
     }
-    return {
-        "files": files_of,
-        "contents": contents,
-        "rows": len(sources["train"]),
-        "looked_at": _look_at(config, sources["train"]),
-    }
+    train = sources["train"]
+    return {"files": known, "contents": contents, "rows": len(train), "looked_at": _look_at(config, train)}
 
 
 def _look_at(config: Config, source: Source) -> str:

@@ -33,6 +33,7 @@ from deepstack_jax.data.schedule import PackedSchedule, PaddedSchedule, Schedule
 from deepstack_jax.data.sources import SampleError, Source
 from deepstack_jax.data.tokenizers import Tokenizer, load_tokenizer
 from deepstack_jax.data.workers import live_and_die_with_the_run
+from deepstack_jax.printing import redacted
 
 
 class Delivered(NamedTuple):
@@ -234,7 +235,8 @@ class TrainingStream(Iterator[Delivered]):
         data = self.config.data
         sets = sorted((name, row_choice(entry), entry.repeat) for name, entry in data.sets.items())
         source = data.synthetic if data.source == "pages" else (data.train, data.images) if data.train else sets
-        digest = hashlib.sha256(json.dumps([data.source, str(source)]).encode()).hexdigest()[:16]
+        named = redacted(json.dumps([data.source, str(source)]))
+        digest = hashlib.sha256(named.encode()).hexdigest()[:16]
         return {
             "source": digest,
             "rows": self.examples_per_epoch,

@@ -5,6 +5,7 @@ import json
 import os
 import stat
 import subprocess
+import sys
 import uuid
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import pytest
 
 from deepstack_jax.cli import writable_folder
 from deepstack_jax.outward import SCRATCH, whole_file, write_json, write_lines, write_whole
+from deepstack_jax.printing import label, one_line, quote, redacted
 from deepstack_jax.training.lock import LOCK, WorkdirError, alone_in
 
 PACKAGE = Path(__file__).parents[2] / "deepstack_jax"
@@ -116,3 +118,77 @@ def test_there_is_one_way_to_replace_a_file():
     )
     names = {str(Path(line).relative_to(PACKAGE)) for line in found.stdout.splitlines()}
     assert names == {"outward.py", "data/files.py", "data/preparing.py"}
+
+
+SIGNED = "X-Amz-Algorithm=AWS4-HMAC-SHA256&X-Amz-Date=20260101T0000Z&X-Amz-Signature=5ecre7"
+
+
+@pytest.mark.parametrize(
+    ("url", "expected"),
+    [
+        ("https://me:5ecre7@host:8080/a/b.json", "https://***@host:8080/a/b.json"),
+        ("https://5ecre7@host/a", "https://***@host/a"),
+        ("https://me:5e@cre7@host/a", "https://***@host/a"),
+        ("s3://AKIA:5e/cre7+x@bucket/a.json", "s3://***@bucket/a.json"),
+        ("simplecache::https://me:5ecre7@host/a", "simplecache::https://***@host/a"),
+        (f"https://host/a.json?{SIGNED}", "https://host/a.json?X-Amz-Algorithm=***&X-Amz-Date=***&X-Amz-Signature=***"),
+        ("https://host/a?X-Goog-Signature=5ecre7&split=b", "https://host/a?X-Goog-Signature=***&split=b"),
+        (
+            "https://acc.blob.core.windows.net/c/a?sv=2024&se=2027&sig=5ecre7%3D",
+            "https://acc.blob.core.windows.net/c/a?sv=***&se=***&sig=***",
+        ),
+        ("https://host/a?download=true&token=5ecre7", "https://host/a?download=true&token=***"),
+        ("https://host/a?api_key=5ecre7;x=1", "https://host/a?api_key=***;x=1"),
+        ("https://host/a#access_token=5ecre7", "https://host/a#access_token=***"),
+        (
+            "https://host/a?Expires=1&Signature=5ecre7&Key-Pair-Id=5ecre7",
+            "https://host/a?Expires=***&Signature=***&Key-Pair-Id=***",
+        ),
+    ],
+)
+def test_a_url_loses_what_proves_who_asks(url, expected):
+    assert redacted(url) == expected
+    assert redacted({url: [f"{url} does not answer", 3], "b": (None, f"--config.data.root={url}")}) == {
+        expected: [f"{expected} does not answer", 3],
+        "b": (None, f"--config.data.root={expected}"),
+    }
+    assert redacted(expected) == expected
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("gs://bucket/a@b/c.json", "https://host:8080/a@b/c?split=train", "abfs://container@account.dfs.core.windows.net/a"),
+        *("/data/me:pw@host/a?token=b", "me@host: a?key=b", "s3://bucket/versions?versionId=3", "memory://a/b"),
+    ],
+)
+def test_other_texts_stay_as_they_are(text):
+    assert redacted(text) == text
+
+
+def test_what_is_cut_short_shows_no_end_of_a_secret():
+    url = f"https://me:5ecre7@host/{'a' * 500}?X-Amz-Signature={'5ecre7' * 60}"
+    for text in (label(url), quote(url), one_line(f"cannot read {url}: no answer"), quote({"url": url})):
+        assert "5ecre7" not in text, text
+
+
+def test_a_verb_says_no_secret_in_whatever_way_it_fails():
+    url = "https://me:5ecre7@host/a?token=5ecre7"
+    for body in (
+        f"raise cli.ConfigError('no file at {url}')",
+        f"raise RuntimeError('a defect at {url}')",
+        f"warnings.warn('{url}')",
+    ):
+        lines = (
+            "import warnings; from deepstack_jax import cli; import sys; sys.argv = ['verb']",
+            "def main():",
+            f"    {body}",
+        )
+        done = subprocess.run(
+            [sys.executable, "-c", "\n".join((*lines, "    return 0", "cli.run(main, (), '')"))],
+            check=False,
+            capture_output=True,
+            text=True,
+        )
+        assert "https://***@host/a?token=***" in done.stderr
+        assert "5ecre7" not in done.stderr + done.stdout

@@ -13,6 +13,7 @@ from deepstack_jax.config import Config, build_config, default_config, to_dict
 from deepstack_jax.data import inputs
 from deepstack_jax.data.inputs import describe_data, describe_texts
 from deepstack_jax.data.open import open_source
+from deepstack_jax.printing import redacted
 from deepstack_jax.training.reading import CheckpointError
 from deepstack_jax.training.resume import check_same_data, check_same_run, data_changes
 
@@ -188,3 +189,26 @@ def test_sampled_rows_are_spread_over_a_large_source(root):
     assert (looked_at[0], looked_at[-1]) == (0, 2344)
     assert inputs.COMPARED <= len(looked_at) <= inputs.COMPARED + inputs.LOOKED_AT
     assert max(np.diff(looked_at)) <= 3
+
+
+def test_a_run_goes_on_with_urls_whose_credentials_were_not_written(tmp_path):
+    def behind(signature):
+        config = default_config()
+        config.data.root, config.data.validation = (
+            f"https://me:{signature}@host/data",
+            f"https://host/b.json?X-Amz-Signature={signature}",
+        )
+        return build_config(config)
+
+    stored = redacted(to_dict(behind("5ecre7")))
+    assert "5ecre7" not in str(stored)
+    (tmp_path / "config.json").write_text(json.dumps(stored))
+    for signature in ("5ecre7", "another"):
+        assert check_same_run(behind(signature), tmp_path) == []
+    (tmp_path / "config.json").write_text(json.dumps(to_dict(behind("before"))))
+    assert check_same_run(behind("5ecre7"), tmp_path) == []
+    other = to_dict(behind("5ecre7"))
+    other["data"]["validation"] = other["data"]["validation"].replace("b.json", "c.json")
+    with pytest.raises(CheckpointError) as caught:
+        check_same_run(build_config(other), tmp_path)
+    assert "5ecre7" not in str(caught.value)
