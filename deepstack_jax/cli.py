@@ -6,6 +6,7 @@ import errno
 import logging
 import os
 import re
+import shutil
 import signal
 import sys
 import tempfile
@@ -66,6 +67,14 @@ def writable_folder(path: str, flag: str) -> Path:
             f"--{flag}={path} is a URL; expected a folder: mount the bucket and give the path, as --{flag}=/gcs/runs/a"
         )
     folder = Path(path).expanduser()
+    try:
+        os.fsencode(folder)
+        str(folder.absolute()).encode()  # what tensorstore takes
+    except UnicodeEncodeError as error:
+        raise ConfigError(
+            f"--{flag}={ascii(path)[1:-1]} cannot be written in the encoding of this environment, "
+            f"{sys.getfilesystemencoding()}; set PYTHONUTF8=1 and LC_ALL=C.UTF-8, or choose a name of plain letters"
+        ) from error
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder) as probe:  # of a name that nobody else has: it follows no link
@@ -150,7 +159,7 @@ def run(
     except (*errors, ConfigError) as error:
         _fail(*(map(str, error.args) if isinstance(error, ConfigError) else [str(error)]))
     except OSError as error:
-        where = f" {error.filename}" if error.filename else ""
+        where = f" {error.filename}" if error.filename else _shared_memory_full()
         if error.errno in _NO_ROOM:
             _fail(f"cannot write{where}: {error.strerror}; make room and run the same command again")
         if error.errno not in _FAILING:
@@ -175,6 +184,15 @@ class _OneLine(logging.Formatter):
     def formatMessage(self, record: logging.LogRecord) -> str:
         record.message = one_line(record.message)
         return super().formatMessage(record)
+
+
+def _shared_memory_full() -> str:
+    """Where semaphores of worker processes found no room, which no error names."""
+    try:
+        full = shutil.disk_usage("/dev/shm").free < 2**16
+    except OSError:
+        full = False
+    return " to /dev/shm, which is full (config.data.workers=0 needs none of it)" if full else ""
 
 
 def _is_for_the_user(record: logging.LogRecord) -> bool:

@@ -6,7 +6,8 @@ whoever looks at a log; controls of the text's direction make it read as what it
 
 from __future__ import annotations
 
-import contextlib
+import io
+import os
 import re
 import reprlib
 import sys
@@ -173,12 +174,41 @@ class _Guarded:
         return getattr(self.rich_proxied_file, name)
 
 
+class _Lasting(io.FileIO):
+    """What cannot be written is dropped: a reader that has gone, or a full disk, is no reason to end a run."""
+
+    failed = False
+
+    def write(self, data: Any) -> int:
+        try:
+            return super().write(data) or len(data)  # None of a pipe that takes nothing at once
+        except OSError as error:
+            if not self.failed and self.fileno() == 1:
+                self.failed = True
+                print(
+                    f"warning: the output cannot be written any more ({error.strerror}); this goes on without it",
+                    file=sys.stderr,
+                )
+            return len(data)
+
+
 def guard_streams() -> None:
-    """From here on nothing that this process prints, by whatever way, controls the terminal, or fails for its encoding."""
-    for name in ("stdout", "stderr"):
+    """From here on nothing that this process prints, by whatever way, controls the terminal, or fails.
+
+    Neither for its encoding, nor because nobody reads it any more.
+    """
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:  # closed from the start: the next file that is opened would be taken for it
+            os.dup2(os.open(os.devnull, os.O_RDWR), number)
         stream = getattr(sys, name)
-        if stream is None or isinstance(stream, _Guarded):
+        if name == "stdin" or isinstance(stream, _Guarded):
             continue
-        with contextlib.suppress(AttributeError):
-            stream.reconfigure(errors="backslashreplace")
+        if stream is None:
+            stream = io.TextIOWrapper(io.FileIO(os.devnull, "w"))
+        elif type(stream) is io.TextIOWrapper:  # and not what a test has put there
+            buffer = io.BufferedWriter(_Lasting(stream.fileno(), "w", closefd=False))
+            how = {"line_buffering": stream.line_buffering, "write_through": stream.write_through}
+            stream = io.TextIOWrapper(buffer, stream.encoding, "backslashreplace", **how)
         setattr(sys, name, _Guarded(stream, bars=name == "stderr"))

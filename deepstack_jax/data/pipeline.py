@@ -30,9 +30,9 @@ from deepstack_jax.data.mixture import SHUFFLE_ROUNDS, epoch_order, row_choice
 from deepstack_jax.data.packing import Limits
 from deepstack_jax.data.rows import Cursor, EncodedExample, Size, blank_example, place_example
 from deepstack_jax.data.schedule import PackedSchedule, PaddedSchedule, Schedule
-from deepstack_jax.data.sources import SampleError, Source
+from deepstack_jax.data.sources import SampleError, Source, SourceError
 from deepstack_jax.data.tokenizers import Tokenizer, load_tokenizer
-from deepstack_jax.data.workers import live_and_die_with_the_run
+from deepstack_jax.data.workers import check_shared_memory, live_and_die_with_the_run, why_lost
 from deepstack_jax.printing import redacted
 
 
@@ -169,7 +169,8 @@ class TrainingStream(Iterator[Delivered]):
     `state()` is that of the batches handed out, not of those decoded ahead.
 
     Raises:
-      ConfigError, SourceError: lengths cannot be measured, or the batch size cannot be reached; see `data/lengths.py`.
+      ConfigError, SourceError: lengths cannot be measured, see `data/lengths.py`; the batch size cannot be reached; or worker
+        processes would not have the shared memory that they need.
     """
 
     def __init__(self, source: Source, config: Config, *, process: int = 0, processes: int = 1, devices: int = 1) -> None:
@@ -192,6 +193,8 @@ class TrainingStream(Iterator[Delivered]):
             raise ConfigError(
                 f"config.train.batch_size {self.rows} does not split over {processes} hosts; nearest valid: {near}"
             )
+        shape = config.batch_shape(self.rows // processes, data.max_length)
+        check_shared_memory(data, shape.rows * shape.crops * shape.crop_size**2 * 3)  # pixels, next to which the rest is small
         self._make = StepMaker(BatchMaker(source, Encoder(config)), self.schedule, sizes, process, processes)
 
     def steps(self, epochs: float) -> int:
@@ -247,12 +250,14 @@ class TrainingStream(Iterator[Delivered]):
         }
 
     def __next__(self) -> Delivered:
-        if self._iterator is None:
-            self._iterator = iter(self._dataset(self._next))
         try:
+            if self._iterator is None:
+                self._iterator = iter(self._dataset(self._next))
             delivered = next(self._iterator)
-        except Exception:  # the source broke down: Grain's workers and threads must not outlive it into the exit of Python
+        except Exception as error:  # Grain's workers and threads must not outlive it into the exit of Python
             self.close()
+            if reason := why_lost(error):
+                raise SourceError(reason) from error
             raise
         self._next += 1
         return delivered

@@ -1,12 +1,26 @@
-"""What every worker process does first."""
+"""Worker processes: what each does first, and the shared memory through which their batches come."""
 
 from __future__ import annotations
 
+import errno
+import math
 import multiprocessing
 import multiprocessing.process
 import os
+import re
+import shutil
 import signal
 import threading
+
+from deepstack_jax.config_checks import ConfigError
+from deepstack_jax.config_data import DataConfig
+
+SHARED_MEMORY = "/dev/shm"
+_WAY_OUT = (
+    "give it more (docker run --shm-size=8g; mount -o remount,size=8g /dev/shm), lower config.data.workers or "
+    "config.data.prefetch, or set config.data.workers=0, which needs none"
+)
+_LOST = re.compile(r"Worker process was terminated unexpectedly with exit code (-?\d+)")  # Grain's words
 
 
 def live_and_die_with_the_run() -> None:
@@ -24,3 +38,39 @@ def live_and_die_with_the_run() -> None:
     parent = multiprocessing.parent_process()
     if parent is not None:
         threading.Thread(target=follow, args=(parent,), daemon=True).start()
+
+
+def check_shared_memory(data: DataConfig, batch: int) -> None:
+    """Look whether all batches that are on their way at once fit: the kernel ends a worker that writes beyond.
+
+    Args:
+      batch: bytes of one.
+
+    Raises:
+      ConfigError: they do not; with the ways out.
+    """
+    # Each worker's queue is full where training is slower than reading, and one batch more is made; two are in use.
+    needed = batch * (data.workers * (max(1, data.prefetch // data.workers) + 1) + 2) if data.workers else 0
+    if needed > (free := _free()):
+        raise ConfigError(
+            f"{SHARED_MEMORY} has {free / 1e6:,.1f} MB free; the batches of config.data.workers={data.workers} processes, of "
+            f"{batch / 1e6:,.1f} MB each, take {needed / 1e6:,.1f} MB of it: {_WAY_OUT}"
+        )
+
+
+def why_lost(error: Exception) -> str:
+    """What to say of workers that could not start or were ended from outside; "" of any other error."""
+    found = _LOST.search(str(error))
+    number = -int(found[1]) if found else 0
+    if number == signal.SIGBUS or (isinstance(error, OSError) and error.errno == errno.ENOSPC and not error.filename):
+        return f"{SHARED_MEMORY}, through which worker processes hand over their batches, is full; {_WAY_OUT}"
+    if number == signal.SIGKILL:
+        return "a worker process was killed, perhaps for want of memory; lower config.data.workers or config.data.prefetch"
+    return f"a worker process ended with exit code {-number}; its own output says why" if found else ""
+
+
+def _free() -> float:
+    try:
+        return shutil.disk_usage(SHARED_MEMORY).free
+    except OSError:  # a system that has it elsewhere
+        return math.inf

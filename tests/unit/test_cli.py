@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -107,3 +108,47 @@ def test_a_defect_keeps_its_traceback(body):
     done = ending(body)
     assert done.returncode == 1
     assert done.stderr.startswith("Traceback")
+
+
+TALK = """
+from deepstack_jax.printing import Console
+import os, warnings
+for number in range(2000):
+    print("a line", number, flush=True)
+    Console().print("a line", number)
+    print("an error", file=sys.stderr)
+open(os.environ["DONE"], "w").close()
+return 0
+"""
+
+
+@pytest.mark.parametrize("how", ["2>&1 | head -1", ">&-", "2>&-", ">&- 2>&-", ">/dev/full", "2>/dev/full", "2>&1 | true"])
+def test_output_that_nobody_takes_ends_nothing(how, tmp_path):
+    lines = [HEAD, "def main():", *(f"    {line}" for line in TALK.strip().splitlines()), "cli.run(main, (), '')"]
+    (tmp_path / "verb.py").write_text("\n".join(lines))
+    script = f"set -o pipefail; {sys.executable} {tmp_path}/verb.py {how}"
+    environment = os.environ | {"DONE": str(tmp_path / "done"), "PYTHONPATH": str(Path(__file__).parents[2])}
+    done = subprocess.run(["bash", "-c", script], env=environment, check=False, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-500:]
+    assert (tmp_path / "done").exists()
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "utf-8"])
+def test_a_workdir_that_the_encoding_cannot_hold_is_said_at_the_start(encoding, tmp_path):
+    line = "import sys; name = sys.argv.pop(); from deepstack_jax import cli; "
+    line += "cli.run(lambda: print(cli.writable_folder(name, 'workdir')) or 0, (), '')"
+    environment = os.environ | {"LC_ALL": "C" if encoding == "ascii" else "C.UTF-8", "PYTHONCOERCECLOCALE": "0"}
+    environment |= {"PYTHONUTF8": "0" if encoding == "ascii" else "1", "PYTHONPATH": str(Path(__file__).parents[2])}
+    done = subprocess.run(
+        [sys.executable, "-c", line, "l\u00e4uft"], env=environment, cwd=tmp_path, check=False, capture_output=True
+    )
+    if encoding == "utf-8":
+        assert (done.returncode, done.stdout.decode()) == (0, "l\u00e4uft\n")
+    else:
+        assert done.returncode == 1
+        assert done.stderr.startswith(
+            b"error: --workdir=l\\udcc3\\udca4uft cannot be written in the encoding of this environment, ascii"
+        )
+        assert done.stderr.count(b"\n") == 1
+        assert list(tmp_path.iterdir()) == []
