@@ -209,6 +209,6 @@ def guard_streams() -> None:
             stream = io.TextIOWrapper(io.FileIO(os.devnull, "w"))
         elif type(stream) is io.TextIOWrapper:  # and not what a test has put there
             buffer = io.BufferedWriter(_Lasting(stream.fileno(), "w", closefd=False))
-            how = {"line_buffering": stream.line_buffering, "write_through": stream.write_through}
-            stream = io.TextIOWrapper(buffer, stream.encoding, "backslashreplace", **how)
+            lines, at_once = stream.line_buffering, stream.write_through
+            stream = io.TextIOWrapper(buffer, stream.encoding, "backslashreplace", line_buffering=lines, write_through=at_once)
         setattr(sys, name, _Guarded(stream, bars=name == "stderr"))
