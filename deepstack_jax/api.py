@@ -162,7 +162,7 @@ def _in_python() -> Iterator[None]:
     try:
         yield
     except (ConfigError, CheckpointError) as error:
-        text = re.sub(r"(?<![\w-])--(?=[a-z])", "", re.sub(r"(?<![\w-])--force\b", "force=True", str(error)))
+        text = re.sub(r"(?<![\w-])--(?!local-dir)(?=[a-z])", "", re.sub(r"(?<![\w-])--force\b", "force=True", str(error)))
         if text == str(error):
             raise
         raise type(error)(text) from error

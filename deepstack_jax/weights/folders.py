@@ -282,7 +282,7 @@ def _collect(
     try:
         files = weight_files(folder, word(values, "transformers_weights"))
     except WeightsError:
-        if not own.exists():
+        if not own.is_file():
             raise
         if base is None:
             raise WeightsError(f"{folder} holds a projector alone; give its language model with --base=DIR") from None
@@ -292,7 +292,7 @@ def _collect(
         file = Path(projector).expanduser() if projector else own
         if projector and not file.is_file():
             raise WeightsError(f"no file {file}; give an mm_projector.bin with --projector=FILE")
-        if file.exists():
+        if file.is_file():
             tensors |= _named([file], "projector")
     if base is not None:
         naming = "llava-hf" if is_llava_hf(read_json(base / "config.json")) else "official"

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from deepstack_jax.config import CLIP_MEAN, CLIP_STD
 from deepstack_jax.printing import quote
 from deepstack_jax.weights.files import WeightsError
 from deepstack_jax.weights.hf_decoder import expect, flag, number, real, section
@@ -83,26 +84,19 @@ def _sides(values: Mapping[str, Any], key: str, default: int) -> tuple[Any, ...]
 
 def _numbers(values: Mapping[str, Any], mode: str) -> dict[str, Any]:
     """x * factor, less the mean, over the deviation, as the mean and deviation of x / 255."""
-    mean, std = (_three(values, key) for key in ("image_mean", "image_std"))
+    mean, std = _three(values, "image_mean") or CLIP_MEAN, _three(values, "image_std") or CLIP_STD
     factor = real(values, "rescale_factor", 1 / 255) if flag(values, "do_rescale", True) else 1.0
     normal = flag(values, "do_normalize", True)
     if factor <= 0:
         raise WeightsError(f"{_FILE}: rescale_factor is {factor}, expected a number above 0; take the tower's own file")
-    if factor == 1 / 255 and normal:
-        found = {"mean": mean, "std": std}
-        if mode == "pad" and mean and not 0 <= min(mean) <= max(mean) <= 1:
-            raise WeightsError(f"{_FILE}: image_mean is {mean}, expected shares from 0 to 1: do_pad fills with that colour")
-        return {key: value for key, value in found.items() if value}
-    if mode == "pad":
+    if mode == "pad" and not 0 <= min(mean) <= max(mean) <= 1:
+        raise WeightsError(f"{_FILE}: image_mean is {mean}, expected shares from 0 to 1: do_pad fills with that colour")
+    if mode == "pad" and not (factor == 1 / 255 and normal):
         raise WeightsError(
             f"{_FILE}: do_rescale, rescale_factor or do_normalize is changed, where the image is padded with image_mean; "
             "expected those of CLIP; choose a checkpoint without it"
         )
-    if normal and not (mean and std):
-        raise WeightsError(
-            f"{_FILE}: image_mean or image_std is missing beside a changed rescale_factor; take the tower's own file"
-        )
-    scale = 255 * factor
+    scale = 255 * factor  # exactly 1 for the usual factor
     shifted = (mean, std) if normal else ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
     return {key: tuple(value / scale for value in three) for key, three in zip(("mean", "std"), shifted, strict=True)}
 

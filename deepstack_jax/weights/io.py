@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import stat
 import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -121,8 +122,9 @@ def read_json(file: Path) -> dict[str, Any]:
       WeightsError: there is no such file, or it holds something else.
     """
     try:
-        if file.stat().st_size > _MAX_JSON:
-            raise ValueError(f"more than {_MAX_JSON} bytes")
+        about = file.stat()
+        if not stat.S_ISREG(about.st_mode) or about.st_size > _MAX_JSON:  # a pipe would never end, a device neither
+            raise ValueError(f"no file of at most {_MAX_JSON} bytes")
         value = present(json.loads(file.read_bytes(), parse_constant=_no_number))
     except OSError as error:
         raise WeightsError(f"no readable {file}: {error.strerror}; give a checkpoint folder with its config.json") from error

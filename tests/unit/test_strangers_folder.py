@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import warnings
 
 import huggingface_hub
@@ -17,6 +18,8 @@ from deepstack_jax.data.tokenizers import load_tokenizer
 from deepstack_jax.training.start import open_start
 from deepstack_jax.weights.files import WeightsError
 from deepstack_jax.weights.folders import find_folder, open_checkpoint
+from deepstack_jax.weights.hf_image import processor_of
+from deepstack_jax.weights.io import read_json
 from deepstack_jax.weights.load import is_finite, load_params, stored_leaves
 from deepstack_jax.weights.save import save_checkpoint
 from tests.parity.goldens import load_case, write_folder
@@ -85,6 +88,20 @@ def test_json_that_is_none_is_one_line(name, text, folder):
     with pytest.raises(WeightsError, match=r"is no JSON \(|holds a int|holds a list") as caught:
         open_checkpoint(folder)
     assert len(str(caught.value)) < 500
+
+
+def test_what_never_ends_is_not_read(folder):
+    (folder / "generation_config.json").symlink_to("/dev/zero")
+    with pytest.raises(WeightsError, match=r"generation_config\.json is no JSON \(no file of at most") as caught:
+        read_json(folder / "generation_config.json")
+    os.mkfifo(folder / "processor_config.json")
+    with pytest.raises(WeightsError, match="no file of at most"):
+        processor_of(folder)
+    (folder / "model.safetensors").unlink()
+    os.mkfifo(folder / "model.safetensors")
+    with pytest.raises(WeightsError, match=r"no model\.safetensors"):
+        open_checkpoint(folder)
+    assert "\n" not in str(caught.value)
 
 
 def test_words_that_a_file_held_stand_in_the_export_themselves(folder, tmp_path):
