@@ -48,6 +48,7 @@ _SCALINGS = {
     "yarn": {"short_factor", "long_factor", "original_max_position_embeddings"},
 }
 _SCALINGS["su"] = _SCALINGS["longrope"]
+_FACTORS = {"short_factor", "long_factor"}  # lists, of one number per angle
 # Most that a size of config.json may be, where it is not _MOST: beyond, no model is meant, and tables of it would take hours.
 _MOST = 2**24
 _MOST_OF = {
@@ -148,11 +149,11 @@ def _rope_from(get: dict[str, Any], kind: str) -> RopeConfig:
     inside = {key: number(scaling, key)} if key in scaling else {}  # Phi-3's own stands outside and goes before
     original = number({key: get["max_position_embeddings"]} | inside | ({key: get[key]} if key in get else {}), key)
     scaling.pop(key, None)
-    many = ("short_factor", "long_factor")
-    numbers: dict[str, Any] = {
-        key: tuple(real({key: n}, key) for n in value) if key in many and isinstance(value, list) else real(scaling, key)
-        for key, value in scaling.items()
-    }
+    numbers: dict[str, Any] = {key: real(scaling, key) for key in scaling if key not in _FACTORS}
+    for key in _FACTORS & set(scaling):
+        if not isinstance(scaling[key], list):
+            raise WeightsError(f"config.json: {key} is {quote(scaling[key])}, expected a list; take it from the model's source")
+        numbers[key] = tuple(real({key: factor}, key) for factor in scaling[key])
     name = "longrope" if name == "su" else name
     return RopeConfig(theta=theta, scaling=name, original_positions=0 if name == "linear" else original, **numbers)
 
