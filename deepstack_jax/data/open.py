@@ -156,6 +156,8 @@ def _open_folder(folder: str, split: str, limits: LimitsConfig) -> "Rows | recor
     if found == ["a saved dataset"]:
         return _open_saved(folder, limits)
     by_split = _splits(folder)
+    if not by_split:
+        raise SourceError(f"{folder} lists no splits in dataset_dict.json, expected their names; write or copy it again")
     if not split and len(by_split) > 1:
         raise SourceError(
             f"{folder} holds the splits {', '.join(by_split)}; name one of them, as in {folder}/{next(iter(by_split))}"

@@ -33,6 +33,7 @@ _VERSION = 1
 _WRITER_OPTIONS = "group_size:1,uncompressed"
 _READER_OPTIONS = "readahead_buffer_size:0"  # rows are asked for in any order
 _BLOCK = 8 << 20
+_COMPRESSED = -1
 _SHARD_NAME = re.compile(r"shard-\d{5,9}" + re.escape(SUFFIX))
 
 
@@ -319,6 +320,8 @@ def _problems(folder: str, shards: list[Shard]) -> list[str]:
             problems.append(f"{shard.file} {size}")
         elif size != shard.bytes:
             problems.append(f"{shard.file} has {size} of {shard.bytes} bytes")
+        elif not files.is_url(path) and _count(path) == _COMPRESSED:
+            problems.append(f"{shard.file} is compressed, which `prepare` never does,")
         elif not files.is_url(path) and _count(path) != shard.rows:
             problems.append(f"{shard.file} has {_count(path)} readable rows of {shard.rows}")
     return problems
@@ -330,9 +333,11 @@ def _refuse(folder: str, problems: list[str]) -> None:
 
 
 def _count(path: str) -> int:
-    """Rows of a local shard by its footer; 0 where that cannot be read."""
+    """Rows of a local shard by its footer; 0 where that cannot be read, _COMPRESSED where a record might be of any size."""
     reader = ArrayRecordReader(path, options=_READER_OPTIONS, file_reader_buffer_size=32768)
     try:
+        if reader.ok() and "uncompressed" not in str(reader.writer_options_string()):
+            return _COMPRESSED
         return reader.num_records() if reader.ok() else 0
     finally:
         if reader.ok():

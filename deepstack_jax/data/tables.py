@@ -253,16 +253,16 @@ def _read_footer(path: str, limits: LimitsConfig) -> _Footer:
                 fewest = min((chunk.values for chunk in group), default=0)
                 if len(group) != len(leaves) or not 0 <= count <= fewest:
                     raise ValueError(f"row group {number} has {count} rows, a column in it {fewest} values")
-            sizes = [_sizes(group, leaves) for group in chunks]
+            sizes = [_sizes(group, leaves, schema.names) for group in chunks]
             return _Footer(rows, sizes, columns, tuple(schema.names), tuple(texts), files.size(path))
     except (pa.ArrowException, OSError, ValueError, RecursionError) as error:
         raise _failure(path, error) from error
 
 
-def _sizes(group: Sequence[Chunk], leaves: Sequence[Any]) -> dict[str, int]:
+def _sizes(group: Sequence[Chunk], leaves: Sequence[Any], names: Sequence[str]) -> dict[str, int]:
     sizes: dict[str, int] = {}
     for chunk, leaf in zip(group, leaves, strict=True):
-        name = leaf.path.split(".")[0]
+        name = next(name for name in names if leaf.path == name or leaf.path.startswith(f"{name}."))  # it may hold dots itself
         width = max(VALUE_BYTES, leaf.length if leaf.physical_type == "FIXED_LEN_BYTE_ARRAY" else 0)
         sizes[name] = sizes.get(name, 0) + chunk.values * width + max(0, chunk.bytes)
     return sizes
@@ -295,7 +295,8 @@ def _map_arrow(path: str, copy: str, most: int) -> list[pa.RecordBatch]:
         raise
     except (pa.ArrowException, OSError, ValueError, RecursionError) as error:  # a ValueError: names that are no UTF-8
         raise _failure(path, error) from error
-    return [batch.select(names) for batch in batches]
+    first = [schema.names.index(name) for name in names]  # of a name that nobody needs there may be several columns
+    return [batch.select(first) for batch in batches]
 
 
 def _read_arrow(path: str, source: pa.MemoryMappedFile, most: int) -> tuple[pa.Schema, list[pa.RecordBatch]]:

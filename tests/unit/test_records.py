@@ -220,11 +220,11 @@ def test_changed_content_is_found_by_verify_and_is_one_bad_sample(tmp_path):
     assert [outline.name for outline in source.outlines()] == ["r0", "r1", "r2", "row 3", "r4", "r5"]
 
 
-def shard_of(folder: Path, records: list[bytes]) -> Path:
+def shard_of(folder: Path, records: list[bytes], options: str = "group_size:1,uncompressed") -> Path:
     """A finished folder of one shard with any bytes as its records."""
     write(folder, 1)
     shard, path = folder / "shard-00000.array_record", folder / "manifest.json"
-    writer = ArrayRecordWriter(str(shard), "group_size:1,uncompressed")
+    writer = ArrayRecordWriter(str(shard), options)
     for record in records:
         writer.write(record)
     writer.close()
@@ -292,6 +292,13 @@ def test_a_record_is_checked_as_a_row_and_opens_nothing(tmp_path, monkeypatch, c
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) < 600
     assert not opened
+
+
+def test_a_compressed_shard_is_refused(tmp_path):
+    """A record in it could be of any size, whatever the file's."""
+    folder = shard_of(tmp_path / "set", [encode_example(example(0))], "group_size:1,zstd")
+    with pytest.raises(SourceError, match=r"shard-00000\.array_record is compressed, which `prepare` never does"):
+        RecordShards(str(folder))
 
 
 def test_a_record_beyond_the_limit_is_refused(tmp_path):

@@ -312,6 +312,28 @@ def test_a_needed_column_of_a_type_that_is_none_is_refused(tmp_path):
         open_files(str(path), "")
 
 
+@pytest.mark.parametrize("kind", ["parquet", "arrow"])
+def test_odd_names_of_columns_that_nobody_needs(tmp_path, kind):
+    table = pa.Table.from_pylist(llava(1), schema=SCHEMA)
+    for name in ("extra", "extra", "id.x", "a.b", ""):
+        table = table.append_column(name, pa.array([7]))
+    if kind == "parquet":
+        pq.write_table(table, tmp_path / "a.parquet")
+    else:
+        with pa.OSFile(str(tmp_path / "a.arrow"), "wb") as file, pa.ipc.new_stream(file, table.schema) as writer:
+            writer.write_table(table)
+    source = open_files(str(tmp_path / f"a.{kind}"), "")
+    assert source[0].info == {"data_source": "set0", "extra": 7, "id.x": 7, "a.b": 7, "": 7}
+    assert [outline.name for outline in source.outlines()] == ["r0"]
+
+
+@pytest.mark.parametrize("splits", [[], None])
+def test_a_dataset_dict_without_splits_is_refused(tmp_path, splits):
+    (tmp_path / "dataset_dict.json").write_text(json.dumps({"splits": splits}))
+    with pytest.raises(SourceError, match=r"lists no splits in dataset_dict\.json"):
+        open_files(str(tmp_path), "")
+
+
 def test_a_group_is_read_though_a_column_that_nobody_needs_is_damaged(tmp_path):
     path = with_column(tmp_path / "a.parquet", pa.array(["word " * 400]))
     chunk = pq.read_metadata(path).row_group(0).column(6)
