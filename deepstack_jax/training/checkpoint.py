@@ -30,7 +30,7 @@ from orbax.checkpoint.checkpoint_managers import (
 from deepstack_jax.config import TrainConfig
 from deepstack_jax.parallel.distributed import barrier, first_host_says, is_first_host, texts_of_hosts
 from deepstack_jax.training.checksums import checksums, checksums_on_disk, damage, mismatches
-from deepstack_jax.training.reading import CheckpointError, UnreadableError, one_line, read_or_damage
+from deepstack_jax.training.reading import CheckpointError, UnreadableError, check_links, one_line, read_or_damage
 from deepstack_jax.types import PyTree, TrainState
 
 log = logging.getLogger(__name__)
@@ -219,11 +219,13 @@ class Checkpoints:
 
         Raises:
           CheckpointError: there are checkpoints and none can be read, since starting anew would throw the run away; or the
-            weights in one are not those of this model, each of them named; or (UnreadableError) storage fails now.
+            weights in one are not those of this model, each of them named; or (UnreadableError) storage fails now; or a
+            link leads out of one.
         """
         steps = sorted(self._good if step is None else self._good & {step}, reverse=True)
         problems: dict[int, str] = {}
         for candidate in steps:
+            check_links(self._directory / str(candidate))
             self._check_tree(candidate, abstract)
             restored, problem = self._read(candidate, abstract)
             if restored is not None:

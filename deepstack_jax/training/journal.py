@@ -78,5 +78,17 @@ class Journal:
 
 
 def read_journal(workdir: Path) -> list[dict[str, Any]]:
-    """All records of a run; a line that a kill or a full disk cut short is left out."""
-    return read_lines(workdir / "journal.jsonl")
+    """All records of a run; a line that a kill or a full disk cut short, or that is none of ours, is left out."""
+    return [record for record in read_lines(workdir / "journal.jsonl") if _is_record(record)]
+
+
+def _is_record(record: dict[str, Any]) -> bool:
+    seconds = record.get("seconds", {})
+    return (
+        isinstance(record.get("event"), str)
+        and isinstance(record.get("time"), int | float)
+        and isinstance(record.get("step", 0 if record["event"] == "start" else None), int)
+        and isinstance(seconds, dict)
+        and all(kind in KINDS and isinstance(spent, int | float) for kind, spent in seconds.items())
+        and (record["event"] != "time" or "seconds" in record)
+    )

@@ -80,7 +80,7 @@ def start_wandb(project: str, workdir: Path, name: str, config: dict[str, Any]) 
 
 def read_metrics(workdir: Path) -> list[dict[str, Any]]:
     """All records of a run; a line that a kill or a full disk cut short is left out."""
-    return [line for line in read_lines(workdir / "metrics.jsonl") if "step" in line]
+    return [line for line in read_lines(workdir / "metrics.jsonl") if isinstance(line.get("step"), int)]
 
 
 class Quarantine:
@@ -104,7 +104,7 @@ class Quarantine:
         self._last = ""
         self._lines = Lines(self._path)
         if self._path.exists():
-            self._known = {line["index"] for line in read_lines(self._path) if "index" in line}
+            self._known = {line["index"] for line in read_lines(self._path) if isinstance(line.get("index"), int)}
 
     def add(self, bad: tuple[BadExample, ...]) -> int:
         """Record the bad ones; returns how many distinct ones this host has met in this attempt."""

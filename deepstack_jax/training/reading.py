@@ -130,6 +130,23 @@ def read_json(file: Path) -> dict[str, Any]:
     return value or {}
 
 
+def check_links(folder: Path) -> None:
+    """Refuse a checkpoint with a link that leads out of it: a stranger's could make any file here parameters of the model.
+
+    The folder itself may be one, and links of the Hugging Face cache lead to its `blobs`.
+
+    Raises:
+      CheckpointError: naming the link.
+    """
+    place = os.path.realpath(folder).split("/snapshots/")[0]
+    for here, folders, names in os.walk(folder):
+        for path in (os.path.join(here, name) for name in (*folders, *names)):
+            if os.path.islink(path) and not os.path.realpath(path).startswith(f"{place}/"):
+                raise CheckpointError(
+                    f"{path} is a link out of its checkpoint, to {os.path.realpath(path)}; put the file there"
+                )
+
+
 def saved_steps(workdir: Path) -> list[int]:
     """Steps of the checkpoints that lie in a workdir, damaged ones among them; OSError where that cannot be told now."""
     folder = workdir / "checkpoints"

@@ -66,8 +66,11 @@ def read_bundle(file: Path) -> Bundle:
       ReplayError: there is none.
     """
     try:
-        values = json.loads(file.read_text())
-        return Bundle(**values)
+        bundle = Bundle(**json.loads(file.read_text()))
+        numbers = (bundle.step, bundle.checkpoint, *bundle.examples)
+        if not all(isinstance(number, int) for number in numbers) or not bundle.checkpoint >= 0 or bundle.step < 1:
+            raise ValueError("step, checkpoint and examples are whole numbers")
+        return bundle._replace(loss=float(bundle.loss), grad_norm=float(bundle.grad_norm))
     except (OSError, TypeError, ValueError) as error:
         there = ", ".join(path.name for path in sorted(file.parent.glob("step-*.json"))) or "none"
         raise ReplayError(f"--replay={file} is no replay bundle ({error}); bundles in {file.parent}: {there}") from error

@@ -11,7 +11,7 @@ from typing import Any
 from deepstack_jax.config import Config, TrainConfig, differences
 from deepstack_jax.data.inputs import UNUSABLE
 from deepstack_jax.training.checkpoint import bytes_of
-from deepstack_jax.training.reading import CheckpointError, UnreadableError, read_json, saved_steps
+from deepstack_jax.training.reading import CheckpointError, UnreadableError, one_line, read_json, saved_steps
 from deepstack_jax.types import PyTree
 
 # Keys that may change between the parts of one run: they decide what is shown and kept, not what is computed; or where a run
@@ -112,6 +112,18 @@ def data_changes(config: Config, workdir: Path, now: dict[str, Any], texts: Call
     """What of the data differs from what the run in a workdir has learned from; nothing where it has learned nothing yet."""
     if not (workdir / "config.json").exists() or not saved_steps(workdir):
         return []
+    try:
+        return _data_changes(config, workdir, now, texts)
+    except UnreadableError:
+        raise
+    except (CheckpointError, TypeError, AttributeError, KeyError) as error:
+        raise CheckpointError(
+            f"{workdir}/manifest.json is damaged ({one_line(error)}), which tells what data the run began with; if that "
+            "is the same, delete the file and run the same command again: it is written anew"
+        ) from error
+
+
+def _data_changes(config: Config, workdir: Path, now: dict[str, Any], texts: Callable[[], str]) -> list[str]:
     changed = differences(config, read_json(workdir / "config.json"))
     moved = [f"{key}: {changed[key][1]!r} there, {changed[key][0]!r} now" for key in PLACES if key in changed]
     manifest = workdir / "manifest.json"

@@ -14,7 +14,7 @@ import orbax.checkpoint as ocp
 from deepstack_jax.config import Config, build_config
 from deepstack_jax.training.checksums import checksums_in_memory, damage
 from deepstack_jax.training.optimizer import flatten, unflatten
-from deepstack_jax.training.reading import CheckpointError, read_json, read_or_damage, saved_steps
+from deepstack_jax.training.reading import CheckpointError, check_links, read_json, read_or_damage, saved_steps
 from deepstack_jax.weights.names import Table
 
 log = logging.getLogger(__name__)
@@ -28,13 +28,15 @@ def restore_params(workdir: Path, only: tuple[str, ...] = ("",)) -> tuple[int, C
     written before there were checksums is taken as it is.
 
     Raises:
-      CheckpointError: there is no checkpoint that can be read whole; or (UnreadableError) storage fails now.
+      CheckpointError: there is no checkpoint that can be read whole; or (UnreadableError) storage fails now; or a link leads
+        out of one.
     """
     config = build_config(read_json(workdir / "config.json"))
     shapes = {path: leaf.shape for path, leaf in Table(config).leaves.items() if path.startswith(only)}
     problems = []
     for step in reversed(saved_steps(workdir)):
         folder = (workdir / "checkpoints" / str(step)).absolute()
+        check_links(folder)
         leaves, problem = read_or_damage(str(folder), partial(_read, folder, shapes))
         if leaves is not None:
             return step, config, leaves

@@ -13,7 +13,11 @@ import pytest
 from deepstack_jax.config import TrainConfig
 from deepstack_jax.training import checkpoint, reading, trained
 from deepstack_jax.training.checkpoint import CheckpointError, Checkpoints
+from deepstack_jax.training.journal import read_journal
+from deepstack_jax.training.metrics import Quarantine, read_metrics
 from deepstack_jax.training.reading import UnreadableError, is_damage, read_json, read_or_damage, saved_steps
+from deepstack_jax.training.replay import ReplayError, read_bundle
+from deepstack_jax.training.report import account
 from tests.unit.test_checkpoint import abstract, state_at
 from tests.unit.test_trained import assert_holds
 from tests.unit.test_trained import save as save_run
@@ -303,3 +307,76 @@ def test_a_config_that_cannot_be_read_now_is_not_called_damaged(tmp_path, monkey
     monkeypatch.setattr(Path, "read_text", fail)
     with pytest.raises(UnreadableError, match="Stale file handle"):
         read_json(file)
+
+
+def test_a_link_that_leads_out_of_a_checkpoint_is_refused_by_whoever_reads_it(kept, tmp_path):
+    private = tmp_path / "private"
+    private.write_bytes(b"nobody else's")
+    run = save_run(tmp_path / "run", 1)
+    (file, *_) = (path for path in (run / "checkpoints" / "1" / "state" / "d").iterdir())
+    file.unlink()
+    file.symlink_to(private)
+    with pytest.raises(
+        CheckpointError, match=r"state/d/\w+ is a link out of its checkpoint, to .*/private; put the file there"
+    ):
+        trained.restore_params(run)
+    checkpoints = Checkpoints(run, TrainConfig())
+    with pytest.raises(CheckpointError, match="is a link out of its checkpoint"):
+        checkpoints.restore(abstract())
+    checkpoints.close()
+    assert not (run / "damaged").exists()
+
+
+def test_links_to_whole_checkpoints_and_within_them_are_followed(saved, tmp_path):
+    elsewhere = shutil.move(saved / "checkpoints", tmp_path / "large_disk")
+    (saved / "checkpoints").symlink_to(elsewhere)
+    (saved / "checkpoints" / "3" / "data" / "metadata").rename(saved / "checkpoints" / "3" / "kept")
+    (saved / "checkpoints" / "3" / "data" / "metadata").symlink_to("../kept")
+    restored = Checkpoints(saved, TrainConfig(keep=2)).restore(abstract())
+    assert restored is not None
+    assert int(restored[0].step) == 3
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        '{"step": "3", "examples": [1], "checkpoint": 0, "loss": 1.0, "grad_norm": 1.0}',
+        '{"step": 3, "examples": [1], "checkpoint": "../../3", "loss": 1.0, "grad_norm": 1.0}',
+        '{"step": 3, "examples": ["/etc/passwd"], "checkpoint": 0, "loss": 1.0, "grad_norm": 1.0}',
+        '{"step": 3, "examples": 1, "checkpoint": 0, "loss": 1.0, "grad_norm": 1.0}',
+        '{"step": 3, "examples": [1], "checkpoint": -1, "loss": 1.0, "grad_norm": 1.0}',
+        '{"step": 3, "examples": [1], "checkpoint": 0, "loss": [], "grad_norm": 1.0}',
+        "[]",
+    ],
+)
+def test_a_bundle_holds_numbers(content, tmp_path):
+    file = tmp_path / "step-3.json"
+    file.write_text(content)
+    with pytest.raises(ReplayError, match="is no replay bundle"):
+        read_bundle(file)
+
+
+def test_lines_that_are_no_records_of_ours_are_passed_over(tmp_path):
+    good = [
+        {"time": 1.0, "event": "start", "command": []},
+        {"time": 2.0, "event": "resume", "step": 0},
+        {"time": 9.0, "event": "time", "step": 4, "seconds": {"step": 7.0}},
+    ]
+    bad = [
+        *(
+            {},
+            {"event": "start"},
+            {"time": "now", "event": "start"},
+            {"time": 3.0, "event": "resume"},
+            {"time": 3.0, "event": []},
+        ),
+        *({"time": 3.0, "event": "time", "step": 1}, {"time": 3.0, "event": "time", "step": 1, "seconds": {"tea": 1}}),
+    ]
+    lines = [*bad[:3], good[0], *bad[3:], *good[1:]]
+    (tmp_path / "journal.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    (tmp_path / "metrics.jsonl").write_text('{"step": "9"}\n{"step": 1}\n{"step": [2]}\n')
+    (tmp_path / "quarantine.jsonl").write_text('{"index": [1]}\n{"index": 5}\n')
+    assert read_journal(tmp_path) == good
+    assert account(read_journal(tmp_path)).seconds["step"] == 7.0
+    assert read_metrics(tmp_path) == [{"step": 1}]
+    assert Quarantine(tmp_path, 1.0, 10)._known == {5}

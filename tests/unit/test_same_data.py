@@ -212,3 +212,15 @@ def test_a_run_goes_on_with_urls_whose_credentials_were_not_written(tmp_path):
     with pytest.raises(CheckpointError) as caught:
         check_same_run(build_config(other), tmp_path)
     assert "5ecre7" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "data", ["[]", '{"looked_at": 3}', '{"files": [], "contents": 3}', '{"rows": []}', '{"contents": {"train": 3}}', "{"]
+)
+def test_a_damaged_manifest_is_one_line_that_says_how_to_go_on(data, root, workdir):
+    (workdir / "manifest.json").write_text(f'{{"data": {data}}}')
+    with pytest.raises(
+        CheckpointError, match=r"manifest\.json is damaged .*delete the file and run the same command"
+    ) as caught:
+        changes(configured(root), workdir)
+    assert "\n" not in str(caught.value)
