@@ -12,6 +12,7 @@ import json
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,7 @@ from deepstack_jax.data.open import open_source
 from tests.docs.blocks import REPOSITORY, Block, blocks, commands_of_console, run_shell, scratch_folder
 from tests.docs.conftest import Runner
 from tests.e2e.receipts import draw_receipts
+from tests.e2e.verb import ENVIRONMENT
 from tests.parity.goldens import GOLDEN, write_folder
 
 # Few layers, steps and examples: the programs are to be compiled, not to learn.
@@ -46,7 +48,9 @@ LEFT_OUT = re.compile(r"configs/(llava|deepstack|phi)|--replay=|deepstack_jax\.p
 def clone(tmp_path_factory, runner) -> Path:
     """A scratch clone after `make demo` of two steps, with what the documents take for granted."""
     folder = scratch_folder(tmp_path_factory.mktemp("docs") / "clone")
-    train_demo(folder, runner, SHORT["train"])
+    module, words = command_of_the_demo()
+    run(runner, folder, module, [*words, *SHORT["train"]])
+    leave_page(folder)
     draw_receipts(folder / "DIR", train=8, validation=2)
     (folder / "DIR" / "images" / "images").symlink_to(".")  # for --config.data.images=images
     shutil.copy(GOLDEN / "images" / "img0.png", folder / "photo.jpg")
@@ -58,12 +62,16 @@ def clone(tmp_path_factory, runner) -> Path:
     return folder
 
 
-def train_demo(folder: Path, runner: Runner, flags: tuple[str, ...]) -> None:
-    """What `make demo` does for one of its models, and the page that it leaves."""
+def command_of_the_demo() -> tuple[str, list[str]]:
+    """What `make demo` runs for DeepStack: a module and its arguments."""
     command = ["make", "-n", "demo-deepstack"]
     printed = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True).stdout
     module, words = re.findall(r"-m (deepstack_jax\.train) (.*)", printed)[-1]
-    run(runner, folder, module, [*words.split(), *flags])
+    return module, words.split()
+
+
+def leave_page(folder: Path) -> None:
+    """As benchmarks/demo_report.py does at the end of `make demo`."""
     config = build_config(json.loads((folder / "runs" / "demo" / "deepstack" / "config.json").read_text()))
     open_image(open_source(config, "validation")[0].images[0]).save(folder / "runs" / "demo" / "page.png")
 
@@ -138,7 +146,12 @@ def test_data_and_the_report_of_a_run(clone, runner):
 def test_readme_says_what_the_demo_answers(tmp_path, runner):
     """The whole training of `make demo`'s DeepStack, and then every line that README shows of it."""
     folder = scratch_folder(tmp_path / "clone")
-    train_demo(folder, runner, ())
+    module, words = command_of_the_demo()
+    optimized = {name: value for name, value in ENVIRONMENT.items() if name != "JAX_DISABLE_MOST_OPTIMIZATIONS"}
+    subprocess.run(
+        [sys.executable, "-m", module, *words], cwd=folder, env=optimized | {"PYTHONPATH": str(REPOSITORY)}, check=True
+    )
+    leave_page(folder)
     (block,) = of("README.md", "python")
     assert run_python(runner, folder, block) == shown(block)
     for block in of("README.md", "console"):
