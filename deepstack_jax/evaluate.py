@@ -28,7 +28,7 @@ from deepstack_jax.evaluation.reports import left_out_of
 from deepstack_jax.evaluation.scorers import SCORERS
 from deepstack_jax.evaluation.unfinished import Unfinished
 from deepstack_jax.outward import write_json, write_lines
-from deepstack_jax.printing import Console, label, redacted
+from deepstack_jax.printing import Console, label, plural, redacted
 from deepstack_jax.training.checkpoint import CheckpointError
 from deepstack_jax.training.checksums import checksums
 
@@ -100,7 +100,8 @@ def main() -> int:
     for name in ("limit", "batch_size"):
         if given[name] is not None and given[name] < 1:
             raise ConfigError(f"--{name}={given[name]}, expected 1 or more")
-    task, console = open_task(given), Console()
+    console = Console()
+    task = open_task(given, console)
     leave_out(task.bad, [], task, console)
     out = cli.writable_folder(given["out"], "out") if given["out"] else None
     lmm = load(given["model"], given["dtype"])
@@ -116,7 +117,7 @@ def main() -> int:
     return cli.EXIT_DONE
 
 
-def open_task(given: dict[str, Any]) -> Task:
+def open_task(given: dict[str, Any], console: Console) -> Task:
     """The rows to ask, from --data or --config.
 
     Raises:
@@ -140,7 +141,8 @@ def open_task(given: dict[str, Any]) -> Task:
     rows = min(len(source), given["limit"] or len(source))
     origin = {"root": config.data.root, "files": describe_files(config, "validation", source)}
     origin |= describe_options(config, "validation", source, 0)
-    bad = tuple(check_questions(source, range(rows), config.data))
+    with console.status(f"looking through {plural(rows, 'row')}"):
+        bad = tuple(check_questions(source, range(rows), config.data))
     return Task(source, redacted(name), origin, rows, options, sizes["batch_size"], config.data.max_bad_fraction, bad)
 
 

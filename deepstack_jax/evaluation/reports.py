@@ -87,14 +87,18 @@ def check_held_out(source: Source, train: Source, config: Config, console: Conso
         check_images(source, config, config.evaluation.examples)
     rows = min(config.evaluation.examples, len(source))
     named: set[int] = set()
-    reasons = {example.index: example for example in check_rows(source, config if starts else uninterrupted(config))}
+    with console.status(f"looking through {plural(rows, 'held-out row')}"):
+        reasons = {example.index: example for example in check_rows(source, config if starts else uninterrupted(config))}
     _name(reasons, named, console)
     if problem := _too_many(len(reasons), rows, config):
         if starts:
             raise SourceError(f"{problem}, the last one: {list(reasons.values())[-1].reason}; mend them, or allow more")
         console.print(f"warning: {problem}; loss and scores will be of the others", soft_wrap=True)
-    if starts and is_first_host() and (said := overlap_line(source, rows, train)):
-        console.print(f"warning: {said}", soft_wrap=True)
+    if starts and is_first_host():
+        with console.status(f"looking for them among {plural(len(train), 'training row')}"):
+            said = overlap_line(source, rows, train)
+        if said:
+            console.print(f"warning: {said}", soft_wrap=True)
     return named
 
 

@@ -52,7 +52,7 @@ def test_every_answered_turn_is_asked_and_scored(model, data, tmp_path):
     assert done.returncode == 0, done.stderr
     lines, results = read_lines(tmp_path / "out" / "predictions.jsonl"), read_json(tmp_path / "out" / "results.json")
     assert [(line["row"], line["turn"]) for line in lines] == [(0, 0), (1, 0), (1, 1), (2, 0), (3, 0), (4, 0)]
-    assert lines[0]["id"] == HARD_ID
+    assert lines[0]["id"] == HARD_ID.replace("\ud800", r"\ud800")
     assert [lines[2][key] for key in ("question", "reference")] == ["Sure?", "Yes."]
     assert (results["rows"], results["questions"], results["bad_examples"]) == (ROWS, 6, 0)
     assert results["protocol"]["template"] == "v1"

@@ -173,7 +173,7 @@ def test_hard_ids_reach_every_file_and_no_terminal(tmp_path):
     finish(subject, config, {}, {"steps": 3}, tmp_path, log, console)
     log.close()
     lines = (tmp_path / "predictions.jsonl").read_text("utf-8").splitlines()
-    assert [json.loads(line)["id"] for line in lines] == [f"{hard}1"]
+    assert [json.loads(line)["id"] for line in lines] == [f"{hard}1".replace("\ud800", r"\ud800")]
     results = json.loads((tmp_path / "results.json").read_text("utf-8"))
     shown = r"\ud800\u001b[2J\u2028\u00002"
     assert [one["id"] for one in results["left_out"]] == [shown]

@@ -66,7 +66,7 @@ ROWS: list[tuple[dict[str, Any], str, list[list[int]]]] = [
     (row("grows", [], "A?", "b", "C" * 99, "d"), "107 tokens with its images, a row holds 96", [[]]),
     (row("plain", ["b.png"], "<image> The same id?", "yes"), "", [[90]]),
     ({"id": "no turns", "conversations": []}, "no conversations", []),
-    ({"id": "\ud800", "conversations": [{"from": "human", "value": "A?"}, {"from": "gpt", "value": "b"}]}, "", [[]]),
+    ({"id": r"\ud800", "conversations": [{"from": "human", "value": "A?"}, {"from": "gpt", "value": "b"}]}, "", [[]]),
 ]
 
 
