@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import huggingface_hub
+from huggingface_hub import constants as hub
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from ml_collections import ConfigDict
 
@@ -177,7 +178,7 @@ def find_folder(path: str | Path) -> Path:
 def _say_what_is_fetched(name: str) -> None:
     if not huggingface_hub.is_offline_mode():
         token = "with your token" if huggingface_hub.get_token() else "without a token"
-        place = f"{huggingface_hub.constants.ENDPOINT}/{name} into {huggingface_hub.constants.HF_HUB_CACHE}"
+        place = f"{hub.ENDPOINT}/{name} into {hub.HF_HUB_CACHE}"
         warnings.warn(f"there is no folder {name}: fetching {place}, {token}", stacklevel=3)
 
 

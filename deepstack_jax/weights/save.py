@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, Protocol
 
 import ml_dtypes
 import numpy as np
+from huggingface_hub import constants as hub
 
 from deepstack_jax.config import Config, differences, to_dict
 from deepstack_jax.weights.files import BEYOND_FILE, WeightsError, copy_into
@@ -268,7 +269,17 @@ def _copy_tokenizer(source: str, folder: Path) -> None:
     present = [file for file in files if file.is_file()]
     if not any(file.name in ("tokenizer.model", "tokenizer.json") for file in present):
         raise WeightsError(f"no tokenizer.model and no tokenizer.json in {source}; give the tokenizer's folder, or none")
+    at = Path(source).expanduser().resolve()
+    allowed = (
+        at,
+        at.parent.parent / "blobs",
+        Path(hub.HF_HUB_CACHE).resolve(),
+    )  # where the hub's links lead
     for file in present:
+        if not any(file.resolve().is_relative_to(place) for place in allowed):
+            raise WeightsError(
+                f"{file} is a link out of its folder, and what it leads to is not copied; put the file itself there"
+            )
         shutil.copyfile(file, folder / file.name)
 
 

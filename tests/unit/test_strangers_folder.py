@@ -114,6 +114,25 @@ def test_words_that_a_file_held_stand_in_the_export_themselves(folder, tmp_path)
     assert open_checkpoint(tmp_path / "out").config.data.tokenizer == "words:red green blue"
 
 
+def test_no_file_outside_a_folder_gets_into_an_export(folder, tmp_path):
+    """A link named tokenizer_config.json may lead to a private file; the links of the hub's cache lead to its blobs."""
+    with_tokenizer(folder, "</s>")
+    found = open_checkpoint(folder)
+    leaves = stored_leaves(found.tensors, found.config)
+    (tmp_path / "private.json").write_text("secret")
+    (folder / "added_tokens.json").symlink_to(tmp_path / "private.json")
+    with pytest.raises(WeightsError, match=r"added_tokens\.json is a link out of its folder"):
+        save_checkpoint(leaves, found.config, tmp_path / "out", tokenizer_folder=found.tokenizer)
+    assert not (tmp_path / "out").exists()
+    snapshot = tmp_path / "models--org--name" / "snapshots" / "abc"
+    snapshot.mkdir(parents=True)
+    (snapshot.parent.parent / "blobs").mkdir()
+    (folder / "tokenizer.json").rename(snapshot.parent.parent / "blobs" / "123")
+    (snapshot / "tokenizer.json").symlink_to("../../blobs/123")
+    save_checkpoint(leaves, found.config, tmp_path / "out", tokenizer_folder=str(snapshot))
+    assert (tmp_path / "out" / "tokenizer.json").read_bytes() == (snapshot / "tokenizer.json").read_bytes()
+
+
 def test_what_an_export_carries_is_numbers(folder):
     values = json.loads((folder / "config.json").read_text())
     for wrong in ({"a": 1}, "2", [[2]], ["2"]):
