@@ -204,10 +204,10 @@ def find_tower(name: str, beside: Path, must: bool = False) -> Path | None:
     if not name:
         return None
     places = [Path(name)] if Path(name).is_absolute() else [beside / name, beside.resolve().parent / name]
-    found = next((place for place in places if (place / "config.json").exists()), None)
+    found = next((place for place in places if os.path.isfile(place / "config.json")), None)
     if found is None and re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         found = _cached(name)
-    return found if found is not None and (found / "config.json").exists() else None
+    return found if found is not None and os.path.isfile(found / "config.json") else None
 
 
 def has_tokenizer(folder: Path) -> bool:

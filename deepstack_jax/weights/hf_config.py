@@ -95,7 +95,7 @@ def from_hf(
     Raises:
       WeightsError: a value that is unknown or not implemented; going on would compute another model than the file's.
     """
-    values, tower, preprocessor = present(values), present(tower), present(preprocessor or {})
+    values, tower, pixels = present(values), present(tower), present(preprocessor or {})
     kind = word(values, "model_type")
     if "quantization_config" in values:
         raise WeightsError("config.json: quantization_config is set; quantised weights are not read: give the full model")
@@ -107,7 +107,7 @@ def from_hf(
             f"and a recipe); {nearest(kind[:100], valid)}"
         )
     try:
-        config = _from_llava_hf(values, preprocessor) if inner else _from_official(values, tower, preprocessor)
+        config = _from_llava_hf(values, pixels) if inner else _from_official(values, tower, pixels)
         check_config(config)
         return config
     except WeightsError:

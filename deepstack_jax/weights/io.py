@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import stat
 import warnings
@@ -35,7 +36,7 @@ def weight_files(folder: str | Path, named: str = "") -> list[Path]:
     folder = Path(folder).expanduser()
     if not folder.is_dir():
         raise WeightsError(f"no folder {folder}; give a checkpoint folder (config.json and *.safetensors or *.bin)")
-    there = [name for name in (named, *_WHOLE) if name and (folder / name).is_file()]
+    there = [name for name in (named, *_WHOLE) if name and os.path.isfile(folder / name)]
     if named and (named not in there or not _inside(named) or not named.endswith((".safetensors", ".safetensors.index.json"))):
         raise WeightsError(
             f"config.json: transformers_weights is {named[:200]!r}, expected a *.safetensors or its index inside {folder}; "
@@ -85,7 +86,7 @@ def _named_by(index: Path) -> list[Path]:
 
 def _indexed(index: Path) -> list[Path]:
     files = _named_by(index)
-    missing = [file.name for file in files if not file.is_file()]
+    missing = [file.name for file in files if not os.path.isfile(file)]  # unlike Path.is_file, says no to any name
     if missing or not files:
         raise WeightsError(f"{index} names {len(files)} files, {', '.join(missing)[:300] or 'none'} missing; download the rest")
     return files

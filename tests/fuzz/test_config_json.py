@@ -142,6 +142,9 @@ beyond = st.dictionaries(
 FILES = ["config.json", "deepstack_jax.json", "generation_config.json", "model.safetensors.index.json"]
 
 
+@example("config.json", json.dumps(FOLDERS["l_2d"] | {"mm_vision_tower": "9" * 5000}).encode())
+@example("config.json", json.dumps(FOLDERS["l_2d"] | {"mm_vision_tower": "a\0b"}).encode())
+@example("config.json", json.dumps(FOLDERS["l_2d"] | {"transformers_weights": "9" * 5000 + ".safetensors"}).encode())
 @given(st.sampled_from(FILES), st.one_of(texts, beyond))
 def test_any_bytes_in_a_json_file(folder, name, text):
     """A folder with such a file is one that can be opened, or one line; no file outside is looked into."""
@@ -159,6 +162,7 @@ def test_any_bytes_in_a_json_file(folder, name, text):
             (folder / name).write_bytes(kept)
 
 
+@example(json.dumps({"weight_map": {"a": "9" * 5000}}).encode())
 @given(st.one_of(texts, st.dictionaries(st.just("weight_map"), values).map(lambda value: json.dumps(value).encode())))
 def test_any_index(tmp_path_factory, text):
     folder = tmp_path_factory.getbasetemp() / "index"

@@ -167,4 +167,4 @@ def test_save_hf_replaces_an_export_and_neither_its_own_tokenizer_nor_anything_e
     )
     for wrong in (("out", lmm), (lmm, None), (found, "out")):
         with pytest.raises(ConfigError, match=r"save_hf got .*expected a model and a folder"):
-            dsx.save_hf(*wrong)
+            dsx.save_hf(*wrong)  # type: ignore[arg-type]

@@ -241,7 +241,7 @@ def test_an_answer_ends_at_an_end_token_of_the_folder(folder):
     config = dataclasses.replace(found.config, data=dataclasses.replace(found.config.data, template="direct"))
     lmm = LMM(config, load_params(found.tensors, config), load_tokenizer("bytes"), "direct")
     plain = lmm.answers([((), "hello")], Options(max_new_tokens=8))[0]
-    first = lmm.logits([[1, *lmm.tokenizer.encode("hello")[0].tolist()]])[0, -1]
+    first = lmm.logits([[1, *load_tokenizer("bytes").encode("hello")[0].tolist()]])[0, -1]
     again = dataclasses.replace(lmm, ends=(int(first.argmax()),)).generate(None, "hello", max_new_tokens=8)
     assert plain.tokens > 0
     assert again == ""

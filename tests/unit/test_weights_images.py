@@ -42,7 +42,7 @@ def write(folder, settings, **more):
 def ours(folder, config):
     image = from_hf(config, None, processor_of(folder)).image
     pixels = make_views(PICTURE, image).pixels.astype(np.float32) / 255
-    return np.moveaxis((pixels - np.float32(image.mean)) / np.float32(image.std), -1, 1)
+    return np.moveaxis((pixels - np.array(image.mean, np.float32)) / np.array(image.std, np.float32), -1, 1)
 
 
 def theirs(folder):
