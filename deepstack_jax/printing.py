@@ -59,7 +59,7 @@ def redacted(value: Any) -> Any:
     if isinstance(value, dict):
         return {redacted(key): redacted(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return type(value)(map(redacted, value))
+        return tuple(map(redacted, value)) if isinstance(value, tuple) else list(map(redacted, value))
     return value
 
 

@@ -50,7 +50,7 @@ def describe_options(config: Config, split: str, source: Source, shard_rows: int
     if data.source == "pages":
         return options | {"config.data.synthetic": asdict(data.synthetic)}
     if isinstance(source, Mixture):
-        return options | {f"config.data.sets.{name}": row_choice(entry) for name, entry in data.sets.items()}
+        return redacted(options | {f"config.data.sets.{name}": row_choice(entry) for name, entry in data.sets.items()})
     name = data.train if split == "train" else data.validation
     return redacted(options | {f"config.data.{split}": name, "config.data.images": data.images})
 
@@ -96,8 +96,10 @@ def _look_at(config: Config, source: Source) -> str:
         try:
             example = source[row]
             tokens = _short_digest(encoder.text(example).ids.tolist())
-            encoded = [image if isinstance(image, bytes) else files.read_bytes(str(image)) for image in example.images]
-            images = _short_digest(encoded)
+            if all(isinstance(image, str | bytes) for image in example.images):  # others are drawn from the configuration
+                images = _short_digest(
+                    [files.read_bytes(image) if isinstance(image, str) else image for image in example.images]
+                )
         except (ValueError, OSError):  # what cannot be used is the quarantine's business
             pass
         seen.append(f"{row}:{tokens}:{images}")

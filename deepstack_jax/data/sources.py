@@ -8,6 +8,7 @@ import numpy as np
 from PIL import Image
 
 from deepstack_jax.data.conversation import Message
+from deepstack_jax.printing import redacted
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,10 @@ class OutlinedSource(Source, Protocol):
 
 
 class SourceError(ValueError):
-    """A data file that cannot be used; nothing of it is trained on."""
+    """A data file that cannot be used; nothing of it is trained on. Its message holds no credentials of a URL."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(redacted(message))
 
 
 class SampleError(SourceError):

@@ -127,6 +127,8 @@ def _data_changes(config: Config, workdir: Path, now: dict[str, Any], texts: Cal
     changed = differences(config, read_json(workdir / "config.json"))
     moved = [f"{key}: {changed[key][1]!r} there, {changed[key][0]!r} now" for key in PLACES if key in changed]
     manifest = workdir / "manifest.json"
+    if not manifest.exists():
+        manifest = workdir / "checkpoints" / str(saved_steps(workdir)[-1]) / "about" / "metadata"  # which has the same
     before = read_json(manifest).get("data", {}) if manifest.exists() else {}
     found = []
     if before.get("rows", now["rows"]) != now["rows"]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -21,6 +22,7 @@ from tests.e2e.verb import (
     REPOSITORY,
     TIMEOUT,
     assert_same_bytes,
+    command,
     contents,
     losses,
     read_json,
@@ -192,6 +194,24 @@ def test_it_goes_on_where_all_that_it_began_with_is_gone_or_moved(drawn, tmp_pat
     text = (other / "train.json").read_text()
     (other / "train.json").write_text(text.replace("SHOP", "SHIP"))
     refused("configs/receipts.py", stage2, moved | {"name": "renamed", "data.root": other}, ["other examples", "data.root: "])
+
+
+@pytest.mark.slow
+def test_it_outlives_the_reader_of_its_output_and_goes_on_with_changed_data_only_when_told(drawn, tmp_path):
+    data, workdir = Path(shutil.copytree(drawn, tmp_path / "data")), tmp_path / "run"
+    options = RECEIPTS | {"data.root": data, "data.workers": 0, "evaluation.every": 0}
+    line = shlex.join(command("configs/receipts.py", workdir, options))
+    done = subprocess.run(
+        ["bash", "-c", f"set -o pipefail; {line} | head -1"], cwd=REPOSITORY, env=ENVIRONMENT, timeout=TIMEOUT
+    )
+    assert done.returncode == 0
+    assert read_json(workdir / "results.json")["steps"] == 2
+    text = (data / "train.json").read_text()
+    (data / "train.json").write_text(text.replace("SHOP", "SHIP"))
+    refused("configs/receipts.py", workdir, options, ["other tokens", "train.json", "--config.train.changed_data=accept"])
+    done = train("configs/receipts.py", workdir, options | {"train.changed_data": "accept"})
+    assert done.returncode == 0, done.stderr
+    assert "goes on with other examples: train data train.json" in done.stdout
 
 
 def test_worker_processes_outlast_a_signal_and_end_with_the_run(drawn, tmp_path):

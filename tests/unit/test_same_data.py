@@ -13,6 +13,7 @@ from deepstack_jax.config import Config, build_config, default_config, to_dict
 from deepstack_jax.data import inputs
 from deepstack_jax.data.inputs import describe_data, describe_texts
 from deepstack_jax.data.open import open_source
+from deepstack_jax.data.sources import SourceError
 from deepstack_jax.printing import redacted
 from deepstack_jax.training.reading import CheckpointError
 from deepstack_jax.training.resume import check_same_data, check_same_run, data_changes
@@ -172,6 +173,14 @@ def test_a_run_of_an_earlier_version_goes_on(root, workdir, tmp_path):
     assert changes(config, workdir) == [], "nothing is known"
 
 
+def test_without_a_manifest_the_newest_checkpoint_tells_what_the_data_was(root, workdir):
+    (workdir / "checkpoints" / "5" / "about").mkdir()
+    (workdir / "manifest.json").rename(workdir / "checkpoints" / "5" / "about" / "metadata")
+    assert changes(configured(root), workdir) == []
+    picture(root, 23, 1)
+    assert "first is row 23" in changes(configured(root), workdir)[0]
+
+
 def test_of_large_files_parts_and_the_time_of_change_are_compared(root, workdir, monkeypatch):
     monkeypatch.setattr(inputs, "READ_WHOLE", 100)
     config = configured(root)
@@ -212,6 +221,8 @@ def test_a_run_goes_on_with_urls_whose_credentials_were_not_written(tmp_path):
     with pytest.raises(CheckpointError) as caught:
         check_same_run(build_config(other), tmp_path)
     assert "5ecre7" not in str(caught.value)
+    with pytest.raises(SourceError, match=r"https://\*\*\*@host/b\?sig=\*\*\*$"):
+        raise SourceError("no answer from https://me:5ecre7@host/b?sig=5ecre7")
 
 
 @pytest.mark.parametrize(
