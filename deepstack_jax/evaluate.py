@@ -27,6 +27,7 @@ from deepstack_jax.evaluation.questions import check_questions
 from deepstack_jax.evaluation.reports import left_out_of
 from deepstack_jax.evaluation.scorers import SCORERS
 from deepstack_jax.evaluation.unfinished import Unfinished
+from deepstack_jax.inference.prompts import find_template
 from deepstack_jax.outward import write_json, write_lines
 from deepstack_jax.printing import Console, label, plural, redacted
 from deepstack_jax.training.checkpoint import CheckpointError
@@ -122,6 +123,7 @@ def open_task(given: dict[str, Any], console: Console) -> Task:
 
     Raises:
       ConfigError: neither or both are given, or nothing is there. SourceError: the file cannot be read.
+      RequestError: no such template.
     """
     if (flags.FLAGS["config"].value is None) == (given["data"] is None):
         raise ConfigError("give either --data=FILE with --images=DIR, or --config=FILE whose validation data is asked")
@@ -138,6 +140,8 @@ def open_task(given: dict[str, Any], console: Console) -> Task:
         sizes = {"max_new_tokens": evaluation.max_new_tokens, "batch_size": evaluation.batch_size}
     sizes = {key: value if given[key] is None else given[key] for key, value in sizes.items()}
     options = Options(max_new_tokens=sizes["max_new_tokens"], template=given["template"])
+    if options.template is not None:
+        find_template(options.template)  # a wrong name is no fault of the rows
     rows = min(len(source), given["limit"] or len(source))
     origin = {"root": config.data.root, "files": describe_files(config, "validation", source)}
     origin |= describe_options(config, "validation", source, 0)
