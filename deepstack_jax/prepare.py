@@ -152,8 +152,8 @@ def open_split(config: Config, name: str, out: str, asked: dict[str, Any], conso
                 stacklevel=1,
             )
     folder = os.path.join(files.absolute(out), name) if out else ""
-    decode = asked["decode"] or not asked["dry-run"]
-    return Split(name, Job(source, asked["shard_rows"], folder, check, decode), per_row, options, inputs)
+    max_pixels = 0 if asked["dry-run"] and not asked["decode"] else config.data.max_pixels
+    return Split(name, Job(source, asked["shard_rows"], folder, check, max_pixels), per_row, options, inputs)
 
 
 def new_check(config: Config) -> tuple[Callable[[Example], object], dict[str, Any]]:
@@ -166,7 +166,7 @@ def new_check(config: Config) -> tuple[Callable[[Example], object], dict[str, An
     from deepstack_jax.data.pipeline import open_tokenizer
 
     data, encoder = config.data, Encoder(config)
-    asked: dict[str, Any] = {"config.data.template": data.template, "config.data.max_images": data.max_images}
+    asked: dict[str, Any] = {f"config.data.{key}": getattr(data, key) for key in ("template", "max_images", "max_pixels")}
     try:
         open_tokenizer(config)
     except ConfigError as error:

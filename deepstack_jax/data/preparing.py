@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from deepstack_jax.config_data import DataConfig
 from deepstack_jax.data.image import ImageError, open_image
 from deepstack_jax.data.record_codec import decode_example, encode_example
 from deepstack_jax.data.records import SUFFIX, RecordWriter, read_manifest
@@ -76,14 +77,14 @@ class Job:
         shard_rows: rows of a chunk.
         folder: an existing local folder for the shards; "" = look at the rows and write nothing.
         check: what else an example must stand: raises ValueError where a run could not use it.
-        decode: False looks no further into an image than `check` does.
+        max_pixels: of the largest image that is decoded; 0 = look no further into any than `check` does.
     """
 
     source: Source
     shard_rows: int
     folder: str = ""
     check: Callable[[Example], object] = id
-    decode: bool = True
+    max_pixels: int = DataConfig.max_pixels
 
     @property
     def chunks(self) -> int:
@@ -105,9 +106,9 @@ def read_checked(job: Job, row: int) -> tuple[Example, int]:
     original = job.source[row]
     record = encode_example(original)
     stored = decode_example(record, row)
-    for image, named in zip(stored.images, original.images, strict=True) if job.decode else ():
+    for image, named in zip(stored.images, original.images, strict=True) if job.max_pixels else ():
         try:
-            open_image(image)  # what is stored, not the file, which may change meanwhile
+            open_image(image, max_pixels=job.max_pixels)  # what is stored, not the file, which may change meanwhile
         except ImageError as error:
             where = f"image {named}" if isinstance(named, str) else "an embedded image"
             why = str(error).partition(": ")[2]  # behind what was read, which is nameless bytes here
