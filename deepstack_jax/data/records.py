@@ -148,7 +148,7 @@ class RecordWriter:
         }
         scratch = os.path.join(self._scratch.name, MANIFEST)
         with open(scratch, "w", encoding="utf-8") as file:
-            json.dump(manifest, file, indent=1, ensure_ascii=False)
+            json.dump(manifest, file, indent=1)  # in ASCII: a path may hold what UTF-8 has no bytes for
         files.publish(scratch, files.under(self.folder, MANIFEST))
 
 

@@ -44,6 +44,13 @@ def write(folder: Path, count: int = 20, **kwargs: int) -> list[Example]:
     return examples
 
 
+def test_the_manifest_names_a_source_whose_path_is_no_utf8(tmp_path):
+    source = {"from": "donn\udce9es.json", "set": "données"}
+    with RecordWriter(str(tmp_path / "set"), source) as writer:
+        writer.write(example(0))
+    assert RecordShards(str(tmp_path / "set")).manifest["source"] == source
+
+
 text = st.text(st.characters(exclude_categories=("Cs",)), max_size=20)
 plain = st.none() | st.booleans() | st.integers(-(2**63), 2**64 - 1) | st.floats(allow_nan=False) | text | st.binary(max_size=9)
 values = st.recursive(
