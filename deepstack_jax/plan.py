@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import os
+import re
 from collections.abc import Sequence
 
 import jax
@@ -16,7 +18,7 @@ from deepstack_jax.planning.planner import Wanted, make_plan
 from deepstack_jax.planning.report import Plan, gib, show
 from deepstack_jax.planning.search import Search, find_best
 from deepstack_jax.planning.topology import examples, open_machine
-from deepstack_jax.printing import Console
+from deepstack_jax.printing import Console, quote
 
 USAGE = """
 What a run costs on a machine that is not here: memory per chip, FLOPs, traffic, step time and hours. The very training step is
@@ -27,8 +29,8 @@ compiled for the machine; no data and no weights are opened.
   python -m deepstack_jax.plan --config=configs/demo.py --topology=here --json
 
   --config=FILE[:ARGUMENT]   configuration file; --config.KEY=VALUE overrides any key of it
-  --topology=NAME            v5e:8x8, v5p:4x4x4, v6e:8x8 (TPU slices; in a clone pip install '.[plan]'), gpu:8xH100 (estimated
-                             only), here (the devices of this machine)
+  --topology=NAME            v5e:8x8, v5p:4x4x4 or Google's v5p-128, v6e:8x8 (TPU slices; in a clone pip install '.[plan]'),
+                             gpu:8xH100, gpu:1xRTX4090 (estimated only), here (the devices of this machine)
   --slices=2                 so many of the TPU slice, joined by the data center's network
   --search                   try meshes, remat policies and micro-batches, and recommend one
   --batch_sizes=128,256      global batches for a search to try as well; else the configuration's own
@@ -44,14 +46,14 @@ Exit codes: 0 it fits; 1 a mistake in the input, said in one line; 2 it does not
 EXIT_DOES_NOT_FIT = 2
 
 TOPOLOGY = flags.DEFINE_string("topology", None, "Machine to plan for.")
-SLICES = flags.DEFINE_integer("slices", 1, "TPU slices.", lower_bound=1)
+SLICES = flags.DEFINE_integer("slices", 1, "TPU slices.", lower_bound=1, upper_bound=1024)
 SEARCH = flags.DEFINE_bool("search", False, "Recommend mesh, remat policy and micro-batches.")
 BATCH_SIZES = flags.DEFINE_list("batch_sizes", [], "Global batches to try.")
 TRIES = flags.DEFINE_integer("tries", 4, "Most compilations of a search.", lower_bound=1)
 MARGIN = flags.DEFINE_float("margin", 0.1, "Share of the memory that stays free.", lower_bound=0.0, upper_bound=0.9)
 ESTIMATE_ONLY = flags.DEFINE_bool("estimate_only", False, "Estimate without compiling.")
-EXAMPLES = flags.DEFINE_integer("examples", 0, "Examples per epoch.", lower_bound=0)
-PER_ROW = flags.DEFINE_float("examples_per_row", 0.0, "Examples in a packed row.", lower_bound=0.0)
+EXAMPLES = flags.DEFINE_integer("examples", 0, "Examples per epoch.", lower_bound=0, upper_bound=10**12)
+PER_ROW = flags.DEFINE_float("examples_per_row", 0.0, "Examples in a packed row.", lower_bound=0.0, upper_bound=1e6)
 JSON = flags.DEFINE_bool("json", False, "JSON on stdout.")
 cli.define_config_flag()
 
@@ -60,8 +62,11 @@ def main() -> int:
     config = cli.parse_config()
     if not TOPOLOGY.value:
         raise ConfigError(f"--topology is missing; e.g. {', '.join(f'--topology={name}' for name in examples())}")
-    if wrong := [size for size in BATCH_SIZES.value if not size.isdigit() or int(size) < 1]:
-        raise ConfigError(f"--batch_sizes={','.join(BATCH_SIZES.value)}: {wrong[0]!r} is no positive number; e.g. 128,256")
+    for flag in (MARGIN, PER_ROW):
+        if math.isnan(flag.value):  # which absl's bounds let through
+            raise ConfigError(f"--{flag.name}=nan, expected a number")
+    if wrong := [size for size in BATCH_SIZES.value if not re.fullmatch(r"0*[1-9]\d{0,6}", size)]:
+        raise ConfigError(f"--batch_sizes: {quote(wrong[0])} is no whole number from 1 to 9,999,999; e.g. 128,256")
     jax.config.update("jax_enable_compilation_cache", False)  # the time to compile is part of the plan
     machine = open_machine(TOPOLOGY.value, SLICES.value)
     wanted = Wanted(EXAMPLES.value, PER_ROW.value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -185,9 +186,22 @@ def largest_table(plan: Plan) -> Table:
     """The single collectives with most traffic, and where they come from."""
     table = Table("most traffic", "times", "MB of result", "GB into each device", "belongs to")
     for one in plan.collectives[:SHOWN]:
-        source = one.source.split("/", 1)[-1][-70:]
-        table.add_row(one.name, str(one.times), f"{one.size / 1e6:,.1f}", f"{one.total / 1e9:,.3f}", source)
+        table.add_row(one.name, str(one.times), f"{one.size / 1e6:,.1f}", f"{one.total / 1e9:,.3f}", belongs_to(one.source))
     return table
+
+
+# What jax and flax write into the path of an operation beside the names of modules: transformations, loops, calls, methods.
+_PLUMBING = re.compile(r".*[(.].*|while|body|cond|branch_\d+_fun|.*_call|checkpoint|rematted_computation|shard_map|scan|main")
+
+
+def belongs_to(source: str) -> str:
+    """The part of the model that an operation's path in the program names, and the pass that it belongs to."""
+    if "/" not in source:
+        return source or "not named by the compiler"
+    *_, path = (part for part in source.removesuffix(")").split(":") if "/" in part)  # of several in one, the last
+    names = [name for name in path.split("/") if name and not _PLUMBING.fullmatch(name)]
+    recomputed = ", recomputed" if "rematted_computation" in path else ""
+    return "/".join(names or ["the step itself"]) + (recomputed or ", backward" if "transpose(" in source else "")
 
 
 def by_kind(collectives: tuple[Collective, ...]) -> dict[str, tuple[int, float]]:

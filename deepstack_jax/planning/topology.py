@@ -34,7 +34,18 @@ _GPUS = {
     "H100": "NVIDIA H100 80GB HBM3",
     "H200": "NVIDIA H200",
     "B200": "NVIDIA B200",
+    "L40S": "NVIDIA L40S",
+    "L4": "NVIDIA L4",
+    "A10G": "NVIDIA A10G",
+    "A6000": "NVIDIA RTX A6000",
+    "RTX4090": "NVIDIA GeForce RTX 4090",
+    "RTX3090": "NVIDIA GeForce RTX 3090",
+    "MI300X": "AMD Instinct MI300X",
 }
+_MOST_GPUS = 4096  # simulated in seconds; four times as many take minutes and gigabytes
+# Google's names of slices, as `gcloud compute tpus` takes them: the number is that of TensorCores on a v5p, of which a chip has
+# two, and of chips on the others.
+_GOOGLE = {"v5litepod": ("v5e", 1), "v5e": ("v5e", 1), "v5p": ("v5p", 2), "v6e": ("v6e", 1)}
 # The share of a GPU's memory that jax takes unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise is 0.75; this package's launch
 # scripts ask for this much.
 GPU_SHARE = 0.92
@@ -63,11 +74,12 @@ class Machine:
 
 
 def open_machine(name: str, slices: int = 1) -> Machine:
-    """The machine of a name: `v5p:4x4x4`, `gpu:8xH100` or `here`; of a TPU so many slices.
+    """The machine of a name: `v5p:4x4x4` (`v5p-128` to Google), `gpu:8xH100` or `here`; of a TPU so many slices.
 
     Raises:
       ConfigError: an unknown name, with those that are known; no libtpu; too few simulated devices; slices of what has none.
     """
+    name = with_shape(name)
     family, _, shape = name.partition(":")
     if slices > 1 and family not in _SLICES:
         raise ConfigError(
@@ -80,6 +92,26 @@ def open_machine(name: str, slices: int = 1) -> Machine:
     if family in _SLICES:
         return _tpu_slices(name, family, shape, slices)
     raise ConfigError(f"--topology={name} is unknown; e.g. {', '.join(examples())}")
+
+
+def with_shape(name: str) -> str:
+    """Google's name of a slice as ours, which says its shape; any other name as it is."""
+    found = re.fullmatch(r"(v5litepod|v5e|v5p|v6e)-(\d{1,6})", name)
+    if not found:
+        return name
+    family, cores = _GOOGLE[found[1]]
+    sizes = {chips(shape) * cores: f"{family}:{shape}" for shape in _SLICES[family][2]}
+    if int(found[2]) not in sizes:
+        known = ", ".join(f"{found[1]}-{size}" for size in sizes)
+        raise ConfigError(
+            f"--topology={name} is no slice of {found[1]}; known: {known}; for another shape e.g. {examples()[0]}"
+        )
+    return sizes[int(found[2])]
+
+
+def chips(shape: str) -> int:
+    """Chips of a slice of a shape as 4x4x8."""
+    return math.prod(map(int, shape.split("x")))
 
 
 def examples() -> list[str]:
@@ -95,7 +127,7 @@ def known_slices(family: str) -> list[str]:
 def _tpu_slices(name: str, family: str, shape: str, slices: int) -> Machine:
     kind, usable, shapes = _SLICES[family]
     dimensions = shapes[0].count("x") + 1
-    if not re.fullmatch(r"\d+(x\d+)*", shape) or shape.count("x") + 1 != dimensions:
+    if not re.fullmatch(r"\d{1,4}(x\d{1,4})*", shape) or shape.count("x") + 1 != dimensions or chips(shape) > 2**14:
         raise ConfigError(f"--topology={name} has no shape of {dimensions} numbers; slices of {family}: {', '.join(shapes)}")
     if importlib.util.find_spec("libtpu") is None:
         raise ConfigError(
@@ -112,8 +144,7 @@ def _tpu_slices(name: str, family: str, shape: str, slices: int) -> Machine:
     except jax.errors.JaxRuntimeError as error:
         if "INVALID_ARGUMENT" not in str(error):
             raise
-        chips = math.prod(int(size) for size in shape.split("x"))
-        near = min(shapes, key=lambda other: abs(math.log(math.prod(map(int, other.split("x"))) / max(chips, 1))))
+        near = min(shapes, key=lambda other: abs(math.log(chips(other) / max(chips(shape), 1))))
         raise ConfigError(
             f"--topology={name} is not known to the compiler; nearest: {family}:{near}; all: {', '.join(shapes)}"
         ) from error
@@ -124,12 +155,20 @@ def _tpu_slices(name: str, family: str, shape: str, slices: int) -> Machine:
 
 def _gpus(name: str, shape: str) -> Machine:
     count, _, kind = shape.partition("x")
-    if not count.isdigit() or int(count) < 1 or kind not in _GPUS:
-        hint = nearest(kind, _GPUS) if kind else f"kinds: {', '.join(_GPUS)}"
-        raise ConfigError(f"--topology={name} is unknown, expected gpu:NUMBERxKIND, e.g. gpu:8xH100; {hint}")
-    chip = CHIPS[_GPUS[kind]]
+    known = {_plain(one): one for one in (*_GPUS, *_GPUS.values())} | {_plain("A100-80GB"): "A100"}
+    if not re.fullmatch(r"[1-9]\d{0,3}", count) or int(count) > _MOST_GPUS or _plain(kind) not in known:
+        hint = f"kinds: {', '.join(_GPUS)}" if not kind or _plain(kind) in known else nearest(kind, _GPUS)
+        raise ConfigError(
+            f"--topology={name} is unknown, expected gpu:NUMBERxKIND with 1 to {_MOST_GPUS} GPUs, e.g. gpu:8xH100; {hint}"
+        )
+    chip = CHIPS[_GPUS.get(known[_plain(kind)], known[_plain(kind)])]
     devices = simulated_devices(int(count))
     return Machine(name, devices, -(-int(count) // GPUS_PER_HOST), "", chip, GPU_SHARE * chip.hbm)
+
+
+def _plain(kind: str) -> str:
+    """A GPU's name without what is written in several ways: `RTX 4090`, `rtx-4090` and `4090` are one."""
+    return re.sub(r"nvidia|geforce|rtx|amd|instinct|[^a-z0-9]", "", kind.lower())
 
 
 def simulated_devices(count: int) -> tuple[Any, ...]:

@@ -28,8 +28,11 @@ class Chip(NamedTuple):
 
 
 # Keyed by jax's `device_kind`. TPUs: cloud.google.com/tpu/docs, a page per version; they print the links' both directions
-# together ("bidirectional"), half of which stands here, and the data center's network per chip or per pod. GPUs: NVIDIA's data
-# sheets, dense (half of what is printed "with sparsity"), NVLink one direction.
+# together ("bidirectional"), half of which stands here, and the data center's network per chip or per pod. GPUs: the makers'
+# data sheets and NVIDIA's white papers of Ampere (GA102) and Ada: dense bf16 products that add up in float32 (half of what is
+# printed "with sparsity"), links one direction: NVLink, Infinity Fabric, else PCIe 4.0 x16. Memory is what the driver shows.
+# The network of cards that no maker puts into a host is that of the largest host that AWS rents with them (400 Gb/s for eight
+# L40S, 100 for eight A10G); for those that nobody rents so, 100 Gb/s for eight.
 CHIPS = {
     "TPU v4": Chip(275e12, 32 * GIB, 1228e9, 300e9, 3),
     "TPU v5 lite": Chip(197e12, 16 * GIB, 819e9, 200e9, 2, 3.125e9),  # v5e
@@ -42,6 +45,12 @@ CHIPS = {
     "NVIDIA H100 PCIe": Chip(756e12, 79.6 * GIB, 2000e9, 64e9, 1, 25e9),
     "NVIDIA H200": Chip(989.4e12, 140.4 * GIB, 4800e9, 450e9, 1, 50e9),
     "NVIDIA B200": Chip(2250e12, 178.4 * GIB, 7700e9, 900e9, 1, 50e9),
+    "NVIDIA L40S": Chip(362.05e12, 45.0 * GIB, 864e9, 32e9, 1, 6.25e9),
+    "NVIDIA A10G": Chip(70e12, 22.5 * GIB, 600e9, 32e9, 1, 1.5625e9),
+    "NVIDIA RTX A6000": Chip(154.8e12, 48.0 * GIB, 768e9, 32e9, 1, 1.5625e9),
+    "NVIDIA GeForce RTX 4090": Chip(165.2e12, 24.0 * GIB, 1008e9, 32e9, 1, 1.5625e9),
+    "NVIDIA GeForce RTX 3090": Chip(71e12, 24.0 * GIB, 936e9, 32e9, 1, 1.5625e9),
+    "AMD Instinct MI300X": Chip(1307.4e12, 192.0 * GIB, 5300e9, 448e9, 1, 50e9),
     "NVIDIA L4": Chip(121e12, 22.5 * GIB, 300e9, 32e9, 1, 12.5e9),
 }
 

@@ -135,5 +135,5 @@ def test_published_rule_of_six_flops_per_parameter_and_token(layers, width, head
 def test_chips_are_those_that_jax_names():
     assert {"TPU v5 lite", "TPU v5", "TPU v6 lite", "NVIDIA H100 80GB HBM3", "NVIDIA H200"} <= set(CHIPS)
     for chip in CHIPS.values():
-        assert 100e12 < chip.flops < 3e15
-        assert 100 < chip.flops / chip.hbm_bandwidth < 1000  # FLOPs per byte of any chip on the market
+        assert 50e12 < chip.flops < 3e15
+        assert 50 < chip.flops / chip.hbm_bandwidth < 1000  # FLOPs per byte of any chip on the market

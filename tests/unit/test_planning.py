@@ -16,10 +16,10 @@ from deepstack_jax.planning.collectives import Collective, find_collectives, rin
 from deepstack_jax.planning.compile import Compiled, Overflow, _wanted
 from deepstack_jax.planning.memory import held, needed
 from deepstack_jax.planning.planner import Wanted, make_plan, memory_by_kind, plan_load
-from deepstack_jax.planning.report import Plan, by_kind, verdict
+from deepstack_jax.planning.report import Plan, belongs_to, by_kind, verdict
 from deepstack_jax.planning.roofline import estimate, guess_collectives, link_rate
 from deepstack_jax.planning.search import candidates, find_best
-from deepstack_jax.planning.topology import Machine, known_slices, open_machine
+from deepstack_jax.planning.topology import Machine, known_slices, open_machine, with_shape
 from deepstack_jax.training.flops import CHIPS, step_flops
 from deepstack_jax.training.optimizer import FROZEN
 from deepstack_jax.training.program import build_program
@@ -316,6 +316,86 @@ def test_unknown_machines_name_what_is_known(name):
     with pytest.raises(ConfigError, match=r"v5p:|slices of v5|gpu:8xH100") as error:
         open_machine(name)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["gpu:1000000000xH100", "gpu:9999xH100", "v5p:99999999x4x4", "v6e:9999x9999"])
+def test_machines_of_absurd_sizes_are_refused_before_they_are_laid_out(name):
+    with pytest.raises(ConfigError, match=r"1 to 4096 GPUs|has no shape of"):
+        open_machine(name)
+
+
+@pytest.mark.parametrize(
+    ("google", "ours"),
+    [
+        ("v5p-8", "v5p:2x2x1"),
+        ("v5p-128", "v5p:4x4x4"),
+        ("v5p-8192", "v5p:16x16x16"),
+        ("v5litepod-16", "v5e:4x4"),
+        ("v5e-16", "v5e:4x4"),
+        ("v6e-8", "v6e:2x4"),
+        ("v6e-256", "v6e:16x16"),
+        ("v5p:4x4x4", "v5p:4x4x4"),
+    ],
+)
+def test_googles_names_count_cores_on_v5p_and_chips_elsewhere(google, ours):
+    assert with_shape(google) == ours
+
+
+def test_a_slice_that_google_does_not_have_names_those_that_it_has():
+    with pytest.raises(ConfigError, match=r"--topology=v5p-100 is no slice of v5p; known: v5p-8, v5p-16, .*v5p-128"):
+        open_machine("v5p-100")
+
+
+@pytest.mark.parametrize(
+    ("kind", "terabytes", "tera"),
+    [
+        ("L40S", 0.864, 362.05),
+        ("RTX A6000", 0.768, 154.8),
+        ("A6000", 0.768, 154.8),
+        ("RTX 4090", 1.008, 165.2),
+        ("rtx-3090", 0.936, 71),
+        ("A10G", 0.6, 70),
+        ("L4", 0.3, 121),
+        ("MI300X", 5.3, 1307.4),
+        ("NVIDIA H100 80GB HBM3", 3.35, 989.4),
+        ("A100-80GB", 2.039, 312),
+    ],
+)
+def test_gpus_by_the_names_that_people_write(kind, terabytes, tera):
+    """Bandwidth and dense bf16 arithmetic as the data sheets print them."""
+    chip = open_machine(f"gpu:2x{kind}").chip
+    assert chip is not None
+    assert (chip.hbm_bandwidth, chip.flops) == (pytest.approx(terabytes * 1e12), pytest.approx(tera * 1e12))
+    assert chip.network > 0
+
+
+STEP, BACK = "jit(train_step)", "jit(train_step)/transpose(jvp(DeepStack))"
+TOWER = "DeepStack.inputs/DeepStack.encode/vision_tower/vision_tower._scan/while/body/closed_call"
+
+
+@pytest.mark.parametrize(
+    ("source", "said"),
+    [
+        ("", "not named by the compiler"),
+        ("parameters, estimated", "parameters, estimated"),
+        (f"{STEP}/jvp(DeepStack)/{TOWER}/EncoderLayer/norm1/mul", "vision_tower/EncoderLayer/norm1/mul"),
+        (
+            f"{BACK}/{TOWER}/checkpoint/EncoderLayer/o/add",
+            "vision_tower/EncoderLayer/o/add, backward",
+        ),
+        (
+            f"{BACK}/layers/while/body/checkpoint/rematted_computation/mlp/up/dot_general",
+            "layers/mlp/up/dot_general, recomputed",
+        ),
+        (
+            f"{STEP}/(add:reduce_sum:transpose(jvp(DeepStack))/layers/norm/reduce_sum)",
+            "layers/norm/reduce_sum, backward",
+        ),
+        (f"{STEP}/while/body", "the step itself"),
+    ],
+)
+def test_traffic_says_what_it_belongs_to(source, said):
+    assert belongs_to(source) == said
 
 
 def test_slices_have_the_dimensions_of_their_torus():
