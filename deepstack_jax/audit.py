@@ -21,7 +21,7 @@ from deepstack_jax.data.pipeline import open_tokenizer
 from deepstack_jax.data.sources import Source, SourceError
 from deepstack_jax.data.tokenizers import Tokenizer
 from deepstack_jax.outward import write_whole
-from deepstack_jax.printing import Console
+from deepstack_jax.printing import Console, plural
 
 USAGE = """
 Look at what the model will see, before a run: one HTML page with every sample's views, the layer that each token goes to, the
@@ -65,11 +65,11 @@ def main() -> int:
     for name, content in files.items():
         write(out / name, content)
     bad = len(quarantined(found, cards))
-    console.print(f"{len(found.rows):,} examples looked at, {bad:,} unusable; the data has {len(source):,}")
+    console.print(f"{plural(len(found.rows), 'example')} looked at, {bad:,} unusable; the data has {len(source):,}")
     console.print(f"{found.supervised_share:.1%} of their tokens are supervised")
     for remark, count in found.remarks():
         console.print(f"{remark}: {count:,}", soft_wrap=True)
-    console.print(f"written: {out / 'audit.html'} ({len(page) / 1e6:.1f} MB, {len(cards)} samples)", soft_wrap=True)
+    console.print(f"written: {out / 'audit.html'} ({len(page) / 1e6:.1f} MB, {plural(len(cards), 'sample')})", soft_wrap=True)
     return cli.EXIT_DONE
 
 

@@ -14,7 +14,7 @@ from deepstack_jax.config_ranges import out_of_range, too_large
 from deepstack_jax.layout.grid import anyres_grids
 from deepstack_jax.layout.sequence import MERGES, SEQUENCES, STACKS
 from deepstack_jax.layout.stack import SAMPLINGS
-from deepstack_jax.printing import label, quote
+from deepstack_jax.printing import label, plural, quote
 
 if TYPE_CHECKING:
     from deepstack_jax.config import Config
@@ -151,7 +151,8 @@ def _check_sizes(config: Config) -> None:
     needed = config.visual_tokens_per_image * data.max_images
     if needed >= data.max_length:
         raise ConfigError(
-            f"{data.max_images} images take {needed} positions; raise config.data.max_length {data.max_length} above {needed}"
+            f"{plural(data.max_images, 'image')} of {config.visual_tokens_per_image} tokens take {needed} positions; raise "
+            f"config.data.max_length {data.max_length} above {needed}"
         )
 
 

@@ -172,7 +172,7 @@ def run_task(lmm: LMM, task: Task, unfinished: Unfinished, console: Console) -> 
     bad, never = list(task.bad), {example.index for example in task.bad}
     unread = sorted({*range(reached)} - {row for row, _ in done} - never)  # could not be read then: they may be mended
     if done:
-        console.print(f"goes on behind {len(done)} questions that were answered before, in {unfinished.file}", soft_wrap=True)
+        console.print(f"goes on behind {plural(len(done), 'question')} answered before, in {unfinished.file}", soft_wrap=True)
     leave_out(refused, bad, task, console)
     with Progress(reached, task.rows, console) as progress:
         for rows in (unread, [row for row in range(reached, task.rows) if row not in never]):
@@ -203,7 +203,7 @@ def leave_out(more: Sequence[BadExample], bad: list[BadExample], task: Task, con
     rows = len({example.index for example in bad})
     if rows > task.max_bad_fraction * task.rows:
         raise SourceError(
-            f"{rows} of {task.rows} rows cannot be asked, the last one: {bad[-1].reason}; mend them (image paths "
+            f"{rows} of {plural(task.rows, 'row')} cannot be asked, the last one: {bad[-1].reason}; mend them (image paths "
             "start at --images=DIR), or the score would be of another set"
         )
 
@@ -234,7 +234,9 @@ def summarise(
 def table_of(results: dict[str, Any]) -> Table:
     """The scores, each with its protocol."""
     asked = ", ".join(f"{name} {value}" for name, value in results["protocol"].items())
-    counts = f"{results['questions']} questions of {results['rows']} rows, {results['bad_examples']} left out"
+    counts = (
+        f"{plural(results['questions'], 'question')} of {plural(results['rows'], 'row')}, {results['bad_examples']} left out"
+    )
     table = Table("score", "value", "protocol", title=f"{results['model']} on {results['data']}: {counts}")
     for name, entry in results["scores"].items():
         table.add_row(name, f"{entry['score']:.4f}", f"{entry['protocol']}; {asked}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ from deepstack_jax.api import DTYPES, LMM, Chat, ConfigError, Options, RequestEr
 from deepstack_jax.data.conversation import ConversationError
 from deepstack_jax.data.image import ImageError
 from deepstack_jax.inference.prompts import CutImage, cut_image
+from deepstack_jax.printing import plural
 from deepstack_jax.training.checkpoint import CheckpointError
 
 USAGE = """
@@ -79,7 +81,7 @@ def define_flags() -> None:
 def main() -> int:
     given: Any = {name: flags.FLAGS[name].value for name in FLAGS}
     options = Options(**{option.name: given[option.name] for option in dataclasses.fields(Options)})
-    name, dtype, images = given["model"], given["dtype"], given["image"]
+    name, dtype, images = given["model"], given["dtype"], [os.path.expanduser(image) for image in given["image"]]
     if not name:
         raise ConfigError("--model is missing; e.g. --model=DIR with a Hugging Face folder or the workdir of a training run")
     if dtype not in (None, *DTYPES):
@@ -109,7 +111,7 @@ def read_prompts(given: list[str], file: str | None) -> list[str]:
         text = sys.stdin.read()
     else:
         try:
-            text = Path(file).expanduser().read_text("utf-8")
+            text = Path(os.path.expanduser(file)).read_text("utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(
                 f"--prompts={file} cannot be read: {error}; give a text file with one prompt per line, as UTF-8"
@@ -137,7 +139,7 @@ def answer_all(lmm: LMM, prompts: list[str], images: list[str], options: Options
         said = "compiling included" if first == 0 else f"{sum(answer.tokens for answer in answers) / seconds:.1f} tokens/s"
         note(f"{first + len(part)}/{len(prompts)} answered, {seconds:.2f} s, {said}")
     if len(prompts) > 1:
-        note(f"{len(prompts)} answers, {total} tokens in {time.perf_counter() - began:.2f} s")
+        note(f"{plural(len(prompts), 'answer')}, {plural(total, 'token')} in {time.perf_counter() - began:.2f} s")
 
 
 def chat(lmm: LMM, images: list[str], options: Options) -> int:
@@ -157,7 +159,7 @@ def chat(lmm: LMM, images: list[str], options: Options) -> int:
                 note("forgotten: all turns and images")
             case "/image" if rest.strip():
                 try:
-                    waiting.append(cut_image(Path(rest.strip()).expanduser(), lmm.config, options.exif))
+                    waiting.append(cut_image(os.path.expanduser(rest.strip()), lmm.config, options.exif))
                     note(f"{rest.strip()} comes with the next question")
                 except ImageError as error:
                     note(f"error: {error}")

@@ -18,7 +18,7 @@ from deepstack_jax.planning.planner import Wanted, make_plan
 from deepstack_jax.planning.report import Plan, gib, show
 from deepstack_jax.planning.search import Search, find_best
 from deepstack_jax.planning.topology import examples, open_machine
-from deepstack_jax.printing import Console, quote
+from deepstack_jax.printing import Console, plural, quote
 
 USAGE = """
 What a run costs on a machine that is not here: memory per chip, FLOPs, traffic, step time and hours. The very training step is
@@ -140,7 +140,7 @@ def as_flags(plan: Plan) -> str:
 def choice(plan: Plan) -> str:
     mesh = " x ".join(f"{name} {size}" for name, size in plan.mesh.items())
     batch = f", batch {plan.load.examples:g}" if BATCH_SIZES.value else ""
-    return f"{mesh}, remat {plan.remat!r}, {plan.accumulation} micro-batches{batch}"
+    return f"{mesh}, remat {plan.remat!r}, {plural(plan.accumulation, 'micro-batch', 'micro-batches')}{batch}"
 
 
 def summary(plan: Plan) -> dict[str, object]:

@@ -80,7 +80,7 @@ def printable(text: object) -> str:
 
 def label(text: object, most: int = MOST // 2) -> str:
     """A name or a file's words within a line: on one line, and cut in the middle where longer than `most`."""
-    return _cut(printable(_cut(redacted(str(text)), 2 * most)).replace("\n", "\\n").replace("\t", "\\t"), most)
+    return cut(printable(cut(redacted(str(text)), 2 * most)).replace("\n", "\\n").replace("\t", "\\t"), most)
 
 
 def quote(value: object) -> str:
@@ -93,15 +93,16 @@ def quote(value: object) -> str:
 
 def one_line(message: str) -> str:
     """A message as a line in which the parts that are data take MOST characters at most; our own words stay whole."""
-    line = " ".join(printable(_cut(redacted(message), 10 * _LINE)).split())
+    line = " ".join(printable(cut(redacted(message), 10 * _LINE)).split())
     long = [len(found) for found in _LONG.findall(line)]
     if sum(long) > MOST:
         each = max(20, MOST // len(long))
-        line = _LONG.sub(lambda found: _cut(found[0], each), line)
-    return _cut(line, _LINE)
+        line = _LONG.sub(lambda found: cut(found[0], each), line)
+    return cut(line, _LINE)
 
 
-def _cut(text: str, most: int) -> str:
+def cut(text: str, most: int = MOST) -> str:
+    """The beginning and the end of what is longer than `most`."""
     if len(text) <= most:
         return text
     half = (most - 3) // 2

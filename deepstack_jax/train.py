@@ -35,7 +35,7 @@ from deepstack_jax.parallel.distributed import ToldToStop, is_first_host, part_o
 from deepstack_jax.parallel.mesh import check_batch_fits, make_mesh
 from deepstack_jax.parallel.processes import join_processes
 from deepstack_jax.parallel.rules import use_mesh
-from deepstack_jax.printing import REDACTED, Console, redacted
+from deepstack_jax.printing import REDACTED, Console, plural, redacted
 from deepstack_jax.training.checkpoint import CheckpointError, Checkpoints
 from deepstack_jax.training.compiled import CompiledSteps, compile_first
 from deepstack_jax.training.journal import Journal
@@ -273,7 +273,8 @@ def describe_run(program: Program, steps: int) -> Table:
     """What trains, how, and on what."""
     config, sizes = program.config, program.sizes
     devices = ", ".join(f"{name} {size}" for name, size in program.mesh.shape.items())
-    title = f"{config.name}: {sum(sizes.values()):,} parameters, {steps} steps of {config.train.batch_size}, mesh {devices}"
+    run = f"{plural(steps, 'step')} of {config.train.batch_size}"
+    title = f"{config.name}: {sum(sizes.values()):,} parameters, {run}, mesh {devices}"
     table = Table("group", "optimizer", "lr", "tensors", "parameters", title=title)
     for name, kind, lr, tensors, parameters in describe_groups(config.optimizer, program.groups, sizes):
         table.add_row(name, kind, lr, str(tensors), f"{parameters:,}")

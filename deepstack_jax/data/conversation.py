@@ -4,6 +4,8 @@ import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from deepstack_jax.printing import plural
+
 IMAGE_MARK = "<image>"
 
 
@@ -239,7 +241,7 @@ def _captioned(turns: Sequence[Message]) -> list[Message]:
     images = turns[0].text.count(IMAGE_MARK)
     if len(turns) != 2 or not images:
         raise ConversationError(
-            f"template 'plain' got {len(turns)} turns and {images} images in the first; expected one human turn with "
-            f"{IMAGE_MARK} and one answer; use a chat template for other data"
+            f"template 'plain' got {plural(len(turns), 'turn')} and {plural(images, 'image')} in the first; expected one human "
+            f"turn with {IMAGE_MARK} and one answer; use a chat template for other data"
         )
     return [Message("human", IMAGE_MARK * images), turns[1]]

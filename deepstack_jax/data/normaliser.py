@@ -17,7 +17,7 @@ from urllib.parse import unquote
 from deepstack_jax.data import files
 from deepstack_jax.data.conversation import IMAGE_MARK, Message, parse
 from deepstack_jax.data.sources import Example, Outline
-from deepstack_jax.printing import label
+from deepstack_jax.printing import label, plural
 
 IMAGE_KEYS = ("image", "images")
 
@@ -263,7 +263,9 @@ def _check_placeholders(messages: tuple[Message, ...], images: int) -> None:
     found = sum(message.text.count(IMAGE_MARK) for message in spoken)
     if found != images:
         mend = "name the missing images" if found > images else f"put one {IMAGE_MARK} per image into a human turn"
-        raise RowError(f"has {found} {IMAGE_MARK} for {images} images, expected {images}; {mend} or remove the surplus")
+        raise RowError(
+            f"has {found} {IMAGE_MARK} for {plural(images, 'image')}, expected {images}; {mend} or remove the surplus"
+        )
 
 
 def _kind(value: object) -> str:

@@ -16,6 +16,7 @@ from deepstack_jax.data.mixture import open_mixture
 from deepstack_jax.data.sources import OutlinedSource, Source, SourceError
 from deepstack_jax.data.synthetic import DocumentPages
 from deepstack_jax.data.tables import ArrowRows, ParquetRows
+from deepstack_jax.printing import plural
 
 _CONTAINERS = (
     "a .json, .jsonl, .parquet or .arrow file, a pattern such as train-*.parquet, or a folder of parquet files, of "
@@ -98,7 +99,8 @@ def check_images(source: Source, config: Config, limit: int = 1000) -> None:
         except OSError as error:
             why = error.strerror or str(error)
         raise SourceError(
-            f"{len(missing)} images are missing among the first {min(limit, len(source))} rows, e.g. {missing[0]} ({why}); "
+            f"{plural(len(missing), 'image')} missing among the first {plural(min(limit, len(source)), 'row')}, e.g. "
+            f"{missing[0]} ({why}); "
             "point to the image root with --config.data.root=DIR and --config.data.images=FOLDER, "
             f"or allow more than config.data.max_bad_fraction={config.data.max_bad_fraction}"
         )

@@ -28,7 +28,7 @@ from deepstack_jax.data.records import SUFFIX, RecordWriter, read_manifest
 from deepstack_jax.data.sources import Example, SampleError, Source, SourceError
 from deepstack_jax.data.workers import live_and_die_with_the_run
 from deepstack_jax.outward import SCRATCH
-from deepstack_jax.printing import MOST, label, one_line
+from deepstack_jax.printing import cut, one_line
 
 """How folders of shards begin that are being written; a kill leaves them behind."""
 
@@ -172,7 +172,7 @@ def make_chunk(job: Job, number: int, tick: Callable[[], None]) -> Chunk:
             try:
                 example, length = read_checked(job, row)
             except SampleError as error:
-                bad.append(Bad(row, label(error.name, MOST), one_line(str(error))))
+                bad.append(Bad(row, cut(error.name), one_line(str(error))))
             except SourceError as error:
                 raise _LostSource(str(error)) from error
             else:

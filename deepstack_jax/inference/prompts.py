@@ -17,6 +17,7 @@ from deepstack_jax.data.rows import Cursor, EncodedExample, place_example
 from deepstack_jax.data.tokenize import encode_with_images
 from deepstack_jax.inference.options import AnswerTokenizer, RequestError
 from deepstack_jax.layout.sequence import VisualLayout
+from deepstack_jax.printing import plural
 
 SMALLEST = 32  # tokens of the shortest bucket
 
@@ -75,8 +76,8 @@ def question(prompt: str, images: int, template: Template) -> str:
         return prompt
     if marks:
         raise RequestError(
-            f"the prompt has {marks} {IMAGE_MARK} placeholders for {images} images; write one per image, or none and they come "
-            f"first; prompt: {prompt!r:.80}"
+            f"the prompt has {plural(marks, f'{IMAGE_MARK} placeholder')} for {plural(images, 'image')}; write one per image, "
+            f"or none and they come first; prompt: {prompt!r:.80}"
         )
     return f"{template.image}\n" * images + prompt if prompt else "\n".join([template.image] * images)
 

@@ -15,6 +15,7 @@ from deepstack_jax.data.tokenize import IMAGE_TOKEN
 from deepstack_jax.inference.options import RequestError
 from deepstack_jax.inference.prompts import check_context, cut_image, example, pack
 from deepstack_jax.model.deepstack import DeepStack
+from deepstack_jax.printing import plural
 
 
 @partial(jax.jit, static_argnames=("model",))
@@ -92,7 +93,8 @@ def _rows(ids: np.ndarray, mask: np.ndarray, images: Any, config: Config, exif: 
     if not isinstance(images, list | tuple):
         raise RequestError(f"images is a {type(images).__name__}, expected one list of images per row of input_ids")
     if len(images) != len(ids):
-        raise RequestError(f"images got {len(images)} lists for {len(ids)} rows of input_ids; give one per row, [] for text")
+        lists, rows = plural(len(images), "list"), plural(len(ids), "row")
+        raise RequestError(f"images got {lists} for {rows} of input_ids; give one per row, [] for text")
     kept = [row[real] for row, real in zip(ids, mask, strict=True)]
     for number, (row, given) in enumerate(zip(kept, images, strict=True)):
         if given is not None and not isinstance(given, list | tuple):
@@ -101,7 +103,8 @@ def _rows(ids: np.ndarray, mask: np.ndarray, images: Any, config: Config, exif: 
         if not row.size:
             raise RequestError(f"row {number} of input_ids holds nothing but padding; leave it out")
         if wanted != count:
-            raise RequestError(f"row {number} has {wanted} image tokens ({IMAGE_TOKEN}) and {count} images; give one for each")
+            marks = plural(int(wanted), "image token")
+            raise RequestError(f"row {number} has {marks} ({IMAGE_TOKEN}) and {plural(count, 'image')}; give one for each")
     return [
         example(row, [cut_image(image, config, exif) for image in given or ()]) for row, given in zip(kept, images, strict=True)
     ]

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from deepstack_jax.planning.collectives import Collective
 from deepstack_jax.planning.roofline import Roofline
-from deepstack_jax.printing import Console
+from deepstack_jax.printing import Console, plural
 from deepstack_jax.training.flops import GIB, Part
 
 SHOWN = 5  # collectives with most traffic that are shown one by one
@@ -134,11 +134,15 @@ def verdict(plan: Plan) -> str:
 def show(plan: Plan, console: Console) -> None:
     """The whole plan as tables."""
     mesh = " x ".join(f"{name} {size}" for name, size in plan.mesh.items())
-    console.print(f"{plan.name} on {plan.topology}: {plan.devices} devices, {plan.hosts} hosts; mesh {mesh}")
+    console.print(
+        f"{plan.name} on {plan.topology}: {plural(plan.devices, 'device')}, {plural(plan.hosts, 'host')}; mesh {mesh}"
+    )
     load = plan.load
     console.print(
-        f"a step: {load.examples:g} examples in {load.rows} rows of {load.length} positions, {plan.accumulation} "
-        f"micro-batches, remat {plan.remat!r}, attention {plan.kernel!r}" + (f" ({load.assumed})" if load.assumed else ""),
+        f"a step: {load.examples:g} examples in {plural(load.rows, 'row')} of {plural(load.length, 'position')}, "
+        f"{plural(plan.accumulation, 'micro-batch', 'micro-batches')}, remat {plan.remat!r}, attention {plan.kernel!r}"
+        + (f" ({load.assumed})" if load.assumed else ""),
+        +(f" ({load.assumed})" if load.assumed else ""),
         soft_wrap=True,
     )
     for table in (memory_table(plan), flops_table(plan), collectives_table(plan), largest_table(plan)):
@@ -222,7 +226,9 @@ def time_lines(plan: Plan) -> list[str]:
             f"step, roofline: {line.step:.3f} s, bound by {line.bound} (compute {line.compute:.3f}, memory {line.memory:.3f}, "
             f"links {line.links:.3f} s; nothing overlapped: {line.serial:.3f} s)"
         )
-        hours = f"; {load.steps:,} steps take {plan.hours:.1f} hours" if plan.hours else "; the number of steps is not known"
+        hours = (
+            f"; {plural(load.steps, 'step')} in {plan.hours:.1f} hours" if plan.hours else "; the number of steps is not known"
+        )
         lines.append(f"at most: MFU {plan.mfu:.0%}, {load.examples / line.step:.1f} examples/s{hours}")
     if plan.compile_seconds:
         lines.append(f"compiled in {plan.compile_seconds:.0f} s on this machine")

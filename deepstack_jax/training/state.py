@@ -14,6 +14,7 @@ from deepstack_jax.parallel.rules import replicated
 from deepstack_jax.training.optimizer import FROZEN, flatten, unflatten
 from deepstack_jax.training.start import open_start
 from deepstack_jax.types import PyTree, TrainState
+from deepstack_jax.weights.files import WeightsError
 from deepstack_jax.weights.folders import Checkpoint
 from deepstack_jax.weights.load import absent_leaves, stored_leaves
 
@@ -75,6 +76,9 @@ def find_weights(config: Config) -> Checkpoint:
     Raises:
       WeightsError: it is missing, of other sizes, or lacks tensors that only a trained model has.
     """
-    found = open_start(config)
-    stored_leaves(found.tensors, config, fresh=dict.fromkeys(absent_leaves(found.tensors, config)))
+    try:
+        found = open_start(config)
+        stored_leaves(found.tensors, config, fresh=dict.fromkeys(absent_leaves(found.tensors, config)))
+    except WeightsError as error:  # which says how `convert` is told
+        raise WeightsError(*(problem.replace("--tower", "--config.train.tower") for problem in error.args)) from error
     return found

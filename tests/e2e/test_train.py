@@ -284,7 +284,7 @@ def test_missing_image(name, precious, tmp_path):
         "configs/receipts.py",
         precious,
         {"data.root": root},
-        [f"images/{name}.jpg", "1 images are missing", "--config.data.images"],
+        [f"images/{name}.jpg", "1 image missing among the first ", "--config.data.images"],
     )
 
 

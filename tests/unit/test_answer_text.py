@@ -9,9 +9,11 @@ from hypothesis import strategies as st
 
 from deepstack_jax.data.conversation import TEMPLATES
 from deepstack_jax.data.tokenizers import ByteTokenizer, load_tokenizer
+from deepstack_jax.generate import read_prompts
 from deepstack_jax.inference.options import RequestError
 from deepstack_jax.inference.prompts import SMALLEST, bucket, check_context, find_template, question
 from deepstack_jax.inference.text import AnswerText, end_of_turn
+from deepstack_jax.printing import plural
 from tests.unit.tiny import tiny_config
 
 pytestmark = pytest.mark.quick
@@ -110,7 +112,7 @@ def test_placeholders_and_images_must_agree(prompt, images):
     with pytest.raises(RequestError) as caught:
         question(prompt, images, find_template("v1"))
     count = prompt.count("<image>")
-    assert f"{count} <image> placeholders for {images} images; write one per image" in str(caught.value)
+    assert f"{plural(count, '<image> placeholder')} for {plural(images, 'image')}; write one per image" in str(caught.value)
     assert prompt in str(caught.value)
 
 
@@ -127,3 +129,9 @@ def test_context_is_checked_with_the_next_move():
 def test_an_unknown_template_names_the_nearest():
     with pytest.raises(RequestError, match="unknown template 'vicuna'; nearest valid: 'vicuna_v1'"):
         find_template("vicuna")
+
+
+def test_a_file_of_prompts_has_one_a_line_whatever_marks_are_in_it(tmp_path):
+    file = tmp_path / "prompts.txt"
+    file.write_bytes("\ufeffWhat is\u2028this?\r\n\r\n And\x0cthat?\n".encode())
+    assert read_prompts(["first"], str(file)) == ["first", "What is\u2028this?", "And\x0cthat?"]

@@ -101,7 +101,7 @@ def test_a_chat_keeps_what_was_heard_and_forgets_what_failed(lmm):
     pieces.close()
     assert chat.turns[-1].words == heard
     before = chat.turns
-    with pytest.raises(RequestError, match="1 <image> placeholders for 0 images"):
+    with pytest.raises(RequestError, match="1 <image> placeholder for 0 images"):
         chat.ask("what of <image>?")
     with pytest.raises(ImageError, match="cannot read image"):
         chat.ask("what?", [b"no picture"])
@@ -152,9 +152,9 @@ WRONG = {
     "beyond the vocabulary": ({"input_ids": [[1, 400]]}, ["input_ids holds 400", "0..258", "-200"]),
     "images": (
         {"input_ids": [[1, IMAGE_TOKEN]], "images": [[]]},
-        ["row 0 has 1 image tokens (-200) and 0 images", "one for each"],
+        ["row 0 has 1 image token (-200) and 0 images", "one for each"],
     ),
-    "lists": ({"input_ids": [[1, 2]], "images": [[], []]}, ["images got 2 lists for 1 rows", "one per row"]),
+    "lists": ({"input_ids": [[1, 2]], "images": [[], []]}, ["images got 2 lists for 1 row of", "one per row"]),
     "flat": ({"input_ids": [[1, IMAGE_TOKEN]], "images": IMAGES[1]}, ["images[0] is a Image", "expected a list of images"]),
     "mask": ({"input_ids": [[1, 2]], "attention_mask": [[1]]}, ["attention_mask got shape [1, 1]", "[1, 2]"]),
     "mask of scores": (

@@ -213,7 +213,7 @@ IMPOSSIBLE = [
     ({"vision.feature_layer": -5}, "feature_layer -5 is outside a tower of 3 layers"),
     ({"vision.feature_layer": 4}, "feature_layer 4 is outside a tower of 3 layers"),
     ({"data.buckets": (16, 33)}, "buckets (16, 33) go beyond config.data.max_length 32"),
-    ({"data.max_length": 12}, "3 images take 12 positions; raise config.data.max_length 12 above 12"),
+    ({"data.max_length": 12}, "3 images of 4 tokens take 12 positions; raise config.data.max_length 12 above 12"),
     ({"train.epochs": 0.0}, "steps 0 with epochs 0.0 trains nothing"),
     ({"train.steps": -1}, "steps -1 with epochs 1.0 trains nothing"),
     ({"image.num_crops": 1}, "num_crops 1 leaves no crop grid; use 2 or more"),

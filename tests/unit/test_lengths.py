@@ -281,5 +281,5 @@ def test_a_cut_text_is_a_beginning_with_all_images_and_something_to_learn(visual
 
 def test_placeholders_without_images_are_refused():
     encoder = Encoder(make_config())
-    with pytest.raises(SampleError, match="odd: 1 image placeholders but 2 images"):
+    with pytest.raises(SampleError, match="odd: 1 image placeholder but 2 images"):
         encoder.encode(Example(0, "odd", (draw(1), draw(2)), (Message("human", QUESTION), Message("gpt", "x"))))

@@ -9,7 +9,9 @@ import pytest
 from benchmarks.tiny_recipe import Run, load_recipe, write_weights
 from deepstack_jax.config import Config, to_dict
 from deepstack_jax.data.tokenizers import ByteTokenizer, load_tokenizer
+from deepstack_jax.training import state
 from deepstack_jax.training.start import is_workdir, open_start, run_tensors
+from deepstack_jax.training.state import find_weights
 from deepstack_jax.weights.files import WeightsError
 from deepstack_jax.weights.names import Table
 
@@ -98,3 +100,13 @@ def test_runs_that_cannot_serve(tiny, tmp_path):
     (tmp_path / "other" / "config.json").write_text('{"nme": "x"}')
     with pytest.raises(WeightsError, match=r"config\.json cannot be used: unknown key config\.nme"):
         open_start(starting(tiny, weights=other, projector=""))
+
+
+def test_a_run_is_told_the_flag_that_it_has(monkeypatch, tiny):
+    def no_tower(_):
+        raise WeightsError("no tower; give one with --tower=DIR", "other")
+
+    monkeypatch.setattr(state, "open_start", no_tower)
+    with pytest.raises(WeightsError) as caught:
+        find_weights(tiny)
+    assert caught.value.args == ("no tower; give one with --config.train.tower=DIR", "other")
