@@ -21,7 +21,7 @@ from deepstack_jax.model.attention import (
     within_window,
 )
 from deepstack_jax.model.decoder import ACTIVATION_AXES, Decoder
-from deepstack_jax.model.layers import take_rows
+from deepstack_jax.model.layers import Linear, take_rows
 from deepstack_jax.model.merge import STACK_AXES, Placement, merge, placement
 from deepstack_jax.model.projector import Projector
 from deepstack_jax.model.vision import VisionTower, return_crops, spread_crops
@@ -54,8 +54,8 @@ class DeepStack(nn.Module):
         self.layers = Decoder(cfg, self.schedule, self.attend, self.dtype, self.keep_layer_inputs)
         embed_init = nn.with_logical_partitioning(nn.initializers.normal(cfg.embed_std), ("vocab", "embed"))
         self.embed = nn.Embed(cfg.vocab_size, cfg.width, dtype=self.dtype, embedding_init=embed_init)
-        head_init = nn.with_logical_partitioning(nn.initializers.normal(cfg.head_std), ("embed", "vocab"))
-        self.head = nn.Dense(cfg.vocab_size, use_bias=False, dtype=self.dtype, kernel_init=head_init)
+        axes = ("embed", "vocab")
+        self.head = Linear((cfg.vocab_size,), axes, self.dtype, std=cfg.head_std, out=jnp.float32)
         if self.newline:
             newline_init = nn.with_logical_partitioning(nn.initializers.normal(cfg.width**-0.5), ("embed",))
             self.image_newline = self.param("image_newline", newline_init, (cfg.width,))
@@ -83,15 +83,17 @@ class DeepStack(nn.Module):
         chosen = nn.with_logical_constraint(take_rows(features, source), TOKEN_AXES)
         tokens = jnp.where((source >= 0)[..., None], self.projector(chosen), 0)
         if self.newline:
-            tokens = jnp.where((source == NEWLINE)[..., None], self.image_newline.astype(tokens.dtype), tokens)
+            # Chosen in float32, so that the newline's gradient is added up in it.
+            newline = jnp.where((source == NEWLINE)[..., None], self.image_newline, tokens.astype(jnp.float32))
+            tokens = newline.astype(tokens.dtype)
         tokens = nn.with_logical_constraint(tokens, TOKEN_AXES)
         # From tokens to width while all of them are one axis: each device then sends and keeps its part of the stack only.
         return nn.with_logical_constraint(tokens, STACK_AXES[1:])[:, :count]
 
     def embed_tokens(self, tokens: Int[HostOrDevice, "B T"]) -> Float[Array, "B T D"]:
         """Embeddings of text tokens."""
-        table = nn.with_logical_constraint(self.embed.embedding.astype(self.dtype), ("vocab", "embed"))
-        return take_rows(table[None], tokens.reshape(1, -1)).reshape(*tokens.shape, -1)
+        table = self.embed.embedding[None]
+        return take_rows(table, tokens.reshape(1, -1), self.dtype, (None, "vocab", "embed")).reshape(*tokens.shape, -1)
 
     def visual_tokens(self, batch: Batch) -> tuple[Float[Array, "B M D"], Float[Array, "J B M D"] | None]:
         """What stands in the sequence, and the stack of groups that is injected (None if the batch has no group)."""
@@ -124,8 +126,8 @@ class DeepStack(nn.Module):
         return output
 
     def logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
-        """Scores of the next token, in float32: a bf16 softmax over 32,000 words is off in the first digit."""
-        return self.head(hidden).astype(jnp.float32)
+        """Scores of the next token, float32 as the product leaves its sum: rounded to bf16, every 30th argmax is another."""
+        return self.head(hidden)
 
     def prefill(self, batch: Batch, cache: KVCache) -> DecoderOutput:
         """Fill the cache with the prompts, the stack injected. The cache is empty and has room for more than T slots."""

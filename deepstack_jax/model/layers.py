@@ -25,44 +25,88 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 ONE_HOT_LIMIT = 2**22
 
 
-def take_rows(x: Float[HostOrDevice, "B R E"], index: Int[HostOrDevice, "B Q"]) -> Float[Array, "B Q E"]:
-    """x[b, index[b, q]]; an index may repeat, negative ones give row 0.
+def take_rows(
+    x: Float[HostOrDevice, "B R E"],
+    index: Int[HostOrDevice, "B Q"],
+    dtype: DTypeLike | None = None,
+    axes: tuple[str | None, ...] | None = None,
+) -> Float[Array, "B Q E"]:
+    """x[b, index[b, q]] in `dtype` (None = that of x); an index may repeat, negative ones give row 0.
 
+    The gradient of a row that was taken often is a long sum: it is added up in float32 and rounded once, to the dtype of x. In
+    bfloat16 a sum stands still where it is 256 times its next term, and a frequent token loses a third of its gradient.
     The gradient of a gather is a scatter, one row after the other on a CPU; where R * Q is small it is a matmul here.
+
+    Args:
+      axes: logical axes of x as it is read, after its cast.
     """
-    x, index = jnp.asarray(x), jnp.asarray(index)
-    if x.shape[1] * index.shape[1] > ONE_HOT_LIMIT:
-        return _gather(x, index)
-    return _take_rows(x.shape[1], x, index)
+    return _take_rows(dtype, axes, jnp.asarray(x), jnp.asarray(index))
 
 
-def _gather(x: Array, index: Array) -> Array:
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _take_rows(dtype: DTypeLike | None, axes: tuple[str | None, ...] | None, x: Array, index: Array) -> Array:
+    x = x.astype(dtype or x.dtype)
+    x = x if axes is None else nn.with_logical_constraint(x, axes)
     return jnp.take_along_axis(x, jnp.maximum(index, 0)[..., None], axis=1, mode="clip")
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _take_rows(rows: int, x: Array, index: Array) -> Array:
-    del rows
-    return _gather(x, index)
+def _take_rows_forward(dtype: DTypeLike | None, axes: tuple[str | None, ...] | None, x: Array, index: Array) -> tuple:
+    # Of x the backward pass needs the shape and the dtype alone, which an array without elements carries.
+    return _take_rows(dtype, axes, x, index), (index, jnp.zeros((x.shape[1], 0), x.dtype))
 
 
-def _take_rows_forward(rows: int, x: Array, index: Array) -> tuple[Array, Array]:
-    return _take_rows(rows, x, index), index
-
-
-def _take_rows_backward(rows: int, index: Array, cotangent: Array) -> tuple[Array, np.ndarray]:
-    one_hot = jax.nn.one_hot(jnp.maximum(index, 0), rows, dtype=cotangent.dtype)
-    return jnp.einsum("bqr,bqe->bre", one_hot, cotangent), np.zeros(index.shape, jax.dtypes.float0)
+def _take_rows_backward(dtype: DTypeLike | None, axes: tuple[str | None, ...] | None, kept: tuple, cotangent: Array) -> tuple:
+    del dtype, axes
+    index, like = kept
+    rows, taken = like.shape[0], jnp.maximum(index, 0)
+    if rows * index.shape[1] > ONE_HOT_LIMIT:
+        zeros = jnp.zeros((index.shape[0], rows, cotangent.shape[-1]), jnp.float32)
+        gradient = jax.vmap(lambda out, at, terms: out.at[at].add(terms, mode="clip"))(
+            zeros, taken, cotangent.astype(jnp.float32)
+        )
+    else:
+        one_hot = jax.nn.one_hot(taken, rows, dtype=cotangent.dtype)
+        gradient = jnp.einsum("bqr,bqe->bre", one_hot, cotangent, preferred_element_type=jnp.float32)
+    return gradient.astype(like.dtype), np.zeros(index.shape, jax.dtypes.float0)
 
 
 _take_rows.defvjp(_take_rows_forward, _take_rows_backward)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _product(inputs: int, out: DTypeLike, x: Array, kernel: Array) -> Array:
+    """x[..., *in] @ kernel[*in, *out], multiplied in the dtype of x, in dtype `out`.
+
+    The gradient of the kernel, a sum over all positions, leaves its product in float32: rounded to bfloat16 there, the parts of
+    many devices would be added up in bfloat16 too.
+    """
+    return jnp.tensordot(x, kernel.astype(x.dtype), axes=inputs, preferred_element_type=out)
+
+
+def _product_forward(inputs: int, out: DTypeLike, x: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]]:
+    return _product(inputs, out, x, kernel), (x, kernel)
+
+
+def _product_backward(inputs: int, out: DTypeLike, kept: tuple[Array, Array], cotangent: Array) -> tuple[Array, Array]:
+    del out
+    x, kernel = kept
+    cotangent = cotangent.astype(x.dtype)
+    positions = tuple(range(x.ndim - inputs))
+    outs = tuple(range(len(positions), cotangent.ndim))
+    to_x = ((outs, tuple(range(inputs, kernel.ndim))), ((), ()))
+    to_kernel = ((positions, positions), ((), ()))
+    gradient = jax.lax.dot_general(x, cotangent, to_kernel, preferred_element_type=jnp.float32)
+    return jax.lax.dot_general(cotangent, kernel.astype(x.dtype), to_x), gradient.astype(kernel.dtype)
+
+
+_product.defvjp(_product_forward, _product_backward)
 
 
 class Linear(nn.Module):
     """y[..., *out] = x[..., *in] @ kernel[*in, *out] (+ bias[*out]), the kernel drawn from N(0, scale / fan_in).
 
     `flax.linen.DenseGeneral` would do, but it reshapes its freshly drawn kernel under the wrong logical axes once axis rules
-    are active.
+    are active, and it adds up the gradients of kernel and bias in the dtype of the product.
     """
 
     features: tuple[int, ...]
@@ -71,17 +115,21 @@ class Linear(nn.Module):
     inputs: int = 1  # trailing axes of x that are contracted
     use_bias: bool = False
     scale: float = 1.0
+    std: float | None = None  # of the freshly drawn kernel, in place of `scale`
+    out: DTypeLike | None = None  # dtype of y; None = that of the product
 
     @nn.compact
     def __call__(self, x: Float[Array, ...]) -> Float[Array, ...]:
         shape = (*x.shape[-self.inputs :], *self.features)
         ins, outs = tuple(range(self.inputs)), tuple(range(self.inputs, len(shape)))
         draw = nn.initializers.variance_scaling(self.scale, "fan_in", "normal", in_axis=ins, out_axis=outs)
+        draw = draw if self.std is None else nn.initializers.normal(self.std)
         kernel = self.param("kernel", nn.with_logical_partitioning(draw, self.axes), shape, jnp.float32)
-        y = jnp.tensordot(x.astype(self.dtype), kernel.astype(self.dtype), axes=self.inputs)
+        y: Array = _product(self.inputs, self.out or self.dtype, x.astype(self.dtype), kernel)  # pyright: ignore[reportAssignmentType]
         if self.use_bias:
             zeros = nn.with_logical_partitioning(nn.initializers.zeros, self.axes[self.inputs :])
-            y = y + self.param("bias", zeros, self.features, jnp.float32).astype(self.dtype)
+            bias = self.param("bias", zeros, self.features, jnp.float32)
+            y = (y.astype(jnp.float32) + bias).astype(y.dtype)  # in float32, and so is then the bias's gradient
         return y
 
 

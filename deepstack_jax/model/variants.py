@@ -42,8 +42,9 @@ class PooledDeepStack(DeepStack):
     ) -> Float[Array, "B Q D"]:
         """Visual tokens by index into the averaged ones; a row or column that fills no square is dropped, as upstream."""
         rows, side = features.shape[0], self.image.size // self.vision.patch_size
-        tokens = self.projector(features).reshape(-1, side, side, self.decoder.width)
-        tokens = nn.avg_pool(tokens, (self.pool, self.pool), (self.pool, self.pool)).reshape(rows, -1, self.decoder.width)
+        tokens = self.projector(features).reshape(-1, side, side, self.decoder.width).astype(jnp.float32)
+        tokens = nn.avg_pool(tokens, (self.pool, self.pool), (self.pool, self.pool)).astype(self.dtype)
+        tokens = tokens.reshape(rows, -1, self.decoder.width)
         return jnp.where((source >= 0)[..., None], take_rows(tokens, source), 0)
 
 

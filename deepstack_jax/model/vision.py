@@ -142,10 +142,10 @@ class VisionTower(nn.Module):
         patch = self.config.patch_size
         z, side = pixels.shape[0], pixels.shape[1] // patch
         patches = pixels.reshape(z, side, patch, side, patch, 3).transpose(0, 1, 3, 2, 4, 5).reshape(z, side**2, -1)
-        x = self.patch_embed(patches)
-        cls_token = jnp.broadcast_to(self.cls.astype(x.dtype), (z, 1, x.shape[-1]))
-        x = jnp.concatenate([cls_token, x], axis=1) + interpolate_positions(self.positions, side).astype(x.dtype)
-        return self.pre_norm(x)
+        x = self.patch_embed(patches).astype(jnp.float32)  # added in float32, and so are the gradients of CLS and positions
+        cls_token = jnp.broadcast_to(self.cls, (z, 1, x.shape[-1]))
+        x = jnp.concatenate([cls_token, x], axis=1) + interpolate_positions(self.positions, side)
+        return self.pre_norm(x.astype(self.dtype))
 
     def _run_layers(self, x: Float[Array, "Z A E"], first: int, last: int) -> Float[Array, "Z A E"]:
         """Layers first..last-1 of the one stacked tree, scanned; so the checkpoint does not depend on where we cut."""
