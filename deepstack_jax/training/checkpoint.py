@@ -29,7 +29,7 @@ from orbax.checkpoint.checkpoint_managers import (
 
 from deepstack_jax.config import TrainConfig
 from deepstack_jax.parallel.distributed import barrier, first_host_says, is_first_host, texts_of_hosts
-from deepstack_jax.training.checksums import checksums, checksums_on_disk, damage, mismatches
+from deepstack_jax.training.checksums import algorithm_of, checksums, checksums_on_disk, damage, mismatches
 from deepstack_jax.training.reading import CheckpointError, UnreadableError, check_links, one_line, read_or_damage
 from deepstack_jax.types import PyTree, TrainState
 
@@ -254,7 +254,7 @@ class Checkpoints:
         if restored is None:
             return None, problem
         state, sums, data = restored["state"], restored["sums"], restored["data"]
-        found, problem = read_or_damage(what, lambda: damage(sums, checksums(state)), texts_of_hosts)
+        found, problem = read_or_damage(what, lambda: damage(sums, checksums(state, algorithm_of(sums))), texts_of_hosts)
         return (None, found or problem) if found or problem else ((state, data), "")
 
     def _check_tree(self, step: int, abstract: TrainState) -> None:

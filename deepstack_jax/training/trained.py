@@ -12,7 +12,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from deepstack_jax.config import Config, build_config
-from deepstack_jax.training.checksums import checksums_in_memory, damage
+from deepstack_jax.training.checksums import algorithm_of, checksums_in_memory, damage
 from deepstack_jax.training.optimizer import flatten, unflatten
 from deepstack_jax.training.reading import CheckpointError, check_links, read_json, read_or_damage, saved_steps
 from deepstack_jax.weights.names import Table
@@ -56,8 +56,8 @@ def _read(folder: Path, shapes: dict[str, tuple[int, ...]]) -> dict[str, np.ndar
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
         stored = reader.restore(folder / "state", args=wanted)
     if (folder / "sums").exists():
-        found = checksums_in_memory(stored)
         expected = json.loads((folder / "sums" / "metadata").read_text())
+        found = checksums_in_memory(stored, algorithm_of(expected))
         if problem := damage({name: expected.get(name, -1) for name in found}, found):
             raise CheckpointError(problem)
     leaves = flatten(stored.pop("params"))

@@ -10,9 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.sharding import NamedSharding, PartitionSpec
 
 from deepstack_jax.config import Config, TrainConfig, to_dict
 from deepstack_jax.data.encode import BadExample
@@ -292,7 +294,43 @@ def test_checksums_on_the_device_and_on_disk_agree_and_every_bit_counts(seed, dt
     assert checksums({"a": array})["a"] == _sum(np.asarray(array))
     flipped = np.asarray(array).copy().reshape(-1).view(f"u{array.dtype.itemsize}")
     flipped[seed % flipped.size] ^= 1 << (seed % (8 * array.dtype.itemsize))
-    assert _sum(flipped) != _sum(np.asarray(array))
+    assert _sum(flipped.reshape(shape)) != _sum(np.asarray(array))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("shape", [(64,), (8, 256), (4, 16, 32)])
+def test_checksums_see_the_order_of_what_an_array_holds(shape, dtype, monkeypatch, tmp_path):
+    """Rows, and halves of a row, that changed places; of float32 also such as hold bfloat16 values, whose low bits are zero."""
+    array = np.random.default_rng(0).normal(size=shape).astype("bfloat16").astype(dtype)
+    rows = array.reshape(shape[0], -1)
+    half = rows.shape[1] // 2
+    swapped = [rows[::-1], np.concatenate([rows[shape[0] // 2 :], rows[: shape[0] // 2]])]
+    swapped += [np.concatenate([rows[:, half:], rows[:, :half]], axis=1)] if half else []
+    for other in swapped:
+        assert checksums({"a": jnp.asarray(other.reshape(shape))}) != checksums({"a": jnp.asarray(array)})
+        assert checksums({"a": other.reshape(shape)}, 1) == checksums({"a": array}, 1), "the sum of bits alone does not"
+    spread = jax.device_put(array, NamedSharding(jax.make_mesh((4,), ("x",)), PartitionSpec("x")))
+    assert checksums({"a": spread}) == checksums({"a": jnp.asarray(array)})
+    monkeypatch.setattr("deepstack_jax.training.checksums._READ_AT_ONCE", array.nbytes // shape[0])  # a row at a time
+    with ocp.StandardCheckpointer() as writer:
+        writer.save(tmp_path / "state", {"a": jnp.asarray(array)})
+    assert checksums_on_disk(tmp_path / "state") == checksums({"a": jnp.asarray(array)})
+
+
+def test_a_checkpoint_with_sums_of_bits_alone_is_compared_by_them(tmp_path):
+    """As they were written before an element's place counted."""
+    checkpoints = Checkpoints(tmp_path, TrainConfig(keep=1))
+    checkpoints.save(state_at(1), {"next_batch": 1}, {})
+    checkpoints.finish(1)
+    checkpoints.close()
+    file = tmp_path / "checkpoints" / "1" / "sums" / "metadata"
+    old = checksums(state_at(1), 1)
+    assert old == checksums_on_disk(file.parents[1] / "state", 1)
+    file.write_text(json.dumps(old))
+    assert Checkpoints(tmp_path, TrainConfig(keep=1), read_only=True).restore(abstract())[1] == {"next_batch": 1}
+    file.write_text(json.dumps(old | {"params.a.kernel": old["params.a.kernel"] ^ 1}))
+    with pytest.raises(CheckpointError, match=r"1 arrays changed: params\.a\.kernel"):
+        Checkpoints(tmp_path, TrainConfig(keep=1), read_only=True).restore(abstract())
 
 
 def test_no_checkpoint_is_no_error(tmp_path):
