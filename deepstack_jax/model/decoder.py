@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int
 
 from deepstack_jax.config import DecoderConfig
 from deepstack_jax.model.attention import AttentionFn, Rotary, Seen, rotate
-from deepstack_jax.model.layers import ACTIVATIONS, RMSNorm, linear
+from deepstack_jax.model.layers import ACTIVATIONS, PRODUCT, RMSNorm, linear
 from deepstack_jax.model.merge import Placement, inject
 from deepstack_jax.types import DecoderOutput, KVCache
 
@@ -23,7 +23,7 @@ LAYER_INPUT = "layer_input"  # the name that remat knows the hidden states at th
 # What a layer keeps for its backward pass, by `remat`. Matrix products with weights are most of a layer's work.
 REMAT = {
     "block": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "dots": jax.checkpoint_policies.save_only_these_names(PRODUCT),
     "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
         names_which_can_be_saved=[], names_which_can_be_offloaded=[LAYER_INPUT], offload_src="device", offload_dst="pinned_host"
     ),

@@ -9,6 +9,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
@@ -21,6 +22,7 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 }
 
 
+PRODUCT = "product"  # the name that remat knows a product with weights by
 # Largest one-hot matrix, in elements per row of the batch, that stands in for a scatter.
 ONE_HOT_LIMIT = 2**22
 
@@ -125,7 +127,7 @@ class Linear(nn.Module):
         draw = nn.initializers.variance_scaling(self.scale, "fan_in", "normal", in_axis=ins, out_axis=outs)
         draw = draw if self.std is None else nn.initializers.normal(self.std)
         kernel = self.param("kernel", nn.with_logical_partitioning(draw, self.axes), shape, jnp.float32)
-        y: Array = _product(self.inputs, self.out or self.dtype, x.astype(self.dtype), kernel)  # pyright: ignore[reportAssignmentType]
+        y: Array = checkpoint_name(_product(self.inputs, self.out or self.dtype, x.astype(self.dtype), kernel), PRODUCT)
         if self.use_bias:
             zeros = nn.with_logical_partitioning(nn.initializers.zeros, self.axes[self.inputs :])
             bias = self.param("bias", zeros, self.features, jnp.float32)

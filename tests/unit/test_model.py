@@ -261,7 +261,7 @@ def test_activations_carry_logical_axes_that_the_rules_know(batch, params, monke
         ("batch", "crop_slots", None, None),
         ("batch", None, None, "stack_embed"),
         ("batch", "visual_tokens", None),
-        ("vocab", "embed"),
+        (None, "vocab", "embed"),
         (None, "batch", None, "stack_embed"),
         ("batch", None, "stack_embed"),
         ("batch", None, "embed"),
