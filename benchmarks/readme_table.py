@@ -94,8 +94,7 @@ def main(folder: str) -> int:
     readme.write_text(text)
     images = REPOSITORY / "docs" / "images"
     images.mkdir(parents=True, exist_ok=True)
-    for picture in ("pages.png", "curves.png"):
-        shutil.copy(demo / picture, images / picture)
+    shutil.copy(demo / "pages.png", images / "pages.png")
     return 0
 
 

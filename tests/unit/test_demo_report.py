@@ -276,3 +276,10 @@ def test_the_number_that_ends_a_question_is_the_box(question, box):
 def test_a_question_about_no_box_is_an_error(question):
     with pytest.raises(ValueError, match=r"does not end in a box number 0\.\.15"):
         asked_box({"question": question})
+
+
+def test_every_picture_of_the_documents_is_shown_somewhere():
+    root = Path(__file__).parents[2]
+    text = "".join(file.read_text() for file in (root / "README.md", *(root / "docs").glob("*.md")))
+    pictures = [picture.name for picture in (root / "docs" / "images").iterdir()]
+    assert [name for name in pictures if f"images/{name})" not in text] == []

@@ -21,6 +21,7 @@ from deepstack_jax.inference.generate import NO_TOKEN
 from deepstack_jax.inference.options import Options
 from deepstack_jax.model.variants import build_model
 from deepstack_jax.parallel.mesh import make_mesh
+from deepstack_jax.printing import printable
 from deepstack_jax.train import make_decode
 from tests.unit.tiny import model_params, tiny_config
 
@@ -101,7 +102,7 @@ def asked_of(source: Source, config: Config) -> tuple[dict[int, list[list[int]]]
 
     answers, bad = runner.ask(source, config, decode, len(source), make_mesh(config.mesh))
     assert [(answer.id, answer.prediction) for answer in answers] == [
-        (ROWS[number][0]["id"], "") for number, asked in sorted(seen.items()) for _ in asked
+        (printable(ROWS[number][0]["id"]), "") for number, asked in sorted(seen.items()) for _ in asked
     ]
     return seen, bad
 
