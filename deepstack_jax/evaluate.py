@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import chain
 from typing import Any
 
 import jax
@@ -170,6 +172,7 @@ def run_task(lmm: LMM, task: Task, unfinished: Unfinished, console: Console) -> 
     done = {*answers, *((refusal.index, refusal.turn) for refusal in refused)}
     reached = max((row for row, _ in done), default=0)
     bad, never = list(task.bad), {example.index for example in task.bad}
+    remarks: dict[int, tuple[str, ...]] = {}
     unread = sorted({*range(reached)} - {row for row, _ in done} - never)  # could not be read then: they may be mended
     if done:
         console.print(f"goes on behind {plural(len(done), 'question')} answered before, in {unfinished.file}", soft_wrap=True)
@@ -182,10 +185,14 @@ def run_task(lmm: LMM, task: Task, unfinished: Unfinished, console: Console) -> 
                     continue
                 unfinished.keep(results)
                 leave_out([result for result in results if isinstance(result, Refusal)], bad, task, console)
-                found = [result.as_dict() for result in results if not isinstance(result, Refusal)]
+                predictions = [result for result in results if not isinstance(result, Refusal)]
+                remarks |= {one.question.row: one.question.remarks for one in predictions}
+                found = [one.as_dict() for one in predictions]
                 answers |= {(line["row"], line["turn"]): line for line in found}
                 progress.show(max(reached, *(line["row"] + 1 for line in found)) if found else reached)
         progress.show(task.rows)
+    for remark, count in Counter(chain.from_iterable(remarks.values())).items():
+        console.print(f"{remark}: {count:,}", soft_wrap=True)
     if not answers:
         raise SourceError(f"none of the {task.rows} rows could be asked, expected at least one; mend them")
     return [answers[place] for place in sorted(answers)], bad

@@ -7,6 +7,7 @@ import json
 import os
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -93,9 +94,12 @@ def main() -> int:
     lmm = load(name, dtype)
     parameters = sum(leaf.size for leaf in jax.tree.leaves(lmm.params))
     note(f"{name}: {parameters:,} parameters in {lmm.config.train.compute_dtype}, read in {time.perf_counter() - start:.1f} s")
+    cut = [cut_image(image, lmm.config, options.exif) for image in images]
+    for remark, count in Counter(remark for image in cut for remark in image.remarks).items():
+        note(f"{remark}: {count}")
     if given["chat"]:
-        return chat(lmm, images, options)
-    answer_all(lmm, prompts, images, options, given["batch_size"], as_json=given["json"])
+        return chat(lmm, cut, options)
+    answer_all(lmm, prompts, list(zip(images, cut, strict=True)), options, given["batch_size"], as_json=given["json"])
     return cli.EXIT_DONE
 
 
@@ -123,15 +127,18 @@ def read_prompts(given: list[str], file: str | None) -> list[str]:
     return prompts
 
 
-def answer_all(lmm: LMM, prompts: list[str], images: list[str], options: Options, batch_size: int, *, as_json: bool) -> None:
-    """Answer the prompts in order, some at once, and print each as soon as it is there."""
+def answer_all(
+    lmm: LMM, prompts: list[str], images: list[tuple[str, CutImage]], options: Options, batch_size: int, *, as_json: bool
+) -> None:
+    """Answer the prompts about all images (by name), in order, some at once, and print each as soon as it is there."""
+    names, cut = [name for name, _ in images], [image for _, image in images]
     total, began = 0, time.perf_counter()
     for first in range(0, len(prompts), max(1, batch_size)):
         part, start = prompts[first : first + max(1, batch_size)], time.perf_counter()
-        answers = lmm.answers([(images, prompt) for prompt in part], options, batch_size=batch_size)
+        answers = lmm.answers([(cut, prompt) for prompt in part], options, batch_size=batch_size)
         seconds = time.perf_counter() - start
         for prompt, answer in zip(part, answers, strict=True):
-            record = {"prompt": prompt, "images": images, "answer": answer.text, "tokens": answer.tokens}
+            record = {"prompt": prompt, "images": names, "answer": answer.text, "tokens": answer.tokens}
             print(
                 json.dumps(record | {"seconds": round(seconds, 4)}, ensure_ascii=False) if as_json else answer.text, flush=True
             )
@@ -142,9 +149,9 @@ def answer_all(lmm: LMM, prompts: list[str], images: list[str], options: Options
         note(f"{plural(len(prompts), 'answer')}, {plural(total, 'token')} in {time.perf_counter() - began:.2f} s")
 
 
-def chat(lmm: LMM, images: list[str], options: Options) -> int:
+def chat(lmm: LMM, images: list[CutImage], options: Options) -> int:
     """A conversation on the terminal; a mistake is said in one line and the conversation goes on as it was."""
-    talk, waiting = lmm.chat(**vars(options)), [cut_image(image, lmm.config, options.exif) for image in images]
+    talk, waiting = lmm.chat(**vars(options)), images
     note("ask away; /image FILE adds a picture, /clear starts anew, /exit or Ctrl-D ends, Ctrl-C stops an answer")
     for line in typed_lines():
         command, _, rest = line.partition(" ")

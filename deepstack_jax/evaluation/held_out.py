@@ -13,7 +13,7 @@ from deepstack_jax.evaluation.questions import answered_turns
 from deepstack_jax.evaluation.scorers import SCORERS
 from deepstack_jax.inference.answers import Answerer, Turn
 from deepstack_jax.inference.options import Options, RequestError
-from deepstack_jax.inference.prompts import cut_image, find_template
+from deepstack_jax.inference.prompts import CutImage, cut_image, find_template
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,12 @@ class Question:
     turns: tuple[Turn, ...]  # all before its answer
     reference: str
     problem: str  # why it cannot be asked; "" where it can
+
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """What was done to its images, one for each (`encode.REMARKS`)."""
+        cut = [image for turn in self.turns for image in turn.images]
+        return tuple(remark for image in cut if isinstance(image, CutImage) for remark in image.remarks)
 
 
 @dataclass(frozen=True)
