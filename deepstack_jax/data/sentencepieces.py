@@ -70,6 +70,10 @@ class SentencePieceTokenizer:
 
     def encode(self, text: str, plain: Sequence[tuple[int, int]] = ()) -> tuple[np.ndarray, np.ndarray]:
         """Ids i32[n] and character offsets i32[n, 2]."""
+        with reading(self.folder, "turn a text into tokens"):
+            return self._encode(text, plain)
+
+    def _encode(self, text: str, plain: Sequence[tuple[int, int]]) -> tuple[np.ndarray, np.ndarray]:
         shift = 0
         if not self._legacy and text:
             shift = len(_UNDERLINE) if self._prefix else 0
@@ -135,6 +139,10 @@ class SentencePieceTokenizer:
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text without special tokens; added tokens that are not special stand alone, with spaces around them."""
+        with reading(self.folder, "turn tokens into a text"):
+            return self._decode(ids)
+
+    def _decode(self, ids: Iterable[int]) -> str:
         skip, texts, run = set(self._special.values()), [], []
         for id in [*map(int, ids), None]:
             if id in skip or (id is not None and id not in self._by_id and id >= self._pieces.GetPieceSize()):

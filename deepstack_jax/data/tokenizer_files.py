@@ -55,5 +55,5 @@ def as_tokens(value: Any) -> list[dict[str, Any]]:
     token = {"lstrip": False, "rstrip": False, "single_word": False}
     token |= {"content": value} if isinstance(value, str) else _without_nulls(value)
     if not isinstance(token.get("content"), str) or not token["content"]:
-        raise TokenizerError(f"a special token is {value!r:.80}, expected its text")
+        raise ValueError(f"a special token is {value!r:.80}, expected its text")
     return [token]
