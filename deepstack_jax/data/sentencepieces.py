@@ -12,6 +12,7 @@ from google.protobuf.message import DecodeError
 from sentencepiece import sentencepiece_model_pb2, sentencepiece_pb2
 
 from deepstack_jax.data.tokenizer_files import LITERALS, SPECIAL_ROLES, TokenizerError, as_tokens, read_json, reading
+from deepstack_jax.printing import label
 
 _UNDERLINE = "\u2581"  # sentencepiece writes a space as this character
 _LLAMA_CLASSES = ("LlamaTokenizer", "LlamaTokenizerFast")
@@ -162,7 +163,7 @@ def _processor(model_file: Path, *, dummy_prefix: bool, added: Iterable[str]) ->
     try:
         model = sentencepiece_model_pb2.ModelProto.FromString(model_file.read_bytes())  # pyright: ignore[reportAttributeAccessIssue]
     except DecodeError as error:
-        raise TokenizerError(f"{model_file} is no sentencepiece model: {error}; download it again") from error
+        raise TokenizerError(f"{model_file} is no sentencepiece model: {label(error)}; download it again") from error
     model.normalizer_spec.add_dummy_prefix = model.normalizer_spec.add_dummy_prefix and dummy_prefix
     added = set(added)
     for piece in model.pieces:  # added tokens are cut out of the text before; what of them is left there is to be read as text
@@ -171,7 +172,7 @@ def _processor(model_file: Path, *, dummy_prefix: bool, added: Iterable[str]) ->
     try:
         return sentencepiece.SentencePieceProcessor(model_proto=model.SerializeToString())
     except RuntimeError as error:  # its own way of saying that pieces are missing
-        raise TokenizerError(f"{model_file} is no whole sentencepiece model: {error}; download it again") from error
+        raise TokenizerError(f"{model_file} is no whole sentencepiece model: {label(error)}; download it again") from error
 
 
 def _llama_config(folder: Path) -> tuple[dict[str, Any], dict[int, dict[str, Any]]]:
@@ -190,7 +191,7 @@ def _llama_config(folder: Path) -> tuple[dict[str, Any], dict[int, dict[str, Any
     name = config.get("tokenizer_class", "LlamaTokenizer")
     if name not in _LLAMA_CLASSES:
         raise TokenizerError(
-            f"{folder}: tokenizer_class is {name!r:.80}, expected one of {_LLAMA_CLASSES}; use its tokenizer.json"
+            f"{folder}: tokenizer_class is {label(name)!r}, expected one of {_LLAMA_CLASSES}; use its tokenizer.json"
         )
     if config.get("add_eos_token") or any(token["single_word"] for token in stored.values()):
         raise TokenizerError(f"{folder}: add_eos_token and single_word tokens are not supported; set them to false")

@@ -8,6 +8,8 @@ from typing import Any
 
 import tokenizers
 
+from deepstack_jax.printing import label
+
 SPECIAL_ROLES = ("bos_token", "eos_token", "unk_token", "pad_token", "additional_special_tokens")
 LITERALS = {"<s>": 1, "</s>": 2}
 
@@ -24,7 +26,7 @@ def reading(path: Path, use: str = "be read as a tokenizer") -> Iterator[None]:
     except (TokenizerError, OSError, MemoryError, KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # panics of the Rust library are no Exceptions
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        reason = label(f"{type(error).__name__}: {error}", 200)
         raise TokenizerError(
             f"{path} cannot {use} ({reason}); it is damaged, or newer than tokenizers "
             f"{tokenizers.__version__}: download it again, or upgrade"

@@ -8,6 +8,7 @@ import pytest
 import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
+from sentencepiece import sentencepiece_model_pb2
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
@@ -304,6 +305,18 @@ def test_wrong_types_in_a_llama_folder_are_one_line(key, value, tmp_path):
         load_tokenizer(str(folder))
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) < 500
+
+
+def test_what_the_library_quotes_of_a_model_stays_on_the_line(tmp_path):
+    folder = edited_folder("llama_legacy_true", tmp_path / "t")
+    model = sentencepiece_model_pb2.ModelProto.FromString((folder / "tokenizer.model").read_bytes())
+    model.pieces[10].piece = "\r\n\x1b[2J" + "x" * 5000
+    (folder / "tokenizer.model").write_bytes(model.SerializeToString())
+    with pytest.raises(ValueError, match="no whole sentencepiece model") as caught:
+        load_tokenizer(str(folder))
+    said = str(caught.value)
+    assert said.isprintable()
+    assert len(said) < 500
 
 
 @pytest.mark.parametrize("content", ["[]", "5", "null", '"x"', "[" * 100_000, "{"])
