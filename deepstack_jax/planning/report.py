@@ -142,7 +142,6 @@ def show(plan: Plan, console: Console) -> None:
         f"a step: {load.examples:g} examples in {plural(load.rows, 'row')} of {plural(load.length, 'position')}, "
         f"{plural(plan.accumulation, 'micro-batch', 'micro-batches')}, remat {plan.remat!r}, attention {plan.kernel!r}"
         + (f" ({load.assumed})" if load.assumed else ""),
-        +(f" ({load.assumed})" if load.assumed else ""),
         soft_wrap=True,
     )
     for table in (memory_table(plan), flops_table(plan), collectives_table(plan), largest_table(plan)):
