@@ -114,11 +114,11 @@ ROW_DAMAGE = {
     ),
     "no answer": ({"conversations": MARKED[:1]}, "expected its last turn to be 'gpt': an answer to train on"),
     "two questions": ({"conversations": [MARKED[0], ASKED[0], ASKED[1]]}, "turn 1: got 'human', expected 'gpt'"),
-    "image without placeholder": ({"conversations": ASKED}, "has 0 <image> for 1 images"),
+    "image without placeholder": ({"conversations": ASKED}, "has 0 <image> for 1 image"),
     "placeholder without image": ({"image": ...}, "has 1 <image> for 0 images"),
     "two placeholders": (
         {"conversations": [{"from": "human", "value": "<image><image>"}, MARKED[1]]},
-        "has 2 <image> for 1 images",
+        "has 2 <image> for 1 image",
     ),
     "system prompt": ({"conversations": [{"from": "system", "value": "Be kind."}, *MARKED]}, "turn 0 is a system prompt"),
     "image of wrong type": ({"image": 5}, "image is 5, expected a path"),

@@ -101,7 +101,7 @@ def test_pixels_and_paths_become_encoded_bytes(tmp_path):
         (Example(0, "bad", (), ASKED, {"when": object()}), "bad: got a object: .*; expected text, numbers"),
         (Example(0, "bad", (), (Message("human", "\ud800"),)), "bad: .*surrogate"),
         (Example(0, "bad", (), ()), "bad: has no turns"),
-        (Example(0, "bad", (b"x",), ASKED), "bad: has 0 <image> for 1 images"),
+        (Example(0, "bad", (b"x",), ASKED), "bad: has 0 <image> for 1 image"),
         (Example(0, "bad", (np.zeros((2, 2, 7), np.uint8),), SHOWN), "bad: .*expected uint8"),
     ],
 )
