@@ -211,10 +211,10 @@ ROW_ERRORS = [
     (row("x", ".."), "x", "leaves the image root"),
     (row("x", "/etc/passwd"), "x", "leaves the image root"),
     (row("x", ["a.jpg", "b.jpg"]), "x", "has 1 <image> for 2 images, expected 2; put one <image> per image"),
-    (row("x", question="What?"), "x", "has 0 <image> for 1 images, expected 1"),
+    (row("x", question="What?"), "x", "has 0 <image> for 1 image, expected 1"),
     (row("x", []), "x", "has 1 <image> for 0 images, expected 0; name the missing images"),
     (text_row("x", "<image> What?"), "x", "has 1 <image> for 0 images"),
-    (row("x") | {"conversations": [{"from": "gpt", "value": "<image>"}]}, "x", "has 0 <image> for 1 images"),
+    (row("x") | {"conversations": [{"from": "gpt", "value": "<image>"}]}, "x", "has 0 <image> for 1 image"),
 ]
 
 
