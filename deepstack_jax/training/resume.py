@@ -141,7 +141,7 @@ def _data_changes(config: Config, workdir: Path, now: dict[str, Any], texts: Cal
                 found.append(f"{split} data {name}: {files[0] or 'unknown'} there, {files[1]} now")
     if "looked_at" in before:
         found += _changed_rows(before["looked_at"], now["looked_at"])
-    elif moved and before.get("texts") != texts():
+    elif (moved or "texts" in before) and before.get("texts") != texts():
         found.append("rows looked at became other tokens")
     return found + moved if found else []
 

@@ -167,7 +167,9 @@ def test_a_run_of_an_earlier_version_goes_on(root, workdir, tmp_path):
     assert changes(moved, workdir) == []
     edit(tmp_path / "elsewhere" / "train.json", another_answer)
     assert changes(moved, workdir)[0] == "rows looked at became other tokens"
-    edit(root / "train.json", lambda rows: [rows[0] | {"id": "longer"}, *rows[1:]])
+    edit(root / "train.json", lambda rows: rows[::-1])
+    assert changes(config, workdir) == ["rows looked at became other tokens"], "as many bytes as before"
+    edit(root / "train.json", lambda rows: [rows[-1] | {"id": "longer"}, *rows[-2::-1]])
     assert "train data train.json: 1 file, " in changes(config, workdir)[0]
     (workdir / "manifest.json").unlink()
     assert changes(config, workdir) == [], "nothing is known"
