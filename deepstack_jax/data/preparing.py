@@ -212,7 +212,8 @@ def _write_shard(examples: Iterator[Example], folder: str, name: str) -> dict[st
         raise
     except (SourceError, OSError, RuntimeError) as error:  # array_record has RuntimeErrors alone
         cause = error.__cause__ or error
-        raise DiskError(cause.strerror if isinstance(cause, OSError) else str(cause).split(";")[0]) from error
+        said = cause.strerror if isinstance(cause, OSError) else ""
+        raise DiskError(said or str(cause).split(";")[0]) from error
 
 
 def make_chunks(
