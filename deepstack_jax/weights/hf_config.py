@@ -79,7 +79,7 @@ MERGES = CHOICES["image.merge"]
 
 def is_llava_hf(values: Mapping[str, Any]) -> bool:
     """Whether this is a config.json of `llava-hf`, which names its parts, and not an original LLaVA."""
-    return "text_config" in values or values.get("model_type") == "llava_next"
+    return bool({"text_config", "vision_config"} & set(values)) or values.get("model_type") == "llava_next"
 
 
 def from_hf(

@@ -111,9 +111,10 @@ def decoder_from(values: Mapping[str, Any], kind: str) -> DecoderConfig:
 def _rope_from(get: dict[str, Any], kind: str) -> RopeConfig:
     """Rotary positions, read as transformers 5 does: a `rope_scaling` replaces `rope_parameters`, whatever that says."""
     given = get.get("rope_scaling") or get.get("rope_parameters") or {}
-    if not isinstance(given, Mapping):
+    if not isinstance(given, Mapping) or any(isinstance(value, Mapping) for value in given.values()):  # one per kind of layer
         raise WeightsError(
-            f"config.json: rope_scaling is {quote(given)}, expected an object with a type; take it from the model's source"
+            f"config.json: rope_scaling is {quote(given)}, expected one object of numbers with a type; take it from the "
+            "model's source"
         )
     scaling = dict(given)
     theta = real(get | scaling, "rope_theta")

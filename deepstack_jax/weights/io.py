@@ -74,7 +74,10 @@ def _inside(name: str) -> bool:
 
 def _belongs(chosen: Path, other: Path) -> bool:
     """Whether an index beside a chosen file names nothing but that file: then the two do not disagree."""
-    return other.suffix == ".json" and other.with_suffix("").with_suffix("") == chosen and {chosen} == set(_named_by(other))
+    try:
+        return other.suffix == ".json" and {chosen} == set(_named_by(other))
+    except WeightsError:  # it is damaged, and not needed
+        return False
 
 
 def _named_by(index: Path) -> list[Path]:

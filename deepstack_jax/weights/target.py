@@ -38,6 +38,7 @@ def whole_export(folder: Path, sources: Iterable[str | Path], *, force: bool) ->
       WeightsError: something else stands there. OSError: it cannot be written.
     """
     _check(folder, [Path(source).expanduser() for source in sources], force)
+    folder = folder.resolve()  # else `old/../old` would lead nowhere as soon as `old` is moved aside
     folder.parent.mkdir(parents=True, exist_ok=True)
     scratch, aside = (Path(tempfile.mkdtemp(prefix=f".{part}-", dir=folder.parent)) for part in ("export", "replaced"))
     try:
@@ -77,8 +78,8 @@ def _check(folder: Path, sources: list[Path], force: bool) -> None:
 
 
 def _check_ours(at: Path, folder: Path) -> None:
-    """Refuse to delete what no export has."""
-    if not (at / MARK).is_file():
+    """Refuse to delete what no export has; those of earlier versions have no mark, and some have a file that only we write."""
+    if not (at / MARK).is_file() and not (at / BEYOND_FILE).is_file():
         raise WeightsError(
             f"{folder} is no export of deepstack_jax (it has no {MARK}) and is not replaced; choose another folder"
         )

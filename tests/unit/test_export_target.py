@@ -8,7 +8,7 @@ import pytest
 import deepstack_jax as dsx
 from deepstack_jax.api import LMM
 from deepstack_jax.config_checks import ConfigError
-from deepstack_jax.weights.files import WeightsError
+from deepstack_jax.weights.files import BEYOND_FILE, WeightsError
 from deepstack_jax.weights.folders import open_checkpoint
 from deepstack_jax.weights.load import load_params, stored_leaves
 from deepstack_jax.weights.save import save_checkpoint
@@ -65,6 +65,22 @@ def test_a_folder_with_a_file_that_no_export_writes_stays(old, added):
 def test_a_folder_that_only_looks_like_an_export_stays(old):
     (old / MARK).unlink()
     refused(old, "is no export of deepstack_jax")
+
+
+def test_an_export_of_an_earlier_version_is_known_by_the_file_that_only_we_write(old):
+    os.rename(old / MARK, old / BEYOND_FILE)
+    export(old, "new")
+    assert tree(old)["config.json"] == b"new"
+    assert (old / MARK).is_file()
+    os.rename(old / MARK, old / BEYOND_FILE)
+    (old / "README.md").write_text("mine")
+    refused(old, r"holds README\.md, which no export writes")
+
+
+def test_a_path_through_the_folder_that_is_replaced_leads_there(old, tmp_path):
+    export(old / ".." / "old", "new")
+    assert tree(old)["config.json"] == b"new"
+    assert [path.name for path in old.parent.iterdir()] == ["old"]
 
 
 def test_links_stay_and_are_not_followed(old, tmp_path):

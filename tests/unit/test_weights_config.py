@@ -148,6 +148,7 @@ def test_llava_hf_takes_what_is_unsaid_from_transformers():
     assert config.decoder == wanted
     assert config.vision == VisionConfig()
     assert (config.image.mode, config.image.size) == ("square", 336)
+    assert from_hf(VICUNA_HF | {"text_config": None}).decoder == decoder_from({}, "llama")
     assert from_hf(VICUNA_HF, None, {"do_pad": True, "image_mean": [0.1, 0.2, 0.3]}).image.mean == (0.1, 0.2, 0.3)
     tall_and_wide = [[336, 672], [1008, 336]]  # there (height, width)
     points = from_hf(VICUNA_HF | {"model_type": "llava_next", "image_grid_pinpoints": tall_and_wide}).image.pinpoints
@@ -290,7 +291,8 @@ def test_transformers_5_writes_rotary_positions_as_one_entry():
         ({"num_crop": 9}, r"num_crop is 9, a key .* nearest valid name: 'num_crops'"),
         ({"image_aspekt_ratio": "pad"}, r"image_aspekt_ratio is 'pad', a key .* nearest valid name: 'image_aspect_ratio'"),
         ({"deepstack_args_for_ablation": ["2xsample"]}, r"ablation is \['2xsample'\], expected names joined by '\+'"),
-        ({"rope_scaling": "linear"}, "rope_scaling is 'linear', expected an object with a type"),
+        ({"rope_scaling": "linear"}, "rope_scaling is 'linear', expected one object of numbers with a type"),
+        ({"rope_parameters": {"full_attention": {"rope_theta": 5e5}}}, "expected one object of numbers with a type"),
         ({"mm_resampler": "perceiver"}, "mm_resampler is 'perceiver', a key that the official code does not have"),
         ({"num_crops": 1}, "num_crops is 1, expected a whole number above 1"),
         ({"mm_projector_type": "identity"}, r"mm_projector_type is 'identity', expected linear or mlpNx_gelu"),

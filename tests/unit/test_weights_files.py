@@ -108,6 +108,15 @@ def test_an_index_that_names_nothing_but_the_whole_file_is_no_second_choice(tmp_
         assert [file.name for file in weight_files(tmp_path)] == ["model.safetensors"]
 
 
+@pytest.mark.parametrize("index", ["model.safetensors.index.json", "pytorch_model.bin.index.json"])
+@pytest.mark.parametrize("content", ["", "[]", '{"weight_map": {"a": "../x"}}', '{"weight_map": {}}'])
+def test_a_damaged_index_beside_the_whole_file_is_only_said(index, content, tmp_path):
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    (tmp_path / index).write_text(content)
+    with pytest.warns(UserWarning, match=rf"and by {index}; model\.safetensors is read"):
+        assert [file.name for file in weight_files(tmp_path)] == ["model.safetensors"]
+
+
 @pytest.mark.parametrize(
     "name", ["model.fp16.safetensors", "consolidated.safetensors", "model-00001-of-00002.safetensors", "a.bin"]
 )
