@@ -13,7 +13,7 @@ import reprlib
 import sys
 from collections.abc import Iterable
 from copy import copy
-from typing import Any, TextIO
+from typing import Any, BinaryIO, TextIO, cast
 
 import rich.console
 from rich.segment import Segment
@@ -22,7 +22,7 @@ from rich.text import Text
 
 MOST = 300  # characters of somebody's data in one line
 # C0 but for tab and line end, DEL, C1, marks and controls of direction, what some take for line ends, half surrogates.
-_UNSAFE = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+_UNSAFE = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u206f\ud800-\udfff]")
 # What reads as data, not as our words: a quotation, a list, and anything long without a space in it.
 _LONG = re.compile(
     r"""(?<!\w)'(?:[^'\\]|\\.){100,}'(?!\w)|(?<!\w)"(?:[^"\\]|\\.){100,}"(?!\w)"""
@@ -209,7 +209,8 @@ def guard_streams() -> None:
         if stream is None:
             stream = io.TextIOWrapper(io.FileIO(os.devnull, "w"))
         elif type(stream) is io.TextIOWrapper:  # and not what a test has put there
-            buffer = io.BufferedWriter(_Lasting(stream.fileno(), "w", closefd=False))
-            lines, at_once = stream.line_buffering, stream.write_through
-            stream = io.TextIOWrapper(buffer, stream.encoding, "backslashreplace", line_buffering=lines, write_through=at_once)
+            raw, at_once = _Lasting(stream.fileno(), "w", closefd=False), stream.write_through  # with PYTHONUNBUFFERED=1
+            buffer = raw if at_once else io.BufferedWriter(raw)
+            how = {"line_buffering": stream.line_buffering, "write_through": at_once}
+            stream = io.TextIOWrapper(cast(BinaryIO, buffer), stream.encoding, "backslashreplace", **how)
         setattr(sys, name, _Guarded(stream, bars=name == "stderr"))

@@ -134,6 +134,14 @@ def test_output_that_nobody_takes_ends_nothing(how, tmp_path):
     assert "Traceback" not in done.stderr
 
 
+def test_unbuffered_output_is_there_at_once():
+    """As the launch scripts have it: a log of a run that is looked at, or killed, would lack its last 8 kB."""
+    assert ending("import os; print('said', end=''); os._exit(0)", PYTHONUNBUFFERED="1").stdout == "said"
+    body = "import os; print('said', file=sys.stderr); os._exit(0)"
+    for unbuffered in ("", "1"):
+        assert ending(body, PYTHONUNBUFFERED=unbuffered).stderr == "said\n"
+
+
 @pytest.mark.parametrize("encoding", ["ascii", "utf-8"])
 def test_a_workdir_that_the_encoding_cannot_hold_is_said_at_the_start(encoding, tmp_path):
     line = "import sys; name = sys.argv.pop(); from deepstack_jax import cli; "
