@@ -210,7 +210,7 @@ def guard_streams() -> None:
             stream = io.TextIOWrapper(io.FileIO(os.devnull, "w"))
         elif type(stream) is io.TextIOWrapper:  # and not what a test has put there
             raw, at_once = _Lasting(stream.fileno(), "w", closefd=False), stream.write_through  # with PYTHONUNBUFFERED=1
-            buffer = raw if at_once else io.BufferedWriter(raw)
-            how = {"line_buffering": stream.line_buffering, "write_through": at_once}
-            stream = io.TextIOWrapper(cast(BinaryIO, buffer), stream.encoding, "backslashreplace", **how)
+            buffer = cast(BinaryIO, raw if at_once else io.BufferedWriter(raw))
+            lines = stream.line_buffering
+            stream = io.TextIOWrapper(buffer, stream.encoding, "backslashreplace", line_buffering=lines, write_through=at_once)
         setattr(sys, name, _Guarded(stream, bars=name == "stderr"))
