@@ -27,6 +27,7 @@ from deepstack_jax.inference.options import Options, RequestError
 from deepstack_jax.inference.scores import score
 from deepstack_jax.inference.text import is_one_token
 from deepstack_jax.model.variants import build_model
+from deepstack_jax.printing import label, one_line, quote
 from deepstack_jax.training.checkpoint import CheckpointError
 from deepstack_jax.training.optimizer import flatten, unflatten
 from deepstack_jax.training.start import is_workdir
@@ -279,10 +280,10 @@ def _tokenizer(name: str, config: Config) -> Tokenizer:
     try:
         tokenizer = load_tokenizer(name)
     except (ValueError, OSError) as error:
-        raise ConfigError(f"tokenizer {name!r} cannot be read: {error}") from error
+        raise ConfigError(f"tokenizer {quote(name)} cannot be read: {one_line(str(error))}") from error
     if tokenizer.vocab_size > config.decoder.vocab_size:
         raise ConfigError(
-            f"the tokenizer in {name} has {tokenizer.vocab_size} ids, the model {config.decoder.vocab_size}; it is another "
-            "model's: put the right one into the folder"
+            f"the tokenizer in {label(name)} has {tokenizer.vocab_size} ids, the model {config.decoder.vocab_size}; it is "
+            "another model's: put the right one into the folder"
         )
     return tokenizer

@@ -188,6 +188,8 @@ def too_large(config: Config) -> Iterator[str]:
             f"gives an image {tokens:,} visual tokens in its {1 + config.groups} groups, expected at most {TOKENS:,}; lower "
             "image.size or num_crops"
         )
+    if image.mode == "anyres" and views > 1 + MOST["image.num_crops"]:
+        yield f"config.image.pinpoints give an image {views:,} crops, expected at most {1 + MOST['image.num_crops']:,}"
     if pixels > BYTES:
         yield (
             f"config.train.batch_size {config.train.batch_size} with {config.data.max_images * views:,} crops of "

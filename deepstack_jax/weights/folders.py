@@ -83,7 +83,7 @@ def open_checkpoint(
             "PeftModel.from_pretrained(...).merge_and_unload().save_pretrained(...))"
         )
     values = read_json(folder / "config.json")
-    bare, inner = values.get("model_type") in BARE, is_llava_hf(values)
+    bare, inner = word(values, "model_type") in BARE, is_llava_hf(values)
     named = values.get("mm_vision_tower") or ""
     if not isinstance(named, str):
         raise WeightsError(
@@ -267,7 +267,7 @@ def _with_beyond(stored: Config, folder: Path) -> Config:
 def _check_base(base: Path, stored: Config) -> None:
     """Refuse a base model of other sizes than the projector's config.json says."""
     values = read_json(base / "config.json")
-    if values.get("model_type") in BARE:
+    if word(values, "model_type") in BARE:
         decoder = decoder_from(values, BARE[values["model_type"]])
         try:
             check_against(stored, dataclasses.replace(stored, decoder=decoder))

@@ -79,6 +79,16 @@ def test_what_stands_there_is_checked_like_a_configuration(said, message, folder
     assert "\n" not in str(caught.value)
 
 
+def test_a_kind_of_model_that_is_no_word_and_a_tokenizer_of_a_million_words_are_one_short_line(folder):
+    say(folder, "deepstack_jax.json", **{"data.tokenizer": "words:" + " ".join(f"w{n}" for n in range(10_000))})
+    with pytest.raises(ConfigError, match=r"the tokenizer in words:w0 w1 .* has 100") as caught:
+        dsx.load(folder)
+    assert len(str(caught.value)) < 400
+    say(folder, "config.json", model_type=["llava"])
+    with pytest.raises(WeightsError, match=r"model_type is \['llava'\], expected a string"):
+        dsx.load(folder)
+
+
 @pytest.mark.parametrize(
     "text", ['{"a":' * 10**5, "[" * 10**5, '{"image.mean": [NaN, 0, 0]}', "1" * 5000, '"\\ud800', "\xff\xfe"]
 )

@@ -291,6 +291,10 @@ def test_transformers_5_writes_rotary_positions_as_one_entry():
         ({"num_crop": 9}, r"num_crop is 9, a key .* nearest valid name: 'num_crops'"),
         ({"image_aspekt_ratio": "pad"}, r"image_aspekt_ratio is 'pad', a key .* nearest valid name: 'image_aspect_ratio'"),
         ({"deepstack_args_for_ablation": ["2xsample"]}, r"ablation is \['2xsample'\], expected names joined by '\+'"),
+        (
+            {"image_aspect_ratio": "anyres", "image_grid_pinpoints": [[28000, 28000]], "deepstack_args_for_ablation": ...},
+            r"config\.image\.pinpoints give an image 1,000,001 crops, expected at most 1,025",
+        ),
         ({"rope_scaling": "linear"}, "rope_scaling is 'linear', expected one object of numbers with a type"),
         ({"rope_parameters": {"full_attention": {"rope_theta": 5e5}}}, "expected one object of numbers with a type"),
         ({"mm_resampler": "perceiver"}, "mm_resampler is 'perceiver', a key that the official code does not have"),
