@@ -42,15 +42,29 @@ def warn_of(path: str, columns: Sequence[str], why: str) -> None:
     warnings.warn(f"{path}: columns that are not carried along, since they {why}: {names}", stacklevel=2)
 
 
-def to_row(row: pa.Table | pa.RecordBatch, most: int) -> dict[str, Any]:
-    """A table of one row as Python values; RowError where a value that is needed cannot be decoded, or all are too large."""
+def settled(table: pa.Table, most: int) -> pa.Table | None:
+    """The table as plain values, which rows are then read from fast; None where all of it takes more than `most` bytes."""
+    try:
+        if sum(map(_bytes, table.columns)) <= most:
+            return pa.table([_cast(column) for column in table.columns], table.schema.names)
+    except _UNDECODABLE:
+        pass  # a value of some row: found when that is read
+    return None
+
+
+def to_row(row: pa.Table | pa.RecordBatch, most: int | None) -> dict[str, Any]:
+    """A table of one row as Python values; `most` None where it is settled.
+
+    Raises:
+        RowError: a value that is needed cannot be decoded, or all take more than `most` bytes.
+    """
     values, size = {}, 0
     for name, column in zip(row.schema.names, row.columns, strict=True):
         try:
             if isinstance(column, pa.Array):
                 column.validate(full=True)  # unchecked, damaged offsets would lead anywhere in memory
-            size += _bytes(column)
-            if size > most:
+            size += _bytes(column) if most is not None else 0
+            if most is not None and size > most:
                 raise RowError(
                     f"takes {size:,} bytes, allowed are config.data.limits.row_bytes={most:,}; raise that, or remove the row"
                 )
@@ -64,12 +78,13 @@ def to_row(row: pa.Table | pa.RecordBatch, most: int) -> dict[str, Any]:
     return values
 
 
-def scanned(batch: pa.RecordBatch, limits: LimitsConfig) -> Iterator[object]:
-    """The rows of a batch, some at once; None in place of one that cannot be decoded."""
+def scanned(batch: pa.RecordBatch, limits: LimitsConfig, *, mapped: bool) -> Iterator[object]:
+    """The rows of a batch, some at once; None in place of one that cannot be decoded. `mapped`: as it stands in a file."""
     for start in range(0, len(batch), _SCANNED_ROWS):
         part = batch.slice(start, _SCANNED_ROWS)
         try:
-            part.validate(full=True)
+            if mapped:
+                part.validate(full=True)
             if sum(map(_bytes, part.columns)) <= limits.row_bytes:
                 columns = [_cast(column).to_pylist() for column in part.columns]
                 yield from [dict(zip(part.schema.names, values, strict=True)) for values in zip(*columns, strict=True)]
@@ -110,7 +125,9 @@ def _plain(kind: pa.DataType) -> pa.DataType | None:
         return None if key is None or item is None else _as_pairs(kind, key, item)
     if types.is_dictionary(kind):
         plain = types.is_primitive(kind.value_type) and _plain(kind.value_type) == kind.value_type
-        return kind if plain or _has_lengths(kind.value_type) else None
+        if _is_view(kind.value_type):
+            return kind  # cannot be cast
+        return kind.value_type if plain or _has_lengths(kind.value_type) else None
     if types.is_temporal(kind) or types.is_decimal(kind):
         return None if types.is_interval(kind) else pa.string()
     if types.is_nested(kind) or types.is_run_end_encoded(kind):
@@ -126,23 +143,34 @@ def _bytes(array: Any) -> int:
     if isinstance(kind, pa.BaseExtensionType):
         return own + _bytes(array.storage)
     if types.is_dictionary(kind) and _has_lengths(kind.value_type):
-        lengths = pc.call_function("binary_length", [array.dictionary]).cast(pa.int64())
-        return own + (pc.call_function("sum", [lengths.take(array.indices)]).as_py() or 0)
+        used, times = (pair.to_numpy() for pair in array.indices.drop_null().value_counts().flatten())
+        return own + int(_lengths(array.dictionary, used) @ times)
     if types.is_struct(kind):
         return own + sum(map(_bytes, array.flatten()))
     if types.is_map(kind):
         return _bytes(array.cast(_as_pairs(kind)))
     if types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind):
         return own + _bytes(array.flatten())
-    if types.is_string_view(kind) or types.is_binary_view(kind):  # 16 bytes each, the first four are the length
-        views = np.frombuffer(array.buffers()[1], np.int32).reshape(-1, 4)
-        return own + int(views[array.offset : array.offset + len(array), 0].sum(dtype=np.int64))
+    if _is_view(kind):
+        return own + int(_lengths(array, np.arange(len(array))).sum())
     return own + array.nbytes
+
+
+def _lengths(texts: Any, which: np.ndarray) -> np.ndarray:
+    """i64[n]: how many bytes some of the texts have."""
+    if _is_view(texts.type):  # 16 bytes each, the first four are the length
+        return np.frombuffer(texts.buffers()[1], np.int32)[4 * (texts.offset + which)].astype(np.int64)
+    return pc.call_function("binary_length", [texts.take(pa.array(which))]).fill_null(0).to_numpy().astype(np.int64)
+
+
+def _is_view(kind: pa.DataType) -> bool:
+    return pa.types.is_string_view(kind) or pa.types.is_binary_view(kind)
 
 
 def _has_lengths(kind: pa.DataType) -> bool:
     types = pa.types
-    return types.is_string(kind) or types.is_binary(kind) or types.is_large_string(kind) or types.is_large_binary(kind)
+    known = (types.is_string, types.is_binary, types.is_large_string, types.is_large_binary, _is_view)
+    return any(is_kind(kind) for is_kind in known)
 
 
 def _as_pairs(kind: pa.MapType, key: pa.DataType | None = None, item: pa.DataType | None = None) -> pa.DataType:

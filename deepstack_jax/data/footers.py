@@ -4,6 +4,7 @@ pyarrow reads the footer too, but asked for the sizes of a column whose statisti
 exception is caught nowhere. Thrift's compact protocol is short enough to be read here.
 """
 
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import pyarrow as pa
@@ -18,6 +19,7 @@ class Chunk(NamedTuple):
 
     values: int  # nulls included
     bytes: int  # not compressed
+    delta: bool  # whether texts stand there as what distinguishes each from the one before it
 
 
 def read_chunks(path: str, most: int) -> list[list[Chunk]]:
@@ -37,7 +39,7 @@ def read_chunks(path: str, most: int) -> list[list[Chunk]]:
     try:
         groups = _Compact(files.read_range(path, size - _END - length, length, size)).struct()[4]
         chunks = [[chunk[3] for chunk in group[1]] for group in groups]
-        return [[Chunk(int(chunk[5]), int(chunk[6])) for chunk in group] for group in chunks]
+        return [[Chunk(int(chunk[5]), int(chunk[6]), bool({6, 7} & set(chunk[2]))) for chunk in group] for group in chunks]
     except (IndexError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"its footer is damaged ({type(error).__name__})") from error
 
@@ -99,33 +101,55 @@ class _Compact:
         return value >> 1 ^ -(value & 1)
 
 
-def decompressed_bytes(message: pa.ipc.Message) -> int:
-    """What the compressed buffers of an arrow message become: a buffer begins with its size then, or with -1. 0 = none is.
+class _Flat:
+    """Reads flatbuffers as far as needed; pyarrow has verified them when it read what holds them."""
 
-    Flatbuffers are read as far as needed; pyarrow has verified them when it read the message.
-    """
-    data, body = message.metadata.to_pybytes(), message.body
+    def __init__(self, data: bytes) -> None:
+        self._data = data
 
-    def number(at: int, width: int) -> int:
-        return int.from_bytes(data[at : at + width], "little", signed=width > 2)
+    def number(self, at: int, width: int) -> int:
+        return int.from_bytes(self._data[at : at + width], "little", signed=width > 2)
 
-    def field(table: int, which: int) -> int:
+    def field(self, table: int, which: int) -> int:
         """Where a field of a table stands; 0 where it is absent."""
-        vtable = table - number(table, 4)
-        offset = number(vtable + 4 + 2 * which, 2) if 4 + 2 * which < number(vtable, 2) else 0
+        vtable = table - self.number(table, 4)
+        offset = self.number(vtable + 4 + 2 * which, 2) if 4 + 2 * which < self.number(vtable, 2) else 0
         return table + offset if offset else 0
 
-    def followed(at: int) -> int:
-        return at + number(at, 4)
+    def followed(self, at: int) -> int:
+        return at + self.number(at, 4)
 
+    def structs(self, table: int, which: int, width: int) -> range:
+        """Where the structs of a list stand."""
+        if not self.field(table, which):
+            return range(0)
+        first = self.followed(self.field(table, which))
+        return range(first + 4, first + 4 + width * self.number(first, 4), width)
+
+
+def messages_of(source: pa.MemoryMappedFile) -> Iterator[pa.ipc.Message]:
+    """The dictionaries and batches that the footer of an arrow file lists."""
+    end = source.size() - 10  # its length, and the magic
+    source.seek(end)
+    length = int.from_bytes(source.read(4), "little")
+    source.seek(end - length)
+    flat = _Flat(source.read(length))
+    for listed in (2, 3):
+        for at in flat.structs(flat.followed(0), listed, 24):
+            source.seek(flat.number(at, 8))
+            yield pa.ipc.read_message(source)
+
+
+def decompressed_bytes(message: pa.ipc.Message) -> int:
+    """What the compressed buffers of an arrow message become: a buffer begins with its size then, or with -1. 0 = none is."""
+    flat, body = _Flat(message.metadata.to_pybytes()), message.body
     if message.type not in ("record batch", "dictionary"):
         return 0
-    batch = followed(field(followed(0), 2))
+    batch = flat.followed(flat.field(flat.followed(0), 2))
     if message.type == "dictionary":
-        batch = followed(field(batch, 1))
-    if body is None or not field(batch, 3):  # its compression
+        batch = flat.followed(flat.field(batch, 1))
+    if body is None or not flat.field(batch, 3):  # its compression
         return 0
-    buffers = followed(field(batch, 2))
-    places = [(number(at, 8), number(at + 8, 8)) for at in range(buffers + 4, buffers + 4 + 16 * number(buffers, 4), 16)]
+    places = [(flat.number(at, 8), flat.number(at + 8, 8)) for at in flat.structs(batch, 2, 16)]
     starts = [body.slice(offset, 8).to_pybytes() for offset, length in places if 0 <= offset <= body.size and length >= 8]
     return sum(max(0, int.from_bytes(start, "little", signed=True)) for start in starts)

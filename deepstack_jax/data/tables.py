@@ -12,8 +12,8 @@ import pyarrow.parquet as pq
 
 from deepstack_jax.config_data import LIMITS, LimitsConfig
 from deepstack_jax.data import files
-from deepstack_jax.data.columns import VALUE_BYTES, carried, one_line, scanned, to_row, warn_of
-from deepstack_jax.data.footers import Chunk, decompressed_bytes, read_chunks
+from deepstack_jax.data.columns import VALUE_BYTES, carried, one_line, scanned, settled, to_row, warn_of
+from deepstack_jax.data.footers import Chunk, decompressed_bytes, messages_of, read_chunks
 from deepstack_jax.data.normaliser import IMAGE_KEYS, RowError, check_columns, needed_keys
 from deepstack_jax.data.sources import SourceError
 
@@ -22,6 +22,7 @@ _CACHE_BYTES = 128 << 20
 _FOOTER_BYTES = 64 << 10  # fetched at once from a remote file: its footer, or the gap between two columns
 _END_OF_STREAM = b"\xff\xff\xff\xff\x00\x00\x00\x00"
 _MAX_ROWS = 2**31
+_BATCH_ROWS, _STEP_ROWS = 1 << 16, 64  # read at once where texts are dictionaries; where each may be as long as all in the file
 
 
 class ParquetRows:
@@ -77,7 +78,7 @@ class ParquetRows:
 
     def _forget(self) -> None:
         self._lock = threading.Lock()
-        self._tables: OrderedDict[int, pa.Table] = OrderedDict()
+        self._tables: OrderedDict[int, tuple[pa.Table, int | None]] = OrderedDict()
 
     def __getstate__(self) -> dict[str, Any]:
         return {key: value for key, value in self.__dict__.items() if key not in ("_lock", "_tables")}
@@ -104,7 +105,8 @@ class ParquetRows:
             SourceError: the file changed or vanished since it was opened.
         """
         group = self._group_of(index)
-        return to_row(self._table(group).slice(index - int(self._starts[group]), 1), self._limits.row_bytes)
+        table, most = self._table(group)
+        return to_row(table.slice(index - int(self._starts[group]), 1), most)
 
     def scan(self) -> Iterator[object]:
         """All rows in order, only the columns that are short and that an outline needs."""
@@ -114,19 +116,22 @@ class ParquetRows:
         for part, footer in zip(self._parts, self._footers, strict=True):
             try:
                 with _open_parquet(part, footer.texts) as parquet:
-                    for batch in parquet.iter_batches(columns=self._outlined):
-                        yield from scanned(batch, self._limits)
+                    for batch in parquet.iter_batches(footer.step, columns=self._outlined):
+                        yield from scanned(batch, self._limits, mapped=False)
             except (pa.ArrowException, OSError) as error:
                 raise _failure(part, error) from error
 
     def _group_of(self, index: int) -> int:
         return int(np.searchsorted(self._starts, index, side="right")) - 1  # empty row groups are passed over
 
-    def _table(self, group: int) -> pa.Table:
+    def _table(self, group: int) -> tuple[pa.Table, int | None]:
+        """A row group, and what a row of it may take; None where all together take less."""
         with self._lock:
             if group not in self._tables:
-                self._tables[group] = self._decode(group)
-                while len(self._tables) > 1 and sum(table.nbytes for table in self._tables.values()) > _CACHE_BYTES:
+                table, most = self._decode(group), self._limits.row_bytes
+                plain = settled(table, most)
+                self._tables[group] = (table, most) if plain is None else (plain, None)
+                while len(self._tables) > 1 and sum(table.nbytes for table, _ in self._tables.values()) > _CACHE_BYTES:
                     self._tables.popitem(last=False)
             self._tables.move_to_end(group)
             return self._tables[group]
@@ -139,7 +144,7 @@ class ParquetRows:
             if size != footer.size:
                 raise SourceError(f"{path} changed while in use: {size} bytes, {footer.size} when opened; start again")
             with _open_parquet(path, footer.texts) as parquet:
-                table = self._read_group(parquet, number)
+                table = self._read_group(parquet, number, footer.step)
         except (pa.ArrowException, OSError) as error:
             if isinstance(error, OSError) and error.errno:
                 raise SourceError(f"cannot read {path} any more: {error.strerror}; put it back and start again") from error
@@ -148,8 +153,10 @@ class ParquetRows:
             raise RowError(f"row group {number} has {len(table)} rows of {footer.rows[number]}; fetch or write the file again")
         return table
 
-    def _read_group(self, parquet: pq.ParquetFile, number: int) -> pa.Table:
+    def _read_group(self, parquet: pq.ParquetFile, number: int, step: int) -> pa.Table:
         try:
+            if step < _BATCH_ROWS:
+                return self._read_steps(parquet, number, step)
             return parquet.read_row_group(number, columns=self._columns)
         except (pa.ArrowException, OSError) as error:
             needed = [name for name in self._columns if name in needed_keys()]
@@ -158,6 +165,15 @@ class ParquetRows:
             table = parquet.read_row_group(number, columns=needed)  # it may have been a column that nobody needs
             warn_of(self.path, [name for name in self._columns if name not in needed], f"cannot be read ({one_line(error)})")
             return table
+
+    def _read_steps(self, parquet: pq.ParquetFile, number: int, step: int) -> pa.Table:
+        batches, size, most = [], 0, self._limits.group_bytes
+        for batch in parquet.iter_batches(step, [number], self._columns):
+            batches.append(batch)
+            size += batch.nbytes
+            if size > most:
+                raise RowError(f"row group {number} takes more than config.data.limits.group_bytes={most:,}; raise that")
+        return pa.Table.from_batches(batches).combine_chunks()
 
 
 class ArrowRows:
@@ -219,7 +235,7 @@ class ArrowRows:
         """All rows in order, only the columns that are short and that an outline needs."""
         for batch in self._flat:
             names = [field.name for field in batch.schema if _is_short(field)]
-            yield from scanned(batch.select(names), self._limits) if names else ({} for _ in range(len(batch)))
+            yield from scanned(batch.select(names), self._limits, mapped=True) if names else ({} for _ in range(len(batch)))
 
 
 class _Column(NamedTuple):
@@ -236,7 +252,8 @@ class _Footer(NamedTuple):
     sizes: list[dict[str, int]]  # of each row group: column -> bytes in memory at most, its texts once for all their uses
     columns: dict[str, _Column]
     names: tuple[str, ...]  # of the columns, as often as they are there
-    texts: tuple[str, ...]  # paths of the leaves that hold texts or bytes
+    texts: tuple[str, ...]  # paths of the leaves that are read as dictionaries
+    step: int  # rows that may be read at once
     size: int  # bytes of the file
 
 
@@ -247,14 +264,17 @@ def _read_footer(path: str, limits: LimitsConfig) -> _Footer:
             metadata, schema = parquet.metadata, parquet.schema_arrow
             columns = {field.name: _Column(field.type, _is_short(field)) for field in schema}
             leaves = [parquet.schema.column(number) for number in range(metadata.num_columns)]
-            texts = [leaf.path for leaf in leaves if leaf.physical_type == "BYTE_ARRAY" and leaf.logical_type.type != "DECIMAL"]
+            delta = {leaf.path for group in chunks for chunk, leaf in zip(group, leaves, strict=False) if chunk.delta}
+            held = [leaf.path for leaf in leaves if leaf.physical_type == "BYTE_ARRAY" and leaf.logical_type.type != "DECIMAL"]
+            texts = [path for path in held if path not in delta]  # pyarrow reads the others as they are alone
             rows = [metadata.row_group(number).num_rows for number in range(metadata.num_row_groups)]
             for number, (count, group) in enumerate(zip(rows, chunks, strict=True)):
                 fewest = min((chunk.values for chunk in group), default=0)
                 if len(group) != len(leaves) or not 0 <= count <= fewest:
                     raise ValueError(f"row group {number} has {count} rows, a column in it {fewest} values")
             sizes = [_sizes(group, leaves, schema.names) for group in chunks]
-            return _Footer(rows, sizes, columns, tuple(schema.names), tuple(texts), files.size(path))
+            step = _STEP_ROWS if delta else _BATCH_ROWS
+            return _Footer(rows, sizes, columns, tuple(schema.names), tuple(texts), step, files.size(path))
     except (pa.ArrowException, OSError, ValueError, RecursionError) as error:
         raise _failure(path, error) from error
 
@@ -293,33 +313,37 @@ def _map_arrow(path: str, copy: str, most: int) -> list[pa.RecordBatch]:
         names = carried(path, {field.name: field.type for field in schema})
     except SourceError:
         raise
-    except (pa.ArrowException, OSError, ValueError, RecursionError) as error:  # a ValueError: names that are no UTF-8
+    except (pa.ArrowException, OSError, EOFError, ValueError, RecursionError) as error:  # a ValueError: names not in UTF-8
         raise _failure(path, error) from error
     first = [schema.names.index(name) for name in names]  # of a name that nobody needs there may be several columns
     return [batch.select(first) for batch in batches]
 
 
 def _read_arrow(path: str, source: pa.MemoryMappedFile, most: int) -> tuple[pa.Schema, list[pa.RecordBatch]]:
-    """A file holds a stream between its magic and its footer, which might lead anywhere: it is compared alone."""
-    listed, start = None, 0
+    """A file holds a stream between its magic and its footer, which is compared alone; that of polars has no head."""
+    file, start = None, 0
     if source.read(6) == b"ARROW1":
-        listed, start = pa.ipc.open_file(source).num_record_batches, 8
+        file, start = pa.ipc.open_file(source), 8
     else:
         source.seek(max(0, source.size() - len(_END_OF_STREAM)))
         if source.read() != _END_OF_STREAM:  # a cut between two batches shows nowhere else
             raise pa.ArrowInvalid("its end mark is missing")
     source.seek(start)
-    grown = sum(map(decompressed_bytes, pa.ipc.MessageReader.open_stream(source)))
+    headless = file is not None and source.read(4) != b"\xff" * 4
+    source.seek(start)
+    grown = sum(map(decompressed_bytes, messages_of(source) if headless else pa.ipc.MessageReader.open_stream(source)))
     if grown > most:
         raise SourceError(
             f"{path} is compressed and takes {grown:,} bytes in memory, allowed are config.data.limits.group_bytes={most:,}; "
             "write it without compression, or raise that"
         )
+    if file is not None and headless:
+        return file.schema, [file.get_batch(number) for number in range(file.num_record_batches)]
     source.seek(start)
     reader = pa.ipc.open_stream(source)
     batches = list(reader)
-    if listed not in (None, len(batches)):
-        raise pa.ArrowInvalid(f"its footer lists {listed} batches, {len(batches)} are there")
+    if file is not None and file.num_record_batches != len(batches):
+        raise pa.ArrowInvalid(f"its footer lists {file.num_record_batches} batches, {len(batches)} are there")
     return reader.schema, batches
 
 

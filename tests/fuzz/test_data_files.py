@@ -19,7 +19,7 @@ from deepstack_jax.data.sources import Example, SampleError, SourceError
 from deepstack_jax.printing import one_line
 from tests.fuzz.watch import is_one_line, reads_only
 from tests.unit.test_records import shard_of
-from tests.unit.test_tables import llava, write_arrow, write_parquet
+from tests.unit.test_tables import llava, write_arrow, write_headless, write_parquet
 
 REPOSITORY = Path(__file__).parents[2]
 LEADS_OUT = ["../../etc/passwd", "/etc/passwd", "http://127.0.0.1:9/x", "file:///etc/passwd", "data:,x", "~/x", "a::b", "a\0b"]
@@ -182,11 +182,11 @@ def read_changed(path: Path, seeds: range) -> None:
             refused(error)
 
 
-@pytest.mark.parametrize("kind", ["parquet", "arrow"])
+@pytest.mark.parametrize("kind", ["parquet", "arrow", "headless.arrow"])
 def test_tables_with_changed_bytes_never_end_the_process(tmp_path, kind):
     """In a process of its own, which a damaged offset that is followed would end."""
     path, many = tmp_path / f"a.{kind}", settings.default.max_examples
-    (write_parquet if kind == "parquet" else write_arrow)(path, llava(6))
+    {"parquet": write_parquet, "arrow": write_arrow, "headless.arrow": write_headless}[kind](path, llava(6))
     first = 0 if many <= 100 else random.randrange(2**32)
     command = [sys.executable, "-W", "ignore", "-m", "tests.fuzz.test_data_files", str(path), str(first), str(many)]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)

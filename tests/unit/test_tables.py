@@ -50,6 +50,16 @@ def write_arrow(path: Path, rows: list[dict], schema: pa.Schema = SCHEMA, batch:
     return path
 
 
+def write_headless(path: Path, rows: list[dict], compression: str | None = None) -> Path:
+    """As polars writes it: nothing but the footer says where the batches are, and what columns they have."""
+    options = pa.ipc.IpcWriteOptions(compression=compression)
+    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, SCHEMA, options=options) as writer:
+        writer.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), max_chunksize=5)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:8] + bytes(4) + whole[12:])
+    return path
+
+
 def save_to_disk(folder: Path, parts: list[list[dict]]) -> Path:
     """The layout of `datasets.Dataset.save_to_disk`."""
     names = [f"data-{number:05d}-of-{len(parts):05d}.arrow" for number in range(len(parts))]
@@ -86,6 +96,31 @@ def test_one_file_or_many_give_the_rows_back(tmp_path):
     for name in ("many", "many/*.parquet", "many/part-[0-2].parquet", "arrows/*.arrow"):
         check(open_files(str(tmp_path / name), ""), rows)
     check(open_files(str(tmp_path / "many/part-[12].parquet"), ""), rows[8:])
+
+
+@pytest.mark.parametrize("compression", [None, "zstd"])
+def test_an_arrow_file_without_a_stream_in_it(tmp_path, compression):
+    rows, path = llava(23), tmp_path / "a.arrow"
+    write_headless(path, rows, compression)
+    check(open_files(str(path), ""), rows)
+    if compression:
+        with pytest.raises(SourceError, match=r"a\.arrow is compressed and takes [\d,]+ bytes .*limits\.group_bytes=99;"):
+            open_files(str(path), "", LimitsConfig(group_bytes=99))
+
+
+@pytest.mark.parametrize("encoding", ["DELTA_LENGTH_BYTE_ARRAY", "DELTA_BYTE_ARRAY", "PLAIN"])
+def test_every_encoding_of_texts_in_parquet(tmp_path, encoding):
+    rows, path = llava(150), tmp_path / "a.parquet"
+    texts = ("id", "data_source", "image.bytes", "conversations.list.element.from", "conversations.list.element.value")
+    table = pa.Table.from_pylist(rows, schema=SCHEMA)
+    pq.write_table(table, path, use_dictionary=False, column_encoding=dict.fromkeys(texts, encoding), row_group_size=70)
+    check(open_files(str(path), ""), rows)
+    if encoding == "DELTA_BYTE_ARRAY":  # a text takes nothing that is like the one before it
+        alike = table.slice(0, 100).set_column(0, "id", pa.array(["x" * 10_000] * 100))
+        pq.write_table(alike, path, use_dictionary=False, column_encoding=dict.fromkeys(texts, encoding))
+        source = open_files(str(path), "", LimitsConfig(group_bytes=200_000))
+        with pytest.raises(SampleError, match=r"row group 0 takes more than config\.data\.limits\.group_bytes=200,000; raise"):
+            source[0]
 
 
 def test_saved_datasets_in_the_order_of_their_state(tmp_path):
@@ -428,7 +463,9 @@ def test_shuffled_reading_keeps_few_row_groups(tmp_path, monkeypatch):
     held = source.rows
     assert isinstance(held, tables.ParquetRows)
     source[0]
-    monkeypatch.setattr(tables, "_CACHE_BYTES", 3 * held._table(0).nbytes)
+    table, most = held._table(0)
+    assert (table.schema.field("id").type, most) == (pa.string(), None), "not measured and cast again for every row"
+    monkeypatch.setattr(tables, "_CACHE_BYTES", 3 * table.nbytes)
     for index in random.Random(1).choices(range(40), k=200):
         assert source[index].name == f"r{index}"
         assert len(held._tables) <= 3
