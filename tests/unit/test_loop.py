@@ -273,16 +273,23 @@ def test_only_the_wait_in_which_the_devices_have_nothing_to_do_is_one_for_data(t
     assert waited(tmp_path, running, lambda: time.sleep(0.05)) >= 0.05
     assert waited(tmp_path, None, lambda: time.sleep(0.05)) >= 0.05, "before the first step"
 
-    ending, idle = Running(), []
+
+def test_of_a_wait_only_what_comes_after_the_end_of_the_step_counts(tmp_path, monkeypatch):
+    ending, now, readers = Running(), [0.0], set[str]()
+
+    def clock() -> float:
+        readers.add(threading.current_thread().name.partition("_")[0])
+        return now[0]
 
     def end_and_wait():
-        time.sleep(0.2)
+        now[0] += 200
         ending.done.set()
-        began = time.perf_counter()
-        time.sleep(0.05)
-        idle.append(time.perf_counter() - began)
+        while "data-wait" not in readers:
+            time.sleep(0.001)
+        now[0] += 50
 
-    assert waited(tmp_path, ending, end_and_wait) <= idle[0] + 0.05, "what came before the end of the step does not count"
+    monkeypatch.setattr(time, "perf_counter", clock)
+    assert waited(tmp_path, ending, end_and_wait) <= 50
 
 
 def test_much_padding_is_said_with_what_helps():

@@ -278,23 +278,20 @@ def test_missing_images_are_found_without_opening_any(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_hundred_thousand_rows_open_in_three_seconds_and_300_megabytes(tmp_path):
+def test_a_hundred_thousand_rows_open_within_300_megabytes(tmp_path):
     turns = [{"from": role, "value": f"{'x' * 80} ü {turn}"} for turn in range(4) for role in ("human", "gpt")]
     path = write(tmp_path, [{"id": str(index), "conversations": turns} for index in range(100_000)])
     # VmHWM, as ru_maxrss would include the peak of the parent, this test run
     script = f"""
-import re, time
+import re
 from deepstack_jax.data.open import open_files
-start = time.perf_counter()
 source = open_files({str(path)!r}, {str(tmp_path)!r})
-seconds = time.perf_counter() - start
 peak = re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1]
-print(len(source), seconds, int(peak) / 1024)
+print(len(source), int(peak) / 1024)
 """
     printed = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True).stdout
-    rows, seconds, megabytes = map(float, printed.split())
+    rows, megabytes = map(float, printed.split())
     assert rows == 100_000
-    assert seconds < 3
     assert megabytes < 300
 
 
