@@ -237,6 +237,7 @@ def parse_flags() -> None:
 
 def _unknown_key(message: str) -> str:
     """ml_collections' message, which quotes a quotation, put plainly, with the whole flag."""
+    message = message.rpartition(".")[2] if "Attempting to lookup" in message else message  # a key below one that has a value
     found = re.match(r"\W*(\w+)(?:\W+n?Did you mean\W+(\w+))?", message)
     key, near = found.groups() if found else (message, None)
     flag = next((arg.split("=")[0] for arg in sys.argv if f".{key}" in arg.split("=")[0]), key)

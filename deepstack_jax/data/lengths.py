@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import pickle
 import shutil
 from collections.abc import Callable, Iterable, Iterator
@@ -213,8 +214,8 @@ def _text_of(source: Source, row: int) -> str:
 def _tokenizer_version(spec: str) -> str:
     """The configured name, and the size and time of every file that it may stand for."""
     path = Path(spec).expanduser()
-    found = sorted(path.glob("*token*")) if path.is_dir() else [Path(spec.removeprefix("words:@"))]
-    stats = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in found if file.is_file()]
+    found = sorted(path.glob("*token*")) if os.path.isdir(path) else [Path(spec.removeprefix("words:@"))]  # words: no name
+    stats = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in found if os.path.isfile(file)]
     return repr((spec, stats))
 
 

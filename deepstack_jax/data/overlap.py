@@ -44,7 +44,8 @@ def find_overlap(held_out: Source, rows: int, train: Source, seconds: float = SE
     """
     known: dict[bytes, list[int]] = {}  # digest of a text -> held-out rows that say it
     names, pictures = dict[int, str](), dict[int, tuple[str | bytes, ...]]()
-    for row in range(rows):
+    containers = list(_containers(train))
+    for row in range(rows if containers else 0):
         try:
             example = held_out[row]
         except (ValueError, OSError):  # said elsewhere
@@ -57,7 +58,7 @@ def find_overlap(held_out: Source, rows: int, train: Source, seconds: float = SE
         {path for images in pictures.values() for path in images if isinstance(path, str)},
     )
     found, looked_at, ends = set[int](), 0, time.monotonic() + seconds
-    for source, taken in _containers(train):
+    for source, taken in containers:
         root = source.image_root if isinstance(source, FileSource) else ""
         for place, outline in enumerate(source.outlines()):
             if looked_at % _LOOK == _LOOK - 1 and time.monotonic() > ends:

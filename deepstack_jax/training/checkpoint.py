@@ -238,7 +238,8 @@ class Checkpoints:
             listed = (
                 "; ".join(f"step {number}: {problem}" for number, problem in problems.items()) or f"step {step} is not there"
             )
-            raise CheckpointError(f"no checkpoint in {self._directory} can be read ({listed}); move the folder away")
+            advice = "move the folder away" if step is None else "what begins at that step cannot be done again"
+            raise CheckpointError(f"no checkpoint in {self._directory} can be read ({listed}); {advice}")
         return None
 
     def _read(self, step: int, abstract: TrainState) -> tuple[tuple[TrainState, dict[str, Any]] | None, str]:

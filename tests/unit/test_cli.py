@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from deepstack_jax import cli
+
 HEAD = "import errno, sys; from deepstack_jax import cli; sys.argv = ['verb']"
 EXHAUSTED = "RESOURCE_EXHAUSTED: "
 
@@ -132,6 +134,19 @@ def test_output_that_nobody_takes_ends_nothing(how, tmp_path):
     assert done.returncode == 0, done.stderr[-500:]
     assert (tmp_path / "done").exists()
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("flag", "message", "said"),
+    [
+        ("train.stepz", '\'stepz\'\nDid you mean "steps" instead of "stepz"?', "nearest valid name: 'steps'"),
+        ("a.b", "'a'", "all keys and their defaults stand in"),
+        ("train.steps.deep", "Attribute <class 'int'>.deep does not exist. Attempting to lookup: train.steps.deep", "all keys"),
+    ],
+)
+def test_an_unknown_key_is_named_by_its_flag(flag, message, said, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["train", f"--config.{flag}=1"])
+    assert cli._unknown_key(message).startswith(f"unknown key --config.{flag}; {said}")
 
 
 def test_unbuffered_output_is_there_at_once():

@@ -283,3 +283,10 @@ def test_placeholders_without_images_are_refused():
     encoder = Encoder(make_config())
     with pytest.raises(SampleError, match="odd: 1 image placeholder but 2 images"):
         encoder.encode(Example(0, "odd", (draw(1), draw(2)), (Message("human", QUESTION), Message("gpt", "x"))))
+
+
+def test_words_too_many_for_the_name_of_a_file_have_an_index():
+    words = " ".join(f"word{number}" for number in range(1000))
+    config = make_config({"data.tokenizer": f"words:{words}", "decoder.vocab_size": 1003})
+    with pytest.raises(SourceError, match="cannot be used"):  # for its texts, which are of other words
+        length_index(MadeExamples(4), config)
