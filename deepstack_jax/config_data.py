@@ -53,7 +53,7 @@ class SetConfig:
 class LimitsConfig:
     """What a data file may ask of the memory; beyond it stands a slip or a bomb. Raise what data of your own goes beyond."""
 
-    text_bytes: int = 16 << 20  # of a row of JSON
+    text_bytes: int = 32 << 20  # of a row of JSON
     row_bytes: int = 256 << 20  # of a row of a table, or of a record, with its images
     group_bytes: int = 1 << 30  # of a row group of parquet, a repeated text counted once; of a compressed arrow file
 

@@ -12,6 +12,7 @@ import pyarrow as pa
 from deepstack_jax.data import files
 
 _END = 8  # bytes behind the footer: its length, and the magic
+_MOST = 16 << 20  # bytes of a footer, which takes up to 64 times as much when it is read
 
 
 class Chunk(NamedTuple):
@@ -22,11 +23,11 @@ class Chunk(NamedTuple):
     delta: bool  # whether texts stand there as what distinguishes each from the one before it
 
 
-def read_chunks(path: str, most: int) -> list[list[Chunk]]:
+def read_chunks(path: str) -> list[list[Chunk]]:
     """Of every row group its chunks, in the order of the leaves.
 
     Raises:
-        ValueError: it is no footer, or has more than `most` bytes; OSError where the file cannot be read.
+        ValueError: it is no footer, or is beyond all sense; OSError where the file cannot be read.
     """
     size = files.size(path)
     if size < 2 * _END:
@@ -34,8 +35,8 @@ def read_chunks(path: str, most: int) -> list[list[Chunk]]:
     length = int.from_bytes(files.read_range(path, size - _END, 4, size), "little")
     if not 0 < length <= size - _END:
         raise ValueError(f"its footer has {length} bytes of {size}")
-    if length > most:
-        raise ValueError(f"its footer has {length:,} bytes, allowed are config.data.limits.text_bytes={most:,}")
+    if length > _MOST:
+        raise ValueError(f"its footer has {length:,} bytes, allowed are {_MOST:,}; write it with larger row groups")
     try:
         groups = _Compact(files.read_range(path, size - _END - length, length, size)).struct()[4]
         chunks = [[chunk[3] for chunk in group[1]] for group in groups]

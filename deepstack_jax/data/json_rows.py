@@ -19,7 +19,16 @@ LINE_SUFFIXES = (".jsonl", ".ndjson")
 _WINDOW_BYTES = 8 << 20
 _GZIP, _ZSTD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
 _SPACE = re.compile(r"[ \t\r\n]*")
-_DECODER = json.JSONDecoder()
+
+
+def _integer(digits: str) -> int | str:
+    try:
+        return int(digits)
+    except ValueError:  # more digits than Python converts: carried as text
+        return digits
+
+
+_DECODER = json.JSONDecoder(parse_int=_integer)
 
 
 class JsonRows:
@@ -83,7 +92,7 @@ class JsonRows:
 
     def _parse(self, data: bytes) -> object:
         try:
-            return json.loads(data.decode("utf-8"))
+            return _DECODER.decode(data.decode("utf-8"))
         except UnicodeDecodeError as error:
             raise RowError(f"not UTF-8 ({error.reason}); save the file as UTF-8") from error
         except RecursionError as error:  # opening the file stood a few calls less deep
@@ -122,7 +131,7 @@ class _SyntaxError(ValueError):
 
 
 def _json_failure(error: ValueError | RecursionError, start: int = 0) -> tuple[int, str]:
-    """Position and reason; nesting too deep and numbers too long for Python have no position, so `start` stands for it."""
+    """Position and reason; nesting too deep has no position, so `start` stands for it."""
     return (error.pos, error.msg) if isinstance(error, json.JSONDecodeError) else (start, str(error))
 
 
@@ -144,7 +153,7 @@ def _line_spans(file: IO[bytes], most: int) -> Iterator[tuple[int, int]]:
             raise _SyntaxError("one array of rows under a name for JSON lines; rename the file, to end in .json", start)
         if text:
             try:
-                json.loads(text)
+                _DECODER.decode(text)
             except (ValueError, RecursionError) as error:
                 at, why = _json_failure(error)
                 raise _SyntaxError(f"malformed JSON, {why}", start + at) from None
@@ -237,7 +246,7 @@ def _name_of(path: str, span: tuple[int, int], number: int) -> str:
     with files.open_binary(path) as file:
         file.seek(span[0])
         try:
-            return row_name(json.loads(file.read(span[1]).decode("utf-8", "replace")), number)
+            return row_name(_DECODER.decode(file.read(span[1]).decode("utf-8", "replace")), number)
         except RecursionError:
             return f"row {number}"
 

@@ -35,7 +35,7 @@ def encode_example(example: Example) -> bytes:
     except OSError as error:
         reason = f"cannot read image {error.filename}: {error.strerror or error}; put it there or remove the row"
         raise SampleError(f"{example.name}: {reason}", example.name) from error
-    except (TypeError, ValueError, OverflowError) as error:
+    except (TypeError, ValueError, OverflowError, RecursionError) as error:
         reason = " ".join(str(error).split())
         message = f"{example.name}: {reason}; expected text, numbers, bytes, arrays, lists and dicts in info"
         raise SampleError(message, example.name) from error

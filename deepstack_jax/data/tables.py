@@ -3,7 +3,6 @@
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
-from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -43,7 +42,7 @@ class ParquetRows:
 
     def __init__(self, path: str, parts: Sequence[str], limits: LimitsConfig = LIMITS) -> None:
         self.path, self._parts, self._limits = path, tuple(parts), limits
-        self._footers: list[_Footer] = files.in_parallel(partial(_read_footer, limits=limits), self._parts)
+        self._footers: list[_Footer] = files.in_parallel(_read_footer, self._parts)
         first = self._footers[0]
         for part, footer in zip(self._parts, self._footers, strict=True):
             if footer.columns.keys() != first.columns.keys():
@@ -257,9 +256,9 @@ class _Footer(NamedTuple):
     size: int  # bytes of the file
 
 
-def _read_footer(path: str, limits: LimitsConfig) -> _Footer:
+def _read_footer(path: str) -> _Footer:
     try:
-        chunks = read_chunks(path, limits.text_bytes)
+        chunks = read_chunks(path)
         with _open_parquet(path) as parquet:
             metadata, schema = parquet.metadata, parquet.schema_arrow
             columns = {field.name: _Column(field.type, _is_short(field)) for field in schema}

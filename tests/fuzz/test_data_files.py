@@ -141,7 +141,7 @@ def test_footers_of_parquet_are_sizes_or_one_error(tmp_path_factory, footer, len
     path = tmp_path_factory.mktemp("footers") / "a.parquet"
     path.write_bytes(b"PAR1" + footer + (len(footer) if length > 60 else max(0, length)).to_bytes(4, "little") + b"PAR1")
     try:
-        chunks = read_chunks(str(path), 1 << 20)
+        chunks = read_chunks(str(path))
     except ValueError as error:
         is_one_line(error)
         return
