@@ -54,13 +54,13 @@ class HFTokenizer:
     def _bos_id(self, vocabulary: Mapping[str, int]) -> int | None:
         for text in ("a", *itertools.islice(vocabulary, 1000)):  # the first that the tokenizer has a token for
             try:
-                found = self._fast.encode(text)
+                found, bare = self._fast.encode(text), self._fast.encode(text, add_special_tokens=False).ids
             except Exception:  # no id for it, nor one for what is unknown
                 continue
             places = [place for place, sequence in enumerate(found.sequence_ids) if sequence is not None]
-            if places:
-                front = found.ids[: places[0]]
-                if len(front) > 1:
+            if places and bare:
+                front, behind = found.ids[: places[0]], found.ids[places[0] :]
+                if len(front) > 1 or behind[: len(bare)] != bare:  # or it repeats the text
                     raise TokenizerError(
                         f"{self.file}: adds {front[:8]} before a text; expected at most a BOS; edit its post_processor"
                     )

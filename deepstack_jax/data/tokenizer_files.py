@@ -55,7 +55,7 @@ def as_tokens(value: Any) -> list[dict[str, Any]]:
     if value is None:
         return []
     token = {"lstrip": False, "rstrip": False, "single_word": False}
-    token |= {"content": value} if isinstance(value, str) else _without_nulls(value)
+    token |= _without_nulls(value) if isinstance(value, dict) else {"content": value}
     if not isinstance(token.get("content"), str) or not token["content"]:
         raise ValueError(f"a special token is {value!r:.80}, expected its text")
     return [token]

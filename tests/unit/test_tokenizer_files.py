@@ -145,6 +145,28 @@ def test_two_tokens_before_a_text_are_refused(tmp_path):
         HFTokenizer(save(fast, tmp_path))
 
 
+@pytest.mark.parametrize(
+    ("single", "message"),
+    [
+        ("$A $A", "before a text; expected at most a BOS"),
+        ("$A <s> $A", "before a text"),
+        ("<s>", "reads every text as nothing"),
+    ],
+)
+def test_a_post_processor_that_repeats_or_drops_the_text_is_refused(single, message, tmp_path):
+    fast = train_bpe(TEXTS, 300, tmp_path)._fast
+    fast.post_processor = processors.TemplateProcessing(single=single, special_tokens=[("<s>", 1)])
+    fast.save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(ValueError, match=message):
+        HFTokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("token", [2, True, 1.5, ["</s>", 3]])
+def test_a_special_token_that_is_no_text_is_named(token, tmp_path):
+    with pytest.raises(ValueError, match=r"a special token is .*, expected its text"):
+        HFTokenizer(byte_level(tmp_path, eos_token=token))
+
+
 @pytest.mark.parametrize("processed", [True, False])
 @pytest.mark.parametrize("said", [False, True, None, ...])
 def test_the_post_processor_alone_decides_on_the_bos(said, processed, tmp_path):
