@@ -1,5 +1,7 @@
 """From what a configuration or a user names to a source of examples: the container is told by the path, never guessed."""
 
+import errno
+import os
 import posixpath
 import re
 from collections.abc import Sequence
@@ -55,7 +57,7 @@ def open_files(path: str, images: str, limits: LimitsConfig = LIMITS) -> Outline
     try:
         opened = _open(path, limits)
     except OSError as error:
-        raise SourceError(f"cannot read {path}: {error.strerror}; check the path") from error
+        raise SourceError(f"cannot read {error.filename or path}: {error.strerror}; check the path") from error
     if isinstance(opened, records.RecordShards):
         return opened
     return FileSource(opened, files.absolute(images) if images else "")
@@ -121,7 +123,16 @@ def _open(path: str, limits: LimitsConfig) -> "Rows | records.RecordShards":
     if split in splits:
         return _open_folder(folder, split, limits)
     held = f"{folder} holds the splits {', '.join(splits)}" if any(splits) else f"give {_CONTAINERS}"
-    raise MissingError(f"{path} does not exist; {held}")
+    raise MissingError(f"{path} {_absence(path)}; {held}")
+
+
+def _absence(path: str) -> str:
+    """That nothing is at the path, or what is there instead; OSError where it is no file."""
+    try:
+        files.size(path)
+    except (FileNotFoundError, NotADirectoryError) as error:  # may name what is there, composed otherwise
+        return str(error.strerror).replace(os.strerror(errno.ENOENT), "does not exist")
+    return "does not exist"
 
 
 def _open_parts(path: str, parts: Sequence[str], limits: LimitsConfig) -> Rows:

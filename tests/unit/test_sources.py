@@ -2,10 +2,12 @@
 
 import gzip
 import json
+import os
 import pickle
 import subprocess
 import sys
 import tempfile
+import unicodedata
 from pathlib import Path
 
 import pytest
@@ -16,7 +18,7 @@ from deepstack_jax.config_data import LimitsConfig
 from deepstack_jax.data import json_rows
 from deepstack_jax.data.conversation import Message
 from deepstack_jax.data.file_source import FileSource
-from deepstack_jax.data.open import open_files
+from deepstack_jax.data.open import MissingError, open_files
 from deepstack_jax.data.sources import Example, Outline, SampleError, SourceError
 
 
@@ -153,6 +155,15 @@ def test_a_number_of_any_length_is_carried_as_its_digits(tmp_path):
     for source in (opened(tmp_path, f"[{text}]"), opened(tmp_path, text, "data.jsonl")):
         assert (source[0].name, source[0].info) == ("a", {"hash": digits, "year": 2026})
         assert [outline.name for outline in source.outlines()] == ["a"]
+
+
+def test_what_stands_in_place_of_a_data_file_is_said(tmp_path):
+    write(tmp_path, [text_row()], unicodedata.normalize("NFD", "Prüfung.json"))
+    with pytest.raises(MissingError, match=r"Prüfung\.json does not exist, but 'Pru\\u0308fung\.json' is: the same letters"):
+        open_files(str(tmp_path / unicodedata.normalize("NFC", "Prüfung.json")), "")
+    os.mkfifo(tmp_path / "a.json")
+    with pytest.raises(SourceError, match=r"cannot read .*a\.json: it is a FIFO, a socket or a device, expected a file"):
+        open_files(str(tmp_path / "a.json"), "")
 
 
 def test_a_row_of_twenty_megabytes_is_read(tmp_path):
