@@ -215,11 +215,12 @@ def _expected(kind: type, value: Any) -> Any:
 
 def _tensor(file: Path, archive: zipfile.ZipFile, root: str, made: _Call) -> StoredTensor:
     """A view of a storage; checked here, since numpy would read beyond it."""
-    storage, offset, size, stride, *_ = made.arguments
+    storage, offset, size, stride, *rest = made.arguments
     tag, kind, key, _, count = _expected(_Stored, storage).pid
     dtype = _STORAGES.get(_expected(_Global, kind).name.removeprefix("torch."))
     numbers = [_expected(int, number) for number in (offset, count, *_expected(tuple, size), *_expected(tuple, stride))]
-    if tag != "storage" or dtype is None or len(size) != len(stride) or len(size) > 8:
+    unsaid = any(rest[2:])  # behind whether it is trained, and hooks: that the numbers stand there negated
+    if tag != "storage" or dtype is None or len(size) != len(stride) or len(size) > 8 or unsaid:
         raise ValueError("a storage or a tensor of an unknown kind")
     start, nbytes = _place(file, archive, f"{root}data/{_expected(str, key)}")
     last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))

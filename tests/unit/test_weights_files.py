@@ -295,6 +295,17 @@ def test_no_opcode_changes_what_a_storage_is(change, tmp_path):
         open_bin(tmp_path / "built.bin")
 
 
+def test_numbers_that_stand_there_negated_are_refused(tmp_path):
+    """torch saves a lazily negated tensor as the plain one with a note behind its hooks."""
+    for note, fine in ((b"}", True), (b"}X\x03\x00\x00\x00neg\x88s", False)):
+        write_archive(tmp_path / "a.bin", _attack(b"").replace(b")Rt", b")R" + note + b"t"), {"0": bytes(16)})
+        if fine:
+            assert open_bin(tmp_path / "a.bin")["a"].shape == (4,)
+        else:
+            with pytest.raises(WeightsError, match="a tensor of an unknown kind"):
+                open_bin(tmp_path / "a.bin")
+
+
 def test_a_storage_is_a_member_of_its_own_archive(tmp_path):
     write_archive(
         tmp_path / "a.bin", _attack(b"").replace(b"X\x01\x00\x00\x000", b"X\x05\x00\x00\x00../..", 1), {"0": bytes(16)}
