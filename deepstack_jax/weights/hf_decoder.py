@@ -211,16 +211,11 @@ def number(values: Mapping[str, Any], key: str, *, above: int | None = 0) -> int
       WeightsError: it is something else.
     """
     value, most = values[key], _MOST_OF.get(key, _MOST)
-    if type(value) is not int or (above is not None and value <= above) or abs(value) > most:
-        wanted = (
-            "a whole number" + ("" if above is None else f" above {above}") + (f" up to {most}" if _over(value, most) else "")
-        )
+    over = type(value) is int and abs(value) > most
+    if type(value) is not int or over or (above is not None and value <= above):
+        wanted = "a whole number" + ("" if above is None else f" above {above}") + (f" up to {most}" if over else "")
         raise WeightsError(f"config.json: {key} is {quote(value)}, expected {wanted}; take it from the model's source")
     return value
-
-
-def _over(value: Any, most: int) -> bool:
-    return type(value) is int and abs(value) > most
 
 
 def real(values: Mapping[str, Any], key: str, default: float | None = None) -> float:
@@ -237,20 +232,21 @@ def real(values: Mapping[str, Any], key: str, default: float | None = None) -> f
 
 def flag(values: Mapping[str, Any], key: str, default: bool) -> bool:
     """true or false; WeightsError where it is something else."""
-    if type(values.get(key, default)) is not bool:
-        raise WeightsError(f"{key} is {quote(values[key])}, expected true or false; take it from the model's source")
-    return values.get(key, default)
+    return _of_kind(values, key, default, bool, "true or false")
 
 
 def section(values: Mapping[str, Any], key: str) -> Mapping[str, Any]:
     """An object inside an object, empty where it is absent; WeightsError where it is something else."""
-    if not isinstance(values.get(key, {}), Mapping):
-        raise WeightsError(f"{key} is {quote(values[key])}, expected an object; take it from the model's source")
-    return values.get(key, {})
+    return _of_kind(values, key, {}, Mapping, "an object")
 
 
 def word(values: Mapping[str, Any], key: str, default: str = "") -> str:
     """A string; WeightsError where it is something else."""
-    if not isinstance(values.get(key, default), str):
-        raise WeightsError(f"{key} is {quote(values[key])}, expected a string; take it from the model's source")
-    return values.get(key, default)
+    return _of_kind(values, key, default, str, "a string")
+
+
+def _of_kind(values: Mapping[str, Any], key: str, default: Any, kind: type, wanted: str) -> Any:
+    value = values.get(key, default)
+    if not isinstance(value, kind):
+        raise WeightsError(f"{key} is {quote(value)}, expected {wanted}; take it from the model's source")
+    return value

@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import ml_dtypes
 import numpy as np
+from flax import traverse_util
 from jax.sharding import Sharding
 from jax.typing import DTypeLike
 
@@ -127,8 +128,8 @@ def load_params(
       WeightsError: as `stored_leaves`.
     """
     leaves = stored_leaves(tensors, config, dtype, fresh)
-    places = {} if shardings is None else _flatten(shardings)
-    return unflatten({path: _place(leaf, places.get(path)) for path, leaf in leaves.items()})
+    places = {} if shardings is None else traverse_util.flatten_dict(shardings, sep="/")
+    return traverse_util.unflatten_dict({path: _place(leaf, places.get(path)) for path, leaf in leaves.items()}, sep="/")
 
 
 def _place(leaf: StoredLeaf, sharding: Sharding | None) -> jax.Array:
@@ -145,24 +146,6 @@ def _place(leaf: StoredLeaf, sharding: Sharding | None) -> jax.Array:
 
         array = jax.make_array_from_callback(leaf.shape, sharding, block)
     return array.block_until_ready()  # or the host's copies of several leaves would stand side by side
-
-
-def _flatten(tree: PyTree, path: str = "") -> dict[str, Any]:
-    if not isinstance(tree, Mapping):
-        return {path: tree}
-    return {k: v for name, part in tree.items() for k, v in _flatten(part, f"{path}/{name}" if path else name).items()}
-
-
-def unflatten(flat: Mapping[str, Any]) -> PyTree:
-    """{"a/b": x} as {"a": {"b": x}}."""
-    tree: dict[str, Any] = {}
-    for path, value in flat.items():
-        *parents, name = path.split("/")
-        at = tree
-        for parent in parents:
-            at = at.setdefault(parent, {})
-        at[name] = value
-    return tree
 
 
 def absent_leaves(tensors: Collection[str], config: Config) -> tuple[str, ...]:
