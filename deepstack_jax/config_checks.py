@@ -48,8 +48,8 @@ def try_all(*calls: Callable[[], Any]) -> list[Any]:
 
 
 def fetch_command(path: str) -> str:
-    """The command that gets OWNER/NAME of the Hugging Face hub into a folder whose path ends so; "" for other paths."""
-    found = re.search(r"[\w.-]+/[\w.-]+$", path)
+    """The command that gets OWNER/NAME of the Hugging Face hub into a folder whose path ends so; "" for other names."""
+    found = "://" not in path and re.search(r"[\w.-]+/[\w.-]+$", path)
     return f"hf download {found[0]} --local-dir {path}" if found and path.count("/") > 1 else ""
 
 

@@ -36,13 +36,15 @@ _BAR = re.compile(r"(?:\r|\n|\x1b\[A)+|\r[^\r\n\x1b]*")  # all that the progress
 REDACTED = "***"
 """In place of what only the user's command should hold."""
 
-_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^\s'\"<>]+")
+# These three take time in proportion to the text, whatever stands in it: no part of them can begin again within its own match.
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]{0,31}://(?:[^\s@/?#<>,]*@)?[^\s'\"<>]+")  # a password may hold quotes
 # A name and a password, which may hold slashes; in place of the colon's port.
 _PASSWORD = re.compile(r"[^/?#:]*:(?!\d{1,5}(?:[/?#]|$))[^?#]*@")
+_ARGUMENT = re.compile(r"([?&;#])([^=?&;#]*)=[^&;#]+")
 # Of requests signed by Amazon, Google and Azure all that changes from one signature to the next.
 _SIGNED = re.compile(
-    r"([?&;#](?:[^=&;#]*(?:sig|token|key|secret|pass|pwd|auth|cred|hmac|jwt|session|policy)[^=&;#]*"
-    r"|x-(?:amz|goog)-[^=&;#]*|awsaccesskeyid|googleaccessid|expires|s[eptrvi]|sk[a-z]+|spr|code)=)[^&;#]+",
+    r".*(?:sig|token|key|secret|pass|pwd|auth|cred|hmac|jwt|session|policy).*|x-(?:amz|goog)-.*|awsaccesskeyid|googleaccessid"
+    r"|expires|s[eptrvi]|sk[a-z]+|spr|code",
     re.IGNORECASE,
 )
 _CONTAINERS = ("abfs", "abfss", "wasb", "wasbs")  # where CONTAINER@ACCOUNT is an address
@@ -70,7 +72,9 @@ def _without_credentials(url: re.Match[str]) -> str:
     end = authority.rfind("@") if "@" in authority else password.end() - 1 if password else -1
     if end >= 0 and (":" in rest[:end] or scheme.lower() not in _CONTAINERS):
         rest = REDACTED + rest[end:]
-    return f"{scheme}://" + _SIGNED.sub(rf"\1{REDACTED}", rest)
+    return f"{scheme}://" + _ARGUMENT.sub(
+        lambda one: f"{one[1]}{one[2]}={REDACTED}" if _SIGNED.fullmatch(one[2]) else one[0], rest
+    )
 
 
 def printable(text: object) -> str:

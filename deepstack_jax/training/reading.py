@@ -12,6 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
+from deepstack_jax.printing import cut
+
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
@@ -156,5 +158,4 @@ def saved_steps(workdir: Path) -> list[int]:
 
 def one_line(error: BaseException) -> str:
     """In one line; of a long chain of causes the beginning and the end, where the first cause stands."""
-    text = (str(error).splitlines() or [type(error).__name__])[0]
-    return text if len(text) <= 300 else f"{text[:120]} ... {text[-160:]}"
+    return cut((str(error).splitlines() or [type(error).__name__])[0])

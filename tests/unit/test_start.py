@@ -8,6 +8,7 @@ import pytest
 
 from benchmarks.tiny_recipe import Run, load_recipe, write_weights
 from deepstack_jax.config import Config, to_dict
+from deepstack_jax.config_checks import fetch_command
 from deepstack_jax.data.tokenizers import ByteTokenizer, load_tokenizer
 from deepstack_jax.training import state
 from deepstack_jax.training.start import is_workdir, open_start, run_tensors
@@ -110,3 +111,8 @@ def test_a_run_is_told_the_flag_that_it_has(monkeypatch, tiny):
     with pytest.raises(WeightsError) as caught:
         find_weights(tiny)
     assert caught.value.args == ("no tower; give one with --config.train.tower=DIR", "other")
+
+
+def test_what_to_fetch_is_said_of_names_of_the_hub_only():
+    assert fetch_command("checkpoints/lmsys/vicuna") == "hf download lmsys/vicuna --local-dir checkpoints/lmsys/vicuna"
+    assert fetch_command("https://host/lmsys/vicuna") == fetch_command("vicuna") == ""
