@@ -259,9 +259,14 @@ def _load_workdir(workdir: Path, kind: str) -> LMM:
     config = _computing_in(config, kind)
     tokenizer = _tokenizer(config.data.tokenizer, config)
     params = unflatten({path: jnp.asarray(leaf, kind) for path, leaf in leaves.items()})
-    carried = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
-    carried = {key: id for key, id in carried.items() if id is not None}
-    return LMM(config, params, tokenizer, config.data.template, tokenizer.pad_id, tokenizer_files(tokenizer), carried)
+    carried, files = token_ids(tokenizer), tokenizer_files(tokenizer)
+    return LMM(config, params, tokenizer, config.data.template, tokenizer.pad_id, files, carried)
+
+
+def token_ids(tokenizer: Tokenizer) -> dict[str, int]:
+    """What a config.json says of the tokenizer."""
+    ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
+    return {key: id for key, id in ids.items() if id is not None}
 
 
 def tokenizer_files(tokenizer: Tokenizer) -> str:

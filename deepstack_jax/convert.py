@@ -13,7 +13,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from rich.table import Table
 
 from deepstack_jax import cli
-from deepstack_jax.api import tokenizer_files
+from deepstack_jax.api import token_ids, tokenizer_files
 from deepstack_jax.config import Config
 from deepstack_jax.config_checks import ConfigError
 from deepstack_jax.data.tokenizers import load_tokenizer
@@ -120,9 +120,7 @@ def open_run(workdir: Path) -> Source:
             tokenizer = load_tokenizer(folder)
         except (ValueError, OSError) as error:
             raise ConfigError(f"the run's tokenizer {folder} cannot be read: {error}; put it back where it was") from error
-        files = tokenizer_files(tokenizer)
-        carried = {"eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
-        carried |= {} if tokenizer.bos_id is None else {"bos_token_id": tokenizer.bos_id}
+        files, carried = tokenizer_files(tokenizer), token_ids(tokenizer)
     return Source(config, leaves, "float32", files, carried, f"run {config.name}, step {step}")
 
 
