@@ -316,14 +316,15 @@ def _problems(folder: str, shards: list[Shard]) -> list[str]:
     problems = []
     paths = [files.under(folder, shard.file) for shard in shards]
     for shard, path, size in zip(shards, paths, files.in_parallel(look, paths), strict=True):
+        count = shard.rows if files.is_url(path) or size != shard.bytes else _count(path)
         if isinstance(size, str):
             problems.append(f"{shard.file} {size}")
         elif size != shard.bytes:
             problems.append(f"{shard.file} has {size} of {shard.bytes} bytes")
-        elif not files.is_url(path) and _count(path) == _COMPRESSED:
+        elif count == _COMPRESSED:
             problems.append(f"{shard.file} is compressed, which `prepare` never does,")
-        elif not files.is_url(path) and _count(path) != shard.rows:
-            problems.append(f"{shard.file} has {_count(path)} readable rows of {shard.rows}")
+        elif count != shard.rows:
+            problems.append(f"{shard.file} has {count} readable rows of {shard.rows}")
     return problems
 
 
