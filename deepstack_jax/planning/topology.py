@@ -91,7 +91,8 @@ def open_machine(name: str, slices: int = 1) -> Machine:
         return _gpus(name, shape)
     if family in _SLICES:
         return _tpu_slices(name, family, shape, slices)
-    raise ConfigError(f"--topology={name} is unknown; e.g. {', '.join(examples())}")
+    meant = [f"gpu:1x{kind}" for kind in _GPUS if _plain(kind) == _plain(name)]
+    raise ConfigError(f"--topology={name} is unknown; e.g. {', '.join(meant or examples())}")
 
 
 def with_shape(name: str) -> str:

@@ -341,7 +341,10 @@ def test_googles_names_count_cores_on_v5p_and_chips_elsewhere(google, ours):
     assert with_shape(google) == ours
 
 
-def test_a_slice_that_google_does_not_have_names_those_that_it_has():
+def test_a_machine_that_is_not_there_names_those_that_are():
+    for name, meant in (("L40S", "L40S"), ("RTX 4090", "RTX4090")):
+        with pytest.raises(ConfigError, match=f"--topology={name} is unknown; e.g. gpu:1x{meant}$"):
+            open_machine(name)
     with pytest.raises(ConfigError, match=r"--topology=v5p-100 is no slice of v5p; known: v5p-8, v5p-16, .*v5p-128"):
         open_machine("v5p-100")
 
