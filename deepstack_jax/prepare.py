@@ -10,7 +10,6 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,7 @@ from deepstack_jax.data import files
 from deepstack_jax.data.journal import BAD, IDENTITY, Journal, too_many_bad
 from deepstack_jax.data.preparing import Chunk, DiskError, Job, make_chunks, record_bytes, shard_bytes
 from deepstack_jax.data.records import MANIFEST, verify
-from deepstack_jax.data.sources import Example, SourceError
+from deepstack_jax.data.sources import SourceError
 from deepstack_jax.printing import Console
 
 USAGE = """
@@ -135,8 +134,9 @@ def open_split(config: Config, name: str, out: str, asked: dict[str, Any], conso
     from deepstack_jax.data.inputs import describe_files, describe_options
     from deepstack_jax.data.mixture import Mixture, describe_mixture
     from deepstack_jax.data.open import open_source
+    from deepstack_jax.data.pipeline import row_check
 
-    check, checked = new_check(config)
+    check, checked = row_check(config)
     with console.status(f"opening {name} data"):
         source = open_source(config, name)
         per_row = record_bytes(source)
@@ -154,27 +154,6 @@ def open_split(config: Config, name: str, out: str, asked: dict[str, Any], conso
     folder = os.path.join(files.absolute(out), name) if out else ""
     max_pixels = 0 if asked["dry-run"] and not asked["decode"] else config.data.max_pixels
     return Split(name, Job(source, asked["shard_rows"], folder, check, max_pixels), per_row, options, inputs)
-
-
-def new_check(config: Config) -> tuple[Callable[[Example], object], dict[str, Any]]:
-    """What every example must stand, which is what a run asks of it, and the settings that this depends on.
-
-    Where the tokenizer is not on this machine, a warning says that lengths are not looked at.
-    """
-    from deepstack_jax.data.encode import Encoder  # late: see `open_split`
-    from deepstack_jax.data.lengths import measure
-    from deepstack_jax.data.pipeline import open_tokenizer
-
-    data, encoder = config.data, Encoder(config)
-    asked: dict[str, Any] = {f"config.data.{key}": getattr(data, key) for key in ("template", "max_images", "max_pixels")}
-    try:
-        open_tokenizer(config)
-    except ConfigError as error:
-        warnings.warn(f"the lengths of rows are not checked: {error}", stacklevel=1)
-        return encoder.rendered, asked
-    asked |= {f"config.data.{key}": getattr(data, key) for key in ("max_length", "overlong")}
-    asked["tokens"] = [os.path.basename(data.tokenizer.rstrip("/")), config.visual_tokens_per_image]
-    return partial(measure, encoder=encoder), asked
 
 
 def prepare(splits: Sequence[Split], config: Config, workers: int, force: bool, console: Console) -> int:

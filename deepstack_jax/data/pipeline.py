@@ -10,9 +10,12 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import sys
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import grain
@@ -25,12 +28,12 @@ from deepstack_jax.config import Config
 from deepstack_jax.config_checks import ConfigError, fetch_command
 from deepstack_jax.data import files
 from deepstack_jax.data.encode import BadExample, Encoder, check_end_of_turn
-from deepstack_jax.data.lengths import length_index
+from deepstack_jax.data.lengths import length_index, measure
 from deepstack_jax.data.mixture import SHUFFLE_ROUNDS, epoch_order, row_choice
 from deepstack_jax.data.packing import Limits
 from deepstack_jax.data.rows import Cursor, EncodedExample, Size, blank_example, place_example
 from deepstack_jax.data.schedule import PackedSchedule, PaddedSchedule, Schedule
-from deepstack_jax.data.sources import SampleError, Source, SourceError
+from deepstack_jax.data.sources import Example, SampleError, Source, SourceError
 from deepstack_jax.data.tokenizers import Tokenizer, load_tokenizer
 from deepstack_jax.data.workers import check_shared_memory, live_and_die_with_the_run, why_lost
 from deepstack_jax.printing import redacted
@@ -60,6 +63,23 @@ def open_tokenizer(config: Config) -> Tokenizer:
             f"the tokenizer has {tokenizer.vocab_size} ids, config.decoder.vocab_size is {config.decoder.vocab_size}; raise it"
         )
     return tokenizer
+
+
+def row_check(config: Config) -> tuple[Callable[[Example], object], dict[str, Any]]:
+    """What every example must stand, which is what a run asks of it, and the settings that this depends on.
+
+    Where the tokenizer is not on this machine, a warning says that lengths are not looked at.
+    """
+    data, encoder = config.data, Encoder(config)
+    asked: dict[str, Any] = {f"config.data.{key}": getattr(data, key) for key in ("template", "max_images", "max_pixels")}
+    try:
+        open_tokenizer(config)
+    except ConfigError as error:
+        warnings.warn(f"the lengths of rows are not checked: {error}", stacklevel=1)
+        return encoder.rendered, asked
+    asked |= {f"config.data.{key}": getattr(data, key) for key in ("max_length", "overlong")}
+    asked["tokens"] = [os.path.basename(data.tokenizer.rstrip("/")), config.visual_tokens_per_image]
+    return partial(measure, encoder=encoder), asked
 
 
 @dataclass(frozen=True)
