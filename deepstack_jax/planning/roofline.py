@@ -108,7 +108,7 @@ def guess_collectives(program: Program, rows: int, length: int, slices: int = 1)
     state = program.abstract_state()
     trainable = {path: leaf for path, leaf in flatten(state.params).items() if program.groups[path] != FROZEN}
     whole = sum(program.sizes.values()) / mesh["tensor"] * width
-    trained = sum(program.sizes[path] for path in trainable) / mesh["tensor"] * width
+    trained = sum(program.sizes[path] for path in trainable) / mesh["tensor"] * 4  # float32, whatever activations are
     hidden = width * rows * length * cfg.width / (mesh["data"] * mesh["fsdp"] * parts)
     remat = cfg.remat != "none"
     strides = {"data": mesh["fsdp"] * mesh["tensor"], "fsdp": mesh["tensor"], "tensor": 1}
