@@ -18,7 +18,7 @@ from deepstack_jax.data.sources import Example, SampleError, Source, SourceError
 from deepstack_jax.data.tokenize import CONTROL, IMAGE_TOKEN, EncodedText, encode_conversation
 from deepstack_jax.data.tokenizers import Tokenizer, load_tokenizer
 from deepstack_jax.layout.sequence import VisualLayout
-from deepstack_jax.printing import cut, one_line, plural
+from deepstack_jax.printing import MOST, label, one_line, plural
 
 REMARKS = (DEEP, TURNED, CONTROL)
 """What is done to images and words that not everybody expects: a run counts it and says it once."""
@@ -63,7 +63,7 @@ class BadExample:
     reason: str
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "name", cut(self.name))
+        object.__setattr__(self, "name", label(self.name, MOST))
         object.__setattr__(self, "reason", one_line(self.reason))
 
 

@@ -44,7 +44,7 @@ def test_quarantine_quotes_little_of_a_strangers_data(tmp_path):
     (line,) = (tmp_path / "quarantine.jsonl").read_text().splitlines()
     assert len(line) < 800
     said = json.loads(line)
-    assert said["name"].startswith("id\ndata:image")
+    assert said["name"].startswith("id\\ndata:image"), "as it is shown, on one line"
     assert said["reason"].endswith("QUJD is no file; give a path below the image root")
 
 
