@@ -20,6 +20,7 @@ import jax
 import ml_dtypes
 import numpy as np
 from absl import app, flags
+from flax import traverse_util
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from rich.table import Table as RichTable
 
@@ -27,7 +28,7 @@ from deepstack_jax.config import Config, DecoderConfig, ImageConfig, VisionConfi
 from deepstack_jax.printing import Console
 from deepstack_jax.weights.folders import open_checkpoint
 from deepstack_jax.weights.hf_export import preprocessor_to_hf, to_hf, tower_to_hf
-from deepstack_jax.weights.load import load_params, stored_leaves, unflatten
+from deepstack_jax.weights.load import load_params, stored_leaves
 from deepstack_jax.weights.names import TOWER, Table
 from deepstack_jax.weights.save import Out, save_checkpoint, write_safetensors, write_shards
 
@@ -84,7 +85,8 @@ def over_devices(config: Config) -> dict:
         spec = PartitionSpec(*("x" if axis == longest else None for axis in range(len(shape))))
         return NamedSharding(Mesh(devices, "x"), spec)
 
-    return unflatten({path: place(leaf.shape) for path, leaf in Table(config).leaves.items()})
+    places = {path: place(leaf.shape) for path, leaf in Table(config).leaves.items()}
+    return traverse_util.unflatten_dict(places, sep="/")
 
 
 def resident(key: str) -> int:

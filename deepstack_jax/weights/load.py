@@ -128,7 +128,7 @@ def load_params(
       WeightsError: as `stored_leaves`.
     """
     leaves = stored_leaves(tensors, config, dtype, fresh)
-    places = {} if shardings is None else traverse_util.flatten_dict(shardings, sep="/")
+    places: dict[str, Any] = {} if shardings is None else traverse_util.flatten_dict(shardings, sep="/")
     return traverse_util.unflatten_dict({path: _place(leaf, places.get(path)) for path, leaf in leaves.items()}, sep="/")
 
 
