@@ -27,7 +27,8 @@ export PIP_NO_INPUT := 1
 
 # One worker per file, since fixtures of a file (a small trained model) are built once per worker. The ci profile of hypothesis
 # draws the same examples in every run and knows no deadline, so that a busy machine cannot fail a test; plain pytest draws new ones.
-PYTEST = $(RUN) -m pytest -q -n $(WORKERS) --dist loadfile --hypothesis-profile=ci
+PYTEST = $(RUN) -m pytest -q -n $(WORKERS) --dist loadfile --hypothesis-profile=$(DRAWS)
+DRAWS := ci
 
 .PHONY: help venv demo demo-control readme recipe $(DEMOS:%=demo-%) test test-quick test-all fuzz lint constraints format clean
 
@@ -73,8 +74,9 @@ test-quick: $(INSTALLED) ## the part marked `quick`, which CI also runs on the n
 test-all: $(INSTALLED) ## every test
 	$(PYTEST) $(ARGS)
 
+fuzz: DRAWS := fuzz
 fuzz: $(INSTALLED) ## hostile files drawn at random, for as long as it takes: thousands of each kind, new ones in every run
-	$(PYTEST:--hypothesis-profile=ci=--hypothesis-profile=fuzz) tests/fuzz $(ARGS)
+	$(PYTEST) tests/fuzz $(ARGS)
 
 lint: $(INSTALLED) ## ruff (rules and format), pyright, and the linters of shell scripts and of the Dockerfile
 	$(RUN) -m ruff check .

@@ -160,3 +160,10 @@ def test_readme_says_what_the_demo_answers(tmp_path, runner):
             said = run(runner, folder, module, words, typed)
             without_time = [re.sub(r'"seconds": [\d.]+', "", text) for text in (said, expected)]
             assert without_time[0] == without_time[1]
+
+
+@pytest.mark.parametrize(("target", "profile"), [("test", "ci"), ("test-all", "ci"), ("fuzz", "fuzz")])
+def test_only_the_long_run_of_the_fuzzers_draws_anew(target, profile):
+    done = subprocess.run(["make", "--dry-run", target], cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    assert f"--hypothesis-profile={profile} " in done.stdout
+    assert done.stdout.count("--hypothesis-profile=") == 1
