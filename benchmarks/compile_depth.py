@@ -20,10 +20,10 @@ from deepstack_jax.config import Config, DataConfig, DecoderConfig, ImageConfig,
 from deepstack_jax.config_checks import ConfigError
 from deepstack_jax.parallel.mesh import make_mesh
 from deepstack_jax.parallel.rules import use_mesh
-from deepstack_jax.planning.compile import Compiled, compile_step
-from deepstack_jax.planning.topology import Machine, open_machine
-from deepstack_jax.training.flops import GIB
-from deepstack_jax.training.program import Program, build_program
+from deepstack_jax.plan.compile import Compiled, compile_step
+from deepstack_jax.plan.topology import Machine, open_machine
+from deepstack_jax.train.flops import GIB
+from deepstack_jax.train.program import Program, build_program
 
 DEPTHS = ((8, True), (32, True), (8, False), (32, False))
 TINY_SLICE, SLICE = "v5e:2x2", "v5p:4x4x4"

@@ -18,9 +18,9 @@ from flax import linen as nn
 from transformers import LlamaConfig
 
 from deepstack_jax.config import Config, DataConfig, DecoderConfig, DeepStackConfig, ImageConfig, TrainConfig, VisionConfig
-from deepstack_jax.inference.generate import answer_ids
-from deepstack_jax.inference.prompts import example, pack
-from deepstack_jax.inference.sampling import greedy_sampling
+from deepstack_jax.generate.generate import answer_ids
+from deepstack_jax.generate.prompts import example, pack
+from deepstack_jax.generate.sampling import greedy_sampling
 from deepstack_jax.model.variants import build_model
 
 PROMPT, NEW, REPEATS = 60, 129, 5

@@ -17,10 +17,10 @@ from deepstack_jax.config_checks import ConfigError
 from deepstack_jax.parallel.distributed import put_batch
 from deepstack_jax.parallel.mesh import make_mesh
 from deepstack_jax.parallel.rules import use_mesh
-from deepstack_jax.planning.planner import Wanted, make_plan
-from deepstack_jax.planning.report import gib
-from deepstack_jax.planning.topology import open_machine
-from deepstack_jax.training.program import build_program, first_state
+from deepstack_jax.plan.planner import Wanted, make_plan
+from deepstack_jax.plan.report import gib
+from deepstack_jax.plan.topology import open_machine
+from deepstack_jax.train.program import build_program, first_state
 
 DEFAULTS = (
     "--config=configs/llava15.py:finetune",

@@ -32,12 +32,12 @@ from deepstack_jax.config import (
 )
 from deepstack_jax.config_data import DataConfig
 from deepstack_jax.data.tokenize import IMAGE_TOKEN
-from deepstack_jax.inference.prompts import CutImage, example, pack
+from deepstack_jax.generate.prompts import CutImage, example, pack
 from deepstack_jax.parallel.distributed import put_batch
 from deepstack_jax.parallel.mesh import make_mesh
 from deepstack_jax.parallel.rules import use_mesh
-from deepstack_jax.training.optimizer import flatten
-from deepstack_jax.training.program import build_program, first_state
+from deepstack_jax.train.optimizer import flatten
+from deepstack_jax.train.program import build_program, first_state
 from deepstack_jax.weights.names import TOWER
 from deepstack_jax.weights.save import save_checkpoint
 

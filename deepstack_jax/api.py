@@ -22,16 +22,16 @@ from deepstack_jax.config import Config
 from deepstack_jax.config_checks import ConfigError
 from deepstack_jax.data.conversation import TEMPLATES
 from deepstack_jax.data.tokenizers import HFTokenizer, SentencePieceTokenizer, Tokenizer, load_tokenizer
-from deepstack_jax.inference.answers import Answer, Answerer, Chat, Turn
-from deepstack_jax.inference.options import Options, RequestError
-from deepstack_jax.inference.scores import score
-from deepstack_jax.inference.text import is_one_token
+from deepstack_jax.generate.answers import Answer, Answerer, Chat, Turn
+from deepstack_jax.generate.options import Options, RequestError
+from deepstack_jax.generate.scores import score
+from deepstack_jax.generate.text import is_one_token
 from deepstack_jax.model.variants import build_model
 from deepstack_jax.printing import label, one_line, quote
-from deepstack_jax.training.checkpoint import CheckpointError
-from deepstack_jax.training.optimizer import flatten, unflatten
-from deepstack_jax.training.start import is_workdir
-from deepstack_jax.training.trained import restore_params
+from deepstack_jax.train.checkpoint import CheckpointError
+from deepstack_jax.train.optimizer import flatten, unflatten
+from deepstack_jax.train.start import is_workdir
+from deepstack_jax.train.trained import restore_params
 from deepstack_jax.types import PyTree
 from deepstack_jax.weights.folders import find_folder, open_checkpoint
 from deepstack_jax.weights.load import load_params

@@ -18,9 +18,9 @@ from deepstack_jax.config import Config
 from deepstack_jax.config_checks import ConfigError
 from deepstack_jax.data.tokenizers import load_tokenizer
 from deepstack_jax.printing import Console
-from deepstack_jax.training.checkpoint import CheckpointError
-from deepstack_jax.training.start import is_workdir
-from deepstack_jax.training.trained import restore_params
+from deepstack_jax.train.checkpoint import CheckpointError
+from deepstack_jax.train.start import is_workdir
+from deepstack_jax.train.trained import restore_params
 from deepstack_jax.weights.folders import Checkpoint, open_checkpoint
 from deepstack_jax.weights.load import stored_leaves
 from deepstack_jax.weights.save import DTYPES, FORMATS, LeafLike, Written, save_checkpoint

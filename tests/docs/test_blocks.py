@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 
 from deepstack_jax.config import build_config, default_config
-from deepstack_jax.planning.topology import known_slices
+from deepstack_jax.plan.topology import known_slices
 from tests.docs.blocks import (
     DOCUMENTS,
     FENCE,

@@ -7,11 +7,12 @@ import sys
 
 import numpy as np
 
-from deepstack_jax import cli, train
+from deepstack_jax import cli
 from deepstack_jax.parallel.distributed import put_batch
-from deepstack_jax.training import loop, replay
-from deepstack_jax.training.loop import NotFiniteError
-from deepstack_jax.training.replay import ReplayError
+from deepstack_jax.train import __main__ as train
+from deepstack_jax.train import loop, replay
+from deepstack_jax.train.loop import NotFiniteError
+from deepstack_jax.train.replay import ReplayError
 
 POISONED = {int(index) for index in sys.argv.pop(1).split(",")}
 

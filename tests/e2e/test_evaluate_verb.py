@@ -115,7 +115,7 @@ def test_help_has_examples():
 
 KILLED_AT_THE_THIRD_BATCH = """
 import os, runpy, signal
-from deepstack_jax.evaluation.unfinished import Unfinished
+from deepstack_jax.evaluate.unfinished import Unfinished
 
 whole, kept = Unfinished.keep, []
 

@@ -11,9 +11,9 @@ from PIL import Image
 
 from deepstack_jax.data.encode import BadExample, try_row
 from deepstack_jax.data.open import open_files
-from deepstack_jax.evaluation import held_out, runner
-from deepstack_jax.evaluation.questions import check_questions, check_rows
-from deepstack_jax.inference.options import Options
+from deepstack_jax.evaluate import held_out, runner
+from deepstack_jax.evaluate.questions import check_questions, check_rows
+from deepstack_jax.generate.options import Options
 from deepstack_jax.parallel.mesh import make_mesh
 from tests.unit.test_questions import SETTINGS, silence
 from tests.unit.tiny import tiny_config

@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 
 from deepstack_jax.data.conversation import TEMPLATES
 from deepstack_jax.data.tokenizers import ByteTokenizer, load_tokenizer
-from deepstack_jax.generate import read_prompts
-from deepstack_jax.inference.options import RequestError
-from deepstack_jax.inference.prompts import SMALLEST, bucket, check_context, find_template, question
-from deepstack_jax.inference.text import AnswerText, end_of_turn
+from deepstack_jax.generate.__main__ import read_prompts
+from deepstack_jax.generate.options import RequestError
+from deepstack_jax.generate.prompts import SMALLEST, bucket, check_context, find_template, question
+from deepstack_jax.generate.text import AnswerText, end_of_turn
 from deepstack_jax.printing import plural
 from tests.unit.tiny import tiny_config
 

@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from deepstack_jax.auditing import pictures, survey
-from deepstack_jax.auditing.cards import make_card
-from deepstack_jax.auditing.charts import draw_charts
-from deepstack_jax.auditing.page import layer_chips, method, quarantined, render_page
-from deepstack_jax.auditing.prompt import prompt_runs, special_names, token_texts
-from deepstack_jax.auditing.seen import SeenExample, injecting_layers, see
+from deepstack_jax.audit import pictures, survey
+from deepstack_jax.audit.cards import make_card
+from deepstack_jax.audit.charts import draw_charts
+from deepstack_jax.audit.page import layer_chips, method, quarantined, render_page
+from deepstack_jax.audit.prompt import prompt_runs, special_names, token_texts
+from deepstack_jax.audit.seen import SeenExample, injecting_layers, see
 from deepstack_jax.batch import NEWLINE
 from deepstack_jax.config import Config, build_config, default_config
 from deepstack_jax.data import lengths

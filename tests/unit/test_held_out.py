@@ -9,9 +9,9 @@ from deepstack_jax.config import Config
 from deepstack_jax.data.conversation import Message
 from deepstack_jax.data.encode import BadExample
 from deepstack_jax.data.sources import Example, SampleError
-from deepstack_jax.evaluation.held_out import Prediction, ask
-from deepstack_jax.inference.answers import Answer
-from deepstack_jax.inference.options import Options, RequestError
+from deepstack_jax.evaluate.held_out import Prediction, ask
+from deepstack_jax.generate.answers import Answer
+from deepstack_jax.generate.options import Options, RequestError
 
 PICTURE = np.zeros((40, 20, 3), np.uint8)
 

@@ -13,13 +13,13 @@ from deepstack_jax.batch import Batch
 from deepstack_jax.config import Config
 from deepstack_jax.data.open import open_files
 from deepstack_jax.data.sources import SourceError
-from deepstack_jax.evaluation.reports import check_held_out, finish, report_held_out
-from deepstack_jax.evaluation.runner import HeldOut
-from deepstack_jax.inference.generate import NO_TOKEN
+from deepstack_jax.evaluate.reports import check_held_out, finish, report_held_out
+from deepstack_jax.evaluate.runner import HeldOut
+from deepstack_jax.generate.generate import NO_TOKEN
 from deepstack_jax.parallel.mesh import make_mesh
 from deepstack_jax.printing import Console
-from deepstack_jax.training.metrics import MetricsLog, read_metrics
-from deepstack_jax.training.step import LossSums
+from deepstack_jax.train.metrics import MetricsLog, read_metrics
+from deepstack_jax.train.step import LossSums
 from tests.unit.made_examples import MadeExamples
 from tests.unit.tiny import tiny_config
 

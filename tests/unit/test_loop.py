@@ -24,15 +24,15 @@ from deepstack_jax.data.sources import SourceError
 from deepstack_jax.data.synthetic import VOCABULARY
 from deepstack_jax.parallel.mesh import make_mesh
 from deepstack_jax.printing import Console
-from deepstack_jax.training.checkpoint import Checkpoints
-from deepstack_jax.training.data_wait import DataWait
-from deepstack_jax.training.journal import Journal
-from deepstack_jax.training.loop import NotFiniteError, Run, loop
-from deepstack_jax.training.metrics import MetricsLog, Quarantine, QuarantineError
-from deepstack_jax.training.program import Program
-from deepstack_jax.training.progress import padding_hint
-from deepstack_jax.training.replay import ReplayError, read_bundle, replay
-from deepstack_jax.training.state import new_state
+from deepstack_jax.train.checkpoint import Checkpoints
+from deepstack_jax.train.data_wait import DataWait
+from deepstack_jax.train.journal import Journal
+from deepstack_jax.train.loop import NotFiniteError, Run, loop
+from deepstack_jax.train.metrics import MetricsLog, Quarantine, QuarantineError
+from deepstack_jax.train.program import Program
+from deepstack_jax.train.progress import padding_hint
+from deepstack_jax.train.replay import ReplayError, read_bundle, replay
+from deepstack_jax.train.state import new_state
 from tests.unit.tiny import tiny_config
 
 PAGES = {
@@ -117,7 +117,7 @@ def go(run: Run, stop: Callable[[], bool] = lambda: False):
 
 @pytest.fixture(autouse=True)
 def no_flops(monkeypatch):
-    monkeypatch.setattr("deepstack_jax.training.loop.step_flops", lambda *_, **__: SimpleNamespace(model=1.0))
+    monkeypatch.setattr("deepstack_jax.train.loop.step_flops", lambda *_, **__: SimpleNamespace(model=1.0))
 
 
 def saved_steps(workdir):

@@ -12,18 +12,18 @@ from deepstack_jax.data.schedule import packed_rows
 from deepstack_jax.parallel.distributed import put_batch
 from deepstack_jax.parallel.mesh import make_mesh
 from deepstack_jax.parallel.rules import use_mesh
-from deepstack_jax.planning.collectives import Collective, find_collectives, ring
-from deepstack_jax.planning.compile import Compiled, Overflow, _wanted
-from deepstack_jax.planning.memory import held, needed
-from deepstack_jax.planning.planner import Wanted, make_plan, memory_by_kind, plan_load
-from deepstack_jax.planning.report import Plan, belongs_to, by_kind, verdict
-from deepstack_jax.planning.roofline import estimate, guess_collectives, link_rate
-from deepstack_jax.planning.search import candidates, find_best
-from deepstack_jax.planning.topology import Machine, known_slices, open_machine, with_shape
-from deepstack_jax.training.flops import CHIPS, step_flops
-from deepstack_jax.training.optimizer import FROZEN
-from deepstack_jax.training.program import build_program
-from deepstack_jax.training.state import new_state
+from deepstack_jax.plan.collectives import Collective, find_collectives, ring
+from deepstack_jax.plan.compile import Compiled, Overflow, _wanted
+from deepstack_jax.plan.memory import held, needed
+from deepstack_jax.plan.planner import Wanted, make_plan, memory_by_kind, plan_load
+from deepstack_jax.plan.report import Plan, belongs_to, by_kind, verdict
+from deepstack_jax.plan.roofline import estimate, guess_collectives, link_rate
+from deepstack_jax.plan.search import candidates, find_best
+from deepstack_jax.plan.topology import Machine, known_slices, open_machine, with_shape
+from deepstack_jax.train.flops import CHIPS, step_flops
+from deepstack_jax.train.optimizer import FROZEN
+from deepstack_jax.train.program import build_program
+from deepstack_jax.train.state import new_state
 from tests.unit.tiny import draw_params, example, make_batch, tiny_config
 
 CHIP = CHIPS["TPU v5"]
@@ -469,7 +469,7 @@ def test_a_search_whose_compilations_do_not_fit_recommends_nothing(monkeypatch):
         plan = make_plan(config, machine, wanted, compiled=False)
         return dataclasses.replace(plan, memory=plan.memory | {"temporaries": machine.usable}, compile_seconds=1.0)
 
-    monkeypatch.setattr("deepstack_jax.planning.search.make_plan", compiled_larger)
+    monkeypatch.setattr("deepstack_jax.plan.search.make_plan", compiled_larger)
     search = find_best(config_on((8, 1, 1)), machine(1e9, 2), Wanted(), margin=0.1, tries=2, compiling=lambda _: None)
     assert search.estimates[0].fits(0.1)
     assert search.found is None
@@ -487,7 +487,7 @@ def test_a_search_learns_from_what_did_not_fit(monkeypatch):
         more = plan.used if plan.remat == "none" else 0.0
         return dataclasses.replace(plan, memory=plan.memory | {"code": more}, compile_seconds=1.0)
 
-    monkeypatch.setattr("deepstack_jax.planning.search.make_plan", compiled_larger)
+    monkeypatch.setattr("deepstack_jax.plan.search.make_plan", compiled_larger)
     config = config_on((8, 1, 1), {"train.batch_size": 64})
     estimates = find_best(config, machine(1e9, 2), Wanted(), margin=0.0, tries=0, compiling=print).estimates
     fastest = estimates[0]

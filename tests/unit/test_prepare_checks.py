@@ -12,7 +12,7 @@ from deepstack_jax.config import build_config
 from deepstack_jax.data.encode import BadExample, Encoder
 from deepstack_jax.data.open import open_source
 from deepstack_jax.data.pipeline import BatchMaker, row_check
-from deepstack_jax.data.preparing import Job, make_chunk
+from deepstack_jax.prepare.preparing import Job, make_chunk
 
 
 def rows_of_every_kind(folder: Path) -> Path:

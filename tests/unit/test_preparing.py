@@ -13,11 +13,20 @@ import pytest
 from deepstack_jax.data import preparing, records
 from deepstack_jax.data.conversation import Message
 from deepstack_jax.data.image import open_image
-from deepstack_jax.data.journal import Journal, source_rows
-from deepstack_jax.data.preparing import Bad, DiskError, Job, make_chunk, make_chunks, read_checked, record_bytes, shard_bytes
 from deepstack_jax.data.records import RecordShards, RecordWriter, verify
 from deepstack_jax.data.sources import Example, SampleError, SourceError
 from deepstack_jax.data.synthetic import DocumentPages
+from deepstack_jax.prepare.journal import Journal, source_rows
+from deepstack_jax.prepare.preparing import (
+    Bad,
+    DiskError,
+    Job,
+    make_chunk,
+    make_chunks,
+    read_checked,
+    record_bytes,
+    shard_bytes,
+)
 from tests.unit.made_examples import MadeExamples
 
 ROWS, SHARD_ROWS = 10, 4

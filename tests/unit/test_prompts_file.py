@@ -3,7 +3,7 @@
 import pytest
 
 from deepstack_jax.api import ConfigError
-from deepstack_jax.generate import read_prompts
+from deepstack_jax.generate.__main__ import read_prompts
 
 
 @pytest.mark.parametrize("ending", ["\n", "\r\n"])

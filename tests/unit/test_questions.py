@@ -15,14 +15,14 @@ from deepstack_jax.data.encode import BadExample, OverlongError
 from deepstack_jax.data.open import open_files
 from deepstack_jax.data.sources import Source
 from deepstack_jax.data.tokenizers import load_tokenizer
-from deepstack_jax.evaluation import held_out, runner
-from deepstack_jax.evaluation.questions import check_questions, check_rows, uninterrupted
-from deepstack_jax.inference.generate import NO_TOKEN
-from deepstack_jax.inference.options import Options
+from deepstack_jax.evaluate import held_out, runner
+from deepstack_jax.evaluate.questions import check_questions, check_rows, uninterrupted
+from deepstack_jax.generate.generate import NO_TOKEN
+from deepstack_jax.generate.options import Options
 from deepstack_jax.model.variants import build_model
 from deepstack_jax.parallel.mesh import make_mesh
 from deepstack_jax.printing import printable
-from deepstack_jax.train import make_decode
+from deepstack_jax.train.__main__ import make_decode
 from tests.unit.tiny import model_params, tiny_config
 
 PICTURES = {"a.png": 10, "b.png": 90, "c.png": 200}  # all of one gray, so that it tells which one a question got

@@ -11,13 +11,13 @@ import jax
 import pytest
 
 from deepstack_jax.config import TrainConfig
-from deepstack_jax.training import checkpoint, reading, trained
-from deepstack_jax.training.checkpoint import CheckpointError, Checkpoints
-from deepstack_jax.training.journal import read_journal
-from deepstack_jax.training.metrics import Quarantine, read_metrics
-from deepstack_jax.training.reading import UnreadableError, is_damage, read_json, read_or_damage, saved_steps
-from deepstack_jax.training.replay import ReplayError, read_bundle
-from deepstack_jax.training.report import account
+from deepstack_jax.train import checkpoint, reading, trained
+from deepstack_jax.train.checkpoint import CheckpointError, Checkpoints
+from deepstack_jax.train.journal import read_journal
+from deepstack_jax.train.metrics import Quarantine, read_metrics
+from deepstack_jax.train.reading import UnreadableError, is_damage, read_json, read_or_damage, saved_steps
+from deepstack_jax.train.replay import ReplayError, read_bundle
+from deepstack_jax.train.report import account
 from tests.unit.test_checkpoint import abstract, state_at
 from tests.unit.test_trained import assert_holds
 from tests.unit.test_trained import save as save_run
@@ -86,7 +86,7 @@ names = [f"{number}-{type(error).__name__}" for number, error in enumerate(PASSI
 def pauses(monkeypatch):
     """Seconds that were waited, without waiting."""
     waited: list[float] = []
-    monkeypatch.setattr("deepstack_jax.training.reading.time.sleep", waited.append)
+    monkeypatch.setattr("deepstack_jax.train.reading.time.sleep", waited.append)
     return waited
 
 

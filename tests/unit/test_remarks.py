@@ -8,15 +8,15 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from deepstack_jax.auditing.page import render_page
-from deepstack_jax.auditing.survey import survey
+from deepstack_jax.audit.page import render_page
+from deepstack_jax.audit.survey import survey
 from deepstack_jax.data.encode import REMARKS, Encoder
 from deepstack_jax.data.image_files import DEEP, TURNED
 from deepstack_jax.data.lengths import measure
 from deepstack_jax.data.open import open_source
 from deepstack_jax.data.pipeline import TrainingStream
 from deepstack_jax.data.tokenize import CONTROL
-from deepstack_jax.inference.options import RequestError
+from deepstack_jax.generate.options import RequestError
 from deepstack_jax.printing import Console
 from tests.unit import test_api, test_loop
 from tests.unit.test_api import QUICK
@@ -178,9 +178,9 @@ def test_answers_and_scores_see_an_image_upright_unless_told_otherwise(lmm, orie
 def test_a_prompt_cannot_end_its_own_turn(lmm, monkeypatch):
     seen = []
     monkeypatch.setattr(
-        "deepstack_jax.inference.answers.pack", lambda examples, *_, **__: seen.extend(examples) or SimpleNamespace()
+        "deepstack_jax.generate.answers.pack", lambda examples, *_, **__: seen.extend(examples) or SimpleNamespace()
     )
-    monkeypatch.setattr("deepstack_jax.inference.answers.answer_ids", lambda *_, **__: iter(()))
+    monkeypatch.setattr("deepstack_jax.generate.answers.answer_ids", lambda *_, **__: iter(()))
     lmm.generate(None, "hi</s><s>", template="v1")
     assert seen[0].ids.tolist().count(2) == 0
     assert seen[0].ids.tolist().count(1) == 1  # BOS

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from deepstack_jax.inference.options import Options, RequestError
-from deepstack_jax.inference.sampling import Sampling, choose, filter_logits, greedy_sampling
+from deepstack_jax.generate.options import Options, RequestError
+from deepstack_jax.generate.sampling import Sampling, choose, filter_logits, greedy_sampling
 
 WORDS = 9
 pytestmark = pytest.mark.quick

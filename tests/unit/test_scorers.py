@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deepstack_jax.evaluation.scorers import SCORERS, anls, levenshtein
+from deepstack_jax.evaluate.scorers import SCORERS, anls, levenshtein
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "scorers"
 ROWS = json.loads((GOLDEN / "anls.json").read_text())

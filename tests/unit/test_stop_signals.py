@@ -53,7 +53,8 @@ LAST = """
 import os, signal, sys
 from types import SimpleNamespace
 from deepstack_jax.printing import Console
-from deepstack_jax import cli, train
+from deepstack_jax import cli
+from deepstack_jax.train import __main__ as train
 from deepstack_jax.parallel.distributed import ToldToStop
 
 stop = cli.StopSignals()

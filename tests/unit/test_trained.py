@@ -11,10 +11,10 @@ import optax
 import pytest
 
 from deepstack_jax.config import TrainConfig, to_dict
-from deepstack_jax.training.checkpoint import CheckpointError, Checkpoints
-from deepstack_jax.training.optimizer import unflatten
-from deepstack_jax.training.state import new_state
-from deepstack_jax.training.trained import restore_params
+from deepstack_jax.train.checkpoint import CheckpointError, Checkpoints
+from deepstack_jax.train.optimizer import unflatten
+from deepstack_jax.train.state import new_state
+from deepstack_jax.train.trained import restore_params
 from deepstack_jax.weights.names import Table
 from tests.unit.tiny import tiny_config
 

@@ -11,11 +11,11 @@ import jax.numpy as jnp
 import pytest
 
 from deepstack_jax.data.sources import SourceError
-from deepstack_jax.evaluate import Task, key_of, run_task
-from deepstack_jax.evaluation.progress import Progress
-from deepstack_jax.evaluation.unfinished import Unfinished
-from deepstack_jax.inference.answers import Answer
-from deepstack_jax.inference.options import Options
+from deepstack_jax.evaluate.__main__ import Task, key_of, run_task
+from deepstack_jax.evaluate.progress import Progress
+from deepstack_jax.evaluate.unfinished import Unfinished
+from deepstack_jax.generate.answers import Answer
+from deepstack_jax.generate.options import Options
 from deepstack_jax.printing import Console
 from tests.unit.test_held_out import Echo, Rows, row
 from tests.unit.tiny import tiny_config

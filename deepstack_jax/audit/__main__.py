@@ -1,0 +1,95 @@
+"""Look at what the model will see: `python -m deepstack_jax.audit --config=configs/demo.py --n 16`."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+from absl import flags
+from rich.progress import track
+
+from deepstack_jax import cli
+from deepstack_jax.audit.cards import make_card
+from deepstack_jax.audit.charts import draw_charts
+from deepstack_jax.audit.page import quarantined, render_page
+from deepstack_jax.audit.seen import see
+from deepstack_jax.audit.survey import choose_rows, survey
+from deepstack_jax.config import Config
+from deepstack_jax.config_checks import ConfigError, try_all
+from deepstack_jax.data.open import open_source
+from deepstack_jax.data.pipeline import open_tokenizer
+from deepstack_jax.data.sources import Source, SourceError
+from deepstack_jax.data.tokenizers import Tokenizer
+from deepstack_jax.outward import write_whole
+from deepstack_jax.printing import Console, plural
+
+USAGE = """
+Look at what the model will see, before a run: one HTML page with every sample's views, the layer that each token goes to, the
+prompt with what is supervised, and the lengths, grids and unusable examples of the data.
+
+  python -m deepstack_jax.audit --config=configs/demo.py --n=16
+  python -m deepstack_jax.audit --config=configs/receipts.py --config.data.root=DIR --out=runs/audit --seed=1
+
+  --config=FILE[:ARGUMENT]   configuration file; --config.KEY=VALUE overrides any key of it
+  --n=16                     samples to show: the first of the training order
+  --seed=N                   draw them at random instead
+  --scan=1000                examples that the histograms are over; their images are not decoded
+  --out=runs/audit           folder for audit.html and its charts as PNG
+
+Exit codes: 0 done, unusable samples or not; 1 a mistake in the input, said in one line; 130 stopped by Ctrl-C.
+"""
+
+N = flags.DEFINE_integer("n", 16, "Samples to show.", lower_bound=1)
+SEED = flags.DEFINE_integer("seed", None, "Draws the samples at random.", lower_bound=0)
+SCAN = flags.DEFINE_integer("scan", 1000, "Examples that the histograms are over.", lower_bound=1)
+OUT = flags.DEFINE_string("out", "runs/audit", "Folder for audit.html and its charts.")
+cli.define_config_flag()
+
+
+def main() -> int:
+    config = cli.parse_config()
+    out = cli.writable_folder(OUT.value, "out")
+    tokenizer, source = open_inputs(config)
+    console = Console()
+
+    rows = choose_rows(source, config, max(N.value, SCAN.value), SEED.value)
+    found = survey(source, config, rows[: SCAN.value], console)
+    shown = track(rows[: N.value], "drawing samples", console=console, transient=True, disable=not console.is_terminal)
+    cards = [make_card(number, see(source, row, config), config, tokenizer) for number, row in enumerate(shown, 1)]
+    charts = draw_charts(found, config)
+    page = render_page(config, found, cards, charts, len(source))
+
+    files = {f"{name}.png": themes["light"] for name, themes in charts.items()} | {
+        "audit.html": page.encode("utf-8", "replace")
+    }
+    for name, content in files.items():
+        write(out / name, content)
+    bad = len(quarantined(found, cards))
+    console.print(f"{plural(len(found.rows), 'example')} looked at, {bad:,} unusable; the data has {len(source):,}")
+    console.print(f"{found.supervised_share:.1%} of their tokens are supervised")
+    for remark, count in found.remarks():
+        console.print(f"{remark}: {count:,}", soft_wrap=True)
+    console.print(f"written: {out / 'audit.html'} ({len(page) / 1e6:.1f} MB, {plural(len(cards), 'sample')})", soft_wrap=True)
+    return cli.EXIT_DONE
+
+
+def open_inputs(config: Config) -> tuple[Tokenizer, Source]:
+    """The tokenizer and the training data; if both are missing, both are said at once."""
+    tokenizer, source = try_all(partial(open_tokenizer, config), partial(open_source, config, "train"))
+    return tokenizer, source
+
+
+def write(path: Path, content: bytes) -> None:
+    """Write whole or not at all.
+
+    Raises:
+      ConfigError: the disk does not take it.
+    """
+    try:
+        write_whole(path, content)
+    except OSError as error:
+        raise ConfigError(f"cannot write {path}: {error.strerror}; choose another folder with --out=DIR") from error
+
+
+if __name__ == "__main__":
+    cli.run(main, (SourceError,), USAGE)

@@ -1,0 +1,223 @@
+"""Ask a model: `python -m deepstack_jax.generate --model=DIR --image=photo.jpg --prompt="What is written on the sign?"`."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import jax
+from absl import flags
+
+from deepstack_jax import cli
+from deepstack_jax.api import DTYPES, LMM, Chat, ConfigError, Options, RequestError, load
+from deepstack_jax.data.conversation import ConversationError
+from deepstack_jax.data.image import ImageError
+from deepstack_jax.generate.prompts import CutImage, cut_image
+from deepstack_jax.printing import plural
+from deepstack_jax.train.checkpoint import CheckpointError
+
+USAGE = """
+Ask a model about images, once or in a conversation.
+
+  python -m deepstack_jax.generate --model=DIR --image=photo.jpg --prompt="What is written on the sign?"
+  python -m deepstack_jax.generate --model=DIR --image=a.jpg --image=b.jpg --prompt="What differs?" --json
+  python -m deepstack_jax.generate --model=DIR --prompts=questions.txt --temperature=0.7 --top_p=0.9 --seed=1
+  python -m deepstack_jax.generate --model=DIR --image=photo.jpg --chat
+
+  --model=DIR           Hugging Face folder or hub id (DeepStack, LLaVA-1.5, LLaVA-NeXT), or the workdir of a training run
+  --image=FILE          again for several; every prompt sees all of them. Where a prompt has no <image>, they come first
+  --prompt=TEXT         again for several prompts
+  --prompts=FILE        one prompt per line, empty lines left out; --prompts=- or a pipe reads them from standard input
+  --chat                a conversation: /image FILE adds a picture, /clear starts anew, /exit or Ctrl-D ends; Ctrl-C stops an
+                        answer, what was said stays part of the conversation
+  --json                one JSON object per answer: prompt, images, answer, tokens, seconds
+  --max_new_tokens=64   most tokens of an answer
+  --temperature=0       0 = always the likeliest token; then --top_p=1, --top_k=0 (all) and --seed=0 change nothing
+  --stop=TEXT           the answer ends before this text; again for several
+  --exif=apply          turns images upright as EXIF says; ignore: as they are stored, which the official code does
+  --template=NAME       conversation template in place of the model's own, e.g. v1, phi3_instruct, plain
+  --dtype=NAME          float32 or bfloat16; float32 on a CPU and bfloat16 on accelerators if left out
+  --batch_size=1        prompts answered at once; the answers do not depend on it
+
+Answers go to standard output, all else to standard error. Exit codes: 0 done; 1 a mistake in the input, said in one line;
+130 stopped by Ctrl-C.
+"""
+
+
+_OPTIONS = Options()
+FLAGS = {
+    "model": (flags.DEFINE_string, None, "Model folder, hub id or workdir."),
+    "image": (flags.DEFINE_multi_string, [], "Image file."),
+    "prompt": (flags.DEFINE_multi_string, [], "Prompt."),
+    "prompts": (flags.DEFINE_string, None, "File with one prompt per line, - for standard input."),
+    "chat": (flags.DEFINE_boolean, False, "A conversation in the terminal."),
+    "json": (flags.DEFINE_boolean, False, "Answers as JSON lines."),
+    "max_new_tokens": (flags.DEFINE_integer, _OPTIONS.max_new_tokens, "Most tokens of an answer."),
+    "temperature": (flags.DEFINE_float, _OPTIONS.temperature, "0 = greedy."),
+    "top_p": (flags.DEFINE_float, _OPTIONS.top_p, "Probability of the nucleus."),
+    "top_k": (flags.DEFINE_integer, _OPTIONS.top_k, "Likeliest tokens drawn from, 0 = all."),
+    "stop": (flags.DEFINE_multi_string, [], "Text that ends an answer."),
+    "seed": (flags.DEFINE_integer, _OPTIONS.seed, "Seed of the noise."),
+    "exif": (flags.DEFINE_string, _OPTIONS.exif, "apply or ignore."),
+    "template": (flags.DEFINE_string, None, "Conversation template."),
+    "dtype": (flags.DEFINE_string, None, "float32 or bfloat16."),
+    "batch_size": (flags.DEFINE_integer, 1, "Prompts answered at once."),
+}
+
+
+def define_flags() -> None:
+    """Only when this verb runs, so that another may have flags of the same name."""
+    for name, (define, default, meaning) in FLAGS.items():
+        define(name, default, meaning)
+
+
+def main() -> int:
+    given: Any = {name: flags.FLAGS[name].value for name in FLAGS}
+    options = Options(**{option.name: given[option.name] for option in dataclasses.fields(Options)})
+    name, dtype, images = given["model"], given["dtype"], [os.path.expanduser(image) for image in given["image"]]
+    if not name:
+        raise ConfigError("--model is missing; e.g. --model=DIR with a Hugging Face folder or the workdir of a training run")
+    if dtype not in (None, *DTYPES):
+        raise ConfigError(f"--dtype={dtype} is not known; use one of {', '.join(DTYPES)}")
+    if given["chat"] and (given["json"] or given["prompt"] or given["prompts"]):
+        raise ConfigError("--chat asks for prompts itself; leave out --prompt, --prompts and --json")
+    prompts = [] if given["chat"] else read_prompts(given["prompt"], given["prompts"])
+    start = time.perf_counter()
+    lmm = load(name, dtype)
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(lmm.params))
+    note(f"{name}: {parameters:,} parameters in {lmm.config.train.compute_dtype}, read in {time.perf_counter() - start:.1f} s")
+    cut = [cut_image(image, lmm.config, options.exif) for image in images]
+    for remark, count in Counter(remark for image in cut for remark in image.remarks).items():
+        note(f"{remark}: {count}")
+    if given["chat"]:
+        return chat(lmm, cut, options)
+    answer_all(lmm, prompts, list(zip(images, cut, strict=True)), options, given["batch_size"], as_json=given["json"])
+    return cli.EXIT_DONE
+
+
+def read_prompts(given: list[str], file: str | None) -> list[str]:
+    """The prompts of the command line, then those of the file or pipe.
+
+    Raises:
+      ConfigError: there is none, or the file cannot be read.
+    """
+    if file is None and (given or sys.stdin.isatty()):
+        text = ""
+    elif file in (None, "-"):
+        text = sys.stdin.read()
+    else:
+        try:
+            text = Path(os.path.expanduser(file)).read_text("utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(
+                f"--prompts={file} cannot be read: {error}; give a text file with one prompt per line, as UTF-8"
+            ) from error
+    # Not splitlines: it breaks a prompt at U+2028, a form feed and others that end no line of a file.
+    prompts = given + [line.strip() for line in text.removeprefix("\ufeff").split("\n") if line.strip()]
+    if not prompts:
+        raise ConfigError('no prompt; give --prompt="...", --prompts=FILE, a pipe, or --chat')
+    return prompts
+
+
+def answer_all(
+    lmm: LMM, prompts: list[str], images: list[tuple[str, CutImage]], options: Options, batch_size: int, *, as_json: bool
+) -> None:
+    """Answer the prompts about all images (by name), in order, some at once, and print each as soon as it is there."""
+    names, cut = [name for name, _ in images], [image for _, image in images]
+    total, began = 0, time.perf_counter()
+    for first in range(0, len(prompts), max(1, batch_size)):
+        part, start = prompts[first : first + max(1, batch_size)], time.perf_counter()
+        answers = lmm.answers([(cut, prompt) for prompt in part], options, batch_size=batch_size)
+        seconds = time.perf_counter() - start
+        for prompt, answer in zip(part, answers, strict=True):
+            record = {"prompt": prompt, "images": names, "answer": answer.text, "tokens": answer.tokens}
+            print(
+                json.dumps(record | {"seconds": round(seconds, 4)}, ensure_ascii=False) if as_json else answer.text, flush=True
+            )
+            total += answer.tokens
+        said = "compiling included" if first == 0 else f"{sum(answer.tokens for answer in answers) / seconds:.1f} tokens/s"
+        note(f"{first + len(part)}/{len(prompts)} answered, {seconds:.2f} s, {said}")
+    if len(prompts) > 1:
+        note(f"{plural(len(prompts), 'answer')}, {plural(total, 'token')} in {time.perf_counter() - began:.2f} s")
+
+
+def chat(lmm: LMM, images: list[CutImage], options: Options) -> int:
+    """A conversation on the terminal; a mistake is said in one line and the conversation goes on as it was."""
+    talk, waiting = lmm.chat(**vars(options)), images
+    note("ask away; /image FILE adds a picture, /clear starts anew, /exit or Ctrl-D ends, Ctrl-C stops an answer")
+    for line in typed_lines():
+        command, _, rest = line.partition(" ")
+        match command:
+            case "":
+                continue
+            case "/exit":
+                break
+            case "/clear":
+                talk.clear()
+                waiting = []
+                note("forgotten: all turns and images")
+            case "/image" if rest.strip():
+                try:
+                    waiting.append(cut_image(os.path.expanduser(rest.strip()), lmm.config, options.exif))
+                    note(f"{rest.strip()} comes with the next question")
+                except ImageError as error:
+                    note(f"error: {error}")
+            case _ if command.startswith("/"):
+                note(f"{command} is no command; use /image FILE, /clear or /exit")
+            case _:
+                if answer_turn(talk, line, waiting):
+                    waiting = []
+    return cli.EXIT_DONE
+
+
+def typed_lines() -> Iterator[str]:
+    """What the user types, line by line, until Ctrl-D; Ctrl-C empties the line."""
+    if sys.stdin.isatty():
+        import readline  # noqa: F401 (gives `input` its history and line editing)
+    while True:
+        try:
+            yield input("> " if sys.stdin.isatty() else "").strip()
+        except EOFError:
+            return
+        except KeyboardInterrupt:
+            note("\nto end type /exit or Ctrl-D")
+
+
+def answer_turn(talk: Chat, line: str, images: list[CutImage]) -> bool:
+    """Stream one answer; False if the question could not be asked, and was not remembered."""
+    start, said = time.perf_counter(), False
+    try:
+        with closing(talk.stream(line, images)) as pieces:  # closed early, it remembers what was said until then
+            for piece in pieces:
+                print(piece, end="", flush=True)
+                said = True
+        print(flush=True)
+    except KeyboardInterrupt:
+        print(flush=True)
+        note("stopped")
+    except (RequestError, ImageError, ConversationError) as error:
+        note(f"error: {error}")
+        return False
+    if not said:
+        note("(the model said nothing)")
+    note(f"{time.perf_counter() - start:.1f} s")
+    return True
+
+
+def note(text: str) -> None:
+    """To the user, beside the answers."""
+    print(text, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    define_flags()
+    less = "lower --batch_size or --max_new_tokens, or choose --dtype=bfloat16"
+    cli.run(main, (RequestError, ImageError, ConversationError, CheckpointError), USAGE, less)

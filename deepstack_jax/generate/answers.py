@@ -1,0 +1,168 @@
+"""Questions to answers on the host's side: encode, batch, decode chunk by chunk, and turn tokens into text."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from deepstack_jax.config import Config
+from deepstack_jax.data.conversation import IMAGE_MARK, Message
+from deepstack_jax.data.rows import EncodedExample
+from deepstack_jax.generate.generate import CHUNK, answer_ids
+from deepstack_jax.generate.options import AnswerTokenizer, Options, RequestError
+from deepstack_jax.generate.prompts import (
+    CutImage,
+    bucket,
+    check_context,
+    cut_image,
+    encode_prompt,
+    find_template,
+    pack,
+    question,
+)
+from deepstack_jax.generate.sampling import Sampling
+from deepstack_jax.generate.text import AnswerText, end_of_turn
+from deepstack_jax.model.deepstack import DeepStack
+from deepstack_jax.types import PyTree
+
+STREAM_EVERY = 4  # tokens between two pieces of a stream
+
+
+class Answer(NamedTuple):
+    """What a model said to one prompt."""
+
+    text: str
+    tokens: int  # made for it, end of turn not counted
+
+
+class Turn(NamedTuple):
+    """One side's words in a conversation, and the images that came with them."""
+
+    role: str  # human | gpt
+    words: str
+    images: Sequence[Any] = ()
+
+
+@dataclass(frozen=True)
+class Answerer:
+    """A model with all that it takes to talk to it. `tokenizer` may be None; then every question is refused."""
+
+    model: DeepStack
+    params: PyTree
+    config: Config
+    tokenizer: AnswerTokenizer | None
+    template: str
+    ends: tuple[int, ...] = ()  # ids that end an answer besides the tokenizer's and the template's
+
+    def answers(self, conversations: Sequence[Sequence[Turn]], options: Options, batch_size: int) -> list[Answer]:
+        """One answer per conversation, `batch_size` at a time; all are checked before the first is computed."""
+        if batch_size < 1:
+            raise RequestError(f"batch_size got {batch_size}, expected 1 or more")
+        examples = [self._encode(turns, options) for turns in conversations]
+        rows = min(batch_size, 1 << max(0, len(examples) - 1).bit_length())
+        answers: list[Answer] = []
+        for part, sampling in enumerate(options.sampling(len(examples), rows)):
+            texts = [self._text(options) for _ in examples[part * rows : (part + 1) * rows]]
+            for _ in self._run(examples[part * rows : (part + 1) * rows], texts, sampling, options, CHUNK):
+                pass
+            answers += [Answer(text.text, text.tokens) for text in texts]
+        return answers
+
+    def stream(self, turns: Sequence[Turn], options: Options) -> Iterator[str]:
+        """The answer to one conversation in pieces. What is wrong with it is raised here, not at the first piece."""
+        encoded, text, (sampling,) = self._encode(turns, options), self._text(options), options.sampling(1, 1)
+        pieces = self._run([encoded], [text], sampling, options, STREAM_EVERY)
+        return (piece for (piece,) in pieces if piece)
+
+    def _encode(self, turns: Sequence[Turn], options: Options) -> EncodedExample:
+        """A conversation as token ids and crops, checked against the context."""
+        if self.tokenizer is None:
+            raise RequestError(
+                "this checkpoint has no tokenizer, so it cannot read a prompt; put tokenizer.model or tokenizer.json into its "
+                "folder, or use `logits`, which takes token ids"
+            )
+        template = find_template(options.template or self.template)
+        messages: list[Message] = []
+        cut: list[CutImage] = []
+        for role, words, images in turns:
+            if not isinstance(images, list | tuple) or not isinstance(words, str):
+                got = f"{type(images).__name__} and {type(words).__name__}"
+                raise RequestError(f"a prompt is a list of images and a string, got {got}; put a single image into a list")
+            messages.append(Message(role, question(words, len(images), template) if role == "human" else words))
+            cut += [cut_image(image, self.config, options.exif) for image in images]
+        plain = self.config.data.control_tokens == "text"
+        encoded = encode_prompt(messages, cut, self.tokenizer, template, plain_words=plain)
+        check_context(encoded.length, options.max_new_tokens, self.config)
+        return encoded
+
+    def _ends(self, options: Options) -> tuple[list[int], tuple[str, ...]]:
+        assert self.tokenizer is not None, "_encode comes first"
+        ids, strings = end_of_turn(find_template(options.template or self.template), self.tokenizer)
+        return sorted({*ids, *self.ends}), strings
+
+    def _text(self, options: Options) -> AnswerText:
+        assert self.tokenizer is not None, "_encode comes first"
+        return AnswerText(self.tokenizer, (*self._ends(options)[1], *options.stops))
+
+    def _run(
+        self, examples: Sequence[EncodedExample], texts: Sequence[AnswerText], sampling: Sampling, options: Options, every: int
+    ) -> Iterator[list[str]]:
+        """Decode until every answer has ended; yields what each of them can newly show."""
+        made = answer_ids(
+            self.model,
+            self.params,
+            pack(examples, self.config, rows=len(sampling.seed)),
+            sampling,
+            stop_ids=self._ends(options)[0],
+            max_new_tokens=options.max_new_tokens,
+            room=bucket(options.max_new_tokens),
+            every=every,
+        )
+        for ids in made:
+            yield [text.feed(row[row >= 0].tolist()) for text, row in zip(texts, ids, strict=False)]
+            if all(text.stopped for text in texts):
+                break
+        yield [text.close() for text in texts]
+
+
+class Chat:
+    """A conversation: every question is read together with all turns before it.
+
+    Attributes:
+      turns: what was said so far, the images cut already.
+    """
+
+    def __init__(self, answerer: Answerer, options: Options) -> None:
+        self._answerer, self._options = answerer, options
+        self.turns: tuple[Turn, ...] = ()
+
+    def ask(self, prompt: str, images: Any = (), **options: Any) -> str:
+        """The answer to the next question, which may bring images; options override those of the conversation."""
+        return "".join(self.stream(prompt, images, **options))
+
+    def stream(self, prompt: str, images: Any = (), **options: Any) -> Generator[str, None, None]:
+        """The same in pieces. An answer that is not read to its end is remembered as far as it was read.
+
+        What raises leaves the conversation as it was.
+        """
+        if not isinstance(images, list | tuple):
+            raise RequestError(f"images is a {type(images).__name__}, expected a list; put a single image into a list")
+        chosen = self._options.but(options)
+        cut = [cut_image(image, self._answerer.config, chosen.exif) for image in images]
+        asked = (*self.turns, Turn("human", prompt, cut))
+        return self._listen(asked, self._answerer.stream(asked, chosen))
+
+    def clear(self) -> None:
+        """Forget all turns and images."""
+        self.turns = ()
+
+    def _listen(self, asked: tuple[Turn, ...], pieces: Iterator[str]) -> Generator[str, None, None]:
+        said = []
+        try:
+            for piece in pieces:
+                said.append(piece)
+                yield piece
+        finally:
+            answer = "".join(said).replace(IMAGE_MARK, "")  # or the next prompt would look for one image more
+            self.turns = (*asked, Turn("gpt", answer))

@@ -1,0 +1,151 @@
+"""From images and words to the rows of a batch whose sizes repeat, so that a new prompt compiles nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from deepstack_jax.batch import Batch, BatchShape, check_batch, empty_batch
+from deepstack_jax.config import Config
+from deepstack_jax.data.conversation import IMAGE_MARK, Message, Template, get_template, render
+from deepstack_jax.data.image import make_views
+from deepstack_jax.data.image_files import read_image
+from deepstack_jax.data.rows import Cursor, EncodedExample, place_example
+from deepstack_jax.data.tokenize import encode_with_images
+from deepstack_jax.generate.options import AnswerTokenizer, RequestError
+from deepstack_jax.layout.sequence import VisualLayout
+from deepstack_jax.printing import plural
+
+SMALLEST = 32  # tokens of the shortest bucket
+
+
+class CutImage(NamedTuple):
+    """An image as the model takes it."""
+
+    pixels: np.ndarray  # u8[views, y, x, 3]
+    layout: VisualLayout
+    remarks: tuple[str, ...] = ()  # see `EncodedExample`
+
+
+def bucket(size: int) -> int:
+    """The next of 32, 48, 64, 96, 128, 192, ...: at most half as much again, and few enough to be compiled once each."""
+    power = SMALLEST
+    while power < size:
+        if power * 3 // 2 >= size:
+            return power * 3 // 2
+        power *= 2
+    return power
+
+
+def find_template(name: str) -> Template:
+    """The template of that name.
+
+    Raises:
+      RequestError: there is none; the nearest is named.
+    """
+    try:
+        return get_template(name)
+    except ValueError as error:
+        raise RequestError(f"{error}; choose one with template=NAME") from error
+
+
+def cut_image(source: Any, config: Config, exif: str) -> CutImage:
+    """The views of one image and its layout; `exif` as in `Options`. What is cut already stays as it is.
+
+    Raises:
+      ImageError: the image cannot be read; it is named.
+    """
+    if isinstance(source, CutImage):
+        return source
+    image, remarks = read_image(source, replace(config.data, exif=exif))
+    views = make_views(image, config.image)
+    return CutImage(views.pixels, config.layout.layout(views.grid, views.size_wh), remarks)
+
+
+def question(prompt: str, images: int, template: Template) -> str:
+    """The user's turn: images that the prompt does not place itself come first, each on a line of its own, as upstream.
+
+    Raises:
+      RequestError: the prompt has placeholders, but not one per image. Which image is meant would be a guess.
+    """
+    marks = prompt.count(IMAGE_MARK)
+    if marks == images:
+        return prompt
+    if marks:
+        raise RequestError(
+            f"the prompt has {plural(marks, f'{IMAGE_MARK} placeholder')} for {plural(images, 'image')}; write one per image, "
+            f"or none and they come first; prompt: {prompt!r:.80}"
+        )
+    return f"{template.image}\n" * images + prompt if prompt else "\n".join([template.image] * images)
+
+
+def encode_prompt(
+    messages: Sequence[Message],
+    images: Sequence[CutImage],
+    tokenizer: AnswerTokenizer,
+    template: Template,
+    *,
+    plain_words: bool = True,
+) -> EncodedExample:
+    """A conversation with an open question, ready to be placed.
+
+    Args:
+      plain_words: control tokens that somebody's words spell out are text (`config.data.control_tokens`).
+
+    Raises:
+      RequestError: the tokenizer has no id for a word, or placeholders and images differ in number.
+    """
+    asked = render(messages, template, complete=False)
+    words = asked.words if plain_words else ()
+    try:
+        ids, _ = encode_with_images(asked.text, tokenizer, has_image=bool(images), words=words)
+    except ValueError as error:
+        raise RequestError(f"the tokenizer cannot read the prompt: {error}") from error
+    return example(ids, images)
+
+
+def example(ids: np.ndarray, images: Sequence[CutImage]) -> EncodedExample:
+    """Token ids i32[n], IMAGE_TOKEN where an image stands, with the images."""
+    pixels, layouts = tuple(cut.pixels for cut in images), tuple(cut.layout for cut in images)
+    return EncodedExample(-1, ids.astype(np.int32), np.zeros(ids.size, bool), pixels, layouts)
+
+
+def check_context(length: int, max_new_tokens: int, config: Config, name: str = "the prompt") -> None:
+    """Raise RequestError where prompt and answer do not fit the context that the weights were trained for.
+
+    `length` counts the prompt's tokens with its images. Positions beyond the context give noise that looks like words.
+    """
+    context = config.decoder.max_positions
+    if length + max_new_tokens <= context:
+        return
+    if length < context:
+        move = f"lower max_new_tokens to {context - length}, or shorten the prompt"
+    else:
+        move = "shorten the prompt or give fewer images"
+    answer = f" and the answer up to {max_new_tokens}" if max_new_tokens else ""
+    raise RequestError(f"{name} takes {length} tokens with its images{answer}, the context of this model is {context}; {move}")
+
+
+def pack(examples: Sequence[EncodedExample], config: Config, *, rows: int | None = None) -> Batch:
+    """One prompt per row, right padded to a bucket; rows beyond the prompts (to `rows`) stay blank.
+
+    Crop slots and visual tokens are counted by the image-richest prompt: text alone costs nothing in the vision tower.
+    """
+    layout, images = config.layout, max(len(one.layouts) for one in examples)
+    shape = BatchShape(
+        rows=rows or len(examples),
+        length=bucket(max(one.length for one in examples)),
+        crops=images * layout.max_views,
+        crop_size=config.image.size,
+        visual=images * layout.max_tokens,
+        groups=layout.groups,
+        examples=1,
+    )
+    batch = empty_batch(shape)
+    for row, one in enumerate(examples):
+        place_example(batch, row, one, Cursor(), layout.patches)
+    check_batch(batch, layout.patches)
+    return batch._replace(example_id=batch.example_id.astype(np.int32))

@@ -1,0 +1,99 @@
+"""Tokens of an answer into its text while they come: whole characters only, nothing of a stop string, no white space around."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from deepstack_jax.data.conversation import Template
+from deepstack_jax.generate.options import AnswerTokenizer
+
+_HALF_CHARACTER = "\ufffd"  # how a tokenizer shows bytes that are no character, or not yet
+
+
+def end_of_turn(template: Template, tokenizer: AnswerTokenizer) -> tuple[list[int], tuple[str, ...]]:
+    """Token ids and strings that end an answer: the end of text, and the end of turn that the template teaches.
+
+    An end of turn that is one token is known by its id, one that shows in the text (as "###", whose tokens depend on what
+    stands before it) by the text.
+    """
+    end = (template.prompting or template).end
+    end = end.strip() or end
+    ids = [tokenizer.eos_id]
+    found = [int(id) for id in tokenizer.encode(end)[0]] if end and _can_encode(end, tokenizer) else []
+    if len(found) == 1:
+        ids = sorted({*ids, *found})
+    shows = bool(end) and not (len(found) == 1 and not tokenizer.decode(found))
+    return ids, (end,) if shows else ()
+
+
+def is_one_token(text: str, tokenizer: AnswerTokenizer) -> bool:
+    """Whether a tokenizer has these characters as one token of its own."""
+    if not _can_encode(text, tokenizer):
+        return False
+    found = tokenizer.encode(text)[0].tolist()
+    return len(found) == 1 and tokenizer.encode(text * 2)[0].tolist() == found * 2  # twice an unknown word is one unknown word
+
+
+def _can_encode(text: str, tokenizer: AnswerTokenizer) -> bool:
+    try:
+        tokenizer.encode(text)
+    except ValueError:  # a closed vocabulary without this word, which the model then cannot say
+        return False
+    return True
+
+
+class AnswerText:
+    """The text of one answer, growing. What `feed` and `close` return, joined, is `text` in the end.
+
+    Attributes:
+      text: all that may be shown so far.
+      tokens: how many tokens the answer has, up to the one that completed a stop string.
+      stopped: whether a stop string came.
+    """
+
+    def __init__(self, tokenizer: AnswerTokenizer, stops: Sequence[str]) -> None:
+        self._tokenizer, self._stops = tokenizer, tuple(stops)
+        self._ids: list[int] = []
+        self.text = ""
+        self.stopped = False
+
+    @property
+    def tokens(self) -> int:
+        return len(self._ids)
+
+    def feed(self, ids: Iterable[int]) -> str:
+        """Take further tokens; returns what can be shown of them now."""
+        shown = ""
+        for id in ids:
+            if self.stopped:
+                break
+            self._ids.append(int(id))
+            if self._stops:  # one by one, so that the count of tokens does not depend on how many came at once
+                shown += self._show(final=False)
+        return shown if self._stops else self._show(final=False)
+
+    def close(self) -> str:
+        """The rest, once no token follows."""
+        return self._show(final=True)
+
+    def _show(self, *, final: bool) -> str:
+        known = [id for id in self._ids if id < self._tokenizer.vocab_size]  # an output layer may be padded beyond
+        text = self._tokenizer.decode(known)
+        found = [at for at in (text.find(stop) for stop in self._stops) if at >= 0]
+        if found:
+            self.stopped, text = True, text[: min(found)]
+        elif not final:
+            text = text.rstrip(_HALF_CHARACTER)
+            text = text[: len(text) - self._held(text)]
+        visible = text.strip()
+        new = visible[len(self.text) :]
+        self.text += new
+        return new
+
+    def _held(self, text: str) -> int:
+        """Length of the longest end of the text that may yet become a stop string."""
+        longest = max((len(stop) for stop in self._stops), default=1) - 1
+        for size in range(min(longest, len(text)), 0, -1):
+            if any(stop.startswith(text[-size:]) for stop in self._stops):
+                return size
+        return 0

@@ -1,0 +1,89 @@
+"""The train step compiled ahead of time, for devices that may not be here, and what the compiler says of it."""
+
+from __future__ import annotations
+
+import re
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+
+from deepstack_jax.config_checks import ConfigError
+from deepstack_jax.parallel.rules import use_mesh
+from deepstack_jax.train.flops import GIB
+from deepstack_jax.train.program import Program
+
+_UNITS = {"K": 2**10, "M": 2**20, "G": GIB, "T": 2**40}
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """A compiled step.
+
+    Attributes:
+      arguments, outputs, aliased, temporaries, code: bytes on each device; `aliased` are outputs in the arguments' place.
+      host: bytes in the memory of each device's host, where activations are offloaded.
+      text: HLO after partitioning and scheduling.
+      seconds: to trace, lower and compile.
+    """
+
+    arguments: float
+    outputs: float
+    aliased: float
+    temporaries: float
+    code: float
+    host: float
+    text: str
+    seconds: float
+
+    @property
+    def total(self) -> float:
+        """Bytes on each device."""
+        return self.arguments + self.outputs - self.aliased + self.temporaries + self.code
+
+
+@dataclass(frozen=True)
+class Overflow:
+    """A step that the compiler refused, since a device's memory does not hold it."""
+
+    total: float  # bytes that it would take on each device
+    seconds: float
+
+
+def compile_step(program: Program, rows: int, length: int) -> Compiled | Overflow:
+    """Compile the step for `rows` rows of `length` positions on the program's mesh.
+
+    Raises:
+      ConfigError: the compiler cannot compile it, whatever the memory.
+    """
+    began = time.perf_counter()
+    with use_mesh(program.mesh):
+        lowered = program.jit_step().lower(program.abstract_state(), program.abstract_batch(rows, length))
+        try:
+            compiled = lowered.compile()
+        except jax.errors.JaxRuntimeError as error:
+            message = str(error)
+            if total := _wanted(message):
+                return Overflow(total, time.perf_counter() - began)
+            raise ConfigError(
+                f"the compiler refuses this step: {message.splitlines()[0][:200]}; try another config.decoder.remat or mesh"
+            ) from error
+    seconds = time.perf_counter() - began
+    memory: Any = compiled.memory_analysis()  # every backend that is planned for has one
+    return Compiled(
+        arguments=memory.argument_size_in_bytes,
+        outputs=memory.output_size_in_bytes,
+        aliased=memory.alias_size_in_bytes,
+        temporaries=memory.temp_size_in_bytes,
+        code=memory.generated_code_size_in_bytes,
+        host=memory.host_temp_size_in_bytes,
+        text=compiled.as_text() or "",
+        seconds=seconds,
+    )
+
+
+def _wanted(message: str) -> float:
+    """Bytes that a step would take, as the compiler says when it refuses it; 0 = it refuses for another reason."""
+    found = re.search(r"(?:Used |required for HLO temporaries \()([\d.]+)([KMGT])", message)
+    return float(found[1]) * _UNITS[found[2]] if found and "RESOURCE_EXHAUSTED" in message else 0.0

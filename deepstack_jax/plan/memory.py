@@ -1,0 +1,132 @@
+"""Memory of each device by kind: the state exactly, from its shardings; what a step makes beside it, estimated."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+
+from deepstack_jax.config import Config
+from deepstack_jax.train.optimizer import FROZEN, flatten
+from deepstack_jax.train.program import Program
+from deepstack_jax.types import PyTree
+
+
+@dataclass(frozen=True)
+class Held:
+    """Bytes on each device of what a step is given, exact before the compiler's padding."""
+
+    parameters: float
+    optimizer: float
+    batch: float
+
+    @property
+    def total(self) -> float:
+        return self.parameters + self.optimizer + self.batch
+
+
+@dataclass(frozen=True)
+class Needed:
+    """Bytes on each device of what a step makes, as estimated: each at its largest, which need not be at one time."""
+
+    gradients: float
+    activations: float  # kept from the forward pass for the backward pass
+    stacks: float
+    working: float  # of the largest moment: one layer's, one chunk of logits
+
+    @property
+    def total(self) -> float:
+        return self.gradients + self.activations + self.stacks + self.working
+
+
+def bytes_per_device(tree: PyTree) -> float:
+    """Bytes of a tree of abstract arrays on each device, by their shardings."""
+
+    def one(leaf: Any) -> int:
+        return math.prod(leaf.sharding.shard_shape(leaf.shape)) * np.dtype(leaf.dtype).itemsize
+
+    return float(sum(one(leaf) for leaf in jax.tree.leaves(tree)))
+
+
+def held(program: Program, rows: int, length: int) -> Held:
+    """What the step's arguments take."""
+    state = program.abstract_state()
+    return Held(
+        bytes_per_device(state.params),
+        bytes_per_device(state.opt_state),
+        bytes_per_device(program.abstract_batch(rows, length)),
+    )
+
+
+def needed(program: Program, rows: int, length: int) -> Needed:
+    """Estimate of what the step takes beside its arguments."""
+    config, shape = program.config, program.mesh.shape
+    local = rows / (shape["data"] * shape["fsdp"] * config.train.accumulation)  # rows of a micro-batch on a device
+    width = np.dtype(program.model.dtype).itemsize
+    state = program.abstract_state()
+    trainable = {path: leaf for path, leaf in flatten(state.params).items() if program.groups[path] != FROZEN}
+    gradients = bytes_per_device(trainable) * (2 if config.train.accumulation > 1 else 1)
+    return Needed(
+        gradients=gradients,
+        activations=width * (_decoder_saved(program, local, length) + _tower_saved(program, local)),
+        stacks=2.0 * width * _stack(config, local) / shape["tensor"],  # and its gradient
+        working=_working(program, local, length),
+    )
+
+
+def _decoder_saved(program: Program, local: float, length: int) -> float:
+    """Elements that the decoder keeps: the inputs of its layers, and under some policies their products."""
+    cfg, tensor = program.config.decoder, program.mesh.shape["tensor"]
+    query, key = cfg.heads * cfg.head_dim, cfg.kv_heads * cfg.head_dim
+    products = cfg.width + (query + 2 * key + 2 * cfg.mlp) / tensor  # o, q, k, v, gate, up; `down` is needed by nothing
+    scores = 2 * cfg.heads * length / tensor * program.scores_exist
+    each = {
+        "block": cfg.width,
+        "dots": cfg.width + products,
+        "offload": 0,  # they lie in the host's memory
+        # Both norms keep their input and output in float32; the gate's function and its product are kept too. 7B L compiled for
+        # v5p and, under tensor 4, for v5e agrees to 2%.
+        "none": 11 * cfg.width + 2 * products + 2 * cfg.mlp / tensor + scores,
+    }[cfg.remat]
+    return local * length * cfg.layers * each
+
+
+def _tower_saved(program: Program, local: float) -> float:
+    """Elements that the tower keeps, nothing where it is frozen."""
+    config, cfg = program.config, program.config.vision
+    trains = any(path.startswith("vision_tower/") and group != FROZEN for path, group in program.groups.items())
+    if not trains:
+        return 0.0
+    tokens = config.patch_side**2 + 1
+    each = cfg.width
+    if config.decoder.remat == "none":
+        # Scores several times over, in float32; from the compilation of 7B V for v5p.
+        each = 18 * cfg.width + 6 * cfg.mlp + 8 * cfg.heads * tokens
+    return local * config.crop_slots / program.mesh.shape["tensor"] * tokens * cfg.layers_run * each
+
+
+def _stack(config: Config, local: float) -> float:
+    """Elements of the groups that are injected, over all devices along tensor: in decoder width, or in the tower's own."""
+    shape = config.batch_shape(1, config.data.max_length)
+    width = config.vision.width if config.deepstack.into == "vision" else config.decoder.width
+    return local * shape.groups * shape.visual * width
+
+
+def _working(program: Program, local: float, length: int) -> float:
+    """Bytes of the largest moment: a layer's scores and products with their gradients, its gathered weights, or logits."""
+    config, cfg, tensor = program.config, program.config.decoder, program.mesh.shape["tensor"]
+    width = np.dtype(program.model.dtype).itemsize
+    rows = max(1.0, local)
+    # Scores, probabilities and the gradients of both, in float32: with three of them HD came out a fifth below its compilation.
+    scores = 4 * 4 * rows * cfg.heads / tensor * length**2 * program.scores_exist
+    products = width * rows * length * (6 * cfg.width + (4 * cfg.heads * cfg.head_dim + 4 * cfg.mlp) / tensor)
+    kernels = cfg.width * (2 * (cfg.heads + cfg.kv_heads) * cfg.head_dim + 3 * cfg.mlp) / tensor
+    weights = (2 * width + 4) * kernels  # this layer's and the next one's, and the gradient
+    chunk = min(config.train.loss_chunk, length)
+    logits = 3 * 4 * rows * chunk * cfg.vocab_size / tensor + 2 * width * cfg.width * cfg.vocab_size / tensor
+    patches = config.patch_side**2
+    features = width * rows * config.crop_slots * patches * config.vision.width / tensor
+    return max(scores + products + weights, logits) + features

@@ -1,0 +1,154 @@
+"""How long a step takes at least, by what it computes, moves through each chip's memory, and moves between the chips."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+
+from deepstack_jax.config import Config
+from deepstack_jax.parallel.mesh import AXES, across_slices
+from deepstack_jax.plan.collectives import Collective, ring
+from deepstack_jax.plan.memory import bytes_per_device
+from deepstack_jax.plan.topology import GPUS_PER_HOST
+from deepstack_jax.train.flops import Chip, Flops
+from deepstack_jax.train.optimizer import FROZEN, flatten
+from deepstack_jax.train.program import Program
+
+# Share of the peak that large bf16 products reach: 770 to 798 of 989 TFLOP/s on an H200, the best that was measured there.
+ATTAINED = 0.8
+
+
+@dataclass(frozen=True)
+class Roofline:
+    """Seconds of a step by resource.
+
+    Attributes:
+      compute: executed FLOPs at the share of the peak that large products reach.
+      memory: traffic to and from each chip's memory, estimated.
+      links: traffic between chips at the links' published rate.
+    """
+
+    compute: float
+    memory: float
+    links: float
+
+    @property
+    def step(self) -> float:
+        """All three at once, perfectly overlapped: the estimate, and a lower bound."""
+        return max(self.compute, self.memory, self.links)
+
+    @property
+    def serial(self) -> float:
+        """One after the other, nothing overlapped."""
+        return self.compute + self.memory + self.links
+
+    @property
+    def likely(self) -> float:
+        """Half overlapped: what candidates are compared by, since the largest alone ties where compute is the bound."""
+        return (self.step + self.serial) / 2
+
+    @property
+    def bound(self) -> str:
+        """The resource that limits the step."""
+        return max(("compute", "memory", "links"), key=lambda name: getattr(self, name))
+
+
+def estimate(
+    program: Program,
+    chip: Chip,
+    flops: Flops,
+    collectives: Iterable[Collective],
+    rows: int,
+    length: int,
+    *,
+    slices: int = 1,
+) -> Roofline:
+    """The roofline of a step.
+
+    Args:
+      program: of the run, on its mesh.
+      chip: of every device of the mesh.
+      flops, collectives: of one step.
+      rows, length: of the global batch.
+      slices: that the devices of the mesh are parts of.
+    """
+    devices = program.mesh.size
+    return Roofline(
+        compute=flops.executed / (devices * ATTAINED * chip.flops),
+        memory=memory_traffic(program, rows, length) / chip.hbm_bandwidth,
+        links=sum(one.total / link_rate(chip, one, devices // slices) for one in collectives),
+    )
+
+
+def link_rate(chip: Chip, one: Collective, devices: int) -> float:
+    """Bytes per second that enter a device in a collective.
+
+    In a torus: over all links where all devices of the slice take part, else over those of one dimension; between slices, over
+    the network. Behind a switch: at its rate within a host, else through the adapters of the host's devices that take part.
+    """
+    if one.across:
+        return chip.network
+    if chip.links > 1:
+        return chip.link_bandwidth if one.group == devices else chip.link_bandwidth / chip.links
+    neighbours = max(1, min(one.group, GPUS_PER_HOST // one.stride))
+    return chip.link_bandwidth if neighbours == one.group else min(chip.link_bandwidth, chip.network * neighbours)
+
+
+def guess_collectives(program: Program, rows: int, length: int, slices: int = 1) -> list[Collective]:
+    """The collectives that a step cannot do without, where nothing is compiled.
+
+    Kernels are gathered along fsdp for every pass of every micro-batch and their gradients scattered back, gradients added
+    up along data, and hidden states along tensor, twice a layer and pass. Along an axis that crosses slices each device first
+    exchanges its own share with its like in the others.
+    """
+    config, mesh, cfg = program.config, program.mesh.shape, program.config.decoder
+    width, parts = np.dtype(program.model.dtype).itemsize, config.train.accumulation
+    state = program.abstract_state()
+    trainable = {path: leaf for path, leaf in flatten(state.params).items() if program.groups[path] != FROZEN}
+    whole = sum(program.sizes.values()) / mesh["tensor"] * width
+    trained = sum(program.sizes[path] for path in trainable) / mesh["tensor"] * 4  # float32, whatever activations are
+    hidden = width * rows * length * cfg.width / (mesh["data"] * mesh["fsdp"] * parts)
+    remat = cfg.remat != "none"
+    strides = {"data": mesh["fsdp"] * mesh["tensor"], "fsdp": mesh["tensor"], "tensor": 1}
+    found = [
+        ("all-gather", "fsdp", (2 + remat) * parts, whole, "parameters"),
+        ("reduce-scatter", "fsdp", parts, trained / mesh["fsdp"], "gradients"),
+        ("all-reduce", "data", parts, trained / mesh["fsdp"], "gradients"),
+        ("all-reduce", "tensor", 2 * cfg.layers * (2 + (cfg.remat in ("block", "offload"))) * parts, hidden, "hidden states"),
+    ]
+    between: dict[str, int] = dict(zip(AXES, across_slices(tuple(mesh.values()), slices), strict=True))
+    collectives = []
+    for kind, axis, times, size, source in found:
+        far, near = between[axis], mesh[axis] // between[axis]
+        # Gradients are scattered within the slice first, so that across slices goes the share of one device.
+        within, beyond = (size * far, size) if kind == "reduce-scatter" else (size, size / near)
+        for part, group, across in ((within, near, False), (beyond, far, True)):
+            moved, stride = part * ring(kind, group), 1 if across else strides[axis]
+            collectives.append(Collective(kind, times, int(part), moved, group, stride, f"{source}, estimated", across))
+    return [one for one in collectives if one.group > 1]
+
+
+def memory_traffic(program: Program, rows: int, length: int) -> float:
+    """Bytes that a device reads and writes per step, estimated from shapes: weights, optimizer, activations, scores."""
+    config, mesh, cfg = program.config, program.mesh.shape, program.config.decoder
+    width, tensor = np.dtype(program.model.dtype).itemsize, mesh["tensor"]
+    local = rows / (mesh["data"] * mesh["fsdp"])
+    state = program.abstract_state()
+    trainable = {path: leaf for path, leaf in flatten(state.params).items() if program.groups[path] != FROZEN}
+    passes = 3 + (cfg.remat != "none")  # forward, twice backward, recomputed
+    weights = sum(program.sizes.values()) / tensor * width * 2 * passes * config.train.accumulation  # gathered and read
+    update = bytes_per_device(trainable) * 3 + 2 * bytes_per_device(state.opt_state)  # gradient, parameters; moments both ways
+    each = 12 * cfg.width + (4 * (cfg.heads + cfg.kv_heads) * cfg.head_dim + 6 * cfg.mlp) / tensor
+    activations = local * length * cfg.layers * each * width * passes
+    scores = local * cfg.heads / tensor * length**2 * cfg.layers * 12 * passes * program.scores_exist
+    return weights + update + activations + scores + _tower_traffic(config, local, tensor, width)
+
+
+def _tower_traffic(config: Config, local: float, tensor: int, width: int) -> float:
+    """The same of the vision tower's forward pass, beside which its backward pass is left out."""
+    cfg, tokens = config.vision, config.patch_side**2 + 1
+    each = 12 * cfg.width + 4 * cfg.mlp
+    crops = local * config.crop_slots / tensor  # which lie over all devices
+    return crops * cfg.layers_run * (tokens * each * width + cfg.heads * tokens**2 * 12)

@@ -1,0 +1,1 @@
+"""Building and checking datasets: `python -m deepstack_jax.prepare`."""

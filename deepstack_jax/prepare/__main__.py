@@ -1,0 +1,371 @@
+"""Write data sets as shards with their images inside: `python -m deepstack_jax.prepare --config=FILE --out=DIR`."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+from rich.filesize import decimal
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
+from rich.table import Table
+
+from deepstack_jax import cli
+from deepstack_jax.config import Config
+from deepstack_jax.config_checks import ConfigError
+from deepstack_jax.data import files
+from deepstack_jax.data.records import MANIFEST, verify
+from deepstack_jax.data.sources import SourceError
+from deepstack_jax.prepare.journal import BAD, IDENTITY, Journal, too_many_bad
+from deepstack_jax.prepare.preparing import Chunk, DiskError, Job, make_chunks, record_bytes, shard_bytes
+from deepstack_jax.printing import Console
+
+USAGE = """
+Write the data of a configuration as ArrayRecord shards with the images inside. Every row is checked as training checks it,
+every image decoded once. Stopped at any moment, the same command goes on; rows that cannot be used are left out, see bad.jsonl.
+
+  python -m deepstack_jax.prepare --config=configs/receipts.py --config.data.root=DIR --out=shards
+  python -m deepstack_jax.prepare --config=configs/llava15.py:finetune --config.data.root=DIR --dry-run
+  python -m deepstack_jax.prepare --verify=shards
+
+  --config=FILE[:ARGUMENT]   configuration file; --config.KEY=VALUE overrides any key of it
+  --out=DIR                  local folder for DIR/train and DIR/validation
+  --split=SPLIT              train, validation or both (default: those that the configuration names)
+  --workers=N                processes that read and decode (default: one per CPU core); not seen in the bytes
+  --shard_rows=1000          rows of the source in a shard
+  --force                    start over, in place of what an earlier run left in DIR
+  --dry-run                  look at files, rows, missing images and space; writes nothing, and fails where a run would
+  --decode                   with --dry-run: decode every image, too
+  --verify=DIR               compare every byte of finished shards with their manifest
+
+Train on them with --config.data.train=DIR/train --config.data.validation=DIR/validation, DIR being absolute.
+Exit codes: 0 done; 1 a mistake in the input, said in one line; 75 stopped by SIGTERM and 130 by Ctrl-C, finished shards kept.
+"""
+
+SPLITS = ("train", "validation")
+_SHOWN = 10  # bad rows or missing images that a dry run names
+_LOOKED_ROWS = 100  # at once by a worker in a dry run
+_SUMMARY = ("split", "rows", "bad", "images", "bytes", "shards", "seconds")
+_LOOKED = ("split", "rows", "bad", "images named", "files missing", "bytes", "shards")
+
+flags.DEFINE_string("out", "", "Folder for the shards.")
+flags.DEFINE_string("split", "", "train, validation or both.")
+flags.DEFINE_integer("workers", None, "Processes that read and decode.", lower_bound=1)
+flags.DEFINE_integer("shard_rows", 1000, "Rows of the source in a shard.", lower_bound=1)
+flags.DEFINE_bool("force", False, "Start over.")
+flags.DEFINE_bool("dry-run", False, "Look and write nothing.")
+flags.DEFINE_bool("decode", False, "With --dry-run: decode every image.")
+flags.DEFINE_string("verify", "", "Folder of finished shards to check.")
+cli.define_config_flag()
+
+
+@dataclass(frozen=True)
+class Split:
+    """One folder of shards to make.
+
+    Attributes:
+      name: train or validation.
+      job: without a folder in a dry run that names no --out.
+      per_row: estimated bytes of a shard that a row takes.
+      options, inputs: see `Journal`.
+    """
+
+    name: str
+    job: Job
+    per_row: float
+    options: dict[str, Any]
+    inputs: dict[str, str]
+
+    def bytes_of(self, numbers: Iterable[int]) -> int:
+        """About how many bytes the shards of these chunks take."""
+        rows = [len(self.job.rows(number)) for number in numbers]
+        return shard_bytes(sum(rows), len(rows), self.per_row)
+
+
+def main() -> int:
+    console = Console()
+    asked: dict[str, Any] = {
+        name: flags.FLAGS[name].value for name in ("out", "split", "shard_rows", "force", "dry-run", "decode", "verify")
+    }
+    if asked["verify"]:
+        return verify_all(asked["verify"], console)
+    config = cli.parse_config()
+    workers = flags.FLAGS["workers"].value or os.cpu_count() or 1
+    out = asked["out"]
+    if not out and not asked["dry-run"]:
+        raise ConfigError("--out is missing; e.g. --out=shards, or look first with --dry-run")
+    if files.is_url(out):
+        raise ConfigError(f"--out={out} is a URL; write to a local folder and copy it there: training reads shards from URLs")
+    if asked["decode"] and not asked["dry-run"]:
+        raise ConfigError("--decode belongs to --dry-run; without it every image is decoded anyway")
+    splits = [open_split(config, name, out, asked, console) for name in chosen_splits(config, asked["split"])]
+    if asked["dry-run"]:
+        return dry_run(splits, config, workers, asked, console)
+    return prepare(splits, config, workers, asked["force"], console)
+
+
+def chosen_splits(config: Config, asked: str) -> list[str]:
+    """The splits to prepare.
+
+    Raises:
+      ConfigError: an unknown one, or one that the configuration does not name.
+    """
+    if asked not in ("", "both", *SPLITS):
+        raise ConfigError(f"--split got {asked!r}, expected train, validation or both")
+    data = config.data
+    named = ["train"] if data.train or data.sets or data.source == "pages" else []
+    named += ["validation"] if data.validation or data.source == "pages" else []
+    if not asked and named:
+        return named
+    return list(SPLITS) if asked in ("", "both") else [asked]  # what is not named is said when it is opened
+
+
+def open_split(config: Config, name: str, out: str, asked: dict[str, Any], console: Console) -> Split:
+    """Open the data, look at some rows of it, and say what the sets of a mixture hold."""
+    # Imported late, since worker processes import this module: mixtures import Grain, and Grain jax.
+    from deepstack_jax.data.inputs import describe_files, describe_options
+    from deepstack_jax.data.mixture import Mixture, describe_mixture
+    from deepstack_jax.data.open import open_source
+    from deepstack_jax.data.pipeline import row_check
+
+    check, checked = row_check(config)
+    with console.status(f"opening {name} data"):
+        source = open_source(config, name)
+        per_row = record_bytes(source)
+        options = describe_options(config, name, source, asked["shard_rows"]) | checked
+        inputs = describe_files(config, name, source)
+    if isinstance(source, Mixture):
+        console.print(describe_mixture(source))
+        uneven = [f"{part.name} ({part.config.repeat:g})" for part in source.parts if part.config.repeat != 1]
+        if uneven:
+            warnings.warn(
+                f"shards hold each row once, so training on them goes once through the sets {', '.join(uneven)}; to keep their "
+                "repeat, prepare each by itself with --config.data.train=FILE and name the folders in config.data.sets",
+                stacklevel=1,
+            )
+    folder = os.path.join(files.absolute(out), name) if out else ""
+    max_pixels = 0 if asked["dry-run"] and not asked["decode"] else config.data.max_pixels
+    return Split(name, Job(source, asked["shard_rows"], folder, check, max_pixels), per_row, options, inputs)
+
+
+def prepare(splits: Sequence[Split], config: Config, workers: int, force: bool, console: Console) -> int:
+    """Write the shards of every split; returns the exit code."""
+    stop = cli.StopSignals()
+    out = os.path.dirname(splits[0].job.folder)
+    table = new_table(out, _SUMMARY)
+    with ExitStack() as stack:
+        work = []
+        for split in splits:
+            folder = cli.writable_folder(split.job.folder, "out")
+            journal = stack.enter_context(Journal(folder, split.options, split.inputs, force))
+            work.append((split, journal, [] if journal.manifest else journal.left(split.job)))
+        check_space(out, [(split, numbers) for split, _, numbers in work])
+        for split, journal, numbers in work:
+            began = time.perf_counter()
+            if journal.manifest is not None:
+                console.print(f"{split.name}: finished before, left as it is")
+            else:
+                write(split, journal, numbers, workers, config.data.max_bad_fraction, stop, console)
+            if stop.received:
+                console.print(
+                    f"stopped: {len(journal.chunks)} of {split.job.chunks} {split.name} shards are finished and kept; the same "
+                    "command goes on from here",
+                    soft_wrap=True,
+                )
+                return stop.exit_code
+            assert journal.manifest is not None
+            table.add_row(*summary(split.name, journal.manifest), f"{time.perf_counter() - began:.1f}")
+    stop.release()
+    console.print(table)
+    for _, journal, _ in work:
+        if (journal.folder / BAD).exists():
+            console.print(f"left out, with reasons: {journal.folder / BAD}", soft_wrap=True)
+    words = [f"--config.data.{split.name}={shlex.quote(split.job.folder)}" for split in splits]
+    if config.data.source != "files":
+        words.insert(0, "--config.data.source=files")
+    console.print(f"to train on them: {' '.join(words)}", soft_wrap=True)
+    return cli.EXIT_DONE
+
+
+def write(
+    split: Split,
+    journal: Journal,
+    numbers: Sequence[int],
+    workers: int,
+    max_bad_fraction: float,
+    stop: cli.StopSignals,
+    console: Console,
+) -> None:
+    """Make the shards that are left, and the manifest unless the run is stopped.
+
+    Raises:
+      SourceError: the disk does not take them, saying how much room they need; or too many rows are bad.
+    """
+    job = split.job
+    if journal.chunks:
+        console.print(f"{split.name}: {len(journal.chunks)} of {job.chunks} shards were finished before")
+    try:
+        with progress(split.name, job, numbers, console) as looked:
+            make_chunks(job, numbers, workers, journal.add, looked, lambda: stop.received)
+        if not stop.received:
+            journal.finish(len(job.source), max_bad_fraction)
+    except (DiskError, OSError) as error:
+        left = [number for number in numbers if number not in journal.chunks]
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise SourceError(
+            f"cannot write to {job.folder}: {reason}; about {decimal(split.bytes_of(left))} are needed for {len(left)} more of "
+            f"{job.chunks} shards, {decimal(free_bytes(job.folder))} are free; make room and run the same command, which keeps "
+            "what is finished, or name another --out"
+        ) from error
+
+
+def dry_run(splits: Sequence[Split], config: Config, workers: int, asked: dict[str, Any], console: Console) -> int:
+    """Read every row, report on every split and write nothing.
+
+    Raises:
+      SourceError, ConfigError: what the run itself would raise.
+    """
+    from deepstack_jax.data.inputs import named_images  # late: see `open_split`
+
+    stop, table = cli.StopSignals(), new_table("Dry run, nothing is written", _LOOKED)
+    notes: list[str] = []
+    problems: list[str] = []
+    work = []
+    for split in splits:
+        job, left, finished = split.job, range(split.job.chunks), False
+        if os.path.isdir(job.folder):
+            with Journal(Path(job.folder), split.options, split.inputs, asked["force"], look=True) as journal:
+                finished = journal.manifest is not None
+                left = [] if finished else [number for number in left if number not in journal.chunks]
+        work.append((split, left))
+        with console.status(f"looking for the images of {split.name}"):
+            images = named_images(job.source)
+        notes += listed(f"{split.name}: missing", images.missing)
+        chunks: list[Chunk] = []
+        looks = replace(job, shard_rows=min(job.shard_rows, _LOOKED_ROWS), folder="")
+        with progress(split.name, looks, range(looks.chunks), console) as looked:
+            make_chunks(looks, range(looks.chunks), workers, chunks.append, looked, lambda: stop.received)
+        if stop.received:
+            return stop.exit_code
+        bad = sorted(entry for chunk in chunks for entry in chunk.bad)
+        notes += listed(f"{split.name}: unusable", [entry.reason for entry in bad])
+        problem = "" if finished else too_many_bad(bad, len(job.source), config.data.max_bad_fraction)
+        problems += [f"{split.name}: {problem}"] if problem else []
+        cells = [split.name, *(f"{number:,}" for number in (len(job.source), len(bad), images.named, len(images.missing)))]
+        table.add_row(*cells, f"~{decimal(split.bytes_of(range(job.chunks)))}", f"{job.chunks:,}")
+    stop.release()
+    console.print(table)
+    for note in notes:
+        console.print(note, soft_wrap=True)
+    if asked["out"]:
+        out = check_place(asked["out"])
+        needed = sum(split.bytes_of(numbers) for split, numbers in work)
+        console.print(f"{out}: about {decimal(needed)} are needed, {decimal(free_bytes(out))} are free", soft_wrap=True)
+        check_space(out, work)
+    if problems:
+        raise SourceError(f"{'; '.join(problems)}; mend them, or allow more")
+    return cli.EXIT_DONE
+
+
+def check_place(out: str) -> str:
+    """The absolute path of a folder that can be made or written to.
+
+    Raises:
+      ConfigError: it cannot.
+    """
+    place = out = files.absolute(out)
+    while not os.path.exists(place):
+        place = os.path.dirname(place)
+    if not os.path.isdir(place) or not os.access(place, os.W_OK | os.X_OK):
+        raise ConfigError(f"cannot write to {place}; choose another folder with --out=DIR")
+    return out
+
+
+def verify_all(out: str, console: Console) -> int:
+    """Compare every byte of a folder of shards, or of the splits below it.
+
+    Raises:
+      SourceError: naming what is missing or has other content.
+    """
+    out = files.absolute(out)
+    folders = [folder for folder in (out, *(files.under(out, name) for name in SPLITS)) if is_prepared(folder)]
+    if not folders:
+        raise ConfigError(f"--verify={out} holds no {MANIFEST}, nor do {' and '.join(SPLITS)} in it; give the --out of a run")
+    table = new_table(out, _SUMMARY)
+    for folder in folders:
+        began = time.perf_counter()
+        with console.status(f"reading {folder}"):
+            manifest = verify(folder)
+        table.add_row(*summary(os.path.basename(folder), manifest), f"{time.perf_counter() - began:.1f}")
+    console.print(table)
+    console.print("every byte is as the manifest says")
+    return cli.EXIT_DONE
+
+
+def is_prepared(folder: str) -> bool:
+    """Whether a run finished or began there."""
+    return any(files.is_file(files.under(folder, name)) for name in (MANIFEST, IDENTITY))
+
+
+def check_space(out: str, work: Sequence[tuple[Split, Sequence[int]]]) -> None:
+    """Stop, or warn, before hours of work that the disk has no room for. The need is an estimate, so near misses may try."""
+    needed, free = sum(split.bytes_of(numbers) for split, numbers in work), free_bytes(out)
+    if needed > 0.8 * free:
+        message = f"about {decimal(needed)} are needed in {out}, {decimal(free)} are free; make room, or name another --out"
+        if needed > 1.25 * free:
+            raise SourceError(message)
+        warnings.warn(message, stacklevel=1)
+
+
+def free_bytes(folder: str) -> int:
+    """Free on the disk where the folder is, or would be made."""
+    while not os.path.exists(folder):
+        folder = os.path.dirname(folder)
+    return shutil.disk_usage(folder).free
+
+
+@contextmanager
+def progress(name: str, job: Job, numbers: Sequence[int], console: Console) -> Iterator[Callable[[int], None]]:
+    """A bar on a terminal, nothing elsewhere; yields what takes the number of rows looked at."""
+    total, began = sum(len(job.rows(number)) for number in numbers), time.perf_counter()
+    columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), "{task.fields[rate]}", TimeRemainingColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
+        task = bar.add_task(name, total=total, rate="")
+
+        def looked(rows: int) -> None:
+            bar.update(task, completed=rows, rate=f"{rows / (time.perf_counter() - began):,.0f} rows/s")
+
+        yield looked
+
+
+def new_table(title: str, columns: Sequence[str]) -> Table:
+    """A table of numbers for each split."""
+    table = Table(title=title, title_justify="left")
+    for name in columns:
+        table.add_column(name, justify="left" if name == "split" else "right")
+    return table
+
+
+def summary(name: str, manifest: dict[str, Any]) -> list[str]:
+    """Cells of the table for a finished folder."""
+    left_out = len(manifest["source"]["left_out"]) if "left_out" in manifest["source"] else 0
+    numbers = [manifest["rows"], left_out, manifest["images"], None, len(manifest["shards"])]
+    return [name, *(decimal(manifest["bytes"]) if number is None else f"{number:,}" for number in numbers)]
+
+
+def listed(title: str, lines: Sequence[str]) -> list[str]:
+    """The first of many lines, and how many more there are."""
+    more = [f"{title}: {len(lines) - _SHOWN:,} more"] if len(lines) > _SHOWN else []
+    return [*(f"{title}: {line}" for line in lines[:_SHOWN]), *more]
+
+
+if __name__ == "__main__":
+    cli.run(main, (SourceError,), USAGE)

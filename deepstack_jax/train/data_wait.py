@@ -1,0 +1,43 @@
+"""How long the devices have nothing to do because the next batch is not there."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import jax
+
+from deepstack_jax.data.pipeline import Delivered
+from deepstack_jax.train.journal import Journal
+
+
+class DataWait(contextlib.AbstractContextManager):
+    """Takes batches, and counts as "data" the part of the wait in which no step was running.
+
+    The loop is a step ahead of the devices: while it waits for a batch they may still be busy for all or a part of the wait.
+    """
+
+    def __init__(self, journal: Journal) -> None:
+        self._journal = journal
+        self._watch = ThreadPoolExecutor(1, thread_name_prefix="data-wait")
+
+    def next(self, stream: Iterator[Delivered], numbers: Any) -> Delivered:
+        """The next batch; `numbers` are those of the last step, on the device, None before the first."""
+        began = time.perf_counter()
+        idle = self._watch.submit(_ready_at, numbers)
+        delivered = next(stream)
+        came = time.perf_counter()
+        if idle.done():
+            self._journal.count("data", max(0.0, came - max(began, idle.result())))
+        return delivered
+
+    def __exit__(self, *_: object) -> None:
+        self._watch.shutdown(wait=False)
+
+
+def _ready_at(numbers: Any) -> float:
+    jax.block_until_ready(numbers)
+    return time.perf_counter()

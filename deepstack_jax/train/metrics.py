@@ -1,0 +1,135 @@
+"""What a run leaves behind to read: metrics.jsonl, TensorBoard curves, and the quarantine list."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from deepstack_jax.config_checks import ConfigError
+from deepstack_jax.data.encode import BadExample
+from deepstack_jax.outward import write_whole
+from deepstack_jax.train.board import Board
+from deepstack_jax.train.lines import Lines, read_lines
+
+
+class MetricsLog:
+    """Appends one JSON line per record to metrics.jsonl, and shows its numbers in TensorBoard and Weights & Biases.
+
+    Args:
+      workdir: an existing folder; None writes nothing, as on all hosts but the first.
+      resume_step: records past it are dropped: the steps after the checkpoint run again.
+      wandb_run: of the package wandb, where the run is shown there too.
+    """
+
+    def __init__(self, workdir: Path | None, resume_step: int, wandb_run: Any = None) -> None:
+        self._lines, self._board, self._wandb = None, None, wandb_run
+        if workdir is None:
+            return
+        path = workdir / "metrics.jsonl"
+        kept = [line for line in read_metrics(workdir) if line["step"] <= resume_step] if path.exists() else []
+        write_whole(path, "".join(json.dumps(line) + "\n" for line in kept))
+        self._lines = Lines(path)
+        self._board = Board(workdir / "tensorboard", resume_step)
+
+    def write(self, step: int, values: Mapping[str, Any]) -> None:
+        """Record `values` at `step`; finite numbers become curves."""
+        if self._lines is None or self._board is None:
+            return
+        self._lines.append({"step": step, **values})
+        numbers = {name: value for name, value in values.items() if isinstance(value, int | float) and math.isfinite(value)}
+        self._board.scalars(step, numbers)
+        if self._wandb is not None:
+            self._wandb.log(numbers, step=step)
+
+    def sample(self, step: int, name: str, markdown: str, picture: np.ndarray | None) -> None:
+        """Show a text, and what it is about as u8[y, x, 3]."""
+        if self._board is not None:
+            self._board.sample(step, name, markdown, picture)
+
+    def close(self) -> None:
+        """Write what still waits; a full disk is a warning."""
+        if self._board is not None:
+            self._board.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+
+def start_wandb(project: str, workdir: Path, name: str, config: dict[str, Any]) -> Any:
+    """The run of the package wandb for this workdir: a new one, or the one that an earlier attempt began.
+
+    Raises:
+      ConfigError: the package is not there.
+    """
+    try:
+        wandb = importlib.import_module("wandb")
+    except ImportError as error:
+        raise ConfigError(
+            f"config.train.wandb={project!r} needs the package wandb: pip install wandb, or leave config.train.wandb empty"
+        ) from error
+    stored = workdir / "wandb_id.txt"
+    if not stored.exists():
+        write_whole(stored, wandb.util.generate_id())
+    return wandb.init(project=project, name=name, id=stored.read_text(), resume="allow", dir=str(workdir), config=config)
+
+
+def read_metrics(workdir: Path) -> list[dict[str, Any]]:
+    """All records of a run; a line that a kill or a full disk cut short is left out."""
+    return [line for line in read_lines(workdir / "metrics.jsonl") if isinstance(line.get("step"), int)]
+
+
+class Quarantine:
+    """Counts examples that could not be used and writes each, once, with its reason to quarantine.jsonl.
+
+    Args:
+      workdir: where the list is kept.
+      max_fraction: share of the examples seen so far that may be bad; judged as if at least GRACE had been seen, or the whole
+        source where it is smaller, so that one bad image in the first batch is no catastrophe.
+      examples: rows of the source.
+      host: number of this process; each keeps a list of its own, that of the first is quarantine.jsonl.
+    """
+
+    GRACE = 1000
+
+    def __init__(self, workdir: Path, max_fraction: float, examples: int, host: int = 0) -> None:
+        self._path = workdir / ("quarantine.jsonl" if host == 0 else f"quarantine-{host}.jsonl")
+        self._max_fraction, self._grace = max_fraction, min(self.GRACE, examples)
+        self._bad: set[int] = set()  # of this attempt: what was mended since the last one no longer counts
+        self._known: set[int] = set()
+        self._last = ""
+        self._lines = Lines(self._path)
+        if self._path.exists():
+            self._known = {line["index"] for line in read_lines(self._path) if isinstance(line.get("index"), int)}
+
+    def add(self, bad: tuple[BadExample, ...]) -> int:
+        """Record the bad ones; returns how many distinct ones this host has met in this attempt."""
+        for example in bad:
+            self._bad.add(example.index)
+            self._last = example.reason
+            if example.index in self._known:
+                continue
+            if self._lines.append({"index": example.index, "name": example.name, "reason": example.reason}):
+                self._known.add(example.index)
+        return len(self._bad)
+
+    def check(self, bad: int, seen: int) -> None:
+        """Judge the number of bad examples of all hosts among `seen` examples since this attempt began.
+
+        Raises:
+          QuarantineError: they are more than the configured share. Training on would silently shrink the data.
+        """
+        if bad > self._max_fraction * max(seen, self._grace):
+            raise QuarantineError(
+                f"{bad} of {max(seen, self._grace)} examples cannot be used, more than "
+                f"config.data.max_bad_fraction={self._max_fraction}; the last: {self._last or 'on another host'}; "
+                f"all of them with reasons: {self._path}"
+            )
+
+
+class QuarantineError(ValueError):
+    """Too much of the data cannot be used."""

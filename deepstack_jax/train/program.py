@@ -1,0 +1,167 @@
+"""What a run computes, put together once from its configuration and mesh; nothing of it is traced or placed yet.
+
+`train` runs it, and whoever wants to know what it costs lowers the very same step for devices that are not here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import jax
+import numpy as np
+import optax
+from flax import linen as nn
+from jax.sharding import Mesh
+
+from deepstack_jax.batch import Batch, empty_batch
+from deepstack_jax.config import Config
+from deepstack_jax.model.deepstack import DeepStack
+from deepstack_jax.model.variants import build_model
+from deepstack_jax.parallel.kernels import Kernel, attention_for, kernel_for
+from deepstack_jax.parallel.mesh import check_model_fits
+from deepstack_jax.parallel.rules import batch_sharding, crop_shards, param_shardings, replicated
+from deepstack_jax.train.optimizer import assign_groups, flatten, make_optimizer, make_schedule
+from deepstack_jax.train.state import abstract_state, find_weights, new_state, state_shardings
+from deepstack_jax.train.step import LossSums, ModelFns, StepFn, make_loss, make_train_step
+from deepstack_jax.types import PyTree, TrainState
+from deepstack_jax.weights.load import absent_leaves, load_params
+
+
+@dataclass(frozen=True)
+class Program:
+    """A run's model, optimizer and step, and where every leaf of its state lies.
+
+    Attributes:
+      kernel: of training attention.
+      sample: a blank batch of one row, enough to trace the model.
+      shapes: the abstract parameters.
+      sizes: elements of every parameter, by path.
+      groups: optimizer group of every parameter, or "frozen".
+      shardings: of every leaf of the state.
+      functions: the model as functions of parameters.
+      loss: (params, batch) -> LossSums.
+      step: the train step as a pure function.
+    """
+
+    config: Config
+    mesh: Mesh
+    kernel: Kernel
+    model: DeepStack
+    sample: Batch
+    shapes: PyTree
+    sizes: dict[str, int]
+    groups: dict[str, str]
+    schedule: optax.Schedule
+    optimizer: optax.GradientTransformation
+    shardings: TrainState
+    functions: ModelFns
+    loss: Callable[[PyTree, Batch], LossSums]
+    step: StepFn
+
+    @property
+    def scores_exist(self) -> bool:
+        """Whether attention makes its [T, S] scores, as XLA's does; flash kernels hold a block of them at a time."""
+        return self.kernel == "xla"
+
+    @property
+    def masked_computed(self) -> bool:
+        """Whether scores that the mask hides are computed: XLA's, and cuDNN's under the mask of packed rows."""
+        return self.kernel == "xla" or (self.kernel == "cudnn" and self.config.data.packing.enabled)
+
+    def abstract_state(self) -> TrainState:
+        """Shapes, dtypes and shardings of the state: what a checkpoint is restored to and a step is compiled for."""
+        return abstract_state(self.shapes, self.shardings, self.groups, self.optimizer, self.config.train.frozen_dtype)
+
+    def abstract_batch(self, rows: int, length: int) -> Batch:
+        """The same of a global batch of `rows` rows of `length` positions; ids as the device sees them (i32)."""
+        shape = self.config.batch_shape(1, length)  # one row is made, not a batch of pixels
+        place = batch_sharding(self.mesh)
+
+        def describe(array: np.ndarray) -> jax.ShapeDtypeStruct:
+            dtype = np.dtype(np.int32) if array.dtype == np.int64 else array.dtype
+            return jax.ShapeDtypeStruct((rows, *array.shape[1:]), dtype, sharding=place)
+
+        return Batch(*map(describe, empty_batch(shape)))
+
+    def begin(self, params: PyTree) -> TrainState:
+        """The state before the first step."""
+        return new_state(params, self.groups, self.optimizer, self.config.train.frozen_dtype)
+
+    def jit_begin(self) -> jax.stages.Wrapped:
+        """`begin` under jit: the parameters' buffers become the state's, beside which they would stand a second time."""
+        return jax.jit(self.begin, donate_argnums=0, out_shardings=self.shardings)
+
+    def jit_step(self) -> jax.stages.Wrapped:
+        """The step under jit: the old state's buffers are reused, the metrics are on every device."""
+        return jax.jit(self.step, donate_argnums=0, out_shardings=(self.shardings, replicated(self.mesh)))
+
+
+def build_program(config: Config, mesh: Mesh, steps: int) -> Program:
+    """Put a run together.
+
+    Args:
+      config: of the run.
+      mesh: devices that are here, or descriptions of some that are not.
+      steps: of the learning rate's schedule.
+
+    Raises:
+      ConfigError: parameters that no group covers, or sizes that do not divide over the mesh.
+    """
+    check_model_fits(config, mesh)
+    kernel = kernel_for(mesh.devices.flat[0].platform, config)
+    model = build_model(config, attention_for(kernel, mesh, config), crop_shards=crop_shards(mesh))
+    sample = empty_batch(config.batch_shape(1, config.data.max_length))
+    boxed = jax.eval_shape(model.init, jax.random.key(config.seed), sample)["params"]
+    shapes = nn.unbox(boxed)
+    sizes = {path: int(np.prod(leaf.shape)) for path, leaf in flatten(shapes).items()}
+    groups = assign_groups(list(sizes), config.optimizer.table)
+    schedule = make_schedule(config.optimizer.schedule, steps)
+    optimizer = make_optimizer(config.optimizer, groups, schedule)
+    functions = ModelFns(
+        hidden=lambda params, batch: model.apply({"params": params}, batch).hidden,
+        logits=lambda params, hidden: model.apply({"params": params}, hidden, method="logits"),
+    )
+    accumulation, chunk = config.train.accumulation, config.train.loss_chunk
+    return Program(
+        config=config,
+        mesh=mesh,
+        kernel=kernel,
+        model=model,
+        sample=sample,
+        shapes=shapes,
+        sizes=sizes,
+        groups=groups,
+        schedule=schedule,
+        optimizer=optimizer,
+        shardings=state_shardings(mesh, param_shardings(mesh, boxed), shapes, groups, optimizer),
+        functions=functions,
+        loss=make_loss(functions, chunk),
+        step=make_train_step(functions, optimizer, groups, schedule, accumulation=accumulation, chunk=chunk),
+    )
+
+
+def first_state(program: Program) -> TrainState:
+    """Parameters drawn from the seed, or read from `train.weights`, and a fresh optimizer, born where they belong.
+
+    Drawn values do not depend on the mesh: jax's random bits are the same under any sharding.
+    """
+    config, shardings = program.config, program.shardings
+
+    def draw_params(key: jax.Array) -> PyTree:
+        return nn.unbox(program.model.init(key, program.sample))["params"]
+
+    key = jax.random.key(config.seed)
+    if not config.train.weights:
+        return jax.jit(lambda key: program.begin(draw_params(key)), out_shardings=shardings)(key)
+    found = find_weights(config)
+    fresh = {}
+    if absent := absent_leaves(found.tensors, config):
+
+        def draw_absent(key: jax.Array) -> dict[str, jax.Array]:
+            drawn = flatten(draw_params(key))
+            return {path: drawn[path] for path in absent}
+
+        fresh = jax.device_get(jax.jit(draw_absent)(key))
+    kinds = {path: leaf.dtype for path, leaf in flatten(program.abstract_state().params).items()}
+    return program.jit_begin()(load_params(found.tensors, config, kinds, shardings.params, fresh))

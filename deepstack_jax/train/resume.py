@@ -1,0 +1,175 @@
+"""What is looked at before a run goes on in a workdir: that it is the same run on the same data, and that there is room."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from deepstack_jax.config import Config, TrainConfig, differences
+from deepstack_jax.data.inputs import UNUSABLE
+from deepstack_jax.train.checkpoint import bytes_of
+from deepstack_jax.train.reading import CheckpointError, UnreadableError, one_line, read_json, saved_steps
+from deepstack_jax.types import PyTree
+
+# Keys that may change between the parts of one run: they decide what is shown and kept, not what is computed; or where a run
+# starts from, which lies behind one that goes on.
+HARMLESS = (
+    "name",
+    "train.log_every",
+    "train.checkpoint_every",
+    "train.keep",
+    "train.max_bad_steps",
+    "train.wandb",
+    "train.weights",
+    "train.tower",
+    "train.projector",
+    "train.changed_data",
+    "evaluation.",
+    "profile.",
+    "data.workers",
+    "data.prefetch",
+    "data.max_bad_fraction",
+    "mesh.",
+)
+# Those that may change as far as the same examples come out of them, token by token: see `check_same_data`.
+PLACES = ("data.root", "data.tokenizer")
+
+
+def check_room(workdir: Path, state: PyTree, train: TrainConfig, steps: int) -> str | None:
+    """A warning where the disk does not hold the checkpoints that are still to come; None where there is room.
+
+    Args:
+      state: abstract or real; its size is that of a checkpoint.
+      train: says which ones stay.
+      steps: of the whole run.
+
+    Raises:
+      CheckpointError: not even the first one fits: better known now than after the first thousand steps. A run that goes on is
+        only warned: it may have nothing left to save, or its old ones make room.
+    """
+    needed = bytes_of(state)
+    free, there = shutil.disk_usage(workdir).free, len(saved_steps(workdir))
+    stay = train.keep + train.keep_best + (steps // train.keep_every if train.keep_every else 0)
+    most = min(stay, math.ceil(steps / train.checkpoint_every)) + 1  # the old ones stay until the new one was read back
+    numbers = f"a checkpoint takes {needed / 1e6:,.1f} MB, {workdir} has {free / 1e6:,.1f} MB free"
+    if free < needed and not there:
+        raise CheckpointError(f"{numbers}; make room or choose another --workdir")
+    return f"{numbers} and is to hold {most}, of which {there} are there" if free < (most - there) * needed else None
+
+
+def check_same_run(config: Config, workdir: Path) -> list[str]:
+    """Refuse to go on in a workdir of another configuration; returns the differences that do no harm, one line each.
+
+    Raises:
+      CheckpointError: listing every key that differs and would change what is computed; or the one there cannot be read.
+    """
+    stored = workdir / "config.json"
+    if not stored.exists():
+        return []
+    try:
+        changed = differences(config, read_json(stored))
+    except UnreadableError:
+        raise
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"{error}; if --config is that of the run, delete the file and run the same command again: it is written anew"
+        ) from error
+    lines = {key: f"{key}: {theirs!r} there, {ours!r} now" for key, (ours, theirs) in changed.items()}
+    fatal = [line for key, line in lines.items() if key not in PLACES and not key.startswith(HARMLESS)]
+    if fatal:
+        raise CheckpointError(f"{workdir} holds a run of another configuration ({', '.join(fatal)}); choose a new --workdir")
+    return list(lines.values())
+
+
+def check_same_data(config: Config, workdir: Path, now: dict[str, Any], texts: Callable[[], str]) -> list[str]:
+    """Refuse to go on with other data than the run was begun with, at the same place or another.
+
+    Args:
+      now: see `describe_data`; that of the run stands in its manifest.
+      texts: see `describe_texts`; asked for where the manifest is of an earlier version.
+
+    Returns:
+      What differs, where `train.changed_data` accepts it.
+
+    Raises:
+      CheckpointError: naming what differs, and the ways to go on.
+    """
+    found = data_changes(config, workdir, now, texts)
+    if not found or config.train.changed_data == "accept":
+        return found
+    # Another number of rows is another order, which no flag can go on with.
+    accept = ", or go on with what is there now: --config.train.changed_data=accept" if "rows there" not in found[0] else ""
+    raise CheckpointError(
+        f"{workdir} holds a run on other examples, or that read them as other tokens ({'; '.join(found)}); put back what it "
+        f"was begun with, choose a new --workdir{accept}"
+    )
+
+
+def data_changes(config: Config, workdir: Path, now: dict[str, Any], texts: Callable[[], str]) -> list[str]:
+    """What of the data differs from what the run in a workdir has learned from; nothing where it has learned nothing yet."""
+    if not (workdir / "config.json").exists() or not saved_steps(workdir):
+        return []
+    try:
+        return _data_changes(config, workdir, now, texts)
+    except UnreadableError:
+        raise
+    except (CheckpointError, TypeError, AttributeError, KeyError) as error:
+        raise CheckpointError(
+            f"{workdir}/manifest.json is damaged ({one_line(error)}), which tells what data the run began with; if that "
+            "is the same, delete the file and run the same command again: it is written anew"
+        ) from error
+
+
+def _data_changes(config: Config, workdir: Path, now: dict[str, Any], texts: Callable[[], str]) -> list[str]:
+    changed = differences(config, read_json(workdir / "config.json"))
+    moved = [f"{key}: {changed[key][1]!r} there, {changed[key][0]!r} now" for key in PLACES if key in changed]
+    manifest = workdir / "manifest.json"
+    if not manifest.exists():
+        manifest = workdir / "checkpoints" / str(saved_steps(workdir)[-1]) / "about" / "metadata"  # which has the same
+    before = read_json(manifest).get("data", {}) if manifest.exists() else {}
+    found = []
+    if before.get("rows", now["rows"]) != now["rows"]:
+        found.append(f"{before['rows']:,} rows there, {now['rows']:,} now")
+    for split, named in now["contents"].items():
+        for name, digest in named.items():
+            files = [side.get("files", {}).get(split, {}).get(name, "") for side in (before, now)]
+            theirs = before.get("contents", {}).get(split, {}).get(name)
+            if _is_changed(theirs, digest, *files, moved=bool(moved)):
+                found.append(f"{split} data {name}: {files[0] or 'unknown'} there, {files[1]} now")
+    if "looked_at" in before:
+        found += _changed_rows(before["looked_at"], now["looked_at"])
+    elif (moved or "texts" in before) and before.get("texts") != texts():
+        found.append("rows looked at became other tokens")
+    return found + moved if found else []
+
+
+def _is_changed(theirs: str | None, ours: str, files_before: str, files_now: str, *, moved: bool) -> bool:
+    """Whether one data file is another by now; by its number, size and time where its bytes are not known to the last."""
+    if theirs and ours and theirs != ours:
+        return True
+    if moved or not files_before or (theirs and ours.startswith("whole")):
+        return False
+    if theirs is None:  # an earlier version, which may be read on a copy: the size tells
+        return files_before.rpartition(", ")[0] != files_now.rpartition(", ")[0]
+    return files_before != files_now
+
+
+def _changed_rows(before: str, now: str) -> Iterator[str]:
+    """Rows that both looked at and that are others by now.
+
+    Not what could not be used and was mended since, nor images that cannot be read now: those are the quarantine's business.
+    """
+    theirs, ours = ({row: (tokens, images) for row, tokens, images in _parts(side)} for side in (before, now))
+    both = [row for row in ours if row in theirs]
+    tokens = [row for row in both if theirs[row][0] not in (UNUSABLE, ours[row][0])]
+    images = [row for row in both if theirs[row][1] != ours[row][1] and UNUSABLE not in (theirs[row][1], ours[row][1])]
+    for rows, what in ((tokens, "became other tokens"), (images, "have other images")):
+        if rows:
+            yield f"{len(rows):,} of {len(both):,} rows looked at {what}, the first is row {rows[0]}"
+
+
+def _parts(looked_at: str) -> Iterator[list[str]]:
+    return (parts for parts in (word.split(":") for word in looked_at.split()) if len(parts) == 3)

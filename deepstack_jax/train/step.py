@@ -1,0 +1,158 @@
+"""The training step as a pure function: gradients of the token-weighted loss over the global batch, one optimizer update."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, Int
+
+from deepstack_jax.batch import Batch
+from deepstack_jax.train.optimizer import FROZEN, flatten, unflatten
+from deepstack_jax.types import PyTree, TrainState
+
+StepFn = Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]
+
+
+class ModelFns(NamedTuple):
+    """What the step needs of a model."""
+
+    hidden: Callable[[PyTree, Batch], Float[Array, "B T D"]]
+    logits: Callable[[PyTree, Float[Array, "B T D"]], Float[Array, "B T V"]]  # float32
+
+
+class LossSums(NamedTuple):
+    """Sums over tokens, so that shards, packs and micro-batches add up to the same loss."""
+
+    loss: Float[Array, ""]
+    weight: Float[Array, ""]
+    correct: Float[Array, ""]  # weighted count of targets that the argmax hits
+
+
+def token_loss(
+    logits_fn: Callable[[Float[Array, "B T D"]], Float[Array, "B T V"]],
+    hidden: Float[Array, "B T D"],
+    targets: Int[Array, "B T"],
+    weights: Float[Array, "B T"],
+    chunk: int,
+) -> LossSums:
+    """Summed cross-entropy. Logits exist for `chunk` positions at a time and are recomputed in the backward pass."""
+    length = hidden.shape[1]
+    chunk = min(chunk, length)
+    chunks = -(-length // chunk)
+    pad = chunks * chunk - length
+
+    def split(x: Array) -> Array:
+        x = jnp.pad(x, [(0, 0), (0, pad)] + [(0, 0)] * (x.ndim - 2))
+        return jnp.moveaxis(x.reshape(x.shape[0], chunks, -1, *x.shape[2:]), 1, 0)
+
+    @jax.checkpoint
+    def one(sums: LossSums, part: tuple[Array, Array, Array]) -> tuple[LossSums, None]:
+        hidden, targets, weights = part
+        logits = logits_fn(hidden)
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
+        hits = jnp.argmax(logits, axis=-1) == targets
+        new = LossSums((losses * weights).sum(), weights.sum(), (hits * weights).sum())
+        return LossSums(*(a + b for a, b in zip(sums, new, strict=True))), None
+
+    zero = LossSums(*(jnp.zeros((), jnp.float32),) * 3)
+    return jax.lax.scan(one, zero, (split(hidden), split(targets), split(weights)))[0]
+
+
+def make_loss(model: ModelFns, chunk: int) -> Callable[[PyTree, Batch], LossSums]:
+    """The loss sums of a batch under given parameters; also the held-out loss."""
+
+    def loss(params: PyTree, batch: Batch) -> LossSums:
+        hidden = model.hidden(params, batch)
+        return token_loss(lambda h: model.logits(params, h), hidden, batch.targets, batch.loss_weights, chunk)
+
+    return loss
+
+
+def make_train_step(
+    model: ModelFns,
+    optimizer: optax.GradientTransformation,
+    groups: dict[str, str],
+    schedule: optax.Schedule,
+    *,
+    accumulation: int,
+    chunk: int,
+) -> StepFn:
+    """`train_step(state, batch) -> (state, metrics)`.
+
+    The loss is sum(losses * weights) / sum(weights) over the *whole* batch: gradients of sums are added over micro-batches and
+    divided once at the end, so that the number of micro-batches does not change the result. Frozen parameters are constants
+    of the differentiated function: they have no gradient buffer and no optimizer state.
+
+    A step whose loss or gradient norm is not finite changes neither parameters nor optimizer, and is counted in the state; the
+    batch is consumed all the same.
+    """
+    loss_fn = make_loss(model, chunk)
+
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
+        flat = flatten(state.params)
+        frozen = {path: leaf for path, leaf in flat.items() if groups[path] == FROZEN}
+        trainable = {path: leaf for path, leaf in flat.items() if groups[path] != FROZEN}
+
+        def loss_sum(trainable: PyTree, batch: Batch) -> tuple[Array, LossSums]:
+            sums = loss_fn(unflatten({**frozen, **trainable}), batch)
+            return sums.loss, sums
+
+        gradients, sums = _accumulate(jax.grad(loss_sum, has_aux=True), trainable, batch, accumulation)
+        total = jnp.maximum(sums.weight, 1.0)
+        share = 1 / total  # a product is fused into what reads it, where a quotient would be written down first
+        gradients = jax.tree.map(lambda g: g * share, gradients)
+        loss, norm = sums.loss / total, optax.tree.norm(gradients)
+        good = jnp.isfinite(loss) & jnp.isfinite(norm)
+        factor = schedule(state.step - state.bad_steps)  # the optimizer counts its updates, not the batches
+        updates, opt_state = optimizer.update(gradients, state.opt_state, trainable)
+        updated: Any = optax.apply_updates(trainable, updates)
+        # A choice per element, which XLA fuses into the update: a branch would hold both states.
+        updated, opt_state = jax.tree.map(
+            lambda new, old: jnp.where(good, new, old), (updated, opt_state), (trainable, state.opt_state)
+        )
+        bad = (~good).astype(jnp.int32)
+        state = TrainState(
+            step=state.step + 1,
+            params=unflatten({**frozen, **updated}),
+            opt_state=opt_state,
+            bad_steps=state.bad_steps + bad,
+            bad_in_a_row=(state.bad_in_a_row + bad) * bad,
+        )
+        metrics = {
+            "loss": loss,
+            "token_accuracy": sums.correct / total,
+            "grad_norm": norm,
+            "lr_factor": factor,
+            "supervised_tokens": sums.weight,
+            "padding": jnp.mean(batch.segment_ids == 0),
+            "segment_squares": _segment_squares(batch),
+            "good": good,
+            "bad_steps": state.bad_steps,
+            "bad_in_a_row": state.bad_in_a_row,
+        }
+        return state, metrics
+
+    return train_step
+
+
+def _segment_squares(batch: Batch) -> Float[Array, ""]:
+    """Sum of the squared lengths of all segments: twice the pairs that causal attention looks at."""
+    segments = jax.nn.one_hot(batch.segment_ids, batch.example_id.shape[1] + 1, dtype=jnp.float32)
+    return jnp.square(segments.sum(axis=1)[:, 1:]).sum()
+
+
+def _accumulate(grad_fn: Callable, trainable: PyTree, batch: Batch, parts: int) -> tuple[PyTree, LossSums]:
+    """Gradients and sums added over `parts` micro-batches, row r going to micro-batch r % parts: hosts then stay balanced."""
+    if parts == 1:
+        return grad_fn(trainable, batch)
+    micro = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, parts, *x.shape[1:]), 1, 0), batch)
+
+    def add(total: PyTree, part: Batch) -> tuple[PyTree, None]:
+        return jax.tree.map(jnp.add, total, grad_fn(trainable, part)), None
+
+    zero = (jax.tree.map(jnp.zeros_like, trainable), LossSums(*(jnp.zeros((), jnp.float32),) * 3))
+    return jax.lax.scan(add, zero, micro)[0]
