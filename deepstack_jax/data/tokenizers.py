@@ -9,7 +9,7 @@ import functools
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
@@ -19,6 +19,7 @@ from deepstack_jax.data.sentencepieces import SentencePieceTokenizer
 from deepstack_jax.data.tokenizer_files import LITERALS, read_json
 
 
+@runtime_checkable
 class Tokenizer(Protocol):
     """What the data pipeline and generation need of a tokenizer.
 

@@ -10,12 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from deepstack_jax.data import preparing, records
+from deepstack_jax.data import records
 from deepstack_jax.data.conversation import Message
 from deepstack_jax.data.image import open_image
 from deepstack_jax.data.records import RecordShards, RecordWriter, verify
 from deepstack_jax.data.sources import Example, SampleError, SourceError
 from deepstack_jax.data.synthetic import DocumentPages
+from deepstack_jax.prepare import preparing
 from deepstack_jax.prepare.journal import Journal, source_rows
 from deepstack_jax.prepare.preparing import (
     Bad,
