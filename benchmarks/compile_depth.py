@@ -17,7 +17,7 @@ import jax
 
 from benchmarks.plan_table import OUTPUT, write_section
 from deepstack_jax.config import Config, DataConfig, DecoderConfig, ImageConfig, MeshConfig, TrainConfig, VisionConfig
-from deepstack_jax.config_checks import ConfigError
+from deepstack_jax.errors import ConfigError
 from deepstack_jax.parallel.mesh import make_mesh
 from deepstack_jax.parallel.rules import use_mesh
 from deepstack_jax.plan.compile import Compiled, compile_step

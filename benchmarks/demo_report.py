@@ -24,12 +24,12 @@ from PIL import Image
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
+from deepstack_jax.atomic import write_json
 from deepstack_jax.config import Config, build_config
-from deepstack_jax.config_checks import ConfigError
 from deepstack_jax.data.image import make_views, open_image
 from deepstack_jax.data.open import open_source
 from deepstack_jax.data.synthetic import BOXES, CHANCE
-from deepstack_jax.outward import write_json
+from deepstack_jax.errors import ConfigError
 from deepstack_jax.printing import Console
 from deepstack_jax.train.metrics import read_metrics
 

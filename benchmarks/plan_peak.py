@@ -13,7 +13,7 @@ import jax
 
 from deepstack_jax import cli
 from deepstack_jax.batch import empty_batch
-from deepstack_jax.config_checks import ConfigError
+from deepstack_jax.errors import ConfigError
 from deepstack_jax.parallel.distributed import put_batch
 from deepstack_jax.parallel.mesh import make_mesh
 from deepstack_jax.parallel.rules import use_mesh

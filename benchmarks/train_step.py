@@ -22,6 +22,7 @@ from benchmarks.decode import llama_config
 from deepstack_jax.batch import Batch
 from deepstack_jax.config import (
     Config,
+    DataConfig,
     DecoderConfig,
     ImageConfig,
     OptimizerConfig,
@@ -30,7 +31,6 @@ from deepstack_jax.config import (
     TrainConfig,
     VisionConfig,
 )
-from deepstack_jax.config_data import DataConfig
 from deepstack_jax.data.tokenize import IMAGE_TOKEN
 from deepstack_jax.generate.prompts import CutImage, example, pack
 from deepstack_jax.parallel.distributed import put_batch

@@ -19,9 +19,9 @@ from jax import numpy as jnp
 from jax.typing import DTypeLike
 
 from deepstack_jax.config import Config
-from deepstack_jax.config_checks import ConfigError
 from deepstack_jax.data.conversation import TEMPLATES
 from deepstack_jax.data.tokenizers import HFTokenizer, SentencePieceTokenizer, Tokenizer, load_tokenizer
+from deepstack_jax.errors import ConfigError
 from deepstack_jax.generate.answers import Answer, Answerer, Chat, Turn
 from deepstack_jax.generate.options import Options, RequestError
 from deepstack_jax.generate.scores import score

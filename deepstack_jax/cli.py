@@ -20,7 +20,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from deepstack_jax.config import Config, build_config
-from deepstack_jax.config_checks import ConfigError
+from deepstack_jax.errors import ConfigError
 from deepstack_jax.printing import guard_streams, one_line, quote
 
 EXIT_DONE = 0
@@ -241,7 +241,7 @@ def _unknown_key(message: str) -> str:
     found = re.match(r"\W*(\w+)(?:\W+n?Did you mean\W+(\w+))?", message)
     key, near = found.groups() if found else (message, None)
     flag = next((arg.split("=")[0] for arg in sys.argv if f".{key}" in arg.split("=")[0]), key)
-    hint = f"nearest valid name: {near!r}" if near else "all keys and their defaults stand in deepstack_jax/config.py"
+    hint = f"nearest valid name: {near!r}" if near else "all keys and their defaults stand in deepstack_jax/config/"
     return f"unknown key {flag}; {hint}"
 
 

@@ -19,7 +19,7 @@ import dataclasses
 import runpy
 from pathlib import Path
 
-from deepstack_jax.config_data import SetConfig
+from deepstack_jax.config import SetConfig
 
 LLAVA_665K = runpy.run_path(str(Path(__file__).with_name("llava_665k.py")))["SETS"]
 PAPER = {"gqa": 72_000, "ocr_vqa": 80_000, "vg": 86_000, "sharegpt": 40_000}

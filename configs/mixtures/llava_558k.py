@@ -1,6 +1,6 @@
 """Stage 1: LLaVA's 558k captioned images of LAION, CC and SBU (LCS-558K), 181 MB of JSON and 27 GB of images."""
 
-from deepstack_jax.config_data import SetConfig
+from deepstack_jax.config import SetConfig
 
 FETCH = "hf download liuhaotian/LLaVA-Pretrain {} --repo-type dataset --local-dir $ROOT"
 

@@ -4,7 +4,7 @@ Five sets lie over COCO and cannot be told apart: LLaVA-Instruct 157,712, VQAv2 
 OKVQA 8,998 rows. The numbers are LLaVA's own (github.com/haotian-liu/LLaVA, issues 657 and 702).
 """
 
-from deepstack_jax.config_data import SetConfig
+from deepstack_jax.config import SetConfig
 
 FILE = "llava_v1_5_mix665k.json"
 FILE_FROM = f"hf download liuhaotian/LLaVA-Instruct-150K {FILE} --repo-type dataset --local-dir $ROOT"

@@ -9,18 +9,18 @@ from absl import flags
 from rich.progress import track
 
 from deepstack_jax import cli
+from deepstack_jax.atomic import write_whole
 from deepstack_jax.audit.cards import make_card
 from deepstack_jax.audit.charts import draw_charts
 from deepstack_jax.audit.page import quarantined, render_page
 from deepstack_jax.audit.seen import see
 from deepstack_jax.audit.survey import choose_rows, survey
 from deepstack_jax.config import Config
-from deepstack_jax.config_checks import ConfigError, try_all
 from deepstack_jax.data.open import open_source
 from deepstack_jax.data.pipeline import open_tokenizer
 from deepstack_jax.data.sources import Source, SourceError
 from deepstack_jax.data.tokenizers import Tokenizer
-from deepstack_jax.outward import write_whole
+from deepstack_jax.errors import ConfigError, try_all
 from deepstack_jax.printing import Console, plural
 
 USAGE = """

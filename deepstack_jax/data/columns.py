@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from deepstack_jax.config_data import LimitsConfig
+from deepstack_jax.config import LimitsConfig
 from deepstack_jax.data.normaliser import RowError, needed_keys
 from deepstack_jax.data.sources import SourceError
 

@@ -21,7 +21,7 @@ from typing import IO, Any
 
 from fsspec.core import url_to_fs
 
-from deepstack_jax.outward import whole_file
+from deepstack_jax.atomic import whole_file
 
 BUFFER_BYTES = 8 << 20
 """What a stream over the network asks for at once."""

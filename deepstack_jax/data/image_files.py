@@ -12,7 +12,7 @@ from typing import IO, NamedTuple
 import numpy as np
 from PIL import ExifTags, Image, ImageFile, PngImagePlugin, TiffImagePlugin
 
-from deepstack_jax.config_data import DataConfig
+from deepstack_jax.config import DataConfig
 from deepstack_jax.data import files
 
 # Pillow's other readers start programs (EPS), open whatever a file contains with any reader (IPTC, ICNS), decode before the

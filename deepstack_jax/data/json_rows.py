@@ -8,7 +8,7 @@ from typing import IO
 
 import numpy as np
 
-from deepstack_jax.config_data import LIMITS, LimitsConfig
+from deepstack_jax.config import LIMITS, LimitsConfig
 from deepstack_jax.data import files
 from deepstack_jax.data.normaliser import RowError, row_name
 from deepstack_jax.data.sources import SourceError

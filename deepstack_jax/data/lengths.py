@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 from rich.progress import Progress
 
+from deepstack_jax.atomic import whole_file
 from deepstack_jax.config import Config
 from deepstack_jax.data import files
 from deepstack_jax.data.encode import Encoder
@@ -27,7 +28,6 @@ from deepstack_jax.data.rows import Size
 from deepstack_jax.data.sources import Example, SampleError, Source, SourceError
 from deepstack_jax.data.workers import live_and_die_with_the_run
 from deepstack_jax.layout.sequence import VisualLayout
-from deepstack_jax.outward import whole_file
 from deepstack_jax.printing import Console
 
 CHUNK = 512  # rows measured between two saves: a second or two, which is also how long Ctrl-C takes

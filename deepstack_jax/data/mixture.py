@@ -18,11 +18,11 @@ from numpy.typing import ArrayLike
 from rich.table import Table
 from rich.text import Text
 
-from deepstack_jax.config_checks import ConfigError
-from deepstack_jax.config_data import SetConfig
+from deepstack_jax.config import SetConfig
 from deepstack_jax.data import files
 from deepstack_jax.data.selection import TEXT_ROWS, RowFilter, Selection, select
 from deepstack_jax.data.sources import Example, Outline, OutlinedSource, SampleError, Source, SourceError
+from deepstack_jax.errors import ConfigError
 
 _COLUMNS = ("set", "file", "found", "expected", "paper", "repeat", "per epoch", "")
 SHUFFLE_ROUNDS = 8  # with Grain's usual 4, rows that are neighbours in the file still lie at preferred distances

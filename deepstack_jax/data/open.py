@@ -8,9 +8,7 @@ from collections.abc import Sequence
 from fnmatch import fnmatch
 from functools import partial
 
-from deepstack_jax.config import Config
-from deepstack_jax.config_checks import ConfigError
-from deepstack_jax.config_data import LIMITS, LimitsConfig
+from deepstack_jax.config import LIMITS, Config, LimitsConfig
 from deepstack_jax.data import files, records
 from deepstack_jax.data.file_source import FileSource, Rows
 from deepstack_jax.data.json_rows import LINE_SUFFIXES, JsonRows
@@ -18,6 +16,7 @@ from deepstack_jax.data.mixture import open_mixture
 from deepstack_jax.data.sources import OutlinedSource, Source, SourceError
 from deepstack_jax.data.synthetic import DocumentPages
 from deepstack_jax.data.tables import ArrowRows, ParquetRows
+from deepstack_jax.errors import ConfigError
 from deepstack_jax.printing import plural
 
 _CONTAINERS = (

@@ -25,7 +25,6 @@ from rich.table import Table
 
 from deepstack_jax.batch import Batch, BatchShape, check_batch, empty_batch
 from deepstack_jax.config import Config
-from deepstack_jax.config_checks import ConfigError, fetch_command
 from deepstack_jax.data import files
 from deepstack_jax.data.encode import BadExample, Encoder, check_end_of_turn
 from deepstack_jax.data.lengths import length_index, measure
@@ -36,6 +35,7 @@ from deepstack_jax.data.schedule import PackedSchedule, PaddedSchedule, Schedule
 from deepstack_jax.data.sources import Example, SampleError, Source, SourceError
 from deepstack_jax.data.tokenizers import Tokenizer, load_tokenizer
 from deepstack_jax.data.workers import check_shared_memory, live_and_die_with_the_run, why_lost
+from deepstack_jax.errors import ConfigError, fetch_command
 from deepstack_jax.printing import redacted
 
 

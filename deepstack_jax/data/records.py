@@ -18,7 +18,7 @@ from typing import Any, NamedTuple, SupportsIndex
 
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
-from deepstack_jax.config_data import LIMITS, LimitsConfig
+from deepstack_jax.config import LIMITS, LimitsConfig
 from deepstack_jax.data import files
 from deepstack_jax.data.conversation import ConversationError
 from deepstack_jax.data.normaliser import RowError

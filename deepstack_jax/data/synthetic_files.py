@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
-from deepstack_jax.config_data import SetConfig
+from deepstack_jax.config import SetConfig
 
 SHAPES_WH = ((96, 96), (140, 70), (60, 150), (120, 90), (90, 120))
 COLOURS = {"red": (190, 40, 40), "green": (40, 140, 60), "blue": (50, 70, 190), "gray": (110, 110, 110)}

@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from deepstack_jax.config_data import LIMITS, LimitsConfig
+from deepstack_jax.config import LIMITS, LimitsConfig
 from deepstack_jax.data import files
 from deepstack_jax.data.columns import VALUE_BYTES, carried, one_line, scanned, settled, to_row, warn_of
 from deepstack_jax.data.footers import Chunk, decompressed_bytes, messages_of, read_chunks

@@ -12,8 +12,8 @@ import shutil
 import signal
 import threading
 
-from deepstack_jax.config_checks import ConfigError
-from deepstack_jax.config_data import DataConfig
+from deepstack_jax.config import DataConfig
+from deepstack_jax.errors import ConfigError
 
 SHARED_MEMORY = "/dev/shm"
 _WAY_OUT = (

@@ -15,6 +15,7 @@ from rich.table import Table
 
 from deepstack_jax import cli
 from deepstack_jax.api import DTYPES, LMM, ConfigError, Options, RequestError, load
+from deepstack_jax.atomic import write_json, write_lines
 from deepstack_jax.config import Config, DataConfig, to_dict
 from deepstack_jax.data import files
 from deepstack_jax.data.conversation import ConversationError
@@ -30,7 +31,6 @@ from deepstack_jax.evaluate.reports import left_out_of
 from deepstack_jax.evaluate.scorers import SCORERS
 from deepstack_jax.evaluate.unfinished import Unfinished
 from deepstack_jax.generate.prompts import find_template
-from deepstack_jax.outward import write_json, write_lines
 from deepstack_jax.printing import Console, label, plural, redacted
 from deepstack_jax.train.checkpoint import CheckpointError
 from deepstack_jax.train.checksums import checksums

@@ -9,8 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from deepstack_jax.config import Config
-from deepstack_jax.config_data import DataConfig
+from deepstack_jax.config import Config, DataConfig
 from deepstack_jax.data.conversation import (
     IMAGE_MARK,
     ConversationError,

@@ -13,8 +13,8 @@ import numpy as np
 from PIL import Image
 from rich.table import Table
 
-from deepstack_jax.config import Config
-from deepstack_jax.config_data import DataConfig
+from deepstack_jax.atomic import write_json, write_lines
+from deepstack_jax.config import Config, DataConfig
 from deepstack_jax.data.encode import BadExample, Encoder, try_row
 from deepstack_jax.data.image_files import read_image
 from deepstack_jax.data.lengths import encoded_tokens, measure
@@ -24,7 +24,6 @@ from deepstack_jax.data.overlap import find_overlap
 from deepstack_jax.data.sources import Example, Source, SourceError
 from deepstack_jax.evaluate.questions import check_rows, uninterrupted
 from deepstack_jax.evaluate.runner import Answer, HeldOut, mean_by_kind
-from deepstack_jax.outward import write_json, write_lines
 from deepstack_jax.parallel.distributed import first_host_says, is_first_host
 from deepstack_jax.printing import Console, label, plural
 from deepstack_jax.train.metrics import MetricsLog, read_metrics

@@ -8,8 +8,8 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
-from deepstack_jax.config_checks import nearest
 from deepstack_jax.data.tokenizers import Tokenizer
+from deepstack_jax.errors import nearest
 from deepstack_jax.generate.sampling import Sampling
 
 

@@ -40,7 +40,7 @@ SAMPLINGS: dict[str, Callable[[int, int, int], np.ndarray]] = {"2d": dilated_2d,
 def layer_schedule(layers: int, groups: int, start: int, interval: int) -> tuple[int, ...]:
     """The group that is added at the input of each layer, or -1: group k at layer start + k * interval.
 
-    Groups past the last layer drop out, as upstream (its `custom_llama.py`); `config.py` warns of them.
+    Groups past the last layer drop out, as upstream (its `custom_llama.py`); `config` warns of them.
     """
     if start < 0 or interval < 1:
         raise ValueError(f"start {start} and interval {interval}: expected start >= 0 and interval >= 1")

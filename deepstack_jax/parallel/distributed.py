@@ -18,7 +18,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from deepstack_jax.batch import Batch
-from deepstack_jax.config_checks import ConfigError
+from deepstack_jax.errors import ConfigError
 from deepstack_jax.parallel.rules import batch_sharding
 
 _NOTICE_SECONDS = 1.5  # jax's preemption service looks once a second for SIGTERM

@@ -12,7 +12,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
 from deepstack_jax.config import Config, MeshConfig
-from deepstack_jax.config_checks import ConfigError
+from deepstack_jax.errors import ConfigError
 
 AXES = ("data", "fsdp", "tensor")
 # What is cut along an axis of the mesh, by the rules of `rules.py`.

@@ -15,7 +15,7 @@ from types import TracebackType
 
 import jax
 
-from deepstack_jax.config_checks import ConfigError
+from deepstack_jax.errors import ConfigError
 
 # A process that says nothing for so long is dead, and the others stop. Well within a minute, and far beyond a pause of Python.
 HEARTBEAT_SECONDS = 30

@@ -11,7 +11,7 @@ import jax
 from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from deepstack_jax.config_checks import ConfigError
+from deepstack_jax.errors import ConfigError
 
 BATCH_AXES = ("data", "fsdp")
 ALL_AXES = (*BATCH_AXES, "tensor")

@@ -13,7 +13,7 @@ from absl import flags
 from rich.table import Table
 
 from deepstack_jax import cli
-from deepstack_jax.config_checks import ConfigError
+from deepstack_jax.errors import ConfigError
 from deepstack_jax.plan.planner import Wanted, make_plan
 from deepstack_jax.plan.report import Plan, gib, show
 from deepstack_jax.plan.search import Search, find_best

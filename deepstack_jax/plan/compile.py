@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 
-from deepstack_jax.config_checks import ConfigError
+from deepstack_jax.errors import ConfigError
 from deepstack_jax.parallel.rules import use_mesh
 from deepstack_jax.train.flops import GIB
 from deepstack_jax.train.program import Program

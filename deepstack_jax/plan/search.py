@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from deepstack_jax.config import Config, MeshConfig
-from deepstack_jax.config_checks import ConfigError
+from deepstack_jax.errors import ConfigError
 from deepstack_jax.parallel.mesh import make_mesh
 from deepstack_jax.plan.planner import Wanted, describe, make_plan, plan_load
 from deepstack_jax.plan.report import Plan

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 from jax.experimental import topologies
 
-from deepstack_jax.config_checks import ConfigError, nearest
+from deepstack_jax.errors import ConfigError, nearest
 from deepstack_jax.train.flops import CHIPS, GIB, Chip
 
 GPUS_PER_HOST = 8

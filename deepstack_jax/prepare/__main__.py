@@ -20,10 +20,10 @@ from rich.table import Table
 
 from deepstack_jax import cli
 from deepstack_jax.config import Config
-from deepstack_jax.config_checks import ConfigError
 from deepstack_jax.data import files
 from deepstack_jax.data.records import MANIFEST, verify
 from deepstack_jax.data.sources import SourceError
+from deepstack_jax.errors import ConfigError
 from deepstack_jax.prepare.journal import BAD, IDENTITY, Journal, too_many_bad
 from deepstack_jax.prepare.preparing import Chunk, DiskError, Job, make_chunks, record_bytes, shard_bytes
 from deepstack_jax.printing import Console

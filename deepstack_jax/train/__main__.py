@@ -14,9 +14,9 @@ from jax.sharding import Mesh
 from rich.table import Table
 
 from deepstack_jax import cli
+from deepstack_jax.atomic import write_json
 from deepstack_jax.batch import Batch
 from deepstack_jax.config import Config, build_config, to_dict
-from deepstack_jax.config_checks import ConfigError, try_all
 from deepstack_jax.data.conversation import ConversationError, get_template
 from deepstack_jax.data.image import ImageError
 from deepstack_jax.data.inputs import describe_data, describe_texts
@@ -25,12 +25,12 @@ from deepstack_jax.data.open import check_images, open_source
 from deepstack_jax.data.pipeline import TrainingStream, open_tokenizer
 from deepstack_jax.data.sources import Source, SourceError
 from deepstack_jax.data.tokenizers import Tokenizer
+from deepstack_jax.errors import ConfigError, try_all
 from deepstack_jax.evaluate.reports import check_held_out, finish, first_sizes, report_held_out, seconds_per_step
 from deepstack_jax.evaluate.runner import HeldOut
 from deepstack_jax.generate.generate import greedy
 from deepstack_jax.generate.text import end_of_turn
 from deepstack_jax.model.deepstack import DeepStack
-from deepstack_jax.outward import write_json
 from deepstack_jax.parallel.distributed import ToldToStop, is_first_host, part_of_batch
 from deepstack_jax.parallel.mesh import check_batch_fits, make_mesh
 from deepstack_jax.parallel.processes import join_processes

@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from deepstack_jax.config_checks import ConfigError
+from deepstack_jax.atomic import write_whole
 from deepstack_jax.data.encode import BadExample
-from deepstack_jax.outward import write_whole
+from deepstack_jax.errors import ConfigError
 from deepstack_jax.train.board import Board
 from deepstack_jax.train.lines import Lines, read_lines
 

@@ -13,7 +13,7 @@ from flax import traverse_util
 from optax.contrib import MuonDimensionNumbers, muon
 
 from deepstack_jax.config import OptimizerConfig, OptimizerGroup, ScheduleConfig
-from deepstack_jax.config_checks import ConfigError
+from deepstack_jax.errors import ConfigError
 
 FROZEN = "frozen"
 # Parameters stacked over layers carry that axis first; Muon orthogonalises each layer's matrix by itself.

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
 
-from deepstack_jax.config_data import DataConfig
+from deepstack_jax.config import DataConfig
 from deepstack_jax.printing import Console
 
 # What the line shows of the numbers at hand, in this order.

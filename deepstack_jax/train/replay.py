@@ -14,9 +14,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from deepstack_jax.atomic import write_json
 from deepstack_jax.batch import Batch
 from deepstack_jax.data.pipeline import TrainingStream
-from deepstack_jax.outward import write_json
 from deepstack_jax.parallel.distributed import put_batch
 from deepstack_jax.printing import Console
 from deepstack_jax.train.checkpoint import Checkpoints

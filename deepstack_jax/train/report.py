@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich.table import Table
 
-from deepstack_jax.outward import whole_file
+from deepstack_jax.atomic import whole_file
 from deepstack_jax.printing import Console
 from deepstack_jax.train.journal import KINDS, read_journal
 from deepstack_jax.train.metrics import read_metrics

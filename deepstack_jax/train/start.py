@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from deepstack_jax.config import Config, build_config
-from deepstack_jax.config_checks import fetch_command
+from deepstack_jax.errors import fetch_command
 from deepstack_jax.train.reading import UnreadableError, saved_steps
 from deepstack_jax.train.reading import read_json as read_stored
 from deepstack_jax.train.trained import restore_params

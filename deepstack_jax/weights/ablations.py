@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from deepstack_jax.config import Config
-from deepstack_jax.config_checks import nearest
+from deepstack_jax.errors import nearest
 from deepstack_jax.printing import quote
 from deepstack_jax.weights.files import WeightsError
 

@@ -10,8 +10,9 @@ import warnings
 from collections.abc import Mapping
 from typing import Any
 
-from deepstack_jax.config import Config, DataConfig, DeepStackConfig, ImageConfig, ProjectorConfig, VisionConfig
-from deepstack_jax.config_checks import CHOICES, check_config, nearest
+from deepstack_jax.config import Config, DataConfig, DeepStackConfig, ImageConfig, ProjectorConfig, VisionConfig, check_config
+from deepstack_jax.config.checks import CHOICES
+from deepstack_jax.errors import nearest
 from deepstack_jax.printing import quote
 from deepstack_jax.weights.ablations import ablation_text, ablations_from, pooled_baseline
 from deepstack_jax.weights.files import WeightsError

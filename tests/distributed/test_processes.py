@@ -9,7 +9,7 @@ import time
 import numpy as np
 import pytest
 
-from deepstack_jax.config_checks import ConfigError
+from deepstack_jax.errors import ConfigError
 from deepstack_jax.parallel.processes import join_processes
 from tests.distributed.several import free_port, train_in, trainers, workers
 from tests.e2e.receipts import draw_receipts

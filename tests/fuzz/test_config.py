@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from deepstack_jax import cli
 from deepstack_jax.config import Config, build_config, to_dict
-from deepstack_jax.config_checks import CHOICES, ConfigError
+from deepstack_jax.config.checks import CHOICES
+from deepstack_jax.errors import ConfigError
 from tests.fuzz.watch import is_one_line
 
 MEMORY = 50e6  # bytes that checking may take

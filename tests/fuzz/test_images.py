@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, features
 
-from deepstack_jax.config_data import DataConfig
+from deepstack_jax.config import DataConfig
 from deepstack_jax.data.image_files import FORMATS, ImageError, image_size, look_at, read_image
 from tests.fuzz.watch import is_one_line, reads_only
 

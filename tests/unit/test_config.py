@@ -12,9 +12,10 @@ import pytest
 from ml_collections import ConfigDict
 
 from deepstack_jax.cli import writable_folder
-from deepstack_jax.config import Config, build_config, default_config, differences, to_dict
-from deepstack_jax.config_checks import CHOICES, ConfigError, check_config, nearest
-from deepstack_jax.config_ranges import GROUP_RANGES, POSITIVE, RANGES
+from deepstack_jax.config import Config, build_config, check_config, default_config, differences, to_dict
+from deepstack_jax.config.checks import CHOICES
+from deepstack_jax.config.ranges import GROUP_RANGES, POSITIVE, RANGES
+from deepstack_jax.errors import ConfigError, nearest
 from tests.unit.tiny import TINY, tiny_config
 
 pytestmark = pytest.mark.quick

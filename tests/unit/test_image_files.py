@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFile, ImageOps, PngImagePlugin
 
-from deepstack_jax.config import Config, ConfigError, build_config, to_dict
-from deepstack_jax.config_data import DataConfig
+from deepstack_jax.config import Config, ConfigError, DataConfig, build_config, to_dict
 from deepstack_jax.data.image_files import (
     DEEP,
     FORMATS,

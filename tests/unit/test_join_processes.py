@@ -11,7 +11,7 @@ import jax
 import pytest
 from jax._src.clusters import ClusterEnv  # what jax.distributed.initialize asks; it has no public name
 
-from deepstack_jax.config_checks import ConfigError
+from deepstack_jax.errors import ConfigError
 from deepstack_jax.parallel.processes import join_processes
 from tests.distributed.several import free_port
 from tests.e2e.verb import REPOSITORY

@@ -15,8 +15,7 @@ import numpy as np
 import optax
 import pytest
 
-from deepstack_jax.config import MeshConfig
-from deepstack_jax.config_data import PackingConfig
+from deepstack_jax.config import MeshConfig, PackingConfig
 from deepstack_jax.data.encode import BadExample
 from deepstack_jax.data.open import open_source
 from deepstack_jax.data.pipeline import Delivered, TrainingStream

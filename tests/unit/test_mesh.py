@@ -8,7 +8,7 @@ import pytest
 from jax.sharding import Mesh
 
 from deepstack_jax.config import MeshConfig
-from deepstack_jax.config_checks import ConfigError
+from deepstack_jax.errors import ConfigError
 from deepstack_jax.parallel.distributed import local_rows, part_of_batch
 from deepstack_jax.parallel.mesh import AXES, check_batch_fits, check_model_fits, make_mesh
 from deepstack_jax.parallel.rules import batch_sharding

@@ -19,13 +19,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deepstack_jax.config import build_config, default_config
-from deepstack_jax.config_checks import ConfigError
-from deepstack_jax.config_data import SetConfig
+from deepstack_jax.config import SetConfig, build_config, default_config
 from deepstack_jax.data import selection
 from deepstack_jax.data.mixture import EpochOrder, Mixture, count_problem, describe_mixture, epoch_order, open_mixture
 from deepstack_jax.data.open import open_files
 from deepstack_jax.data.sources import OutlinedSource, SampleError, SourceError
+from deepstack_jax.errors import ConfigError
 from deepstack_jax.printing import Console
 
 REPOSITORY = Path(__file__).parents[2]

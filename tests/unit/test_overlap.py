@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from deepstack_jax.config_data import SetConfig
+from deepstack_jax.config import SetConfig
 from deepstack_jax.data.mixture import Mixture, Part
 from deepstack_jax.data.open import open_files
 from deepstack_jax.data.overlap import find_overlap

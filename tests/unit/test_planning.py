@@ -7,8 +7,8 @@ import jax
 import numpy as np
 import pytest
 
-from deepstack_jax.config_checks import ConfigError
 from deepstack_jax.data.schedule import packed_rows
+from deepstack_jax.errors import ConfigError
 from deepstack_jax.parallel.distributed import put_batch
 from deepstack_jax.parallel.mesh import make_mesh
 from deepstack_jax.parallel.rules import use_mesh

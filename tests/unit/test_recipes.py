@@ -10,8 +10,8 @@ from flax import linen as nn
 
 from deepstack_jax.batch import empty_batch
 from deepstack_jax.config import Config, build_config, differences, to_dict
-from deepstack_jax.config_checks import ConfigError
 from deepstack_jax.data.open import open_source
+from deepstack_jax.errors import ConfigError
 from deepstack_jax.model.variants import build_model
 from deepstack_jax.train.optimizer import assign_groups, describe_groups, flatten
 from deepstack_jax.train.state import find_weights

@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from deepstack_jax.config_data import LimitsConfig
+from deepstack_jax.config import LimitsConfig
 from deepstack_jax.data import files, record_codec, records
 from deepstack_jax.data.conversation import Message
 from deepstack_jax.data.open import open_files

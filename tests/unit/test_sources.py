@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deepstack_jax.config_data import LimitsConfig
+from deepstack_jax.config import LimitsConfig
 from deepstack_jax.data import json_rows
 from deepstack_jax.data.conversation import Message
 from deepstack_jax.data.file_source import FileSource

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from deepstack_jax.config_data import LimitsConfig
+from deepstack_jax.config import LimitsConfig
 from deepstack_jax.data import tables
 from deepstack_jax.data.conversation import Message
 from deepstack_jax.data.file_source import FileSource

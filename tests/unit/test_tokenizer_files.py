@@ -12,13 +12,12 @@ from sentencepiece import sentencepiece_model_pb2
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from deepstack_jax.config import Config
-from deepstack_jax.config_checks import ConfigError
-from deepstack_jax.config_data import DataConfig
+from deepstack_jax.config import Config, DataConfig
 from deepstack_jax.data.conversation import TEMPLATES, Message, render
 from deepstack_jax.data.pipeline import open_tokenizer
 from deepstack_jax.data.tokenize import CONTROL, encode_conversation, encode_with_images
 from deepstack_jax.data.tokenizers import HFTokenizer, SentencePieceTokenizer, WordTokenizer, load_tokenizer, train_bpe
+from deepstack_jax.errors import ConfigError
 from tests.unit.test_tokenize import TOKENIZERS, edited_folder
 
 TEXTS = ["USER: what is it? ASSISTANT: a dog", "<|user|>\nthe total<|end|>\n<|assistant|>\n12.80<|end|>", "don't naïve 漢字"]

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from deepstack_jax.config import RopeConfig
-from deepstack_jax.config_checks import ConfigError
+from deepstack_jax.errors import ConfigError
 from deepstack_jax.model.attention import causal_segment_mask, dot_product, last_positions, rotary_angles, rotary_table
 from deepstack_jax.model.deepstack import DeepStack
 from deepstack_jax.model.variants import DeepStackV, HighResDeepStack, PooledDeepStack, build_model

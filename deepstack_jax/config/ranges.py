@@ -1,16 +1,14 @@
-"""The range of every number of a configuration, for `config_checks.py`: what lies outside is a slip, or cannot be computed."""
+"""The range of every number of a configuration, for `checks.py`: what lies outside is a slip, or cannot be computed."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
+from deepstack_jax.config.schema import Config
 from deepstack_jax.printing import label, quote
-
-if TYPE_CHECKING:
-    from deepstack_jax.config import Config
 
 POSITIVE = (
     "image.size",

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from deepstack_jax.atomic import SCRATCH, whole_file, write_json, write_lines, write_whole
 from deepstack_jax.cli import writable_folder
-from deepstack_jax.outward import SCRATCH, whole_file, write_json, write_lines, write_whole
 from deepstack_jax.printing import label, one_line, quote, redacted
 from deepstack_jax.train.lock import LOCK, WorkdirError, alone_in
 
@@ -117,7 +117,7 @@ def test_there_is_one_way_to_replace_a_file():
         text=True,
     )
     names = {str(Path(line).relative_to(PACKAGE)) for line in found.stdout.splitlines()}
-    assert names == {"outward.py", "data/files.py", "prepare/preparing.py"}
+    assert names == {"atomic.py", "data/files.py", "prepare/preparing.py"}
 
 
 SIGNED = "X-Amz-Algorithm=AWS4-HMAC-SHA256&X-Amz-Date=20260101T0000Z&X-Amz-Signature=5ecre7"

@@ -2,63 +2,18 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 import re
 import warnings
-from collections.abc import Callable, Iterable
 from operator import attrgetter
-from typing import TYPE_CHECKING, Any
 
-from deepstack_jax.config_ranges import out_of_range, too_large
+from deepstack_jax.config.ranges import out_of_range, too_large
+from deepstack_jax.config.schema import Config
+from deepstack_jax.errors import ConfigError, nearest
 from deepstack_jax.layout.grid import anyres_grids
 from deepstack_jax.layout.sequence import MERGES, SEQUENCES, STACKS
 from deepstack_jax.layout.stack import SAMPLINGS
 from deepstack_jax.printing import label, plural, quote
-
-if TYPE_CHECKING:
-    from deepstack_jax.config import Config
-
-
-class ConfigError(ValueError):
-    """A configuration that cannot run; the message names the key, what it got, what was expected and the next move.
-
-    Several messages may come at once; a verb then shows each on a line of its own.
-    """
-
-    def __str__(self) -> str:
-        return "; ".join(self.args)
-
-
-def try_all(*calls: Callable[[], Any]) -> list[Any]:
-    """What every call returns.
-
-    Raises:
-      ConfigError: with the problems of all of them, each once.
-    """
-    results, problems = [], {}
-    for call in calls:
-        try:
-            results.append(call())
-        except ConfigError as error:
-            problems |= dict.fromkeys(error.args)
-    if problems:
-        raise ConfigError(*problems)
-    return results
-
-
-def fetch_command(path: str) -> str:
-    """The command that gets OWNER/NAME of the Hugging Face hub into a folder whose path ends so; "" for other names."""
-    found = "://" not in path and re.search(r"[\w.-]+/[\w.-]+$", path)
-    return f"hf download {found[0]} --local-dir {path}" if found and path.count("/") > 1 else ""
-
-
-def nearest(name: str, valid: Iterable[str]) -> str:
-    """The nearest valid name, or all of them if none is near, as the end of an error message."""
-    valid = sorted(map(str, valid))
-    close = difflib.get_close_matches(str(name)[:200], valid, n=1, cutoff=0.5)
-    return f"nearest valid name: {quote(close[0])}" if close else f"valid names: {label(', '.join(valid), 500)}"
-
 
 CHOICES = {
     "image.mode": ("deepstack", "hd", "anyres", "pad", "square"),

@@ -1,4 +1,4 @@
-"""The data sections of a run's configuration; `config.py` puts them into the whole."""
+"""The data sections of a run's configuration; `schema.py` puts them into the whole."""
 
 from __future__ import annotations
 

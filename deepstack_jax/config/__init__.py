@@ -1,0 +1,28 @@
+"""A run's configuration: ml_collections files in, frozen dataclasses out. Every default of the package lives here.
+
+A file in `configs/` starts from `default_config()`, changes what it wants and returns the ConfigDict; `build_config` converts
+it once, rejects unknown keys (naming the nearest) and impossible combinations, and nothing below reads a ConfigDict again.
+"""
+
+from deepstack_jax.config.build import build_config, default_config, differences, to_dict
+from deepstack_jax.config.checks import check_config
+from deepstack_jax.config.data import LIMITS, DataConfig, LimitsConfig, PackingConfig, SetConfig, SyntheticConfig
+from deepstack_jax.config.schema import (
+    CLIP_MEAN,
+    CLIP_STD,
+    Config,
+    DecoderConfig,
+    DeepStackConfig,
+    EvaluationConfig,
+    ImageConfig,
+    MeshConfig,
+    OptimizerConfig,
+    OptimizerGroup,
+    ProfileConfig,
+    ProjectorConfig,
+    RopeConfig,
+    ScheduleConfig,
+    TrainConfig,
+    VisionConfig,
+)
+from deepstack_jax.errors import ConfigError

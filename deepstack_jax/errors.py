@@ -1,0 +1,54 @@
+"""What is wrong with what the user gave, in one line that names the next move."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from deepstack_jax.printing import label, quote
+
+
+class UserError(ValueError):
+    """A mistake in what was given, or in the world around: a verb shows the message in one line, without a traceback."""
+
+
+class ConfigError(UserError):
+    """A configuration that cannot run; the message names the key, what it got, what was expected and the next move.
+
+    Several messages may come at once; a verb then shows each on a line of its own.
+    """
+
+    def __str__(self) -> str:
+        return "; ".join(self.args)
+
+
+def try_all(*calls: Callable[[], Any]) -> list[Any]:
+    """What every call returns.
+
+    Raises:
+      ConfigError: with the problems of all of them, each once.
+    """
+    results, problems = [], {}
+    for call in calls:
+        try:
+            results.append(call())
+        except ConfigError as error:
+            problems |= dict.fromkeys(error.args)
+    if problems:
+        raise ConfigError(*problems)
+    return results
+
+
+def fetch_command(path: str) -> str:
+    """The command that gets OWNER/NAME of the Hugging Face hub into a folder whose path ends so; "" for other names."""
+    found = "://" not in path and re.search(r"[\w.-]+/[\w.-]+$", path)
+    return f"hf download {found[0]} --local-dir {path}" if found and path.count("/") > 1 else ""
+
+
+def nearest(name: str, valid: Iterable[str]) -> str:
+    """The nearest valid name, or all of them if none is near, as the end of an error message."""
+    valid = sorted(map(str, valid))
+    close = difflib.get_close_matches(str(name)[:200], valid, n=1, cutoff=0.5)
+    return f"nearest valid name: {quote(close[0])}" if close else f"valid names: {label(', '.join(valid), 500)}"
