@@ -45,6 +45,7 @@ class Outline(NamedTuple):
     data_source: str
 
 
+@runtime_checkable
 class Source(Protocol):
     """Random access to examples, as Grain asks of a source."""
 
