@@ -23,8 +23,8 @@ from deepstack_jax.data.conversation import TEMPLATES
 from deepstack_jax.data.tokenizers import HFTokenizer, SentencePieceTokenizer, Tokenizer, load_tokenizer
 from deepstack_jax.errors import ConfigError
 from deepstack_jax.generate.answers import Answer, Answerer, Chat, Turn
+from deepstack_jax.generate.logits import next_token_logits
 from deepstack_jax.generate.options import Options, RequestError
-from deepstack_jax.generate.scores import score
 from deepstack_jax.generate.text import is_one_token
 from deepstack_jax.model.variants import build_model
 from deepstack_jax.printing import label, one_line, quote
@@ -154,7 +154,7 @@ class LMM:
         """
         model = self.answerer.model
         exif = Options().but({"exif": exif}).exif
-        return score(model, self.params, self.config, input_ids, images, attention_mask, self.pad_id, exif)
+        return next_token_logits(model, self.params, self.config, input_ids, images, attention_mask, self.pad_id, exif)
 
 
 @contextmanager

@@ -12,8 +12,8 @@ from deepstack_jax import cli
 from deepstack_jax.atomic import write_whole
 from deepstack_jax.audit.cards import make_card
 from deepstack_jax.audit.charts import draw_charts
+from deepstack_jax.audit.inputs import model_input
 from deepstack_jax.audit.page import quarantined, render_page
-from deepstack_jax.audit.seen import see
 from deepstack_jax.audit.survey import choose_rows, survey
 from deepstack_jax.config import Config
 from deepstack_jax.data.open import open_source
@@ -55,7 +55,7 @@ def main() -> int:
     rows = choose_rows(source, config, max(N.value, SCAN.value), SEED.value)
     found = survey(source, config, rows[: SCAN.value], console)
     shown = track(rows[: N.value], "drawing samples", console=console, transient=True, disable=not console.is_terminal)
-    cards = [make_card(number, see(source, row, config), config, tokenizer) for number, row in enumerate(shown, 1)]
+    cards = [make_card(number, model_input(source, row, config), config, tokenizer) for number, row in enumerate(shown, 1)]
     charts = draw_charts(found, config)
     page = render_page(config, found, cards, charts, len(source))
 

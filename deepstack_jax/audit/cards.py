@@ -10,9 +10,9 @@ import numpy as np
 from PIL import Image
 
 from deepstack_jax.audit import pictures
+from deepstack_jax.audit.inputs import ImageInput, Layer, ModelInput, injecting_layers
 from deepstack_jax.audit.pictures import Sheet
 from deepstack_jax.audit.prompt import Piece, prompt_runs, special_names
-from deepstack_jax.audit.seen import Layer, SeenExample, SeenImage, injecting_layers
 from deepstack_jax.audit.survey import grid_name
 from deepstack_jax.config import Config
 from deepstack_jax.data.conversation import get_template
@@ -68,7 +68,7 @@ class SampleCard:
     tokens_shown: bool = False  # whether tokens are set apart: not where each is one character
 
 
-def make_card(number: int, seen: SeenExample | BadExample, config: Config, tokenizer: Tokenizer) -> SampleCard:
+def make_card(number: int, seen: ModelInput | BadExample, config: Config, tokenizer: Tokenizer) -> SampleCard:
     """The card of a sample, number `number` of the page."""
     if isinstance(seen, BadExample):
         return SampleCard(number, seen.name, seen.index, reason=seen.reason)
@@ -102,7 +102,7 @@ def make_card(number: int, seen: SeenExample | BadExample, config: Config, token
     )
 
 
-def make_image_card(title: str, original: Image.Image, image: SeenImage, config: Config) -> ImageCard:
+def make_image_card(title: str, original: Image.Image, image: ImageInput, config: Config) -> ImageCard:
     """Original, every view that the model gets, and the same under the colours of the layers."""
     layers, spec = injecting_layers(config), config.layout
     colours = pictures.layer_colours(len(layers))
@@ -159,7 +159,7 @@ def _painted(sheet: Sheet, colours: np.ndarray) -> Picture:
     return Picture(title, "; ".join(said), pictures.data_uri(pictures.fit(painted)), wide=True)
 
 
-def _chips(image: SeenImage, layers: Sequence[Layer], colours: np.ndarray, sheets: Sequence[Sheet]) -> tuple[Chip, ...]:
+def _chips(image: ImageInput, layers: Sequence[Layer], colours: np.ndarray, sheets: Sequence[Sheet]) -> tuple[Chip, ...]:
     chips = []
     for layer, colour in zip(layers, colours, strict=True):
         group = image.stack[layer.group]

@@ -13,7 +13,7 @@ from markupsafe import Markup, escape
 from deepstack_jax import __version__
 from deepstack_jax.audit import pictures, survey
 from deepstack_jax.audit.cards import Chip, Fact, SampleCard, hex_code
-from deepstack_jax.audit.seen import injecting_layers
+from deepstack_jax.audit.inputs import injecting_layers
 from deepstack_jax.audit.survey import Survey
 from deepstack_jax.config import Config
 from deepstack_jax.data.encode import BadExample

@@ -11,7 +11,7 @@ from io import BytesIO
 import numpy as np
 from PIL import Image, ImageDraw
 
-from deepstack_jax.audit.seen import Layer, SeenImage
+from deepstack_jax.audit.inputs import ImageInput, Layer
 from deepstack_jax.layout.sequence import LayoutSpec
 
 # Told apart on white paper, on photographs and with any colour vision; more layers than that go around the colour circle.
@@ -69,7 +69,7 @@ class Sheet:
         return rows, cols
 
 
-def make_sheets(image: SeenImage, layers: Sequence[Layer], spec: LayoutSpec, token: int) -> list[Sheet]:
+def make_sheets(image: ImageInput, layers: Sequence[Layer], spec: LayoutSpec, token: int) -> list[Sheet]:
     """The pictures that an image's views were cut from: the global view, the crops, and for DeepStack-HD both upsampled.
 
     `token` is the side in pixels of what one encoded token covers.
@@ -149,7 +149,7 @@ def data_uri(picture: Image.Image) -> str:
     return "data:image/webp;base64," + base64.b64encode(out.getvalue()).decode()
 
 
-def followed_position(image: SeenImage, layers: Sequence[Layer], spec: LayoutSpec, token: int) -> int | None:
+def followed_position(image: ImageInput, layers: Sequence[Layer], spec: LayoutSpec, token: int) -> int | None:
     """The place among the image's visual tokens that gets the most detailed pixels added, the one worth looking at closely;
     None if nothing is added anywhere. `token` is the side in pixels of what one encoded token covers.
     """
@@ -225,7 +225,7 @@ def _frame(pen: ImageDraw.ImageDraw, corner: tuple[int, int], side: int, width: 
     pen.rectangle([x + gap, y + gap, x + side - 1 - gap, y + side - 1 - gap], outline="white", width=inner)
 
 
-def _view_places(image: SeenImage, spec: LayoutSpec) -> list[tuple[str, np.ndarray]]:
+def _view_places(image: ImageInput, spec: LayoutSpec) -> list[tuple[str, np.ndarray]]:
     """Which views make up which picture, in the order of `data.image.make_views`; every view is in one.
 
     Raises:

@@ -9,7 +9,7 @@ from itertools import groupby
 
 import numpy as np
 
-from deepstack_jax.audit.seen import SeenExample
+from deepstack_jax.audit.inputs import ModelInput
 from deepstack_jax.batch import NEWLINE, ZERO
 from deepstack_jax.data.conversation import Template
 from deepstack_jax.data.encode import known_ids
@@ -39,7 +39,7 @@ def special_names(tokenizer: Tokenizer, template: Template) -> dict[int, str]:
     return names | {id: role for id, role in roles.items() if id is not None}
 
 
-def prompt_runs(seen: SeenExample, tokenizer: Tokenizer, names: Mapping[int, str]) -> list[tuple[bool, list[Piece]]]:
+def prompt_runs(seen: ModelInput, tokenizer: Tokenizer, names: Mapping[int, str]) -> list[tuple[bool, list[Piece]]]:
     """The whole sequence in order, as runs of (supervised, pieces).
 
     Joined, the texts are what the model reads: they come from the token ids, not from the conversation.
@@ -113,7 +113,7 @@ def _text(
     return pieces
 
 
-def _image(seen: SeenExample, image: int, position: int, count: int) -> Piece:
+def _image(seen: ModelInput, image: int, position: int, count: int) -> Piece:
     tokens = seen.images[image].tokens
     newlines, zeros = int(np.sum(tokens == NEWLINE)), int(np.sum(tokens == ZERO))
     extra = [f"{newlines:,} newlines"] * (newlines > 0) + [f"{zeros:,} exact zeros"] * (zeros > 0)

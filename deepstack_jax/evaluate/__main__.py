@@ -24,12 +24,12 @@ from deepstack_jax.data.image import ImageError
 from deepstack_jax.data.inputs import describe_files, describe_options
 from deepstack_jax.data.open import MissingError, open_files, open_source
 from deepstack_jax.data.sources import Source, SourceError
+from deepstack_jax.evaluate.checkpoint import EvalCheckpoint
 from deepstack_jax.evaluate.held_out import Refusal, ask
 from deepstack_jax.evaluate.progress import Progress
 from deepstack_jax.evaluate.questions import check_questions
 from deepstack_jax.evaluate.reports import left_out_of
 from deepstack_jax.evaluate.scorers import SCORERS
-from deepstack_jax.evaluate.unfinished import Unfinished
 from deepstack_jax.generate.prompts import find_template
 from deepstack_jax.printing import Console, label, plural, redacted
 from deepstack_jax.train.checkpoint import CheckpointError
@@ -109,7 +109,7 @@ def main() -> int:
     out = cli.writable_folder(given["out"], "out") if given["out"] else None
     lmm = load(given["model"], given["dtype"])
     task = replace(task, options=task.options.but({"exif": lmm.config.data.exif}))  # as in training
-    unfinished = Unfinished(out, None if out is None else key_of(lmm, task))
+    unfinished = EvalCheckpoint(out, None if out is None else key_of(lmm, task))
     predictions, bad = run_task(lmm, task, unfinished, console)
     results = summarise(lmm, given["model"], task, predictions, bad)
     if out is not None:
@@ -159,7 +159,9 @@ def key_of(lmm: LMM, task: Task) -> dict[str, Any]:
     return {"data": task.origin, "device": jax.default_backend(), **protocol, **model}
 
 
-def run_task(lmm: LMM, task: Task, unfinished: Unfinished, console: Console) -> tuple[list[dict[str, Any]], list[BadExample]]:
+def run_task(
+    lmm: LMM, task: Task, unfinished: EvalCheckpoint, console: Console
+) -> tuple[list[dict[str, Any]], list[BadExample]]:
     """Ask everything that is not answered yet, showing how far it is.
 
     Returns:

@@ -21,7 +21,7 @@ from deepstack_jax.data.sources import Example, Source
 from deepstack_jax.data.tokenizers import load_tokenizer
 from deepstack_jax.evaluate.questions import prompts, uninterrupted
 from deepstack_jax.evaluate.scorers import exact_match
-from deepstack_jax.generate.generate import NO_TOKEN
+from deepstack_jax.generate.decoding import NO_TOKEN
 from deepstack_jax.generate.text import AnswerText, end_of_turn
 from deepstack_jax.parallel.distributed import (
     Part,

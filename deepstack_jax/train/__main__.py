@@ -28,7 +28,7 @@ from deepstack_jax.data.tokenizers import Tokenizer
 from deepstack_jax.errors import ConfigError, try_all
 from deepstack_jax.evaluate.reports import check_held_out, finish, first_sizes, report_held_out, seconds_per_step
 from deepstack_jax.evaluate.runner import HeldOut
-from deepstack_jax.generate.generate import greedy
+from deepstack_jax.generate.decoding import greedy
 from deepstack_jax.generate.text import end_of_turn
 from deepstack_jax.model.deepstack import DeepStack
 from deepstack_jax.parallel.distributed import ToldToStop, is_first_host, part_of_batch

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from deepstack_jax.config import TrainConfig
-from deepstack_jax.generate.generate import greedy
+from deepstack_jax.generate.decoding import greedy
 from deepstack_jax.parallel.distributed import put_batch
 from deepstack_jax.parallel.rules import use_mesh
 from deepstack_jax.train.checkpoint import Checkpoints

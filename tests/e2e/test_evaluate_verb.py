@@ -115,9 +115,9 @@ def test_help_has_examples():
 
 KILLED_AT_THE_THIRD_BATCH = """
 import os, runpy, signal
-from deepstack_jax.evaluate.unfinished import Unfinished
+from deepstack_jax.evaluate.checkpoint import EvalCheckpoint
 
-whole, kept = Unfinished.keep, []
+whole, kept = EvalCheckpoint.keep, []
 
 def keep(self, results):
     whole(self, results)
@@ -126,7 +126,7 @@ def keep(self, results):
         os.truncate(self.file, self.file.stat().st_size - 20)
         os.kill(os.getpid(), signal.SIGKILL)
 
-Unfinished.keep = keep
+EvalCheckpoint.keep = keep
 runpy.run_module("deepstack_jax.evaluate", run_name="__main__")
 """
 

@@ -13,8 +13,8 @@ from deepstack_jax.api import LMM, Options
 from deepstack_jax.data.image import ImageError
 from deepstack_jax.data.tokenize import IMAGE_TOKEN
 from deepstack_jax.data.tokenizers import load_tokenizer
+from deepstack_jax.generate.logits import padded_left, real_tokens
 from deepstack_jax.generate.options import RequestError
-from deepstack_jax.generate.scores import padded_left, real_tokens
 from deepstack_jax.model.variants import build_model
 from tests.unit.tiny import make_batch, model_params, tiny_config
 

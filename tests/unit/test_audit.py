@@ -16,9 +16,9 @@ from PIL import Image
 from deepstack_jax.audit import pictures, survey
 from deepstack_jax.audit.cards import make_card
 from deepstack_jax.audit.charts import draw_charts
+from deepstack_jax.audit.inputs import ModelInput, injecting_layers, model_input
 from deepstack_jax.audit.page import layer_chips, method, quarantined, render_page
 from deepstack_jax.audit.prompt import prompt_runs, special_names, token_texts
-from deepstack_jax.audit.seen import SeenExample, injecting_layers, see
 from deepstack_jax.batch import NEWLINE
 from deepstack_jax.config import Config, build_config, default_config
 from deepstack_jax.data import lengths
@@ -81,14 +81,14 @@ def example(
     return Example(index, f"example{index}", tuple(pictures), tuple(turns), info)
 
 
-def seen(config: Config, *sizes_wh: tuple[int, int], gray: int | None = None) -> SeenExample:
+def seen(config: Config, *sizes_wh: tuple[int, int], gray: int | None = None) -> ModelInput:
     turns = (Message("human", "<image>\n" * len(sizes_wh) + "What?"), TURNS[1])
-    found = see(Listed([example(0, *sizes_wh, turns=turns, gray=gray)]), 0, config)
-    assert isinstance(found, SeenExample), found
+    found = model_input(Listed([example(0, *sizes_wh, turns=turns, gray=gray)]), 0, config)
+    assert isinstance(found, ModelInput), found
     return found
 
 
-def sheets_of(config: Config, found: SeenExample) -> dict[str, pictures.Sheet]:
+def sheets_of(config: Config, found: ModelInput) -> dict[str, pictures.Sheet]:
     layers = injecting_layers(config)
     token = config.vision.patch_size * config.deepstack.pool
     return {sheet.name: sheet for sheet in pictures.make_sheets(found.images[0], layers, config.layout, token)}
@@ -233,8 +233,8 @@ def test_prompt_is_the_conversation_and_marks_its_answers():
 def test_special_tokens_are_shown_as_the_template_writes_them():
     folder, template = str(GOLDEN / "tokenizer" / "phi3_rstrip"), get_template("phi3_instruct")
     config = small_config(data__template="phi3_instruct", data__tokenizer=folder, decoder__vocab_size=600)
-    found = see(Listed([example(0, SQUARE)]), 0, config)
-    assert isinstance(found, SeenExample)
+    found = model_input(Listed([example(0, SQUARE)]), 0, config)
+    assert isinstance(found, ModelInput)
     tokenizer = load_tokenizer(folder)
     runs = prompt_runs(found, tokenizer, special_names(tokenizer, template))
     special = [(piece.text, learnt) for learnt, run in runs for piece in run if piece.kind == "special"]
@@ -245,7 +245,7 @@ def test_special_tokens_are_shown_as_the_template_writes_them():
 def test_a_card_says_how_much_was_cut():
     config = small_config(data__overlong="cut", data__max_length=40)
     source = Listed([example(0, SQUARE, turns=(TURNS[0], Message("gpt", answer))) for answer in ("x" * 60, "x")])
-    cut, whole = (dict(make_card(1, see(source, row, config), config, ByteTokenizer()).facts) for row in (0, 1))
+    cut, whole = (dict(make_card(1, model_input(source, row, config), config, ByteTokenizer()).facts) for row in (0, 1))
     tokens = len(Encoder(config).text(source[0]).ids) - 1 + SIDE**2  # the placeholder is a token of its own
     assert cut["tokens"] == "40"
     assert cut["cut from its end"] == f"{tokens - 40} tokens"
@@ -273,8 +273,8 @@ def test_measuring_without_decoding_agrees_with_the_batch():
     config = small_config()
     examples = [example(0, SQUARE), example(1, WIDE, set="photos"), example(2, turns=(Message("human", "Hi"), TURNS[1]))]
     for index, one in enumerate(examples):
-        measured, found = survey.measure(one, Encoder(config)), see(Listed(examples), index, config)
-        assert isinstance(found, SeenExample)
+        measured, found = survey.measure(one, Encoder(config)), model_input(Listed(examples), index, config)
+        assert isinstance(found, ModelInput)
         assert measured.size == lengths.measure(one, Encoder(config))
         assert measured.size.tokens == len(found.tokens)
         assert measured.size.visual == (found.image_of >= 0).sum()
@@ -351,7 +351,9 @@ def mixed() -> tuple[str, Config]:
     ]
     source = Listed(examples)
     found = survey.survey(source, config, range(5), Console(file=StringIO()))
-    cards = [make_card(number, see(source, row, config), config, ByteTokenizer()) for number, row in enumerate(range(5), 1)]
+    cards = [
+        make_card(number, model_input(source, row, config), config, ByteTokenizer()) for number, row in enumerate(range(5), 1)
+    ]
     return render_page(config, found, cards, draw_charts(found, config), len(source)), config
 
 
@@ -391,7 +393,9 @@ def test_what_a_browser_would_obey_comes_out_as_text():
     turns = (Message("human", f"<image>\n{nasty}"), Message("gpt", f"a\n{nasty}"))
     source = Listed([example(0, SQUARE, turns=turns, data_source=nasty), SampleError(f"row 1: {nasty}", f"{nasty}\n2")])
     found = survey.survey(source, config, range(2), Console(file=StringIO()))
-    cards = [make_card(number, see(source, row, config), config, ByteTokenizer()) for number, row in enumerate(range(2), 1)]
+    cards = [
+        make_card(number, model_input(source, row, config), config, ByteTokenizer()) for number, row in enumerate(range(2), 1)
+    ]
     config = replace(config, name=nasty, data=replace(config.data, train=nasty))
     html = render_page(config, found, cards, draw_charts(found, config), 2)
     assert not set(html) & set("\u202e\x1b\x07\x9b\u2066")
@@ -418,7 +422,7 @@ def test_page_of_data_that_is_all_bad():
     config = small_config()
     source = Listed([SampleError(f"row {row} is damaged", f"lost{row}") for row in range(3)])
     found = survey.survey(source, config, range(3), Console(file=StringIO()))
-    cards = [make_card(1, see(source, 0, config), config, ByteTokenizer())]
+    cards = [make_card(1, model_input(source, 0, config), config, ByteTokenizer())]
     assert quarantined(found, cards) == [BadExample(row, f"lost{row}", f"row {row} is damaged") for row in range(3)]
     text = Page(render_page(config, found, cards, draw_charts(found, config), 3)).text
     assert "none of the 3 looked at can be used" in text
@@ -427,7 +431,7 @@ def test_page_of_data_that_is_all_bad():
 def test_an_example_that_would_stop_the_run_is_a_bad_sample_here():
     config = small_config(data__overlong="error", data__max_length=40)
     source = Listed([example(0, SQUARE, turns=(TURNS[0], Message("gpt", "x" * 60)))])
-    found = see(source, 0, config)
+    found = model_input(source, 0, config)
     assert isinstance(found, BadExample)
     assert re.search(r"a row holds 40; .*max_length.*the run would stop here", found.reason)
     assert survey.survey(source, config, [0], Console(file=StringIO())).bad == (found,)

@@ -15,7 +15,7 @@ from deepstack_jax.data.open import open_files
 from deepstack_jax.data.sources import SourceError
 from deepstack_jax.evaluate.reports import check_held_out, finish, report_held_out
 from deepstack_jax.evaluate.runner import HeldOut
-from deepstack_jax.generate.generate import NO_TOKEN
+from deepstack_jax.generate.decoding import NO_TOKEN
 from deepstack_jax.parallel.mesh import make_mesh
 from deepstack_jax.printing import Console
 from deepstack_jax.train.metrics import MetricsLog, read_metrics

@@ -17,7 +17,7 @@ from deepstack_jax.data.sources import Source
 from deepstack_jax.data.tokenizers import load_tokenizer
 from deepstack_jax.evaluate import held_out, runner
 from deepstack_jax.evaluate.questions import check_questions, check_rows, uninterrupted
-from deepstack_jax.generate.generate import NO_TOKEN
+from deepstack_jax.generate.decoding import NO_TOKEN
 from deepstack_jax.generate.options import Options
 from deepstack_jax.model.variants import build_model
 from deepstack_jax.parallel.mesh import make_mesh

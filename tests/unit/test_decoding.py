@@ -11,7 +11,7 @@ import pytest
 
 from deepstack_jax.batch import empty_batch
 from deepstack_jax.data.rows import Cursor, place_example
-from deepstack_jax.generate.generate import CHUNK, NO_TOKEN, answer_ids, empty_cache, greedy, prefill, stop_array
+from deepstack_jax.generate.decoding import CHUNK, NO_TOKEN, answer_ids, empty_cache, greedy, prefill, stop_array
 from deepstack_jax.generate.options import Options
 from deepstack_jax.generate.sampling import greedy_sampling
 from deepstack_jax.model.variants import build_model

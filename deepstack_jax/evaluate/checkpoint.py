@@ -16,7 +16,7 @@ from typing import Any
 from deepstack_jax.evaluate.held_out import Prediction, Refusal
 
 
-class Unfinished:
+class EvalCheckpoint:
     """Answers of one evaluation on their way to `predictions.jsonl`.
 
     Args:

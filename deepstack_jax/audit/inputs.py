@@ -37,7 +37,7 @@ def injecting_layers(config: Config) -> tuple[Layer, ...]:
 
 
 @dataclass(frozen=True)
-class SeenImage:
+class ImageInput:
     """One image's part of a batch row. Encoded tokens count from its first view: view * P + token.
 
     Attributes:
@@ -66,7 +66,7 @@ class SeenImage:
 
 
 @dataclass(frozen=True)
-class SeenExample:
+class ModelInput:
     """One example's row of a batch, without its padding.
 
     Attributes:
@@ -83,12 +83,12 @@ class SeenExample:
     tokens: np.ndarray
     supervised: np.ndarray
     image_of: np.ndarray
-    images: tuple[SeenImage, ...]
+    images: tuple[ImageInput, ...]
     row_length: int
     cut: int
 
 
-def see(source: Source, index: int, config: Config) -> SeenExample | BadExample:
+def model_input(source: Source, index: int, config: Config) -> ModelInput | BadExample:
     """Row `index` of a source as a batch holds it, or why the run could not use it.
 
     Raises:
@@ -117,8 +117,8 @@ def see(source: Source, index: int, config: Config) -> SeenExample | BadExample:
             np.where(source >= 0, source - shift, source)
             for source in (batch.token_source[0, places], batch.stack_source[0, :, places])
         )
-        images.append(SeenImage(size_wh, image_grid(size_wh, config.image), batch.pixels[0, views], tokens, stack))
-    return SeenExample(
+        images.append(ImageInput(size_wh, image_grid(size_wh, config.image), batch.pixels[0, views], tokens, stack))
+    return ModelInput(
         example=example,
         tokens=batch.tokens[0, :length],
         supervised=np.concatenate([[False], batch.loss_weights[0, : length - 1] > 0]),  # the weight stands one before its token

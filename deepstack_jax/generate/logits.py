@@ -24,7 +24,7 @@ def _scores(model: DeepStack, params: Any, batch: Batch) -> Float[Array, "B T V"
     return model.apply(variables, model.apply(variables, batch).hidden, method="logits")
 
 
-def score(
+def next_token_logits(
     model: DeepStack,
     params: Any,
     config: Config,

@@ -12,8 +12,8 @@ import pytest
 
 from deepstack_jax.data.sources import SourceError
 from deepstack_jax.evaluate.__main__ import Task, key_of, run_task
+from deepstack_jax.evaluate.checkpoint import EvalCheckpoint
 from deepstack_jax.evaluate.progress import Progress
-from deepstack_jax.evaluate.unfinished import Unfinished
 from deepstack_jax.generate.answers import Answer
 from deepstack_jax.generate.options import Options
 from deepstack_jax.printing import Console
@@ -62,7 +62,7 @@ def run(
     console = Console(file=printed, width=200)
     try:
         model: Any = SimpleNamespace(answerer=answerer)
-        lines, bad = run_task(model, task, Unfinished(folder, key), console)
+        lines, bad = run_task(model, task, EvalCheckpoint(folder, key), console)
         return ([json.dumps(line) for line in lines], len(bad)), answerer, printed.getvalue()
     except (KeyboardInterrupt, SourceError) as error:
         return error, answerer, printed.getvalue()
@@ -119,7 +119,7 @@ def test_off_a_terminal_a_line_now_and_then():
 
 
 def test_without_a_folder_nothing_is_kept():
-    unfinished = Unfinished(None, None)
+    unfinished = EvalCheckpoint(None, None)
     unfinished.keep([])
     unfinished.done()
     assert unfinished.file is None
@@ -131,7 +131,7 @@ def test_what_answers_depend_on_tells_them_apart(tmp_path):
         model: Any = SimpleNamespace(params=params, config=tiny_config(), template="v1")
         source: Any = Rows([])
         task = Task(source, "data", {"files": {"val.json": "1 file, 5 bytes"}}, 5, Options(), 3, 0.0)
-        return Unfinished(tmp_path, key_of(model, dataclasses.replace(task, **changes))).file
+        return EvalCheckpoint(tmp_path, key_of(model, dataclasses.replace(task, **changes))).file
 
     others = [
         file_of(bits=1),
