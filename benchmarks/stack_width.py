@@ -30,7 +30,7 @@ from deepstack_jax.config import MeshConfig, build_config, default_config
 from deepstack_jax.model import decoder
 from deepstack_jax.model.deepstack import DeepStack
 from deepstack_jax.model.layers import ACTIVATIONS, take_rows
-from deepstack_jax.model.merge import STACK_AXES, Placement, spread
+from deepstack_jax.model.merge import STACK_AXES, VisualIndex, spread
 from deepstack_jax.parallel.mesh import make_mesh
 from deepstack_jax.parallel.rules import use_mesh
 from deepstack_jax.train.program import Program, build_program
@@ -48,7 +48,7 @@ def narrow_tokens(model: Any, batch: Batch) -> tuple[Array, Any]:
     return tokens, (stack, jnp.moveaxis(source >= 0, 1, 0), nn.unbox(weights))
 
 
-def project_and_inject(x: Array, layer_inject: Any, group: Array, places: Placement) -> Array:
+def project_and_inject(x: Array, layer_inject: Any, group: Array, index: VisualIndex) -> Array:
     """In place of `inject`."""
     stack, real, weights = layer_inject
 
@@ -60,7 +60,7 @@ def project_and_inject(x: Array, layer_inject: Any, group: Array, places: Placem
             tokens = ACTIVATIONS["gelu"](tokens) if number == 2 else tokens
             tokens = tokens @ layer["kernel"].astype(tokens.dtype) + layer["bias"].astype(tokens.dtype)
         kept = jax.lax.dynamic_index_in_dim(real, group, 0, keepdims=False)
-        return x + spread(jnp.where(kept[..., None], tokens, 0), places).astype(x.dtype)
+        return x + spread(jnp.where(kept[..., None], tokens, 0), index).astype(x.dtype)
 
     return jax.lax.cond(group >= 0, add, lambda x: x, x) if weights else x
 

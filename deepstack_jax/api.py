@@ -54,7 +54,7 @@ class LMM:
       template: name of the conversation template that the model was trained on.
       pad_id: the token that `logits` takes for padding at the ends of a row.
       tokenizer_folder: where the tokenizer came from, "" without files; `save_hf` copies them.
-      carried: keys of the checkpoint's config.json that `config` does not describe; `save_hf` writes them again.
+      passthrough: keys of the checkpoint's config.json that `config` does not describe; `save_hf` writes them again.
       ends: ids that end an answer besides the tokenizer's and the template's.
     """
 
@@ -64,7 +64,7 @@ class LMM:
     template: str
     pad_id: int = 0
     tokenizer_folder: str = ""
-    carried: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    passthrough: Mapping[str, Any] = field(default_factory=dict, repr=False)
     ends: tuple[int, ...] = ()
 
     @cached_property
@@ -209,7 +209,7 @@ def load(
         _warn_of_template(tokenizer, found.template)
     params = load_params(found.tensors, config, np.dtype(kind))
     pad_id = UNKNOWN if tokenizer is None else tokenizer.pad_id  # upstream pads with it, whatever config.json says
-    return LMM(config, params, tokenizer, found.template, pad_id, found.tokenizer, found.carried, found.ends)
+    return LMM(config, params, tokenizer, found.template, pad_id, found.tokenizer, found.passthrough, found.ends)
 
 
 @_in_python()
@@ -233,7 +233,7 @@ def save_hf(lmm: LMM, folder: str | PathLike[str], *, dtype: str = "", force: bo
         Path(folder),
         tokenizer_folder=lmm.tokenizer_folder,
         dtype=dtype or lmm.config.train.compute_dtype,
-        carried=lmm.carried,
+        passthrough=lmm.passthrough,
         force=force,
     )
 
@@ -259,8 +259,8 @@ def _load_workdir(workdir: Path, kind: str) -> LMM:
     config = _computing_in(config, kind)
     tokenizer = _tokenizer(config.data.tokenizer, config)
     params = unflatten({path: jnp.asarray(leaf, kind) for path, leaf in leaves.items()})
-    carried, files = token_ids(tokenizer), tokenizer_files(tokenizer)
-    return LMM(config, params, tokenizer, config.data.template, tokenizer.pad_id, files, carried)
+    passthrough, files = token_ids(tokenizer), tokenizer_files(tokenizer)
+    return LMM(config, params, tokenizer, config.data.template, tokenizer.pad_id, files, passthrough)
 
 
 def token_ids(tokenizer: Tokenizer) -> dict[str, int]:

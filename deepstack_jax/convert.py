@@ -69,7 +69,7 @@ class Source:
     leaves: Mapping[str, LeafLike]
     dtype: str
     tokenizer: str
-    carried: Mapping[str, Any]
+    passthrough: Mapping[str, Any]
     what: str
     sources: tuple[str | Path, ...] = ()
 
@@ -100,7 +100,7 @@ def main() -> int:
             dtype=dtype,
             max_shard=given["max_shard"],
             form=given["format"],
-            carried=source.carried,
+            passthrough=source.passthrough,
             force=bool(flags.FLAGS["force"].value),
             sources=[
                 path for path in (*source.sources, given["from"], given["tower"], given["base"], given["projector"]) if path
@@ -114,14 +114,14 @@ def main() -> int:
 def open_run(workdir: Path) -> Source:
     """The newest parameters of a run."""
     step, config, leaves = restore_params(workdir)
-    folder, files, carried = config.data.tokenizer, "", {}
+    folder, files, passthrough = config.data.tokenizer, "", {}
     if folder:
         try:
             tokenizer = load_tokenizer(folder)
         except (ValueError, OSError) as error:
             raise ConfigError(f"the run's tokenizer {folder} cannot be read: {error}; put it back where it was") from error
-        files, carried = tokenizer_files(tokenizer), token_ids(tokenizer)
-    return Source(config, leaves, "float32", files, carried, f"run {config.name}, step {step}")
+        files, passthrough = tokenizer_files(tokenizer), token_ids(tokenizer)
+    return Source(config, leaves, "float32", files, passthrough, f"run {config.name}, step {step}")
 
 
 def open_folder(given: Mapping[str, str]) -> Source:
@@ -130,7 +130,9 @@ def open_folder(given: Mapping[str, str]) -> Source:
     leaves = stored_leaves(checkpoint.tensors, checkpoint.config)
     sources = (checkpoint.path, checkpoint.tower)
     what = f"{checkpoint.path.name}, {len(checkpoint.tensors)} tensors"
-    return Source(checkpoint.config, leaves, stored_dtype(checkpoint), checkpoint.tokenizer, checkpoint.carried, what, sources)
+    return Source(
+        checkpoint.config, leaves, stored_dtype(checkpoint), checkpoint.tokenizer, checkpoint.passthrough, what, sources
+    )
 
 
 def stored_dtype(checkpoint: Checkpoint) -> str:

@@ -14,9 +14,9 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from deepstack_jax.config import DecoderConfig
-from deepstack_jax.model.attention import AttentionFn, Rotary, Seen, rotate
+from deepstack_jax.model.attention import AttentionFn, AttentionMask, Rotary, rotate
 from deepstack_jax.model.layers import ACTIVATIONS, PRODUCT, RMSNorm, linear
-from deepstack_jax.model.merge import Placement, inject
+from deepstack_jax.model.merge import VisualIndex, inject
 from deepstack_jax.types import DecoderOutput, KVCache
 
 LAYER_INPUT = "layer_input"  # the name that remat knows the hidden states at the input of a layer by
@@ -58,7 +58,7 @@ class Attention(nn.Module):
         self,
         x: Float[Array, "B T D"],
         rotary: Rotary,
-        seen: Seen,
+        mask: AttentionMask,
         cache: Cache | None,
         at: CachePlace,
     ) -> tuple[Float[Array, "B T D"], Cache | None]:
@@ -71,7 +71,7 @@ class Attention(nn.Module):
         k = rotate(k, rotary)
         if cache is not None:
             cache, (k, v) = _through_cache(cache, (k, v), at)
-        y = self.attend(q, k, v, seen)
+        y = self.attend(q, k, v, mask)
         residual_scale = 1 / (2 * cfg.layers)
         out = linear(cfg.width, ("heads", "head_dim", "embed"), inputs=2, scale=residual_scale, dtype=self.dtype, name="o")
         return out(y), cache
@@ -105,18 +105,18 @@ class InjectedBlock(nn.Module):
         x: Float[Array, "B T D"],
         layer_inject: Float[Array, "J B M D"] | None,
         group: Int[Array, ""],
-        places: Placement | None,
+        index: VisualIndex | None,
         rotary: Rotary,
-        seen: Seen,
+        mask: AttentionMask,
         cache: Cache | None,
         at: CachePlace,
     ) -> tuple[Array, Array, Cache | None]:
         x = checkpoint_name(x, LAYER_INPUT)
-        if layer_inject is not None and places is not None:
-            x = inject(x, layer_inject, group, places)
+        if layer_inject is not None and index is not None:
+            x = inject(x, layer_inject, group, index)
         injected = x = nn.with_logical_constraint(x, ACTIVATION_AXES)
         normed = RMSNorm(self.config.norm_eps, name="attention_norm")(x)
-        attended, cache = Attention(self.config, self.attend, self.dtype, name="attention")(normed, rotary, seen, cache, at)
+        attended, cache = Attention(self.config, self.attend, self.dtype, name="attention")(normed, rotary, mask, cache, at)
         x = nn.with_logical_constraint(x + attended, ACTIVATION_AXES)
         x = x + SwiGLU(self.config, self.dtype, name="mlp")(RMSNorm(self.config.norm_eps, name="mlp_norm")(x))
         return nn.with_logical_constraint(x, ACTIVATION_AXES), injected, cache
@@ -135,13 +135,13 @@ class ScanBody(nn.Module):
     keep_inputs: bool
 
     @nn.compact
-    def __call__(self, carry, per_layer, places, rotary, seen, filled):
+    def __call__(self, carry, per_layer, index, rotary, mask, filled):
         x, layer_inject, cache = carry
         group, layer = per_layer
         remat = self.config.remat
         block = InjectedBlock if remat == "none" else nn.remat(InjectedBlock, prevent_cse=False, policy=REMAT[remat])
         x, injected, cache = block(self.config, self.attend, self.dtype, name="block")(
-            x, layer_inject, group, places, rotary, seen, cache, (layer, filled)
+            x, layer_inject, group, index, rotary, mask, cache, (layer, filled)
         )
         return (x, layer_inject, cache), injected if self.keep_inputs else None
 
@@ -160,9 +160,9 @@ class Decoder(nn.Module):
         self,
         x: Float[Array, "B T D"],
         rotary: Rotary,
-        seen: Seen,
+        mask: AttentionMask,
         layer_inject: Float[Array, "J B M D"] | None = None,
-        places: Placement | None = None,
+        index: VisualIndex | None = None,
         cache: KVCache | None = None,
     ) -> DecoderOutput:
         """Run all layers.
@@ -170,9 +170,9 @@ class Decoder(nn.Module):
         Args:
           x: input embeddings, visual tokens already merged in.
           rotary: cosine and sine at each token's position.
-          seen: what each token attends to, as segments, or as a mask over S keys: T without a cache, else the cache's slots.
+          mask: what each token attends to, as segments, or as a mask over S keys: T without a cache, else the cache's slots.
           layer_inject: the stack, or None: then nothing is injected (text only, baselines, decoding after prefill).
-          places: where visual tokens stand; needed with `layer_inject`.
+          index: where visual tokens stand; needed with `layer_inject`.
           cache: keys and values so far; this call's T tokens are written at slots `filled`..`filled` + T.
         """
         cfg = self.config
@@ -190,7 +190,7 @@ class Decoder(nn.Module):
         filled = None if cache is None else cache.filled
         per_layer = (jnp.asarray(self.schedule, jnp.int32), jnp.arange(cfg.layers, dtype=jnp.int32))
         body = scanned(cfg, self.attend, self.dtype, self.keep_inputs, name="layers")
-        (x, _, kv), inputs = body((x, layer_inject, kv), per_layer, places, rotary, seen, filled)
+        (x, _, kv), inputs = body((x, layer_inject, kv), per_layer, index, rotary, mask, filled)
         if cache is not None:
             cache = cache._replace(keys=kv[0], values=kv[1], filled=cache.filled + x.shape[1])
         return DecoderOutput(RMSNorm(cfg.norm_eps, name="norm")(x), cache, inputs)

@@ -22,7 +22,7 @@ from deepstack_jax.model.attention import (
 )
 from deepstack_jax.model.decoder import ACTIVATION_AXES, Decoder
 from deepstack_jax.model.layers import Linear, take_rows
-from deepstack_jax.model.merge import STACK_AXES, Placement, merge, placement
+from deepstack_jax.model.merge import STACK_AXES, VisualIndex, invert_visual_index, merge
 from deepstack_jax.model.projector import Projector
 from deepstack_jax.model.vision import VisionTower, return_crops, spread_crops
 from deepstack_jax.types import DecoderOutput, HostOrDevice, KVCache
@@ -105,22 +105,22 @@ class DeepStack(nn.Module):
         stack = nn.with_logical_constraint(stack, STACK_AXES)
         return tokens[:, 0], stack if groups else None
 
-    def inputs(self, batch: Batch) -> tuple[Float[Array, "B T D"], Float[Array, "J B M D"] | None, Placement | None]:
+    def inputs(self, batch: Batch) -> tuple[Float[Array, "B T D"], Float[Array, "J B M D"] | None, VisualIndex | None]:
         """Input embeddings with the visual tokens in place, the stack, and where its tokens stand (None in a batch of text)."""
         text = self.embed_tokens(batch.tokens)
         if batch.token_source.shape[1] == 0:
             return text, None, None
         visual, stack = self.visual_tokens(batch)
-        places = placement(batch.visual_index, visual.shape[1])
+        index = invert_visual_index(batch.visual_index, visual.shape[1])
         visual = nn.with_logical_constraint(visual, ("batch", None, "embed"))
-        merged = nn.with_logical_constraint(merge(text, visual, places), ACTIVATION_AXES)
-        return merged, stack, places
+        merged = nn.with_logical_constraint(merge(text, visual, index), ACTIVATION_AXES)
+        return merged, stack, index
 
     def __call__(self, batch: Batch) -> DecoderOutput:
         """Hidden states of a training batch; `logits` turns them into scores, in chunks."""
-        x, stack, places = self.inputs(batch)
-        seen = Segments(batch.segment_ids, batch.positions, self.decoder.sliding_window)
-        output = self.layers(x, self.rotary(batch.positions, batch.segment_ids), seen, stack, places)
+        x, stack, index = self.inputs(batch)
+        mask = Segments(batch.segment_ids, batch.positions, self.decoder.sliding_window)
+        output = self.layers(x, self.rotary(batch.positions, batch.segment_ids), mask, stack, index)
         if self.is_initializing():
             self.logits(output.hidden[:, :1])
         return output
@@ -131,23 +131,23 @@ class DeepStack(nn.Module):
 
     def prefill(self, batch: Batch, cache: KVCache) -> DecoderOutput:
         """Fill the cache with the prompts, the stack injected. The cache is empty and has room for more than T slots."""
-        x, stack, places = self.inputs(batch)
+        x, stack, index = self.inputs(batch)
         length, slots = batch.tokens.shape[1], cache.valid.shape[1]
         mask = jnp.pad(self.mask(batch), ((0, 0), (0, 0), (0, 0), (0, slots - length)))
         cache = cache._replace(
             positions=cache.positions.at[:, :length].set(batch.positions),
             valid=cache.valid.at[:, :length].set(batch.segment_ids > 0),
         )
-        return self.layers(x, self.rotary(batch.positions, batch.segment_ids), mask, stack, places, cache)
+        return self.layers(x, self.rotary(batch.positions, batch.segment_ids), mask, stack, index, cache)
 
     def decode(self, tokens: Int[Array, "B 1"], positions: Int[Array, "B 1"], cache: KVCache) -> DecoderOutput:
         """One more token per row. Nothing is injected: the new token is text, and what the stack added sits in the cache."""
         cache = cache._replace(
             positions=cache.positions.at[:, cache.filled].set(positions[:, 0]), valid=cache.valid.at[:, cache.filled].set(True)
         )
-        seen = cache.valid[:, None] & within_window(positions, cache.positions, self.decoder.sliding_window)
+        mask = cache.valid[:, None] & within_window(positions, cache.positions, self.decoder.sliding_window)
         rotary = self.rotary(positions, jnp.ones_like(positions))
-        return self.layers(self.embed_tokens(tokens), rotary, seen[:, None], None, None, cache)
+        return self.layers(self.embed_tokens(tokens), rotary, mask[:, None], None, None, cache)
 
     def mask(self, batch: Batch) -> Bool[Array, "B 1 T T"]:
         """Which tokens of a row see each other."""

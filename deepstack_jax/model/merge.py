@@ -21,14 +21,14 @@ from deepstack_jax.types import HostOrDevice
 STACK_AXES = (None, "batch", None, "stack_embed")
 
 
-class Placement(NamedTuple):
+class VisualIndex(NamedTuple):
     """Where visual tokens stand, read both ways."""
 
-    visual: Int[Array, "B T"]  # which visual token stands at t, -1 = text
-    position: Int[Array, "B M"]  # where visual token m stands, -1 = nowhere
+    tokens: Int[Array, "B T"]  # which visual token stands at t, -1 = text
+    positions: Int[Array, "B M"]  # where visual token m stands, -1 = nowhere
 
 
-def placement(visual_index: Int[HostOrDevice, "B T"], visual: int) -> Placement:
+def invert_visual_index(visual_index: Int[HostOrDevice, "B T"], visual: int) -> VisualIndex:
     """Invert `visual_index` once per step; both directions are then gathers. `visual` is M."""
     rows, length = visual_index.shape
     visual_index = jnp.asarray(visual_index)
@@ -36,13 +36,13 @@ def placement(visual_index: Int[HostOrDevice, "B T"], visual: int) -> Placement:
     nowhere = jnp.full((rows, visual + 1), -1, jnp.int32)
     # Row by row, so that rows on different devices stay there.
     where = jax.vmap(lambda row, slots: row.at[slots].set(jnp.arange(length, dtype=jnp.int32)))(nowhere, slots)
-    return Placement(visual_index, where[:, :visual])
+    return VisualIndex(visual_index, where[:, :visual])
 
 
 @jax.custom_vjp
-def spread(tokens: Float[Array, "B M D"], places: Placement) -> Float[Array, "B T D"]:
+def spread(tokens: Float[Array, "B M D"], index: VisualIndex) -> Float[Array, "B T D"]:
     """Visual tokens at their positions, zero at the text."""
-    return _gather_or_zero(tokens, places.visual)
+    return _gather_or_zero(tokens, index.tokens)
 
 
 def _gather_or_zero(x: Array, index: Array) -> Array:
@@ -50,25 +50,25 @@ def _gather_or_zero(x: Array, index: Array) -> Array:
     return jnp.where((index >= 0)[..., None], rows, jnp.zeros((), x.dtype))
 
 
-def _spread_forward(tokens: Array, places: Placement) -> tuple[Array, Placement]:
-    return spread(tokens, places), places
+def _spread_forward(tokens: Array, index: VisualIndex) -> tuple[Array, VisualIndex]:
+    return spread(tokens, index), index
 
 
-def _spread_backward(places: Placement, cotangent: Array) -> tuple[Array, Placement]:
-    no_gradient = jax.tree.map(lambda index: np.zeros(index.shape, jax.dtypes.float0), places)
-    return _gather_or_zero(cotangent, places.position), no_gradient
+def _spread_backward(index: VisualIndex, cotangent: Array) -> tuple[Array, VisualIndex]:
+    no_gradient = jax.tree.map(lambda leaf: np.zeros(leaf.shape, jax.dtypes.float0), index)
+    return _gather_or_zero(cotangent, index.positions), no_gradient
 
 
 spread.defvjp(_spread_forward, _spread_backward)
 
 
-def merge(text: Float[Array, "B T D"], visual: Float[Array, "B M D"], places: Placement) -> Float[Array, "B T D"]:
+def merge(text: Float[Array, "B T D"], visual: Float[Array, "B M D"], index: VisualIndex) -> Float[Array, "B T D"]:
     """The input embeddings: the visual token where one stands, the text embedding elsewhere."""
-    return jnp.where((places.visual >= 0)[..., None], spread(visual, places).astype(text.dtype), text)
+    return jnp.where((index.tokens >= 0)[..., None], spread(visual, index).astype(text.dtype), text)
 
 
 def inject(
-    x: Float[Array, "B T D"], layer_inject: Float[Array, "J B M D"], group: Int[Array, ""], places: Placement
+    x: Float[Array, "B T D"], layer_inject: Float[Array, "J B M D"], group: Int[Array, ""], index: VisualIndex
 ) -> Float[Array, "B T D"]:
     """Add one group of the stack to the hidden states at the visual positions (paper equation 2); group -1 adds nothing."""
 
@@ -77,6 +77,6 @@ def inject(
         # Cut as the stack is, then whole: so this one group is what is gathered, here and in the gradient, under the condition.
         tokens = nn.with_logical_constraint(tokens, STACK_AXES[1:])
         tokens = nn.with_logical_constraint(tokens, ("batch", None, "embed"))
-        return x + spread(tokens, places).astype(x.dtype)
+        return x + spread(tokens, index).astype(x.dtype)
 
     return jax.lax.cond(group >= 0, add, lambda x: x, x)

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int, Num
 from deepstack_jax.config import VisionConfig
 from deepstack_jax.model.attention import AttentionFn
 from deepstack_jax.model.layers import ACTIVATIONS, layer_norm, linear, take_rows
-from deepstack_jax.model.merge import STACK_AXES, Placement, inject
+from deepstack_jax.model.merge import STACK_AXES, VisualIndex, inject
 from deepstack_jax.types import HostOrDevice
 
 # Crops lie over all devices, each computed whole on one of them; pictures that stay with the rows of the batch are cut along
@@ -120,10 +120,10 @@ class VisionTower(nn.Module):
         stack = jnp.moveaxis(jnp.where((source >= 0)[..., None], dealt, 0), 1, 0)
         stack = nn.with_logical_constraint(stack, STACK_AXES)
         whole = nn.with_logical_constraint(x[:, ::views], ("batch", None, None, "vision_embed"))
-        places = _behind_cls(rows, whole.shape[1], whole.shape[2])
+        index = _behind_cls(rows, whole.shape[1], whole.shape[2])
 
         def add(x: Float[Array, "B I A E"], group: Int[Array, ""]) -> Float[Array, "B I A E"]:
-            return inject(x.reshape(rows, -1, x.shape[-1]), stack, group, places).reshape(x.shape)
+            return inject(x.reshape(rows, -1, x.shape[-1]), stack, group, index).reshape(x.shape)
 
         layer = EncoderLayer(self.config, self.attend, self.dtype, ROW_AXES, parent=None)
 
@@ -197,14 +197,14 @@ def _padding(rows: int, slots: int, shards: tuple[int, int]) -> tuple[int, int]:
     return parts, -(rows // parts * slots) % (shards[0] * shards[1] // parts)
 
 
-def _behind_cls(rows: int, images: int, tokens: int) -> Placement:
+def _behind_cls(rows: int, images: int, tokens: int) -> VisualIndex:
     """Where the patch tokens of each global view stand when the views, CLS first, are joined to one sequence."""
     patches = tokens - 1
     visual = np.full((images, tokens), -1, np.int32)
     visual[:, 1:] = np.arange(images * patches).reshape(images, patches)
     position = np.arange(images * tokens, dtype=np.int32).reshape(images, tokens)[:, 1:]
     both = (np.broadcast_to(index.reshape(1, -1), (rows, index.size)) for index in (visual, position))
-    return Placement(*map(jnp.asarray, both))
+    return VisualIndex(*map(jnp.asarray, both))
 
 
 def interpolate_positions(positions: Num[HostOrDevice, "A E"], side: int) -> Num[Array, "Q E"]:

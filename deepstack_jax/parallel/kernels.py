@@ -12,7 +12,7 @@ from jax import Array
 from jax.sharding import Mesh, PartitionSpec
 
 from deepstack_jax.config import Config
-from deepstack_jax.model.attention import AttentionFn, Seen, Segments, causal_segment_mask, dot_product
+from deepstack_jax.model.attention import AttentionFn, AttentionMask, Segments, causal_segment_mask, dot_product
 from deepstack_jax.parallel.rules import BATCH_AXES
 
 Kernel = Literal["splash", "cudnn", "xla"]
@@ -65,22 +65,22 @@ class SplashAttention:
     mesh: Mesh
     interpret: bool = False
 
-    def __call__(self, q: Array, k: Array, v: Array, seen: Seen) -> Array:
-        def local(q: Array, k: Array, v: Array, seen: Segments) -> Array:
-            return _splash(q, k, v, jnp.asarray(seen.segment_ids), seen.window, self.interpret)
+    def __call__(self, q: Array, k: Array, v: Array, mask: AttentionMask) -> Array:
+        def local(q: Array, k: Array, v: Array, mask: Segments) -> Array:
+            return _splash(q, k, v, jnp.asarray(mask.segment_ids), mask.window, self.interpret)
 
-        return _on_each_device(local, self.mesh, q, k, v, seen)
+        return _on_each_device(local, self.mesh, q, k, v, mask)
 
 
 def _on_each_device(
-    local: Callable[[Array, Array, Array, Segments], Array], mesh: Mesh, q: Array, k: Array, v: Array, seen: Seen
+    local: Callable[[Array, Array, Array, Segments], Array], mesh: Mesh, q: Array, k: Array, v: Array, mask: AttentionMask
 ) -> Array:
     """`local` on the rows and heads of each device, which need nothing of each other."""
-    if not isinstance(seen, Segments) or q.shape[0] % (mesh.shape["data"] * mesh.shape["fsdp"]):
-        return dot_product(q, k, v, seen)  # a mask; or the one row that parameters are drawn with
+    if not isinstance(mask, Segments) or q.shape[0] % (mesh.shape["data"] * mesh.shape["fsdp"]):
+        return dot_product(q, k, v, mask)  # a mask; or the one row that parameters are drawn with
 
     spread = jax.shard_map(local, mesh=mesh, in_specs=(_HEADS, _HEADS, _HEADS, _ROWS), out_specs=_HEADS, check_vma=False)
-    return spread(q, k, v, jax.tree.map(jnp.asarray, seen))
+    return spread(q, k, v, jax.tree.map(jnp.asarray, mask))
 
 
 def _splash(q: Array, k: Array, v: Array, segment_ids: Array, window: int, interpret: bool) -> Array:
@@ -135,16 +135,16 @@ class CudnnAttention:
     packed: bool
     implementation: Literal["cudnn", "xla"] = "cudnn"
 
-    def __call__(self, q: Array, k: Array, v: Array, seen: Seen) -> Array:
-        return _on_each_device(self._local, self.mesh, q, k, v, seen)
+    def __call__(self, q: Array, k: Array, v: Array, mask: AttentionMask) -> Array:
+        return _on_each_device(self._local, self.mesh, q, k, v, mask)
 
-    def _local(self, q: Array, k: Array, v: Array, seen: Segments) -> Array:
+    def _local(self, q: Array, k: Array, v: Array, mask: Segments) -> Array:
         length = q.shape[1]
         pad = length % 2  # jax wants even lengths where there is a gradient
         q, k, v = (jnp.pad(x, ((0, 0), (0, pad), (0, 0), (0, 0))) for x in (q, k, v))
         if self.packed:
-            segment_ids, positions = (jnp.pad(jnp.asarray(x), ((0, 0), (0, pad))) for x in (seen.segment_ids, seen.positions))
-            rule: dict[str, Any] = {"mask": causal_segment_mask(segment_ids, positions, seen.window)}
+            segment_ids, positions = (jnp.pad(jnp.asarray(x), ((0, 0), (0, pad))) for x in (mask.segment_ids, mask.positions))
+            rule: dict[str, Any] = {"mask": causal_segment_mask(segment_ids, positions, mask.window)}
         else:
-            rule = {"is_causal": True, "local_window_size": (seen.window, 0) if seen.window else None}
+            rule = {"is_causal": True, "local_window_size": (mask.window, 0) if mask.window else None}
         return jax.nn.dot_product_attention(q, k, v, **rule, implementation=self.implementation)[:, :length]

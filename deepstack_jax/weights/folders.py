@@ -19,7 +19,15 @@ from ml_collections import ConfigDict
 from deepstack_jax.config import Config, build_config, to_dict
 from deepstack_jax.printing import quote
 from deepstack_jax.weights.files import BEYOND_FILE, StoredTensor, WeightsError
-from deepstack_jax.weights.hf_config import BARE, CARRIED, WORDED, check_against, from_hf, is_llava_hf, tower_from
+from deepstack_jax.weights.hf_config import (
+    BARE,
+    PASSTHROUGH_KEYS,
+    VERBATIM_KEYS,
+    check_against,
+    from_hf,
+    is_llava_hf,
+    tower_from,
+)
 from deepstack_jax.weights.hf_decoder import decoder_from, section, word
 from deepstack_jax.weights.hf_export import may_say, tower_to_hf
 from deepstack_jax.weights.hf_image import processor_of
@@ -45,7 +53,7 @@ class Checkpoint:
       template: the conversation template that such a model is trained with.
       tower: folder of its vision tower, or "".
       ends: ids that end an answer besides the tokenizer's own, as generation_config.json (or else config.json) has them.
-      carried: keys of its config.json that our Config does not describe, for an export.
+      passthrough: keys of its config.json that our Config does not describe, for an export.
     """
 
     path: Path
@@ -55,7 +63,7 @@ class Checkpoint:
     template: str
     tower: str
     ends: tuple[int, ...]
-    carried: Mapping[str, Any]
+    passthrough: Mapping[str, Any]
 
 
 def open_checkpoint(
@@ -96,9 +104,9 @@ def open_checkpoint(
     if base_folder is not None:
         _check_base(base_folder, stored)
     config = _with_beyond(stored, folder)
-    carried = _carried(values, (*CARRIED, *WORDED))
+    passthrough = _passthrough(values, (*PASSTHROUGH_KEYS, *VERBATIM_KEYS))
     if tower_folder is not None:
-        carried |= _carried(read_json(tower_folder / "config.json"), ("projection_dim",))
+        passthrough |= _passthrough(read_json(tower_folder / "config.json"), ("projection_dim",))
     if run is not None:
         check_against(run, stored, bare=bare)
         config = run
@@ -115,16 +123,16 @@ def open_checkpoint(
         template=config.data.template if run is None else stored.data.template,
         tower=str(tower_folder or ""),
         ends=_ends(folder, values),
-        carried=carried,
+        passthrough=passthrough,
     )
 
 
-def _carried(values: Mapping[str, Any], keys: Collection[str]) -> dict[str, Any]:
+def _passthrough(values: Mapping[str, Any], keys: Collection[str]) -> dict[str, Any]:
     """What an export writes again without looking at it: numbers and lists of them, and the words that say what is computed."""
     found = {key: value for key, value in values.items() if key in keys}
     for key, value in found.items():
         several = value if isinstance(value, list) else [value]
-        if key not in WORDED and not all(n is None or isinstance(n, int | float) for n in several):
+        if key not in VERBATIM_KEYS and not all(n is None or isinstance(n, int | float) for n in several):
             raise WeightsError(f"config.json: {key} is {quote(value)}, expected a number; take it from the model's source")
     return found
 

@@ -51,7 +51,7 @@ _LLAVA_HF_TOWER = {  # what `llava-hf` folders assume where their vision_config 
     "patch_size": 14,
 }
 # Keys of config.json that our Config does not describe and an export carries over.
-CARRIED = (
+PASSTHROUGH_KEYS = (
     "attention_dropout",
     "bos_token_id",
     "embd_pdrop",
@@ -63,7 +63,7 @@ CARRIED = (
     "use_cache",
 )
 # Keys that can say the same in several ways; an export keeps the folder's own way where it still says the same.
-WORDED = ("deepstack_args_for_ablation", "deepstack_start_id", "deepstack_sampling", "image_grid_pinpoints")
+VERBATIM_KEYS = ("deepstack_args_for_ablation", "deepstack_start_id", "deepstack_sampling", "image_grid_pinpoints")
 # Keys of the multimodal part that have no prefix to be known by.
 UNPREFIXED = ("is_anyres_deepstack", "num_crops", "twoviews_unshare")
 # Keys of the multimodal part that official and LLaVA's folders have, those that only their trainers read included.

@@ -9,7 +9,7 @@ from typing import Any
 from deepstack_jax.config import Config
 from deepstack_jax.weights.ablations import ablations_to
 from deepstack_jax.weights.files import WeightsError
-from deepstack_jax.weights.hf_config import CARRIED, WORDED, from_hf
+from deepstack_jax.weights.hf_config import PASSTHROUGH_KEYS, VERBATIM_KEYS, from_hf
 from deepstack_jax.weights.hf_decoder import decoder_to
 from deepstack_jax.weights.hf_image import RESAMPLE
 
@@ -30,11 +30,11 @@ def is_baseline(config: Config) -> bool:
     return single and config.deepstack.pool == 1
 
 
-def to_hf(config: Config, carried: Mapping[str, Any] | None = None, dtype: str = "float32") -> dict[str, Any]:
+def to_hf(config: Config, passthrough: Mapping[str, Any] | None = None, dtype: str = "float32") -> dict[str, Any]:
     """The config.json of an official folder.
 
     Args:
-      carried: keys that our Config does not describe (token ids above all), as `Checkpoint.carried`.
+      passthrough: keys that our Config does not describe (token ids above all), as `Checkpoint.passthrough`.
       dtype: of the tensors beside it.
 
     Raises:
@@ -47,7 +47,7 @@ def to_hf(config: Config, carried: Mapping[str, Any] | None = None, dtype: str =
         if phi
         else {"eos_token_id": 2, "pad_token_id": 0, "pretraining_tp": 1}
     )
-    base |= {key: value for key, value in (carried or {}).items() if key in CARRIED}
+    base |= {key: value for key, value in (passthrough or {}).items() if key in PASSTHROUGH_KEYS}
     values = {**base, **decoder_to(config.decoder), **_multimodal(config), "torch_dtype": dtype}
     values |= {"transformers_version": _VERSION, "deepstack_args_for_ablation": ablations_to(config)}
     if is_baseline(config) and not phi:
@@ -62,10 +62,10 @@ def to_hf(config: Config, carried: Mapping[str, Any] | None = None, dtype: str =
         values |= _deepstack(config)
         values["model_type"] = "deepstack_phi" if phi else "deepstack_llama"
         values["architectures"] = ["DeepstackPhiForCausalLM" if phi else "DeepstackLlamaForCausalLM"]
-    return dict(sorted(_as_worded(values, config, carried or {}).items()))
+    return dict(sorted(_keep_verbatim(values, config, passthrough or {}).items()))
 
 
-def _as_worded(values: dict[str, Any], config: Config, carried: Mapping[str, Any]) -> dict[str, Any]:
+def _keep_verbatim(values: dict[str, Any], config: Config, passthrough: Mapping[str, Any]) -> dict[str, Any]:
     """Keys that can say the same in several ways, in the words of the folder that the model came from.
 
     Several ways: the order of ablations, "inconsistent" for "anyres_unpad", any start behind the last layer, what upstream
@@ -81,10 +81,10 @@ def _as_worded(values: dict[str, Any], config: Config, carried: Mapping[str, Any
             except WeightsError:
                 return None
 
-    wanted = [key for key in WORDED if key in values and carried.get(key, values[key]) != values[key]]
+    wanted = [key for key in VERBATIM_KEYS if key in values and passthrough.get(key, values[key]) != values[key]]
     meant = meaning(values) if wanted else None
     for key in wanted:
-        worded = values | {key: carried[key]}
+        worded = values | {key: passthrough[key]}
         if meant is not None and meaning(worded) == meant:
             values = worded
     return values
@@ -140,7 +140,7 @@ def _deepstack(config: Config) -> dict[str, Any]:
     }
 
 
-def tower_to_hf(config: Config, carried: Mapping[str, Any] | None = None, dtype: str = "float32") -> dict[str, Any]:
+def tower_to_hf(config: Config, passthrough: Mapping[str, Any] | None = None, dtype: str = "float32") -> dict[str, Any]:
     """config.json of the vision tower's own folder."""
     vision = config.vision
     return {
@@ -158,7 +158,7 @@ def tower_to_hf(config: Config, carried: Mapping[str, Any] | None = None, dtype:
         "num_channels": 3,
         "num_hidden_layers": vision.layers,
         "patch_size": vision.patch_size,
-        "projection_dim": (carried or {}).get("projection_dim", 768),  # of the head that is not used here
+        "projection_dim": (passthrough or {}).get("projection_dim", 768),  # of the head that is not used here
         "torch_dtype": dtype,
         "transformers_version": _VERSION,
     }

@@ -72,7 +72,7 @@ def save_checkpoint(
     dtype: str = "float32",
     max_shard: str = "5GB",
     form: str = "official",
-    carried: Mapping[str, Any] | None = None,
+    passthrough: Mapping[str, Any] | None = None,
     force: bool = False,
     sources: Iterable[str | Path] = (),
     progress: Callable[[int], None] = lambda nbytes: None,
@@ -88,7 +88,7 @@ def save_checkpoint(
       tokenizer_folder: where the tokenizer's files are copied from; "" writes none.
       dtype: float32 | bfloat16 | float16. max_shard: most bytes of a file, e.g. "5GB".
       form: official (DeepStack, LLaVA) | llava-hf (baselines only, for transformers).
-      carried: keys of config.json that our Config does not describe, as `Checkpoint.carried`.
+      passthrough: keys of config.json that our Config does not describe, as `Checkpoint.passthrough`.
       sources: files and folders that the parameters come from, which are never replaced.
       progress: called with the bytes of every tensor written.
 
@@ -102,13 +102,13 @@ def save_checkpoint(
             raise WeightsError(f"--{flag} got {value!r}, expected {', '.join(valid)}")
     outs = list(_tensors(leaves, config, form))
     image_token = config.decoder.vocab_size  # the row behind the vocabulary
-    values = to_hf(config, carried, dtype) if form == "official" else to_llava_hf(config, image_token, dtype)
+    values = to_hf(config, passthrough, dtype) if form == "official" else to_llava_hf(config, image_token, dtype)
     try:
         with whole_export(folder, [*sources, *filter(None, [tokenizer_folder])], force=force) as scratch:
             files = write_shards(outs, scratch, dtype, size, progress)
             _write_json(scratch / "config.json", values)
             if form == "official":
-                tower = tower_to_hf(config, carried, dtype)
+                tower = tower_to_hf(config, passthrough, dtype)
                 _write_tower(outs, tower, preprocessor_to_hf(config), scratch / TOWER_FOLDER, dtype)
             else:
                 _write_json(scratch / "preprocessor_config.json", llava_processor_to_hf(config))

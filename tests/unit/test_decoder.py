@@ -24,7 +24,7 @@ from deepstack_jax.model.attention import (
     rotate,
 )
 from deepstack_jax.model.decoder import Decoder, InjectedBlock
-from deepstack_jax.model.merge import inject, merge, placement, spread
+from deepstack_jax.model.merge import inject, invert_visual_index, merge, spread
 from tests.unit.tiny import draw_params, shapes_in
 
 # All sizes differ, so that a shape names its axes. L is free: see `decoder_of`.
@@ -39,7 +39,7 @@ def decoder_of(layers=7, start=1, attend=dot_product, **settings):
 
 @pytest.fixture(scope="module")
 def inputs():
-    """x, rotary, mask, stack, places: row 0 holds tokens 2..6, row 1 three of five, out of order."""
+    """x, rotary, mask, stack, index: row 0 holds tokens 2..6, row 1 three of five, out of order."""
     rng = np.random.default_rng(0)
     index = np.full((B, T), -1, np.int32)
     index[0, 2:7] = range(M)
@@ -48,7 +48,7 @@ def inputs():
     rotary = rotary_angles(rotary_table(TINY.rope, TINY.head_dim, T), positions, positions)
     mask = causal_segment_mask(jnp.ones((B, T), jnp.int32), positions)
     x, stack = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((B, T, D), (J, B, M, D)))
-    return x, rotary, mask, stack, placement(jnp.asarray(index), M)
+    return x, rotary, mask, stack, invert_visual_index(jnp.asarray(index), M)
 
 
 @pytest.fixture(scope="module")
@@ -58,9 +58,9 @@ def params(inputs):
 
 def objective(decoder, inputs):
     """(params, x, stack) -> a number that every output feeds."""
-    _, rotary, mask, _, places = inputs
+    _, rotary, mask, _, index = inputs
     weights = np.random.default_rng(2).normal(size=(B, T, D)).astype(np.float32)
-    return lambda params, x, stack: (decoder.apply(params, x, rotary, mask, stack, places).hidden * weights).sum()
+    return lambda params, x, stack: (decoder.apply(params, x, rotary, mask, stack, index).hidden * weights).sum()
 
 
 def plain_spread(tokens, index):
@@ -80,12 +80,12 @@ def placements(draw):
 
 @jax.jit
 def invert(index):
-    return placement(index, M).position
+    return invert_visual_index(index, M).positions
 
 
 @jax.jit
 def both_spreads(tokens, index, cotangent):
-    ours, ours_back = jax.vjp(lambda tokens: spread(tokens, placement(index, M)), tokens)
+    ours, ours_back = jax.vjp(lambda tokens: spread(tokens, invert_visual_index(index, M)), tokens)
     plain, plain_back = jax.vjp(lambda tokens: plain_spread(tokens, index), tokens)
     return (ours, *ours_back(cotangent)), (plain, *plain_back(cotangent))
 
@@ -113,15 +113,15 @@ def test_placement_is_the_inverse_of_visual_index(index):
 
 @pytest.mark.quick
 def test_merge_replaces_and_inject_adds(inputs):
-    x, _, _, stack, places = inputs
+    x, _, _, stack, index = inputs
     visual = stack[0]
-    stands = np.asarray(places.visual >= 0)[..., None]
-    dense = plain_spread(visual, places.visual)
-    chex.assert_trees_all_close(merge(x, visual, places), jnp.where(stands, dense, x), atol=1e-6)
+    stands = np.asarray(index.tokens >= 0)[..., None]
+    dense = plain_spread(visual, index.tokens)
+    chex.assert_trees_all_close(merge(x, visual, index), jnp.where(stands, dense, x), atol=1e-6)
     for group in range(J):
-        expected = x + plain_spread(stack[group], places.visual)
-        chex.assert_trees_all_close(inject(x, stack, jnp.asarray(group), places), expected, atol=1e-6)
-    chex.assert_trees_all_equal(inject(x, stack, jnp.asarray(-1), places), x)
+        expected = x + plain_spread(stack[group], index.tokens)
+        chex.assert_trees_all_close(inject(x, stack, jnp.asarray(group), index), expected, atol=1e-6)
+    chex.assert_trees_all_equal(inject(x, stack, jnp.asarray(-1), index), x)
 
 
 with_and_without_jit: Any = chex.variants(with_jit=True, without_jit=True)
@@ -157,7 +157,7 @@ class Variants(chex.TestCase):
 @pytest.mark.quick
 def test_layer_inputs_hold_the_injection(inputs, params):
     """Layer by layer against a Python loop over the single blocks, with the schedule read from its definition."""
-    x, rotary, mask, stack, places = inputs
+    x, rotary, mask, stack, index = inputs
     decoder = dataclasses.replace(decoder_of(start=2), keep_inputs=True)
     output = jax.jit(decoder.apply)(params, *inputs)
     block = InjectedBlock(TINY, dot_product, jnp.dtype(jnp.float32))
@@ -169,7 +169,7 @@ def test_layer_inputs_hold_the_injection(inputs, params):
     chex.assert_shape(output.layer_inputs, (TINY.layers, B, T, D))
     for layer in range(TINY.layers):
         if 2 <= layer < 2 + J:
-            x = x + plain_spread(stack[layer - 2], places.visual)
+            x = x + plain_spread(stack[layer - 2], index.tokens)
         chex.assert_trees_all_close(output.layer_inputs[layer], x, atol=1e-5)
         layer_params = jax.tree.map(lambda leaf: leaf[layer], params["params"]["layers"]["block"])  # noqa: B023
         x = run_block(layer_params, x)
@@ -222,11 +222,11 @@ class LeakyBody(decoder_module.ScanBody):
     """The mistake that ScanBody avoids: the stack goes through remat and comes back out of it."""
 
     @nn.compact
-    def __call__(self, carry, per_layer, places, rotary, mask, filled):
+    def __call__(self, carry, per_layer, index, rotary, mask, filled):
         x, layer_inject, cache = carry
         group, layer = per_layer
         x, layer_inject, cache = nn.remat(LeakyBlock, prevent_cse=False)(self.config, self.attend, self.dtype, name="block")(
-            x, layer_inject, group, places, rotary, mask, cache, (layer, filled)
+            x, layer_inject, group, index, rotary, mask, cache, (layer, filled)
         )
         return (x, layer_inject, cache), None
 

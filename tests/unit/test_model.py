@@ -137,10 +137,10 @@ def gradients(batch, params):
 
     def losses(pixels, added):
         def run(model):
-            x, stack, places = model.inputs(batch._replace(pixels=pixels))
+            x, stack, index = model.inputs(batch._replace(pixels=pixels))
             mask = causal_segment_mask(jnp.asarray(batch.segment_ids), jnp.asarray(batch.positions))
             rotary = model.rotary(batch.positions, batch.segment_ids)
-            return model.logits(model.layers(x, rotary, mask, stack + added, places).hidden)
+            return model.logits(model.layers(x, rotary, mask, stack + added, index).hidden)
 
         scores = jax.nn.log_softmax(MODEL.apply({"params": params}, method=run))
         picked = jnp.take_along_axis(scores, batch.targets[..., None], -1)[..., 0]

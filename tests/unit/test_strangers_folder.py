@@ -150,8 +150,8 @@ def test_what_an_export_carries_is_numbers(folder):
         with pytest.raises(WeightsError, match=r"pad_token_id is .*, expected a number"):
             open_checkpoint(folder)
     say(folder, "config.json", **values | {"pad_token_id": None, "eos_token_id": [2, 3]})
-    assert open_checkpoint(folder).carried["pad_token_id"] is None
-    assert open_checkpoint(folder).carried["eos_token_id"] == [2, 3]
+    assert open_checkpoint(folder).passthrough["pad_token_id"] is None
+    assert open_checkpoint(folder).passthrough["eos_token_id"] == [2, 3]
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64, np.float16, ml_dtypes.bfloat16])

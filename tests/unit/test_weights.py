@@ -98,7 +98,7 @@ def test_import_then_export_is_the_same_folder(name, tmp_path):
     hf = write_folder(name, tmp_path)
     checkpoint = open_checkpoint(hf)
     params = stored_leaves(checkpoint.tensors, checkpoint.config)
-    save_checkpoint(params, checkpoint.config, tmp_path / "out", carried=checkpoint.carried)
+    save_checkpoint(params, checkpoint.config, tmp_path / "out", passthrough=checkpoint.passthrough)
     for part in ("config.json", "clip/config.json", "clip/preprocessor_config.json"):
         theirs = hf / part if part == "config.json" else tmp_path / part
         assert json.loads((tmp_path / "out" / part).read_text()) == json.loads(theirs.read_text()), part
@@ -106,7 +106,7 @@ def test_import_then_export_is_the_same_folder(name, tmp_path):
     same(load_file(tmp_path / "out" / "clip" / "model.safetensors"), load_file(tmp_path / "clip" / "model.safetensors"))
     again = open_checkpoint(tmp_path / "out")
     assert again.config == checkpoint.config
-    assert again.carried == checkpoint.carried
+    assert again.passthrough == checkpoint.passthrough
     stack = checkpoint.config.deepstack
     found = (checkpoint.config.image.mode, stack.sequence, stack.stack, stack.sampling, stack.start, stack.interval, stack.into)
     assert found == READ_AS.get(name, READ_AS["l_2d"])
@@ -373,7 +373,7 @@ def test_an_hd_run_with_another_sampling_is_another_model_to_the_official_code(t
     found = open_checkpoint(write_folder("hd", tmp_path))
     changed = dataclasses.replace(found.config, deepstack=dataclasses.replace(found.config.deepstack, sampling="grid"))
     with pytest.warns(UserWarning, match=r"config\.deepstack\.sampling='grid': the official code has no such model"):
-        save_checkpoint(stored_leaves(found.tensors, changed), changed, tmp_path / "out", carried=found.carried)
+        save_checkpoint(stored_leaves(found.tensors, changed), changed, tmp_path / "out", passthrough=found.passthrough)
     assert open_checkpoint(tmp_path / "out").config == changed
 
 
@@ -473,13 +473,13 @@ def test_what_official_files_cannot_say_stands_beside_them(folder, tmp_path):
     """Filters, template and a tokenizer without files come back; a plain model gets no such file."""
     found = open_checkpoint(folder)
     leaves = stored_leaves(found.tensors, found.config)
-    save_checkpoint(leaves, found.config, tmp_path / "plain", carried=found.carried)
+    save_checkpoint(leaves, found.config, tmp_path / "plain", passthrough=found.passthrough)
     assert not (tmp_path / "plain" / "deepstack_jax.json").exists()
     image = dataclasses.replace(found.config.image, global_filter="box")
     data = dataclasses.replace(found.config.data, template="plain", tokenizer="words:a b")
     changed = dataclasses.replace(found.config, image=image, data=data)
     with pytest.warns(UserWarning, match=r"config\.image\.global_filter='box': other code resizes with another filter"):
-        save_checkpoint(leaves, changed, tmp_path / "box", carried=found.carried)
+        save_checkpoint(leaves, changed, tmp_path / "box", passthrough=found.passthrough)
     again = open_checkpoint(tmp_path / "box")
     assert again.config == changed
     assert again.template == "plain"
