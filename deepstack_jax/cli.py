@@ -20,7 +20,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from deepstack_jax.config import Config, build_config
-from deepstack_jax.errors import ConfigError
+from deepstack_jax.errors import ConfigError, UserError
 from deepstack_jax.printing import guard_streams, one_line, quote
 
 EXIT_DONE = 0
@@ -132,11 +132,10 @@ class StopSignals:
 
 def run(
     main: Callable[[], int],
-    errors: tuple[type[Exception], ...],
     usage: str,
     needs_less_memory: str = "use a machine with more",
 ) -> None:
-    """Parse the flags, run `main`, and exit with its code; an error of the given kinds becomes one line on stderr.
+    """Parse the flags, run `main`, and exit with its code; a `UserError` becomes one line on stderr.
 
     So does a full disk, and a device whose memory does not suffice. Anything else is a defect of this package and keeps its
     traceback.
@@ -156,7 +155,7 @@ def run(
     try:
         parse_flags()
         code = main()
-    except (*errors, ConfigError) as error:
+    except UserError as error:
         _fail(*(map(str, error.args) if isinstance(error, ConfigError) else [str(error)]))
     except OSError as error:
         where = f" {error.filename}" if error.filename else _shared_memory_full()

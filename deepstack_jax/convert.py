@@ -18,7 +18,6 @@ from deepstack_jax.config import Config
 from deepstack_jax.data.tokenizers import load_tokenizer
 from deepstack_jax.errors import ConfigError
 from deepstack_jax.printing import Console
-from deepstack_jax.train.checkpoint import CheckpointError
 from deepstack_jax.train.start import is_workdir
 from deepstack_jax.train.trained import restore_params
 from deepstack_jax.weights.folders import Checkpoint, open_checkpoint
@@ -164,4 +163,4 @@ def describe(source: Source, target: Path, form: str, dtype: str, written: Writt
 
 
 if __name__ == "__main__":
-    cli.run(main, (CheckpointError,), USAGE)
+    cli.run(main, USAGE)

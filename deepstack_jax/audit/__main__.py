@@ -18,7 +18,7 @@ from deepstack_jax.audit.survey import choose_rows, survey
 from deepstack_jax.config import Config
 from deepstack_jax.data.open import open_source
 from deepstack_jax.data.pipeline import open_tokenizer
-from deepstack_jax.data.sources import Source, SourceError
+from deepstack_jax.data.sources import Source
 from deepstack_jax.data.tokenizers import Tokenizer
 from deepstack_jax.errors import ConfigError, try_all
 from deepstack_jax.printing import Console, plural
@@ -92,4 +92,4 @@ def write(path: Path, content: bytes) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main, (SourceError,), USAGE)
+    cli.run(main, USAGE)

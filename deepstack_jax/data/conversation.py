@@ -4,12 +4,13 @@ import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from deepstack_jax.errors import UserError
 from deepstack_jax.printing import plural
 
 IMAGE_MARK = "<image>"
 
 
-class ConversationError(ValueError):
+class ConversationError(UserError):
     """A sample that cannot become a training text or a prompt; the message names the turn."""
 
 

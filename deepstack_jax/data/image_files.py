@@ -14,6 +14,7 @@ from PIL import ExifTags, Image, ImageFile, PngImagePlugin, TiffImagePlugin
 
 from deepstack_jax.config import DataConfig
 from deepstack_jax.data import files
+from deepstack_jax.errors import UserError
 
 # Pillow's other readers start programs (EPS), open whatever a file contains with any reader (IPTC, ICNS), decode before the
 # size can be looked at (ICO), or know their files by no mark (TGA).
@@ -41,7 +42,7 @@ DEEP = "images of 16 or 32 bits or float, scaled to 8 bits by the full range of 
 TURNED = "images that EXIF says to turn, seen as they are stored, as upstream does; exif=apply turns them upright"
 
 
-class ImageError(ValueError):
+class ImageError(UserError):
     """An image that cannot be read; the message is one line with its path and the reason."""
 
 

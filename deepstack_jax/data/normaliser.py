@@ -17,6 +17,7 @@ from urllib.parse import unquote
 from deepstack_jax.data import files
 from deepstack_jax.data.conversation import IMAGE_MARK, Message, parse
 from deepstack_jax.data.sources import Example, Outline
+from deepstack_jax.errors import UserError
 from deepstack_jax.printing import label, plural
 
 IMAGE_KEYS = ("image", "images")
@@ -26,7 +27,7 @@ _INLINE = ("image", "image_url", "url", "path", "base64")  # keys of a part of c
 _ROLES = {"user": "human", "assistant": "gpt"}
 
 
-class RowError(ValueError):
+class RowError(UserError):
     """What is wrong with a row, without its place; the source adds file, row and id."""
 
 

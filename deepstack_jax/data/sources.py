@@ -8,6 +8,7 @@ import numpy as np
 from PIL import Image
 
 from deepstack_jax.data.conversation import Message
+from deepstack_jax.errors import UserError
 from deepstack_jax.printing import redacted
 
 
@@ -66,7 +67,7 @@ class OutlinedSource(Source, Protocol):
         ...
 
 
-class SourceError(ValueError):
+class SourceError(UserError):
     """A data file that cannot be used; nothing of it is trained on. Its message holds no credentials of a URL."""
 
     def __init__(self, message: str) -> None:

@@ -8,13 +8,14 @@ from typing import Any
 
 import tokenizers
 
+from deepstack_jax.errors import UserError
 from deepstack_jax.printing import label
 
 SPECIAL_ROLES = ("bos_token", "eos_token", "unk_token", "pad_token", "additional_special_tokens")
 LITERALS = {"<s>": 1, "</s>": 2}
 
 
-class TokenizerError(ValueError):
+class TokenizerError(UserError):
     """A tokenizer that cannot be read or used; one line with its file and the reason."""
 
 

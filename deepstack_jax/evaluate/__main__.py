@@ -14,13 +14,11 @@ from absl import flags
 from rich.table import Table
 
 from deepstack_jax import cli
-from deepstack_jax.api import DTYPES, LMM, ConfigError, Options, RequestError, load
+from deepstack_jax.api import DTYPES, LMM, ConfigError, Options, load
 from deepstack_jax.atomic import write_json, write_lines
 from deepstack_jax.config import Config, DataConfig, to_dict
 from deepstack_jax.data import files
-from deepstack_jax.data.conversation import ConversationError
 from deepstack_jax.data.encode import BadExample
-from deepstack_jax.data.image import ImageError
 from deepstack_jax.data.inputs import describe_files, describe_options
 from deepstack_jax.data.open import MissingError, open_files, open_source
 from deepstack_jax.data.sources import Source, SourceError
@@ -32,7 +30,6 @@ from deepstack_jax.evaluate.reports import left_out_of
 from deepstack_jax.evaluate.scorers import SCORERS
 from deepstack_jax.generate.prompts import find_template
 from deepstack_jax.printing import Console, label, plural, redacted
-from deepstack_jax.train.checkpoint import CheckpointError
 from deepstack_jax.train.checksums import checksums
 
 USAGE = """
@@ -255,4 +252,4 @@ def table_of(results: dict[str, Any]) -> Table:
 if __name__ == "__main__":
     define_flags()
     less = "lower --batch_size or --max_new_tokens, or choose --dtype=bfloat16"
-    cli.run(main, (RequestError, ImageError, ConversationError, CheckpointError, SourceError), USAGE, less)
+    cli.run(main, USAGE, less)

@@ -22,7 +22,6 @@ from deepstack_jax.data.conversation import ConversationError
 from deepstack_jax.data.image import ImageError
 from deepstack_jax.generate.prompts import CutImage, cut_image
 from deepstack_jax.printing import plural
-from deepstack_jax.train.checkpoint import CheckpointError
 
 USAGE = """
 Ask a model about images, once or in a conversation.
@@ -220,4 +219,4 @@ def note(text: str) -> None:
 if __name__ == "__main__":
     define_flags()
     less = "lower --batch_size or --max_new_tokens, or choose --dtype=bfloat16"
-    cli.run(main, (RequestError, ImageError, ConversationError, CheckpointError), USAGE, less)
+    cli.run(main, USAGE, less)

@@ -9,7 +9,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 
 from deepstack_jax.data.tokenizers import Tokenizer
-from deepstack_jax.errors import nearest
+from deepstack_jax.errors import UserError, nearest
 from deepstack_jax.generate.sampling import Sampling
 
 
@@ -18,7 +18,7 @@ class AnswerTokenizer(Tokenizer, Protocol):
     """A Tokenizer, in a form that annotations of this room can be checked against at run time."""
 
 
-class RequestError(ValueError):
+class RequestError(UserError):
     """A prompt, an image count or an option that cannot be answered; one line with what, got, expected and the next move."""
 
 

@@ -159,4 +159,4 @@ def tried_table(tried: Sequence[Plan]) -> Table:
 
 
 if __name__ == "__main__":
-    cli.run(main, (), USAGE)
+    cli.run(main, USAGE)

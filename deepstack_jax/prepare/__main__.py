@@ -368,4 +368,4 @@ def listed(title: str, lines: Sequence[str]) -> list[str]:
 
 
 if __name__ == "__main__":
-    cli.run(main, (SourceError,), USAGE)
+    cli.run(main, USAGE)

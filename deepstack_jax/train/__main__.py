@@ -17,13 +17,12 @@ from deepstack_jax import cli
 from deepstack_jax.atomic import write_json
 from deepstack_jax.batch import Batch
 from deepstack_jax.config import Config, build_config, to_dict
-from deepstack_jax.data.conversation import ConversationError, get_template
-from deepstack_jax.data.image import ImageError
+from deepstack_jax.data.conversation import get_template
 from deepstack_jax.data.inputs import describe_data, describe_texts
 from deepstack_jax.data.mixture import Mixture, describe_mixture
 from deepstack_jax.data.open import check_images, open_source
 from deepstack_jax.data.pipeline import TrainingStream, open_tokenizer
-from deepstack_jax.data.sources import Source, SourceError
+from deepstack_jax.data.sources import Source
 from deepstack_jax.data.tokenizers import Tokenizer
 from deepstack_jax.errors import ConfigError, try_all
 from deepstack_jax.evaluate.reports import check_held_out, finish, first_sizes, report_held_out, seconds_per_step
@@ -39,15 +38,15 @@ from deepstack_jax.printing import REDACTED, Console, plural, redacted
 from deepstack_jax.train.checkpoint import CheckpointError, Checkpoints
 from deepstack_jax.train.compiled import CompiledSteps, compile_first
 from deepstack_jax.train.journal import Journal
-from deepstack_jax.train.lock import WorkdirError, alone_in
-from deepstack_jax.train.loop import NotFiniteError, Run, loop
+from deepstack_jax.train.lock import alone_in
+from deepstack_jax.train.loop import Run, loop
 from deepstack_jax.train.manifest import run_manifest
-from deepstack_jax.train.metrics import MetricsLog, Quarantine, QuarantineError, start_wandb
+from deepstack_jax.train.metrics import MetricsLog, Quarantine, start_wandb
 from deepstack_jax.train.optimizer import describe_groups
 from deepstack_jax.train.program import Program, build_program, first_state
 from deepstack_jax.train.reading import UnreadableError, read_json, saved_steps
 from deepstack_jax.train.replay import ReplayError, read_bundle, replay
-from deepstack_jax.train.report import ReportError, report
+from deepstack_jax.train.report import report
 from deepstack_jax.train.resume import check_room, check_same_data, check_same_run, data_changes
 from deepstack_jax.train.state import find_weights
 from deepstack_jax.types import TrainState
@@ -282,5 +281,4 @@ def describe_run(program: Program, steps: int) -> Table:
 
 
 if __name__ == "__main__":
-    own = (CheckpointError, NotFiniteError, QuarantineError, ReplayError, ReportError, WorkdirError)
-    cli.run(main, (SourceError, ImageError, ConversationError, *own), USAGE, NEEDS_LESS_MEMORY)
+    cli.run(main, USAGE, NEEDS_LESS_MEMORY)

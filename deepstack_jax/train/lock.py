@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from deepstack_jax.errors import UserError
 from deepstack_jax.parallel.distributed import first_host_says, is_first_host
 
 log = logging.getLogger(__name__)
@@ -17,7 +18,7 @@ log = logging.getLogger(__name__)
 LOCK = ".lock"
 
 
-class WorkdirError(ValueError):
+class WorkdirError(UserError):
     """Another run is at work in the workdir."""
 
 

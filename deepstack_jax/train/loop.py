@@ -18,6 +18,7 @@ from deepstack_jax.config import Config
 from deepstack_jax.data.encode import REMARKS, BadExample
 from deepstack_jax.data.pipeline import Delivered, TrainingStream
 from deepstack_jax.data.sources import SourceError
+from deepstack_jax.errors import UserError
 from deepstack_jax.parallel.distributed import is_first_host, part_of_batch, put_batch, sum_over_hosts
 from deepstack_jax.printing import Console, label
 from deepstack_jax.train.checkpoint import Checkpoints
@@ -34,7 +35,7 @@ Numbers = dict[str, jax.Array]
 _SHOWN = ("loss", "token_accuracy", "grad_norm", "lr_factor", "supervised_tokens")
 
 
-class NotFiniteError(ValueError):
+class NotFiniteError(UserError):
     """Too many steps in a row gave no finite loss or gradient."""
 
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from deepstack_jax.atomic import write_whole
 from deepstack_jax.data.encode import BadExample
-from deepstack_jax.errors import ConfigError
+from deepstack_jax.errors import ConfigError, UserError
 from deepstack_jax.train.board import Board
 from deepstack_jax.train.lines import Lines, read_lines
 
@@ -131,5 +131,5 @@ class Quarantine:
             )
 
 
-class QuarantineError(ValueError):
+class QuarantineError(UserError):
     """Too much of the data cannot be used."""

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
+from deepstack_jax.errors import UserError
 from deepstack_jax.printing import cut
 
 log = logging.getLogger(__name__)
@@ -43,7 +44,7 @@ _WORDS = tuple(
 _NOW = "now: "  # before what a host says of a failure that is no damage
 
 
-class CheckpointError(ValueError):
+class CheckpointError(UserError):
     """The checkpoints in a workdir cannot be used by this run, or none could be written; no good one was touched."""
 
 

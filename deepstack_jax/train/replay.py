@@ -17,6 +17,7 @@ from jaxtyping import Array, Float
 from deepstack_jax.atomic import write_json
 from deepstack_jax.batch import Batch
 from deepstack_jax.data.pipeline import TrainingStream
+from deepstack_jax.errors import UserError
 from deepstack_jax.parallel.distributed import put_batch
 from deepstack_jax.printing import Console
 from deepstack_jax.train.checkpoint import Checkpoints
@@ -32,7 +33,7 @@ MOST_BUNDLES = 8
 _SHOWN = 8  # names in a line
 
 
-class ReplayError(ValueError):
+class ReplayError(UserError):
     """A bundle that cannot be replayed."""
 
 

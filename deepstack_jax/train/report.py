@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from rich.table import Table
 
 from deepstack_jax.atomic import whole_file
+from deepstack_jax.errors import UserError
 from deepstack_jax.printing import Console
 from deepstack_jax.train.journal import KINDS, read_journal
 from deepstack_jax.train.metrics import read_metrics
@@ -38,7 +39,7 @@ PANELS = (
 )
 
 
-class ReportError(ValueError):
+class ReportError(UserError):
     """A workdir that tells nothing."""
 
 

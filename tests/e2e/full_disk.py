@@ -15,7 +15,6 @@ from deepstack_jax import cli
 from deepstack_jax.parallel.distributed import put_batch
 from deepstack_jax.train import __main__ as train
 from deepstack_jax.train import loop
-from deepstack_jax.train.checkpoint import CheckpointError
 
 FULL, ROOM = int(sys.argv.pop(1)), int(sys.argv.pop(1))
 UNLIMITED = resource.RLIM_INFINITY
@@ -40,4 +39,4 @@ def put(mesh, batch):
 
 if __name__ == "__main__":
     train.TrainingStream.__next__, loop.put_batch = deliver, put
-    cli.run(train.main, (CheckpointError,), train.USAGE)
+    cli.run(train.main, train.USAGE)

@@ -11,8 +11,6 @@ from deepstack_jax import cli
 from deepstack_jax.parallel.distributed import put_batch
 from deepstack_jax.train import __main__ as train
 from deepstack_jax.train import loop, replay
-from deepstack_jax.train.loop import NotFiniteError
-from deepstack_jax.train.replay import ReplayError
 
 POISONED = {int(index) for index in sys.argv.pop(1).split(",")}
 
@@ -25,4 +23,4 @@ def put(mesh, batch):
 
 if __name__ == "__main__":
     loop.put_batch = replay.put_batch = put
-    cli.run(train.main, (NotFiniteError, ReplayError), train.USAGE)
+    cli.run(train.main, train.USAGE)

@@ -193,7 +193,7 @@ def test_a_verb_says_no_secret_in_whatever_way_it_fails():
             f"    {body}",
         )
         done = subprocess.run(
-            [sys.executable, "-c", "\n".join((*lines, "    return 0", "cli.run(main, (), '')"))],
+            [sys.executable, "-c", "\n".join((*lines, "    return 0", "cli.run(main, '')"))],
             check=False,
             capture_output=True,
             text=True,

@@ -15,7 +15,7 @@ EXHAUSTED = "RESOURCE_EXHAUSTED: "
 
 def ending(body: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """A verb whose main is `body`."""
-    lines = [HEAD, "def main():", *(f"    {line}" for line in body.splitlines()), "cli.run(main, (), '')"]
+    lines = [HEAD, "def main():", *(f"    {line}" for line in body.splitlines()), "cli.run(main, '')"]
     command = [sys.executable, "-c", "\n".join(lines)]
     return subprocess.run(command, check=False, capture_output=True, text=True, env=os.environ | environment)
 
@@ -126,7 +126,7 @@ return 0
 
 @pytest.mark.parametrize("how", ["2>&1 | head -1", ">&-", "2>&-", ">&- 2>&-", ">/dev/full", "2>/dev/full", "2>&1 | true"])
 def test_output_that_nobody_takes_ends_nothing(how, tmp_path):
-    lines = [HEAD, "def main():", *(f"    {line}" for line in TALK.strip().splitlines()), "cli.run(main, (), '')"]
+    lines = [HEAD, "def main():", *(f"    {line}" for line in TALK.strip().splitlines()), "cli.run(main, '')"]
     (tmp_path / "verb.py").write_text("\n".join(lines))
     script = f"set -o pipefail; {sys.executable} {tmp_path}/verb.py {how}"
     environment = os.environ | {"DONE": str(tmp_path / "done"), "PYTHONPATH": str(Path(__file__).parents[2])}
@@ -160,7 +160,7 @@ def test_unbuffered_output_is_there_at_once():
 @pytest.mark.parametrize("encoding", ["ascii", "utf-8"])
 def test_a_workdir_that_the_encoding_cannot_hold_is_said_at_the_start(encoding, tmp_path):
     line = "import sys; name = sys.argv.pop(); from deepstack_jax import cli; "
-    line += "cli.run(lambda: print(cli.writable_folder(name, 'workdir')) or 0, (), '')"
+    line += "cli.run(lambda: print(cli.writable_folder(name, 'workdir')) or 0, '')"
     environment = os.environ | {"LC_ALL": "C" if encoding == "ascii" else "C.UTF-8", "PYTHONCOERCECLOCALE": "0"}
     environment |= {"PYTHONUTF8": "0" if encoding == "ascii" else "1", "PYTHONPATH": str(Path(__file__).parents[2])}
     done = subprocess.run(
