@@ -26,7 +26,7 @@ from rich.table import Table
 
 from deepstack_jax.atomic import write_json
 from deepstack_jax.config import Config, build_config
-from deepstack_jax.data.image import make_views, open_image
+from deepstack_jax.data.encode.image import make_views, open_image
 from deepstack_jax.data.open import open_source
 from deepstack_jax.data.synthetic import BOXES, CHANCE
 from deepstack_jax.errors import ConfigError

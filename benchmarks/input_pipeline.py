@@ -267,8 +267,8 @@ NOTES = """## What the numbers say
   the device normalises them: a quarter of the transfer. Gray files are resized as gray and become RGB at the very end.
 - The `CLIPImageProcessor` measured is `CLIPImageProcessorPil`, which transformers 5 uses where there is no torchvision. Bare
   numpy is the same arithmetic with no library around it.
-- Every process keeps the memory that it frees, as `data/image.py` arranges for its own. By default glibc hands it back and
-  faults it in again for every image: then all ways take longer, and those with float arrays lose most.
+- Every process keeps the memory that it frees, as `data/encode/image.py` arranges for its own. By default glibc hands it back
+  and faults it in again for every image: then all ways take longer, and those with float arrays lose most.
 - Decoding and resizing by Pillow are the floor and nearly all of the time. JPEG's draft mode and `reducing_gap` would lower it,
   but yield other pixels. An RGB picture gains only what comes after the resizing; a gray one gains in it, too.
 - There are few photographs: read their numbers as those of these pictures.

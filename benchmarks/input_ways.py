@@ -28,7 +28,7 @@ MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)  # CLIP's
 STD = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
 PROCESSOR = {"size": {"shortest_edge": SIDE}, "crop_size": {"height": SIDE, "width": SIDE}}
 
-# As `deepstack_jax.data.image` does for its process, so that no way is slowed by how memory happens to be handed back.
+# As `deepstack_jax.data.encode.image` does for its process, so that no way is slowed by how memory happens to be handed back.
 np.empty(31 * 2**20, np.uint8)
 
 Way = Callable[[Path], Any]
@@ -71,13 +71,13 @@ def pil() -> Way:
 
 
 def ours() -> Way:
-    image, config = import_module("deepstack_jax.data.image"), import_module("deepstack_jax.config")
+    image, config = import_module("deepstack_jax.data.encode.image"), import_module("deepstack_jax.config")
     spec = config.ImageConfig(size=SIDE, num_crops=NUM_CROPS)
     return lambda path: image.make_views(image.open_image(path), spec).pixels
 
 
 def decode_and_resize() -> Way:
-    open_image = import_module("deepstack_jax.data.image").open_image
+    open_image = import_module("deepstack_jax.data.encode.image").open_image
 
     def way(path: Path) -> list[Image.Image]:
         image = open_image(path)
@@ -88,7 +88,7 @@ def decode_and_resize() -> Way:
 
 
 def decode() -> Way:
-    return import_module("deepstack_jax.data.image").open_image
+    return import_module("deepstack_jax.data.encode.image").open_image
 
 
 # Those up to `ours` yield pixels, f32[n, 3, S, S] or u8[n, S, S, 3].

@@ -16,7 +16,7 @@ import numpy as np
 
 import deepstack_jax as dsx
 from benchmarks.official_pictures import pictures
-from deepstack_jax.data.image import image_grid
+from deepstack_jax.data.encode.image import image_grid
 from tests.parity.goldens import GOLDEN, build_batch, load_case, load_params, open_images, write_folder
 
 OUTPUT = Path(__file__).parents[1] / "docs" / "parity.md"

@@ -31,7 +31,7 @@ from deepstack_jax.config import (
     TrainConfig,
     VisionConfig,
 )
-from deepstack_jax.data.tokenize import IMAGE_TOKEN
+from deepstack_jax.data.encode.labels import IMAGE_TOKEN
 from deepstack_jax.generate.prompts import CutImage, example, pack
 from deepstack_jax.parallel.distributed import put_batch
 from deepstack_jax.parallel.mesh import make_mesh

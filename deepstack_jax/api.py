@@ -19,8 +19,8 @@ from jax import numpy as jnp
 from jax.typing import DTypeLike
 
 from deepstack_jax.config import Config
-from deepstack_jax.data.conversation import TEMPLATES
-from deepstack_jax.data.tokenizers import HFTokenizer, SentencePieceTokenizer, Tokenizer, load_tokenizer
+from deepstack_jax.data.encode.templates import TEMPLATES
+from deepstack_jax.data.encode.tokenizer import HFTokenizer, SentencePieceTokenizer, Tokenizer, load_tokenizer
 from deepstack_jax.errors import ConfigError
 from deepstack_jax.generate.answers import Answer, Answerer, Chat, Turn
 from deepstack_jax.generate.logits import next_token_logits

@@ -15,7 +15,7 @@ from rich.table import Table
 from deepstack_jax import cli
 from deepstack_jax.api import token_ids, tokenizer_files
 from deepstack_jax.config import Config
-from deepstack_jax.data.tokenizers import load_tokenizer
+from deepstack_jax.data.encode.tokenizer import load_tokenizer
 from deepstack_jax.errors import ConfigError
 from deepstack_jax.printing import Console
 from deepstack_jax.train.start import is_workdir

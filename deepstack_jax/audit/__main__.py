@@ -16,10 +16,10 @@ from deepstack_jax.audit.inputs import model_input
 from deepstack_jax.audit.page import quarantined, render_page
 from deepstack_jax.audit.survey import choose_rows, survey
 from deepstack_jax.config import Config
+from deepstack_jax.data.encode.tokenizer import Tokenizer
+from deepstack_jax.data.example import Source
 from deepstack_jax.data.open import open_source
 from deepstack_jax.data.pipeline import open_tokenizer
-from deepstack_jax.data.sources import Source
-from deepstack_jax.data.tokenizers import Tokenizer
 from deepstack_jax.errors import ConfigError, try_all
 from deepstack_jax.printing import Console, plural
 

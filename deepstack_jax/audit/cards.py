@@ -15,10 +15,10 @@ from deepstack_jax.audit.pictures import Sheet
 from deepstack_jax.audit.prompt import Piece, prompt_runs, special_names
 from deepstack_jax.audit.survey import grid_name
 from deepstack_jax.config import Config
-from deepstack_jax.data.conversation import get_template
-from deepstack_jax.data.encode import BadExample
-from deepstack_jax.data.image_files import read_image
-from deepstack_jax.data.tokenizers import Tokenizer
+from deepstack_jax.data.encode.encoder import BadExample
+from deepstack_jax.data.encode.templates import get_template
+from deepstack_jax.data.encode.tokenizer import Tokenizer
+from deepstack_jax.data.formats.image_files import read_image
 
 
 class Chip(NamedTuple):

@@ -10,11 +10,11 @@ from typing import NamedTuple
 import numpy as np
 
 from deepstack_jax.config import Config
-from deepstack_jax.data.encode import BadExample, Encoder, OverlongError
-from deepstack_jax.data.image import image_grid
-from deepstack_jax.data.image_files import image_size
+from deepstack_jax.data.encode.encoder import BadExample, Encoder, OverlongError
+from deepstack_jax.data.encode.image import image_grid
+from deepstack_jax.data.example import Example, SampleError, Source
+from deepstack_jax.data.formats.image_files import image_size
 from deepstack_jax.data.pipeline import collate
-from deepstack_jax.data.sources import Example, SampleError, Source
 from deepstack_jax.layout.grid import Grid
 
 

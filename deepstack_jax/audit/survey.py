@@ -11,13 +11,13 @@ import numpy as np
 from rich.progress import track
 
 from deepstack_jax.config import Config
-from deepstack_jax.data.encode import REMARKS, BadExample, Encoder, OverlongError
-from deepstack_jax.data.image import image_grid
-from deepstack_jax.data.image_files import look_at
-from deepstack_jax.data.mixture import epoch_order
-from deepstack_jax.data.packing import Limits, pack
-from deepstack_jax.data.rows import Size
-from deepstack_jax.data.sources import Example, SampleError, Source
+from deepstack_jax.data.encode.batch_rows import Size
+from deepstack_jax.data.encode.encoder import REMARKS, BadExample, Encoder, OverlongError
+from deepstack_jax.data.encode.image import image_grid
+from deepstack_jax.data.example import Example, SampleError, Source
+from deepstack_jax.data.formats.image_files import look_at
+from deepstack_jax.data.order.mixture import epoch_order
+from deepstack_jax.data.order.packing import Limits, pack
 from deepstack_jax.layout.grid import Grid
 from deepstack_jax.printing import Console
 

@@ -17,7 +17,7 @@ class SyntheticConfig:
 
 @dataclass(frozen=True)
 class PackingConfig:
-    """Several examples in a row, each attending to itself alone (`data/packing.py`)."""
+    """Several examples in a row, each attending to itself alone (`data/order/packing.py`)."""
 
     enabled: bool = False
     window: int = 256  # examples of the shuffled order that wait to be chosen from
@@ -29,7 +29,7 @@ class PackingConfig:
 
 @dataclass(frozen=True)
 class SetConfig:
-    """One set of a mixture (`data/mixture.py`): rows of a file, chosen by their image paths or their data_source.
+    """One set of a mixture (`data/order/mixture.py`): rows of a file, chosen by their image paths or their data_source.
 
     Image paths are compared as the file writes them, from their first letter on; "<text>" stands for that of a row that
     names no image file. A `keep_images` that ends with "/" is a folder, and must be there.

@@ -16,7 +16,7 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 @dataclass(frozen=True)
 class ImageConfig:
-    """How an image becomes crops (paper section 3.1; `data/image.py`)."""
+    """How an image becomes crops (paper section 3.1; `data/encode/image.py`)."""
 
     mode: str = "deepstack"  # deepstack | anyres | hd | pad | square
     size: int = 336  # side of a crop in pixels, equal to the vision tower's input

@@ -9,13 +9,14 @@ from fnmatch import fnmatch
 from functools import partial
 
 from deepstack_jax.config import LIMITS, Config, LimitsConfig
-from deepstack_jax.data import files, records
-from deepstack_jax.data.file_source import FileSource, Rows
-from deepstack_jax.data.json_rows import LINE_SUFFIXES, JsonRows
-from deepstack_jax.data.mixture import open_mixture
-from deepstack_jax.data.sources import OutlinedSource, Source, SourceError
+from deepstack_jax.data.example import OutlinedSource, Source, SourceError
+from deepstack_jax.data.formats import files
+from deepstack_jax.data.formats.file_source import FileSource, Rows
+from deepstack_jax.data.formats.json_records import LINE_SUFFIXES, JsonRows
+from deepstack_jax.data.formats.tables import ArrowRows, ParquetRows
+from deepstack_jax.data.order.mixture import open_mixture
+from deepstack_jax.data.shards import records
 from deepstack_jax.data.synthetic import DocumentPages
-from deepstack_jax.data.tables import ArrowRows, ParquetRows
 from deepstack_jax.errors import ConfigError
 from deepstack_jax.printing import plural
 
@@ -45,7 +46,7 @@ def open_files(path: str, images: str, limits: LimitsConfig = LIMITS) -> Outline
         limits: what its rows may take.
 
     Returns:
-        Random access, cheap to pickle. Rows may be of any style that `data/normaliser.py` knows.
+        Random access, cheap to pickle. Rows may be of any style that `data/formats/styles.py` knows.
 
     Raises:
         MissingError: nothing is there.

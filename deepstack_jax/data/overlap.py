@@ -9,11 +9,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from deepstack_jax.data import files
-from deepstack_jax.data.conversation import IMAGE_MARK
-from deepstack_jax.data.file_source import FileSource
-from deepstack_jax.data.mixture import Mixture
-from deepstack_jax.data.sources import Example, OutlinedSource, Source
+from deepstack_jax.data.encode.templates import IMAGE_MARK
+from deepstack_jax.data.example import Example, OutlinedSource, Source
+from deepstack_jax.data.formats import files
+from deepstack_jax.data.formats.file_source import FileSource
+from deepstack_jax.data.order.mixture import Mixture
 
 SECONDS = 20.0  # that a start may take for it: enough for the 665k rows of LLaVA
 _LOOK = 1000  # rows between two looks at the clock

@@ -1,4 +1,4 @@
-"""Grain pipelines from a source to batches. What is in a batch is a pure function of its number (`data/schedule.py`).
+"""Grain pipelines from a source to batches. What is in a batch is a pure function of its number (`data/order/schedule.py`).
 
 Shuffle, repeat, packing and batching are index arithmetic, done before any worker process: so the batch with number n is
 the same for every number of workers and hosts, a run resumes at the byte where it stopped, and no example is seen twice in an
@@ -25,15 +25,15 @@ from rich.table import Table
 
 from deepstack_jax.batch import Batch, BatchShape, check_batch, empty_batch
 from deepstack_jax.config import Config
-from deepstack_jax.data import files
-from deepstack_jax.data.encode import BadExample, Encoder, check_end_of_turn
-from deepstack_jax.data.lengths import length_index, measure
-from deepstack_jax.data.mixture import SHUFFLE_ROUNDS, epoch_order, row_choice
-from deepstack_jax.data.packing import Limits
-from deepstack_jax.data.rows import Cursor, EncodedExample, Size, blank_example, place_example
-from deepstack_jax.data.schedule import PackedSchedule, PaddedSchedule, Schedule
-from deepstack_jax.data.sources import Example, SampleError, Source, SourceError
-from deepstack_jax.data.tokenizers import Tokenizer, load_tokenizer
+from deepstack_jax.data.encode.batch_rows import Cursor, EncodedExample, Size, blank_example, place_example
+from deepstack_jax.data.encode.encoder import BadExample, Encoder, check_end_of_turn
+from deepstack_jax.data.encode.tokenizer import Tokenizer, load_tokenizer
+from deepstack_jax.data.example import Example, SampleError, Source, SourceError
+from deepstack_jax.data.formats import files
+from deepstack_jax.data.order.lengths import length_index, measure
+from deepstack_jax.data.order.mixture import SHUFFLE_ROUNDS, epoch_order, row_choice
+from deepstack_jax.data.order.packing import Limits
+from deepstack_jax.data.order.schedule import PackedSchedule, PaddedSchedule, Schedule
 from deepstack_jax.data.workers import check_shared_memory, live_and_die_with_the_run, why_lost
 from deepstack_jax.errors import ConfigError, fetch_command
 from deepstack_jax.printing import redacted
@@ -189,7 +189,7 @@ class TrainingStream(Iterator[Delivered]):
     `state()` is that of the batches handed out, not of those decoded ahead.
 
     Raises:
-      ConfigError, SourceError: lengths cannot be measured, see `data/lengths.py`; the batch size cannot be reached; or worker
+      ConfigError, SourceError: lengths cannot be measured, see `order/lengths.py`; the batch size cannot be reached; or worker
         processes would not have the shared memory that they need.
     """
 

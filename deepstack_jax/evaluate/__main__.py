@@ -17,11 +17,11 @@ from deepstack_jax import cli
 from deepstack_jax.api import DTYPES, LMM, ConfigError, Options, load
 from deepstack_jax.atomic import write_json, write_lines
 from deepstack_jax.config import Config, DataConfig, to_dict
-from deepstack_jax.data import files
-from deepstack_jax.data.encode import BadExample
-from deepstack_jax.data.inputs import describe_files, describe_options
+from deepstack_jax.data.encode.encoder import BadExample
+from deepstack_jax.data.example import Source, SourceError
+from deepstack_jax.data.fingerprint import describe_files, describe_options
+from deepstack_jax.data.formats import files
 from deepstack_jax.data.open import MissingError, open_files, open_source
-from deepstack_jax.data.sources import Source, SourceError
 from deepstack_jax.evaluate.checkpoint import EvalCheckpoint
 from deepstack_jax.evaluate.held_out import Refusal, ask
 from deepstack_jax.evaluate.progress import Progress

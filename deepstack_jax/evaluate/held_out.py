@@ -6,9 +6,9 @@ from collections.abc import Container, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from deepstack_jax.data.conversation import IMAGE_MARK
-from deepstack_jax.data.encode import BadExample, try_row
-from deepstack_jax.data.sources import Example, Source
+from deepstack_jax.data.encode.encoder import BadExample, try_row
+from deepstack_jax.data.encode.templates import IMAGE_MARK
+from deepstack_jax.data.example import Example, Source
 from deepstack_jax.evaluate.questions import answered_turns
 from deepstack_jax.evaluate.scorers import SCORERS
 from deepstack_jax.generate.answers import Answerer, Turn

@@ -10,7 +10,9 @@ from typing import NamedTuple
 import numpy as np
 
 from deepstack_jax.config import Config, DataConfig
-from deepstack_jax.data.conversation import (
+from deepstack_jax.data.encode.encoder import BadExample, Encoder, try_row
+from deepstack_jax.data.encode.labels import encode_with_images
+from deepstack_jax.data.encode.templates import (
     IMAGE_MARK,
     ConversationError,
     Message,
@@ -20,12 +22,10 @@ from deepstack_jax.data.conversation import (
     normalise,
     render,
 )
-from deepstack_jax.data.encode import BadExample, Encoder, try_row
-from deepstack_jax.data.image_files import DEFAULTS, image_size
-from deepstack_jax.data.lengths import header_layouts, measure
-from deepstack_jax.data.sources import Example, Source
-from deepstack_jax.data.tokenize import encode_with_images
-from deepstack_jax.data.tokenizers import load_tokenizer
+from deepstack_jax.data.encode.tokenizer import load_tokenizer
+from deepstack_jax.data.example import Example, Source
+from deepstack_jax.data.formats.image_files import DEFAULTS, image_size
+from deepstack_jax.data.order.lengths import header_layouts, measure
 
 
 class AnsweredTurn(NamedTuple):

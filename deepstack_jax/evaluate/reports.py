@@ -15,13 +15,13 @@ from rich.table import Table
 
 from deepstack_jax.atomic import write_json, write_lines
 from deepstack_jax.config import Config, DataConfig
-from deepstack_jax.data.encode import BadExample, Encoder, try_row
-from deepstack_jax.data.image_files import read_image
-from deepstack_jax.data.lengths import encoded_tokens, measure
-from deepstack_jax.data.mixture import epoch_order
+from deepstack_jax.data.encode.encoder import BadExample, Encoder, try_row
+from deepstack_jax.data.example import Example, Source, SourceError
+from deepstack_jax.data.formats.image_files import read_image
 from deepstack_jax.data.open import check_images
+from deepstack_jax.data.order.lengths import encoded_tokens, measure
+from deepstack_jax.data.order.mixture import epoch_order
 from deepstack_jax.data.overlap import find_overlap
-from deepstack_jax.data.sources import Example, Source, SourceError
 from deepstack_jax.evaluate.questions import check_rows, uninterrupted
 from deepstack_jax.evaluate.runner import Answer, HeldOut, mean_by_kind
 from deepstack_jax.parallel.distributed import first_host_says, is_first_host

@@ -13,12 +13,12 @@ from jax.sharding import Mesh
 
 from deepstack_jax.batch import Batch
 from deepstack_jax.config import Config
-from deepstack_jax.data.conversation import get_template
-from deepstack_jax.data.encode import BadExample, Encoder, try_row
+from deepstack_jax.data.encode.batch_rows import EncodedExample
+from deepstack_jax.data.encode.encoder import BadExample, Encoder, try_row
+from deepstack_jax.data.encode.templates import get_template
+from deepstack_jax.data.encode.tokenizer import load_tokenizer
+from deepstack_jax.data.example import Example, Source
 from deepstack_jax.data.pipeline import Delivered, collate
-from deepstack_jax.data.rows import EncodedExample
-from deepstack_jax.data.sources import Example, Source
-from deepstack_jax.data.tokenizers import load_tokenizer
 from deepstack_jax.evaluate.questions import prompts, uninterrupted
 from deepstack_jax.evaluate.scorers import exact_match
 from deepstack_jax.generate.decoding import NO_TOKEN

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from deepstack_jax.config import Config
-from deepstack_jax.data.conversation import IMAGE_MARK, Message
-from deepstack_jax.data.rows import EncodedExample
+from deepstack_jax.data.encode.batch_rows import EncodedExample
+from deepstack_jax.data.encode.templates import IMAGE_MARK, Message
 from deepstack_jax.generate.decoding import CHUNK, answer_ids
 from deepstack_jax.generate.options import AnswerTokenizer, Options, RequestError
 from deepstack_jax.generate.prompts import (

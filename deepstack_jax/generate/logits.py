@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 
 from deepstack_jax.batch import Batch
 from deepstack_jax.config import Config
-from deepstack_jax.data.tokenize import IMAGE_TOKEN
+from deepstack_jax.data.encode.labels import IMAGE_TOKEN
 from deepstack_jax.generate.options import RequestError
 from deepstack_jax.generate.prompts import check_context, cut_image, example, pack
 from deepstack_jax.model.deepstack import DeepStack

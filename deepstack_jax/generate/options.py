@@ -8,7 +8,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
-from deepstack_jax.data.tokenizers import Tokenizer
+from deepstack_jax.data.encode.tokenizer import Tokenizer
 from deepstack_jax.errors import UserError, nearest
 from deepstack_jax.generate.sampling import Sampling
 

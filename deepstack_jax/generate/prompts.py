@@ -10,11 +10,11 @@ import numpy as np
 
 from deepstack_jax.batch import Batch, BatchShape, check_batch, empty_batch
 from deepstack_jax.config import Config
-from deepstack_jax.data.conversation import IMAGE_MARK, Message, Template, get_template, render
-from deepstack_jax.data.image import make_views
-from deepstack_jax.data.image_files import read_image
-from deepstack_jax.data.rows import Cursor, EncodedExample, place_example
-from deepstack_jax.data.tokenize import encode_with_images
+from deepstack_jax.data.encode.batch_rows import Cursor, EncodedExample, place_example
+from deepstack_jax.data.encode.image import make_views
+from deepstack_jax.data.encode.labels import encode_with_images
+from deepstack_jax.data.encode.templates import IMAGE_MARK, Message, Template, get_template, render
+from deepstack_jax.data.formats.image_files import read_image
 from deepstack_jax.generate.options import AnswerTokenizer, RequestError
 from deepstack_jax.layout.sequence import VisualLayout
 from deepstack_jax.printing import plural

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from deepstack_jax.data.conversation import Template
+from deepstack_jax.data.encode.templates import Template
 from deepstack_jax.generate.options import AnswerTokenizer
 
 _HALF_CHARACTER = "\ufffd"  # how a tokenizer shows bytes that are no character, or not yet

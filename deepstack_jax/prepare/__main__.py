@@ -20,9 +20,9 @@ from rich.table import Table
 
 from deepstack_jax import cli
 from deepstack_jax.config import Config
-from deepstack_jax.data import files
-from deepstack_jax.data.records import MANIFEST, verify
-from deepstack_jax.data.sources import SourceError
+from deepstack_jax.data.example import SourceError
+from deepstack_jax.data.formats import files
+from deepstack_jax.data.shards.records import MANIFEST, verify
 from deepstack_jax.errors import ConfigError
 from deepstack_jax.prepare.journal import BAD, IDENTITY, Journal, too_many_bad
 from deepstack_jax.prepare.preparing import Chunk, DiskError, Job, make_chunks, record_bytes, shard_bytes
@@ -131,9 +131,9 @@ def chosen_splits(config: Config, asked: str) -> list[str]:
 def open_split(config: Config, name: str, out: str, asked: dict[str, Any], console: Console) -> Split:
     """Open the data, look at some rows of it, and say what the sets of a mixture hold."""
     # Imported late, since worker processes import this module: mixtures import Grain, and Grain jax.
-    from deepstack_jax.data.inputs import describe_files, describe_options
-    from deepstack_jax.data.mixture import Mixture, describe_mixture
+    from deepstack_jax.data.fingerprint import describe_files, describe_options
     from deepstack_jax.data.open import open_source
+    from deepstack_jax.data.order.mixture import Mixture, describe_mixture
     from deepstack_jax.data.pipeline import row_check
 
     check, checked = row_check(config)
@@ -233,7 +233,7 @@ def dry_run(splits: Sequence[Split], config: Config, workers: int, asked: dict[s
     Raises:
       SourceError, ConfigError: what the run itself would raise.
     """
-    from deepstack_jax.data.inputs import named_images  # late: see `open_split`
+    from deepstack_jax.data.fingerprint import named_images  # late: see `open_split`
 
     stop, table = cli.StopSignals(), new_table("Dry run, nothing is written", _LOOKED)
     notes: list[str] = []

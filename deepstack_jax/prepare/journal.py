@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 
 from deepstack_jax.atomic import SCRATCH, write_whole
-from deepstack_jax.data.records import MANIFEST, SUFFIX, RecordShards
-from deepstack_jax.data.sources import SampleError, SourceError
+from deepstack_jax.data.example import SampleError, SourceError
+from deepstack_jax.data.shards.records import MANIFEST, SUFFIX, RecordShards
 from deepstack_jax.prepare.preparing import Bad, Chunk, Job, read_checked
 
 BAD, IDENTITY, JOURNAL = "bad.jsonl", "prepare.json", "journal.jsonl"

@@ -23,10 +23,10 @@ import numpy as np
 
 from deepstack_jax.atomic import SCRATCH
 from deepstack_jax.config import DataConfig
-from deepstack_jax.data.image import ImageError, open_image
-from deepstack_jax.data.record_codec import decode_example, encode_example
-from deepstack_jax.data.records import SUFFIX, RecordWriter, read_manifest
-from deepstack_jax.data.sources import Example, SampleError, Source, SourceError
+from deepstack_jax.data.encode.image import ImageError, open_image
+from deepstack_jax.data.example import Example, SampleError, Source, SourceError
+from deepstack_jax.data.shards.codec import decode_example, encode_example
+from deepstack_jax.data.shards.records import SUFFIX, RecordWriter, read_manifest
 from deepstack_jax.data.workers import live_and_die_with_the_run
 from deepstack_jax.printing import cut, one_line
 

@@ -17,13 +17,13 @@ from deepstack_jax import cli
 from deepstack_jax.atomic import write_json
 from deepstack_jax.batch import Batch
 from deepstack_jax.config import Config, build_config, to_dict
-from deepstack_jax.data.conversation import get_template
-from deepstack_jax.data.inputs import describe_data, describe_texts
-from deepstack_jax.data.mixture import Mixture, describe_mixture
+from deepstack_jax.data.encode.templates import get_template
+from deepstack_jax.data.encode.tokenizer import Tokenizer
+from deepstack_jax.data.example import Source
+from deepstack_jax.data.fingerprint import describe_data, describe_texts
 from deepstack_jax.data.open import check_images, open_source
+from deepstack_jax.data.order.mixture import Mixture, describe_mixture
 from deepstack_jax.data.pipeline import TrainingStream, open_tokenizer
-from deepstack_jax.data.sources import Source
-from deepstack_jax.data.tokenizers import Tokenizer
 from deepstack_jax.errors import ConfigError, try_all
 from deepstack_jax.evaluate.reports import check_held_out, finish, first_sizes, report_held_out, seconds_per_step
 from deepstack_jax.evaluate.runner import HeldOut

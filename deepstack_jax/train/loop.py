@@ -15,9 +15,9 @@ import numpy as np
 
 from deepstack_jax.batch import Batch
 from deepstack_jax.config import Config
-from deepstack_jax.data.encode import REMARKS, BadExample
+from deepstack_jax.data.encode.encoder import REMARKS, BadExample
+from deepstack_jax.data.example import SourceError
 from deepstack_jax.data.pipeline import Delivered, TrainingStream
-from deepstack_jax.data.sources import SourceError
 from deepstack_jax.errors import UserError
 from deepstack_jax.parallel.distributed import is_first_host, part_of_batch, put_batch, sum_over_hosts
 from deepstack_jax.printing import Console, label

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from deepstack_jax.config import Config, TrainConfig, differences
-from deepstack_jax.data.inputs import UNUSABLE
+from deepstack_jax.data.fingerprint import UNUSABLE
 from deepstack_jax.train.checkpoint import bytes_of
 from deepstack_jax.train.reading import CheckpointError, UnreadableError, one_line, read_json, saved_steps
 from deepstack_jax.types import PyTree

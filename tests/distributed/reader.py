@@ -7,9 +7,9 @@ from pathlib import Path
 import jax
 
 from deepstack_jax.config import MeshConfig
+from deepstack_jax.data.example import Example
 from deepstack_jax.data.open import open_source
 from deepstack_jax.data.pipeline import TrainingStream
-from deepstack_jax.data.sources import Example
 from deepstack_jax.data.synthetic import VOCABULARY
 from deepstack_jax.parallel.distributed import (
     first_host_says,

@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from deepstack_jax.config import build_config
-from deepstack_jax.data.image import open_image
+from deepstack_jax.data.encode.image import open_image
 from deepstack_jax.data.open import open_source
 from tests.docs.blocks import REPOSITORY, Block, blocks, commands_of_console, run_shell, scratch_folder
 from tests.docs.conftest import Runner

@@ -12,8 +12,8 @@ import pytest
 
 import deepstack_jax as dsx
 from benchmarks.tiny_recipe import CHAINS, HELD_OUT, Run, load_recipe
+from deepstack_jax.data.encode.tokenizer import load_tokenizer
 from deepstack_jax.data.open import open_files
-from deepstack_jax.data.tokenizers import load_tokenizer
 from deepstack_jax.train.optimizer import flatten
 from deepstack_jax.train.start import open_start
 from deepstack_jax.train.trained import restore_params

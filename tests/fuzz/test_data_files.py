@@ -11,11 +11,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deepstack_jax.data.footers import read_chunks
+from deepstack_jax.data.example import Example, SampleError, SourceError
+from deepstack_jax.data.formats.footers import read_chunks
 from deepstack_jax.data.open import open_files
-from deepstack_jax.data.record_codec import decode_example, encode_example
-from deepstack_jax.data.records import RecordShards
-from deepstack_jax.data.sources import Example, SampleError, SourceError
+from deepstack_jax.data.shards.codec import decode_example, encode_example
+from deepstack_jax.data.shards.records import RecordShards
 from deepstack_jax.printing import one_line
 from tests.fuzz.watch import is_one_line, reads_only
 from tests.unit.test_records import shard_of

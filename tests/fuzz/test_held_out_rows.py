@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from deepstack_jax.data.encode import BadExample, try_row
+from deepstack_jax.data.encode.encoder import BadExample, try_row
 from deepstack_jax.data.open import open_files
 from deepstack_jax.evaluate import held_out, runner
 from deepstack_jax.evaluate.questions import check_questions, check_rows

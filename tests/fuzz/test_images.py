@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from PIL import Image, features
 
 from deepstack_jax.config import DataConfig
-from deepstack_jax.data.image_files import FORMATS, ImageError, image_size, look_at, read_image
+from deepstack_jax.data.formats.image_files import FORMATS, ImageError, image_size, look_at, read_image
 from tests.fuzz.watch import is_one_line, reads_only
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # Pillow's, of what is broken

@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sentencepiece import sentencepiece_model_pb2
 
-from deepstack_jax.data.tokenize import encode_with_images
-from deepstack_jax.data.tokenizers import HFTokenizer, SentencePieceTokenizer, train_bpe
+from deepstack_jax.data.encode.labels import encode_with_images
+from deepstack_jax.data.encode.tokenizer import HFTokenizer, SentencePieceTokenizer, train_bpe
 from tests.fuzz.watch import is_one_line
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "tokenizer"

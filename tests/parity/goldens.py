@@ -17,8 +17,8 @@ from safetensors.numpy import load_file, save_file
 
 from deepstack_jax.batch import Batch, empty_batch
 from deepstack_jax.config import Config
-from deepstack_jax.data.image import image_grid, make_views
-from deepstack_jax.data.rows import Cursor, EncodedExample, place_example
+from deepstack_jax.data.encode.batch_rows import Cursor, EncodedExample, place_example
+from deepstack_jax.data.encode.image import image_grid, make_views
 from deepstack_jax.model.deepstack import DeepStack
 from deepstack_jax.model.variants import build_model
 from deepstack_jax.weights import load as weights

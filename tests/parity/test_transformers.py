@@ -13,7 +13,7 @@ import pytest
 from flax import linen as nn
 
 import deepstack_jax as dsx
-from deepstack_jax.data.image import make_views
+from deepstack_jax.data.encode.image import make_views
 from deepstack_jax.weights.files import WeightsError
 from deepstack_jax.weights.folders import open_checkpoint
 from deepstack_jax.weights.io import weight_files

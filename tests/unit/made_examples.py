@@ -8,8 +8,8 @@ from io import BytesIO
 import numpy as np
 from PIL import Image
 
-from deepstack_jax.data.conversation import Message
-from deepstack_jax.data.sources import Example, SampleError
+from deepstack_jax.data.encode.templates import Message
+from deepstack_jax.data.example import Example, SampleError
 
 SIZES_WH = ((20, 10), (9, 30), (16, 16), (40, 12), (7, 7))
 WORDS = "ab cd efg hi j klm"

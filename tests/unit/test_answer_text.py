@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deepstack_jax.data.conversation import TEMPLATES
-from deepstack_jax.data.tokenizers import ByteTokenizer, load_tokenizer
+from deepstack_jax.data.encode.templates import TEMPLATES
+from deepstack_jax.data.encode.tokenizer import ByteTokenizer, load_tokenizer
 from deepstack_jax.generate.__main__ import read_prompts
 from deepstack_jax.generate.options import RequestError
 from deepstack_jax.generate.prompts import SMALLEST, bucket, check_context, find_template, question

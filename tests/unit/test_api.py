@@ -10,9 +10,9 @@ from PIL import Image
 
 import deepstack_jax as dsx
 from deepstack_jax.api import LMM, Options
-from deepstack_jax.data.image import ImageError
-from deepstack_jax.data.tokenize import IMAGE_TOKEN
-from deepstack_jax.data.tokenizers import load_tokenizer
+from deepstack_jax.data.encode.image import ImageError
+from deepstack_jax.data.encode.labels import IMAGE_TOKEN
+from deepstack_jax.data.encode.tokenizer import load_tokenizer
 from deepstack_jax.generate.logits import padded_left, real_tokens
 from deepstack_jax.generate.options import RequestError
 from deepstack_jax.model.variants import build_model

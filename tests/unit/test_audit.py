@@ -21,12 +21,12 @@ from deepstack_jax.audit.page import layer_chips, method, quarantined, render_pa
 from deepstack_jax.audit.prompt import prompt_runs, special_names, token_texts
 from deepstack_jax.batch import NEWLINE
 from deepstack_jax.config import Config, build_config, default_config
-from deepstack_jax.data import lengths
-from deepstack_jax.data.conversation import Message, get_template, normalise, render
-from deepstack_jax.data.encode import BadExample, Encoder
+from deepstack_jax.data.encode.encoder import BadExample, Encoder
+from deepstack_jax.data.encode.templates import Message, get_template, normalise, render
+from deepstack_jax.data.encode.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer, train_bpe
+from deepstack_jax.data.example import Example, SampleError
+from deepstack_jax.data.order import lengths
 from deepstack_jax.data.pipeline import TrainingStream
-from deepstack_jax.data.sources import Example, SampleError
-from deepstack_jax.data.tokenizers import ByteTokenizer, Tokenizer, load_tokenizer, train_bpe
 from deepstack_jax.printing import Console
 
 GOLDEN = Path(__file__).parents[1] / "golden"

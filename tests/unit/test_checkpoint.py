@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from jax.sharding import NamedSharding, PartitionSpec
 
 from deepstack_jax.config import Config, TrainConfig, to_dict
-from deepstack_jax.data.encode import BadExample
+from deepstack_jax.data.encode.encoder import BadExample
 from deepstack_jax.train.checkpoint import CheckpointError, Checkpoints
 from deepstack_jax.train.checksums import _sum, checksums, checksums_on_disk
 from deepstack_jax.train.metrics import MetricsLog, Quarantine, QuarantineError, read_metrics

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deepstack_jax.data.conversation import TEMPLATES, ConversationError, Message, get_template, normalise, parse, render
+from deepstack_jax.data.encode.templates import TEMPLATES, ConversationError, Message, get_template, normalise, parse, render
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "conversation"
 PREPROCESS = json.loads((GOLDEN / "preprocess.json").read_text())

@@ -8,10 +8,10 @@ from PIL import Image
 
 from configs.receipts import get_config
 from deepstack_jax.config import build_config
-from deepstack_jax.data.encode import BadExample, Encoder
+from deepstack_jax.data.encode.batch_rows import EncodedExample
+from deepstack_jax.data.encode.encoder import BadExample, Encoder
+from deepstack_jax.data.example import SampleError
 from deepstack_jax.data.open import open_files
-from deepstack_jax.data.rows import EncodedExample
-from deepstack_jax.data.sources import SampleError
 
 REAL = Path(__file__).parents[3] / "shared" / "data" / "receipts"
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from deepstack_jax.batch import empty_batch
-from deepstack_jax.data.rows import Cursor, place_example
+from deepstack_jax.data.encode.batch_rows import Cursor, place_example
 from deepstack_jax.generate.decoding import CHUNK, NO_TOKEN, answer_ids, empty_cache, greedy, prefill, stop_array
 from deepstack_jax.generate.options import Options
 from deepstack_jax.generate.sampling import greedy_sampling

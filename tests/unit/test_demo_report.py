@@ -10,7 +10,7 @@ from PIL import Image
 
 from benchmarks.demo_report import COUNTS, LABELS, asked_box, box_of, load_runs, main, pick_pages, put_together
 from deepstack_jax.config import build_config, to_dict
-from deepstack_jax.data.image import open_image
+from deepstack_jax.data.encode.image import open_image
 from deepstack_jax.data.open import open_source
 from deepstack_jax.data.synthetic import CHANCE
 

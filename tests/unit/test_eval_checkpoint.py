@@ -10,7 +10,7 @@ from typing import Any
 import jax.numpy as jnp
 import pytest
 
-from deepstack_jax.data.sources import SourceError
+from deepstack_jax.data.example import SourceError
 from deepstack_jax.evaluate.__main__ import Task, key_of, run_task
 from deepstack_jax.evaluate.checkpoint import EvalCheckpoint
 from deepstack_jax.evaluate.progress import Progress

@@ -11,12 +11,13 @@ import fsspec
 import pytest
 from PIL import Image
 
-from deepstack_jax.data import files, json_rows
-from deepstack_jax.data.file_source import FileSource
-from deepstack_jax.data.image import ImageError, open_image
-from deepstack_jax.data.lengths import image_size
+from deepstack_jax.data.encode.image import ImageError, open_image
+from deepstack_jax.data.example import SampleError, SourceError
+from deepstack_jax.data.formats import files
+from deepstack_jax.data.formats import json_records as json_rows
+from deepstack_jax.data.formats.file_source import FileSource
 from deepstack_jax.data.open import open_files
-from deepstack_jax.data.sources import SampleError, SourceError
+from deepstack_jax.data.order.lengths import image_size
 
 
 @pytest.fixture

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from deepstack_jax.config import Config
-from deepstack_jax.data.conversation import Message
-from deepstack_jax.data.encode import BadExample
-from deepstack_jax.data.sources import Example, SampleError
+from deepstack_jax.data.encode.encoder import BadExample
+from deepstack_jax.data.encode.templates import Message
+from deepstack_jax.data.example import Example, SampleError
 from deepstack_jax.evaluate.held_out import Prediction, ask
 from deepstack_jax.generate.answers import Answer
 from deepstack_jax.generate.options import Options, RequestError

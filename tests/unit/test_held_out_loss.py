@@ -11,8 +11,8 @@ import pytest
 
 from deepstack_jax.batch import Batch
 from deepstack_jax.config import Config
+from deepstack_jax.data.example import SourceError
 from deepstack_jax.data.open import open_files
-from deepstack_jax.data.sources import SourceError
 from deepstack_jax.evaluate.reports import check_held_out, finish, report_held_out
 from deepstack_jax.evaluate.runner import HeldOut
 from deepstack_jax.generate.decoding import NO_TOKEN

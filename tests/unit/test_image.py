@@ -14,9 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageFile
 
-import deepstack_jax.data.image as image_module
+import deepstack_jax.data.encode.image as image_module
 from deepstack_jax.config import ImageConfig
-from deepstack_jax.data.image import FILTERS, ImageError, Views, image_grid, make_views, open_image
+from deepstack_jax.data.encode.image import FILTERS, ImageError, Views, image_grid, make_views, open_image
 
 REPO = Path(__file__).parents[2]
 GOLDEN = REPO / "tests" / "golden" / "preprocess"

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image, ImageFile, ImageOps, PngImagePlugin
 
 from deepstack_jax.config import Config, ConfigError, DataConfig, build_config, to_dict
-from deepstack_jax.data.image_files import (
+from deepstack_jax.data.formats.image_files import (
     DEEP,
     FORMATS,
     MAX_BYTES,

@@ -87,8 +87,9 @@ def test_no_torch_anywhere_and_no_jax_below_data(file):
         assert not roots & {"jax", "flax", "optax", "orbax"}
 
 
-_WORKERS = ["batch", "layout.sequence", "data.image", "data.conversation", "data.tokenize", "data.file_source"]
-_WORKERS += ["data.json_rows", "data.tables", "data.records", "prepare.journal", "prepare.preparing", "prepare.__main__"]
+_WORKERS = ["batch", "layout.sequence", "data.encode.image", "data.encode.templates", "data.encode.labels"]
+_WORKERS += ["data.formats.file_source", "data.formats.json_records", "data.formats.tables", "data.shards.records"]
+_WORKERS += ["prepare.journal", "prepare.preparing", "prepare.__main__"]
 
 
 @pytest.mark.parametrize("module", _WORKERS)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from deepstack_jax.config import build_config, default_config
-from deepstack_jax.data.inputs import describe_files, describe_options, named_images
+from deepstack_jax.data.fingerprint import describe_files, describe_options, named_images
 from deepstack_jax.data.open import open_source
 
 

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from deepstack_jax.batch import NEWLINE, TEXT, ZERO, Batch, BatchShape, check_batch, empty_batch
-from deepstack_jax.data.rows import Cursor, EncodedExample, blank_example, place_example
-from deepstack_jax.data.tokenize import IMAGE_TOKEN
+from deepstack_jax.data.encode.batch_rows import Cursor, EncodedExample, blank_example, place_example
+from deepstack_jax.data.encode.labels import IMAGE_TOKEN
 from deepstack_jax.layout.grid import candidate_grids, unpad_box
 from deepstack_jax.layout.sequence import SEQUENCES, STACKS, LayoutSpec, VisualLayout
 from deepstack_jax.layout.stack import SAMPLINGS, layer_schedule

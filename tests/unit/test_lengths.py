@@ -16,14 +16,14 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from deepstack_jax.config import Config
-from deepstack_jax.data import lengths
-from deepstack_jax.data.conversation import Message
-from deepstack_jax.data.encode import BadExample, Encoder, OverlongError
-from deepstack_jax.data.image import ImageError, open_image
-from deepstack_jax.data.lengths import image_size, length_index, measure, measure_rows
-from deepstack_jax.data.rows import EncodedExample
-from deepstack_jax.data.sources import Example, SampleError, SourceError
-from deepstack_jax.data.tokenize import IMAGE_TOKEN, EncodedText
+from deepstack_jax.data.encode.batch_rows import EncodedExample
+from deepstack_jax.data.encode.encoder import BadExample, Encoder, OverlongError
+from deepstack_jax.data.encode.image import ImageError, open_image
+from deepstack_jax.data.encode.labels import IMAGE_TOKEN, EncodedText
+from deepstack_jax.data.encode.templates import Message
+from deepstack_jax.data.example import Example, SampleError, SourceError
+from deepstack_jax.data.order import lengths
+from deepstack_jax.data.order.lengths import image_size, length_index, measure, measure_rows
 from tests.unit.made_examples import MadeExamples, draw
 from tests.unit.tiny import tiny_config
 
@@ -117,7 +117,7 @@ def test_an_index_is_made_once_per_source_and_configuration(cache, monkeypatch):
 
 def test_the_name_of_an_index_is_the_same_in_another_process():
     code = (
-        "from tests.unit.test_lengths import make_config, MadeExamples; from deepstack_jax.data.lengths import _key;"
+        "from tests.unit.test_lengths import make_config, MadeExamples; from deepstack_jax.data.order.lengths import _key;"
         "print(_key(MadeExamples(9), make_config()))"
     )
     told = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.strip()

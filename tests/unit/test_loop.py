@@ -16,10 +16,10 @@ import optax
 import pytest
 
 from deepstack_jax.config import MeshConfig, PackingConfig
-from deepstack_jax.data.encode import BadExample
+from deepstack_jax.data.encode.encoder import BadExample
+from deepstack_jax.data.example import SourceError
 from deepstack_jax.data.open import open_source
 from deepstack_jax.data.pipeline import Delivered, TrainingStream
-from deepstack_jax.data.sources import SourceError
 from deepstack_jax.data.synthetic import VOCABULARY
 from deepstack_jax.parallel.mesh import make_mesh
 from deepstack_jax.printing import Console

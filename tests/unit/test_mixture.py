@@ -20,10 +20,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deepstack_jax.config import SetConfig, build_config, default_config
-from deepstack_jax.data import selection
-from deepstack_jax.data.mixture import EpochOrder, Mixture, count_problem, describe_mixture, epoch_order, open_mixture
+from deepstack_jax.data.example import OutlinedSource, SampleError, SourceError
 from deepstack_jax.data.open import open_files
-from deepstack_jax.data.sources import OutlinedSource, SampleError, SourceError
+from deepstack_jax.data.order import filters as selection
+from deepstack_jax.data.order.mixture import EpochOrder, Mixture, count_problem, describe_mixture, epoch_order, open_mixture
 from deepstack_jax.errors import ConfigError
 from deepstack_jax.printing import Console
 

@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from deepstack_jax.data.conversation import IMAGE_MARK, Message, get_template, normalise, render
-from deepstack_jax.data.file_source import FileSource
-from deepstack_jax.data.normaliser import RowError, to_example, to_outline
+from deepstack_jax.data.encode.templates import IMAGE_MARK, Message, get_template, normalise, render
+from deepstack_jax.data.example import Outline, SampleError
+from deepstack_jax.data.formats.file_source import FileSource
+from deepstack_jax.data.formats.styles import RowError, to_example, to_outline
 from deepstack_jax.data.open import open_files
-from deepstack_jax.data.sources import Outline, SampleError
 
 ROOT = "/images"
 TURNS = (Message("human", "<image>\nWhat?"), Message("gpt", "This."))

@@ -12,10 +12,10 @@ import pytest
 from PIL import Image
 
 from deepstack_jax.config import SetConfig
-from deepstack_jax.data.mixture import Mixture, Part
+from deepstack_jax.data.example import OutlinedSource
 from deepstack_jax.data.open import open_files
+from deepstack_jax.data.order.mixture import Mixture, Part
 from deepstack_jax.data.overlap import find_overlap
-from deepstack_jax.data.sources import OutlinedSource
 from deepstack_jax.evaluate.reports import overlap_line
 from tests.unit.made_examples import MadeExamples
 

@@ -11,12 +11,12 @@ from hypothesis import strategies as st
 
 from deepstack_jax.batch import Batch
 from deepstack_jax.config import Config
-from deepstack_jax.data.encode import Encoder
-from deepstack_jax.data.lengths import measure_rows
-from deepstack_jax.data.mixture import EpochOrder
-from deepstack_jax.data.packing import Limits, describe_packs, pack
+from deepstack_jax.data.encode.encoder import Encoder
+from deepstack_jax.data.order.lengths import measure_rows
+from deepstack_jax.data.order.mixture import EpochOrder
+from deepstack_jax.data.order.packing import Limits, describe_packs, pack
+from deepstack_jax.data.order.schedule import PackedSchedule, PaddedSchedule
 from deepstack_jax.data.pipeline import BatchMaker, StepMaker
-from deepstack_jax.data.schedule import PackedSchedule, PaddedSchedule
 from deepstack_jax.errors import ConfigError
 from deepstack_jax.printing import Console
 from tests.unit.made_examples import MadeExamples

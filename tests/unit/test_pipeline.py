@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 
 from deepstack_jax.batch import Batch
 from deepstack_jax.config import Config
-from deepstack_jax.data.encode import OverlongError
+from deepstack_jax.data.encode.encoder import OverlongError
+from deepstack_jax.data.example import SourceError
 from deepstack_jax.data.pipeline import Delivered, TrainingStream, collate
-from deepstack_jax.data.sources import SourceError
 from deepstack_jax.errors import ConfigError
 from tests.unit.made_examples import MadeExamples
 from tests.unit.tiny import tiny_config

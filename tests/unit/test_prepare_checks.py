@@ -9,7 +9,7 @@ from PIL import Image
 
 from configs.receipts import get_config
 from deepstack_jax.config import build_config
-from deepstack_jax.data.encode import BadExample, Encoder
+from deepstack_jax.data.encode.encoder import BadExample, Encoder
 from deepstack_jax.data.open import open_source
 from deepstack_jax.data.pipeline import BatchMaker, row_check
 from deepstack_jax.prepare.preparing import Job, make_chunk

@@ -10,11 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from deepstack_jax.data import records
-from deepstack_jax.data.conversation import Message
-from deepstack_jax.data.image import open_image
-from deepstack_jax.data.records import RecordShards, RecordWriter, verify
-from deepstack_jax.data.sources import Example, SampleError, SourceError
+from deepstack_jax.data.encode.image import open_image
+from deepstack_jax.data.encode.templates import Message
+from deepstack_jax.data.example import Example, SampleError, SourceError
+from deepstack_jax.data.shards import records
+from deepstack_jax.data.shards.records import RecordShards, RecordWriter, verify
 from deepstack_jax.data.synthetic import DocumentPages
 from deepstack_jax.prepare import preparing
 from deepstack_jax.prepare.journal import Journal, source_rows

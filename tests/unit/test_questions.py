@@ -11,10 +11,10 @@ from PIL import Image
 from deepstack_jax.api import LMM
 from deepstack_jax.batch import Batch
 from deepstack_jax.config import Config
-from deepstack_jax.data.encode import BadExample, OverlongError
+from deepstack_jax.data.encode.encoder import BadExample, OverlongError
+from deepstack_jax.data.encode.tokenizer import load_tokenizer
+from deepstack_jax.data.example import Source
 from deepstack_jax.data.open import open_files
-from deepstack_jax.data.sources import Source
-from deepstack_jax.data.tokenizers import load_tokenizer
 from deepstack_jax.evaluate import held_out, runner
 from deepstack_jax.evaluate.questions import check_questions, check_rows, uninterrupted
 from deepstack_jax.generate.decoding import NO_TOKEN

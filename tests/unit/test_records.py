@@ -19,12 +19,14 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from deepstack_jax.config import LimitsConfig
-from deepstack_jax.data import files, record_codec, records
-from deepstack_jax.data.conversation import Message
+from deepstack_jax.data.encode.templates import Message
+from deepstack_jax.data.example import Example, Outline, SampleError, SourceError
+from deepstack_jax.data.formats import files
 from deepstack_jax.data.open import open_files
-from deepstack_jax.data.record_codec import decode_example, encode_example
-from deepstack_jax.data.records import RecordShards, RecordWriter, read_manifest, verify
-from deepstack_jax.data.sources import Example, Outline, SampleError, SourceError
+from deepstack_jax.data.shards import codec as record_codec
+from deepstack_jax.data.shards import records
+from deepstack_jax.data.shards.codec import decode_example, encode_example
+from deepstack_jax.data.shards.records import RecordShards, RecordWriter, read_manifest, verify
 from deepstack_jax.data.synthetic import DocumentPages
 
 RECEIPTS = Path(__file__).parents[3] / "shared" / "data" / "receipts"

@@ -10,12 +10,12 @@ from PIL import Image, ImageOps
 
 from deepstack_jax.audit.page import render_page
 from deepstack_jax.audit.survey import survey
-from deepstack_jax.data.encode import REMARKS, Encoder
-from deepstack_jax.data.image_files import DEEP, TURNED
-from deepstack_jax.data.lengths import measure
+from deepstack_jax.data.encode.encoder import REMARKS, Encoder
+from deepstack_jax.data.encode.labels import CONTROL
+from deepstack_jax.data.formats.image_files import DEEP, TURNED
 from deepstack_jax.data.open import open_source
+from deepstack_jax.data.order.lengths import measure
 from deepstack_jax.data.pipeline import TrainingStream
-from deepstack_jax.data.tokenize import CONTROL
 from deepstack_jax.generate.options import RequestError
 from deepstack_jax.printing import Console
 from tests.unit import test_api, test_loop

@@ -10,10 +10,10 @@ import pytest
 from PIL import Image
 
 from deepstack_jax.config import Config, build_config, default_config, to_dict
-from deepstack_jax.data import inputs
-from deepstack_jax.data.inputs import describe_data, describe_texts
+from deepstack_jax.data import fingerprint as inputs
+from deepstack_jax.data.example import SourceError
+from deepstack_jax.data.fingerprint import describe_data, describe_texts
 from deepstack_jax.data.open import open_source
-from deepstack_jax.data.sources import SourceError
 from deepstack_jax.printing import redacted
 from deepstack_jax.train.reading import CheckpointError
 from deepstack_jax.train.resume import check_same_data, check_same_run, data_changes

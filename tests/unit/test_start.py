@@ -8,7 +8,7 @@ import pytest
 
 from benchmarks.tiny_recipe import Run, load_recipe, write_weights
 from deepstack_jax.config import Config, to_dict
-from deepstack_jax.data.tokenizers import ByteTokenizer, load_tokenizer
+from deepstack_jax.data.encode.tokenizer import ByteTokenizer, load_tokenizer
 from deepstack_jax.errors import fetch_command
 from deepstack_jax.train import state
 from deepstack_jax.train.start import is_workdir, open_start, run_tensors

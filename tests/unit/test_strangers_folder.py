@@ -13,7 +13,7 @@ from safetensors.numpy import load_file, save_file
 
 import deepstack_jax as dsx
 from deepstack_jax.api import LMM, Options
-from deepstack_jax.data.tokenizers import load_tokenizer
+from deepstack_jax.data.encode.tokenizer import load_tokenizer
 from deepstack_jax.errors import ConfigError
 from deepstack_jax.train.start import open_start
 from deepstack_jax.weights.files import WeightsError

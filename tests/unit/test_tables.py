@@ -15,12 +15,12 @@ import pyarrow.parquet as pq
 import pytest
 
 from deepstack_jax.config import LimitsConfig
-from deepstack_jax.data import tables
-from deepstack_jax.data.conversation import Message
-from deepstack_jax.data.file_source import FileSource
+from deepstack_jax.data.encode.templates import Message
+from deepstack_jax.data.example import Outline, SampleError, SourceError
+from deepstack_jax.data.formats import tables
+from deepstack_jax.data.formats.file_source import FileSource
 from deepstack_jax.data.open import MissingError, open_files
-from deepstack_jax.data.record_codec import decode_example, encode_example
-from deepstack_jax.data.sources import Outline, SampleError, SourceError
+from deepstack_jax.data.shards.codec import decode_example, encode_example
 
 HF_IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 TURN = pa.struct([("from", pa.string()), ("value", pa.string())])

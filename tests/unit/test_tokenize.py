@@ -10,10 +10,10 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from deepstack_jax.data.conversation import TEMPLATES, ConversationError, Message, get_template, normalise, parse, render
-from deepstack_jax.data.encode import check_end_of_turn
-from deepstack_jax.data.tokenize import IMAGE_TOKEN, encode_conversation, encode_with_images
-from deepstack_jax.data.tokenizers import (
+from deepstack_jax.data.encode.encoder import check_end_of_turn
+from deepstack_jax.data.encode.labels import IMAGE_TOKEN, encode_conversation, encode_with_images
+from deepstack_jax.data.encode.templates import TEMPLATES, ConversationError, Message, get_template, normalise, parse, render
+from deepstack_jax.data.encode.tokenizer import (
     ByteTokenizer,
     HFTokenizer,
     SentencePieceTokenizer,

@@ -13,10 +13,10 @@ from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from deepstack_jax.config import Config, DataConfig
-from deepstack_jax.data.conversation import TEMPLATES, Message, render
+from deepstack_jax.data.encode.labels import CONTROL, encode_conversation, encode_with_images
+from deepstack_jax.data.encode.templates import TEMPLATES, Message, render
+from deepstack_jax.data.encode.tokenizer import HFTokenizer, SentencePieceTokenizer, WordTokenizer, load_tokenizer, train_bpe
 from deepstack_jax.data.pipeline import open_tokenizer
-from deepstack_jax.data.tokenize import CONTROL, encode_conversation, encode_with_images
-from deepstack_jax.data.tokenizers import HFTokenizer, SentencePieceTokenizer, WordTokenizer, load_tokenizer, train_bpe
 from deepstack_jax.errors import ConfigError
 from tests.unit.test_tokenize import TOKENIZERS, edited_folder
 

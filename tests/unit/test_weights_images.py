@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from deepstack_jax.data.image import make_views
+from deepstack_jax.data.encode.image import make_views
 from deepstack_jax.weights.files import WeightsError
 from deepstack_jax.weights.hf_config import from_hf
 from deepstack_jax.weights.hf_image import processor_of

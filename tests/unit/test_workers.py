@@ -7,8 +7,8 @@ import pytest
 
 from deepstack_jax.config import DataConfig, build_config, default_config
 from deepstack_jax.data import workers
+from deepstack_jax.data.example import SourceError
 from deepstack_jax.data.pipeline import TrainingStream
-from deepstack_jax.data.sources import SourceError
 from deepstack_jax.data.workers import check_shared_memory, why_lost
 from deepstack_jax.errors import ConfigError
 

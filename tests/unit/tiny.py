@@ -15,8 +15,8 @@ from flax import linen as nn
 
 from deepstack_jax.batch import Batch, BatchShape, empty_batch
 from deepstack_jax.config import Config, build_config, default_config
-from deepstack_jax.data.rows import Cursor, EncodedExample, place_example
-from deepstack_jax.data.tokenize import IMAGE_TOKEN
+from deepstack_jax.data.encode.batch_rows import Cursor, EncodedExample, place_example
+from deepstack_jax.data.encode.labels import IMAGE_TOKEN
 from deepstack_jax.model.deepstack import DeepStack
 
 TINY = {

@@ -20,12 +20,12 @@ from rich.progress import Progress
 
 from deepstack_jax.atomic import whole_file
 from deepstack_jax.config import Config
-from deepstack_jax.data import files
-from deepstack_jax.data.encode import Encoder
-from deepstack_jax.data.image import image_grid
-from deepstack_jax.data.image_files import image_size
-from deepstack_jax.data.rows import Size
-from deepstack_jax.data.sources import Example, SampleError, Source, SourceError
+from deepstack_jax.data.encode.batch_rows import Size
+from deepstack_jax.data.encode.encoder import Encoder
+from deepstack_jax.data.encode.image import image_grid
+from deepstack_jax.data.example import Example, SampleError, Source, SourceError
+from deepstack_jax.data.formats import files
+from deepstack_jax.data.formats.image_files import image_size
 from deepstack_jax.data.workers import live_and_die_with_the_run
 from deepstack_jax.layout.sequence import VisualLayout
 from deepstack_jax.printing import Console

@@ -10,11 +10,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from deepstack_jax.config import LIMITS, LimitsConfig
-from deepstack_jax.data import files
-from deepstack_jax.data.columns import VALUE_BYTES, carried, one_line, scanned, settled, to_row, warn_of
-from deepstack_jax.data.footers import Chunk, decompressed_bytes, messages_of, read_chunks
-from deepstack_jax.data.normaliser import IMAGE_KEYS, RowError, check_columns, needed_keys
-from deepstack_jax.data.sources import SourceError
+from deepstack_jax.data.example import SourceError
+from deepstack_jax.data.formats import files
+from deepstack_jax.data.formats.columns import VALUE_BYTES, carried, one_line, scanned, settled, to_row, warn_of
+from deepstack_jax.data.formats.footers import Chunk, decompressed_bytes, messages_of, read_chunks
+from deepstack_jax.data.formats.styles import IMAGE_KEYS, RowError, check_columns, needed_keys
 
 _CACHE_BYTES = 128 << 20
 """Decoded row groups that a process keeps; the one in use stays, however large it is."""

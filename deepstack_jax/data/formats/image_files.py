@@ -13,7 +13,7 @@ import numpy as np
 from PIL import ExifTags, Image, ImageFile, PngImagePlugin, TiffImagePlugin
 
 from deepstack_jax.config import DataConfig
-from deepstack_jax.data import files
+from deepstack_jax.data.formats import files
 from deepstack_jax.errors import UserError
 
 # Pillow's other readers start programs (EPS), open whatever a file contains with any reader (IPTC, ICNS), decode before the

@@ -14,8 +14,8 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 from rich.table import Table
 
-from deepstack_jax.data.mixture import EpochOrder
-from deepstack_jax.data.packing import Limits, Packs, describe_packs, pack
+from deepstack_jax.data.order.mixture import EpochOrder
+from deepstack_jax.data.order.packing import Limits, Packs, describe_packs, pack
 from deepstack_jax.errors import ConfigError
 
 TOLERANCE = Fraction(2, 100)  # how far examples per step may be from the recipe's batch size

@@ -17,8 +17,8 @@ from rich.markup import escape
 from rich.progress import track
 
 from deepstack_jax.atomic import whole_file
-from deepstack_jax.data.files import glob
-from deepstack_jax.data.sources import Outline, OutlinedSource
+from deepstack_jax.data.example import Outline, OutlinedSource
+from deepstack_jax.data.formats.files import glob
 from deepstack_jax.printing import Console, label
 
 TEXT_ROWS = "<text>"

@@ -14,11 +14,11 @@ import msgpack
 import numpy as np
 from PIL import Image
 
-from deepstack_jax.data import files
-from deepstack_jax.data.conversation import ConversationError, Message
-from deepstack_jax.data.image_files import MAX_BYTES, open_image
-from deepstack_jax.data.normaliser import RowError, check_messages
-from deepstack_jax.data.sources import Example, SampleError
+from deepstack_jax.data.encode.templates import ConversationError, Message
+from deepstack_jax.data.example import Example, SampleError
+from deepstack_jax.data.formats import files
+from deepstack_jax.data.formats.image_files import MAX_BYTES, open_image
+from deepstack_jax.data.formats.styles import RowError, check_messages
 
 _TUPLE, _ARRAY = 1, 2  # msgpack extensions
 

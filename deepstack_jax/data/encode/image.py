@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image
 
-from deepstack_jax.data.image_files import ImageError as ImageError
-from deepstack_jax.data.image_files import open_image as open_image
+from deepstack_jax.data.formats.image_files import ImageError as ImageError
+from deepstack_jax.data.formats.image_files import open_image as open_image
 from deepstack_jax.layout.grid import Grid, best_grid, letterbox, possible_grids
 
 if TYPE_CHECKING:

@@ -16,12 +16,12 @@ import numpy as np
 from fsspec.core import url_to_fs
 
 from deepstack_jax.config import Config
-from deepstack_jax.data import files
-from deepstack_jax.data.encode import Encoder
-from deepstack_jax.data.file_source import FileSource
-from deepstack_jax.data.mixture import Mixture, row_choice
-from deepstack_jax.data.records import SUFFIX
-from deepstack_jax.data.sources import Source
+from deepstack_jax.data.encode.encoder import Encoder
+from deepstack_jax.data.example import Source
+from deepstack_jax.data.formats import files
+from deepstack_jax.data.formats.file_source import FileSource
+from deepstack_jax.data.order.mixture import Mixture, row_choice
+from deepstack_jax.data.shards.records import SUFFIX
 from deepstack_jax.printing import redacted
 
 LOOKED_AT = 64  # rows, spread over the source: of one behind a network, or drawn; the only ones of earlier versions

@@ -10,7 +10,7 @@ import numpy as np
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
-from deepstack_jax.data.tokenizer_files import LITERALS, SPECIAL_ROLES, TokenizerError, as_tokens, read_json, reading
+from deepstack_jax.data.encode.tokenizer_files import LITERALS, SPECIAL_ROLES, TokenizerError, as_tokens, read_json, reading
 
 _HIDING = [chr(code) for code in range(0xFDD0, 0xFDF0)]  # characters that Unicode keeps out of texts
 _UNHIDE = {ord(character): "\ufffd" for character in _HIDING}

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import pyarrow as pa
 
-from deepstack_jax.data import files
+from deepstack_jax.data.formats import files
 
 _END = 8  # bytes behind the footer: its length, and the magic
 _MOST = 16 << 20  # bytes of a footer, which takes up to 64 times as much when it is read

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, Protocol, SupportsIndex, runtime_checkable
 import numpy as np
 from PIL import Image
 
-from deepstack_jax.data.conversation import Message
+from deepstack_jax.data.encode.templates import Message
 from deepstack_jax.errors import UserError
 from deepstack_jax.printing import redacted
 

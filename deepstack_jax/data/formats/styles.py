@@ -14,9 +14,9 @@ from itertools import pairwise
 from typing import Any
 from urllib.parse import unquote
 
-from deepstack_jax.data import files
-from deepstack_jax.data.conversation import IMAGE_MARK, Message, parse
-from deepstack_jax.data.sources import Example, Outline
+from deepstack_jax.data.encode.templates import IMAGE_MARK, Message, parse
+from deepstack_jax.data.example import Example, Outline
+from deepstack_jax.data.formats import files
 from deepstack_jax.errors import UserError
 from deepstack_jax.printing import label, plural
 

@@ -13,10 +13,10 @@ from typing import Protocol, runtime_checkable
 
 import numpy as np
 
-from deepstack_jax.data.fast_tokenizers import HFTokenizer
-from deepstack_jax.data.fast_tokenizers import train_bpe as train_bpe
-from deepstack_jax.data.sentencepieces import SentencePieceTokenizer
-from deepstack_jax.data.tokenizer_files import LITERALS, read_json
+from deepstack_jax.data.encode.fast_tokenizer import HFTokenizer
+from deepstack_jax.data.encode.fast_tokenizer import train_bpe as train_bpe
+from deepstack_jax.data.encode.sentencepiece_tokenizer import SentencePieceTokenizer
+from deepstack_jax.data.encode.tokenizer_files import LITERALS, read_json
 
 
 @runtime_checkable

@@ -14,8 +14,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from deepstack_jax.config import LimitsConfig
-from deepstack_jax.data.normaliser import RowError, needed_keys
-from deepstack_jax.data.sources import SourceError
+from deepstack_jax.data.example import SourceError
+from deepstack_jax.data.formats.styles import RowError, needed_keys
 
 _SCANNED_ROWS = 256  # rows that an outline turns into Python values at once
 VALUE_BYTES = 8  # what any value takes at least, once it is one of Python's

@@ -11,7 +11,7 @@ import sentencepiece
 from google.protobuf.message import DecodeError
 from sentencepiece import sentencepiece_model_pb2, sentencepiece_pb2
 
-from deepstack_jax.data.tokenizer_files import LITERALS, SPECIAL_ROLES, TokenizerError, as_tokens, read_json, reading
+from deepstack_jax.data.encode.tokenizer_files import LITERALS, SPECIAL_ROLES, TokenizerError, as_tokens, read_json, reading
 from deepstack_jax.printing import label
 
 _UNDERLINE = "\u2581"  # sentencepiece writes a space as this character

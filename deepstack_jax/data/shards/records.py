@@ -19,11 +19,11 @@ from typing import Any, NamedTuple, SupportsIndex
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
 from deepstack_jax.config import LIMITS, LimitsConfig
-from deepstack_jax.data import files
-from deepstack_jax.data.conversation import ConversationError
-from deepstack_jax.data.normaliser import RowError
-from deepstack_jax.data.record_codec import decode_example, encode_example
-from deepstack_jax.data.sources import Example, Outline, SampleError, SourceError
+from deepstack_jax.data.encode.templates import ConversationError
+from deepstack_jax.data.example import Example, Outline, SampleError, SourceError
+from deepstack_jax.data.formats import files
+from deepstack_jax.data.formats.styles import RowError
+from deepstack_jax.data.shards.codec import decode_example, encode_example
 
 MANIFEST = "manifest.json"
 SUFFIX = ".array_record"

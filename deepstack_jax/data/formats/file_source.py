@@ -6,10 +6,10 @@ from dataclasses import replace
 from itertools import islice
 from typing import Protocol, SupportsIndex
 
-from deepstack_jax.data import files
-from deepstack_jax.data.conversation import ConversationError
-from deepstack_jax.data.normaliser import RowError, row_name, to_example, to_outline
-from deepstack_jax.data.sources import Example, Outline, SampleError, SourceError
+from deepstack_jax.data.encode.templates import ConversationError
+from deepstack_jax.data.example import Example, Outline, SampleError, SourceError
+from deepstack_jax.data.formats import files
+from deepstack_jax.data.formats.styles import RowError, row_name, to_example, to_outline
 from deepstack_jax.printing import quote
 
 

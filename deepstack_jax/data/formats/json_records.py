@@ -9,9 +9,9 @@ from typing import IO
 import numpy as np
 
 from deepstack_jax.config import LIMITS, LimitsConfig
-from deepstack_jax.data import files
-from deepstack_jax.data.normaliser import RowError, row_name
-from deepstack_jax.data.sources import SourceError
+from deepstack_jax.data.example import SourceError
+from deepstack_jax.data.formats import files
+from deepstack_jax.data.formats.styles import RowError, row_name
 from deepstack_jax.printing import quote
 
 LINE_SUFFIXES = (".jsonl", ".ndjson")

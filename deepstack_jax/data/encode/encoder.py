@@ -10,13 +10,13 @@ from typing import TypeVar
 import numpy as np
 
 from deepstack_jax.config import Config
-from deepstack_jax.data.conversation import Rendered, get_template, normalise, render
-from deepstack_jax.data.image import make_views
-from deepstack_jax.data.image_files import DEEP, TURNED, read_image
-from deepstack_jax.data.rows import EncodedExample
-from deepstack_jax.data.sources import Example, SampleError, Source, SourceError
-from deepstack_jax.data.tokenize import CONTROL, IMAGE_TOKEN, EncodedText, encode_conversation
-from deepstack_jax.data.tokenizers import Tokenizer, load_tokenizer
+from deepstack_jax.data.encode.batch_rows import EncodedExample
+from deepstack_jax.data.encode.image import make_views
+from deepstack_jax.data.encode.labels import CONTROL, IMAGE_TOKEN, EncodedText, encode_conversation
+from deepstack_jax.data.encode.templates import Rendered, get_template, normalise, render
+from deepstack_jax.data.encode.tokenizer import Tokenizer, load_tokenizer
+from deepstack_jax.data.example import Example, SampleError, Source, SourceError
+from deepstack_jax.data.formats.image_files import DEEP, TURNED, read_image
 from deepstack_jax.layout.sequence import VisualLayout
 from deepstack_jax.printing import MOST, label, one_line, plural
 

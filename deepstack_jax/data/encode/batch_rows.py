@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from deepstack_jax.batch import Batch
-from deepstack_jax.data.tokenize import IMAGE_TOKEN
+from deepstack_jax.data.encode.labels import IMAGE_TOKEN
 from deepstack_jax.layout.sequence import VisualLayout
 
 

@@ -19,9 +19,9 @@ from rich.table import Table
 from rich.text import Text
 
 from deepstack_jax.config import SetConfig
-from deepstack_jax.data import files
-from deepstack_jax.data.selection import TEXT_ROWS, RowFilter, Selection, select
-from deepstack_jax.data.sources import Example, Outline, OutlinedSource, SampleError, Source, SourceError
+from deepstack_jax.data.example import Example, Outline, OutlinedSource, SampleError, Source, SourceError
+from deepstack_jax.data.formats import files
+from deepstack_jax.data.order.filters import TEXT_ROWS, RowFilter, Selection, select
 from deepstack_jax.errors import ConfigError
 
 _COLUMNS = ("set", "file", "found", "expected", "paper", "repeat", "per epoch", "")

@@ -1,0 +1,1 @@
+"""From an example to the rows of a batch: template, tokens, labels, images."""

@@ -1,0 +1,1 @@
+"""Which examples make up which batch: mixture, filters, lengths, packing, schedule."""

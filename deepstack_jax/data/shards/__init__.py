@@ -1,0 +1,1 @@
+"""Examples as ArrayRecord shards with their images inside: reading and writing."""
