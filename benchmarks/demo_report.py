@@ -31,7 +31,7 @@ from deepstack_jax.data.open import open_source
 from deepstack_jax.data.synthetic import BOXES, CHANCE
 from deepstack_jax.errors import ConfigError
 from deepstack_jax.printing import Console
-from deepstack_jax.train.metrics import read_metrics
+from deepstack_jax.train.run.metrics import read_metrics
 
 LABELS = {"baseline": "low-res baseline", "dummy": "dummy stack", "deepstack": "DeepStack"}
 """The three runs that the demo compares, in the order shown; a dummy stack injects the low-res tokens once more."""

@@ -35,7 +35,7 @@ from configs import demo, receipts
 from deepstack_jax.config import Config, build_config
 from deepstack_jax.data.open import open_source
 from deepstack_jax.data.pipeline import TrainingStream
-from deepstack_jax.train.metrics import read_metrics
+from deepstack_jax.train.run.metrics import read_metrics
 
 REPOSITORY = Path(__file__).parents[1]
 OUTPUT = REPOSITORY / "docs" / "input_pipeline.md"

@@ -33,7 +33,7 @@ from deepstack_jax.model.layers import ACTIVATIONS, take_rows
 from deepstack_jax.model.merge import STACK_AXES, VisualIndex, spread
 from deepstack_jax.parallel.mesh import make_mesh
 from deepstack_jax.parallel.rules import use_mesh
-from deepstack_jax.train.program import Program, build_program
+from deepstack_jax.train.core.program import Program, build_program
 
 
 def narrow_tokens(model: Any, batch: Batch) -> tuple[Array, Any]:

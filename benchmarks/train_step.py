@@ -36,8 +36,8 @@ from deepstack_jax.generate.prompts import CutImage, example, pack
 from deepstack_jax.parallel.distributed import put_batch
 from deepstack_jax.parallel.mesh import make_mesh
 from deepstack_jax.parallel.rules import use_mesh
-from deepstack_jax.train.optimizer import flatten
-from deepstack_jax.train.program import build_program, first_state
+from deepstack_jax.train.core.optimizer import flatten
+from deepstack_jax.train.core.program import build_program, first_state
 from deepstack_jax.weights.names import TOWER
 from deepstack_jax.weights.save import save_checkpoint
 

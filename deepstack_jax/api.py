@@ -28,10 +28,10 @@ from deepstack_jax.generate.options import Options, RequestError
 from deepstack_jax.generate.text import is_one_token
 from deepstack_jax.model.variants import build_model
 from deepstack_jax.printing import label, one_line, quote
-from deepstack_jax.train.checkpoint import CheckpointError
-from deepstack_jax.train.optimizer import flatten, unflatten
-from deepstack_jax.train.start import is_workdir
-from deepstack_jax.train.trained import restore_params
+from deepstack_jax.train.checkpoint.init_weights import is_workdir
+from deepstack_jax.train.checkpoint.reading import CheckpointError
+from deepstack_jax.train.checkpoint.restore_params import restore_params
+from deepstack_jax.train.core.optimizer import flatten, unflatten
 from deepstack_jax.types import PyTree
 from deepstack_jax.weights.folders import find_folder, open_checkpoint
 from deepstack_jax.weights.load import load_params

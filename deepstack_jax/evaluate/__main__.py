@@ -30,7 +30,7 @@ from deepstack_jax.evaluate.reports import left_out_of
 from deepstack_jax.evaluate.scorers import SCORERS
 from deepstack_jax.generate.prompts import find_template
 from deepstack_jax.printing import Console, label, plural, redacted
-from deepstack_jax.train.checksums import checksums
+from deepstack_jax.train.checkpoint.checksums import checksums
 
 USAGE = """
 Answer a held-out set by greedy generation, and score the answers.

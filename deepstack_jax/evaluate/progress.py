@@ -8,7 +8,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemaini
 from rich.progress import Progress as RichProgress
 
 from deepstack_jax.printing import Console
-from deepstack_jax.train.progress import duration
+from deepstack_jax.train.run.progress import duration
 
 _LINES = 50  # about so many in all: in a log, hours of work are to be seen and not to fill it
 

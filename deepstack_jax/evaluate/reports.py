@@ -26,7 +26,7 @@ from deepstack_jax.evaluate.questions import check_rows, uninterrupted
 from deepstack_jax.evaluate.runner import Answer, HeldOut, mean_by_kind
 from deepstack_jax.parallel.distributed import first_host_says, is_first_host
 from deepstack_jax.printing import Console, label, plural
-from deepstack_jax.train.metrics import MetricsLog, read_metrics
+from deepstack_jax.train.run.metrics import MetricsLog, read_metrics
 from deepstack_jax.types import PyTree
 
 THUMBNAIL = 448  # longest side, in pixels, of a picture in the log

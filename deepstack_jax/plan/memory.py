@@ -10,8 +10,8 @@ import jax
 import numpy as np
 
 from deepstack_jax.config import Config
-from deepstack_jax.train.optimizer import FROZEN, flatten
-from deepstack_jax.train.program import Program
+from deepstack_jax.train.core.optimizer import FROZEN, flatten
+from deepstack_jax.train.core.program import Program
 from deepstack_jax.types import PyTree
 
 

@@ -18,8 +18,8 @@ from deepstack_jax.plan.memory import Held, Needed, held, needed
 from deepstack_jax.plan.report import Load, Plan
 from deepstack_jax.plan.roofline import estimate, guess_collectives
 from deepstack_jax.plan.topology import Machine
+from deepstack_jax.train.core.program import Program, build_program
 from deepstack_jax.train.flops import step_flops
-from deepstack_jax.train.program import Program, build_program
 
 # Text tokens of an example, where packed rows are to be counted without their data: about the mean of LLaVA's 665k.
 ASSUMED_TEXT = 200

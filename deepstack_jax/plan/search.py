@@ -13,7 +13,7 @@ from deepstack_jax.parallel.mesh import make_mesh
 from deepstack_jax.plan.planner import Wanted, describe, make_plan, plan_load
 from deepstack_jax.plan.report import Plan
 from deepstack_jax.plan.topology import Machine
-from deepstack_jax.train.program import Program, build_program
+from deepstack_jax.train.core.program import Program, build_program
 
 TENSOR = (1, 2, 4, 8)  # beyond a host's devices tensor parallelism waits for slower links
 REMAT = ("none", "dots", "block")  # not "offload", whose traffic with the host is not in the estimate

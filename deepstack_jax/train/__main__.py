@@ -35,20 +35,20 @@ from deepstack_jax.parallel.mesh import check_batch_fits, make_mesh
 from deepstack_jax.parallel.processes import join_processes
 from deepstack_jax.parallel.rules import use_mesh
 from deepstack_jax.printing import REDACTED, Console, plural, redacted
-from deepstack_jax.train.checkpoint import CheckpointError, Checkpoints
-from deepstack_jax.train.compiled import CompiledSteps, compile_first
-from deepstack_jax.train.journal import Journal
-from deepstack_jax.train.lock import alone_in
-from deepstack_jax.train.loop import Run, loop
-from deepstack_jax.train.manifest import run_manifest
-from deepstack_jax.train.metrics import MetricsLog, Quarantine, start_wandb
-from deepstack_jax.train.optimizer import describe_groups
-from deepstack_jax.train.program import Program, build_program, first_state
-from deepstack_jax.train.reading import UnreadableError, read_json, saved_steps
-from deepstack_jax.train.replay import ReplayError, read_bundle, replay
-from deepstack_jax.train.report import report
-from deepstack_jax.train.resume import check_room, check_same_data, check_same_run, data_changes
-from deepstack_jax.train.state import find_weights
+from deepstack_jax.train.account.journal import Journal
+from deepstack_jax.train.account.report import report
+from deepstack_jax.train.checkpoint.manager import Checkpoints
+from deepstack_jax.train.checkpoint.reading import CheckpointError, UnreadableError, read_json, saved_steps
+from deepstack_jax.train.core.optimizer import describe_groups
+from deepstack_jax.train.core.program import Program, build_program, first_state
+from deepstack_jax.train.core.state import find_weights
+from deepstack_jax.train.run.compiled import CompiledSteps, compile_first
+from deepstack_jax.train.run.lock import alone_in
+from deepstack_jax.train.run.loop import Run, loop
+from deepstack_jax.train.run.manifest import run_manifest
+from deepstack_jax.train.run.metrics import MetricsLog, Quarantine, start_wandb
+from deepstack_jax.train.run.replay import ReplayError, read_bundle, replay
+from deepstack_jax.train.run.resume import check_room, check_same_data, check_same_run, data_changes
 from deepstack_jax.types import TrainState
 
 USAGE = """

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from deepstack_jax.config import Config
-from deepstack_jax.train.optimizer import FROZEN
+from deepstack_jax.train.core.optimizer import FROZEN
 
 GIB = 2**30
 

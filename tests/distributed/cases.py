@@ -13,9 +13,9 @@ from deepstack_jax.config import Config, MeshConfig
 from deepstack_jax.parallel.distributed import put_batch
 from deepstack_jax.parallel.mesh import make_mesh
 from deepstack_jax.parallel.rules import use_mesh
-from deepstack_jax.train.optimizer import flatten
-from deepstack_jax.train.program import Program, build_program
-from deepstack_jax.train.state import new_state
+from deepstack_jax.train.core.optimizer import flatten
+from deepstack_jax.train.core.program import Program, build_program
+from deepstack_jax.train.core.state import new_state
 from deepstack_jax.types import TrainState
 from tests.unit.tiny import draw_params, example, make_batch, tiny_config
 

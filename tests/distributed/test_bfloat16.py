@@ -13,8 +13,8 @@ from deepstack_jax.batch import Batch
 from deepstack_jax.config import Config
 from deepstack_jax.parallel.distributed import put_batch
 from deepstack_jax.parallel.rules import use_mesh
-from deepstack_jax.train.optimizer import flatten, unflatten
-from deepstack_jax.train.state import new_state
+from deepstack_jax.train.core.optimizer import flatten, unflatten
+from deepstack_jax.train.core.state import new_state
 from tests.distributed.cases import MESHES, VARIANTS, program_of
 from tests.unit.tiny import FIRST_WORD, draw_params, example, make_batch, tiny_config
 

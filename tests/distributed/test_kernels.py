@@ -19,7 +19,7 @@ from deepstack_jax.model.attention import Segments, causal_segment_mask, dot_pro
 from deepstack_jax.parallel.kernels import CudnnAttention, SplashAttention, attention_for, kernel_for
 from deepstack_jax.parallel.mesh import AXES, make_mesh
 from deepstack_jax.parallel.rules import use_mesh
-from deepstack_jax.train import program as program_module
+from deepstack_jax.train.core import program as program_module
 from tests.e2e.verb import REPOSITORY
 from tests.unit.tiny import tiny_config
 
@@ -206,7 +206,7 @@ from jax.experimental import topologies
 from deepstack_jax.config import MeshConfig
 from deepstack_jax.parallel.mesh import make_mesh
 from deepstack_jax.parallel.rules import use_mesh
-from deepstack_jax.train.program import build_program
+from deepstack_jax.train.core.program import build_program
 from tests.unit.tiny import tiny_config
 
 devices = topologies.get_topology_desc("v5e:2x2", "tpu").devices

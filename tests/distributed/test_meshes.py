@@ -11,7 +11,7 @@ from deepstack_jax.config import TrainConfig
 from deepstack_jax.generate.decoding import greedy
 from deepstack_jax.parallel.distributed import put_batch
 from deepstack_jax.parallel.rules import use_mesh
-from deepstack_jax.train.checkpoint import Checkpoints
+from deepstack_jax.train.checkpoint.manager import Checkpoints
 from tests.distributed.cases import MESHES, VARIANTS, batches, config_of, parameters, program_of, start, two_steps
 from tests.unit.tiny import example, make_batch
 

@@ -14,7 +14,7 @@ import numpy as np
 from deepstack_jax import cli
 from deepstack_jax.parallel.distributed import put_batch
 from deepstack_jax.train import __main__ as train
-from deepstack_jax.train import loop
+from deepstack_jax.train.run import loop
 
 FULL, ROOM = int(sys.argv.pop(1)), int(sys.argv.pop(1))
 UNLIMITED = resource.RLIM_INFINITY

@@ -10,7 +10,7 @@ import numpy as np
 from deepstack_jax import cli
 from deepstack_jax.parallel.distributed import put_batch
 from deepstack_jax.train import __main__ as train
-from deepstack_jax.train import loop, replay
+from deepstack_jax.train.run import loop, replay
 
 POISONED = {int(index) for index in sys.argv.pop(1).split(",")}
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from deepstack_jax.train.trained import restore_params
+from deepstack_jax.train.checkpoint.restore_params import restore_params
 from deepstack_jax.weights.folders import open_checkpoint
 from deepstack_jax.weights.load import load_params, stored_leaves
 from tests.e2e.verb import ENVIRONMENT, REPOSITORY, TIMEOUT, contents, train

@@ -14,9 +14,9 @@ import deepstack_jax as dsx
 from benchmarks.tiny_recipe import CHAINS, HELD_OUT, Run, load_recipe
 from deepstack_jax.data.encode.tokenizer import load_tokenizer
 from deepstack_jax.data.open import open_files
-from deepstack_jax.train.optimizer import flatten
-from deepstack_jax.train.start import open_start
-from deepstack_jax.train.trained import restore_params
+from deepstack_jax.train.checkpoint.init_weights import open_start
+from deepstack_jax.train.checkpoint.restore_params import restore_params
+from deepstack_jax.train.core.optimizer import flatten
 from deepstack_jax.weights.folders import open_checkpoint
 from deepstack_jax.weights.load import load_params
 from tests.e2e.verb import ENVIRONMENT, REPOSITORY, read_json, read_lines

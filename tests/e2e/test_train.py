@@ -15,7 +15,7 @@ import jax
 import numpy as np
 import pytest
 
-from deepstack_jax.train.lock import alone_in
+from deepstack_jax.train.run.lock import alone_in
 from tests.e2e.receipts import draw_receipts
 from tests.e2e.verb import (
     ENVIRONMENT,

@@ -16,7 +16,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from deepstack_jax.train.lock import LOCK
+from deepstack_jax.train.run.lock import LOCK
 
 REPOSITORY = Path(__file__).parents[2]
 TIMEOUT = 300  # seconds that one command may take on a busy machine

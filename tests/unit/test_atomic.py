@@ -14,7 +14,7 @@ import pytest
 from deepstack_jax.atomic import SCRATCH, whole_file, write_json, write_lines, write_whole
 from deepstack_jax.cli import writable_folder
 from deepstack_jax.printing import label, one_line, quote, redacted
-from deepstack_jax.train.lock import LOCK, WorkdirError, alone_in
+from deepstack_jax.train.run.lock import LOCK, WorkdirError, alone_in
 
 PACKAGE = Path(__file__).parents[2] / "deepstack_jax"
 

@@ -18,12 +18,13 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from deepstack_jax.config import Config, TrainConfig, to_dict
 from deepstack_jax.data.encode.encoder import BadExample
-from deepstack_jax.train.checkpoint import CheckpointError, Checkpoints
-from deepstack_jax.train.checksums import _sum, checksums, checksums_on_disk
-from deepstack_jax.train.metrics import MetricsLog, Quarantine, QuarantineError, read_metrics
-from deepstack_jax.train.replay import write_bundle
-from deepstack_jax.train.resume import check_room, check_same_run
-from deepstack_jax.train.state import new_state
+from deepstack_jax.train.checkpoint.checksums import _sum, checksums, checksums_on_disk
+from deepstack_jax.train.checkpoint.manager import Checkpoints
+from deepstack_jax.train.checkpoint.reading import CheckpointError
+from deepstack_jax.train.core.state import new_state
+from deepstack_jax.train.run.metrics import MetricsLog, Quarantine, QuarantineError, read_metrics
+from deepstack_jax.train.run.replay import write_bundle
+from deepstack_jax.train.run.resume import check_room, check_same_run
 from deepstack_jax.types import TrainState
 
 
@@ -149,7 +150,7 @@ def test_no_checkpoint_goes_before_a_newer_one_was_read_back(tmp_path, monkeypat
         del sums["params.a.kernel"]
         return sums
 
-    monkeypatch.setattr("deepstack_jax.train.checkpoint.checksums_on_disk", lose_an_array)
+    monkeypatch.setattr("deepstack_jax.train.checkpoint.manager.checksums_on_disk", lose_an_array)
     checkpoints.save(state_at(2), {}, {})
     with pytest.raises(CheckpointError, match=r"state of step 2 could not be saved .* newest good checkpoint is step 1"):
         checkpoints.finish(2)
@@ -177,7 +178,7 @@ def test_a_save_does_not_wait_until_the_one_before_was_read_back(good, tmp_path,
         there.append(steps_in(tmp_path))
         return checksums_on_disk(folder) if good or folder.parent.name != "2" else {}
 
-    monkeypatch.setattr("deepstack_jax.train.checkpoint.checksums_on_disk", read_slowly)
+    monkeypatch.setattr("deepstack_jax.train.checkpoint.manager.checksums_on_disk", read_slowly)
     checkpoints.save(state_at(2), {}, {})
     checkpoints.save(state_at(20), {"next_batch": 20}, {})
     checkpoints.finish(20)
@@ -311,7 +312,7 @@ def test_checksums_see_the_order_of_what_an_array_holds(shape, dtype, monkeypatc
         assert checksums({"a": other.reshape(shape)}, 1) == checksums({"a": array}, 1), "the sum of bits alone does not"
     spread = jax.device_put(array, NamedSharding(jax.make_mesh((4,), ("x",)), PartitionSpec("x")))
     assert checksums({"a": spread}) == checksums({"a": jnp.asarray(array)})
-    monkeypatch.setattr("deepstack_jax.train.checksums._READ_AT_ONCE", array.nbytes // shape[0])  # a row at a time
+    monkeypatch.setattr("deepstack_jax.train.checkpoint.checksums._READ_AT_ONCE", array.nbytes // shape[0])  # a row at a time
     with ocp.StandardCheckpointer() as writer:
         writer.save(tmp_path / "state", {"a": jnp.asarray(array)})
     assert checksums_on_disk(tmp_path / "state") == checksums({"a": jnp.asarray(array)})
@@ -387,7 +388,7 @@ def test_a_failed_save_takes_away_what_is_its_own_alone(tmp_path, monkeypatch):
     checkpoints = Checkpoints(tmp_path, TrainConfig())
     for name in ("1.mine", "1.orbax-checkpoint-tmp"):
         (tmp_path / "checkpoints" / name).mkdir()
-    monkeypatch.setattr("deepstack_jax.train.checkpoint.checksums_on_disk", lambda _: {})
+    monkeypatch.setattr("deepstack_jax.train.checkpoint.manager.checksums_on_disk", lambda _: {})
     checkpoints.save(state_at(1), {}, {})
     checkpoints.close()
     checkpoints.settle()

@@ -16,7 +16,7 @@ from deepstack_jax.data.pipeline import TrainingStream
 from deepstack_jax.parallel.distributed import put_batch
 from deepstack_jax.parallel.mesh import make_mesh
 from deepstack_jax.parallel.rules import use_mesh
-from deepstack_jax.train.program import build_program
+from deepstack_jax.train.core.program import build_program
 from tests.unit.tiny import TINY, draw_params
 
 GOLDEN = Path(__file__).with_name("curve.json")

@@ -10,10 +10,10 @@ import pytest
 from benchmarks.tiny_recipe import Run, load_recipe, write_weights
 from deepstack_jax.config import Config, MeshConfig
 from deepstack_jax.parallel.mesh import make_mesh
-from deepstack_jax.train import program as programs
-from deepstack_jax.train.program import Program, build_program, first_state
-from deepstack_jax.train.start import open_start
-from deepstack_jax.train.state import new_state
+from deepstack_jax.train.checkpoint.init_weights import open_start
+from deepstack_jax.train.core import program as programs
+from deepstack_jax.train.core.program import Program, build_program, first_state
+from deepstack_jax.train.core.state import new_state
 from deepstack_jax.types import PyTree
 from deepstack_jax.weights.load import absent_leaves, load_params
 

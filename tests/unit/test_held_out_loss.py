@@ -18,8 +18,8 @@ from deepstack_jax.evaluate.runner import HeldOut
 from deepstack_jax.generate.decoding import NO_TOKEN
 from deepstack_jax.parallel.mesh import make_mesh
 from deepstack_jax.printing import Console
-from deepstack_jax.train.metrics import MetricsLog, read_metrics
-from deepstack_jax.train.step import LossSums
+from deepstack_jax.train.core.step import LossSums
+from deepstack_jax.train.run.metrics import MetricsLog, read_metrics
 from tests.unit.made_examples import MadeExamples
 from tests.unit.tiny import tiny_config
 

@@ -14,6 +14,7 @@ ALLOWED = {
     "printing": set(),
     "errors": set(),
     "atomic": set(),
+    "json_lines": set(),
     "layout": {"batch"},
     "config": {"batch", "layout"},
     "types": {"batch"},
@@ -21,7 +22,7 @@ ALLOWED = {
     "data": {"batch", "atomic", "config", "layout"},
     "parallel": {"batch", "types", "config", "model"},
     "weights": {"batch", "atomic", "types", "config"},
-    "train": {"batch", "atomic", "types", "config", "data", "model", "parallel", "weights"},
+    "train": {"batch", "atomic", "json_lines", "types", "config", "data", "model", "parallel", "weights"},
     "generate": {"batch", "atomic", "types", "config", "layout", "data", "model", "parallel", "weights"},
 }
 _BELOW = set(ALLOWED)

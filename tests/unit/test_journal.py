@@ -6,8 +6,8 @@ import time
 import pytest
 
 from deepstack_jax.printing import Console
-from deepstack_jax.train.journal import Journal, read_journal
-from deepstack_jax.train.report import LOST, ReportError, account, report
+from deepstack_jax.train.account.journal import Journal, read_journal
+from deepstack_jax.train.account.report import LOST, ReportError, account, report
 
 
 def record(event, time, **more):

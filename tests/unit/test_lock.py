@@ -8,13 +8,13 @@ import sys
 
 import pytest
 
-from deepstack_jax.train.lock import WorkdirError, alone_in
+from deepstack_jax.train.run.lock import WorkdirError, alone_in
 from tests.e2e.verb import REPOSITORY
 
 HOLDER = """
 import sys, time
 from pathlib import Path
-from deepstack_jax.train.lock import alone_in
+from deepstack_jax.train.run.lock import alone_in
 
 with alone_in(Path(sys.argv[1])):
     print("holds", flush=True)

@@ -23,15 +23,15 @@ from deepstack_jax.data.pipeline import Delivered, TrainingStream
 from deepstack_jax.data.synthetic import VOCABULARY
 from deepstack_jax.parallel.mesh import make_mesh
 from deepstack_jax.printing import Console
-from deepstack_jax.train.checkpoint import Checkpoints
-from deepstack_jax.train.data_wait import DataWait
-from deepstack_jax.train.journal import Journal
-from deepstack_jax.train.loop import NotFiniteError, Run, loop
-from deepstack_jax.train.metrics import MetricsLog, Quarantine, QuarantineError
-from deepstack_jax.train.program import Program
-from deepstack_jax.train.progress import padding_hint
-from deepstack_jax.train.replay import ReplayError, read_bundle, replay
-from deepstack_jax.train.state import new_state
+from deepstack_jax.train.account.journal import Journal
+from deepstack_jax.train.account.waits import DataWait
+from deepstack_jax.train.checkpoint.manager import Checkpoints
+from deepstack_jax.train.core.program import Program
+from deepstack_jax.train.core.state import new_state
+from deepstack_jax.train.run.loop import NotFiniteError, Run, loop
+from deepstack_jax.train.run.metrics import MetricsLog, Quarantine, QuarantineError
+from deepstack_jax.train.run.progress import padding_hint
+from deepstack_jax.train.run.replay import ReplayError, read_bundle, replay
 from tests.unit.tiny import tiny_config
 
 PAGES = {
@@ -116,7 +116,7 @@ def go(run: Run, stop: Callable[[], bool] = lambda: False):
 
 @pytest.fixture(autouse=True)
 def no_flops(monkeypatch):
-    monkeypatch.setattr("deepstack_jax.train.loop.step_flops", lambda *_, **__: SimpleNamespace(model=1.0))
+    monkeypatch.setattr("deepstack_jax.train.run.loop.step_flops", lambda *_, **__: SimpleNamespace(model=1.0))
 
 
 def saved_steps(workdir):

@@ -16,7 +16,7 @@ from deepstack_jax.batch import empty_batch
 from deepstack_jax.config import OptimizerConfig, OptimizerGroup, ScheduleConfig, build_config
 from deepstack_jax.errors import ConfigError
 from deepstack_jax.model.variants import build_model
-from deepstack_jax.train.optimizer import (
+from deepstack_jax.train.core.optimizer import (
     FROZEN,
     assign_groups,
     describe_groups,
@@ -169,7 +169,7 @@ def test_muon_orthogonalises_each_layer_by_itself():
 
 def test_wrong_axes_would_not_pass_as_orthogonal(monkeypatch):
     """The check above can fail: with `o` taken as (heads | head_dim, width) its layers are not orthogonal."""
-    module = importlib.import_module("deepstack_jax.train.optimizer")
+    module = importlib.import_module("deepstack_jax.train.core.optimizer")
     monkeypatch.setattr(module, "_TWO_INPUTS", module.re.compile("never"))
     with pytest.raises(AssertionError):
         test_muon_orthogonalises_each_layer_by_itself()

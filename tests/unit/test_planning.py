@@ -20,10 +20,10 @@ from deepstack_jax.plan.report import Plan, belongs_to, by_kind, verdict
 from deepstack_jax.plan.roofline import estimate, guess_collectives, link_rate
 from deepstack_jax.plan.search import candidates, find_best
 from deepstack_jax.plan.topology import Machine, known_slices, open_machine, with_shape
+from deepstack_jax.train.core.optimizer import FROZEN
+from deepstack_jax.train.core.program import build_program
+from deepstack_jax.train.core.state import new_state
 from deepstack_jax.train.flops import CHIPS, step_flops
-from deepstack_jax.train.optimizer import FROZEN
-from deepstack_jax.train.program import build_program
-from deepstack_jax.train.state import new_state
 from tests.unit.tiny import draw_params, example, make_batch, tiny_config
 
 CHIP = CHIPS["TPU v5"]

@@ -11,13 +11,21 @@ import jax
 import pytest
 
 from deepstack_jax.config import TrainConfig
-from deepstack_jax.train import checkpoint, reading, trained
-from deepstack_jax.train.checkpoint import CheckpointError, Checkpoints
-from deepstack_jax.train.journal import read_journal
-from deepstack_jax.train.metrics import Quarantine, read_metrics
-from deepstack_jax.train.reading import UnreadableError, is_damage, read_json, read_or_damage, saved_steps
-from deepstack_jax.train.replay import ReplayError, read_bundle
-from deepstack_jax.train.report import account
+from deepstack_jax.train.account.journal import read_journal
+from deepstack_jax.train.account.report import account
+from deepstack_jax.train.checkpoint import manager, reading
+from deepstack_jax.train.checkpoint import restore_params as restoring
+from deepstack_jax.train.checkpoint.manager import Checkpoints
+from deepstack_jax.train.checkpoint.reading import (
+    CheckpointError,
+    UnreadableError,
+    is_damage,
+    read_json,
+    read_or_damage,
+    saved_steps,
+)
+from deepstack_jax.train.run.metrics import Quarantine, read_metrics
+from deepstack_jax.train.run.replay import ReplayError, read_bundle
 from tests.unit.test_checkpoint import abstract, state_at
 from tests.unit.test_trained import assert_holds
 from tests.unit.test_trained import save as save_run
@@ -86,7 +94,7 @@ names = [f"{number}-{type(error).__name__}" for number, error in enumerate(PASSI
 def pauses(monkeypatch):
     """Seconds that were waited, without waiting."""
     waited: list[float] = []
-    monkeypatch.setattr("deepstack_jax.train.reading.time.sleep", waited.append)
+    monkeypatch.setattr("deepstack_jax.train.checkpoint.reading.time.sleep", waited.append)
     return waited
 
 
@@ -151,7 +159,7 @@ def test_a_restore_that_fails_now_is_tried_again_and_raised_as_what_it_is(error,
 @pytest.mark.parametrize("where", ["restore", "checksums"])
 def test_one_failure_costs_a_pause_and_nothing_else(where, saved, monkeypatch, pauses, caplog):
     checkpoints = Checkpoints(saved, TrainConfig(keep=2))
-    target = checkpoints._manager if where == "restore" else checkpoint
+    target = checkpoints._manager if where == "restore" else manager
     real, errors = getattr(target, where), [of_number(errno.ESTALE), jax.errors.JaxRuntimeError(OUT_OF_MEMORY)]
 
     def fail_twice(*args, **options):
@@ -212,7 +220,7 @@ def test_a_checkpoint_that_cannot_be_read_back_now_stays_and_so_do_those_before_
         raise of_number(errno.EIO)
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "checksums_on_disk", fail)
+        patch.setattr(manager, "checksums_on_disk", fail)
         checkpoints.save(state_at(2), {}, {})
         checkpoints.finish(2)
     assert "checkpoint 2 stays, and all before it: " in caplog.text
@@ -271,15 +279,15 @@ def test_what_cannot_be_moved_or_deleted_is_said_in_a_line(saved, monkeypatch, c
 @pytest.mark.parametrize("error", [MemoryError(), of_number(errno.EIO), ValueError("UNAVAILABLE: no answer")])
 def test_parameters_that_cannot_be_read_now_are_not_those_of_the_checkpoint_before(error, tmp_path, monkeypatch, pauses):
     run = save_run(tmp_path / "run", 1, 2)
-    real = trained._read
+    real = restoring._read
     with monkeypatch.context() as patch:
 
         def fail(*_):
             raise error
 
-        patch.setattr(trained, "_read", fail)
+        patch.setattr(restoring, "_read", fail)
         with pytest.raises((UnreadableError, MemoryError)):
-            trained.restore_params(run)
+            restoring.restore_params(run)
     assert pauses == list(reading.PAUSES)
     errors = [error]
 
@@ -288,8 +296,8 @@ def test_parameters_that_cannot_be_read_now_are_not_those_of_the_checkpoint_befo
             raise errors.pop()
         return real(*args)
 
-    monkeypatch.setattr(trained, "_read", fail_once)
-    step, _, params = trained.restore_params(run)
+    monkeypatch.setattr(restoring, "_read", fail_once)
+    step, _, params = restoring.restore_params(run)
     assert step == 2
     assert_holds(params, 2)
 
@@ -319,7 +327,7 @@ def test_a_link_that_leads_out_of_a_checkpoint_is_refused_by_whoever_reads_it(ke
     with pytest.raises(
         CheckpointError, match=r"state/d/\w+ is a link out of its checkpoint, to .*/private; put the file there"
     ):
-        trained.restore_params(run)
+        restoring.restore_params(run)
     checkpoints = Checkpoints(run, TrainConfig())
     with pytest.raises(CheckpointError, match="is a link out of its checkpoint"):
         checkpoints.restore(abstract())

@@ -15,8 +15,8 @@ from deepstack_jax.data.example import SourceError
 from deepstack_jax.data.fingerprint import describe_data, describe_texts
 from deepstack_jax.data.open import open_source
 from deepstack_jax.printing import redacted
-from deepstack_jax.train.reading import CheckpointError
-from deepstack_jax.train.resume import check_same_data, check_same_run, data_changes
+from deepstack_jax.train.checkpoint.reading import CheckpointError
+from deepstack_jax.train.run.resume import check_same_data, check_same_run, data_changes
 
 ROWS = 40
 

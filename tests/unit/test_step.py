@@ -18,10 +18,10 @@ from deepstack_jax.model.variants import build_model
 from deepstack_jax.parallel.distributed import put_batch
 from deepstack_jax.parallel.mesh import make_mesh
 from deepstack_jax.parallel.rules import param_shardings, replicated, use_mesh
-from deepstack_jax.train.optimizer import FROZEN, assign_groups, flatten, make_optimizer
-from deepstack_jax.train.program import build_program
-from deepstack_jax.train.state import new_state, state_shardings
-from deepstack_jax.train.step import ModelFns, make_loss, make_train_step, token_loss
+from deepstack_jax.train.core.optimizer import FROZEN, assign_groups, flatten, make_optimizer
+from deepstack_jax.train.core.program import build_program
+from deepstack_jax.train.core.state import new_state, state_shardings
+from deepstack_jax.train.core.step import ModelFns, make_loss, make_train_step, token_loss
 from tests.unit.tiny import draw_params, example, make_batch, shapes_in, tiny_config
 
 CONFIG = tiny_config(

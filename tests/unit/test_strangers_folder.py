@@ -15,7 +15,7 @@ import deepstack_jax as dsx
 from deepstack_jax.api import LMM, Options
 from deepstack_jax.data.encode.tokenizer import load_tokenizer
 from deepstack_jax.errors import ConfigError
-from deepstack_jax.train.start import open_start
+from deepstack_jax.train.checkpoint.init_weights import open_start
 from deepstack_jax.weights.files import WeightsError
 from deepstack_jax.weights.folders import find_folder, open_checkpoint
 from deepstack_jax.weights.hf_image import processor_of

@@ -11,10 +11,11 @@ import optax
 import pytest
 
 from deepstack_jax.config import TrainConfig, to_dict
-from deepstack_jax.train.checkpoint import CheckpointError, Checkpoints
-from deepstack_jax.train.optimizer import unflatten
-from deepstack_jax.train.state import new_state
-from deepstack_jax.train.trained import restore_params
+from deepstack_jax.train.checkpoint.manager import Checkpoints
+from deepstack_jax.train.checkpoint.reading import CheckpointError
+from deepstack_jax.train.checkpoint.restore_params import restore_params
+from deepstack_jax.train.core.optimizer import unflatten
+from deepstack_jax.train.core.state import new_state
 from deepstack_jax.weights.names import Table
 from tests.unit.tiny import tiny_config
 

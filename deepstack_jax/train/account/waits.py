@@ -11,7 +11,7 @@ from typing import Any
 import jax
 
 from deepstack_jax.data.pipeline import Delivered
-from deepstack_jax.train.journal import Journal
+from deepstack_jax.train.account.journal import Journal
 
 
 class DataWait(contextlib.AbstractContextManager):

@@ -21,9 +21,9 @@ from deepstack_jax.model.variants import build_model
 from deepstack_jax.parallel.kernels import Kernel, attention_for, kernel_for
 from deepstack_jax.parallel.mesh import check_model_fits
 from deepstack_jax.parallel.rules import batch_sharding, crop_shards, param_shardings, replicated
-from deepstack_jax.train.optimizer import assign_groups, flatten, make_optimizer, make_schedule
-from deepstack_jax.train.state import abstract_state, find_weights, new_state, state_shardings
-from deepstack_jax.train.step import LossSums, ModelFns, StepFn, make_loss, make_train_step
+from deepstack_jax.train.core.optimizer import assign_groups, flatten, make_optimizer, make_schedule
+from deepstack_jax.train.core.state import abstract_state, find_weights, new_state, state_shardings
+from deepstack_jax.train.core.step import LossSums, ModelFns, StepFn, make_loss, make_train_step
 from deepstack_jax.types import PyTree, TrainState
 from deepstack_jax.weights.load import absent_leaves, load_params
 

@@ -10,8 +10,8 @@ from typing import Any
 
 from deepstack_jax.config import Config, TrainConfig, differences
 from deepstack_jax.data.fingerprint import UNUSABLE
-from deepstack_jax.train.checkpoint import bytes_of
-from deepstack_jax.train.reading import CheckpointError, UnreadableError, one_line, read_json, saved_steps
+from deepstack_jax.train.checkpoint.manager import bytes_of
+from deepstack_jax.train.checkpoint.reading import CheckpointError, UnreadableError, one_line, read_json, saved_steps
 from deepstack_jax.types import PyTree
 
 # Keys that may change between the parts of one run: they decide what is shown and kept, not what is computed; or where a run

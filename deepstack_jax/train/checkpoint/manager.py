@@ -29,8 +29,14 @@ from orbax.checkpoint.checkpoint_managers import (
 
 from deepstack_jax.config import TrainConfig
 from deepstack_jax.parallel.distributed import barrier, first_host_says, is_first_host, texts_of_hosts
-from deepstack_jax.train.checksums import algorithm_of, checksums, checksums_on_disk, damage, mismatches
-from deepstack_jax.train.reading import CheckpointError, UnreadableError, check_links, one_line, read_or_damage
+from deepstack_jax.train.checkpoint.checksums import algorithm_of, checksums, checksums_on_disk, damage, mismatches
+from deepstack_jax.train.checkpoint.reading import (
+    CheckpointError,
+    UnreadableError,
+    check_links,
+    one_line,
+    read_or_damage,
+)
 from deepstack_jax.types import PyTree, TrainState
 
 log = logging.getLogger(__name__)

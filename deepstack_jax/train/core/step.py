@@ -11,7 +11,7 @@ import optax
 from jaxtyping import Array, Float, Int
 
 from deepstack_jax.batch import Batch
-from deepstack_jax.train.optimizer import FROZEN, flatten, unflatten
+from deepstack_jax.train.core.optimizer import FROZEN, flatten, unflatten
 from deepstack_jax.types import PyTree, TrainState
 
 StepFn = Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]

@@ -12,9 +12,9 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from deepstack_jax.config import Config, build_config
-from deepstack_jax.train.checksums import algorithm_of, checksums_in_memory, damage
-from deepstack_jax.train.optimizer import flatten, unflatten
-from deepstack_jax.train.reading import CheckpointError, check_links, read_json, read_or_damage, saved_steps
+from deepstack_jax.train.checkpoint.checksums import algorithm_of, checksums_in_memory, damage
+from deepstack_jax.train.checkpoint.reading import CheckpointError, check_links, read_json, read_or_damage, saved_steps
+from deepstack_jax.train.core.optimizer import flatten, unflatten
 from deepstack_jax.weights.names import Table
 
 log = logging.getLogger(__name__)

@@ -21,14 +21,14 @@ from deepstack_jax.data.pipeline import Delivered, TrainingStream
 from deepstack_jax.errors import UserError
 from deepstack_jax.parallel.distributed import is_first_host, part_of_batch, put_batch, sum_over_hosts
 from deepstack_jax.printing import Console, label
-from deepstack_jax.train.checkpoint import Checkpoints
-from deepstack_jax.train.data_wait import DataWait
+from deepstack_jax.train.account.journal import Journal
+from deepstack_jax.train.account.waits import DataWait
+from deepstack_jax.train.checkpoint.manager import Checkpoints
+from deepstack_jax.train.core.program import Program
 from deepstack_jax.train.flops import CHIPS, step_flops
-from deepstack_jax.train.journal import Journal
-from deepstack_jax.train.metrics import MetricsLog, Quarantine, QuarantineError
-from deepstack_jax.train.program import Program
-from deepstack_jax.train.progress import Progress, padding_hint
-from deepstack_jax.train.replay import write_bundle
+from deepstack_jax.train.run.metrics import MetricsLog, Quarantine, QuarantineError
+from deepstack_jax.train.run.progress import Progress, padding_hint
+from deepstack_jax.train.run.replay import write_bundle
 from deepstack_jax.types import TrainState
 
 Numbers = dict[str, jax.Array]

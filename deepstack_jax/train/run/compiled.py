@@ -10,9 +10,9 @@ import jax
 
 from deepstack_jax.batch import Batch
 from deepstack_jax.printing import Console
-from deepstack_jax.train.journal import Journal
-from deepstack_jax.train.program import Program
-from deepstack_jax.train.step import StepFn
+from deepstack_jax.train.account.journal import Journal
+from deepstack_jax.train.core.program import Program
+from deepstack_jax.train.core.step import StepFn
 from deepstack_jax.types import TrainState
 
 

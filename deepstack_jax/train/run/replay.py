@@ -20,10 +20,10 @@ from deepstack_jax.data.pipeline import TrainingStream
 from deepstack_jax.errors import UserError
 from deepstack_jax.parallel.distributed import put_batch
 from deepstack_jax.printing import Console
-from deepstack_jax.train.checkpoint import Checkpoints
-from deepstack_jax.train.optimizer import FROZEN, flatten, unflatten
-from deepstack_jax.train.program import Program, first_state
-from deepstack_jax.train.step import token_loss
+from deepstack_jax.train.checkpoint.manager import Checkpoints
+from deepstack_jax.train.core.optimizer import FROZEN, flatten, unflatten
+from deepstack_jax.train.core.program import Program, first_state
+from deepstack_jax.train.core.step import token_loss
 from deepstack_jax.types import PyTree, TrainState
 
 log = logging.getLogger(__name__)

@@ -13,8 +13,8 @@ from rich.table import Table
 from deepstack_jax.atomic import whole_file
 from deepstack_jax.errors import UserError
 from deepstack_jax.printing import Console
-from deepstack_jax.train.journal import KINDS, read_journal
-from deepstack_jax.train.metrics import read_metrics
+from deepstack_jax.train.account.journal import KINDS, read_journal
+from deepstack_jax.train.run.metrics import read_metrics
 
 LOST = "lost work"
 LABELS = {

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from deepstack_jax.train.lines import Lines, read_lines
+from deepstack_jax.json_lines import Lines, read_lines
 
 # What an attempt's time is spent on; "data" is when the devices have no batch, "step" what the loop does besides the others.
 KINDS = ("init", "compile", "data", "step", "checkpoint", "evaluation")
