@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +19,8 @@ _RUNS_CODE = (
     "ctypes.dlopen",
 )
 _seen: list[tuple[str, str]] | None = None
+for _name in ("utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-32-le", "utf-32-be"):
+    codecs.lookup(_name)  # a module of Python, imported at the first JSON file that begins in such a way
 
 
 def _hook(event: str, arguments: tuple) -> None:
