@@ -18,12 +18,12 @@ import jax
 from benchmarks.plan_table import OUTPUT, write_section
 from deepstack_jax.config import Config, DataConfig, DecoderConfig, ImageConfig, MeshConfig, TrainConfig, VisionConfig
 from deepstack_jax.errors import ConfigError
+from deepstack_jax.parallel.chips import GIB
 from deepstack_jax.parallel.mesh import make_mesh
 from deepstack_jax.parallel.rules import use_mesh
 from deepstack_jax.plan.compile import Compiled, compile_step
 from deepstack_jax.plan.topology import Machine, open_machine
 from deepstack_jax.train.core.program import Program, build_program
-from deepstack_jax.train.flops import GIB
 
 DEPTHS = ((8, True), (32, True), (8, False), (32, False))
 TINY_SLICE, SLICE = "v5e:2x2", "v5p:4x4x4"

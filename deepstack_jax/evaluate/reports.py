@@ -24,7 +24,7 @@ from deepstack_jax.data.order.mixture import epoch_order
 from deepstack_jax.data.overlap import find_overlap
 from deepstack_jax.evaluate.questions import check_rows, uninterrupted
 from deepstack_jax.evaluate.runner import Answer, HeldOut, mean_by_kind
-from deepstack_jax.parallel.distributed import first_host_says, is_first_host
+from deepstack_jax.parallel.distributed import broadcast_str, is_first_host
 from deepstack_jax.printing import Console, label, plural
 from deepstack_jax.train.run.metrics import MetricsLog, read_metrics
 from deepstack_jax.types import PyTree
@@ -172,7 +172,7 @@ def finish(
     done = (known.get("steps"), known.get("evaluation")) == (facts["steps"], protocol)
     if held_out is not None and _too_many(known.get("bad_examples", 0), held_out.rows, config):
         done = False  # they may be mended by now
-    if first_host_says("done" if done else ""):
+    if broadcast_str("done" if done else ""):
         show_results(config.name, stored, known, console)
         return
     results: dict[str, Any] = {"name": config.name, **facts, "evaluation": protocol}

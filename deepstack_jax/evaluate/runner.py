@@ -24,12 +24,12 @@ from deepstack_jax.evaluate.scorers import exact_match
 from deepstack_jax.generate.decoding import NO_TOKEN
 from deepstack_jax.generate.text import AnswerText, end_of_turn
 from deepstack_jax.parallel.distributed import (
-    Part,
+    ProcessSlice,
+    allgather_str,
     local_rows,
     max_over_hosts,
-    part_of_batch,
+    process_slice,
     put_batch,
-    texts_of_hosts,
 )
 from deepstack_jax.parallel.rules import batch_sharding, replicated
 from deepstack_jax.types import PyTree
@@ -72,7 +72,7 @@ def ask(
     Returns:
       One Answer per question, in the order of the source, and the examples that could not be asked; the same on all hosts.
     """
-    part, size = part_of_batch(mesh), _rows_per_host(config, mesh)
+    part, size = process_slice(mesh), _rows_per_host(config, mesh)
     tokenizer = load_tokenizer(config.data.tokenizer)
     stops = end_of_turn(get_template(config.data.template), tokenizer)[1]
     questions, bad = _questions(source, config, range(part.index, min(examples, len(source)), part.count))
@@ -88,12 +88,12 @@ def ask(
     return _of_all_hosts(answers, bad, part)
 
 
-def _of_all_hosts(answers: list[Answer], bad: list[BadExample], part: Part) -> tuple[list[Answer], list[BadExample]]:
+def _of_all_hosts(answers: list[Answer], bad: list[BadExample], part: ProcessSlice) -> tuple[list[Answer], list[BadExample]]:
     """What all hosts have found, in the order of the source."""
     if part.count == 1:
         return answers, bad
     mine = [[answer.as_dict() for answer in answers], [asdict(example) for example in bad]]
-    said = [json.loads(text) for text in texts_of_hosts(json.dumps(mine if part.speaks else [[], []]))]
+    said = [json.loads(text) for text in allgather_str(json.dumps(mine if part.is_leader else [[], []]))]
     answers = [Answer(**answer) for answers, _ in said for answer in answers]
     bad = [BadExample(**example) for _, bad in said for example in bad]
     return sorted(answers, key=lambda answer: (answer.index, answer.turn)), sorted(bad, key=lambda example: example.index)
@@ -102,7 +102,7 @@ def _of_all_hosts(answers: list[Answer], bad: list[BadExample], part: Part) -> t
 def _rows_per_host(config: Config, mesh: Mesh) -> int:
     """Rows of a host's part of a batch, `evaluation.batch_size` rounded up to what splits over the mesh."""
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
-    return -(-config.evaluation.batch_size // shards) * shards // part_of_batch(mesh).count
+    return -(-config.evaluation.batch_size // shards) * shards // process_slice(mesh).count
 
 
 def _collate(examples: Sequence[EncodedExample | BadExample], rows: int, config: Config) -> Delivered:
@@ -190,7 +190,7 @@ class HeldOut:
         for delivered in self._batches():
             sums += np.array(jax.device_get(self._loss(params, put_batch(self._mesh, delivered.batch))))
             bad += delivered.bad
-        _, bad = _of_all_hosts([], bad, part_of_batch(self._mesh))
+        _, bad = _of_all_hosts([], bad, process_slice(self._mesh))
         if not sums[1]:
             return {}, bad
         return {"validation_loss": sums[0] / sums[1], "validation_token_accuracy": sums[2] / sums[1]}, bad
@@ -206,7 +206,7 @@ class HeldOut:
     def _batches(self) -> Iterator[Delivered]:
         """This host's parts of the batches."""
         encoder = Encoder(uninterrupted(self._config))
-        part, rows = part_of_batch(self._mesh), _rows_per_host(self._config, self._mesh)
+        part, rows = process_slice(self._mesh), _rows_per_host(self._config, self._mesh)
         for first in range(0, self.rows, rows * part.count):
             begin = first + part.index * rows
             examples = [try_row(self.source, index, encoder) for index in range(begin, min(self.rows, begin + rows))]

@@ -25,7 +25,7 @@ _NOTICE_SECONDS = 1.5  # jax's preemption service looks once a second for SIGTER
 
 
 @dataclass(frozen=True)
-class Part:
+class ProcessSlice:
     """Which rows of every batch a process holds: rows `index * share` to `(index + 1) * share`, the share being rows / count.
 
     Processes along the tensor axis hold the same rows and must be given the same ones; one of them speaks for all.
@@ -33,10 +33,10 @@ class Part:
 
     index: int
     count: int
-    speaks: bool
+    is_leader: bool
 
 
-def part_of_batch(mesh: Mesh, process: int | None = None) -> Part:
+def process_slice(mesh: Mesh, process: int | None = None) -> ProcessSlice:
     """The part of a process, this one by default.
 
     Raises:
@@ -55,7 +55,7 @@ def part_of_batch(mesh: Mesh, process: int | None = None) -> Part:
             "one that divides, or is a multiple of, the devices of a process"
         )
     mine = tuple(held[process])
-    return Part(parts.index(mine), len(parts), process == min(owner for owner in held if tuple(held[owner]) == mine))
+    return ProcessSlice(parts.index(mine), len(parts), process == min(owner for owner in held if tuple(held[owner]) == mine))
 
 
 def put_batch(mesh: Mesh, batch: Batch) -> Batch:
@@ -85,12 +85,12 @@ def barrier(name: str) -> None:
         multihost_utils.sync_global_devices(name)
 
 
-def first_host_says(text: str) -> str:
+def broadcast_str(text: str) -> str:
     """The first host's text on all hosts, of any length."""
-    return texts_of_hosts(text if is_first_host() else "")[0]
+    return allgather_str(text if is_first_host() else "")[0]
 
 
-def texts_of_hosts(text: str) -> list[str]:
+def allgather_str(text: str) -> list[str]:
     """The texts of all hosts, in their order, of any length."""
     if jax.process_count() == 1:
         return [text]
@@ -117,7 +117,7 @@ def sum_over_hosts(values: dict[str, float]) -> dict[str, float]:
     return dict(zip(sorted(values), totals.tolist(), strict=True))
 
 
-class ToldToStop:
+class PreemptionSync:
     """Whether the run stops before its next step: on one host by its own signals, on several where all agreed on a step.
 
     With several hosts SIGTERM belongs to jax's preemption service, which tells all hosts and lets them stop at the same call;

@@ -57,7 +57,7 @@ def join_processes(address: str | None = None, count: int | None = None, number:
     Without arguments jax looks for TPU pods, SLURM and Open MPI 4; where there is none of them, or only one process, nothing is
     connected. An address alone is enough under a launcher that says the rest (Open MPI 5, MPICH, SLURM); the
     process then takes one GPU, by its number on its host, as jax does under SLURM, unless JAX_LOCAL_DEVICE_IDS names others.
-    SIGTERM to one of several processes is from here on a notice to all: see `ToldToStop`.
+    SIGTERM to one of several processes is from here on a notice to all: see `PreemptionSync`.
 
     Args:
       address: HOST:PORT on which process 0 listens, there alone if HOST is one of its own addresses; the same for all. Nothing

@@ -10,9 +10,9 @@ from typing import Any
 import jax
 
 from deepstack_jax.errors import ConfigError
+from deepstack_jax.parallel.chips import GIB
 from deepstack_jax.parallel.rules import use_mesh
 from deepstack_jax.train.core.program import Program
-from deepstack_jax.train.flops import GIB
 
 _UNITS = {"K": 2**10, "M": 2**20, "G": GIB, "T": 2**40}
 

@@ -16,7 +16,7 @@ from deepstack_jax.types import PyTree
 
 
 @dataclass(frozen=True)
-class Held:
+class StateMemory:
     """Bytes on each device of what a step is given, exact before the compiler's padding."""
 
     parameters: float
@@ -29,7 +29,7 @@ class Held:
 
 
 @dataclass(frozen=True)
-class Needed:
+class ActivationMemory:
     """Bytes on each device of what a step makes, as estimated: each at its largest, which need not be at one time."""
 
     gradients: float
@@ -51,17 +51,17 @@ def bytes_per_device(tree: PyTree) -> float:
     return float(sum(one(leaf) for leaf in jax.tree.leaves(tree)))
 
 
-def held(program: Program, rows: int, length: int) -> Held:
+def state_memory(program: Program, rows: int, length: int) -> StateMemory:
     """What the step's arguments take."""
     state = program.abstract_state()
-    return Held(
+    return StateMemory(
         bytes_per_device(state.params),
         bytes_per_device(state.opt_state),
         bytes_per_device(program.abstract_batch(rows, length)),
     )
 
 
-def needed(program: Program, rows: int, length: int) -> Needed:
+def activation_memory(program: Program, rows: int, length: int) -> ActivationMemory:
     """Estimate of what the step takes beside its arguments."""
     config, shape = program.config, program.mesh.shape
     local = rows / (shape["data"] * shape["fsdp"] * config.train.accumulation)  # rows of a micro-batch on a device
@@ -69,7 +69,7 @@ def needed(program: Program, rows: int, length: int) -> Needed:
     state = program.abstract_state()
     trainable = {path: leaf for path, leaf in flatten(state.params).items() if program.groups[path] != FROZEN}
     gradients = bytes_per_device(trainable) * (2 if config.train.accumulation > 1 else 1)
-    return Needed(
+    return ActivationMemory(
         gradients=gradients,
         activations=width * (_decoder_saved(program, local, length) + _tower_saved(program, local)),
         stacks=2.0 * width * _stack(config, local) / shape["tensor"],  # and its gradient

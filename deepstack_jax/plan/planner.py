@@ -14,7 +14,7 @@ from deepstack_jax.parallel.kernels import kernel_for
 from deepstack_jax.parallel.mesh import check_batch_fits, make_mesh
 from deepstack_jax.plan.collectives import find_collectives
 from deepstack_jax.plan.compile import Compiled, Overflow, compile_step
-from deepstack_jax.plan.memory import Held, Needed, held, needed
+from deepstack_jax.plan.memory import ActivationMemory, StateMemory, activation_memory, state_memory
 from deepstack_jax.plan.report import Load, Plan
 from deepstack_jax.plan.roofline import estimate, guess_collectives
 from deepstack_jax.plan.topology import Machine
@@ -58,7 +58,7 @@ def describe(program: Program, machine: Machine, load: Load, result: Compiled | 
     config = program.config
     if not machine.compiler:  # the simulated CPU devices that stand for GPUs have another kernel
         program = dataclasses.replace(program, kernel=kernel_for("gpu", config))
-    own, more = held(program, load.rows, load.length), needed(program, load.rows, load.length)
+    own, more = state_memory(program, load.rows, load.length), activation_memory(program, load.rows, load.length)
     flops = step_flops(config, program.groups, load.rows, load.length, masked=program.masked_computed)
     if isinstance(result, Compiled):
         collectives = tuple(find_collectives(result.text))
@@ -92,7 +92,7 @@ def describe(program: Program, machine: Machine, load: Load, result: Compiled | 
     )
 
 
-def memory_by_kind(own: Held, more: Needed, result: Compiled | Overflow | None) -> dict[str, float]:
+def memory_by_kind(own: StateMemory, more: ActivationMemory, result: Compiled | Overflow | None) -> dict[str, float]:
     """Bytes of each device by kind; the sum is the compiler's where it gave one, how it splits is estimated."""
     memory = {"parameters": own.parameters, "optimizer": own.optimizer, "batch": own.batch}
     estimates = {"gradients": more.gradients, "activations": more.activations, "stacks": more.stacks}

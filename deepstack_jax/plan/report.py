@@ -9,10 +9,11 @@ from typing import Any
 
 from rich.table import Table
 
+from deepstack_jax.parallel.chips import GIB
 from deepstack_jax.plan.collectives import Collective
 from deepstack_jax.plan.roofline import Roofline
 from deepstack_jax.printing import Console, plural
-from deepstack_jax.train.flops import GIB, Part
+from deepstack_jax.train.flops import Part
 
 SHOWN = 5  # collectives with most traffic that are shown one by one
 # What each kind of memory is, and whether its size is known exactly.

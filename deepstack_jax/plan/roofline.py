@@ -8,13 +8,14 @@ from dataclasses import dataclass
 import numpy as np
 
 from deepstack_jax.config import Config
+from deepstack_jax.parallel.chips import Chip
 from deepstack_jax.parallel.mesh import AXES, across_slices
 from deepstack_jax.plan.collectives import Collective, ring
 from deepstack_jax.plan.memory import bytes_per_device
 from deepstack_jax.plan.topology import GPUS_PER_HOST
 from deepstack_jax.train.core.optimizer import FROZEN, flatten
 from deepstack_jax.train.core.program import Program
-from deepstack_jax.train.flops import Chip, Flops
+from deepstack_jax.train.flops import Flops
 
 # Share of the peak that large bf16 products reach: 770 to 798 of 989 TFLOP/s on an H200, the best that was measured there.
 ATTAINED = 0.8

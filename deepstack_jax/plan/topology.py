@@ -14,7 +14,7 @@ import jax
 from jax.experimental import topologies
 
 from deepstack_jax.errors import ConfigError, nearest
-from deepstack_jax.train.flops import CHIPS, GIB, Chip
+from deepstack_jax.parallel.chips import CHIPS, GIB, Chip
 
 GPUS_PER_HOST = 8
 # A slice's shapes as cloud.google.com/tpu/docs lists them, and the bytes of HBM that libtpu's compiler lets a program use (it

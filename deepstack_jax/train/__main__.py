@@ -30,7 +30,7 @@ from deepstack_jax.evaluate.runner import HeldOut
 from deepstack_jax.generate.decoding import greedy
 from deepstack_jax.generate.text import end_of_turn
 from deepstack_jax.model.deepstack import DeepStack
-from deepstack_jax.parallel.distributed import ToldToStop, is_first_host, part_of_batch
+from deepstack_jax.parallel.distributed import PreemptionSync, is_first_host, process_slice
 from deepstack_jax.parallel.mesh import check_batch_fits, make_mesh
 from deepstack_jax.parallel.processes import join_processes
 from deepstack_jax.parallel.rules import use_mesh
@@ -171,7 +171,7 @@ def train(config: Config, workdir: Path, console: Console) -> int:
     stop = cli.StopSignals(leave_sigterm=jax.process_count() > 1)
     try:
         with use_mesh(mesh):
-            told = ToldToStop(lambda: stop.received)
+            told = PreemptionSync(lambda: stop.received)
             state = loop(run, state, told)
             code = end(run, int(state.step), stop, told)
             if code == cli.EXIT_DONE:
@@ -197,7 +197,7 @@ def open_inputs(config: Config, *, starts: bool) -> tuple[Tokenizer, Source]:
 def open_stream(config: Config, source: Source, mesh: Mesh) -> TrainingStream:
     """This host's part of every batch."""
     check_batch_fits(config, mesh)
-    part, shards = part_of_batch(mesh), mesh.shape["data"] * mesh.shape["fsdp"]
+    part, shards = process_slice(mesh), mesh.shape["data"] * mesh.shape["fsdp"]
     return TrainingStream(source, config, process=part.index, processes=part.count, devices=shards)
 
 
@@ -210,7 +210,7 @@ def open_log(config: Config, workdir: Path, step: int) -> MetricsLog:
     return MetricsLog(workdir, step, shown)
 
 
-def end(run: Run, step: int, stop: cli.StopSignals, told: ToldToStop) -> int:
+def end(run: Run, step: int, stop: cli.StopSignals, told: PreemptionSync) -> int:
     """The exit code of a loop that has saved its state; what follows is computed again by the same command."""
     told.hand_on()  # before SIGTERM no longer reaches the service that tells the others
     stop.end_on_sigterm()

@@ -12,11 +12,11 @@ from deepstack_jax.data.open import open_source
 from deepstack_jax.data.pipeline import TrainingStream
 from deepstack_jax.data.synthetic import VOCABULARY
 from deepstack_jax.parallel.distributed import (
-    first_host_says,
+    allgather_str,
+    broadcast_str,
     max_over_hosts,
-    part_of_batch,
+    process_slice,
     sum_over_hosts,
-    texts_of_hosts,
 )
 from deepstack_jax.parallel.mesh import make_mesh
 from deepstack_jax.parallel.processes import join_processes
@@ -49,17 +49,17 @@ def main(folder: str, address: str, count: str, number: str) -> None:
     address, count, number = (flag.split("=")[1] for flag in (address, count, number))
     join_processes(address, int(count), int(number))
     config = tiny_config(PAGES | {"data.tokenizer": "words:" + " ".join(VOCABULARY)})
-    part = part_of_batch(make_mesh(MeshConfig()))
+    part = process_slice(make_mesh(MeshConfig()))
     source = Watched(config)
     stream = TrainingStream(source, config, process=part.index, processes=part.count, devices=jax.device_count())
     rows = [next(stream).batch.example_id[:, 0].tolist() for _ in range(stream.steps(1))]
     stream.close()
     me = jax.process_index()
     said = [
-        texts_of_hosts("é" * me),
+        allgather_str("é" * me),
         max_over_hosts(me),
         sum_over_hosts({"one": 1.0, "me": float(me)}),
-        first_host_says(f"host {me}"),
+        broadcast_str(f"host {me}"),
     ]
     found = {"rows": rows, "asked": source.asked[: sum(map(len, rows))], "said": said}
     (Path(folder) / f"{me}.json").write_text(json.dumps(found))

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import jax
 
-from deepstack_jax.parallel.distributed import ToldToStop
+from deepstack_jax.parallel.distributed import PreemptionSync
 from deepstack_jax.parallel.processes import join_processes
 
 
@@ -18,7 +18,7 @@ def main(folder: str, address: str, count: str, number: str) -> None:
     if jax.process_index() == 1:
         os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(3)  # jax's service looks once a second
-    told = ToldToStop(lambda: False)
+    told = PreemptionSync(lambda: False)
     calls = [told() for _ in range(3)]
     (Path(folder) / f"{jax.process_index()}.txt").write_text(str(calls))
 

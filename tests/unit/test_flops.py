@@ -5,11 +5,12 @@ import pytest
 
 from deepstack_jax.config import Config, MeshConfig, build_config, default_config
 from deepstack_jax.model import layers
+from deepstack_jax.parallel.chips import CHIPS
 from deepstack_jax.parallel.mesh import make_mesh
 from deepstack_jax.parallel.rules import use_mesh
 from deepstack_jax.train.core.optimizer import FROZEN
 from deepstack_jax.train.core.program import Program, build_program
-from deepstack_jax.train.flops import CHIPS, Flops, step_flops
+from deepstack_jax.train.flops import Flops, step_flops
 from tests.unit.tiny import tiny_config
 
 # Wide enough that the matrix products outweigh the rest, which only XLA counts.

@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 
 from deepstack_jax.config import MeshConfig
 from deepstack_jax.errors import ConfigError
-from deepstack_jax.parallel.distributed import local_rows, part_of_batch
+from deepstack_jax.parallel.distributed import local_rows, process_slice
 from deepstack_jax.parallel.mesh import AXES, check_batch_fits, check_model_fits, make_mesh
 from deepstack_jax.parallel.rules import batch_sharding
 from tests.unit.tiny import tiny_config
@@ -138,15 +138,15 @@ def test_sizes_of_the_model_must_divide_by_the_axis_that_cuts_them():
 )
 def test_the_rows_of_a_process(sizes, per_process, parts):
     mesh = grid(sizes, per_process)
-    found = [part_of_batch(mesh, process) for process in range(len(parts))]
+    found = [process_slice(mesh, process) for process in range(len(parts))]
     assert [part.index for part in found] == parts
     assert {part.count for part in found} == {len(set(parts))}
-    assert [part.index for part in found if part.speaks] == sorted(set(parts))
+    assert [part.index for part in found if part.is_leader] == sorted(set(parts))
 
 
 def test_rows_that_processes_share_in_part():
     with pytest.raises(ConfigError, match=r"config\.mesh\.tensor 2 lays the rows of a batch over 3 processes unevenly"):
-        part_of_batch(Mesh(np.array(chips(6, 2))[[0, 2, 1, 4, 3, 5]].reshape(1, 3, 2), AXES), 0)
+        process_slice(Mesh(np.array(chips(6, 2))[[0, 2, 1, 4, 3, 5]].reshape(1, 3, 2), AXES), 0)
 
 
 def test_rows_come_back_in_their_order():

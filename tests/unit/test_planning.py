@@ -9,12 +9,13 @@ import pytest
 
 from deepstack_jax.data.order.schedule import packed_rows
 from deepstack_jax.errors import ConfigError
+from deepstack_jax.parallel.chips import CHIPS
 from deepstack_jax.parallel.distributed import put_batch
 from deepstack_jax.parallel.mesh import make_mesh
 from deepstack_jax.parallel.rules import use_mesh
 from deepstack_jax.plan.collectives import Collective, find_collectives, ring
 from deepstack_jax.plan.compile import Compiled, Overflow, _wanted
-from deepstack_jax.plan.memory import held, needed
+from deepstack_jax.plan.memory import activation_memory, state_memory
 from deepstack_jax.plan.planner import Wanted, make_plan, memory_by_kind, plan_load
 from deepstack_jax.plan.report import Plan, belongs_to, by_kind, verdict
 from deepstack_jax.plan.roofline import estimate, guess_collectives, link_rate
@@ -23,7 +24,7 @@ from deepstack_jax.plan.topology import Machine, known_slices, open_machine, wit
 from deepstack_jax.train.core.optimizer import FROZEN
 from deepstack_jax.train.core.program import build_program
 from deepstack_jax.train.core.state import new_state
-from deepstack_jax.train.flops import CHIPS, step_flops
+from deepstack_jax.train.flops import step_flops
 from tests.unit.tiny import draw_params, example, make_batch, tiny_config
 
 CHIP = CHIPS["TPU v5"]
@@ -255,7 +256,7 @@ def test_a_ring_moves_what_the_others_hold():
 def test_memory_splits_what_the_compiler_says_and_no_more():
     config = config_on((1, 8, 1))
     program = build_program(config, make_mesh(config.mesh), 1)
-    own, more = held(program, 8, 16), needed(program, 8, 16)
+    own, more = state_memory(program, 8, 16), activation_memory(program, 8, 16)
     compiled = Compiled(own.total + 100, 50, 30, 10 * more.total, 7, 0, "", 1.0)
     memory = memory_by_kind(own, more, compiled)
     assert sum(memory.values()) == pytest.approx(compiled.total)
@@ -281,7 +282,7 @@ def test_what_a_refused_step_would_take(message, size):
 def test_gradients_and_activations_shrink_with_what_splits_them():
     def need(mesh, more=None):
         config = config_on(mesh, more)
-        return needed(build_program(config, make_mesh(config.mesh), 1), 8, 16)
+        return activation_memory(build_program(config, make_mesh(config.mesh), 1), 8, 16)
 
     whole, split = need((8, 1, 1)), need((1, 8, 1))
     assert whole.gradients > 7 * split.gradients

@@ -55,11 +55,11 @@ from types import SimpleNamespace
 from deepstack_jax.printing import Console
 from deepstack_jax import cli
 from deepstack_jax.train import __main__ as train
-from deepstack_jax.parallel.distributed import ToldToStop
+from deepstack_jax.parallel.distributed import PreemptionSync
 
 stop = cli.StopSignals()
 os.kill(os.getpid(), signal.NUMBER)
-sys.exit(train.end(SimpleNamespace(steps=8, console=Console()), 8, stop, ToldToStop(lambda: stop.received)))
+sys.exit(train.end(SimpleNamespace(steps=8, console=Console()), 8, stop, PreemptionSync(lambda: stop.received)))
 """
 
 

@@ -28,7 +28,7 @@ from orbax.checkpoint.checkpoint_managers import (
 )
 
 from deepstack_jax.config import TrainConfig
-from deepstack_jax.parallel.distributed import barrier, first_host_says, is_first_host, texts_of_hosts
+from deepstack_jax.parallel.distributed import allgather_str, barrier, broadcast_str, is_first_host
 from deepstack_jax.train.checkpoint.checksums import algorithm_of, checksums, checksums_on_disk, damage, mismatches
 from deepstack_jax.train.checkpoint.reading import (
     CheckpointError,
@@ -128,7 +128,7 @@ class Checkpoints:
         """
         step = int(jax.device_get(state.step))
         reads = is_first_host() and self._reads_back(bytes_of(state))
-        earlier = self._pending if first_host_says("reads" if reads else "") else None
+        earlier = self._pending if broadcast_str("reads" if reads else "") else None
         if earlier is None or earlier.step == step:
             earlier = None
             self.settle()
@@ -164,7 +164,7 @@ class Checkpoints:
             gone = set()
             log.warning("no checkpoint is deleted now: %s", error)
         # Deleting waits for all hosts, which may see files of each other late: the first one's list holds for all.
-        for old in first_host_says(" ".join(map(str, sorted(gone)))).split():
+        for old in broadcast_str(" ".join(map(str, sorted(gone)))).split():
             try:
                 self._manager.delete(int(old))
             except OSError as error:  # it is in the way of nothing but room
@@ -175,7 +175,7 @@ class Checkpoints:
         """Wait until a checkpoint was read back; whether it is good."""
         if saved is None:
             return False
-        problem = first_host_says(saved.read_back.result())
+        problem = broadcast_str(saved.read_back.result())
         if not problem or problem.startswith(_UNREAD):
             self._good.add(saved.step)  # like one that an earlier attempt left: taken as good, while no older one goes for it
             if problem:
@@ -257,11 +257,11 @@ class Checkpoints:
         }
         what = f"checkpoint {step} in {self._directory}"
         restore = partial(self._manager.restore, step, args=ocp.args.Composite(**items))
-        restored, problem = read_or_damage(what, restore, texts_of_hosts)
+        restored, problem = read_or_damage(what, restore, allgather_str)
         if restored is None:
             return None, problem
         state, sums, data = restored["state"], restored["sums"], restored["data"]
-        found, problem = read_or_damage(what, lambda: damage(sums, checksums(state, algorithm_of(sums))), texts_of_hosts)
+        found, problem = read_or_damage(what, lambda: damage(sums, checksums(state, algorithm_of(sums))), allgather_str)
         return (None, found or problem) if found or problem else ((state, data), "")
 
     def _check_tree(self, step: int, abstract: TrainState) -> None:

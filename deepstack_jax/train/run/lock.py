@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from deepstack_jax.errors import UserError
-from deepstack_jax.parallel.distributed import first_host_says, is_first_host
+from deepstack_jax.parallel.distributed import broadcast_str, is_first_host
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +36,7 @@ def alone_in(workdir: Path) -> Iterator[None]:
     except OSError as error:
         raise WorkdirError(f"cannot lock {workdir}/{LOCK}: {error.strerror}; delete it, or choose another --workdir") from error
     try:
-        holder = first_host_says(_taken_by_another(lock) if is_first_host() else "")
+        holder = broadcast_str(_taken_by_another(lock) if is_first_host() else "")
         if holder:
             raise WorkdirError(f"another run is at work in {workdir} ({holder}); wait for its end, or choose another --workdir")
         yield

@@ -19,13 +19,14 @@ from deepstack_jax.data.encode.encoder import REMARKS, BadExample
 from deepstack_jax.data.example import SourceError
 from deepstack_jax.data.pipeline import Delivered, TrainingStream
 from deepstack_jax.errors import UserError
-from deepstack_jax.parallel.distributed import is_first_host, part_of_batch, put_batch, sum_over_hosts
+from deepstack_jax.parallel.chips import CHIPS
+from deepstack_jax.parallel.distributed import is_first_host, process_slice, put_batch, sum_over_hosts
 from deepstack_jax.printing import Console, label
 from deepstack_jax.train.account.journal import Journal
 from deepstack_jax.train.account.waits import DataWait
 from deepstack_jax.train.checkpoint.manager import Checkpoints
 from deepstack_jax.train.core.program import Program
-from deepstack_jax.train.flops import CHIPS, step_flops
+from deepstack_jax.train.flops import step_flops
 from deepstack_jax.train.run.metrics import MetricsLog, Quarantine, QuarantineError
 from deepstack_jax.train.run.progress import Progress, padding_hint
 from deepstack_jax.train.run.replay import write_bundle
@@ -158,7 +159,7 @@ class Records:
         self._bad = 0  # examples that this host left out
         self._remarks: dict[int, tuple[str, ...]] = {}  # by row, in this attempt
         self._remarked: set[str] = set()
-        self._speaks = part_of_batch(run.program.mesh).speaks  # for those that hold the same rows
+        self._is_leader = process_slice(run.program.mesh).is_leader  # for those that hold the same rows
         self._devices = run.program.mesh.devices
         kind = self._devices.flat[0].device_kind
         self._peak = CHIPS[kind].flops if kind in CHIPS else None  # unknown of CPUs, which then show no MFU
@@ -189,7 +190,7 @@ class Records:
 
     def say_remarks(self) -> None:
         """Say how many images and texts of this attempt were read in a way that not everybody expects. All hosts call it."""
-        counts = Counter(chain.from_iterable(self._remarks.values()) if self._speaks else ())
+        counts = Counter(chain.from_iterable(self._remarks.values()) if self._is_leader else ())
         for remark, count in sum_over_hosts({remark: counts[remark] for remark in REMARKS}).items():
             if count:
                 self._run.console.print(f"{remark}: {count:.0f}", soft_wrap=True)
@@ -205,7 +206,7 @@ class Records:
         self._fetch()
         step, latest = self._fetched[-1]
         spent = run.journal.flush(step)
-        bad = sum_over_hosts({"bad": self._bad if self._speaks else 0})["bad"]
+        bad = sum_over_hosts({"bad": self._bad if self._is_leader else 0})["bad"]
         run.quarantine.check(int(bad), self._seen(step))
         self.judge()
         numbers, lengths = [numbers for _, numbers in self._fetched], self._lengths

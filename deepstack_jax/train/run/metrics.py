@@ -15,7 +15,7 @@ from deepstack_jax.atomic import write_whole
 from deepstack_jax.data.encode.encoder import BadExample
 from deepstack_jax.errors import ConfigError, UserError
 from deepstack_jax.json_lines import Lines, read_lines
-from deepstack_jax.train.run.tensorboard import Board
+from deepstack_jax.train.run.tensorboard import TensorBoardWriter
 
 
 class MetricsLog:
@@ -35,7 +35,7 @@ class MetricsLog:
         kept = [line for line in read_metrics(workdir) if line["step"] <= resume_step] if path.exists() else []
         write_whole(path, "".join(json.dumps(line) + "\n" for line in kept))
         self._lines = Lines(path)
-        self._board = Board(workdir / "tensorboard", resume_step)
+        self._board = TensorBoardWriter(workdir / "tensorboard", resume_step)
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
         """Record `values` at `step`; finite numbers become curves."""

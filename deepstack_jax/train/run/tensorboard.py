@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 FLUSH_SECONDS = 30
 
 
-class Board:
+class TensorBoardWriter:
     """Writes curves, texts and pictures where TensorBoard finds them, until that fails: then a warning, and nothing more.
 
     tensorboardX' own SummaryWriter writes in a thread. A full disk ends that thread, whereupon its queue fills and the run

@@ -1,0 +1,46 @@
+"""What one device can do, as its maker publishes it."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+GIB = 2**30
+
+
+class Chip(NamedTuple):
+    """What one device can do, as its maker publishes it."""
+
+    flops: float  # dense bf16 FLOP/s
+    hbm: float  # bytes
+    hbm_bandwidth: float  # bytes/s
+    link_bandwidth: float  # bytes/s that enter a chip over all its links to its neighbours, one direction
+    links: int  # dimensions of the torus that these links form; 1 = a switch within a host
+    network: float = 0.0  # bytes/s to other hosts (GPUs) or slices (TPUs), of the adapters that fall to one device
+
+
+# Keyed by jax's `device_kind`. TPUs: cloud.google.com/tpu/docs, a page per version; they print the links' both directions
+# together ("bidirectional"), half of which stands here, and the data center's network per chip or per pod. GPUs: the makers'
+# data sheets and NVIDIA's white papers of Ampere (GA102) and Ada: dense bf16 products that add up in float32 (half of what is
+# printed "with sparsity"), links one direction: NVLink, Infinity Fabric, else PCIe 4.0 x16. Memory is what the driver shows.
+# The network of cards that no maker puts into a host is that of the largest host that AWS rents with them (400 Gb/s for eight
+# L40S, 100 for eight A10G); for those that nobody rents so, 100 Gb/s for eight.
+CHIPS = {
+    "TPU v4": Chip(275e12, 32 * GIB, 1228e9, 300e9, 3),
+    "TPU v5 lite": Chip(197e12, 16 * GIB, 819e9, 200e9, 2, 3.125e9),  # v5e
+    "TPU v5": Chip(459e12, 95 * GIB, 2765e9, 600e9, 3, 6.25e9),  # v5p
+    "TPU v6 lite": Chip(918e12, 32 * GIB, 1640e9, 400e9, 2, 12.5e9),  # v6e
+    "TPU7x": Chip(1153.5e12, 96 * GIB, 3690e9, 600e9, 3),  # jax sees the two halves of a chip as two devices
+    "NVIDIA A100-SXM4-40GB": Chip(312e12, 40 * GIB, 1555e9, 300e9, 1, 25e9),
+    "NVIDIA A100-SXM4-80GB": Chip(312e12, 80 * GIB, 2039e9, 300e9, 1, 25e9),
+    "NVIDIA H100 80GB HBM3": Chip(989.4e12, 79.6 * GIB, 3350e9, 450e9, 1, 50e9),
+    "NVIDIA H100 PCIe": Chip(756e12, 79.6 * GIB, 2000e9, 64e9, 1, 25e9),
+    "NVIDIA H200": Chip(989.4e12, 140.4 * GIB, 4800e9, 450e9, 1, 50e9),
+    "NVIDIA B200": Chip(2250e12, 178.4 * GIB, 7700e9, 900e9, 1, 50e9),
+    "NVIDIA L40S": Chip(362.05e12, 45.0 * GIB, 864e9, 32e9, 1, 6.25e9),
+    "NVIDIA A10G": Chip(70e12, 22.5 * GIB, 600e9, 32e9, 1, 1.5625e9),
+    "NVIDIA RTX A6000": Chip(154.8e12, 48.0 * GIB, 768e9, 32e9, 1, 1.5625e9),
+    "NVIDIA GeForce RTX 4090": Chip(165.2e12, 24.0 * GIB, 1008e9, 32e9, 1, 1.5625e9),
+    "NVIDIA GeForce RTX 3090": Chip(71e12, 24.0 * GIB, 936e9, 32e9, 1, 1.5625e9),
+    "AMD Instinct MI300X": Chip(1307.4e12, 192.0 * GIB, 5300e9, 448e9, 1, 50e9),
+    "NVIDIA L4": Chip(121e12, 22.5 * GIB, 300e9, 32e9, 1, 12.5e9),
+}
