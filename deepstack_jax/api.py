@@ -22,9 +22,10 @@ from deepstack_jax.config import Config
 from deepstack_jax.data.encode.templates import TEMPLATES
 from deepstack_jax.data.encode.tokenizer import HFTokenizer, SentencePieceTokenizer, Tokenizer, load_tokenizer
 from deepstack_jax.errors import ConfigError
-from deepstack_jax.generate.answers import Answer, Answerer, Chat, Turn
+from deepstack_jax.generate.answers import Answer, Answerer, Chat
 from deepstack_jax.generate.logits import next_token_logits
 from deepstack_jax.generate.options import Options, RequestError
+from deepstack_jax.generate.prompts import Turn
 from deepstack_jax.generate.text import is_one_token
 from deepstack_jax.model.variants import build_model
 from deepstack_jax.printing import label, one_line, quote
@@ -95,7 +96,7 @@ class LMM:
           ImageError: an image that cannot be read.
         """
         if isinstance(prompt, str):
-            return self.answers([(images or (), prompt)], Options().but(options), batch_size=batch_size)[0].text
+            return self.answers([(images or (), prompt)], Options().replace(options), batch_size=batch_size)[0].text
         if not isinstance(prompt, list | tuple):
             raise RequestError(f"prompt is a {type(prompt).__name__}, expected a string or a list of strings")
         if not isinstance(images, list | tuple | None):
@@ -104,7 +105,7 @@ class LMM:
         if len(given) != len(prompt):
             raise RequestError(f"images got {len(given)} lists for {len(prompt)} prompts; give one per prompt, [] for none")
         pairs = [(mine or (), words) for mine, words in zip(given, prompt, strict=True)]
-        return [answer.text for answer in self.answers(pairs, Options().but(options), batch_size=batch_size)]
+        return [answer.text for answer in self.answers(pairs, Options().replace(options), batch_size=batch_size)]
 
     def answers(self, prompts: Sequence[tuple[Sequence[Any], str]], options: Options, *, batch_size: int = 8) -> list[Answer]:
         """As `generate`, for (images, prompt) pairs, with the number of tokens of each answer."""
@@ -116,11 +117,11 @@ class LMM:
 
         What `generate` raises is raised at the call, not at the first piece.
         """
-        return self.answerer.stream([Turn("human", prompt, images or ())], Options().but(options))
+        return self.answerer.stream([Turn("human", prompt, images or ())], Options().replace(options))
 
     def chat(self, **options: Any) -> Chat:
         """A conversation that remembers its turns; options as of `generate`."""
-        return Chat(self.answerer, Options().but(options))
+        return Chat(self.answerer, Options().replace(options))
 
     def save_hf(self, folder: str | PathLike[str], *, dtype: str = "", force: bool = False) -> None:
         """As `deepstack_jax.save_hf` of this model."""
@@ -153,7 +154,7 @@ class LMM:
           ImageError: an image that cannot be read.
         """
         model = self.answerer.model
-        exif = Options().but({"exif": exif}).exif
+        exif = Options().replace({"exif": exif}).exif
         return next_token_logits(model, self.params, self.config, input_ids, images, attention_mask, self.pad_id, exif)
 
 

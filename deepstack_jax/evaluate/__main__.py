@@ -105,7 +105,7 @@ def main() -> int:
     leave_out(task.bad, [], task, console)
     out = cli.writable_folder(given["out"], "out") if given["out"] else None
     lmm = load(given["model"], given["dtype"])
-    task = replace(task, options=task.options.but({"exif": lmm.config.data.exif}))  # as in training
+    task = replace(task, options=task.options.replace({"exif": lmm.config.data.exif}))  # as in training
     unfinished = EvalCheckpoint(out, None if out is None else key_of(lmm, task))
     predictions, bad = run_task(lmm, task, unfinished, console)
     results = summarise(lmm, given["model"], task, predictions, bad)

@@ -8,19 +8,11 @@ from typing import Any, NamedTuple
 
 from deepstack_jax.config import Config
 from deepstack_jax.data.encode.batch_rows import EncodedExample
-from deepstack_jax.data.encode.templates import IMAGE_MARK, Message
+from deepstack_jax.data.encode.templates import IMAGE_MARK
+from deepstack_jax.data.encode.tokenizer import Tokenizer
 from deepstack_jax.generate.decoding import CHUNK, answer_ids
-from deepstack_jax.generate.options import AnswerTokenizer, Options, RequestError
-from deepstack_jax.generate.prompts import (
-    CutImage,
-    bucket,
-    check_context,
-    cut_image,
-    encode_prompt,
-    find_template,
-    pack,
-    question,
-)
+from deepstack_jax.generate.options import Options, RequestError
+from deepstack_jax.generate.prompts import Turn, bucket, check_context, cut_image, encode_turns, find_template, pack
 from deepstack_jax.generate.sampling import Sampling
 from deepstack_jax.generate.text import AnswerText, end_of_turn
 from deepstack_jax.model.deepstack import DeepStack
@@ -36,14 +28,6 @@ class Answer(NamedTuple):
     tokens: int  # made for it, end of turn not counted
 
 
-class Turn(NamedTuple):
-    """One side's words in a conversation, and the images that came with them."""
-
-    role: str  # human | gpt
-    words: str
-    images: Sequence[Any] = ()
-
-
 @dataclass(frozen=True)
 class Answerer:
     """A model with all that it takes to talk to it. `tokenizer` may be None; then every question is refused."""
@@ -51,68 +35,71 @@ class Answerer:
     model: DeepStack
     params: PyTree
     config: Config
-    tokenizer: AnswerTokenizer | None
+    tokenizer: Tokenizer | None
     template: str
     ends: tuple[int, ...] = ()  # ids that end an answer besides the tokenizer's and the template's
 
     def answers(self, conversations: Sequence[Sequence[Turn]], options: Options, batch_size: int) -> list[Answer]:
-        """One answer per conversation, `batch_size` at a time; all are checked before the first is computed."""
+        """One answer per conversation, `batch_size` at a time; all are checked before the first is computed.
+
+        Raises:
+          RequestError: as `encode`.
+        """
         if batch_size < 1:
             raise RequestError(f"batch_size got {batch_size}, expected 1 or more")
-        examples = [self._encode(turns, options) for turns in conversations]
-        rows = min(batch_size, 1 << max(0, len(examples) - 1).bit_length())
-        answers: list[Answer] = []
-        for part, sampling in enumerate(options.sampling(len(examples), rows)):
-            texts = [self._text(options) for _ in examples[part * rows : (part + 1) * rows]]
-            for _ in self._run(examples[part * rows : (part + 1) * rows], texts, sampling, options, CHUNK):
-                pass
-            answers += [Answer(text.text, text.tokens) for text in texts]
-        return answers
+        return self.answer_encoded([self.encode(turns, options) for turns in conversations], options, batch_size)
 
-    def stream(self, turns: Sequence[Turn], options: Options) -> Iterator[str]:
-        """The answer to one conversation in pieces. What is wrong with it is raised here, not at the first piece."""
-        encoded, text, (sampling,) = self._encode(turns, options), self._text(options), options.sampling(1, 1)
-        pieces = self._run([encoded], [text], sampling, options, STREAM_EVERY)
-        return (piece for (piece,) in pieces if piece)
+    def encode(self, turns: Sequence[Turn], options: Options) -> EncodedExample:
+        """A conversation as token ids and crops, checked against the context.
 
-    def _encode(self, turns: Sequence[Turn], options: Options) -> EncodedExample:
-        """A conversation as token ids and crops, checked against the context."""
+        Raises:
+          RequestError: the model cannot be asked this. ImageError: an image cannot be read.
+        """
         if self.tokenizer is None:
             raise RequestError(
                 "this checkpoint has no tokenizer, so it cannot read a prompt; put tokenizer.model or tokenizer.json into its "
                 "folder, or use `logits`, which takes token ids"
             )
         template = find_template(options.template or self.template)
-        messages: list[Message] = []
-        cut: list[CutImage] = []
-        for role, words, images in turns:
-            if not isinstance(images, list | tuple) or not isinstance(words, str):
-                got = f"{type(images).__name__} and {type(words).__name__}"
-                raise RequestError(f"a prompt is a list of images and a string, got {got}; put a single image into a list")
-            messages.append(Message(role, question(words, len(images), template) if role == "human" else words))
-            cut += [cut_image(image, self.config, options.exif) for image in images]
-        plain = self.config.data.control_tokens == "text"
-        encoded = encode_prompt(messages, cut, self.tokenizer, template, plain_words=plain)
+        encoded = encode_turns(turns, self.config, self.tokenizer, template, options.exif)
         check_context(encoded.length, options.max_new_tokens, self.config)
         return encoded
 
+    def answer_encoded(self, prompts: Sequence[EncodedExample], options: Options, batch_size: int) -> list[Answer]:
+        """One answer per conversation of `encode`."""
+        rows = min(batch_size, 1 << max(0, len(prompts) - 1).bit_length())
+        answers: list[Answer] = []
+        for number, sampling in enumerate(options.sampling(len(prompts), rows)):
+            batch = prompts[number * rows : (number + 1) * rows]
+            texts = [self.new_text(options) for _ in batch]
+            for _ in self._decode(batch, texts, sampling, options, CHUNK):
+                pass
+            answers += [Answer(text.text, text.tokens) for text in texts]
+        return answers
+
+    def stream(self, turns: Sequence[Turn], options: Options) -> Iterator[str]:
+        """The answer to one conversation in pieces. What is wrong with it is raised here, not at the first piece."""
+        encoded, text, (sampling,) = self.encode(turns, options), self.new_text(options), options.sampling(1, 1)
+        return (piece for (piece,) in self._decode([encoded], [text], sampling, options, STREAM_EVERY) if piece)
+
+    def new_text(self, options: Options) -> AnswerText:
+        """What collects the tokens of an answer, up to a stop string or the end of the turn."""
+        assert self.tokenizer is not None, "`encode` comes first"
+        return AnswerText(self.tokenizer, (*self._ends(options)[1], *options.stops))
+
     def _ends(self, options: Options) -> tuple[list[int], tuple[str, ...]]:
-        assert self.tokenizer is not None, "_encode comes first"
+        assert self.tokenizer is not None, "`encode` comes first"
         ids, strings = end_of_turn(find_template(options.template or self.template), self.tokenizer)
         return sorted({*ids, *self.ends}), strings
 
-    def _text(self, options: Options) -> AnswerText:
-        assert self.tokenizer is not None, "_encode comes first"
-        return AnswerText(self.tokenizer, (*self._ends(options)[1], *options.stops))
-
-    def _run(
-        self, examples: Sequence[EncodedExample], texts: Sequence[AnswerText], sampling: Sampling, options: Options, every: int
+    def _decode(
+        self, prompts: Sequence[EncodedExample], texts: Sequence[AnswerText], sampling: Sampling, options: Options, every: int
     ) -> Iterator[list[str]]:
-        """Decode until every answer has ended; yields what each of them can newly show."""
+        """Make tokens until every answer has ended; yields what each of them can newly show."""
         made = answer_ids(
             self.model,
             self.params,
-            pack(examples, self.config, rows=len(sampling.seed)),
+            pack(prompts, self.config, rows=len(sampling.seed)),
             sampling,
             stop_ids=self._ends(options)[0],
             max_new_tokens=options.max_new_tokens,
@@ -148,16 +135,16 @@ class Chat:
         """
         if not isinstance(images, list | tuple):
             raise RequestError(f"images is a {type(images).__name__}, expected a list; put a single image into a list")
-        chosen = self._options.but(options)
+        chosen = self._options.replace(options)
         cut = [cut_image(image, self._answerer.config, chosen.exif) for image in images]
         asked = (*self.turns, Turn("human", prompt, cut))
-        return self._listen(asked, self._answerer.stream(asked, chosen))
+        return self._remember(asked, self._answerer.stream(asked, chosen))
 
     def clear(self) -> None:
         """Forget all turns and images."""
         self.turns = ()
 
-    def _listen(self, asked: tuple[Turn, ...], pieces: Iterator[str]) -> Generator[str, None, None]:
+    def _remember(self, asked: tuple[Turn, ...], pieces: Iterator[str]) -> Generator[str, None, None]:
         said = []
         try:
             for piece in pieces:

@@ -22,13 +22,13 @@ from deepstack_jax.types import HostOrDevice, KVCache
 
 CHUNK = 16  # most tokens per call of the compiled loop; between calls the host looks for stop strings
 STOP_SLOTS = 8  # stop ids are padded to a multiple of this, so that another template compiles nothing
-NO_TOKEN = -1  # behind the end of an answer
+NO_TOKEN = -1  # after the end of an answer
 
 
 class Decoding(NamedTuple):
-    """Answers in the making."""
+    """The state of answers that are being made."""
 
-    token: Int[Array, " B"]  # the newest token of each row, not yet in the cache; NO_TOKEN behind its end
+    token: Int[Array, " B"]  # the newest token of each row, not yet in the cache; NO_TOKEN after its end
     lengths: Int[Array, " B"]  # tokens of each prompt
     done: Bool[Array, " B"]
     made: Int[Array, ""]  # tokens made per row, the same for all
@@ -120,11 +120,11 @@ def answer_ids(
     room: int,
     every: int = CHUNK,
 ) -> Iterator[np.ndarray]:
-    """The answers as they are made, i32[B, 1 to every] at a time, NO_TOKEN behind the end of a row; the first comes alone.
+    """The answers as they are made, i32[B, 1 to every] at a time, NO_TOKEN after the end of a row; the first comes alone.
 
     Args:
       max_new_tokens: per row, at most `room`.
-      room: cache slots behind the prompt, which decide what is compiled.
+      room: cache slots after the prompt, which decide what is compiled.
       every: tokens per row between two looks by the caller, at most CHUNK; it compiles nothing.
     """
     stops = stop_array(stop_ids)
@@ -144,15 +144,7 @@ def answer_ids(
 def greedy(model: DeepStack, params: Any, batch: Batch, *, max_new_tokens: int, stop_ids: tuple[int, ...]) -> Int[Array, "B Y"]:
     """The most likely continuation of each row's prompt, up to and without a stop id, as one compiled program.
 
-    Args:
-      model: its configuration; decoding compiles once per model, batch shape and max_new_tokens.
-      params: the parameter tree.
-      batch: right-padded prompts, one segment per row.
-      max_new_tokens: Y, the most tokens per row.
-      stop_ids: end a row; the loop ends when all rows have.
-
-    Returns:
-      i32[B, Y] tokens, NO_TOKEN from the end of each answer on.
+    It compiles once per model, batch shape, `stop_ids` and `max_new_tokens` (Y); NO_TOKEN from the end of each answer on.
     """
     sampling, stops = greedy_sampling(batch.tokens.shape[0]), stop_array(stop_ids)
     state = prefill(model, params, batch, sampling, stops, room=max_new_tokens)
@@ -169,9 +161,7 @@ def _end(token: Array, done: Array, stop_ids: HostOrDevice) -> tuple[Array, Arra
 
 def _grown(cache: KVCache, room: int) -> KVCache:
     """The same with `room` more slots; they come after prefill, whose attention would have to pass over them."""
-
-    def grow(leaf: Array, axis: int) -> Array:
-        return jnp.pad(leaf, [(0, room if at == axis else 0) for at in range(leaf.ndim)])
-
-    keys, values = grow(cache.keys, 2), grow(cache.values, 2)
-    return cache._replace(keys=keys, values=values, positions=grow(cache.positions, 1), valid=grow(cache.valid, 1))
+    slots = ((0, 0), (0, room))  # of [B, slots]; keys and values have layers in front, heads and their width after
+    keys, values = (jnp.pad(leaf, ((0, 0), *slots, (0, 0), (0, 0))) for leaf in (cache.keys, cache.values))
+    positions, valid = (jnp.pad(leaf, slots) for leaf in (cache.positions, cache.valid))
+    return cache._replace(keys=keys, values=values, positions=positions, valid=valid)

@@ -14,8 +14,9 @@ from deepstack_jax.data.encode.batch_rows import Cursor, EncodedExample, place_e
 from deepstack_jax.data.encode.image import make_views
 from deepstack_jax.data.encode.labels import encode_with_images
 from deepstack_jax.data.encode.templates import IMAGE_MARK, Message, Template, get_template, render
+from deepstack_jax.data.encode.tokenizer import Tokenizer
 from deepstack_jax.data.formats.image_files import read_image
-from deepstack_jax.generate.options import AnswerTokenizer, RequestError
+from deepstack_jax.generate.options import RequestError
 from deepstack_jax.layout.sequence import VisualLayout
 from deepstack_jax.printing import plural
 
@@ -30,14 +31,18 @@ class CutImage(NamedTuple):
     remarks: tuple[str, ...] = ()  # see `EncodedExample`
 
 
+class Turn(NamedTuple):
+    """One side's words in a conversation, and the images that came with them."""
+
+    role: str  # human | gpt
+    words: str
+    images: Sequence[Any] = ()
+
+
 def bucket(size: int) -> int:
     """The next of 32, 48, 64, 96, 128, 192, ...: at most half as much again, and few enough to be compiled once each."""
-    power = SMALLEST
-    while power < size:
-        if power * 3 // 2 >= size:
-            return power * 3 // 2
-        power *= 2
-    return power
+    power = max(SMALLEST, 1 << (size - 1).bit_length())
+    return power * 3 // 4 if power > SMALLEST and power * 3 // 4 >= size else power
 
 
 def find_template(name: str) -> Template:
@@ -65,7 +70,7 @@ def cut_image(source: Any, config: Config, exif: str) -> CutImage:
     return CutImage(views.pixels, config.layout.layout(views.grid, views.size_wh), remarks)
 
 
-def question(prompt: str, images: int, template: Template) -> str:
+def place_images(prompt: str, images: int, template: Template) -> str:
     """The user's turn: images that the prompt does not place itself come first, each on a line of its own, as upstream.
 
     Raises:
@@ -82,29 +87,31 @@ def question(prompt: str, images: int, template: Template) -> str:
     return f"{template.image}\n" * images + prompt if prompt else "\n".join([template.image] * images)
 
 
-def encode_prompt(
-    messages: Sequence[Message],
-    images: Sequence[CutImage],
-    tokenizer: AnswerTokenizer,
-    template: Template,
-    *,
-    plain_words: bool = True,
-) -> EncodedExample:
-    """A conversation with an open question, ready to be placed.
+def encode_turns(turns: Sequence[Turn], config: Config, tokenizer: Tokenizer, template: Template, exif: str) -> EncodedExample:
+    """A conversation with an open question as token ids and crops, ready to be placed.
 
     Args:
-      plain_words: control tokens that somebody's words spell out are text (`config.data.control_tokens`).
+      exif: as in `Options`.
 
     Raises:
-      RequestError: the tokenizer has no id for a word, or placeholders and images differ in number.
+      RequestError: a turn of the wrong types, a word that the tokenizer has no id for, or another number of placeholders than
+        of images. ImageError: an image cannot be read.
     """
+    messages: list[Message] = []
+    cut: list[CutImage] = []
+    for role, words, images in turns:
+        if not isinstance(images, list | tuple) or not isinstance(words, str):
+            got = f"{type(images).__name__} and {type(words).__name__}"
+            raise RequestError(f"a prompt is a list of images and a string, got {got}; put a single image into a list")
+        messages.append(Message(role, place_images(words, len(images), template) if role == "human" else words))
+        cut += [cut_image(image, config, exif) for image in images]
     asked = render(messages, template, complete=False)
-    words = asked.words if plain_words else ()
+    plain = asked.words if config.data.control_tokens == "text" else ()
     try:
-        ids, _ = encode_with_images(asked.text, tokenizer, has_image=bool(images), words=words)
+        ids, _ = encode_with_images(asked.text, tokenizer, has_image=bool(cut), words=plain)
     except ValueError as error:
         raise RequestError(f"the tokenizer cannot read the prompt: {error}") from error
-    return example(ids, images)
+    return example(ids, cut)
 
 
 def example(ids: np.ndarray, images: Sequence[CutImage]) -> EncodedExample:
@@ -121,10 +128,8 @@ def check_context(length: int, max_new_tokens: int, config: Config, name: str = 
     context = config.decoder.max_positions
     if length + max_new_tokens <= context:
         return
-    if length < context:
-        move = f"lower max_new_tokens to {context - length}, or shorten the prompt"
-    else:
-        move = "shorten the prompt or give fewer images"
+    shorten = "shorten the prompt or give fewer images"
+    move = f"lower max_new_tokens to {context - length}, or shorten the prompt" if length < context else shorten
     answer = f" and the answer up to {max_new_tokens}" if max_new_tokens else ""
     raise RequestError(f"{name} takes {length} tokens with its images{answer}, the context of this model is {context}; {move}")
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from deepstack_jax.data.encode.templates import Template
-from deepstack_jax.generate.options import AnswerTokenizer
+from deepstack_jax.data.encode.tokenizer import Tokenizer
 
 _HALF_CHARACTER = "\ufffd"  # how a tokenizer shows bytes that are no character, or not yet
 
 
-def end_of_turn(template: Template, tokenizer: AnswerTokenizer) -> tuple[list[int], tuple[str, ...]]:
+def end_of_turn(template: Template, tokenizer: Tokenizer) -> tuple[list[int], tuple[str, ...]]:
     """Token ids and strings that end an answer: the end of text, and the end of turn that the template teaches.
 
     An end of turn that is one token is known by its id, one that shows in the text (as "###", whose tokens depend on what
@@ -26,7 +26,7 @@ def end_of_turn(template: Template, tokenizer: AnswerTokenizer) -> tuple[list[in
     return ids, (end,) if shows else ()
 
 
-def is_one_token(text: str, tokenizer: AnswerTokenizer) -> bool:
+def is_one_token(text: str, tokenizer: Tokenizer) -> bool:
     """Whether a tokenizer has these characters as one token of its own."""
     if not _can_encode(text, tokenizer):
         return False
@@ -34,7 +34,7 @@ def is_one_token(text: str, tokenizer: AnswerTokenizer) -> bool:
     return len(found) == 1 and tokenizer.encode(text * 2)[0].tolist() == found * 2  # twice an unknown word is one unknown word
 
 
-def _can_encode(text: str, tokenizer: AnswerTokenizer) -> bool:
+def _can_encode(text: str, tokenizer: Tokenizer) -> bool:
     try:
         tokenizer.encode(text)
     except ValueError:  # a closed vocabulary without this word, which the model then cannot say
@@ -51,7 +51,7 @@ class AnswerText:
       stopped: whether a stop string came.
     """
 
-    def __init__(self, tokenizer: AnswerTokenizer, stops: Sequence[str]) -> None:
+    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str]) -> None:
         self._tokenizer, self._stops = tokenizer, tuple(stops)
         self._ids: list[int] = []
         self.text = ""

@@ -11,7 +11,7 @@ from deepstack_jax.data.encode.templates import TEMPLATES
 from deepstack_jax.data.encode.tokenizer import ByteTokenizer, load_tokenizer
 from deepstack_jax.generate.__main__ import read_prompts
 from deepstack_jax.generate.options import RequestError
-from deepstack_jax.generate.prompts import SMALLEST, bucket, check_context, find_template, question
+from deepstack_jax.generate.prompts import SMALLEST, bucket, check_context, find_template, place_images
 from deepstack_jax.generate.text import AnswerText, end_of_turn
 from deepstack_jax.printing import plural
 from tests.unit.tiny import tiny_config
@@ -99,18 +99,18 @@ def test_hd_prompts_have_a_tight_bucket():
 
 def test_images_stand_where_the_prompt_says_or_in_front():
     v1, tagged = find_template("v1"), find_template("v1_mmtag")
-    assert question("What?", 0, v1) == "What?"
-    assert question("What?", 1, v1) == "<image>\nWhat?"
-    assert question("What?", 2, v1) == "<image>\n<image>\nWhat?"
-    assert question("Is <image> like <image>?", 2, v1) == "Is <image> like <image>?"
-    assert question("What?", 1, tagged) == "<Image><image></Image>\nWhat?"
-    assert question("", 1, v1) == "<image>"
+    assert place_images("What?", 0, v1) == "What?"
+    assert place_images("What?", 1, v1) == "<image>\nWhat?"
+    assert place_images("What?", 2, v1) == "<image>\n<image>\nWhat?"
+    assert place_images("Is <image> like <image>?", 2, v1) == "Is <image> like <image>?"
+    assert place_images("What?", 1, tagged) == "<Image><image></Image>\nWhat?"
+    assert place_images("", 1, v1) == "<image>"
 
 
 @pytest.mark.parametrize(("prompt", "images"), [("<image> and <image>?", 1), ("<image>?", 0), ("<image>?", 3)])
 def test_placeholders_and_images_must_agree(prompt, images):
     with pytest.raises(RequestError) as caught:
-        question(prompt, images, find_template("v1"))
+        place_images(prompt, images, find_template("v1"))
     count = prompt.count("<image>")
     assert f"{plural(count, '<image> placeholder')} for {plural(images, 'image')}; write one per image" in str(caught.value)
     assert prompt in str(caught.value)
