@@ -15,6 +15,7 @@ ALLOWED = {
     "errors": set(),
     "atomic": set(),
     "json_lines": set(),
+    "progress": set(),
     "layout": {"batch"},
     "config": {"batch", "layout"},
     "types": {"batch"},
@@ -22,7 +23,7 @@ ALLOWED = {
     "data": {"batch", "atomic", "config", "layout"},
     "parallel": {"batch", "types", "config", "model"},
     "weights": {"batch", "atomic", "types", "config"},
-    "train": {"batch", "atomic", "json_lines", "types", "config", "data", "model", "parallel", "weights"},
+    "train": {"batch", "atomic", "json_lines", "progress", "types", "config", "data", "model", "parallel", "weights"},
     "generate": {"batch", "atomic", "types", "config", "layout", "data", "model", "parallel", "weights"},
 }
 _BELOW = set(ALLOWED)
