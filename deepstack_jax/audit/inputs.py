@@ -12,7 +12,7 @@ import numpy as np
 from deepstack_jax.config import Config
 from deepstack_jax.data.encode.encoder import BadExample, Encoder, OverlongError
 from deepstack_jax.data.encode.image import image_grid
-from deepstack_jax.data.example import Example, SampleError, Source
+from deepstack_jax.data.example import Example, ExampleError, Source
 from deepstack_jax.data.formats.image_files import image_size
 from deepstack_jax.data.pipeline import collate
 from deepstack_jax.layout.grid import Grid
@@ -96,7 +96,7 @@ def model_input(source: Source, index: int, config: Config) -> ModelInput | BadE
     """
     try:
         example = source[index]
-    except SampleError as error:
+    except ExampleError as error:
         return BadExample(index, error.name, str(error))
     encoder = Encoder(config)
     try:

@@ -11,13 +11,13 @@ import numpy as np
 from rich.progress import track
 
 from deepstack_jax.config import Config
-from deepstack_jax.data.encode.batch_rows import Size
+from deepstack_jax.data.encode.batch_rows import ExampleSize
 from deepstack_jax.data.encode.encoder import REMARKS, BadExample, Encoder, OverlongError
 from deepstack_jax.data.encode.image import image_grid
-from deepstack_jax.data.example import Example, SampleError, Source
-from deepstack_jax.data.formats.image_files import look_at
+from deepstack_jax.data.example import Example, ExampleError, Source
+from deepstack_jax.data.formats.image_files import read_header
 from deepstack_jax.data.order.mixture import epoch_order
-from deepstack_jax.data.order.packing import Limits, pack
+from deepstack_jax.data.order.packing import RowCapacity, pack
 from deepstack_jax.layout.grid import Grid
 from deepstack_jax.printing import Console
 
@@ -26,7 +26,7 @@ from deepstack_jax.printing import Console
 class Measured:
     """What an example takes of a row, and what of it is learnt."""
 
-    size: Size
+    size: ExampleSize
     supervised: int  # tokens that the loss asks for
     grids: tuple[Grid | None, ...]  # per image
     remarks: tuple[str, ...]  # `encode.REMARKS` that hold, one for each image or text
@@ -49,7 +49,7 @@ class Survey:
 
     @property
     def sizes(self) -> np.ndarray:
-        """i32[n, 3] of the usable examples (see `Size`)."""
+        """i32[n, 3] of the usable examples (see `ExampleSize`)."""
         return np.array([one.size for one in self.usable], np.int32).reshape(-1, 3)
 
     @property
@@ -99,12 +99,12 @@ def measure(example: Example, encoder: Encoder) -> Measured:
     """Sizes and supervised tokens of an example, its images known by their headers; raises ValueError if it cannot be used."""
     config, layout = encoder.config, encoder.config.layout
     whole = encoder.text(example)
-    looks = [look_at(source, config.data) for source in example.images]
+    looks = [read_header(source, config.data) for source in example.images]
     sizes = [look.size_wh for look in looks]
     grids = tuple(image_grid(size, config.image) for size in sizes)
     visual = [layout.token_count(grid, size) for grid, size in zip(grids, sizes, strict=True)]
     text = encoder.fit(example, whole, visual)
-    size = Size(text.ids.size - len(visual) + sum(visual), sum(map(layout.views, grids)), sum(visual))
+    size = ExampleSize(text.ids.size - len(visual) + sum(visual), sum(map(layout.views, grids)), sum(visual))
     origin = str(example.info.get("set") or example.info.get("data_source") or "")
     remarks = (*chain.from_iterable(look.remarks for look in looks), *text.remarks)
     return Measured(size, int(text.supervised[1:].sum()), grids, remarks, origin)
@@ -122,7 +122,7 @@ def padded_efficiency(sizes: np.ndarray, config: Config) -> float:
 def packed_efficiency(sizes: np.ndarray, config: Config) -> tuple[float, float]:
     """Share of useful token slots, 0..1, and examples per row, if packing were on and these examples were an epoch."""
     packing = replace(config.data.packing, enabled=True)
-    limits = Limits.of(replace(config, data=replace(config.data, packing=packing)))
+    limits = RowCapacity.of(replace(config, data=replace(config.data, packing=packing)))
     packs = pack(np.arange(len(sizes)), sizes, limits, packing.window)
     if not len(packs):
         return 0.0, 0.0
@@ -147,7 +147,7 @@ def by_origin(usable: Iterable[Measured]) -> list[tuple[str, int, float, float]]
 def _measure_row(source: Source, row: int, encoder: Encoder) -> Measured | BadExample:
     try:
         example = source[row]
-    except SampleError as error:
+    except ExampleError as error:
         return BadExample(row, error.name, str(error))
     try:
         return measure(example, encoder)

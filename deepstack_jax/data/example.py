@@ -32,7 +32,7 @@ class Example:
     info: Mapping[str, Any] = field(default_factory=dict)
 
 
-class Outline(NamedTuple):
+class RecordMetadata(NamedTuple):
     """What can be known of a row without reading its images.
 
     Attributes:
@@ -55,10 +55,10 @@ class Source(Protocol):
 
 
 @runtime_checkable
-class OutlinedSource(Source, Protocol):
+class MetadataSource(Source, Protocol):
     """A source that can be looked over quickly, and whose images may be missing."""
 
-    def outlines(self) -> Iterator[Outline]:
+    def metadata(self) -> Iterator[RecordMetadata]:
         """Of every row in order, unusable ones included, so that their numbers fit; no image is read."""
         ...
 
@@ -74,7 +74,7 @@ class SourceError(UserError):
         super().__init__(redacted(message))
 
 
-class SampleError(SourceError):
+class ExampleError(SourceError):
     """One row that cannot be used, the others can; `name` is its id, for a quarantine list."""
 
     def __init__(self, message: str, name: str) -> None:

@@ -21,7 +21,7 @@ from deepstack_jax.data.example import Source
 from deepstack_jax.data.formats import files
 from deepstack_jax.data.formats.file_source import FileSource
 from deepstack_jax.data.order.mixture import Mixture, row_choice
-from deepstack_jax.data.shards.records import SUFFIX
+from deepstack_jax.data.shards.reader import SUFFIX
 from deepstack_jax.printing import redacted
 
 LOOKED_AT = 64  # rows, spread over the source: of one behind a network, or drawn; the only ones of earlier versions
@@ -31,7 +31,7 @@ _PARTS, _PART_BYTES, _READ_BYTES = 256, 64 << 10, 1 << 20
 UNUSABLE = "-"  # in place of a digest, of what cannot be used: mended since, it is no other data
 
 
-class Named(NamedTuple):
+class NamedImages(NamedTuple):
     """The images that the rows of a source name by a path.
 
     Attributes:
@@ -153,13 +153,13 @@ def describe_texts(config: Config, source: Source) -> str:
     return seen.hexdigest()[:16]
 
 
-def named_images(source: Source) -> Named:
+def named_images(source: Source) -> NamedImages:
     """Looks whether every image is there that the source names; opens none of them."""
     count, wanted = 0, {}
     for path in _image_paths(source):
         count += 1
         wanted[path] = None
-    return Named(count, files.missing(wanted))
+    return NamedImages(count, files.missing(wanted))
 
 
 def _image_paths(source: Source) -> Iterator[str]:
@@ -172,7 +172,7 @@ def _image_paths(source: Source) -> Iterator[str]:
         taken[0] = source, np.ones(len(source), bool)
     for container, mask in taken.values():
         if isinstance(container, FileSource) and container.image_root:
-            for outline in compress(container.outlines(), mask):
+            for outline in compress(container.metadata(), mask):
                 yield from (files.under(container.image_root, name) for name in outline.images)
 
 

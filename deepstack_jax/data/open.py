@@ -9,13 +9,13 @@ from fnmatch import fnmatch
 from functools import partial
 
 from deepstack_jax.config import LIMITS, Config, LimitsConfig
-from deepstack_jax.data.example import OutlinedSource, Source, SourceError
+from deepstack_jax.data.example import MetadataSource, Source, SourceError
 from deepstack_jax.data.formats import files
-from deepstack_jax.data.formats.file_source import FileSource, Rows
-from deepstack_jax.data.formats.json_records import LINE_SUFFIXES, JsonRows
-from deepstack_jax.data.formats.tables import ArrowRows, ParquetRows
+from deepstack_jax.data.formats.file_source import FileSource, Records
+from deepstack_jax.data.formats.json_records import LINE_SUFFIXES, JsonRecords
+from deepstack_jax.data.formats.tables import ArrowRecords, ParquetRecords
 from deepstack_jax.data.order.mixture import open_mixture
-from deepstack_jax.data.shards import records
+from deepstack_jax.data.shards import reader as records
 from deepstack_jax.data.synthetic import DocumentPages
 from deepstack_jax.errors import ConfigError
 from deepstack_jax.printing import plural
@@ -32,7 +32,7 @@ class MissingError(SourceError):
     """Nothing is at the path."""
 
 
-def open_files(path: str, images: str, limits: LimitsConfig = LIMITS) -> OutlinedSource:
+def open_files(path: str, images: str, limits: LimitsConfig = LIMITS) -> MetadataSource:
     """The examples of a data file or folder.
 
     Args:
@@ -46,7 +46,7 @@ def open_files(path: str, images: str, limits: LimitsConfig = LIMITS) -> Outline
         limits: what its rows may take.
 
     Returns:
-        Random access, cheap to pickle. Rows may be of any style that `data/formats/styles.py` knows.
+        Random access, cheap to pickle. Records may be of any style that `data/formats/styles.py` knows.
 
     Raises:
         MissingError: nothing is there.
@@ -58,7 +58,7 @@ def open_files(path: str, images: str, limits: LimitsConfig = LIMITS) -> Outline
         opened = _open(path, limits)
     except OSError as error:
         raise SourceError(f"cannot read {error.filename or path}: {error.strerror}; check the path") from error
-    if isinstance(opened, records.RecordShards):
+    if isinstance(opened, records.ShardSource):
         return opened
     return FileSource(opened, files.absolute(images) if images else "")
 
@@ -92,7 +92,7 @@ def check_images(source: Source, config: Config, limit: int = 1000) -> None:
     Raises:
       SourceError: with the first missing path and the flag that points to the image root.
     """
-    if not isinstance(source, OutlinedSource):
+    if not isinstance(source, MetadataSource):
         return
     missing = source.missing_images(limit)
     if len(missing) > config.data.max_bad_fraction * min(limit, len(source)):
@@ -108,7 +108,7 @@ def check_images(source: Source, config: Config, limit: int = 1000) -> None:
         )
 
 
-def _open(path: str, limits: LimitsConfig) -> "Rows | records.RecordShards":
+def _open(path: str, limits: LimitsConfig) -> "Records | records.ShardSource":
     if files.is_file(path):
         return _open_parts(path, [path], limits)
     if files.is_folder(path):
@@ -135,15 +135,15 @@ def _absence(path: str) -> str:
     return "does not exist"
 
 
-def _open_parts(path: str, parts: Sequence[str], limits: LimitsConfig) -> Rows:
+def _open_parts(path: str, parts: Sequence[str], limits: LimitsConfig) -> Records:
     suffixes = {posixpath.splitext(part)[1].lower() for part in parts}
     if suffixes == {".parquet"}:
         _check_shards(path, parts)
-        return ParquetRows(path, parts, limits)
+        return ParquetRecords(path, parts, limits)
     if suffixes == {".arrow"}:
-        return ArrowRows(path, parts, limits)
+        return ArrowRecords(path, parts, limits)
     if len(parts) == 1 and suffixes <= {".json", *LINE_SUFFIXES}:
-        return JsonRows(path, limits)
+        return JsonRecords(path, limits)
     if len(parts) > 1:
         raise SourceError(
             f"{path} matches {len(parts)} files that are not all .parquet or all .arrow; name one kind, or one file"
@@ -151,7 +151,7 @@ def _open_parts(path: str, parts: Sequence[str], limits: LimitsConfig) -> Rows:
     raise SourceError(f"{path} ends in {suffixes.pop()!r}, which names no format; give {_CONTAINERS}")
 
 
-def _open_folder(folder: str, split: str, limits: LimitsConfig) -> "Rows | records.RecordShards":
+def _open_folder(folder: str, split: str, limits: LimitsConfig) -> "Records | records.ShardSource":
     """The one container that a folder is; `split` chooses among the splits of a folder of parquet files."""
     held = files.names(folder)
     kinds = {
@@ -165,7 +165,7 @@ def _open_folder(folder: str, split: str, limits: LimitsConfig) -> "Rows | recor
         what = f"is {' and '.join(found)} at once" if found else f"holds {', '.join(held[:8]) or 'nothing'}"
         raise SourceError(f"folder {folder} {what}; give {_CONTAINERS}")
     if found == ["ArrayRecord shards"]:
-        return records.RecordShards(folder, limits)
+        return records.ShardSource(folder, limits)
     if found == ["a saved dataset"]:
         return _open_saved(folder, limits)
     by_split = _splits(folder)
@@ -224,7 +224,7 @@ def _check_shards(path: str, parts: Sequence[str]) -> None:
             raise SourceError(f"{', '.join(lost[:3])}{more} missing; fetch them, or name by a pattern which files to use")
 
 
-def _open_saved(folder: str, limits: LimitsConfig) -> Rows:
+def _open_saved(folder: str, limits: LimitsConfig) -> Records:
     """The arrow files that state.json of `datasets.save_to_disk` lists, in its order."""
     state = files.under(folder, "state.json")
     entries = _read_list(state, "_data_files")
@@ -235,7 +235,7 @@ def _open_saved(folder: str, limits: LimitsConfig) -> Rows:
     lost = files.missing(parts)
     if lost or not names:
         raise SourceError(f"{state} lists {len(names)} files, missing: {', '.join(lost[:3]) or 'all'}; copy the folder again")
-    return ArrowRows(folder, parts, limits)
+    return ArrowRecords(folder, parts, limits)
 
 
 def _read_list(path: str, key: str) -> list[object]:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from deepstack_jax.data.encode.templates import IMAGE_MARK
-from deepstack_jax.data.example import Example, OutlinedSource, Source
+from deepstack_jax.data.example import Example, MetadataSource, Source
 from deepstack_jax.data.formats import files
 from deepstack_jax.data.formats.file_source import FileSource
 from deepstack_jax.data.order.mixture import Mixture
@@ -60,7 +60,7 @@ def find_overlap(held_out: Source, rows: int, train: Source, seconds: float = SE
     found, looked_at, ends = set[int](), 0, time.monotonic() + seconds
     for source, taken in containers:
         root = source.image_root if isinstance(source, FileSource) else ""
-        for place, outline in enumerate(source.outlines()):
+        for place, outline in enumerate(source.metadata()):
             if looked_at % _LOOK == _LOOK - 1 and time.monotonic() > ends:
                 break
             looked_at += bool(taken[place])
@@ -77,15 +77,15 @@ def find_overlap(held_out: Source, rows: int, train: Source, seconds: float = SE
     return Overlap(sorted(found), names[min(found)] if found else "", looked_at)
 
 
-def _containers(source: Source) -> Iterator[tuple[OutlinedSource, np.ndarray]]:
+def _containers(source: Source) -> Iterator[tuple[MetadataSource, np.ndarray]]:
     """What a source is made of, each once, with bool[rows] of what it takes of it; nothing where it cannot be looked over."""
     if isinstance(source, Mixture):
-        shared: dict[int, tuple[OutlinedSource, np.ndarray]] = {}
+        shared: dict[int, tuple[MetadataSource, np.ndarray]] = {}
         for part in source.parts:
             _, taken = shared.setdefault(id(part.source), (part.source, np.zeros(len(part.source), bool)))
             taken[part.rows] = True
         yield from shared.values()
-    elif isinstance(source, OutlinedSource):
+    elif isinstance(source, MetadataSource):
         yield source, np.ones(len(source), bool)
 
 

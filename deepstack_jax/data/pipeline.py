@@ -1,4 +1,4 @@
-"""Grain pipelines from a source to batches. What is in a batch is a pure function of its number (`data/order/schedule.py`).
+"""Grain pipelines from a source to batches. What is in a batch is a pure function of its number (`data/order/batches.py`).
 
 Shuffle, repeat, packing and batching are index arithmetic, done before any worker process: so the batch with number n is
 the same for every number of workers and hosts, a run resumes at the byte where it stopped, and no example is seen twice in an
@@ -25,21 +25,21 @@ from rich.table import Table
 
 from deepstack_jax.batch import Batch, BatchShape, check_batch, empty_batch
 from deepstack_jax.config import Config
-from deepstack_jax.data.encode.batch_rows import Cursor, EncodedExample, Size, blank_example, place_example
+from deepstack_jax.data.encode.batch_rows import Cursor, EncodedExample, ExampleSize, blank_example, place_example
 from deepstack_jax.data.encode.encoder import BadExample, Encoder, check_end_of_turn
 from deepstack_jax.data.encode.tokenizer import Tokenizer, load_tokenizer
-from deepstack_jax.data.example import Example, SampleError, Source, SourceError
+from deepstack_jax.data.example import Example, ExampleError, Source, SourceError
 from deepstack_jax.data.formats import files
+from deepstack_jax.data.order.batches import BatchOrder, PackedBatches, PaddedBatches
 from deepstack_jax.data.order.lengths import length_index, measure
 from deepstack_jax.data.order.mixture import SHUFFLE_ROUNDS, epoch_order, row_choice
-from deepstack_jax.data.order.packing import Limits
-from deepstack_jax.data.order.schedule import PackedSchedule, PaddedSchedule, Schedule
-from deepstack_jax.data.workers import check_shared_memory, live_and_die_with_the_run, why_lost
+from deepstack_jax.data.order.packing import RowCapacity
+from deepstack_jax.data.workers import check_shared_memory, ignore_signals_exit_with_parent, worker_failure
 from deepstack_jax.errors import ConfigError, fetch_command
 from deepstack_jax.printing import redacted
 
 
-class Delivered(NamedTuple):
+class HostBatch(NamedTuple):
     """This host's part of a batch, and what was left blank in it."""
 
     batch: Batch
@@ -65,7 +65,7 @@ def open_tokenizer(config: Config) -> Tokenizer:
     return tokenizer
 
 
-def row_check(config: Config) -> tuple[Callable[[Example], object], dict[str, Any]]:
+def example_check(config: Config) -> tuple[Callable[[Example], object], dict[str, Any]]:
     """What every example must stand, which is what a run asks of it, and the settings that this depends on.
 
     Where the tokenizer is not on this machine, a warning says that lengths are not looked at.
@@ -83,7 +83,7 @@ def row_check(config: Config) -> tuple[Callable[[Example], object], dict[str, An
 
 
 @dataclass(frozen=True)
-class BatchMaker:
+class ExampleLoader:
     """Loads rows of the source into the form that batches are put together from."""
 
     source: Source
@@ -93,20 +93,20 @@ class BatchMaker:
         """The training form of row `index` of the source, or why it cannot be used."""
         try:
             example = self.source[index]
-        except SampleError as error:
+        except ExampleError as error:
             return BadExample(index, error.name, str(error))
         return self.encoder(example)
 
 
 @dataclass(frozen=True)
-class StepMaker:
+class BatchLoader:
     """Number of a batch -> one host's part of it. Runs in the workers.
 
     `sizes` i32[rows of the source, 3] is what the schedule was made from, if it was made from lengths.
     """
 
-    maker: BatchMaker
-    schedule: Schedule
+    maker: ExampleLoader
+    schedule: BatchOrder
     sizes: np.ndarray | None
     process: int
     processes: int
@@ -117,7 +117,7 @@ class StepMaker:
         share = self.schedule.rows // self.processes
         return step.rows[self.process * share : (self.process + 1) * share], step.longest
 
-    def __call__(self, number: int) -> Delivered:
+    def __call__(self, number: int) -> HostBatch:
         rows, longest = self.rows(int(number))
         config = self.maker.encoder.config
         loaded = [[self._load(index) for index in row] for row in rows]
@@ -125,12 +125,12 @@ class StepMaker:
             return collate([example for [(example, _)] in loaded], config, longest)
         return _fill(config.batch_shape(len(rows), config.data.max_length), loaded, config.layout.patches)
 
-    def _load(self, index: int) -> tuple[EncodedExample | BadExample, Size]:
+    def _load(self, index: int) -> tuple[EncodedExample | BadExample, ExampleSize]:
         """An example and the room that is kept for it. One that needs another is blank: packs are never made again."""
         example = self.maker.load(index)
         if self.sizes is None:
-            return example, Size()
-        planned = Size(*map(int, self.sizes[index]))
+            return example, ExampleSize()
+        planned = ExampleSize(*map(int, self.sizes[index]))
         if isinstance(example, EncodedExample) and example.size != planned:
             reason = (
                 f"row {index} has the size {tuple(example.size)} in tokens, crop slots, visual tokens, the length index says "
@@ -140,7 +140,7 @@ class StepMaker:
         return example, planned
 
 
-def collate(examples: Sequence[EncodedExample | BadExample], config: Config, longest: int | None = None) -> Delivered:
+def collate(examples: Sequence[EncodedExample | BadExample], config: Config, longest: int | None = None) -> HostBatch:
     """One example per row, right padded to a bucket; the place of a bad one stays blank, with its id on record.
 
     Args:
@@ -150,11 +150,13 @@ def collate(examples: Sequence[EncodedExample | BadExample], config: Config, lon
     """
     if longest is None:
         longest = max((example.length for example in examples if isinstance(example, EncodedExample)), default=0)
-    rows = [[(example, Size())] for example in examples]
+    rows = [[(example, ExampleSize())] for example in examples]
     return _fill(config.padded_shape(len(rows), config.padded_length(longest)), rows, config.layout.patches)
 
 
-def _fill(shape: BatchShape, rows: Sequence[Sequence[tuple[EncodedExample | BadExample, Size]]], patches: int) -> Delivered:
+def _fill(
+    shape: BatchShape, rows: Sequence[Sequence[tuple[EncodedExample | BadExample, ExampleSize]]], patches: int
+) -> HostBatch:
     """A batch with every row's examples one behind the other; where a bad one was due, room of the given size stays blank."""
     batch = empty_batch(shape)
     bad, remarks = [], []
@@ -170,10 +172,10 @@ def _fill(shape: BatchShape, rows: Sequence[Sequence[tuple[EncodedExample | BadE
                 if example.remarks:
                     remarks.append((example.index, example.remarks))
     check_batch(batch, patches)
-    return Delivered(batch, tuple(bad), sum(map(len, rows)), tuple(remarks))
+    return HostBatch(batch, tuple(bad), sum(map(len, rows)), tuple(remarks))
 
 
-class TrainingStream(Iterator[Delivered]):
+class TrainingStream(Iterator[HostBatch]):
     """Batches without end, in a fixed order, from any batch number on.
 
     Args:
@@ -201,12 +203,12 @@ class TrainingStream(Iterator[Delivered]):
         self.examples_per_epoch = len(order)
         batch_size, several = config.train.batch_size, processes > 1 and bool(data.buckets)
         sizes = length_index(source, config) if data.packing.enabled or several else None
-        self.schedule: PackedSchedule | PaddedSchedule
+        self.schedule: PackedBatches | PaddedBatches
         if data.packing.enabled and sizes is not None:
             divisor = math.lcm(devices, processes) * config.train.accumulation
-            self.schedule = PackedSchedule(order, sizes, Limits.of(config), data.packing.window, batch_size, divisor)
+            self.schedule = PackedBatches(order, sizes, RowCapacity.of(config), data.packing.window, batch_size, divisor)
         else:
-            self.schedule = PaddedSchedule(order, batch_size, sizes)
+            self.schedule = PaddedBatches(order, batch_size, sizes)
         self.rows = self.schedule.rows
         if self.rows % processes:
             near = max(1, round(self.rows / processes)) * processes
@@ -215,7 +217,7 @@ class TrainingStream(Iterator[Delivered]):
             )
         shape = config.batch_shape(self.rows // processes, data.max_length)
         check_shared_memory(data, shape.rows * shape.crops * shape.crop_size**2 * 3)  # pixels, next to which the rest is small
-        self._make = StepMaker(BatchMaker(source, Encoder(config)), self.schedule, sizes, process, processes)
+        self._make = BatchLoader(ExampleLoader(source, Encoder(config)), self.schedule, sizes, process, processes)
 
     def steps(self, epochs: float) -> int:
         """Batches that go through the data so often; the same with and without packing within 2%."""
@@ -223,7 +225,7 @@ class TrainingStream(Iterator[Delivered]):
 
     def describe(self) -> Table | None:
         """How well packed rows are used; None without packing."""
-        return self.schedule.describe() if isinstance(self.schedule, PackedSchedule) else None
+        return self.schedule.describe() if isinstance(self.schedule, PackedBatches) else None
 
     def indices(self, number: int) -> list[int]:
         """Rows of the source in this host's part of batch `number`, in order."""
@@ -269,14 +271,14 @@ class TrainingStream(Iterator[Delivered]):
             **self.schedule.order(),
         }
 
-    def __next__(self) -> Delivered:
+    def __next__(self) -> HostBatch:
         try:
             if self._iterator is None:
                 self._iterator = iter(self._dataset(self._next))
             delivered = next(self._iterator)
         except Exception as error:  # Grain's workers and threads must not outlive it into the exit of Python
             self.close()
-            if reason := why_lost(error):
+            if reason := worker_failure(error):
                 raise SourceError(reason) from error
             raise
         self._next += 1
@@ -304,4 +306,4 @@ class TrainingStream(Iterator[Delivered]):
 
 
 def _start_worker(worker: int, workers: int) -> None:
-    live_and_die_with_the_run()
+    ignore_signals_exit_with_parent()

@@ -23,7 +23,7 @@ _WAY_OUT = (
 _LOST = re.compile(r"Worker process was terminated unexpectedly with exit code (-?\d+)")  # Grain's words
 
 
-def live_and_die_with_the_run() -> None:
+def ignore_signals_exit_with_parent() -> None:
     """A terminal and a job scheduler signal every process of a run: its workers go on, so that it can save and end them.
 
     They end by themselves when the run was killed; without that they would wait for it forever.
@@ -58,7 +58,7 @@ def check_shared_memory(data: DataConfig, batch: int) -> None:
         )
 
 
-def why_lost(error: Exception) -> str:
+def worker_failure(error: Exception) -> str:
     """What to say of workers that could not start or were ended from outside; "" of any other error."""
     found = _LOST.search(str(error))
     number = -int(found[1]) if found else 0

@@ -19,7 +19,7 @@ from deepstack_jax.data.encode.templates import (
     Rendered,
     Template,
     get_template,
-    normalise,
+    images_to_front,
     render,
 )
 from deepstack_jax.data.encode.tokenizer import load_tokenizer
@@ -50,7 +50,7 @@ def answered_turns(example: Example, template: Template) -> list[AnsweredTurn]:
     Raises:
       ConversationError: nothing is answered, speakers do not alternate, or images and placeholders differ in number.
     """
-    messages = normalise(example.messages, template) if example.images else example.messages
+    messages = images_to_front(example.messages, template) if example.images else example.messages
     if messages and messages[0].role == "gpt":  # it answers nothing, and templates drop it
         messages = messages[1:]
     shown = [*accumulate(message.text.count(IMAGE_MARK) if example.images else 0 for message in messages)]

@@ -18,7 +18,7 @@ from deepstack_jax.data.encode.encoder import BadExample, Encoder, try_row
 from deepstack_jax.data.encode.templates import get_template
 from deepstack_jax.data.encode.tokenizer import load_tokenizer
 from deepstack_jax.data.example import Example, Source
-from deepstack_jax.data.pipeline import Delivered, collate
+from deepstack_jax.data.pipeline import HostBatch, collate
 from deepstack_jax.evaluate.questions import prompts, uninterrupted
 from deepstack_jax.evaluate.scorers import exact_match
 from deepstack_jax.generate.decoding import NO_TOKEN
@@ -105,7 +105,7 @@ def _rows_per_host(config: Config, mesh: Mesh) -> int:
     return -(-config.evaluation.batch_size // shards) * shards // process_slice(mesh).count
 
 
-def _collate(examples: Sequence[EncodedExample | BadExample], rows: int, config: Config) -> Delivered:
+def _collate(examples: Sequence[EncodedExample | BadExample], rows: int, config: Config) -> HostBatch:
     """A host's part of a batch, filled up with blank rows; all hosts take the same length."""
     longest = max((example.length for example in examples if isinstance(example, EncodedExample)), default=0)
     delivered = collate([*examples, *[_NOBODY] * (rows - len(examples))], config, max_over_hosts(longest))
@@ -203,7 +203,7 @@ class HeldOut:
 
         return ask(self.source, self._config, decode, examples, self._mesh)
 
-    def _batches(self) -> Iterator[Delivered]:
+    def _batches(self) -> Iterator[HostBatch]:
         """This host's parts of the batches."""
         encoder = Encoder(uninterrupted(self._config))
         part, rows = process_slice(self._mesh), _rows_per_host(self._config, self._mesh)

@@ -115,7 +115,7 @@ def check_model_fits(config: Config, mesh: Mesh) -> None:
 def check_batch_fits(config: Config, mesh: Mesh) -> None:
     """Raise ConfigError where a micro-batch does not split evenly over the batch axes of the mesh, and so over the hosts.
 
-    Packed rows are as many as do: see `data/order/schedule.py`.
+    Packed rows are as many as do: see `data/order/batches.py`.
     """
     if config.data.packing.enabled:
         return

@@ -9,7 +9,7 @@ from fractions import Fraction
 from jax.sharding import Mesh
 
 from deepstack_jax.config import Config
-from deepstack_jax.data.order.schedule import packed_rows
+from deepstack_jax.data.order.batches import packed_rows
 from deepstack_jax.parallel.kernels import kernel_for
 from deepstack_jax.parallel.mesh import check_batch_fits, make_mesh
 from deepstack_jax.plan.collectives import find_collectives

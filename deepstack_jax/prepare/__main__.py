@@ -22,7 +22,7 @@ from deepstack_jax import cli
 from deepstack_jax.config import Config
 from deepstack_jax.data.example import SourceError
 from deepstack_jax.data.formats import files
-from deepstack_jax.data.shards.records import MANIFEST, verify
+from deepstack_jax.data.shards.reader import MANIFEST, verify
 from deepstack_jax.errors import ConfigError
 from deepstack_jax.prepare.journal import BAD, IDENTITY, Journal, too_many_bad
 from deepstack_jax.prepare.preparing import Chunk, DiskError, Job, make_chunks, record_bytes, shard_bytes
@@ -134,9 +134,9 @@ def open_split(config: Config, name: str, out: str, asked: dict[str, Any], conso
     from deepstack_jax.data.fingerprint import describe_files, describe_options
     from deepstack_jax.data.open import open_source
     from deepstack_jax.data.order.mixture import Mixture, describe_mixture
-    from deepstack_jax.data.pipeline import row_check
+    from deepstack_jax.data.pipeline import example_check
 
-    check, checked = row_check(config)
+    check, checked = example_check(config)
     with console.status(f"opening {name} data"):
         source = open_source(config, name)
         per_row = record_bytes(source)

@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 
 from deepstack_jax.atomic import SCRATCH, write_whole
-from deepstack_jax.data.example import SampleError, SourceError
-from deepstack_jax.data.shards.records import MANIFEST, SUFFIX, RecordShards
+from deepstack_jax.data.example import ExampleError, SourceError
+from deepstack_jax.data.shards.reader import MANIFEST, SUFFIX, ShardSource
 from deepstack_jax.prepare.preparing import Bad, Chunk, Job, read_checked
 
 BAD, IDENTITY, JOURNAL = "bad.jsonl", "prepare.json", "journal.jsonl"
@@ -131,7 +131,7 @@ class Journal:
         if not self._look:
             (self.folder / JOURNAL).unlink(missing_ok=True)
         try:
-            return RecordShards(str(self.folder)).manifest  # looks at the size and the rows of every shard
+            return ShardSource(str(self.folder)).manifest  # looks at the size and the rows of every shard
         except SourceError as error:
             raise SourceError(f"{error}, with --force") from error
 
@@ -236,7 +236,7 @@ def source_rows(manifest: Mapping[str, Any]) -> np.ndarray:
 def _is_good(job: Job, row: int) -> bool:
     try:
         read_checked(job, row)
-    except SampleError:
+    except ExampleError:
         return False
     return True
 

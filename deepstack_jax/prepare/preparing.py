@@ -24,10 +24,10 @@ import numpy as np
 from deepstack_jax.atomic import SCRATCH
 from deepstack_jax.config import DataConfig
 from deepstack_jax.data.encode.image import ImageError, open_image
-from deepstack_jax.data.example import Example, SampleError, Source, SourceError
+from deepstack_jax.data.example import Example, ExampleError, Source, SourceError
 from deepstack_jax.data.shards.codec import decode_example, encode_example
-from deepstack_jax.data.shards.records import SUFFIX, RecordWriter, read_manifest
-from deepstack_jax.data.workers import live_and_die_with_the_run
+from deepstack_jax.data.shards.reader import SUFFIX, RecordWriter, read_manifest
+from deepstack_jax.data.workers import ignore_signals_exit_with_parent
 from deepstack_jax.printing import cut, one_line
 
 """How folders of shards begin that are being written; a kill leaves them behind."""
@@ -100,7 +100,7 @@ def read_checked(job: Job, row: int) -> tuple[Example, int]:
     """Row `row` as a shard holds it, and the bytes of its record.
 
     Raises:
-        SampleError: it is no usable conversation, cannot be stored, fails the check, or an image of it does not decode.
+        ExampleError: it is no usable conversation, cannot be stored, fails the check, or an image of it does not decode.
         SourceError: what the source raises when all of it is lost.
     """
     original = job.source[row]
@@ -112,13 +112,13 @@ def read_checked(job: Job, row: int) -> tuple[Example, int]:
         except ImageError as error:
             where = f"image {named}" if isinstance(named, str) else "an embedded image"
             why = str(error).partition(": ")[2]  # behind what was read, which is nameless bytes here
-            raise SampleError(f"{original.name}: cannot read {where}: {why}; mend or remove it", original.name) from error
+            raise ExampleError(f"{original.name}: cannot read {where}: {why}; mend or remove it", original.name) from error
     try:
         job.check(stored)
     except SourceError:
         raise
     except ValueError as error:
-        raise SampleError(f"{original.name}: {error}", original.name) from error
+        raise ExampleError(f"{original.name}: {error}", original.name) from error
     return stored, len(record)
 
 
@@ -136,7 +136,7 @@ def record_bytes(source: Source) -> float:
     for row in rows:
         try:
             sizes.append(len(encode_example(source[row])) + _RECORD_BYTES)
-        except SampleError as error:
+        except ExampleError as error:
             reasons.append(str(error))
     if not sizes and len(rows) < len(source):
         raise SourceError(
@@ -171,7 +171,7 @@ def make_chunk(job: Job, number: int, tick: Callable[[], None]) -> Chunk:
         for row in job.rows(number):
             try:
                 example, length = read_checked(job, row)
-            except SampleError as error:
+            except ExampleError as error:
                 bad.append(Bad(row, cut(error.name), one_line(str(error))))
             except SourceError as error:
                 raise _LostSource(str(error)) from error
@@ -278,7 +278,7 @@ _worker: tuple[Job, Any, Any]
 
 def _start_worker(job: Job, rows: Any, stop: Any) -> None:
     global _worker
-    live_and_die_with_the_run()
+    ignore_signals_exit_with_parent()
     warnings.simplefilter("ignore")  # Pillow's: what does not decode is reported, the rest is as training sees it
     _worker = job, rows, stop
 

@@ -11,11 +11,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deepstack_jax.data.example import Example, SampleError, SourceError
+from deepstack_jax.data.example import Example, ExampleError, SourceError
 from deepstack_jax.data.formats.footers import read_chunks
 from deepstack_jax.data.open import open_files
 from deepstack_jax.data.shards.codec import decode_example, encode_example
-from deepstack_jax.data.shards.records import RecordShards
+from deepstack_jax.data.shards.reader import ShardSource
 from deepstack_jax.printing import one_line
 from tests.fuzz.watch import is_one_line, reads_only
 from tests.unit.test_records import shard_of
@@ -43,7 +43,7 @@ def refused(error: SourceError, most: int = 3000) -> None:
     """A refusal is a line, as it is shown, and its row has a name that can be written."""
     assert len(str(error)) < most
     is_one_line(ValueError(one_line(str(error))), 1500)
-    if isinstance(error, SampleError):
+    if isinstance(error, ExampleError):
         error.name.encode()
 
 
@@ -73,7 +73,7 @@ def test_rows_of_json_are_examples_or_one_line_each(tmp_path_factory, drawn):
         for index in range(len(source)):
             try:
                 holds(source[index], folder)
-            except SampleError as error:
+            except ExampleError as error:
                 refused(error, 1500 + 2 * len(str(folder)))
 
 
@@ -126,11 +126,11 @@ def test_records_are_examples_or_damaged_and_open_nothing(tmp_path_factory, reco
 @given(st.lists(like_records.map(packed), min_size=1, max_size=3))
 def test_shards_of_any_records_name_the_bad_ones(tmp_path_factory, drawn):
     folder = shard_of(tmp_path_factory.mktemp("shards") / "set", drawn)
-    source, names = RecordShards(str(folder)), []
+    source, names = ShardSource(str(folder)), []
     for index in range(len(source)):
         try:
             holds(source[index], None)
-        except SampleError as error:
+        except ExampleError as error:
             refused(error)
             names.append(error.name)
     assert set(names) <= {f"row {index}" for index in range(len(source))}
@@ -175,7 +175,7 @@ def read_changed(path: Path, seeds: range) -> None:
             for index in range(min(len(source), 8)):
                 try:
                     holds(source[index], None)
-                except SampleError as error:
+                except ExampleError as error:
                     refused(error)
             assert sum(1 for _ in source.outlines()) == len(source)
         except SourceError as error:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from PIL import Image, features
 
 from deepstack_jax.config import DataConfig
-from deepstack_jax.data.formats.image_files import FORMATS, ImageError, image_size, look_at, read_image
+from deepstack_jax.data.formats.image_files import FORMATS, ImageError, image_size, read_header, read_image
 from tests.fuzz.watch import is_one_line, reads_only
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # Pillow's, of what is broken
@@ -53,7 +53,7 @@ def check(content, folder):
     """Read in every way, or refused in one line each time."""
     sizes = {}
     for data in (KEPT, TURNED):
-        for read in (image_size, look_at, read_image):
+        for read in (image_size, read_header, read_image):
             try:
                 with reads_only(folder):
                     found = read(content, data)
@@ -64,8 +64,8 @@ def check(content, folder):
                 image, remarks = found
                 assert image.mode in ("RGB", "L")
                 assert np.asarray(image).dtype == np.uint8
-                assert sizes[data.exif, image_size] == sizes[data.exif, look_at] == image.size
-                assert set(remarks) <= {*look_at(content, data).remarks}
+                assert sizes[data.exif, image_size] == sizes[data.exif, read_header] == image.size
+                assert set(remarks) <= {*read_header(content, data).remarks}
             else:
                 sizes[data.exif, read] = found if read is image_size else found.size_wh
                 assert 0 < np.prod(sizes[data.exif, read], dtype=object) <= data.max_pixels

@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 
 from deepstack_jax.data.encode.templates import Message
-from deepstack_jax.data.example import Example, SampleError
+from deepstack_jax.data.example import Example, ExampleError
 
 SIZES_WH = ((20, 10), (9, 30), (16, 16), (40, 12), (7, 7))
 WORDS = "ab cd efg hi j klm"
@@ -38,7 +38,7 @@ class MadeExamples:
         if not 0 <= index < self.count:
             raise IndexError(f"row {index} of {self.count}")
         if index in self.refused:
-            raise SampleError(f"row {index} is refused", f"made{index}")
+            raise ExampleError(f"row {index} is refused", f"made{index}")
         rng = np.random.default_rng(index)
         images = [draw(index + 100 * number) for number in range((0, 1, 0, 2)[index % 4])]
         if index in self.broken:

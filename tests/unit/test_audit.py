@@ -22,9 +22,9 @@ from deepstack_jax.audit.prompt import prompt_runs, special_names, token_texts
 from deepstack_jax.batch import NEWLINE
 from deepstack_jax.config import Config, build_config, default_config
 from deepstack_jax.data.encode.encoder import BadExample, Encoder
-from deepstack_jax.data.encode.templates import Message, get_template, normalise, render
+from deepstack_jax.data.encode.templates import Message, get_template, images_to_front, render
 from deepstack_jax.data.encode.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer, train_bpe
-from deepstack_jax.data.example import Example, SampleError
+from deepstack_jax.data.example import Example, ExampleError
 from deepstack_jax.data.order import lengths
 from deepstack_jax.data.pipeline import TrainingStream
 from deepstack_jax.printing import Console
@@ -56,7 +56,7 @@ def small_config(**changes: object) -> Config:
 class Listed:
     """Examples from a list; an exception in it is raised."""
 
-    def __init__(self, examples: Sequence[Example | SampleError]) -> None:
+    def __init__(self, examples: Sequence[Example | ExampleError]) -> None:
         self.examples = examples
 
     def __len__(self) -> int:
@@ -64,7 +64,7 @@ class Listed:
 
     def __getitem__(self, index) -> Example:
         found = self.examples[index]
-        if isinstance(found, SampleError):
+        if isinstance(found, ExampleError):
             raise found
         return found
 
@@ -218,7 +218,7 @@ def test_prompt_is_the_conversation_and_marks_its_answers():
     config = small_config(data__template="v1")
     found = seen(config, SQUARE)
     template = get_template("v1")
-    rendered = render(normalise(TURNS, template), template)
+    rendered = render(images_to_front(TURNS, template), template)
     runs = prompt_runs(found, ByteTokenizer(), special_names(ByteTokenizer(), template))
     names = {"BOS": "", "EOS": "</s>", f"image 1: {SIDE**2} visual tokens": "<image>"}
     text = "".join(names[piece.text] if piece.kind != "text" else piece.text for _, run in runs for piece in run)
@@ -345,7 +345,7 @@ def mixed() -> tuple[str, Config]:
     examples = [
         example(0, SQUARE, WIDE, turns=two, data_source="photos"),
         example(1, turns=(Message("human", "Say <image>."), Message("gpt", "Hello"))),
-        SampleError("row 2 is damaged", "lost<one>"),
+        ExampleError("row 2 is damaged", "lost<one>"),
         example(3, SQUARE, turns=TURNS[:1]),
         Example(4, "torn", (b"\xff\xd8 no picture",), TURNS),
     ]
@@ -391,7 +391,7 @@ def test_what_a_browser_would_obey_comes_out_as_text():
     nasty = "\u202e\x1b]0;x\x07\x9b<script>alert(1)</script>\u2066'\"><img src=x>"
     config = small_config()
     turns = (Message("human", f"<image>\n{nasty}"), Message("gpt", f"a\n{nasty}"))
-    source = Listed([example(0, SQUARE, turns=turns, data_source=nasty), SampleError(f"row 1: {nasty}", f"{nasty}\n2")])
+    source = Listed([example(0, SQUARE, turns=turns, data_source=nasty), ExampleError(f"row 1: {nasty}", f"{nasty}\n2")])
     found = survey.survey(source, config, range(2), Console(file=StringIO()))
     cards = [
         make_card(number, model_input(source, row, config), config, ByteTokenizer()) for number, row in enumerate(range(2), 1)
@@ -420,7 +420,7 @@ def test_page_marks_what_is_supervised_and_nothing_else(mixed):
 
 def test_page_of_data_that_is_all_bad():
     config = small_config()
-    source = Listed([SampleError(f"row {row} is damaged", f"lost{row}") for row in range(3)])
+    source = Listed([ExampleError(f"row {row} is damaged", f"lost{row}") for row in range(3)])
     found = survey.survey(source, config, range(3), Console(file=StringIO()))
     cards = [make_card(1, model_input(source, 0, config), config, ByteTokenizer())]
     assert quarantined(found, cards) == [BadExample(row, f"lost{row}", f"row {row} is damaged") for row in range(3)]

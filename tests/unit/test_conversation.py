@@ -7,7 +7,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deepstack_jax.data.encode.templates import TEMPLATES, ConversationError, Message, get_template, normalise, parse, render
+from deepstack_jax.data.encode.templates import (
+    TEMPLATES,
+    ConversationError,
+    Message,
+    get_template,
+    images_to_front,
+    parse,
+    render,
+)
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "conversation"
 PREPROCESS = json.loads((GOLDEN / "preprocess.json").read_text())
@@ -22,7 +30,7 @@ def case_id(case):
 @pytest.mark.parametrize("case", PREPROCESS, ids=case_id)
 def test_normalised_turns_and_prompt_equal_the_official_ones(case):
     template = get_template(case["version"])
-    messages = normalise(parse(case["conversations"]), template) if case["has_image"] else parse(case["conversations"])
+    messages = images_to_front(parse(case["conversations"]), template) if case["has_image"] else parse(case["conversations"])
     official = [(turn["from"], turn["value"]) for turn in case["after_preprocess_multimodal"]]
     assert [(message.role, message.text) for message in messages] == official
     if case["prompt"] is None:
@@ -72,22 +80,22 @@ def test_every_span_is_one_answer_with_its_end_of_turn(exchanges, name):
 
 def test_several_images_in_a_turn_keep_their_count():
     turn = Message("human", "first <image> then <image> what?")
-    assert normalise([turn], TEMPLATES["v1"])[0].text == "<image>\n<image>\nfirst  then  what?"
-    assert normalise([Message("human", " <image> ")], TEMPLATES["v1"])[0].text == "<image>"
-    tagged = normalise([Message("human", "what? <image>")], TEMPLATES["v1_mmtag"])[0].text
+    assert images_to_front([turn], TEMPLATES["v1"])[0].text == "<image>\n<image>\nfirst  then  what?"
+    assert images_to_front([Message("human", " <image> ")], TEMPLATES["v1"])[0].text == "<image>"
+    tagged = images_to_front([Message("human", "what? <image>")], TEMPLATES["v1_mmtag"])[0].text
     assert tagged == "<Image><image></Image>\nwhat?"
     assert render([turn, ANSWER], TEMPLATES["plain"]).text == "<image><image>A dog.\n"
 
 
 @given(st.text(max_size=20), st.integers(0, 3))
 def test_normalising_twice_changes_nothing(text, images):
-    once = normalise([Message("human", text + "<image>" * images)], TEMPLATES["v1"])
-    assert normalise(once, TEMPLATES["v1"]) == once
+    once = images_to_front([Message("human", text + "<image>" * images)], TEMPLATES["v1"])
+    assert images_to_front(once, TEMPLATES["v1"]) == once
     assert once[0].text.count("<image>") == (text + "<image>" * images).count("<image>")
 
 
 def test_a_text_without_images_is_not_touched():
-    assert normalise([Message("human", "  spaced \n")], TEMPLATES["v1"])[0].text == "  spaced \n"
+    assert images_to_front([Message("human", "  spaced \n")], TEMPLATES["v1"])[0].text == "  spaced \n"
 
 
 def test_an_empty_answer_is_kept_and_trained():

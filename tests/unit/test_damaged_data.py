@@ -10,7 +10,7 @@ from configs.receipts import get_config
 from deepstack_jax.config import build_config
 from deepstack_jax.data.encode.batch_rows import EncodedExample
 from deepstack_jax.data.encode.encoder import BadExample, Encoder
-from deepstack_jax.data.example import SampleError
+from deepstack_jax.data.example import ExampleError
 from deepstack_jax.data.open import open_files
 
 REAL = Path(__file__).parents[3] / "shared" / "data" / "receipts"
@@ -81,7 +81,7 @@ def trained(folder: Path) -> tuple[EncodedExample | BadExample, EncodedExample |
     for index in range(2):
         try:
             results.append(encoder(source[index]))
-        except SampleError as error:
+        except ExampleError as error:
             results.append(BadExample(index, error.name, str(error)))
     return results[0], results[1]
 

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from deepstack_jax.data.encode.image import ImageError, open_image
-from deepstack_jax.data.example import SampleError, SourceError
+from deepstack_jax.data.example import ExampleError, SourceError
 from deepstack_jax.data.formats import files
 from deepstack_jax.data.formats import json_records as json_rows
 from deepstack_jax.data.formats.file_source import FileSource
@@ -75,7 +75,7 @@ def test_a_row_is_read_as_a_range(remote, monkeypatch):
     assert (example.name, example.images) == ("r7", (b"pixels 7",))
     assert sum(asked) < 1000
     asked.clear()
-    assert [outline.images for outline in source.outlines()] == [(f"sub/{number}.png",) for number in range(300)]
+    assert [outline.images for outline in source.metadata()] == [(f"sub/{number}.png",) for number in range(300)]
     assert sum(asked) <= len(text), "no image is read"
     lost = source.missing_images(10)
     assert [path.rpartition("/")[2] for path in lost] == [f"{number}.png" for number in range(10) if number not in (0, 7)]
@@ -107,7 +107,7 @@ def test_an_image_that_is_not_there_is_one_bad_sample(remote):
     source = open_files(f"{folder}/a.json", f"{folder}/images")
     assert source[0].images == (b"x",)
     with pytest.raises(
-        SampleError, match=r"row 1 \(id 'r1'\): cannot read image memory://.*/sub/1\.png: No such file"
+        ExampleError, match=r"row 1 \(id 'r1'\): cannot read image memory://.*/sub/1\.png: No such file"
     ) as caught:
         source[1]
     assert caught.value.name == "r1"
@@ -139,7 +139,7 @@ def test_what_is_not_there_and_what_cannot_be_reached(remote, monkeypatch):
         SourceError, match=r"cannot read .*a\.json any more: RuntimeError: 403 forbidden; put it back"
     ) as caught:
         source[0]
-    assert not isinstance(caught.value, SampleError)
+    assert not isinstance(caught.value, ExampleError)
 
 
 def test_a_missing_backend_names_the_package(monkeypatch):

@@ -8,7 +8,7 @@ import pytest
 from deepstack_jax.config import Config
 from deepstack_jax.data.encode.encoder import BadExample
 from deepstack_jax.data.encode.templates import Message
-from deepstack_jax.data.example import Example, SampleError
+from deepstack_jax.data.example import Example, ExampleError
 from deepstack_jax.evaluate.held_out import Prediction, ask
 from deepstack_jax.generate.answers import Answer
 from deepstack_jax.generate.options import Options, RequestError
@@ -39,7 +39,7 @@ class Rows(list):
 
     def __getitem__(self, index: Any) -> Example:
         if super().__getitem__(index) is None:
-            raise SampleError(f"row {index} is damaged", "x")
+            raise ExampleError(f"row {index} is damaged", "x")
         return super().__getitem__(index)
 
 

@@ -18,8 +18,8 @@ from deepstack_jax.data.formats.image_files import (
     TURNED,
     ImageError,
     image_size,
-    look_at,
     open_image,
+    read_header,
     read_image,
 )
 
@@ -80,7 +80,12 @@ def test_only_raster_formats_are_opened_and_no_program_starts(name, tmp_path, gh
     path = tmp_path / f"{name}.jpg"
     path.write_bytes(REFUSED[name])
     for source in (path, str(path), REFUSED[name]):
-        for read in (open_image, image_size, lambda source: look_at(source, APPLY), lambda source: read_image(source, IGNORE)):
+        for read in (
+            open_image,
+            image_size,
+            lambda source: read_header(source, APPLY),
+            lambda source: read_image(source, IGNORE),
+        ):
             with pytest.raises(ImageError, match=r"not in any image format that is read: PNG, JPEG, .*; convert it") as caught:
                 read(source)
             assert "\n" not in str(caught.value)
@@ -147,7 +152,7 @@ HUGE = {
 
 @pytest.mark.parametrize("name", HUGE)
 def test_what_is_too_large_is_refused_by_its_header_and_the_key_named(name):
-    for read in (open_image, image_size, lambda source: look_at(source, IGNORE)):
+    for read in (open_image, image_size, lambda source: read_header(source, IGNORE)):
         with pytest.raises(ImageError, match=r"max_pixels=120000000 \(config\.data\.max_pixels\)") as caught:
             read(HUGE[name])
         assert len(str(caught.value)) < 300
@@ -162,7 +167,7 @@ def test_photos_and_scans_of_the_real_world_pass_the_default():
 def test_the_limit_is_a_key():
     content = encoded(noise(), "PNG")
     small = DataConfig(max_pixels=24 * 16 - 1)
-    for read in (read_image, image_size, look_at):
+    for read in (read_image, image_size, read_header):
         with pytest.raises(ImageError, match=r"24x16 is more than max_pixels=383 \(config\.data\.max_pixels\)"):
             read(content, small)
     assert read_image(content, dataclasses.replace(small, max_pixels=384))[0].size == (24, 16)
@@ -257,7 +262,7 @@ def test_more_than_8_bits_are_scaled_by_the_full_range_of_their_type(name):
     source = DEEP_FILES[name]()
     image, remarks = read_image(source, IGNORE)
     assert (image.mode, remarks) == ("L", (DEEP,))
-    assert look_at(source, IGNORE).remarks == (DEEP,)
+    assert read_header(source, IGNORE).remarks == (DEEP,)
     off_by = 1 if name in ("tiff_16_signed", "tiff_16_signed_big_endian", "pgm_10") else 0  # its steps are no multiples of ours
     np.testing.assert_allclose(np.asarray(image).astype(int), RAMP, atol=off_by)
 
@@ -313,7 +318,7 @@ def test_colours_of_16_bits_are_within_one_step_and_counted():
         + content[8 + 25 :]
     )
     image, remarks = read_image(content, IGNORE)
-    assert remarks == look_at(content, IGNORE).remarks == (DEEP,)
+    assert remarks == read_header(content, IGNORE).remarks == (DEEP,)
     np.testing.assert_allclose(np.asarray(image).astype(int), values / 257, atol=1)
 
 
@@ -346,9 +351,9 @@ def test_every_orientation_is_turned_as_pillow_turns_it(kind, orientation):
     seen, remarks = read_image(content, IGNORE)
     np.testing.assert_array_equal(np.asarray(seen.convert("RGB")), np.asarray(stored))
     assert remarks == ((TURNED,) if orientation > 1 and kind != "TIFF" else ())
-    assert look_at(content, APPLY).size_wh == image_size(content, APPLY) == upright.size
-    assert look_at(content, IGNORE).size_wh == image_size(content, IGNORE) == stored.size
-    assert look_at(content, IGNORE).remarks == remarks
+    assert read_header(content, APPLY).size_wh == image_size(content, APPLY) == upright.size
+    assert read_header(content, IGNORE).size_wh == image_size(content, IGNORE) == stored.size
+    assert read_header(content, IGNORE).remarks == remarks
 
 
 def test_an_image_that_was_turned_is_not_turned_again():
@@ -368,7 +373,7 @@ def test_exif_behind_the_pixels_of_a_png_counts():
     expected = ImageOps.exif_transpose(Image.open(io.BytesIO(late)))
     np.testing.assert_array_equal(np.asarray(open_image(late, exif="apply")), np.asarray(expected))
     assert image_size(late, APPLY) == expected.size == (16, 24)
-    assert look_at(late, IGNORE).remarks == (TURNED,)
+    assert read_header(late, IGNORE).remarks == (TURNED,)
 
 
 def test_text_that_holds_exif_counts():

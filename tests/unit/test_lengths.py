@@ -21,7 +21,7 @@ from deepstack_jax.data.encode.encoder import BadExample, Encoder, OverlongError
 from deepstack_jax.data.encode.image import ImageError, open_image
 from deepstack_jax.data.encode.labels import IMAGE_TOKEN, EncodedText
 from deepstack_jax.data.encode.templates import Message
-from deepstack_jax.data.example import Example, SampleError, SourceError
+from deepstack_jax.data.example import Example, ExampleError, SourceError
 from deepstack_jax.data.order import lengths
 from deepstack_jax.data.order.lengths import image_size, length_index, measure, measure_rows
 from tests.unit.made_examples import MadeExamples, draw
@@ -268,7 +268,7 @@ def test_a_cut_text_is_a_beginning_with_all_images_and_something_to_learn(visual
     example, total = Example(0, "drawn", (), ()), sum(kind or 1 for kind in kinds)
     try:
         cut = Encoder(config).fit(example, EncodedText(ids, supervised), spans)
-    except SampleError:
+    except ExampleError:
         assert total > room
         return
     np.testing.assert_array_equal(cut.ids, ids[: cut.ids.size])
@@ -281,7 +281,7 @@ def test_a_cut_text_is_a_beginning_with_all_images_and_something_to_learn(visual
 
 def test_placeholders_without_images_are_refused():
     encoder = Encoder(make_config())
-    with pytest.raises(SampleError, match="odd: 1 image placeholder but 2 images"):
+    with pytest.raises(ExampleError, match="odd: 1 image placeholder but 2 images"):
         encoder.encode(Example(0, "odd", (draw(1), draw(2)), (Message("human", QUESTION), Message("gpt", "x"))))
 
 

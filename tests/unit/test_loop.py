@@ -19,7 +19,7 @@ from deepstack_jax.config import MeshConfig, PackingConfig
 from deepstack_jax.data.encode.encoder import BadExample
 from deepstack_jax.data.example import SourceError
 from deepstack_jax.data.open import open_source
-from deepstack_jax.data.pipeline import Delivered, TrainingStream
+from deepstack_jax.data.pipeline import HostBatch, TrainingStream
 from deepstack_jax.data.synthetic import VOCABULARY
 from deepstack_jax.parallel.mesh import make_mesh
 from deepstack_jax.printing import Console
@@ -242,7 +242,7 @@ def test_neither_saving_nor_evaluating_is_charged_with_the_step_before_it(tmp_pa
 def batches(before: Callable[[], None]):
     while True:
         before()
-        yield Delivered(None, (), 0)  # pyright: ignore[reportArgumentType]
+        yield HostBatch(None, (), 0)  # pyright: ignore[reportArgumentType]
 
 
 def waited(tmp_path, numbers, before: Callable[[], None]) -> float:

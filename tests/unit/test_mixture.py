@@ -20,10 +20,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deepstack_jax.config import SetConfig, build_config, default_config
-from deepstack_jax.data.example import OutlinedSource, SampleError, SourceError
+from deepstack_jax.data.example import ExampleError, MetadataSource, SourceError
 from deepstack_jax.data.open import open_files
 from deepstack_jax.data.order import filters as selection
-from deepstack_jax.data.order.mixture import EpochOrder, Mixture, count_problem, describe_mixture, epoch_order, open_mixture
+from deepstack_jax.data.order.mixture import EpochOrder, Mixture, describe_mixture, epoch_order, open_mixture, unexpected_count
 from deepstack_jax.errors import ConfigError
 from deepstack_jax.printing import Console
 
@@ -199,8 +199,8 @@ def test_the_665k_falls_apart_by_image_folder(root):
     assert example.images == (str(root / "gqa/images/gqa2.jpg"),)
     assert [mixture[index].info["set"] for index in (0, 14, 17, 21, 25)] == ["coco", "ocr_vqa", "textcaps", "vg", "sharegpt"]
     assert not mixture[25].images
-    assert isinstance(mixture, OutlinedSource)
-    assert [outline.name for outline in mixture.outlines()] == names(mixture)
+    assert isinstance(mixture, MetadataSource)
+    assert [outline.name for outline in mixture.metadata()] == names(mixture)
     copy = pickle.loads(pickle.dumps(mixture))
     assert names(copy) == names(mixture)
     assert len({id(part.source) for part in copy.parts}) == 1, "one file, opened once, sent once"
@@ -291,7 +291,7 @@ def test_unreadable_rows_are_not_lost_by_a_filter(root):
     mixture = opened({"all": SetConfig(file="damaged.json", drop_images=("textvqa/",))}, root)
     assert len(mixture) == 3
     for index in (1, 2):
-        with pytest.raises(SampleError, match=f"damaged.json row {index}"):
+        with pytest.raises(ExampleError, match=f"damaged.json row {index}"):
             mixture[index]
 
 
@@ -352,7 +352,7 @@ def test_a_split_of_a_folder_is_looked_for_by_the_one_that_opens_it(root):
 def test_how_far_a_count_may_be_off(root, found, expected, exact, wrong):
     part = opened({"text": SetConfig(file="llava_v1_5_mix665k.json")}, root).parts[0]
     part = replace(part, rows=np.arange(found), config=replace(part.config, rows=expected, exact=exact))
-    assert bool(count_problem(part)) == wrong
+    assert bool(unexpected_count(part)) == wrong
 
 
 def test_a_wrong_count_is_said_and_shown(root):

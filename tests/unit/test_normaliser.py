@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from deepstack_jax.data.encode.templates import IMAGE_MARK, Message, get_template, normalise, render
-from deepstack_jax.data.example import Outline, SampleError
+from deepstack_jax.data.encode.templates import IMAGE_MARK, Message, get_template, images_to_front, render
+from deepstack_jax.data.example import ExampleError, RecordMetadata
 from deepstack_jax.data.formats.file_source import FileSource
-from deepstack_jax.data.formats.styles import RowError, to_example, to_outline
+from deepstack_jax.data.formats.styles import RecordError, to_example, to_metadata
 from deepstack_jax.data.open import open_files
 
 ROOT = "/images"
@@ -86,7 +86,7 @@ def test_without_placeholders_images_stand_before_the_first_question(row, count)
     example = to_example(row | {"images": [b"x"] * count}, 0, ROOT)
     assert example.messages[0].text == f"{IMAGE_MARK}\n" * count + "What?"
     template = get_template("v1")
-    assert render(normalise(example.messages, template), template).text.count(IMAGE_MARK) == count
+    assert render(images_to_front(example.messages, template), template).text.count(IMAGE_MARK) == count
 
 
 def test_placeholders_in_plain_content_stay_where_they_are():
@@ -141,14 +141,14 @@ BAD = [
 
 @pytest.mark.parametrize(("row", "message"), BAD)
 def test_rows_that_are_no_conversation_say_why(row, message):
-    with pytest.raises(RowError, match=message) as caught:
+    with pytest.raises(RecordError, match=message) as caught:
         to_example(row, 0, ROOT)
     assert "\n" not in str(caught.value)
 
 
 def test_a_path_needs_an_image_root_and_bytes_do_not():
     assert to_example(LLAVA | {"image": b"raw"}, 0, "").images == (b"raw",)
-    with pytest.raises(RowError, match=r"'x\.jpg' is a path, but there is no image root; give the folder"):
+    with pytest.raises(RecordError, match=r"'x\.jpg' is a path, but there is no image root; give the folder"):
         to_example(LLAVA, 0, "")
 
 
@@ -156,7 +156,7 @@ def test_a_path_needs_an_image_root_and_bytes_do_not():
     "name", ["../x", "a/../../x", "/x", "%2e%2e/x", "a/%2E%2E/%2e%2e/x", "x.jpg::file:///etc/passwd", "x?y", "gs://x/y"]
 )
 def test_no_name_leads_out_of_a_root_behind_a_url(name):
-    with pytest.raises(RowError, match=r"leaves the image root gs://b|is no path under the image root gs://b"):
+    with pytest.raises(RecordError, match=r"leaves the image root gs://b|is no path under the image root gs://b"):
         to_example(LLAVA | {"image": name}, 0, "gs://bucket/images")
     assert to_example(LLAVA | {"image": "a b/%41.jpg"}, 0, "gs://bucket/images").images == ("gs://bucket/images/a b/%41.jpg",)
 
@@ -166,14 +166,14 @@ def test_a_tilde_is_a_name_like_any_other():
 
 
 def test_outlines_name_paths_as_the_row_does():
-    assert to_outline(LLAVA | {"image": "./coco/x.jpg", "data_source": "vqa", "id": "a"}, 0) == Outline(
+    assert to_metadata(LLAVA | {"image": "./coco/x.jpg", "data_source": "vqa", "id": "a"}, 0) == RecordMetadata(
         "a", ("coco/x.jpg",), "vqa"
     )
-    assert to_outline(TRL | {"images": [{"bytes": b"raw", "path": "x"}, {"bytes": None, "path": "y"}]}, 4) == Outline(
+    assert to_metadata(TRL | {"images": [{"bytes": b"raw", "path": "x"}, {"bytes": None, "path": "y"}]}, 4) == RecordMetadata(
         "row 4", ("y",), ""
     )
     for unusable in (None, 3, {"image": ["../x", 5, None]}, {"image": "x", "images": ["y"]}):
-        assert to_outline(unusable, 1) == Outline("row 1", (), "")
+        assert to_metadata(unusable, 1) == RecordMetadata("row 1", (), "")
 
 
 RECEIPTS = Path(__file__).parents[3] / "shared" / "data" / "receipts"
@@ -205,5 +205,5 @@ def test_a_bad_row_is_one_sample_and_names_its_place(tmp_path):
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, [TRL | {"id": "ok"}, TRL | {"id": "bad", "messages": 3}])))
     source = open_files(str(tmp_path / "rows.jsonl"), str(tmp_path))
     assert source[0].name == "ok"
-    with pytest.raises(SampleError, match=r"rows\.jsonl row 1 \(id 'bad'\): has no messages"):
+    with pytest.raises(ExampleError, match=r"rows\.jsonl row 1 \(id 'bad'\): has no messages"):
         source[1]

@@ -12,9 +12,9 @@ import pytest
 from PIL import Image
 
 from deepstack_jax.config import SetConfig
-from deepstack_jax.data.example import OutlinedSource
+from deepstack_jax.data.example import MetadataSource
 from deepstack_jax.data.open import open_files
-from deepstack_jax.data.order.mixture import Mixture, Part
+from deepstack_jax.data.order.mixture import Mixture, MixturePart
 from deepstack_jax.data.overlap import find_overlap
 from deepstack_jax.evaluate.reports import overlap_line
 from tests.unit.made_examples import MadeExamples
@@ -25,7 +25,7 @@ def row(name: str, image: str, *turns: str) -> dict[str, Any]:
     return {"id": name, "conversations": said} | ({"image": image} if image else {})
 
 
-def write(file: Path, rows: list[dict[str, Any]]) -> OutlinedSource:
+def write(file: Path, rows: list[dict[str, Any]]) -> MetadataSource:
     file.parent.mkdir(exist_ok=True)
     file.write_text(json.dumps(rows))
     return open_files(str(file), str(file.parent))
@@ -86,7 +86,7 @@ def test_images_inside_of_a_table_are_compared_with_those_of_a_folder(folder):
 
 def test_of_a_mixture_only_the_rows_that_are_trained_on_count_each_once(folder):
     source = write(folder / "train.json", TRAIN)
-    parts = [Part(name, source, np.array(rows), SetConfig()) for name, rows in (("a", [0, 1]), ("b", [1, 2]))]
+    parts = [MixturePart(name, source, np.array(rows), SetConfig()) for name, rows in (("a", [0, 1]), ("b", [1, 2]))]
     overlap = find_overlap(write(folder / "val.json", TRAIN), 5, Mixture(parts))
     assert (overlap.rows, overlap.looked_at) == ([0, 1, 2], 3)
 

@@ -12,18 +12,18 @@ from hypothesis import strategies as st
 from deepstack_jax.batch import Batch
 from deepstack_jax.config import Config
 from deepstack_jax.data.encode.encoder import Encoder
+from deepstack_jax.data.order.batches import PackedBatches, PaddedBatches
 from deepstack_jax.data.order.lengths import measure_rows
 from deepstack_jax.data.order.mixture import EpochOrder
-from deepstack_jax.data.order.packing import Limits, describe_packs, pack
-from deepstack_jax.data.order.schedule import PackedSchedule, PaddedSchedule
-from deepstack_jax.data.pipeline import BatchMaker, StepMaker
+from deepstack_jax.data.order.packing import RowCapacity, describe_packs, pack
+from deepstack_jax.data.pipeline import BatchLoader, ExampleLoader
 from deepstack_jax.errors import ConfigError
 from deepstack_jax.printing import Console
 from tests.unit.made_examples import MadeExamples
 from tests.unit.tiny import tiny_config
 
-LIMITS = Limits(tokens=40, crops=10, visual=24, examples=5)
-RECIPE = Limits(tokens=2048, crops=15, visual=1728, examples=16)  # DeepStack-L at 336 pixels
+LIMITS = RowCapacity(tokens=40, crops=10, visual=24, examples=5)
+RECIPE = RowCapacity(tokens=2048, crops=15, visual=1728, examples=16)  # DeepStack-L at 336 pixels
 SIZES = st.lists(
     st.one_of(
         st.tuples(st.integers(0, 40), st.just(0), st.just(0)),
@@ -143,12 +143,12 @@ def test_the_table_says_how_well_rows_are_used():
     assert "examples per step 4.0" in shown
 
 
-def make_schedule(count: int, batch_size: int, divisor: int = 1, *, shuffle: bool = True, seed: int = 0) -> PackedSchedule:
+def make_schedule(count: int, batch_size: int, divisor: int = 1, *, shuffle: bool = True, seed: int = 0) -> PackedBatches:
     order = EpochOrder((count,), (1.0,), seed, shuffle)
-    return PackedSchedule(order, instruction_mix(count), RECIPE, 32, batch_size, divisor)
+    return PackedBatches(order, instruction_mix(count), RECIPE, 32, batch_size, divisor)
 
 
-def given_out(schedule: PackedSchedule, numbers: range) -> list[int]:
+def given_out(schedule: PackedBatches, numbers: range) -> list[int]:
     return [index for number in numbers for row in schedule.step(number).rows for index in row]
 
 
@@ -171,7 +171,7 @@ def test_an_epoch_gives_every_example_once_and_steps_the_recipes_number(count, b
 @pytest.mark.parametrize("divisor", [1, 8])
 @pytest.mark.parametrize("epochs", [0.5, 1, 3])
 def test_packed_and_padded_runs_take_the_same_number_of_steps(divisor, epochs):
-    packed, padded = make_schedule(3000, 32, divisor), PaddedSchedule(EpochOrder((3000,), (1.0,), 0), 32)
+    packed, padded = make_schedule(3000, 32, divisor), PaddedBatches(EpochOrder((3000,), (1.0,), 0), 32)
     assert packed.steps(epochs) == pytest.approx(padded.steps(epochs), rel=0.021)
     steps = packed.steps(epochs)
     assert len(given_out(packed, range(steps))) / steps == pytest.approx(32, rel=0.03)
@@ -220,12 +220,12 @@ TINY = {
 }
 
 
-def stepper(config: Config, source: MadeExamples, measured: MadeExamples | None = None) -> StepMaker:
+def stepper(config: Config, source: MadeExamples, measured: MadeExamples | None = None) -> BatchLoader:
     """Steps of 6 examples of `source`, planned from the lengths of `measured`."""
     sizes = measure_rows(range(len(source)), measured or source, Encoder(config))
     order = EpochOrder((len(source),), (1.0,), 0)
-    schedule = PackedSchedule(order, sizes, Limits.of(config), 16, 6)
-    return StepMaker(BatchMaker(source, Encoder(config)), schedule, sizes, 0, 1)
+    schedule = PackedBatches(order, sizes, RowCapacity.of(config), 16, 6)
+    return BatchLoader(ExampleLoader(source, Encoder(config)), schedule, sizes, 0, 1)
 
 
 def segments(batch: Batch, patches: int) -> dict[int, list[np.ndarray]]:
@@ -273,7 +273,7 @@ def test_packed_equals_unpacked_for_every_example(variant):
         assert delivered.examples == len(packed.rows(number)[0][0]) + sum(map(len, packed.rows(number)[0][1:]))
         together |= segments(delivered.batch, config.layout.patches)
     assert len(together) >= 25
-    padded = StepMaker(BatchMaker(source, Encoder(alone)), PaddedSchedule(EpochOrder((30,), (1.0,), 0), 30), None, 0, 1)
+    padded = BatchLoader(ExampleLoader(source, Encoder(alone)), PaddedBatches(EpochOrder((30,), (1.0,), 0), 30), None, 0, 1)
     apart = segments(padded(0).batch, alone.layout.patches)
     for index, arrays in together.items():
         for ours, theirs in zip(arrays, apart[index], strict=True):
@@ -315,7 +315,7 @@ def test_shapes_and_room_come_from_the_configuration():
     config = tiny_config(TINY)
     assert config.batch_shape(3, 96) == (3, 96, 15, 8, 12, 4, 6)
     assert config.padded_shape(3, 96) == (3, 96, 10, 8, 8, 4, 1)
-    assert Limits.of(config) == (96, 15, 12, 6)
+    assert RowCapacity.of(config) == (96, 15, 12, 6)
     assert tiny_config(TINY | {"data.packing.max_images": 100}).images_per_row == 96 // 4
     plain = tiny_config(TINY | {"data.packing.enabled": False})
     assert plain.batch_shape(3, 96) == plain.padded_shape(3, 96) == config.padded_shape(3, 96)
@@ -338,7 +338,7 @@ def test_packing_that_cannot_work_is_refused():
 )
 def test_no_pack_is_overfull_where_equal_lengths_have_other_visual_tokens(sizes, window):
     """Examples of equal tokens and crops may differ in visual tokens, as those of several images do."""
-    limits = Limits(tokens=12, crops=4, visual=9, examples=4)
+    limits = RowCapacity(tokens=12, crops=4, visual=9, examples=4)
     wanted = np.array(sizes, np.int32)
     packs = pack(np.arange(len(wanted)), wanted, limits, window)
     filled = [wanted[packs[number]].sum(axis=0) for number in range(len(packs))]
@@ -348,5 +348,5 @@ def test_no_pack_is_overfull_where_equal_lengths_have_other_visual_tokens(sizes,
 
 def test_two_of_one_kind_are_weighed_one_by_one():
     sizes = np.array([[2, 1, 1], [5, 1, 1], [5, 1, 9]], np.int32)
-    packs = pack(np.arange(3), sizes, Limits(tokens=12, crops=4, visual=9, examples=4), 3)
+    packs = pack(np.arange(3), sizes, RowCapacity(tokens=12, crops=4, visual=9, examples=4), 3)
     assert [sorted(packs[number]) for number in range(len(packs))] == [[0, 1], [2]]

@@ -17,7 +17,7 @@ from deepstack_jax.batch import Batch
 from deepstack_jax.config import Config
 from deepstack_jax.data.encode.encoder import OverlongError
 from deepstack_jax.data.example import SourceError
-from deepstack_jax.data.pipeline import Delivered, TrainingStream, collate
+from deepstack_jax.data.pipeline import HostBatch, TrainingStream, collate
 from deepstack_jax.errors import ConfigError
 from tests.unit.made_examples import MadeExamples
 from tests.unit.tiny import tiny_config
@@ -47,7 +47,7 @@ def make_config(kind: str, **overrides: Any) -> Config:
     return tiny_config(BASE | KINDS[kind] | {key.replace("__", "."): value for key, value in overrides.items()})
 
 
-def take(stream: TrainingStream, count: int) -> list[Delivered]:
+def take(stream: TrainingStream, count: int) -> list[HostBatch]:
     try:
         return [next(stream) for _ in range(count)]
     finally:
@@ -55,12 +55,12 @@ def take(stream: TrainingStream, count: int) -> list[Delivered]:
 
 
 @lru_cache
-def uninterrupted(kind: str) -> list[Delivered]:
+def uninterrupted(kind: str) -> list[HostBatch]:
     """Two epochs and more of batches, from one host and no workers."""
     return take(TrainingStream(SOURCE, make_config(kind)), 10)
 
 
-def assert_same(ours: Sequence[Delivered], theirs: Sequence[Delivered]) -> None:
+def assert_same(ours: Sequence[HostBatch], theirs: Sequence[HostBatch]) -> None:
     assert len(ours) == len(theirs)
     for one, other in zip(ours, theirs, strict=True):
         assert one.bad == other.bad
@@ -70,7 +70,7 @@ def assert_same(ours: Sequence[Delivered], theirs: Sequence[Delivered]) -> None:
             assert left.tobytes() == right.tobytes(), name
 
 
-def seen(delivered: Sequence[Delivered]) -> list[int]:
+def seen(delivered: Sequence[HostBatch]) -> list[int]:
     return [int(index) for one in delivered for index in one.batch.example_id.ravel() if index >= 0]
 
 
@@ -121,7 +121,7 @@ def test_the_order_does_not_depend_on_the_number_of_hosts(kind, hosts):
     for number, one in enumerate(whole):
         joined = Batch(*map(np.concatenate, zip(*(part[number].batch for part in parts), strict=True)))
         bad = tuple(example for part in parts for example in part[number].bad)
-        assert_same([Delivered(joined, bad, sum(part[number].examples for part in parts))], [one])
+        assert_same([HostBatch(joined, bad, sum(part[number].examples for part in parts))], [one])
     assert len({str(stream.state()) for stream in streams}) == 1
     assert all(stream.rows % 4 == 0 for stream in streams)
 

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from deepstack_jax.data.order.schedule import packed_rows
+from deepstack_jax.data.order.batches import packed_rows
 from deepstack_jax.errors import ConfigError
 from deepstack_jax.parallel.chips import CHIPS
 from deepstack_jax.parallel.distributed import put_batch

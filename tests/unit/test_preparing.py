@@ -12,9 +12,9 @@ import pytest
 
 from deepstack_jax.data.encode.image import open_image
 from deepstack_jax.data.encode.templates import Message
-from deepstack_jax.data.example import Example, SampleError, SourceError
-from deepstack_jax.data.shards import records
-from deepstack_jax.data.shards.records import RecordShards, RecordWriter, verify
+from deepstack_jax.data.example import Example, ExampleError, SourceError
+from deepstack_jax.data.shards import reader as records
+from deepstack_jax.data.shards.reader import RecordWriter, ShardSource, verify
 from deepstack_jax.data.synthetic import DocumentPages
 from deepstack_jax.prepare import preparing
 from deepstack_jax.prepare.journal import Journal, source_rows
@@ -74,7 +74,7 @@ def test_a_shard_holds_the_rows_of_its_chunk_as_the_writer_of_records_would_writ
                 writer.write(source[row])
         expected = (tmp_path / str(number) / "shard-00000.array_record").read_bytes()
         assert (whole / f"shard-{number:05d}.array_record").read_bytes() == expected
-    stored = RecordShards(str(whole))
+    stored = ShardSource(str(whole))
     assert list(stored) == [source[row] for row in range(ROWS)]
     assert stored.manifest["images"] == sum(len(source[row].images) for row in range(ROWS))
     assert stored.manifest["source"] == OPTIONS | {"left_out": []}
@@ -121,7 +121,7 @@ def test_bad_rows_are_left_out_and_reported_with_the_number_of_their_row(tmp_pat
     assert [(line["row"], line["id"]) for line in report] == [(3, "made3"), (5, "made5"), (8, "made8"), (9, "made9")]
     assert report[0]["reason"].startswith("made3: cannot read an embedded image: ")
     assert report[1]["reason"] == "row 5 is refused"
-    stored = RecordShards(str(tmp_path / "set"))
+    stored = ShardSource(str(tmp_path / "set"))
     assert stored.manifest["source"]["left_out"] == [3, 5, 8, 9]
     kept = source_rows(stored.manifest)
     assert kept.tolist() == [0, 1, 2, 4, 6, 7]
@@ -174,7 +174,7 @@ def test_after_a_kill_it_goes_on_and_ends_with_the_same_bytes(whole, tmp_path, f
     with (folder / "journal.jsonl").open("a") as file:
         file.write('[1, 3, 2000, [], {"rows": 4,')
     with pytest.raises(SourceError, match=r"manifest\.json.*not finished"):
-        RecordShards(str(folder))
+        ShardSource(str(folder))
     assert make(folder, source) == sorted({0, 1, 2} - {2, 0, 1}.intersection((2, 0, 1)[:finished]))
     assert contents(folder) == contents(whole)
     assert make_again_is_nothing(folder)
@@ -277,7 +277,7 @@ def test_a_lost_source_is_told_from_a_full_disk(tmp_path):
 
     with pytest.raises(SourceError, match="cannot read the file any more") as caught:
         make_chunk(Job(Lost(ROWS), SHARD_ROWS, str(tmp_path)), 0, nothing)
-    assert not isinstance(caught.value, DiskError | SampleError)
+    assert not isinstance(caught.value, DiskError | ExampleError)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -302,7 +302,7 @@ def test_a_row_is_checked_as_it_is_stored():
     assert isinstance(page.images[0], bytes)
     np.testing.assert_array_equal(np.asarray(open_image(page.images[0]).convert("RGB")), pages[1].images[0])
     assert size > len(page.images[0])
-    with pytest.raises(SampleError, match=r"made7: cannot read an embedded image: .*; mend or remove it"):
+    with pytest.raises(ExampleError, match=r"made7: cannot read an embedded image: .*; mend or remove it"):
         read_checked(Job(MadeExamples(ROWS, broken=(7,)), 4), 7)
 
 

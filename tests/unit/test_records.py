@@ -20,13 +20,13 @@ from PIL import Image
 
 from deepstack_jax.config import LimitsConfig
 from deepstack_jax.data.encode.templates import Message
-from deepstack_jax.data.example import Example, Outline, SampleError, SourceError
+from deepstack_jax.data.example import Example, ExampleError, RecordMetadata, SourceError
 from deepstack_jax.data.formats import files
 from deepstack_jax.data.open import open_files
 from deepstack_jax.data.shards import codec as record_codec
-from deepstack_jax.data.shards import records
+from deepstack_jax.data.shards import reader as records
 from deepstack_jax.data.shards.codec import decode_example, encode_example
-from deepstack_jax.data.shards.records import RecordShards, RecordWriter, read_manifest, verify
+from deepstack_jax.data.shards.reader import RecordWriter, ShardSource, read_manifest, verify
 from deepstack_jax.data.synthetic import DocumentPages
 
 RECEIPTS = Path(__file__).parents[3] / "shared" / "data" / "receipts"
@@ -50,7 +50,7 @@ def test_the_manifest_names_a_source_whose_path_is_no_utf8(tmp_path):
     source = {"from": "donn\udce9es.json", "set": "données"}
     with RecordWriter(str(tmp_path / "set"), source) as writer:
         writer.write(example(0))
-    assert RecordShards(str(tmp_path / "set")).manifest["source"] == source
+    assert ShardSource(str(tmp_path / "set")).manifest["source"] == source
 
 
 text = st.text(st.characters(exclude_categories=("Cs",)), max_size=20)
@@ -110,22 +110,22 @@ def test_pixels_and_paths_become_encoded_bytes(tmp_path):
 def test_an_example_that_cannot_be_stored_leaves_the_others(tmp_path, bad, message):
     with RecordWriter(str(tmp_path / "set"), {}) as writer:
         writer.write(example(0))
-        with pytest.raises(SampleError, match=message) as caught:
+        with pytest.raises(ExampleError, match=message) as caught:
             writer.write(bad)
         writer.write(example(1))
     assert caught.value.name == "bad"
-    assert [each.name for each in RecordShards(str(tmp_path / "set"))] == ["r0", "r1"]
+    assert [each.name for each in ShardSource(str(tmp_path / "set"))] == ["r0", "r1"]
 
 
 def test_random_access_over_shards(tmp_path):
     written = write(tmp_path / "set", shard_bytes=4000)
     source = open_files(str(tmp_path / "set"), "")
-    assert isinstance(source, RecordShards)
+    assert isinstance(source, ShardSource)
     assert [shard["rows"] for shard in source.manifest["shards"]] == [4, 4, 4, 4, 4]
     assert len(source) == 20
     for index in np.random.default_rng(0).permutation(20):
         assert source[index] == written[index]
-    assert list(source.outlines()) == [Outline(each.name, (), each.info["data_source"]) for each in written]
+    assert list(source.metadata()) == [RecordMetadata(each.name, (), each.info["data_source"]) for each in written]
     assert source.missing_images(5) == []
     for index in (-1, 20):
         with pytest.raises(IndexError, match=r"outside 0\.\.19"):
@@ -170,12 +170,12 @@ def test_an_unfinished_run_leaves_nothing_that_reads_and_can_be_repeated(tmp_pat
     with pytest.raises(KeyboardInterrupt):
         interrupted()
     assert not list(folder.glob(".writing-*")), "nothing half written is left"
-    for opener in (RecordShards, verify, lambda path: open_files(path, "")):
+    for opener in (ShardSource, verify, lambda path: open_files(path, "")):
         with pytest.raises(SourceError, match=r"manifest\.json: No such file.*not finished, prepare it again"):
             opener(str(folder))
     written = write(folder, 2)
     assert sorted(path.name for path in folder.iterdir()) == ["manifest.json", "shard-00000.array_record"]
-    assert list(RecordShards(str(folder))) == written
+    assert list(ShardSource(str(folder))) == written
     with pytest.raises(SourceError, match="holds a finished set of examples already; name another folder or delete it"):
         RecordWriter(str(folder), {})
 
@@ -200,13 +200,13 @@ def test_missing_and_cut_shards_are_all_named_when_opening(tmp_path):
         rf"set: shard-00001\.array_record cannot be read \(No such file or directory\); "
         rf"shard-00003\.array_record has {len(whole) - 1000} of {len(whole)} bytes; fetch these shards again"
     )
-    for opener in (RecordShards, verify):
+    for opener in (ShardSource, verify):
         with pytest.raises(SourceError, match=wanted):
             opener(str(folder))
     shards[1].write_bytes(shards[0].read_bytes())
     shards[3].write_bytes(b"\0" * len(whole))
     with pytest.raises(SourceError, match=r"set: shard-00003\.array_record has 0 readable rows of 4; fetch"):
-        RecordShards(str(folder))
+        ShardSource(str(folder))
 
 
 def test_changed_content_is_found_by_verify_and_is_one_bad_sample(tmp_path):
@@ -220,13 +220,13 @@ def test_changed_content_is_found_by_verify_and_is_one_bad_sample(tmp_path):
     shard.write_bytes(data)
     with pytest.raises(SourceError, match=r"shard-00000\.array_record has other content than when it was written"):
         verify(str(folder))
-    source = RecordShards(str(folder))
-    with pytest.raises(SampleError, match=r"shard-00000\.array_record row 3: damaged \(.*\); fetch or prepare") as caught:
+    source = ShardSource(str(folder))
+    with pytest.raises(ExampleError, match=r"shard-00000\.array_record row 3: damaged \(.*\); fetch or prepare") as caught:
         source[3]
     assert caught.value.name == "row 3"
     assert "\n" not in str(caught.value)
     assert [source[index].name for index in (2, 4)] == ["r2", "r4"]
-    assert [outline.name for outline in source.outlines()] == ["r0", "r1", "r2", "row 3", "r4", "r5"]
+    assert [outline.name for outline in source.metadata()] == ["r0", "r1", "r2", "row 3", "r4", "r5"]
 
 
 def shard_of(folder: Path, records: list[bytes], options: str = "group_size:1,uncompressed") -> Path:
@@ -291,11 +291,11 @@ def test_a_record_is_checked_as_a_row_and_opens_nothing(tmp_path, monkeypatch, c
     if case == "an image by path":
         content[2] = [str(tmp_path / "secret.png")]
     record = content if isinstance(content, bytes) else record_codec._pack(content)
-    source = RecordShards(str(shard_of(tmp_path / "set", [encode_example(example(0)), record])))
+    source = ShardSource(str(shard_of(tmp_path / "set", [encode_example(example(0)), record])))
     assert source[0].name == "r0"
     opened = []
     monkeypatch.setattr(files, "read_bytes", opened.append)
-    with pytest.raises(SampleError, match=rf"shard-00000\.array_record row 1.*{message}") as caught:
+    with pytest.raises(ExampleError, match=rf"shard-00000\.array_record row 1.*{message}") as caught:
         source[1]
     assert caught.value.name == "row 1"
     assert "\n" not in str(caught.value)
@@ -307,13 +307,13 @@ def test_a_compressed_shard_is_refused(tmp_path):
     """A record in it could be of any size, whatever the file's."""
     folder = shard_of(tmp_path / "set", [encode_example(example(0))], "group_size:1,zstd")
     with pytest.raises(SourceError, match=r"shard-00000\.array_record is compressed, which `prepare` never does"):
-        RecordShards(str(folder))
+        ShardSource(str(folder))
 
 
 def test_a_record_beyond_the_limit_is_refused(tmp_path):
     write(tmp_path / "set", 2)
-    source = RecordShards(str(tmp_path / "set"), LimitsConfig(row_bytes=999))
-    with pytest.raises(SampleError, match=r"row 1 takes 1,\d+ bytes, allowed are config\.data\.limits\.row_bytes=999"):
+    source = ShardSource(str(tmp_path / "set"), LimitsConfig(row_bytes=999))
+    with pytest.raises(ExampleError, match=r"row 1 takes 1,\d+ bytes, allowed are config\.data\.limits\.row_bytes=999"):
         source[1]
 
 
@@ -342,7 +342,7 @@ def test_a_shard_that_is_a_link_out_of_its_folder_is_refused(tmp_path):
     shard.rename(tmp_path / "elsewhere")
     shard.symlink_to(tmp_path / "elsewhere")
     with pytest.raises(SourceError, match=r"shard-00000\.array_record cannot be read .*is a link that leaves the folder"):
-        RecordShards(str(tmp_path / "set"))
+        ShardSource(str(tmp_path / "set"))
 
 
 @pytest.mark.parametrize(
@@ -369,12 +369,12 @@ def test_a_damaged_manifest_is_refused(tmp_path, change, message):
     path = tmp_path / "set" / "manifest.json"
     path.write_text(change if isinstance(change, str) else json.dumps(json.loads(path.read_text()) | change))
     with pytest.raises(SourceError, match=message):
-        RecordShards(str(tmp_path / "set"))
+        ShardSource(str(tmp_path / "set"))
 
 
 def test_a_shard_that_vanishes_or_changes_under_a_run_is_an_error_of_the_set(tmp_path):
     write(tmp_path / "set", shard_bytes=4000)
-    source = RecordShards(str(tmp_path / "set"))
+    source = ShardSource(str(tmp_path / "set"))
     shards = sorted((tmp_path / "set").glob("*.array_record"))
     assert source[0].name == "r0"
     shards[1].unlink()
@@ -382,7 +382,7 @@ def test_a_shard_that_vanishes_or_changes_under_a_run_is_an_error_of_the_set(tmp
         SourceError, match=r"shard-00001\.array_record changed while in use: 0 rows, 4 in manifest\.json"
     ) as caught:
         source[5]
-    assert not isinstance(caught.value, SampleError)
+    assert not isinstance(caught.value, ExampleError)
 
 
 def test_writing_and_reading_behind_a_url(tmp_path, monkeypatch):
@@ -411,7 +411,7 @@ def test_synthetic_pages_and_receipts_survive_the_way_through(tmp_path):
     with RecordWriter(str(tmp_path / "pages"), {}) as writer:
         for index in range(4):
             writer.write(pages[index])
-    for index, stored in enumerate(RecordShards(str(tmp_path / "pages"))):
+    for index, stored in enumerate(ShardSource(str(tmp_path / "pages"))):
         assert (stored.index, stored.messages, stored.info["kinds"]) == (
             index,
             pages[index].messages,
@@ -429,7 +429,7 @@ def test_synthetic_pages_and_receipts_survive_the_way_through(tmp_path):
     with RecordWriter(str(tmp_path / "receipts"), {"from": "val.json"}, shard_bytes=1 << 20) as writer:
         for index in range(40):
             writer.write(receipts[index])
-    stored = RecordShards(str(tmp_path / "receipts"))
+    stored = ShardSource(str(tmp_path / "receipts"))
     assert len(stored.manifest["shards"]) > 1
     for index in range(40):
         original = receipts[index]

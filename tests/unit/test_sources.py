@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from deepstack_jax.config import LimitsConfig
 from deepstack_jax.data.encode.templates import Message
-from deepstack_jax.data.example import Example, Outline, SampleError, SourceError
+from deepstack_jax.data.example import Example, ExampleError, RecordMetadata, SourceError
 from deepstack_jax.data.formats import json_records as json_rows
 from deepstack_jax.data.formats.file_source import FileSource
 from deepstack_jax.data.open import MissingError, open_files
@@ -139,7 +139,7 @@ def test_columns_count_characters_not_bytes(tmp_path):
 def test_a_file_that_is_no_array_of_rows_is_refused_when_opened(tmp_path, content, message):
     with pytest.raises(SourceError, match=message) as caught:
         opened(tmp_path, content)
-    assert not isinstance(caught.value, SampleError)
+    assert not isinstance(caught.value, ExampleError)
     assert "\n" not in str(caught.value)
 
 
@@ -154,7 +154,7 @@ def test_a_number_of_any_length_is_carried_as_its_digits(tmp_path):
     text = json.dumps(row("a")).replace("{", f'{{"hash": {digits}, "year": 2026, ', 1)
     for source in (opened(tmp_path, f"[{text}]"), opened(tmp_path, text, "data.jsonl")):
         assert (source[0].name, source[0].info) == ("a", {"hash": digits, "year": 2026})
-        assert [outline.name for outline in source.outlines()] == ["a"]
+        assert [outline.name for outline in source.metadata()] == ["a"]
 
 
 def test_what_stands_in_place_of_a_data_file_is_said(tmp_path):
@@ -182,7 +182,7 @@ def test_an_endless_row_is_refused_without_reading_the_rest(tmp_path, monkeypatc
         assert file.tell() <= 1024
     (tmp_path / "open.jsonl").write_bytes(path.read_bytes()[1:])
     with pytest.raises(SourceError, match=r"line 1 column 1: a row of more than config\.data\.limits\.text_bytes=512"):
-        json_rows.JsonRows(str(tmp_path / "open.jsonl"), LimitsConfig(text_bytes=512))
+        json_rows.JsonRecords(str(tmp_path / "open.jsonl"), LimitsConfig(text_bytes=512))
 
 
 def test_json_under_another_coding_or_name_is_hinted_at(tmp_path):
@@ -247,7 +247,7 @@ ROW_ERRORS = [
 def test_a_bad_row_is_named_and_the_others_stay_readable(tmp_path, bad, name, message, suffix):
     rows = [row("before"), bad, row("after")]
     source = opened(tmp_path, rows if suffix == "json" else "\n".join(map(json.dumps, rows)), f"data.{suffix}")
-    with pytest.raises(SampleError, match=rf"data\.{suffix} row 1 \(id '{name}'\): .*{message}") as caught:
+    with pytest.raises(ExampleError, match=rf"data\.{suffix} row 1 \(id '{name}'\): .*{message}") as caught:
         source[1]
     assert caught.value.name == name
     assert "\n" not in str(caught.value)
@@ -258,7 +258,7 @@ def test_bytes_that_are_not_utf8_spoil_their_row_only(tmp_path):
     good = json.dumps(row()).encode()
     source = opened(tmp_path, b"[" + good + b"," + good.replace(b"This", b"Th\xe9s") + b"]")
     assert source[0].messages[1].text == "This."
-    with pytest.raises(SampleError, match=r"row 1 \(id 'row 1'\): not UTF-8"):
+    with pytest.raises(ExampleError, match=r"row 1 \(id 'row 1'\): not UTF-8"):
         source[1]
 
 
@@ -274,11 +274,11 @@ def test_source_and_errors_travel_between_processes(tmp_path):
     assert len(packed) < 5000 * 12 + 2000, "offsets only"
     copy = pickle.loads(packed)
     assert copy[4321] == source[4321]
-    assert repr(copy) == repr(source) == "JsonRows('data.json', rows=5001)"
-    with pytest.raises(SampleError) as caught:
+    assert repr(copy) == repr(source) == "JsonRecords('data.json', rows=5001)"
+    with pytest.raises(ExampleError) as caught:
         copy[5000]
     error = pickle.loads(pickle.dumps(caught.value))
-    assert (type(error), str(error), error.name) == (SampleError, str(caught.value), "row 5000")
+    assert (type(error), str(error), error.name) == (ExampleError, str(caught.value), "row 5000")
 
 
 def test_a_file_that_changes_under_a_run_is_an_error_of_the_file(tmp_path):
@@ -286,7 +286,7 @@ def test_a_file_that_changes_under_a_run_is_an_error_of_the_file(tmp_path):
     write(tmp_path, [row("another"), row("two")])
     with pytest.raises(SourceError, match=r"data\.json any more: it changed while in use") as caught:
         source[1]
-    assert not isinstance(caught.value, SampleError)
+    assert not isinstance(caught.value, ExampleError)
     Path(source.rows.path).unlink()
     with pytest.raises(SourceError, match="any more: No such file"):
         source[1]
@@ -329,14 +329,14 @@ def test_outlines_go_over_every_row_also_unusable_ones(tmp_path):
         {"image": "w"},
     ]
     source = opened(tmp_path, rows)
-    assert list(source.outlines()) == [
-        Outline("a", ("d/x.jpg",), "vqa"),
-        Outline("row 1", (), ""),
-        Outline("t", (), ""),
-        Outline("m", ("y", "z"), ""),
-        Outline("5", (), ""),
-        Outline("row 5", ("w",), ""),
+    assert list(source.metadata()) == [
+        RecordMetadata("a", ("d/x.jpg",), "vqa"),
+        RecordMetadata("row 1", (), ""),
+        RecordMetadata("t", (), ""),
+        RecordMetadata("m", ("y", "z"), ""),
+        RecordMetadata("5", (), ""),
+        RecordMetadata("row 5", ("w",), ""),
     ]
     good = json.dumps(row("é")).encode()
     broken = opened(tmp_path, b"[" + good + b"," + good.replace(b"This", b"Th\xe9s") + b"]")
-    assert [outline.name for outline in broken.outlines()] == ["é", "row 1"]
+    assert [outline.name for outline in broken.metadata()] == ["é", "row 1"]

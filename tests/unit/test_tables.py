@@ -16,7 +16,7 @@ import pytest
 
 from deepstack_jax.config import LimitsConfig
 from deepstack_jax.data.encode.templates import Message
-from deepstack_jax.data.example import Outline, SampleError, SourceError
+from deepstack_jax.data.example import ExampleError, RecordMetadata, SourceError
 from deepstack_jax.data.formats import tables
 from deepstack_jax.data.formats.file_source import FileSource
 from deepstack_jax.data.open import MissingError, open_files
@@ -80,7 +80,7 @@ def check(source: object, rows: list[dict]) -> None:
         assert (example.index, example.name, example.images) == (index, row["id"], (row["image"]["bytes"],))
         assert example.messages == tuple(Message(turn["from"], turn["value"]) for turn in row["conversations"])
         assert example.info == {"data_source": row["data_source"]}
-    assert list(source.outlines()) == [Outline(row["id"], (), row["data_source"]) for row in rows]
+    assert list(source.metadata()) == [RecordMetadata(row["id"], (), row["data_source"]) for row in rows]
 
 
 def test_one_file_or_many_give_the_rows_back(tmp_path):
@@ -119,7 +119,7 @@ def test_every_encoding_of_texts_in_parquet(tmp_path, encoding):
         alike = table.slice(0, 100).set_column(0, "id", pa.array(["x" * 10_000] * 100))
         pq.write_table(alike, path, use_dictionary=False, column_encoding=dict.fromkeys(texts, encoding))
         source = open_files(str(path), "", LimitsConfig(group_bytes=200_000))
-        with pytest.raises(SampleError, match=r"row group 0 takes more than config\.data\.limits\.group_bytes=200,000; raise"):
+        with pytest.raises(ExampleError, match=r"row group 0 takes more than config\.data\.limits\.group_bytes=200,000; raise"):
             source[0]
 
 
@@ -244,7 +244,7 @@ def test_bad_rows_of_a_table_are_named_by_file_and_row(tmp_path, kind):
         "has no conversations;",
     ]
     for local, message in enumerate(wanted, start=1):
-        with pytest.raises(SampleError, match=rf"b\.{kind} row {local} \(id 'r{local}'\): .*{message}") as caught:
+        with pytest.raises(ExampleError, match=rf"b\.{kind} row {local} \(id 'r{local}'\): .*{message}") as caught:
             source[5 + local]
         assert caught.value.name == f"r{local}"
     assert [source[index].name for index in (4, 5, 10)] == ["r4", "r0", "r5"]
@@ -260,7 +260,7 @@ def test_a_damaged_row_group_spoils_its_own_rows_only(tmp_path):
     source = open_files(str(path), "")
     for index in range(4, 8):
         with pytest.raises(
-            SampleError, match=rf"a\.parquet row {index} .*row group 1 cannot be read .*fetch or write the file"
+            ExampleError, match=rf"a\.parquet row {index} .*row group 1 cannot be read .*fetch or write the file"
         ):
             source[index]
     assert [source[index].name for index in (3, 8)] == ["r3", "r8"]
@@ -274,9 +274,9 @@ def test_damaged_offsets_of_an_arrow_file_are_a_bad_sample(tmp_path):
     path.write_bytes(data.replace(offsets, offsets[:8] + (1 << 30).to_bytes(4, "little") + offsets[12:], 1))
     source = open_files(str(path), "")
     assert source[0].name == "r0"
-    with pytest.raises(SampleError, match=r"cannot be decoded .*fetch or write the file again"):
+    with pytest.raises(ExampleError, match=r"cannot be decoded .*fetch or write the file again"):
         source[1]
-    assert [outline.name for outline in source.outlines()] == ["r0", "row 1", "row 2", "r3"]
+    assert [outline.name for outline in source.metadata()] == ["r0", "row 1", "row 2", "r3"]
 
 
 EXTRA = {
@@ -327,7 +327,7 @@ def test_a_column_that_nobody_needs_is_carried_and_prepared(tmp_path, kind, case
         assert example.info["extra"] == expected
     stored = decode_example(encode_example(example), 0)
     assert (stored.messages, stored.images, stored.info) == (example.messages, example.images, example.info)
-    assert [outline.name for outline in source.outlines()] == ["r0"]
+    assert [outline.name for outline in source.metadata()] == ["r0"]
 
 
 @pytest.mark.parametrize("case", LEFT_OUT)
@@ -359,7 +359,7 @@ def test_odd_names_of_columns_that_nobody_needs(tmp_path, kind):
             writer.write_table(table)
     source = open_files(str(tmp_path / f"a.{kind}"), "")
     assert source[0].info == {"data_source": "set0", "extra": 7, "id.x": 7, "a.b": 7, "": 7}
-    assert [outline.name for outline in source.outlines()] == ["r0"]
+    assert [outline.name for outline in source.metadata()] == ["r0"]
 
 
 @pytest.mark.parametrize("splits", [[], None])
@@ -398,10 +398,10 @@ def test_a_bomb_in_parquet_costs_no_more_than_the_limits(tmp_path, case, compres
     tracemalloc.start()
     try:
         source = open_files(str(tmp_path / "a.parquet"), "", LimitsConfig(row_bytes=1 << 20, group_bytes=8 << 20))
-        assert sum(1 for _ in source.outlines()) == len(source) == len(BOMBS[case]["id"])
+        assert sum(1 for _ in source.metadata()) == len(source) == len(BOMBS[case]["id"])
         for row in range(0, len(source), 100):
             with pytest.raises(
-                SampleError, match=r"row \d+" if len(source) > 1 else r"config\.data\.limits\.row_bytes=1,048,576"
+                ExampleError, match=r"row \d+" if len(source) > 1 else r"config\.data\.limits\.row_bytes=1,048,576"
             ):
                 source[row]
         assert tracemalloc.get_traced_memory()[1] < 40 << 20
@@ -416,7 +416,7 @@ def test_a_row_group_or_a_row_beyond_the_limit_names_its_key(tmp_path):
         open_files(str(path), "", LimitsConfig(group_bytes=99))
     for name in (path, write_arrow(tmp_path / "a.arrow", llava(8))):
         source = open_files(str(name), "", LimitsConfig(row_bytes=99))
-        with pytest.raises(SampleError, match=r"row 3 .*takes \d+ bytes, allowed are config\.data\.limits\.row_bytes=99;"):
+        with pytest.raises(ExampleError, match=r"row 3 .*takes \d+ bytes, allowed are config\.data\.limits\.row_bytes=99;"):
             source[3]
     wide = with_column(tmp_path / "b.parquet", pa.array(["".join(map(str, range(9999)))]))
     with pytest.warns(UserWarning, match=r"since they go beyond config\.data\.limits\.group_bytes=9,999: .*extra"):
@@ -433,7 +433,7 @@ def test_compressed_arrow_is_measured_before_it_is_read(tmp_path, compression, n
     with pa.OSFile(str(tmp_path / "a.arrow"), "wb") as file, new(file, table.schema, options=options) as writer:
         writer.write_table(table, max_chunksize=20)
     source = open_files(str(tmp_path / "a.arrow"), "")
-    assert [outline.name for outline in source.outlines()] == [row["id"] for row in rows]
+    assert [outline.name for outline in source.metadata()] == [row["id"] for row in rows]
     if compression is None:
         open_files(str(tmp_path / "a.arrow"), "", LimitsConfig(group_bytes=1 << 20))
         return
@@ -451,9 +451,9 @@ def test_nulls_that_take_no_room_in_an_arrow_file_are_counted(tmp_path):
         writer.write_table(table)
     assert (tmp_path / "a.arrow").stat().st_size < 2000
     source = open_files(str(tmp_path / "a.arrow"), "")
-    with pytest.raises(SampleError, match=r"takes 17,\d+,\d+,\d+ bytes, .*limits\.row_bytes=268,435,456"):
+    with pytest.raises(ExampleError, match=r"takes 17,\d+,\d+,\d+ bytes, .*limits\.row_bytes=268,435,456"):
         source[0]
-    assert [outline.name for outline in source.outlines()] == ["a"]
+    assert [outline.name for outline in source.metadata()] == ["a"]
 
 
 def test_shuffled_reading_keeps_few_row_groups(tmp_path, monkeypatch):
@@ -461,7 +461,7 @@ def test_shuffled_reading_keeps_few_row_groups(tmp_path, monkeypatch):
     source = open_files(str(write_parquet(tmp_path / "a.parquet", rows)), "")
     assert isinstance(source, FileSource)
     held = source.rows
-    assert isinstance(held, tables.ParquetRows)
+    assert isinstance(held, tables.ParquetRecords)
     source[0]
     table, most = held._table(0)
     assert (table.schema.field("id").type, most) == (pa.string(), None), "not measured and cast again for every row"
@@ -485,7 +485,7 @@ def test_sources_travel_to_workers_without_their_rows(tmp_path, kind):
     assert len(packed) < 3000
     copy = pickle.loads(packed)
     assert copy[1999] == source[1999]
-    assert repr(copy) == repr(source) == f"{kind.capitalize()}Rows('a.{kind}', rows=2000)"
+    assert repr(copy) == repr(source) == f"{kind.capitalize()}Records('a.{kind}', rows=2000)"
 
 
 def test_a_file_that_changes_under_a_run_is_an_error_of_the_file(tmp_path):
@@ -497,7 +497,7 @@ def test_a_file_that_changes_under_a_run_is_an_error_of_the_file(tmp_path):
     path.unlink()
     with pytest.raises(SourceError, match="any more: No such file"):
         source[0]
-    assert not isinstance(caught.value, SampleError)
+    assert not isinstance(caught.value, ExampleError)
     packed = pickle.dumps(open_files(str(write_arrow(tmp_path / "a.arrow", llava(12))), ""))
     write_arrow(tmp_path / "a.arrow", llava(13))
     with pytest.raises(SourceError, match="changed while in use: 13 rows, 12 when opened"):
@@ -516,7 +516,7 @@ def test_images_named_by_path_are_outlined_and_looked_for(tmp_path, kind):
     source = open_files(
         str((write_parquet if kind == "parquet" else write_arrow)(tmp_path / f"a.{kind}", rows, PATHS)), str(tmp_path)
     )
-    assert [outline.images for outline in source.outlines()] == [("d/a.jpg",), (), ("b.jpg", "c.jpg")]
+    assert [outline.images for outline in source.metadata()] == [("d/a.jpg",), (), ("b.jpg", "c.jpg")]
     assert source[2].images == (str(tmp_path / "b.jpg"), str(tmp_path / "c.jpg"))
     (tmp_path / "b.jpg").write_bytes(b"x")
     assert source.missing_images(3) == [str(tmp_path / "d/a.jpg"), str(tmp_path / "c.jpg")]

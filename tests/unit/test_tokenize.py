@@ -12,7 +12,15 @@ from hypothesis import strategies as st
 
 from deepstack_jax.data.encode.encoder import check_end_of_turn
 from deepstack_jax.data.encode.labels import IMAGE_TOKEN, encode_conversation, encode_with_images
-from deepstack_jax.data.encode.templates import TEMPLATES, ConversationError, Message, get_template, normalise, parse, render
+from deepstack_jax.data.encode.templates import (
+    TEMPLATES,
+    ConversationError,
+    Message,
+    get_template,
+    images_to_front,
+    parse,
+    render,
+)
 from deepstack_jax.data.encode.tokenizer import (
     ByteTokenizer,
     HFTokenizer,
@@ -49,7 +57,7 @@ def reason_to_differ(case):
 
 def encode_case(case):
     template, messages = get_template(case["version"]), parse(case["conversations"])
-    rendered = render(normalise(messages, template) if case["has_image"] else messages, template)
+    rendered = render(images_to_front(messages, template) if case["has_image"] else messages, template)
     return rendered, encode_conversation(rendered, TOKENIZERS[case["tokenizer"]], has_image=case["has_image"])
 
 

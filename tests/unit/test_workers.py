@@ -9,7 +9,7 @@ from deepstack_jax.config import DataConfig, build_config, default_config
 from deepstack_jax.data import workers
 from deepstack_jax.data.example import SourceError
 from deepstack_jax.data.pipeline import TrainingStream
-from deepstack_jax.data.workers import check_shared_memory, why_lost
+from deepstack_jax.data.workers import check_shared_memory, worker_failure
 from deepstack_jax.errors import ConfigError
 
 Usage = namedtuple("Usage", "free")
@@ -73,5 +73,5 @@ def test_why_workers_were_lost(error, said, monkeypatch):
 
 
 def test_other_errors_stay_what_they_are():
-    assert why_lost(OSError(errno.ENOSPC, "No space left on device", "runs/a/config.json")) == ""
-    assert why_lost(RuntimeError("a defect")) == ""
+    assert worker_failure(OSError(errno.ENOSPC, "No space left on device", "runs/a/config.json")) == ""
+    assert worker_failure(RuntimeError("a defect")) == ""

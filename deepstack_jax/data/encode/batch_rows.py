@@ -12,7 +12,7 @@ from deepstack_jax.data.encode.labels import IMAGE_TOKEN
 from deepstack_jax.layout.sequence import VisualLayout
 
 
-class Size(NamedTuple):
+class ExampleSize(NamedTuple):
     """What an example takes of a row."""
 
     tokens: int = 0  # sequence positions, visual tokens included
@@ -37,10 +37,10 @@ class EncodedExample:
         return self.ids.size + sum(layout.tokens.size - 1 for layout in self.layouts)
 
     @property
-    def size(self) -> Size:
+    def size(self) -> ExampleSize:
         """What it takes of a row."""
         views, visual = (layout.views for layout in self.layouts), (layout.tokens.size for layout in self.layouts)
-        return Size(self.length, sum(views), sum(visual))
+        return ExampleSize(self.length, sum(views), sum(visual))
 
 
 class Cursor(NamedTuple):
@@ -51,7 +51,7 @@ class Cursor(NamedTuple):
     visual: int = 0
     segment: int = 0
 
-    def after(self, size: Size) -> Cursor:
+    def after(self, size: ExampleSize) -> Cursor:
         """The cursor behind an example of this size."""
         return Cursor(self.token + size.tokens, self.crop + size.crops, self.visual + size.visual, self.segment + 1)
 

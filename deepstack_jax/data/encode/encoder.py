@@ -13,9 +13,9 @@ from deepstack_jax.config import Config
 from deepstack_jax.data.encode.batch_rows import EncodedExample
 from deepstack_jax.data.encode.image import make_views
 from deepstack_jax.data.encode.labels import CONTROL, IMAGE_TOKEN, EncodedText, encode_conversation
-from deepstack_jax.data.encode.templates import Rendered, get_template, normalise, render
+from deepstack_jax.data.encode.templates import Rendered, get_template, images_to_front, render
 from deepstack_jax.data.encode.tokenizer import Tokenizer, load_tokenizer
-from deepstack_jax.data.example import Example, SampleError, Source, SourceError
+from deepstack_jax.data.example import Example, ExampleError, Source, SourceError
 from deepstack_jax.data.formats.image_files import DEEP, TURNED, read_image
 from deepstack_jax.layout.sequence import VisualLayout
 from deepstack_jax.printing import MOST, label, one_line, plural
@@ -83,7 +83,7 @@ def try_row(source: Source, index: int, use: Callable[[Example], Made]) -> Made 
         return use(example)
     except OverlongError:
         raise
-    except SampleError as error:
+    except ExampleError as error:
         return BadExample(index, error.name, str(error))
     except (ValueError, OSError) as error:
         return BadExample(index, name, str(error))
@@ -129,7 +129,7 @@ class Encoder:
         """The text of an example, not tokenised; ValueError where it has too many images or does not fit the template."""
         self.check_images(example)
         template = get_template(self.config.data.template)
-        return render(normalise(example.messages, template) if example.images else example.messages, template)
+        return render(images_to_front(example.messages, template) if example.images else example.messages, template)
 
     def fit(self, example: Example, text: EncodedText, visual: Sequence[int]) -> EncodedText:
         """The text that a row has room for beside `visual` visual tokens per image, by `config.data.overlong`.
@@ -137,14 +137,14 @@ class Encoder:
         Only text at the end is cut, never an image: half of an image's tokens would be trained on as if they were all of it.
 
         Raises:
-          SampleError: the example is too long and may not be cut, or what would remain holds nothing to learn.
+          ExampleError: the example is too long and may not be cut, or what would remain holds nothing to learn.
           OverlongError: it is too long, and the configuration says to stop then.
         """
         room, policy = self.config.data.max_length, self.config.data.overlong
         takes, slots = np.ones(text.ids.size, np.int64), text.ids == IMAGE_TOKEN
         if slots.sum() != len(visual):
             marks, images = plural(slots.sum(), "image placeholder"), plural(len(visual), "image")
-            raise SampleError(f"{example.name}: {marks} but {images}", example.name)
+            raise ExampleError(f"{example.name}: {marks} but {images}", example.name)
         takes[slots] = visual
         if takes.sum() <= room:
             return text
@@ -152,19 +152,19 @@ class Encoder:
         if policy == "error":
             raise OverlongError(f"{problem}; raise config.data.max_length, or set config.data.overlong to 'drop' or 'cut'")
         if policy == "drop":
-            raise SampleError(f"{problem}; raise config.data.max_length", example.name)
+            raise ExampleError(f"{problem}; raise config.data.max_length", example.name)
         kept = int(np.searchsorted(takes.cumsum(), room, side="right"))
         if slots[kept:].any():
-            raise SampleError(f"{problem}, and an image would be cut; raise config.data.max_length", example.name)
+            raise ExampleError(f"{problem}, and an image would be cut; raise config.data.max_length", example.name)
         if not text.supervised[1:kept].any():
-            raise SampleError(f"{problem}, and no answer begins before the cut; raise config.data.max_length", example.name)
+            raise ExampleError(f"{problem}, and no answer begins before the cut; raise config.data.max_length", example.name)
         return EncodedText(text.ids[:kept], text.supervised[:kept], text.remarks)
 
     def check_images(self, example: Example) -> None:
         """Refuse what the row has no room for before any image is decoded."""
         room = self.config.data.max_images
         if len(example.images) > room:
-            raise SampleError(
+            raise ExampleError(
                 f"{example.name}: {len(example.images)} images, a row has room for {room}; raise config.data.max_images",
                 example.name,
             )

@@ -49,7 +49,7 @@ class Template:
     lead: str = ""
     again: str = ""
     tail: str = ""
-    image: str = IMAGE_MARK  # what stands for an image once `normalise` has moved it to the front
+    image: str = IMAGE_MARK  # what stands for an image once `images_to_front` has moved it to the front
     caption: bool = False  # exactly one exchange, whose question keeps nothing but its images
     prompting: "Template | None" = None  # where the official code prompts with another text than it trains on
 
@@ -171,7 +171,7 @@ def parse(turns: Sequence[Mapping[str, str]]) -> tuple[Message, ...]:
     return tuple(messages)
 
 
-def normalise(messages: Sequence[Message], template: Template) -> tuple[Message, ...]:
+def images_to_front(messages: Sequence[Message], template: Template) -> tuple[Message, ...]:
     """Turns of a sample that has images, every image moved to the front of its turn on a line of its own.
 
     A text-only record must not pass through here: there a literal "<image>" is a word. Unlike upstream, which leaves

@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 
 from deepstack_jax.config import LimitsConfig
 from deepstack_jax.data.example import SourceError
-from deepstack_jax.data.formats.styles import RowError, needed_keys
+from deepstack_jax.data.formats.styles import RecordError, needed_keys
 
 _SCANNED_ROWS = 256  # rows that an outline turns into Python values at once
 VALUE_BYTES = 8  # what any value takes at least, once it is one of Python's
@@ -56,7 +56,7 @@ def to_row(row: pa.Table | pa.RecordBatch, most: int | None) -> dict[str, Any]:
     """A table of one row as Python values; `most` None where it is settled.
 
     Raises:
-        RowError: a value that is needed cannot be decoded, or all take more than `most` bytes.
+        RecordError: a value that is needed cannot be decoded, or all take more than `most` bytes.
     """
     values, size = {}, 0
     for name, column in zip(row.schema.names, row.columns, strict=True):
@@ -65,15 +65,15 @@ def to_row(row: pa.Table | pa.RecordBatch, most: int | None) -> dict[str, Any]:
                 column.validate(full=True)  # unchecked, damaged offsets would lead anywhere in memory
             size += _bytes(column) if most is not None else 0
             if most is not None and size > most:
-                raise RowError(
+                raise RecordError(
                     f"takes {size:,} bytes, allowed are config.data.limits.row_bytes={most:,}; raise that, or remove the row"
                 )
             values[name] = _cast(column)[0].as_py()
-        except RowError:
+        except RecordError:
             raise
         except _UNDECODABLE as error:
             if name in needed_keys():
-                raise RowError(f"cannot be decoded ({one_line(error)}); fetch or write the file again") from error
+                raise RecordError(f"cannot be decoded ({one_line(error)}); fetch or write the file again") from error
             warnings.warn(f"column {name:.80} has values that cannot be carried along ({one_line(error)})", stacklevel=2)
     return values
 
@@ -94,7 +94,7 @@ def scanned(batch: pa.RecordBatch, limits: LimitsConfig, *, mapped: bool) -> Ite
         for number in range(len(part)):
             try:
                 yield to_row(part.slice(number, 1), limits.row_bytes)
-            except RowError:
+            except RecordError:
                 yield None
 
 

@@ -1,4 +1,4 @@
-"""Rows of a container and the folder of their images as a source of examples."""
+"""Records of a container and the folder of their images as a source of examples."""
 
 import operator
 from collections.abc import Iterator
@@ -7,14 +7,14 @@ from itertools import islice
 from typing import Protocol, SupportsIndex
 
 from deepstack_jax.data.encode.templates import ConversationError
-from deepstack_jax.data.example import Example, Outline, SampleError, SourceError
+from deepstack_jax.data.example import Example, ExampleError, RecordMetadata, SourceError
 from deepstack_jax.data.formats import files
-from deepstack_jax.data.formats.styles import RowError, row_name, to_example, to_outline
+from deepstack_jax.data.formats.styles import RecordError, record_name, to_example, to_metadata
 from deepstack_jax.printing import quote
 
 
-class Rows(Protocol):
-    """A container of rows by random access, cheap to pickle: `JsonRows`, `ParquetRows` or `ArrowRows`.
+class Records(Protocol):
+    """A container of rows by random access, cheap to pickle: `JsonRecords`, `ParquetRecords` or `ArrowRecords`.
 
     Attributes:
         path: file, folder or pattern that the user named.
@@ -29,7 +29,7 @@ class Rows(Protocol):
         ...
 
     def read(self, index: int) -> object:
-        """Row `index` as it stands; RowError where it alone is damaged, SourceError where the container is."""
+        """Row `index` as it stands; RecordError where it alone is damaged, SourceError where the container is."""
         ...
 
     def scan(self) -> Iterator[object]:
@@ -51,7 +51,7 @@ class FileSource:
         SourceError: the image root is no folder.
     """
 
-    def __init__(self, rows: Rows, image_root: str) -> None:
+    def __init__(self, rows: Records, image_root: str) -> None:
         self.rows, self.image_root = rows, image_root
         try:
             # A web server need not list its folders: there, missing images show when they are looked for.
@@ -74,7 +74,7 @@ class FileSource:
 
         Raises:
             IndexError: outside 0..len-1.
-            SampleError: when this row is not a usable conversation; says which row, what is wrong and how to mend it.
+            ExampleError: when this row is not a usable conversation; says which row, what is wrong and how to mend it.
             SourceError: when the container changed or vanished since it was opened.
         """
         index = operator.index(index)
@@ -85,11 +85,11 @@ class FileSource:
             row = self.rows.read(index)
             example = to_example(row, index, self.image_root)
             return replace(example, images=tuple(map(_fetched, example.images))) if files.is_url(self.image_root) else example
-        except (RowError, ConversationError) as error:
-            name = row_name(row, index)
-            raise SampleError(f"{self.rows.place(index)} (id {quote(name)}): {error}", name) from error.__cause__
+        except (RecordError, ConversationError) as error:
+            name = record_name(row, index)
+            raise ExampleError(f"{self.rows.place(index)} (id {quote(name)}): {error}", name) from error.__cause__
 
-    def outlines(self) -> Iterator[Outline]:
+    def metadata(self) -> Iterator[RecordMetadata]:
         """Name, image paths and data_source of every row, in one pass over the container.
 
         Raises:
@@ -97,7 +97,7 @@ class FileSource:
         """
         try:
             for index, row in enumerate(self.rows.scan()):
-                yield to_outline(row, index)
+                yield to_metadata(row, index)
         except OSError as error:
             raise SourceError(
                 f"cannot read {self.rows.path} any more: {error.strerror}; put it back and start again"
@@ -106,11 +106,11 @@ class FileSource:
     def missing_images(self, rows: int) -> list[str]:
         """Image files named by the first `rows` rows that do not exist, each once, in order.
 
-        Looks at names only; a file that exists may still not decode. Rows that are unusable are left to the reader of the
+        Looks at names only; a file that exists may still not decode. Records that are unusable are left to the reader of the
         rows, who counts them.
         """
         wanted: dict[str, None] = {}
-        for outline in islice(self.outlines(), rows):
+        for outline in islice(self.metadata(), rows):
             wanted.update((files.under(self.image_root, name), None) for name in outline.images if self.image_root)
         return files.missing(wanted)
 
@@ -121,4 +121,4 @@ def _fetched(image: object) -> object:
     try:
         return files.read_bytes(image)
     except OSError as error:
-        raise RowError(f"cannot read image {image}: {error.strerror}; put it there or remove the row") from error
+        raise RecordError(f"cannot read image {image}: {error.strerror}; put it there or remove the row") from error

@@ -46,7 +46,7 @@ class ImageError(UserError):
     """An image that cannot be read; the message is one line with its path and the reason."""
 
 
-class Look(NamedTuple):
+class ImageHeader(NamedTuple):
     """What a header says of an image.
 
     Attributes:
@@ -99,13 +99,13 @@ def image_size(source: Source, data: DataConfig = DEFAULTS) -> tuple[int, int]:
         return _look(image, file if data.exif == "apply" else None, data.max_pixels, data.exif).size_wh
 
 
-def look_at(source: Source, data: DataConfig) -> Look:
+def read_header(source: Source, data: DataConfig) -> ImageHeader:
     """As `image_size`, with the remarks; of a PNG the whole file is passed through, for EXIF that stands at its end."""
     with _errors_of(source, data.max_pixels), _opened(source, data.max_pixels) as (image, file):
         return _look(image, file, data.max_pixels, data.exif)
 
 
-def _read(source: Source, max_pixels: int, exif: str) -> tuple[Image.Image, Look]:
+def _read(source: Source, max_pixels: int, exif: str) -> tuple[Image.Image, ImageHeader]:
     with _errors_of(source, max_pixels):
         with _opened(source, max_pixels, whole=True) as (image, file):
             look = _look(image, file, max_pixels, exif)
@@ -176,7 +176,7 @@ def _opened(source: object, max_pixels: int, *, whole: bool = False) -> Iterator
             raise ImageError("expected a path, encoded bytes, a PIL image or a uint8 array")
 
 
-def _look(image: Image.Image, file: IO[bytes] | None, max_pixels: int, exif: str) -> Look:
+def _look(image: Image.Image, file: IO[bytes] | None, max_pixels: int, exif: str) -> ImageHeader:
     width, height = image.size
     if not width * height:
         raise ImageError(f"{width}x{height} has no pixels")
@@ -187,8 +187,8 @@ def _look(image: Image.Image, file: IO[bytes] | None, max_pixels: int, exif: str
     remarks = (DEEP,) if cut or image.mode.startswith(("I", "F")) else ()
     orientation = _orientation(image, file)
     if orientation == 1 or exif != "apply":
-        return Look(image.size, None, remarks if orientation == 1 else (*remarks, TURNED))
-    return Look((height, width) if orientation >= 5 else image.size, TURNS[orientation], remarks)
+        return ImageHeader(image.size, None, remarks if orientation == 1 else (*remarks, TURNED))
+    return ImageHeader((height, width) if orientation >= 5 else image.size, TURNS[orientation], remarks)
 
 
 def _raw_mode(args: object) -> str:

@@ -11,7 +11,7 @@ import numpy as np
 from deepstack_jax.config import LIMITS, LimitsConfig
 from deepstack_jax.data.example import SourceError
 from deepstack_jax.data.formats import files
-from deepstack_jax.data.formats.styles import RowError, row_name
+from deepstack_jax.data.formats.styles import RecordError, record_name
 from deepstack_jax.printing import quote
 
 LINE_SUFFIXES = (".jsonl", ".ndjson")
@@ -31,7 +31,7 @@ def _integer(digits: str) -> int | str:
 _DECODER = json.JSONDecoder(parse_int=_integer)
 
 
-class JsonRows:
+class JsonRecords:
     """Rows of a JSON file (one array; or one object per line where the name ends in .jsonl), by random access.
 
     Only the place of each row is kept in memory (12 bytes a row); a row is read and parsed when asked for, so the object is
@@ -69,7 +69,7 @@ class JsonRows:
         """Row `index`, parsed.
 
         Raises:
-            RowError: bytes that are not UTF-8.
+            RecordError: bytes that are not UTF-8.
             SourceError: the file changed or vanished since it was opened: the offsets would point anywhere.
         """
         start, length = int(self._starts[index]), int(self._lengths[index])
@@ -87,16 +87,16 @@ class JsonRows:
                 file.seek(start)
                 try:
                     yield self._parse(file.read(length))
-                except RowError:
+                except RecordError:
                     yield None
 
     def _parse(self, data: bytes) -> object:
         try:
             return _DECODER.decode(data.decode("utf-8"))
         except UnicodeDecodeError as error:
-            raise RowError(f"not UTF-8 ({error.reason}); save the file as UTF-8") from error
+            raise RecordError(f"not UTF-8 ({error.reason}); save the file as UTF-8") from error
         except RecursionError as error:  # opening the file stood a few calls less deep
-            raise RowError("is nested too deep; flatten it") from error
+            raise RecordError("is nested too deep; flatten it") from error
         except ValueError as error:  # it was JSON when the file was opened
             raise SourceError(f"cannot read {self.path} any more: it changed while in use; start again") from error
 
@@ -246,7 +246,7 @@ def _name_of(path: str, span: tuple[int, int], number: int) -> str:
     with files.open_binary(path) as file:
         file.seek(span[0])
         try:
-            return row_name(_DECODER.decode(file.read(span[1]).decode("utf-8", "replace")), number)
+            return record_name(_DECODER.decode(file.read(span[1]).decode("utf-8", "replace")), number)
         except RecursionError:
             return f"row {number}"
 

@@ -15,7 +15,7 @@ from typing import Any
 from urllib.parse import unquote
 
 from deepstack_jax.data.encode.templates import IMAGE_MARK, Message, parse
-from deepstack_jax.data.example import Example, Outline
+from deepstack_jax.data.example import Example, RecordMetadata
 from deepstack_jax.data.formats import files
 from deepstack_jax.errors import UserError
 from deepstack_jax.printing import label, plural
@@ -27,7 +27,7 @@ _INLINE = ("image", "image_url", "url", "path", "base64")  # keys of a part of c
 _ROLES = {"user": "human", "assistant": "gpt"}
 
 
-class RowError(UserError):
+class RecordError(UserError):
     """What is wrong with a row, without its place; the source adds file, row and id."""
 
 
@@ -40,47 +40,47 @@ def to_example(row: object, index: int, image_root: str) -> Example:
         image_root: absolute folder or URL that image paths start from; "" = there is none.
 
     Raises:
-        RowError, ConversationError: it is no conversation, or its images and placeholders differ in number: there would be no
-            telling which image belongs where.
+        RecordError, ConversationError: it is no conversation, or its images and placeholders differ in number, so that
+            nothing tells which image belongs where.
     """
     if not isinstance(row, dict):
-        raise RowError(f"is {_kind(row)}, expected an object with id, image and conversations")
+        raise RecordError(f"is {_kind(row)}, expected an object with id, image and conversations")
     style = _style(row)
     images = _images(row, image_root)
     messages = _READERS[style](_turns(row[style]), len(images))
     check_messages(messages, len(images))
     info = {key: value for key, value in row.items() if value is not None and key not in ("id", *IMAGE_KEYS, style)}
-    return Example(index, row_name(row, index), images, messages, info)
+    return Example(index, record_name(row, index), images, messages, info)
 
 
 def check_messages(messages: tuple[Message, ...], images: int) -> None:
-    """Refuse what is no conversation about so many images, whatever it was read from; RowError or ConversationError."""
+    """Refuse what is no conversation about so many images, whatever it was read from; RecordError or ConversationError."""
     if not messages:
-        raise RowError("has no turns; expected a question and an answer")
+        raise RecordError("has no turns; expected a question and an answer")
     for number, message in enumerate(messages):
         if message.role not in ("human", "gpt") or not isinstance(message.text, str):
-            raise RowError(f"turn {number}: got {message!r:.120}, expected a human or gpt and its text")
+            raise RecordError(f"turn {number}: got {message!r:.120}, expected a human or gpt and its text")
         if _LONE_SURROGATE.search(message.text):
-            raise RowError(f"turn {number} holds half a surrogate pair, which no tokenizer can encode; remove that character")
+            raise RecordError(f"turn {number} holds half a surrogate pair, which no tokenizer can encode; remove it")
     _check_order(messages)
     _check_placeholders(messages, images)
 
 
-def to_outline(row: object, index: int) -> Outline:
-    """The Outline of a row, or of the few columns of it that were read; paths that no row may have are left out."""
+def to_metadata(row: object, index: int) -> RecordMetadata:
+    """The RecordMetadata of a row, or of the few columns of it that were read; paths that no row may have are left out."""
     if not isinstance(row, dict):
-        return Outline(row_name(row, index), (), "")
+        return RecordMetadata(record_name(row, index), (), "")
     try:
         values = _image_values(row)
-    except RowError:
+    except RecordError:
         values = []
     named = [value.get("path") if isinstance(value, dict) and not value.get("bytes") else value for value in values]
     paths = tuple(posixpath.normpath(value) for value in named if isinstance(value, str) and value and not _escapes(value))
     source = row.get("data_source")
-    return Outline(row_name(row, index), paths, source if isinstance(source, str) else "")
+    return RecordMetadata(record_name(row, index), paths, source if isinstance(source, str) else "")
 
 
-def row_name(row: object, index: int) -> str:
+def record_name(row: object, index: int) -> str:
     """The row's id as text; "row N" where it has none that can be shown."""
     name = row.get("id") if isinstance(row, dict) else None
     if not isinstance(name, str | int) or name == "":
@@ -106,10 +106,10 @@ def needed_keys() -> tuple[str, ...]:
 def _style(row: dict[str, Any]) -> str:
     found = [key for key in _READERS if row.get(key) is not None]
     if len(found) > 1:
-        raise RowError(f"has {' and '.join(found)}, expected one of them; remove the one that is not to be trained on")
+        raise RecordError(f"has {' and '.join(found)}, expected one of them; remove the one that is not to be trained on")
     if not found:
         held = label(", ".join(map(str, row))) or "nothing"
-        raise RowError(f"has no conversations, messages or texts, but {held}; name the turns by one of these keys")
+        raise RecordError(f"has no conversations, messages or texts, but {held}; name the turns by one of these keys")
     return found[0]
 
 
@@ -118,7 +118,7 @@ def _turns(value: object) -> object:
     if not isinstance(value, dict) or not all(isinstance(column, list) for column in value.values()):
         return value
     if len({len(column) for column in value.values()}) > 1:
-        raise RowError(
+        raise RecordError(
             f"has columns of turns that differ in length ({label(', '.join(map(str, value)))}); write the table again"
         )
     return [dict(zip(value, turn, strict=True)) for turn in zip(*value.values(), strict=True)]
@@ -128,7 +128,7 @@ def _image_values(row: dict[str, Any]) -> list[Any]:
     """What the row gives for each image, unread."""
     given = [key for key in IMAGE_KEYS if row.get(key) is not None and row[key] != []]
     if len(given) > 1:
-        raise RowError("has image and images, expected one of them; remove the other")
+        raise RecordError("has image and images, expected one of them; remove the other")
     value = row[given[0]] if given else []
     return value if isinstance(value, list) else [value]
 
@@ -143,21 +143,21 @@ def _image(value: object, root: str) -> str | bytes:
         if isinstance(value.get("bytes"), bytes):
             return value["bytes"]
         if value.get("path") is None:
-            raise RowError("image holds neither bytes nor a path, expected one of them; write the images into the table again")
+            raise RecordError("image holds neither bytes nor a path, expected one of them; write the table again")
         value = value["path"]
     if isinstance(value, bytes):
         return value
     if not isinstance(value, str) or not value or "\0" in value or _LONE_SURROGATE.search(value):
-        raise RowError(f"image is {value!r:.80}, expected a path relative to the image root, or a list of them")
+        raise RecordError(f"image is {value!r:.80}, expected a path relative to the image root, or a list of them")
     if value.startswith("data:"):
-        raise RowError(f"image {value!r:.40} is its content, expected a path; write it to a file, or as bytes into a table")
+        raise RecordError(f"image {value!r:.40} is its content, expected a path; write it to a file, or as bytes into a table")
     if not root:
-        raise RowError(f"image {value!r:.200} is a path, but there is no image root; give the folder that it starts from")
+        raise RecordError(f"image {value!r:.200} is a path, but there is no image root; give the folder that it starts from")
     read_as = [value, unquote(value)] if files.is_url(root) else [value]  # some servers decode "%2e%2e" by themselves
     if any(map(_escapes, read_as)):
-        raise RowError(f"image {value!r:.200} leaves the image root {root}; make it a path relative to the root")
+        raise RecordError(f"image {value!r:.200} leaves the image root {root}; make it a path relative to the root")
     if files.is_url(value) or (files.is_url(root) and any(mark in value for mark in ("::", "?", "#"))):
-        raise RowError(f"image {value!r:.200} is no path under the image root {root}; put it there and name its path")
+        raise RecordError(f"image {value!r:.200} is no path under the image root {root}; put it there and name its path")
     return files.under(root, posixpath.normpath(value))
 
 
@@ -167,7 +167,7 @@ def _escapes(name: str) -> bool:
 
 def _llava(turns: object, _images: int) -> tuple[Message, ...]:
     if not isinstance(turns, list) or not turns or not all(isinstance(turn, dict) for turn in turns):
-        raise RowError('has no conversations; expected [{"from": "human", "value": ...}, {"from": "gpt", "value": ...}]')
+        raise RecordError('has no conversations; expected [{"from": "human", "value": ...}, {"from": "gpt", "value": ...}]')
     for number, turn in enumerate(turns):
         if turn.get("from") == "system":
             raise _system_turn(number)
@@ -176,14 +176,14 @@ def _llava(turns: object, _images: int) -> tuple[Message, ...]:
 
 def _trl(turns: object, images: int) -> tuple[Message, ...]:
     if not isinstance(turns, list) or not turns or not all(isinstance(turn, dict) for turn in turns):
-        raise RowError('has no messages; expected [{"role": "user", "content": ...}, {"role": "assistant", "content": ...}]')
+        raise RecordError('has no messages; expected [{"role": "user", "content": ...}, {"role": "assistant", "content": ...}]')
     messages = []
     for number, turn in enumerate(turns):
         role = turn.get("role")
         if role == "system":
             raise _system_turn(number)
         if role not in _ROLES:
-            raise RowError(f"turn {number}: role is {role!r:.40}, expected 'user' or 'assistant'; remove or rename the turn")
+            raise RecordError(f"turn {number}: role is {role!r:.40}, expected 'user' or 'assistant'; remove or rename the turn")
         messages.append(Message(_ROLES[role], _content(turn.get("content"), number, images)))
     if all(isinstance(turn["content"], str) for turn in turns):
         return _images_first(messages, images)
@@ -195,13 +195,13 @@ def _content(content: object, turn: int, images: int) -> str:
     if isinstance(content, str):
         return content
     if not isinstance(content, list):
-        raise RowError(f"turn {turn}: content is {_kind(content)}, expected a text or a list of parts")
+        raise RecordError(f"turn {turn}: content is {_kind(content)}, expected a text or a list of parts")
     pieces = []
     for part in content:
         kind, text = (part.get("type"), part.get("text")) if isinstance(part, dict) else (None, None)
         if not images and isinstance(part, dict) and any(part.get(key) for key in _INLINE):
             names = label(", ".join(map(str, part)))
-            raise RowError(
+            raise RecordError(
                 f"turn {turn}: an image inside content ({names}); name it in `images` of the row, in the order of the parts, "
                 'and leave {"type": "image"} in its place'
             )
@@ -211,18 +211,18 @@ def _content(content: object, turn: int, images: int) -> str:
             pieces.append(text)
         else:
             expected = '{"type": "text", "text": ...} or {"type": "image"}'
-            raise RowError(f"turn {turn}: part {part!r:.80} of content, expected {expected}; write it as one of them")
+            raise RecordError(f"turn {turn}: part {part!r:.80} of content, expected {expected}; write it as one of them")
     return "".join(pieces)
 
 
 def _cauldron(turns: object, images: int) -> tuple[Message, ...]:
     if not isinstance(turns, list) or not turns or not all(isinstance(turn, dict) for turn in turns):
-        raise RowError('has no texts; expected [{"user": ..., "assistant": ...}]')
+        raise RecordError('has no texts; expected [{"user": ..., "assistant": ...}]')
     messages = []
     for number, turn in enumerate(turns):
         for key, role in _ROLES.items():
             if not isinstance(turn.get(key), str):
-                raise RowError(f"texts {number}: {key} is {_kind(turn.get(key))}, expected a text; complete or remove the turn")
+                raise RecordError(f"texts {number}: {key} is {_kind(turn.get(key))}, expected a text; mend or remove the turn")
             messages.append(Message(role, turn[key]))
     return _images_first(messages, images)
 
@@ -243,8 +243,8 @@ def _images_first(messages: list[Message], images: int) -> tuple[Message, ...]:
     return tuple(messages)
 
 
-def _system_turn(number: int) -> RowError:
-    return RowError(
+def _system_turn(number: int) -> RecordError:
+    return RecordError(
         f"turn {number} is a system prompt, but every template holds its own (data.template); remove the turn, or put its "
         "words into the first question"
     )
@@ -255,7 +255,7 @@ def _check_order(messages: tuple[Message, ...]) -> None:
     for number, (before, message) in enumerate(pairwise(messages), 1):
         if message.role == before.role:
             expected = "human" if message.role == "gpt" else "gpt"
-            raise RowError(f"turn {number}: got {message.role!r}, expected {expected!r}; turns alternate, join or remove one")
+            raise RecordError(f"turn {number}: got {message.role!r}, expected {expected!r}; they alternate, join or remove one")
 
 
 def _check_placeholders(messages: tuple[Message, ...], images: int) -> None:
@@ -264,7 +264,7 @@ def _check_placeholders(messages: tuple[Message, ...], images: int) -> None:
     found = sum(message.text.count(IMAGE_MARK) for message in spoken)
     if found != images:
         mend = "name the missing images" if found > images else f"put one {IMAGE_MARK} per image into a human turn"
-        raise RowError(
+        raise RecordError(
             f"has {found} {IMAGE_MARK} for {plural(images, 'image')}, expected {images}; {mend} or remove the surplus"
         )
 

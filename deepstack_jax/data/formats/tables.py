@@ -14,7 +14,7 @@ from deepstack_jax.data.example import SourceError
 from deepstack_jax.data.formats import files
 from deepstack_jax.data.formats.columns import VALUE_BYTES, carried, one_line, scanned, settled, to_row, warn_of
 from deepstack_jax.data.formats.footers import Chunk, decompressed_bytes, messages_of, read_chunks
-from deepstack_jax.data.formats.styles import IMAGE_KEYS, RowError, check_columns, needed_keys
+from deepstack_jax.data.formats.styles import IMAGE_KEYS, RecordError, check_columns, needed_keys
 
 _CACHE_BYTES = 128 << 20
 """Decoded row groups that a process keeps; the one in use stays, however large it is."""
@@ -24,7 +24,7 @@ _MAX_ROWS = 2**31
 _BATCH_ROWS, _STEP_ROWS = 1 << 16, 64  # read at once where texts are dictionaries; where each may be as long as all in the file
 
 
-class ParquetRows:
+class ParquetRecords:
     """Rows of parquet files, read by row group.
 
     A shuffled reader decodes a row group for a row: fast as long as row groups are small (`datasets` writes 100 rows with
@@ -100,7 +100,7 @@ class ParquetRows:
         """Row `index` as a dict.
 
         Raises:
-            RowError: its row group does not decode, or it is larger than the limit; the others may be whole.
+            RecordError: its row group does not decode, or it is larger than the limit; the others may be whole.
             SourceError: the file changed or vanished since it was opened.
         """
         group = self._group_of(index)
@@ -147,9 +147,11 @@ class ParquetRows:
         except (pa.ArrowException, OSError) as error:
             if isinstance(error, OSError) and error.errno:
                 raise SourceError(f"cannot read {path} any more: {error.strerror}; put it back and start again") from error
-            raise RowError(f"row group {number} cannot be read ({one_line(error)}); fetch or write the file again") from error
+            raise RecordError(
+                f"row group {number} cannot be read ({one_line(error)}); fetch or write the file again"
+            ) from error
         if len(table) != footer.rows[number]:
-            raise RowError(f"row group {number} has {len(table)} rows of {footer.rows[number]}; fetch or write the file again")
+            raise RecordError(f"row group {number} has {len(table)} rows of {footer.rows[number]}; fetch or write it again")
         return table
 
     def _read_group(self, parquet: pq.ParquetFile, number: int, step: int) -> pa.Table:
@@ -171,11 +173,11 @@ class ParquetRows:
             batches.append(batch)
             size += batch.nbytes
             if size > most:
-                raise RowError(f"row group {number} takes more than config.data.limits.group_bytes={most:,}; raise that")
+                raise RecordError(f"row group {number} takes more than config.data.limits.group_bytes={most:,}; raise that")
         return pa.Table.from_batches(batches).combine_chunks()
 
 
-class ArrowRows:
+class ArrowRecords:
     """Rows of arrow IPC files (streams, as `datasets` writes them, or files), mapped into memory: read without copying.
 
     Args:
@@ -226,7 +228,7 @@ class ArrowRows:
         raise IndexError(index)
 
     def read(self, index: int) -> object:
-        """Row `index` as a dict; RowError where its bytes are no valid data, or more than the limit."""
+        """Row `index` as a dict; RecordError where its bytes are no valid data, or more than the limit."""
         batch = int(np.searchsorted(self._starts, index, side="right")) - 1
         return to_row(self._flat[batch].slice(index - int(self._starts[batch]), 1), self._limits.row_bytes)
 

@@ -17,7 +17,7 @@ from rich.markup import escape
 from rich.progress import track
 
 from deepstack_jax.atomic import whole_file
-from deepstack_jax.data.example import Outline, OutlinedSource
+from deepstack_jax.data.example import MetadataSource, RecordMetadata
 from deepstack_jax.data.formats.files import glob
 from deepstack_jax.printing import Console, label
 
@@ -46,11 +46,11 @@ class RowFilter:
         """Whether there is nothing to look at."""
         return not (self.keep_images or self.drop_images or self.keep_sources)
 
-    def drops(self, outline: Outline) -> bool:
+    def drops(self, outline: RecordMetadata) -> bool:
         """Whether the row is named as not wanted."""
         return any(name.startswith(self.drop_images) for name in outline.images or (TEXT_ROWS,))
 
-    def keeps(self, outline: Outline) -> bool:
+    def keeps(self, outline: RecordMetadata) -> bool:
         """Whether the row meets the conditions to be kept; `drops` is another question."""
         if self.keep_sources and outline.data_source not in self.keep_sources:
             return False
@@ -74,7 +74,7 @@ class Selection:
     data_sources: Mapping[str, int]
 
 
-def select(path: str, source: OutlinedSource, filters: Sequence[RowFilter], cache: str) -> Selection:
+def select(path: str, source: MetadataSource, filters: Sequence[RowFilter], cache: str) -> Selection:
     """The rows that each filter takes of the file at `path`, which `source` is opened on.
 
     A file is looked through once, in one pass for all filters; the answer is kept in the folder `cache` under the file's
@@ -94,22 +94,22 @@ def select(path: str, source: OutlinedSource, filters: Sequence[RowFilter], cach
     return found
 
 
-def scan(source: OutlinedSource, filters: Sequence[RowFilter], name: str) -> Selection:
-    """One pass over the outlines of a file. A row that cannot be read has no images, so it goes with the text-only ones."""
+def scan(source: MetadataSource, filters: Sequence[RowFilter], name: str) -> Selection:
+    """One pass over the metadata of a file. A row that cannot be read has no images, so it goes with the text-only ones."""
     takers: list[list[int]] = [[] for _ in filters]
     left: Counter[str] = Counter()
     data_sources: Counter[str] = Counter()
     shared = 0
     title = f"filtering {escape(label(name))}"
-    outlines = track(
-        source.outlines(),
+    metadata = track(
+        source.metadata(),
         title,
         len(source),
         console=Console(stderr=True),
         transient=True,
         update_period=0.5,
     )
-    for row, outline in enumerate(outlines):
+    for row, outline in enumerate(metadata):
         data_sources[outline.data_source] += 1
         taken, dropped = 0, False
         for condition, rows in zip(filters, takers, strict=True):
@@ -124,7 +124,7 @@ def scan(source: OutlinedSource, filters: Sequence[RowFilter], name: str) -> Sel
     return Selection(tuple(np.array(rows, np.int32) for rows in takers), left, shared, data_sources)
 
 
-def _label(outline: Outline) -> str:
+def _label(outline: RecordMetadata) -> str:
     if outline.images:
         return "/".join([*outline.images[0].split("/")[:-1][:2], ""])
     return outline.data_source or TEXT_ROWS

@@ -20,30 +20,30 @@ from rich.progress import Progress
 
 from deepstack_jax.atomic import whole_file
 from deepstack_jax.config import Config
-from deepstack_jax.data.encode.batch_rows import Size
+from deepstack_jax.data.encode.batch_rows import ExampleSize
 from deepstack_jax.data.encode.encoder import Encoder
 from deepstack_jax.data.encode.image import image_grid
-from deepstack_jax.data.example import Example, SampleError, Source, SourceError
+from deepstack_jax.data.example import Example, ExampleError, Source, SourceError
 from deepstack_jax.data.formats import files
 from deepstack_jax.data.formats.image_files import image_size
-from deepstack_jax.data.workers import live_and_die_with_the_run
+from deepstack_jax.data.workers import ignore_signals_exit_with_parent
 from deepstack_jax.layout.sequence import VisualLayout
 from deepstack_jax.printing import Console
 
 CHUNK = 512  # rows measured between two saves: a second or two, which is also how long Ctrl-C takes
-UNKNOWN = Size()  # of an example that cannot be used: it takes a place among a row's examples, and no room
+UNKNOWN = ExampleSize()  # of an example that cannot be used: it takes a place among a row's examples, and no room
 
 _VERSION = 1  # of what the numbers mean
 
 
-def measure(example: Example, encoder: Encoder) -> Size:
+def measure(example: Example, encoder: Encoder) -> ExampleSize:
     """The size of `encoder.encode(example)`, images known by their headers only; raises ValueError as that does."""
     text, config, layout = encoder.text(example), encoder.config, encoder.config.layout
     sizes = [image_size(source, config.data) for source in example.images]
     grids = [image_grid(size, config.image) for size in sizes]
     visual = [layout.token_count(grid, size) for grid, size in zip(grids, sizes, strict=True)]
     text = encoder.fit(example, text, visual)
-    return Size(text.ids.size - len(visual) + sum(visual), sum(map(layout.views, grids)), sum(visual))
+    return ExampleSize(text.ids.size - len(visual) + sum(visual), sum(map(layout.views, grids)), sum(visual))
 
 
 def header_layouts(example: Example, config: Config) -> list[VisualLayout]:
@@ -68,7 +68,7 @@ def measure_rows(rows: range, source: Source, encoder: Encoder) -> np.ndarray:
 
 
 def length_index(source: Source, config: Config, console: Console | None = None) -> np.ndarray:
-    """Sizes i32[rows, 3] (see `Size`) of every row of a source under a configuration, from the cache where they are known.
+    """Sizes i32[rows, 3] (see `ExampleSize`) of every example of a source, from the cache where they are known.
 
     Measuring is spread over `config.data.workers` processes and saved every CHUNK rows: stopped, it goes on from there.
 
@@ -107,10 +107,10 @@ def too_many_bad(sizes: np.ndarray, source: Source, encoder: Encoder) -> str:
     )
 
 
-def _measure_row(row: int, source: Source, encoder: Encoder) -> Size:
+def _measure_row(row: int, source: Source, encoder: Encoder) -> ExampleSize:
     try:
         return measure(source[row], encoder)
-    except SampleError:
+    except ExampleError:
         return UNKNOWN
     except SourceError:
         raise
@@ -167,7 +167,7 @@ _work_on: Callable[[range], np.ndarray]
 
 def _start_worker(source: Source, encoder: Encoder) -> None:
     global _work_on
-    live_and_die_with_the_run()
+    ignore_signals_exit_with_parent()
     _work_on = partial(measure_rows, source=source, encoder=encoder)
 
 
@@ -206,7 +206,7 @@ def _key(source: Source, config: Config) -> str:
 def _text_of(source: Source, row: int) -> str:
     try:
         example = source[row]
-    except SampleError as error:
+    except ExampleError as error:
         return str(error)
     return repr((example.name, len(example.images), example.messages))
 

@@ -19,7 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from deepstack_jax.config import SetConfig
-from deepstack_jax.data.example import Example, Outline, OutlinedSource, SampleError, Source, SourceError
+from deepstack_jax.data.example import Example, ExampleError, MetadataSource, RecordMetadata, Source, SourceError
 from deepstack_jax.data.formats import files
 from deepstack_jax.data.order.filters import TEXT_ROWS, RowFilter, Selection, select
 from deepstack_jax.errors import ConfigError
@@ -115,11 +115,11 @@ def row_choice(entry: SetConfig) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class Part:
+class MixturePart:
     """One set of a mixture: the rows i32[n] that it takes of its source, and what its config says."""
 
     name: str
-    source: OutlinedSource
+    source: MetadataSource
     rows: np.ndarray
     config: SetConfig
 
@@ -131,7 +131,7 @@ class Mixture:
     mixture, and the name of their set in `info["set"]`.
     """
 
-    def __init__(self, parts: Sequence[Part]) -> None:
+    def __init__(self, parts: Sequence[MixturePart]) -> None:
         self.parts = tuple(parts)
         self.sizes = tuple(len(part.rows) for part in self.parts)
         self.repeats = tuple(part.config.repeat for part in self.parts)
@@ -153,12 +153,12 @@ class Mixture:
         example = part.source[int(part.rows[index - (self._ends[number] - self.sizes[number])])]
         return replace(example, index=index, info={**example.info, "set": part.name})
 
-    def outlines(self) -> Iterator[Outline]:
+    def metadata(self) -> Iterator[RecordMetadata]:
         """Of every row, in order; no image is read."""
         for part in self.parts:
             mine = np.zeros(len(part.source), bool)
             mine[part.rows] = True
-            yield from compress(part.source.outlines(), mine)
+            yield from compress(part.source.metadata(), mine)
 
     def missing_images(self, rows: int) -> list[str]:
         """Image files that do not exist, each once, among about `rows` rows, spread evenly over every set.
@@ -171,14 +171,14 @@ class Mixture:
             for row in part.rows[np.linspace(0, len(part.rows) - 1, looks).astype(int)]:
                 try:
                     images = part.source[int(row)].images
-                except SampleError:
+                except ExampleError:
                     continue  # left to the reader of the rows, who counts them
                 wanted.update((image, None) for image in images if isinstance(image, str))
         return files.missing(wanted)
 
 
 def open_mixture(
-    sets: Mapping[str, SetConfig], root: str, open_files: Callable[[str, str], OutlinedSource], cache: str = ""
+    sets: Mapping[str, SetConfig], root: str, open_files: Callable[[str, str], MetadataSource], cache: str = ""
 ) -> Mixture:
     """The mixture of `sets`, each file opened once, with a warning for everything that is not as the sets say.
 
@@ -193,7 +193,7 @@ def open_mixture(
         SourceError: a file cannot be read, or a set has no rows; going on would train on another mixture than asked for.
     """
     _check_present(sets, root)
-    chosen: dict[str, tuple[OutlinedSource, np.ndarray]] = {}
+    chosen: dict[str, tuple[MetadataSource, np.ndarray]] = {}
     for (file, images), names in _by_file(sets).items():
         path = files.join(root, file)
         source = open_files(path, files.join(root, images))
@@ -204,15 +204,15 @@ def open_mixture(
                 raise SourceError(f"set {name} takes none of the {len(source)} rows of {path}; {_contents(selection)}")
             chosen[name] = (source, rows)
         _warn_of_rows(path, names, filters, selection)
-    parts = [Part(name, *chosen[name], config) for name, config in sets.items()]
+    parts = [MixturePart(name, *chosen[name], config) for name, config in sets.items()]
     for part in parts:
-        problem = count_problem(part)
+        problem = unexpected_count(part)
         if problem:
             warnings.warn(f"set {part.name}: {problem}", stacklevel=2)
     return Mixture(parts)
 
 
-def count_problem(part: Part) -> str:
+def unexpected_count(part: MixturePart) -> str:
     """What is wrong with the number of a set's rows, in a line; "" where it is as expected, or nothing is known of it."""
     found, expected, exact = len(part.rows), part.config.rows, part.config.exact
     off = abs(found - expected)
@@ -233,7 +233,7 @@ def describe_mixture(mixture: Mixture) -> Table:
     rows = []
     for part, entry, count in zip(mixture.parts, configs, counts, strict=True):
         known = f"{'' if entry.exact else '~'}{entry.rows:,}" if entry.rows else "?"
-        verdict = Text("not as expected", "bold red") if count_problem(part) else Text("ok" if entry.rows else "", "green")
+        verdict = Text("not as expected", "bold red") if unexpected_count(part) else Text("ok" if entry.rows else "", "green")
         paper = f"{entry.paper:,}" if entry.paper else ""
         rows.append((part.name, entry.file, f"{len(part.rows):,}", known, paper, f"{entry.repeat:g}", f"{count:,}", verdict))
     expected = [entry.rows for entry in configs]

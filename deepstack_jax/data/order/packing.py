@@ -16,7 +16,7 @@ from rich.table import Table
 from deepstack_jax.config import Config
 
 
-class Limits(NamedTuple):
+class RowCapacity(NamedTuple):
     """What a row has room for."""
 
     tokens: int  # T
@@ -25,7 +25,7 @@ class Limits(NamedTuple):
     examples: int  # G
 
     @classmethod
-    def of(cls, config: Config) -> Limits:
+    def of(cls, config: Config) -> RowCapacity:
         """The room of a training row under a configuration."""
         shape = config.batch_shape(1, config.data.max_length)
         return cls(shape.length, shape.crops, shape.visual, shape.examples)
@@ -57,11 +57,11 @@ class Packs:
         return Packs(self.members[moved], starts)
 
     def fill(self, sizes: np.ndarray) -> np.ndarray:
-        """What the packs take in all, i64[3], of sizes i32[rows, 3] (see `Size`)."""
+        """What the packs take in all, i64[3], of sizes i32[rows, 3] (see `ExampleSize`)."""
         return sizes[self.members].sum(axis=0, dtype=np.int64)
 
 
-def pack(examples: np.ndarray, sizes: np.ndarray, limits: Limits, window: int) -> Packs:
+def pack(examples: np.ndarray, sizes: np.ndarray, limits: RowCapacity, window: int) -> Packs:
     """Put examples into packs: every one into exactly one, none beyond a pack's room.
 
     Up to `window` examples wait. A pack begins with the one that waits longest, so that none is put off for ever. What is left
@@ -71,7 +71,7 @@ def pack(examples: np.ndarray, sizes: np.ndarray, limits: Limits, window: int) -
 
     Args:
       examples: i64[n], rows in the order of the epoch; a row may come several times.
-      sizes: i32[rows, 3] (see `Size`). An example of size 0, which cannot be used, takes a place among a pack's examples.
+      sizes: i32[rows, 3] (see `ExampleSize`). One of size 0, which cannot be used, takes a place among a pack's examples.
       limits: the room of a pack.
       window: 1 or more.
 
@@ -194,7 +194,7 @@ class _Waiting:
         return place
 
 
-def describe_packs(packs: Packs, sizes: np.ndarray, limits: Limits, rows: int, filled: float) -> Table:
+def describe_packs(packs: Packs, sizes: np.ndarray, limits: RowCapacity, rows: int, filled: float) -> Table:
     """How well an epoch's packs use what a step computes.
 
     Args:

@@ -15,10 +15,10 @@ import numpy as np
 from PIL import Image
 
 from deepstack_jax.data.encode.templates import ConversationError, Message
-from deepstack_jax.data.example import Example, SampleError
+from deepstack_jax.data.example import Example, ExampleError
 from deepstack_jax.data.formats import files
 from deepstack_jax.data.formats.image_files import MAX_BYTES, open_image
-from deepstack_jax.data.formats.styles import RowError, check_messages
+from deepstack_jax.data.formats.styles import RecordError, check_messages
 
 _TUPLE, _ARRAY = 1, 2  # msgpack extensions
 
@@ -30,15 +30,15 @@ def encode_example(example: Example) -> bytes:
         images = [_image_bytes(image) for image in example.images]
         messages = [[message.role, message.text] for message in example.messages]
         return _pack([example.name, messages, images, {key: _carried(value) for key, value in example.info.items()}])
-    except (RowError, ConversationError) as error:
-        raise SampleError(f"{example.name}: {error}", example.name) from error
+    except (RecordError, ConversationError) as error:
+        raise ExampleError(f"{example.name}: {error}", example.name) from error
     except OSError as error:
         reason = f"cannot read image {error.filename}: {error.strerror or error}; put it there or remove the row"
-        raise SampleError(f"{example.name}: {reason}", example.name) from error
+        raise ExampleError(f"{example.name}: {reason}", example.name) from error
     except (TypeError, ValueError, OverflowError, RecursionError) as error:
         reason = " ".join(str(error).split())
         message = f"{example.name}: {reason}; expected text, numbers, bytes, arrays, lists and dicts in info"
-        raise SampleError(message, example.name) from error
+        raise ExampleError(message, example.name) from error
 
 
 def decode_example(record: bytes, index: int) -> Example:
@@ -47,7 +47,7 @@ def decode_example(record: bytes, index: int) -> Example:
     Nothing but the record is read: an image is the encoded bytes in it, never the name of a file.
 
     Raises:
-        RowError, ConversationError: it is no usable conversation, as a row of a file would be refused.
+        RecordError, ConversationError: it is no usable conversation, as a row of a file would be refused.
         ValueError, TypeError, ...: it is no record.
     """
     name, messages, images, info = _unpack(record)
@@ -57,7 +57,7 @@ def decode_example(record: bytes, index: int) -> Example:
         raise ValueError("its info is no dict with texts as keys")
     for image in images:
         if not isinstance(image, bytes):
-            raise RowError(
+            raise RecordError(
                 f"an image is a {type(image).__name__}, {str(image)!a:.80}, expected its encoded bytes; prepare it again"
             )
     turns = tuple(Message(role, text) for role, text in messages)

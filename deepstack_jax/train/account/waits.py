@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 
-from deepstack_jax.data.pipeline import Delivered
+from deepstack_jax.data.pipeline import HostBatch
 from deepstack_jax.train.account.journal import Journal
 
 
@@ -24,7 +24,7 @@ class DataWait(contextlib.AbstractContextManager):
         self._journal = journal
         self._watch = ThreadPoolExecutor(1, thread_name_prefix="data-wait")
 
-    def next(self, stream: Iterator[Delivered], numbers: Any) -> Delivered:
+    def next(self, stream: Iterator[HostBatch], numbers: Any) -> HostBatch:
         """The next batch; `numbers` are those of the last step, on the device, None before the first."""
         began = time.perf_counter()
         idle = self._watch.submit(_ready_at, numbers)

@@ -17,7 +17,7 @@ from deepstack_jax.batch import Batch
 from deepstack_jax.config import Config
 from deepstack_jax.data.encode.encoder import REMARKS, BadExample
 from deepstack_jax.data.example import SourceError
-from deepstack_jax.data.pipeline import Delivered, TrainingStream
+from deepstack_jax.data.pipeline import HostBatch, TrainingStream
 from deepstack_jax.errors import UserError
 from deepstack_jax.parallel.chips import CHIPS
 from deepstack_jax.parallel.distributed import is_first_host, process_slice, put_batch, sum_over_hosts
@@ -174,7 +174,7 @@ class Records:
         """Until the devices are through with all steps, so that what comes next is not taken to last longer than it does."""
         jax.block_until_ready(self._numbers)
 
-    def left_out(self, step: int, delivered: Delivered) -> None:
+    def left_out(self, step: int, delivered: HostBatch) -> None:
         """Count what could not be used in the batch of a step; on one host too much of it ends the run at once."""
         run, before = self._run, self._bad
         self._bad = run.quarantine.add(delivered.bad)

@@ -20,9 +20,9 @@ from array_record.python.array_record_module import ArrayRecordReader, ArrayReco
 
 from deepstack_jax.config import LIMITS, LimitsConfig
 from deepstack_jax.data.encode.templates import ConversationError
-from deepstack_jax.data.example import Example, Outline, SampleError, SourceError
+from deepstack_jax.data.example import Example, ExampleError, RecordMetadata, SourceError
 from deepstack_jax.data.formats import files
-from deepstack_jax.data.formats.styles import RowError
+from deepstack_jax.data.formats.styles import RecordError
 from deepstack_jax.data.shards.codec import decode_example, encode_example
 
 MANIFEST = "manifest.json"
@@ -105,7 +105,7 @@ class RecordWriter:
         """Append an example; its row number becomes its place in the shards, its `index` is not kept.
 
         Raises:
-            SampleError: an image cannot be read, or `info` holds what msgpack cannot; nothing of the example was written.
+            ExampleError: an image cannot be read, or `info` holds what msgpack cannot; nothing of the example was written.
         """
         record = encode_example(example)
         if self._writer is None:
@@ -152,7 +152,7 @@ class RecordWriter:
         files.publish(scratch, files.under(self.folder, MANIFEST))
 
 
-class RecordShards:
+class ShardSource:
     """Examples of a folder that `RecordWriter` wrote, by random access over all shards; images come as encoded bytes.
 
     Only the manifest is kept, so the object is cheap to send to workers; each opens the shards that it reads. Of a folder
@@ -191,14 +191,14 @@ class RecordShards:
 
     def __repr__(self) -> str:  # Grain compares this text when it restores an iterator: no address, no machine's folder
         digest = hashlib.sha256("".join(shard.sha256 for shard in self._shards).encode()).hexdigest()[:16]
-        return f"RecordShards(rows={len(self)}, sha256={digest!r})"
+        return f"ShardSource(rows={len(self)}, sha256={digest!r})"
 
     def __getitem__(self, index: SupportsIndex) -> Example:
         """Example `index`.
 
         Raises:
             IndexError: outside 0..len-1.
-            SampleError: the record is damaged, no usable conversation, or beyond the limit; the others may be whole.
+            ExampleError: the record is damaged, no usable conversation, or beyond the limit; the others may be whole.
             SourceError: its shard vanished or changed since the folder was opened.
         """
         index = operator.index(index)
@@ -211,26 +211,26 @@ class RecordShards:
             record = reader.read([row])[0]
             if len(record) > self._limits.row_bytes:
                 most = f"config.data.limits.row_bytes={self._limits.row_bytes:,}"
-                raise SampleError(f"{where} takes {len(record):,} bytes, allowed are {most}; raise that", f"row {index}")
+                raise ExampleError(f"{where} takes {len(record):,} bytes, allowed are {most}; raise that", f"row {index}")
             return decode_example(record, index)
-        except (SampleError, MemoryError):
+        except (ExampleError, MemoryError):
             raise
-        except (RowError, ConversationError) as error:
-            raise SampleError(f"{where}: {error}", f"row {index}") from error
+        except (RecordError, ConversationError) as error:
+            raise ExampleError(f"{where}: {error}", f"row {index}") from error
         except Exception as error:  # what msgpack, numpy and array_record raise on damaged bytes is nearly anything
             reason = f"{type(error).__name__}: {' '.join(str(error).split())}"[:200]
-            raise SampleError(f"{where}: damaged ({reason}); fetch or prepare it again", f"row {index}") from error
+            raise ExampleError(f"{where}: damaged ({reason}); fetch or prepare it again", f"row {index}") from error
 
-    def outlines(self) -> Iterator[Outline]:
+    def metadata(self) -> Iterator[RecordMetadata]:
         """Name and data_source of every example; reads everything, since a record is read as a whole."""
         for index in range(len(self)):
             try:
                 example = self[index]
-            except SampleError as error:
-                yield Outline(error.name, (), "")
+            except ExampleError as error:
+                yield RecordMetadata(error.name, (), "")
                 continue
             source = example.info.get("data_source")
-            yield Outline(example.name, (), source if isinstance(source, str) else "")
+            yield RecordMetadata(example.name, (), source if isinstance(source, str) else "")
 
     def missing_images(self, rows: int) -> list[str]:
         """None: the images are inside."""

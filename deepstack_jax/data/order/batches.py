@@ -15,26 +15,26 @@ import numpy as np
 from rich.table import Table
 
 from deepstack_jax.data.order.mixture import EpochOrder
-from deepstack_jax.data.order.packing import Limits, Packs, describe_packs, pack
+from deepstack_jax.data.order.packing import Packs, RowCapacity, describe_packs, pack
 from deepstack_jax.errors import ConfigError
 
 TOLERANCE = Fraction(2, 100)  # how far examples per step may be from the recipe's batch size
 _KEPT_EPOCHS = 2
 
 
-class Step(NamedTuple):
+class BatchPlan(NamedTuple):
     """What a global batch is made of."""
 
     rows: list[list[int]]  # per row of the batch, rows of the source; [] = a blank row
     longest: int | None  # sequence positions of the longest, where that is known beforehand
 
 
-class Schedule(Protocol):
+class BatchOrder(Protocol):
     """Global batches in an order that has no end, and the place in it that a checkpoint keeps."""
 
     rows: int  # of every global batch
 
-    def step(self, number: int) -> Step:
+    def step(self, number: int) -> BatchPlan:
         """Batch `number`."""
         ...
 
@@ -55,23 +55,23 @@ class Schedule(Protocol):
         ...
 
 
-class PaddedSchedule:
+class PaddedBatches:
     """One example per row.
 
     Args:
       order: of the examples.
       batch_size: rows of a global batch.
-      sizes: i32[rows of the source, 3] (see `Size`) where hosts must agree on the length of a batch, else None.
+      sizes: i32[rows of the source, 3] (see `ExampleSize`) where hosts must agree on the length of a batch, else None.
     """
 
     def __init__(self, order: EpochOrder, batch_size: int, sizes: np.ndarray | None = None) -> None:
         self.rows, self._order, self._sizes = batch_size, order, sizes
 
-    def step(self, number: int) -> Step:
+    def step(self, number: int) -> BatchPlan:
         epochs, places = np.divmod(np.arange(number * self.rows, (number + 1) * self.rows), len(self._order))
         chosen = np.concatenate([self._order(int(epoch), places[epochs == epoch]) for epoch in np.unique(epochs)])
         longest = None if self._sizes is None else int(self._sizes[chosen, 0].max())
-        return Step([[int(row)] for row in chosen], longest)
+        return BatchPlan([[int(row)] for row in chosen], longest)
 
     def steps(self, epochs: float) -> int:
         return max(1, round(epochs * len(self._order) / self.rows))
@@ -97,14 +97,14 @@ def packed_rows(wanted: Fraction, divisor: int) -> tuple[int, Fraction]:
     return math.ceil(wanted / divisor) * divisor, wanted
 
 
-class PackedSchedule:
+class PackedBatches:
     """Several examples per row, as many rows per step as make the recipe's number of examples.
 
     Batch n holds the packs from floor(n * filled) on, of all epochs' packs counted through; see `packed_rows`.
 
     Args:
       order: of the examples.
-      sizes: i32[rows of the source, 3] (see `Size`).
+      sizes: i32[rows of the source, 3] (see `ExampleSize`).
       limits, window: see `pack`.
       batch_size: examples per step, on average.
       divisor: rows of a step are a multiple of it, so that devices, hosts and micro-batches divide them.
@@ -114,7 +114,7 @@ class PackedSchedule:
     """
 
     def __init__(
-        self, order: EpochOrder, sizes: np.ndarray, limits: Limits, window: int, batch_size: int, divisor: int = 1
+        self, order: EpochOrder, sizes: np.ndarray, limits: RowCapacity, window: int, batch_size: int, divisor: int = 1
     ) -> None:
         self._order, self._sizes, self._limits, self._window = order, sizes, limits, window
         self._kept: dict[int, Packs] = {}
@@ -141,12 +141,12 @@ class PackedSchedule:
             self._counts[number] = len(packs)
         return packs
 
-    def step(self, number: int) -> Step:
+    def step(self, number: int) -> BatchPlan:
         start, end = (math.floor(at * self.filled) for at in (number, number + 1))
         if start < self._first < end:  # a run that goes on with another number of rows per step
             start = self._first
         rows = [self._pack(place) for place in range(start, end)]
-        return Step(rows + [[]] * (self.rows - len(rows)), self._limits.tokens)
+        return BatchPlan(rows + [[]] * (self.rows - len(rows)), self._limits.tokens)
 
     def steps(self, epochs: float) -> int:
         return max(1, round(epochs * len(self.epoch(0)) / self.filled))
