@@ -255,7 +255,7 @@ def _check_order(messages: tuple[Message, ...]) -> None:
     for number, (before, message) in enumerate(pairwise(messages), 1):
         if message.role == before.role:
             expected = "human" if message.role == "gpt" else "gpt"
-            raise RecordError(f"turn {number}: got {message.role!r}, expected {expected!r}; they alternate, join or remove one")
+            raise RecordError(f"turn {number}: got {message.role!r}, expected {expected!r}; turns alternate, join them")
 
 
 def _check_placeholders(messages: tuple[Message, ...], images: int) -> None:
