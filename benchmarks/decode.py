@@ -18,10 +18,10 @@ from flax import linen as nn
 from transformers import LlamaConfig
 
 from deepstack_jax.config import Config, DataConfig, DecoderConfig, DeepStackConfig, ImageConfig, TrainConfig, VisionConfig
+from deepstack_jax.families.build import build_model
 from deepstack_jax.generate.decoding import answer_ids
 from deepstack_jax.generate.prompts import example, pack
 from deepstack_jax.generate.sampling import greedy_sampling
-from deepstack_jax.model.variants import build_model
 
 PROMPT, NEW, REPEATS = 60, 129, 5
 VOCABULARY = 8000

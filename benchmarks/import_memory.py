@@ -25,11 +25,14 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from rich.table import Table as RichTable
 
 from deepstack_jax.config import Config, DecoderConfig, ImageConfig, VisionConfig
+from deepstack_jax.families.base import TOWER
+from deepstack_jax.families.forms import to_hf
+from deepstack_jax.families.official import tower_to_hf
+from deepstack_jax.families.processor import preprocessor_to_hf
 from deepstack_jax.printing import Console
 from deepstack_jax.weights.folders import open_checkpoint
-from deepstack_jax.weights.hf_export import preprocessor_to_hf, to_hf, tower_to_hf
 from deepstack_jax.weights.load import load_params, stored_leaves
-from deepstack_jax.weights.names import TOWER, Table
+from deepstack_jax.weights.names import Table
 from deepstack_jax.weights.save import Out, save_checkpoint, write_safetensors, write_shards
 
 DECODER = DecoderConfig(vocab_size=32000, width=2048, layers=24, heads=16, kv_heads=16, head_dim=128, mlp=8192)

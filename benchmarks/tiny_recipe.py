@@ -27,10 +27,11 @@ from safetensors.numpy import save_file
 
 from deepstack_jax.config import Config, build_config
 from deepstack_jax.data.synthetic_files import write_file, write_sets
+from deepstack_jax.families.base import TOWER, decoder_of
+from deepstack_jax.families.official import tower_to_hf
+from deepstack_jax.families.processor import preprocessor_to_hf
 from deepstack_jax.printing import Console
-from deepstack_jax.weights.hf_decoder import decoder_to
-from deepstack_jax.weights.hf_export import preprocessor_to_hf, tower_to_hf
-from deepstack_jax.weights.names import TOWER, Table
+from deepstack_jax.weights.names import Table
 
 REPOSITORY = Path(__file__).parents[1]
 TOKENIZERS = {"llama": "llama_legacy_false", "phi3": "phi3_rstrip"}  # of tests/golden, which need no download
@@ -88,7 +89,7 @@ def write_weights(folder: Path, config: Config, seed: int = 0) -> None:
             parts["llm"][name] = _draw(rng, name, foreign.shape)
     kind = config.decoder.architecture
     described = {
-        "llm": {"config.json": decoder_to(config.decoder) | {"model_type": kind}},
+        "llm": {"config.json": decoder_of(config).to_hf(config.decoder) | {"model_type": kind}},
         "clip": {"config.json": tower_to_hf(config), "preprocessor_config.json": preprocessor_to_hf(config)},
     }
     for part, tensors in parts.items():

@@ -6,6 +6,8 @@ workers import this package and never jax.
 
 from typing import TYPE_CHECKING, Any
 
+from deepstack_jax import families as families  # whose names a configuration may give
+
 if TYPE_CHECKING:
     from deepstack_jax.api import LMM, Chat, load, save_hf
 

@@ -22,12 +22,12 @@ from deepstack_jax.config import Config
 from deepstack_jax.data.encode.templates import TEMPLATES
 from deepstack_jax.data.encode.tokenizer import HFTokenizer, SentencePieceTokenizer, Tokenizer, load_tokenizer
 from deepstack_jax.errors import ConfigError
+from deepstack_jax.families.build import build_model
 from deepstack_jax.generate.answers import Answer, Answerer, Chat
 from deepstack_jax.generate.logits import next_token_logits
 from deepstack_jax.generate.options import Options, RequestError
 from deepstack_jax.generate.prompts import Turn
 from deepstack_jax.generate.text import is_one_token
-from deepstack_jax.model.variants import build_model
 from deepstack_jax.printing import label, one_line, quote
 from deepstack_jax.train.checkpoint.init_weights import is_workdir
 from deepstack_jax.train.checkpoint.reading import CheckpointError

@@ -17,12 +17,13 @@ from deepstack_jax.api import token_ids, tokenizer_files
 from deepstack_jax.config import Config
 from deepstack_jax.data.encode.tokenizer import load_tokenizer
 from deepstack_jax.errors import ConfigError
+from deepstack_jax.families.forms import FORMATS
 from deepstack_jax.printing import Console
 from deepstack_jax.train.checkpoint.init_weights import is_workdir
 from deepstack_jax.train.checkpoint.restore_params import restore_params
 from deepstack_jax.weights.folders import Checkpoint, open_checkpoint
 from deepstack_jax.weights.load import stored_leaves
-from deepstack_jax.weights.save import DTYPES, FORMATS, LeafLike, Written, save_checkpoint
+from deepstack_jax.weights.save import DTYPES, LeafLike, Written, save_checkpoint
 
 USAGE = """
 Convert a checkpoint into a folder that the official DeepStack code, LLaVA or transformers loads.

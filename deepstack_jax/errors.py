@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from deepstack_jax.printing import label, quote
+from deepstack_jax.printing import label, one_line, quote
 
 
 class UserError(ValueError):
@@ -22,6 +22,14 @@ class ConfigError(UserError):
 
     def __str__(self) -> str:
         return "; ".join(self.args)
+
+
+class WeightsError(ConfigError):
+    """A checkpoint that cannot be used; the message names what, what was expected and the next move."""
+
+    def __init__(self, *messages: str) -> None:
+        """Nothing in the names and values of a stranger's file can end a line, fill the screen or speak to a terminal."""
+        super().__init__(*map(one_line, messages))
 
 
 def try_all(*calls: Callable[[], Any]) -> list[Any]:

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 from ml_collections import ConfigDict
 
+from deepstack_jax.config.architectures import ARCHITECTURES
 from deepstack_jax.config.checks import check_config
 from deepstack_jax.config.schema import Config
 from deepstack_jax.errors import ConfigError, nearest
@@ -63,12 +64,22 @@ def _build(cls: type[T], values: dict[str, Any], path: str) -> T:
     return cls(**{key: _convert(value, hints[key], f"{path}.{key}") for key, value in values.items()})
 
 
+def _class_of(plain: type[Any], values: dict[str, Any], path: str) -> type[Any]:
+    """The class of a section's keys: that of the architecture which the section names, where it can name one."""
+    if plain not in ARCHITECTURES:
+        return plain
+    known, name = ARCHITECTURES[plain], values.get("architecture", plain().architecture)
+    if not isinstance(name, str) or name not in known:
+        raise ConfigError(f"{path}.architecture got {quote(name)}; {nearest(name, known)}")
+    return known[name]
+
+
 def _convert(value: Any, hint: Any, path: str) -> Any:
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if isinstance(hint, type) and dataclasses.is_dataclass(hint):
         if not isinstance(value, dict):
             raise ConfigError(f"{path} got {quote(value)}, expected the keys of {hint.__name__}")
-        return _build(hint, value, path)
+        return _build(_class_of(hint, value, path), value, path)
     if origin is dict:
         if not isinstance(value, dict):
             raise ConfigError(f"{path} got {quote(value)}, expected a dict of {args[1].__name__}")

@@ -7,8 +7,9 @@ import re
 import warnings
 from operator import attrgetter
 
+from deepstack_jax.config.architectures import ARCHITECTURES
 from deepstack_jax.config.ranges import out_of_range, too_large
-from deepstack_jax.config.schema import Config
+from deepstack_jax.config.schema import Config, DecoderConfig, VisionConfig
 from deepstack_jax.errors import ConfigError, nearest
 from deepstack_jax.layout.grid import anyres_grids
 from deepstack_jax.layout.sequence import MERGES, SEQUENCES, STACKS
@@ -23,7 +24,6 @@ CHOICES = {
     "image.crop_filter": ("bicubic", "bilinear", "lanczos", "box", "nearest"),
     "image.global_filter": ("bicubic", "bilinear", "lanczos", "box", "nearest"),
     "vision.activation": ("quick_gelu", "gelu"),
-    "decoder.architecture": ("llama", "phi3"),
     "decoder.remat": ("none", "block", "dots", "offload"),
     "decoder.rope.scaling": ("none", "linear", "llama3", "longrope", "yarn"),
     "deepstack.sequence": SEQUENCES,
@@ -45,6 +45,12 @@ CHOICES = {
 
 def check_config(config: Config) -> None:
     """Refuse what cannot run, each with the numbers that clash and the next move."""
+    for name, section in (("vision", config.vision), ("decoder", config.decoder)):
+        known = ARCHITECTURES[VisionConfig if name == "vision" else DecoderConfig]
+        if section.architecture not in known:
+            raise ConfigError(
+                f"config.{name}.architecture got {quote(section.architecture)}; {nearest(section.architecture, known)}"
+            )
     for key, valid in CHOICES.items():
         value = attrgetter(key)(config)
         if value not in valid:

@@ -33,8 +33,9 @@ class ImageConfig:
 
 @dataclass(frozen=True)
 class VisionConfig:
-    """A CLIP-shaped vision transformer. The defaults are CLIP ViT-L/14-336."""
+    """A vision transformer. The defaults are CLIP ViT-L/14-336. A family may add keys in a class of its own."""
 
+    architecture: str = "clip"  # the family that builds it (`families/`)
     patch_size: int = 14
     width: int = 1024
     layers: int = 24
@@ -77,9 +78,9 @@ class RopeConfig:
 
 @dataclass(frozen=True)
 class DecoderConfig:
-    """A LLaMA-shaped decoder. The defaults are Vicuna-7B v1.5."""
+    """A decoder. The defaults are Vicuna-7B v1.5. A family may add keys in a class of its own."""
 
-    architecture: str = "llama"  # llama | phi3: how a checkpoint names and fuses its tensors; the arithmetic is one
+    architecture: str = "llama"  # the family that builds it and names its tensors: llama | phi3 (`families/`)
     vocab_size: int = 32000
     width: int = 4096
     layers: int = 32
@@ -97,6 +98,11 @@ class DecoderConfig:
     remat: str = "block"
     embed_std: float = 0.02  # of a freshly drawn token embedding
     head_std: float = 0.02  # of a freshly drawn head
+
+    @property
+    def tied_head(self) -> bool:
+        """Whether the embeddings are the head too: one parameter, both uses. A family that can have it so makes it a key."""
+        return False
 
 
 @dataclass(frozen=True)

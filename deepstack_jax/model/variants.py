@@ -1,16 +1,12 @@
-"""The variants that index arrays alone cannot make, each one method of DeepStack replaced, and the choice between them."""
+"""The variants that index arrays alone cannot make, each one method of DeepStack replaced."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Num
 
 from deepstack_jax.batch import Batch
-from deepstack_jax.config import Config
-from deepstack_jax.model.attention import AttentionFn, dot_product
 from deepstack_jax.model.deepstack import DeepStack
 from deepstack_jax.model.layers import take_rows
 from deepstack_jax.types import HostOrDevice
@@ -65,26 +61,3 @@ class HighResDeepStack(DeepStack):
         parts = parts.reshape(-1, cells, side, cells, side, width).transpose(0, 1, 3, 2, 4, 5)
         features = [whole.reshape(-1, 1, side**2, width), parts.reshape(-1, cells**2, side**2, width)]
         return jnp.concatenate(features, axis=1).reshape(rows, -1, width)
-
-
-def build_model(config: Config, attend: AttentionFn = dot_product, **more: Any) -> DeepStack:
-    """The model that a run's configuration describes; `more` are further fields of DeepStack, e.g. `crop_shards`."""
-    stack, views = config.deepstack, config.views_per_image
-    settings = {
-        "image": config.image,
-        "vision": config.vision,
-        "project": config.projector,
-        "decoder": config.decoder,
-        "schedule": config.schedule,
-        "dtype": jnp.dtype(config.train.compute_dtype),
-        "newline": config.newline,
-        "attend": attend,
-        **more,
-    }
-    if stack.into == "vision":
-        return DeepStackV(**settings, vision_schedule=config.vision_schedule, views=views)
-    if stack.pool > 1:
-        return PooledDeepStack(**settings, pool=stack.pool)
-    if stack.high_res == "view":
-        return HighResDeepStack(**settings, views=views, cells=config.layout.grids[0][0])
-    return DeepStack(**settings)

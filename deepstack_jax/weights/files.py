@@ -18,8 +18,7 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from deepstack_jax.errors import ConfigError
-from deepstack_jax.printing import one_line
+from deepstack_jax.errors import WeightsError
 
 DTYPES = {
     "F64": np.dtype(np.float64),
@@ -30,14 +29,6 @@ DTYPES = {
 }
 
 BEYOND_FILE = "deepstack_jax.json"  # in a folder that we wrote: what the official files cannot say
-
-
-class WeightsError(ConfigError):
-    """A checkpoint that cannot be used; the message names what, what was expected and the next move."""
-
-    def __init__(self, *messages: str) -> None:
-        """Nothing in the names and values of a stranger's file can end a line, fill the screen or speak to a terminal."""
-        super().__init__(*map(one_line, messages))
 
 
 @contextmanager

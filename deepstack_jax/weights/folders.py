@@ -6,8 +6,9 @@ import dataclasses
 import os
 import re
 import warnings
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,22 +18,15 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from ml_collections import ConfigDict
 
 from deepstack_jax.config import Config, build_config, to_dict
+from deepstack_jax.errors import WeightsError
+from deepstack_jax.families.base import TOWER, decoder_from, language_models, tower_family, tower_from
+from deepstack_jax.families.forms import BUFFERS, canonical, check_against, from_hf, may_say
+from deepstack_jax.families.llava_hf import is_llava_hf
+from deepstack_jax.families.official import PASSTHROUGH_KEYS, VERBATIM_KEYS, tower_to_hf
+from deepstack_jax.families.values import section, word
 from deepstack_jax.printing import quote
-from deepstack_jax.weights.files import BEYOND_FILE, StoredTensor, WeightsError
-from deepstack_jax.weights.hf_config import (
-    BARE,
-    PASSTHROUGH_KEYS,
-    VERBATIM_KEYS,
-    check_against,
-    from_hf,
-    is_llava_hf,
-    tower_from,
-)
-from deepstack_jax.weights.hf_decoder import decoder_from, section, word
-from deepstack_jax.weights.hf_export import may_say, tower_to_hf
-from deepstack_jax.weights.hf_image import processor_of
-from deepstack_jax.weights.io import open_files, read_json, weight_files
-from deepstack_jax.weights.names import TOWER, canonical
+from deepstack_jax.weights.files import BEYOND_FILE, StoredTensor
+from deepstack_jax.weights.io import open_files, processor_of, read_json, weight_files
 
 PROJECTOR_FILE = "mm_projector.bin"
 # Towers whose sizes are the defaults of our Config: a checkpoint with one of them inside needs no second folder.
@@ -91,7 +85,7 @@ def open_checkpoint(
             "PeftModel.from_pretrained(...).merge_and_unload().save_pretrained(...))"
         )
     values = read_json(folder / "config.json")
-    bare, inner = word(values, "model_type") in BARE, is_llava_hf(values)
+    bare, inner = word(values, "model_type") in language_models(), is_llava_hf(values)
     named = values.get("mm_vision_tower") or ""
     if not isinstance(named, str):
         raise WeightsError(
@@ -233,7 +227,7 @@ def _describe(
         tower_json = tower_to_hf(Config())
     beside = folder if is_llava_hf(values) else tower
     pixels = processor_of(beside) if beside is not None else {}
-    if values.get("model_type") not in BARE:
+    if values.get("model_type") not in language_models():
         return from_hf(values, tower_json, pixels)
     if run is None or tower_json is None:
         raise WeightsError(
@@ -241,13 +235,13 @@ def _describe(
             + ("give the vision tower's folder with --tower=DIR" if run is not None else "give the run's configuration with it")
         )
     vision, size = tower_from(tower_json)
-    kind = BARE[values["model_type"]]
+    kind = values["model_type"]
     return dataclasses.replace(
         run,
         vision=dataclasses.replace(vision, feature_layer=run.vision.feature_layer, post_layers=run.vision.post_layers),
         image=dataclasses.replace(run.image, size=size),
         decoder=decoder_from(values, kind),
-        data=dataclasses.replace(run.data, template="phi3_instruct" if kind == "phi3" else "v1"),
+        data=dataclasses.replace(run.data, template=language_models()[kind].template),
     )
 
 
@@ -275,8 +269,8 @@ def _with_beyond(stored: Config, folder: Path) -> Config:
 def _check_base(base: Path, stored: Config) -> None:
     """Refuse a base model of other sizes than the projector's config.json says."""
     values = read_json(base / "config.json")
-    if word(values, "model_type") in BARE:
-        decoder = decoder_from(values, BARE[values["model_type"]])
+    if word(values, "model_type") in language_models():
+        decoder = decoder_from(values, values["model_type"])
         try:
             check_against(stored, dataclasses.replace(stored, decoder=decoder))
         except WeightsError as error:
@@ -296,23 +290,26 @@ def _collect(
         if base is None:
             raise WeightsError(f"{folder} holds a projector alone; give its language model with --base=DIR") from None
         files = []
-    tensors = _named(files, "llava-hf" if is_llava_hf(values) else "official")
+    tensors = _named(files, _naming(values))
     if projector or not any(".mm_projector." in name for name in tensors):
         file = Path(projector).expanduser() if projector else own
         if projector and not file.is_file():
             raise WeightsError(f"no file {file}; give an mm_projector.bin with --projector=FILE")
         if file.is_file():
-            tensors |= _named([file], "projector")
+            tensors |= _named([file], partial(canonical, naming="projector"))
     if base is not None:
-        naming = "llava-hf" if is_llava_hf(read_json(base / "config.json")) else "official"
-        tensors = _named(weight_files(base), naming) | tensors
+        tensors = _named(weight_files(base), _naming(read_json(base / "config.json"))) | tensors
     if tower is not None and not any(name.startswith(TOWER) for name in tensors):
-        tensors |= _named(weight_files(tower), "clip")
+        tensors |= _named(weight_files(tower), tower_family(read_json(tower / "config.json")).official_name)
     return tensors
 
 
-def _named(files: Iterable[Path], naming: str) -> dict[str, StoredTensor]:
-    """Tensors of some files by official name.
+def _naming(values: Mapping[str, Any]) -> Callable[[str], str | None]:
+    return partial(canonical, naming="llava-hf" if is_llava_hf(values) else "official")
+
+
+def _named(files: Iterable[Path], official_name: Callable[[str], str | None]) -> dict[str, StoredTensor]:
+    """Tensors of some files by the official name that `official_name` gives to each; None leaves one out.
 
     Raises:
       WeightsError: two of them are the same parameter; all such are listed.
@@ -320,7 +317,7 @@ def _named(files: Iterable[Path], naming: str) -> dict[str, StoredTensor]:
     found: dict[str, StoredTensor] = {}
     twice = []
     for name, tensor in open_files(files):
-        official = canonical(name, naming)
+        official = None if name.endswith(BUFFERS) else official_name(name)
         if official is None:
             continue
         if official in found:

@@ -11,15 +11,16 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from deepstack_jax.weights.files import StoredTensor, WeightsError, open_safetensors
+from deepstack_jax.errors import WeightsError
+from deepstack_jax.families.values import present, section
+from deepstack_jax.weights.files import StoredTensor, open_safetensors
 from deepstack_jax.weights.pickles import open_bin
 
 # The names of whole weights, in the order in which transformers looks for them; it reads the first that is there.
 _WHOLE = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 _SHARD = re.compile(r"(model|pytorch_model)-(\d{5})-of-(\d{5})\.(safetensors|bin)")
+_PROCESSOR = "preprocessor_config.json"
 _MAX_JSON = 2**25  # bytes; the index of a model of 10,000 tensors needs a million
-# Keys whose null says something else than their absence: no sliding window (unsaid, Mistral has one), no such token.
-_NULL_SAYS = ("sliding_window", "bos_token_id", "eos_token_id", "pad_token_id")
 
 
 def weight_files(folder: str | Path, named: str = "") -> list[Path]:
@@ -108,13 +109,6 @@ def open_files(files: Iterable[Path]) -> list[tuple[str, StoredTensor]]:
     return found
 
 
-def present(value: Any) -> Any:
-    """JSON without what is null in it: that key is absent, but for those few whose null says something of its own."""
-    if isinstance(value, Mapping):
-        return {key: present(inner) for key, inner in value.items() if inner is not None or key in _NULL_SAYS}
-    return [present(inner) for inner in value] if isinstance(value, list) else value
-
-
 def _no_number(text: str) -> Any:
     raise ValueError(f"{text} is no number of JSON")
 
@@ -137,3 +131,12 @@ def read_json(file: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise WeightsError(f"{file} holds a {type(value).__name__}, expected an object; download it again")
     return value
+
+
+def processor_of(folder: Path) -> Mapping[str, Any]:
+    """The settings where transformers 5 finds them: `image_processor` of processor_config.json, else the older file's."""
+    if (folder / "processor_config.json").exists():
+        both = read_json(folder / "processor_config.json")
+        if "image_processor" in both:
+            return section(both, "image_processor")
+    return read_json(folder / _PROCESSOR) if (folder / _PROCESSOR).exists() else {}

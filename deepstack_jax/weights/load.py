@@ -19,8 +19,9 @@ from jax.sharding import Sharding
 from jax.typing import DTypeLike
 
 from deepstack_jax.config import Config
+from deepstack_jax.errors import WeightsError
 from deepstack_jax.types import PyTree
-from deepstack_jax.weights.files import StoredTensor, WeightsError, aligned_empty, copy_into
+from deepstack_jax.weights.files import StoredTensor, aligned_empty, copy_into
 from deepstack_jax.weights.names import Leaf, Table, to_ours
 
 _QUANTISED = (".absmax", ".qweight", ".qzeros", ".scales", ".SCB", "weight_scale", "quant_map")

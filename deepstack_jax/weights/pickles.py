@@ -16,7 +16,8 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
-from deepstack_jax.weights.files import StoredTensor, WeightsError, map_bytes
+from deepstack_jax.errors import WeightsError
+from deepstack_jax.weights.files import StoredTensor, map_bytes
 
 _STORAGES = {
     "DoubleStorage": np.dtype(np.float64),

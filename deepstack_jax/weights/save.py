@@ -15,18 +15,14 @@ import numpy as np
 from huggingface_hub import constants as hub
 
 from deepstack_jax.config import Config, differences, to_dict
-from deepstack_jax.weights.files import BEYOND_FILE, WeightsError, copy_into
-from deepstack_jax.weights.hf_config import from_hf
-from deepstack_jax.weights.hf_export import (
-    TOWER_FOLDER,
-    llava_processor_to_hf,
-    may_say,
-    preprocessor_to_hf,
-    to_hf,
-    to_llava_hf,
-    tower_to_hf,
-)
-from deepstack_jax.weights.names import TOWER, Table, llava_hf_name, to_theirs
+from deepstack_jax.errors import WeightsError
+from deepstack_jax.families.base import EMBEDDINGS, HEAD, TOWER
+from deepstack_jax.families.forms import FORMATS, from_hf, may_say, to_hf
+from deepstack_jax.families.llava_hf import llava_hf_name, llava_processor_to_hf, to_llava_hf
+from deepstack_jax.families.official import TOWER_FOLDER, tower_to_hf
+from deepstack_jax.families.processor import preprocessor_to_hf
+from deepstack_jax.weights.files import BEYOND_FILE, copy_into
+from deepstack_jax.weights.names import Table, to_theirs
 from deepstack_jax.weights.target import TOKENIZER_FILES, whole_export
 
 DTYPES = {
@@ -34,7 +30,6 @@ DTYPES = {
     "bfloat16": ("BF16", np.dtype(ml_dtypes.bfloat16)),
     "float16": ("F16", np.dtype(np.float16)),
 }
-FORMATS = ("official", "llava-hf")
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
@@ -188,7 +183,7 @@ def _tensors(leaves: Mapping[str, LeafLike], config: Config, form: str) -> Itera
 
         if form == "official":
             yield Out(name, foreign.shape, make)
-        elif name in ("model.embed_tokens.weight", "lm_head.weight"):
+        elif name in (EMBEDDINGS, HEAD):
             rows, width = foreign.shape
             yield Out(llava_hf_name(name), (rows + 1, width), lambda make=make: _with_image_row(make()))
         else:

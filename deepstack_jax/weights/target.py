@@ -10,7 +10,8 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from deepstack_jax.weights.files import BEYOND_FILE, WeightsError
+from deepstack_jax.errors import WeightsError
+from deepstack_jax.weights.files import BEYOND_FILE
 
 MARK = ".deepstack_jax_export"  # in every export: a later one may take its place
 TOKENIZER_FILES = (

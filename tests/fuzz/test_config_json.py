@@ -8,10 +8,11 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from deepstack_jax.config import Config
-from deepstack_jax.weights.files import WeightsError
+from deepstack_jax.errors import WeightsError
+from deepstack_jax.families.forms import from_hf
+from deepstack_jax.families.official import KNOWN
+from deepstack_jax.families.processor import preprocessor_to_hf
 from deepstack_jax.weights.folders import open_checkpoint
-from deepstack_jax.weights.hf_config import KNOWN, from_hf
-from deepstack_jax.weights.hf_export import preprocessor_to_hf
 from deepstack_jax.weights.io import read_json, weight_files
 from deepstack_jax.weights.names import Table
 from tests.fuzz.watch import is_one_line, reads_only

@@ -19,8 +19,8 @@ from deepstack_jax.batch import Batch, empty_batch
 from deepstack_jax.config import Config
 from deepstack_jax.data.encode.batch_rows import Cursor, EncodedExample, place_example
 from deepstack_jax.data.encode.image import image_grid, make_views
+from deepstack_jax.families.build import build_model
 from deepstack_jax.model.deepstack import DeepStack
-from deepstack_jax.model.variants import build_model
 from deepstack_jax.weights import load as weights
 from deepstack_jax.weights.folders import Checkpoint, open_checkpoint
 from deepstack_jax.weights.names import Table, to_theirs

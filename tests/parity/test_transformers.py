@@ -14,7 +14,7 @@ from flax import linen as nn
 
 import deepstack_jax as dsx
 from deepstack_jax.data.encode.image import make_views
-from deepstack_jax.weights.files import WeightsError
+from deepstack_jax.errors import WeightsError
 from deepstack_jax.weights.folders import open_checkpoint
 from deepstack_jax.weights.io import weight_files
 from deepstack_jax.weights.load import load_params, stored_leaves

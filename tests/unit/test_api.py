@@ -13,9 +13,9 @@ from deepstack_jax.api import LMM, Options
 from deepstack_jax.data.encode.image import ImageError
 from deepstack_jax.data.encode.labels import IMAGE_TOKEN
 from deepstack_jax.data.encode.tokenizer import load_tokenizer
+from deepstack_jax.families.build import build_model
 from deepstack_jax.generate.logits import padded_left, real_tokens
 from deepstack_jax.generate.options import RequestError
-from deepstack_jax.model.variants import build_model
 from tests.unit.tiny import make_batch, model_params, tiny_config
 
 CONFIG = tiny_config({"decoder.vocab_size": 259, "data.template": "v0", "decoder.max_positions": 256})

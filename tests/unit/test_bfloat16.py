@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
+from deepstack_jax.families.build import build_model
 from deepstack_jax.model import layers
 from deepstack_jax.model.layers import linear, take_rows
-from deepstack_jax.model.variants import build_model
 from tests.unit.tiny import example, make_batch, model_params, tiny_config
 
 pytestmark = pytest.mark.quick

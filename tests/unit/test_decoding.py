@@ -11,10 +11,10 @@ import pytest
 
 from deepstack_jax.batch import empty_batch
 from deepstack_jax.data.encode.batch_rows import Cursor, place_example
+from deepstack_jax.families.build import build_model
 from deepstack_jax.generate.decoding import CHUNK, NO_TOKEN, answer_ids, empty_cache, greedy, prefill, stop_array
 from deepstack_jax.generate.options import Options
 from deepstack_jax.generate.sampling import greedy_sampling
-from deepstack_jax.model.variants import build_model
 from tests.unit.tiny import example, model_params, tiny_config
 
 CONFIG = tiny_config()

@@ -7,8 +7,8 @@ import pytest
 
 import deepstack_jax as dsx
 from deepstack_jax.api import LMM
-from deepstack_jax.errors import ConfigError
-from deepstack_jax.weights.files import BEYOND_FILE, WeightsError
+from deepstack_jax.errors import ConfigError, WeightsError
+from deepstack_jax.weights.files import BEYOND_FILE
 from deepstack_jax.weights.folders import open_checkpoint
 from deepstack_jax.weights.load import load_params, stored_leaves
 from deepstack_jax.weights.save import save_checkpoint

@@ -8,7 +8,7 @@ from flax import linen as nn
 
 from deepstack_jax.batch import Batch
 from deepstack_jax.config import Config, build_config, default_config
-from deepstack_jax.model.variants import build_model
+from deepstack_jax.families.build import build_model
 
 LLAMA_7B = {"decoder.width": 4096, "decoder.layers": 32, "decoder.heads": 32, "decoder.kv_heads": 32, "decoder.mlp": 11008}
 LLAMA_13B = {"decoder.width": 5120, "decoder.layers": 40, "decoder.heads": 40, "decoder.kv_heads": 40, "decoder.mlp": 13824}

@@ -21,10 +21,14 @@ ALLOWED = {
     "types": {"batch"},
     "model": {"batch", "types", "config"},
     "data": {"batch", "atomic", "config", "layout"},
+    "families": {"batch", "config", "layout", "model"},
     "parallel": {"batch", "types", "config", "model"},
-    "weights": {"batch", "atomic", "types", "config"},
-    "train": {"batch", "atomic", "json_lines", "progress", "types", "config", "data", "model", "parallel", "weights"},
-    "generate": {"batch", "atomic", "types", "config", "layout", "data", "model", "parallel", "weights"},
+    "weights": {"batch", "atomic", "types", "config", "families"},
+    "train": {
+        *("batch", "atomic", "json_lines", "progress", "types"),
+        *("config", "data", "families", "model", "parallel", "weights"),
+    },
+    "generate": {"batch", "atomic", "types", "config", "layout", "data", "families", "model", "parallel", "weights"},
 }
 _BELOW = set(ALLOWED)
 ALLOWED |= {

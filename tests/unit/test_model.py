@@ -11,9 +11,9 @@ import pytest
 from flax import traverse_util
 
 from deepstack_jax.batch import NEWLINE, ZERO
+from deepstack_jax.families.build import build_model
 from deepstack_jax.model import layers
 from deepstack_jax.model.attention import causal_segment_mask
-from deepstack_jax.model.variants import build_model
 from deepstack_jax.parallel.rules import RULES
 from tests.unit.tiny import example, make_batch, model_params, only_rows, tiny_config
 

@@ -15,7 +15,7 @@ from flax import linen as nn
 from deepstack_jax.batch import empty_batch
 from deepstack_jax.config import OptimizerConfig, OptimizerGroup, ScheduleConfig, build_config
 from deepstack_jax.errors import ConfigError
-from deepstack_jax.model.variants import build_model
+from deepstack_jax.families.build import build_model
 from deepstack_jax.train.core.optimizer import (
     FROZEN,
     assign_groups,

@@ -17,9 +17,9 @@ from deepstack_jax.data.example import Source
 from deepstack_jax.data.open import open_files
 from deepstack_jax.evaluate import held_out, runner
 from deepstack_jax.evaluate.questions import check_questions, check_rows, uninterrupted
+from deepstack_jax.families.build import build_model
 from deepstack_jax.generate.decoding import NO_TOKEN
 from deepstack_jax.generate.options import Options
-from deepstack_jax.model.variants import build_model
 from deepstack_jax.parallel.mesh import make_mesh
 from deepstack_jax.printing import printable
 from deepstack_jax.train.__main__ import make_decode

@@ -9,11 +9,10 @@ import pytest
 from benchmarks.tiny_recipe import Run, load_recipe, write_weights
 from deepstack_jax.config import Config, to_dict
 from deepstack_jax.data.encode.tokenizer import ByteTokenizer, load_tokenizer
-from deepstack_jax.errors import fetch_command
+from deepstack_jax.errors import WeightsError, fetch_command
 from deepstack_jax.train.checkpoint.init_weights import is_workdir, open_start, run_tensors
 from deepstack_jax.train.core import state
 from deepstack_jax.train.core.state import find_weights
-from deepstack_jax.weights.files import WeightsError
 from deepstack_jax.weights.names import Table
 
 

@@ -13,8 +13,8 @@ import pytest
 from deepstack_jax.batch import empty_batch
 from deepstack_jax.config import MeshConfig
 from deepstack_jax.errors import ConfigError
+from deepstack_jax.families.build import build_model
 from deepstack_jax.model import layers
-from deepstack_jax.model.variants import build_model
 from deepstack_jax.parallel.distributed import put_batch
 from deepstack_jax.parallel.mesh import make_mesh
 from deepstack_jax.parallel.rules import param_shardings, replicated, use_mesh

@@ -7,9 +7,10 @@ import pytest
 
 from deepstack_jax.config import RopeConfig
 from deepstack_jax.errors import ConfigError
+from deepstack_jax.families.build import build_model
 from deepstack_jax.model.attention import causal_segment_mask, dot_product, last_positions, rotary_angles, rotary_table
 from deepstack_jax.model.deepstack import DeepStack
-from deepstack_jax.model.variants import DeepStackV, HighResDeepStack, PooledDeepStack, build_model
+from deepstack_jax.model.variants import DeepStackV, HighResDeepStack, PooledDeepStack
 from deepstack_jax.model.vision import EncoderLayer, _bicubic, interpolate_positions
 from tests.unit.tiny import example, make_batch, model_params, tiny_config
 

@@ -16,12 +16,14 @@ from safetensors.numpy import load_file, save_file
 
 from deepstack_jax.batch import empty_batch
 from deepstack_jax.config import Config, DecoderConfig, VisionConfig
-from deepstack_jax.model.variants import build_model
-from deepstack_jax.weights.files import WeightsError
+from deepstack_jax.errors import WeightsError
+from deepstack_jax.families.base import TOWER
+from deepstack_jax.families.build import build_model
+from deepstack_jax.families.llava_hf import llava_hf_name
 from deepstack_jax.weights.folders import open_checkpoint
 from deepstack_jax.weights.io import read_json
 from deepstack_jax.weights.load import absent_leaves, load_params, stored_leaves
-from deepstack_jax.weights.names import TOWER, Table, llava_hf_name
+from deepstack_jax.weights.names import Table
 from deepstack_jax.weights.save import save_checkpoint
 from tests.parity.goldens import GOLDEN, load_case, official_tensors, write_folder
 from tests.unit.bins import write_bin

@@ -7,10 +7,11 @@ import re
 import pytest
 
 from deepstack_jax.config import Config, DecoderConfig, RopeConfig, VisionConfig
-from deepstack_jax.weights.files import WeightsError
-from deepstack_jax.weights.hf_config import KNOWN, from_hf, tower_from
-from deepstack_jax.weights.hf_decoder import decoder_from
-from deepstack_jax.weights.hf_export import to_hf, to_llava_hf, tower_to_hf
+from deepstack_jax.errors import WeightsError
+from deepstack_jax.families.base import decoder_from, tower_from
+from deepstack_jax.families.forms import from_hf, to_hf
+from deepstack_jax.families.llava_hf import to_llava_hf
+from deepstack_jax.families.official import KNOWN, tower_to_hf
 from tests.parity.goldens import GOLDEN
 
 pytestmark = pytest.mark.quick
@@ -75,7 +76,7 @@ def test_official_synonyms_and_values_that_upstream_does_not_look_at():
     newline = from_hf(golden(mm_patch_merge_type="spatial_unpad"), TOWER)
     assert newline.newline
     assert to_hf(newline)["mm_patch_merge_type"] == "spatial_unpad"
-    with pytest.warns(UserWarning, match="deepstack_start_id is 6, behind the last of 6 layers: nothing is injected"):
+    with pytest.warns(UserWarning, match="deepstack_start_id is 6, after the last of 6 layers: nothing is injected"):
         nothing = from_hf(golden(deepstack_start_id=6), TOWER)
     assert nothing.deepstack.stack == "none"
     assert to_hf(nothing)["deepstack_start_id"] == 6
@@ -303,7 +304,10 @@ def test_transformers_5_writes_rotary_positions_as_one_entry():
         ({"mm_projector_type": "mlp1x_gelu"}, "one layer: call it 'linear'"),
         ({"mm_vision_select_feature": "cls_patch"}, r"mm_vision_select_feature is 'cls_patch', expected 'patch'"),
         ({"mm_hidden_size": 64}, r"mm_hidden_size is 64, expected 32"),
-        ({"mm_patch_merge_type": "maxpool2x2"}, r"mm_patch_merge_type is 'maxpool2x2', expected flat, spatial, spatial_unpad"),
+        (
+            {"mm_patch_merge_type": "maxpool2x2"},
+            r"mm_patch_merge_type is 'maxpool2x2', expected flat, spatial or spatial_unpad",
+        ),
         ({"image_aspect_ratio": "padded"}, r"image_aspect_ratio is 'padded', expected .*nearest valid name: 'pad'"),
         ({"attention_bias": True}, "attention_bias is True"),
         ({"tie_word_embeddings": True}, "tie_word_embeddings is True"),

@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from deepstack_jax.weights.files import WeightsError, aligned_empty, copy_into, open_safetensors
+from deepstack_jax.errors import WeightsError
+from deepstack_jax.weights.files import aligned_empty, copy_into, open_safetensors
 from deepstack_jax.weights.io import open_files, weight_files
 from deepstack_jax.weights.pickles import open_bin
 from deepstack_jax.weights.save import DTYPES, Out, shard_size, write_safetensors, write_shards

@@ -15,13 +15,13 @@ from pathlib import Path
 import numpy as np
 
 from deepstack_jax.config import Config, build_config
-from deepstack_jax.errors import fetch_command
+from deepstack_jax.errors import WeightsError, fetch_command
+from deepstack_jax.families.forms import check_against
 from deepstack_jax.train.checkpoint.reading import UnreadableError, saved_steps
 from deepstack_jax.train.checkpoint.reading import read_json as read_stored
 from deepstack_jax.train.checkpoint.restore_params import restore_params
-from deepstack_jax.weights.files import StoredTensor, WeightsError, flags_as
+from deepstack_jax.weights.files import StoredTensor, flags_as
 from deepstack_jax.weights.folders import Checkpoint, open_checkpoint
-from deepstack_jax.weights.hf_config import check_against
 from deepstack_jax.weights.io import read_json
 from deepstack_jax.weights.names import Foreign, Table, to_theirs
 

@@ -16,8 +16,8 @@ from jax.sharding import Mesh
 
 from deepstack_jax.batch import Batch, empty_batch
 from deepstack_jax.config import Config
+from deepstack_jax.families.build import build_model
 from deepstack_jax.model.deepstack import DeepStack
-from deepstack_jax.model.variants import build_model
 from deepstack_jax.parallel.kernels import Kernel, attention_for, kernel_for
 from deepstack_jax.parallel.mesh import check_model_fits
 from deepstack_jax.parallel.rules import batch_sharding, crop_shards, param_shardings, replicated

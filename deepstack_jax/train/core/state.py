@@ -10,11 +10,11 @@ import optax
 from jax.sharding import Mesh
 
 from deepstack_jax.config import Config
+from deepstack_jax.errors import WeightsError
 from deepstack_jax.parallel.rules import replicated
 from deepstack_jax.train.checkpoint.init_weights import open_start
 from deepstack_jax.train.core.optimizer import FROZEN, flatten, unflatten
 from deepstack_jax.types import PyTree, TrainState
-from deepstack_jax.weights.files import WeightsError
 from deepstack_jax.weights.folders import Checkpoint
 from deepstack_jax.weights.load import absent_leaves, stored_leaves
 

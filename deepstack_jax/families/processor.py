@@ -5,29 +5,23 @@ from __future__ import annotations
 import ast
 import re
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
-from deepstack_jax.config import CLIP_MEAN, CLIP_STD
+from deepstack_jax.config import CLIP_MEAN, CLIP_STD, Config
+from deepstack_jax.errors import WeightsError
+from deepstack_jax.families.values import expect, flag, number, real
 from deepstack_jax.printing import quote
-from deepstack_jax.weights.files import WeightsError
-from deepstack_jax.weights.hf_decoder import expect, flag, number, real, section
-from deepstack_jax.weights.io import read_json
 
-RESAMPLE = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3, "box": 4}  # Pillow's numbers
+_RESAMPLE = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3, "box": 4}  # Pillow's numbers
 _FILE = "preprocessor_config.json"
+# What the image processor of transformers 4.39 writes about itself.
+_PROCESSOR_KEYS = (
+    *("images", "do_resize", "size", "resample", "do_center_crop", "crop_size", "do_rescale", "rescale_factor"),
+    *("do_normalize", "image_mean", "image_std", "do_convert_rgb", "return_tensors", "data_format", "input_data_format"),
+)
 _CLASS = re.compile(r"(\w+?)(?:ImageProcessor|FeatureExtractor)(?:Fast|Pil)?")
 # The processors that can stand before each kind of model; the last one where none is named.
 _KINDS = {"official": ("CLIP",), "llava": ("CLIP", "Llava"), "llava_next": ("LlavaNext",)}
-
-
-def processor_of(folder: Path) -> Mapping[str, Any]:
-    """The settings where transformers 5 finds them: `image_processor` of processor_config.json, else the older file's."""
-    if (folder / "processor_config.json").exists():
-        both = read_json(folder / "processor_config.json")
-        if "image_processor" in both:
-            return section(both, "image_processor")
-    return read_json(folder / _FILE) if (folder / _FILE).exists() else {}
 
 
 def pads(values: Mapping[str, Any]) -> bool:
@@ -40,7 +34,7 @@ def image_values(values: Mapping[str, Any], size: int, mode: str, model: str) ->
 
     Args:
       values: the processor's settings. size: side of the tower's picture in pixels. mode: of our ImageConfig.
-      model: official | llava | llava_next: what stands behind the processor.
+      model: official | llava | llava_next: what the processor stands before.
 
     Raises:
       WeightsError: a setting that gives other pixels than can be made here; it is named.
@@ -114,8 +108,8 @@ def _three(values: Mapping[str, Any], key: str) -> tuple[float, ...]:
 def _filters(values: Mapping[str, Any], mode: str, model: str) -> dict[str, str]:
     """The filter of what the processor itself resizes; the official code cuts crops by Pillow's bicubic before it."""
     official = model == "official" and mode not in ("pad", "square")
-    names = {3: "bicubic"} if official else {value: name for name, value in RESAMPLE.items()}
-    resample = values.get("resample", RESAMPLE["bicubic"])
+    names = {3: "bicubic"} if official else {value: name for name, value in _RESAMPLE.items()}
+    resample = values.get("resample", _RESAMPLE["bicubic"])
     if type(resample) is not int or resample not in names:
         wanted = ", ".join(f"{value} ({name})" for value, name in names.items())
         raise WeightsError(f"{_FILE}: resample is {quote(resample)}, expected {wanted}; take the tower's own file")
@@ -149,3 +143,28 @@ def check_pinpoints(values: Mapping[str, Any], pairs: Any) -> None:
             f"{_FILE}: image_grid_pinpoints is {quote(own)}, config.json has {quote(pairs)}; "
             "the crops must be those of the model: make them one"
         )
+
+
+def resample(name: str) -> int:
+    """Pillow's number of a filter."""
+    return _RESAMPLE[name]
+
+
+def preprocessor_to_hf(config: Config) -> dict[str, Any]:
+    """preprocessor_config.json of the vision tower: CLIP's resizing, crop and normalisation."""
+    size = config.image.size
+    return {
+        "_valid_processor_keys": list(_PROCESSOR_KEYS),
+        "crop_size": {"height": size, "width": size},
+        "do_center_crop": True,
+        "do_convert_rgb": True,
+        "do_normalize": True,
+        "do_rescale": True,
+        "do_resize": True,
+        "image_mean": list(config.image.mean),
+        "image_processor_type": "CLIPImageProcessor",
+        "image_std": list(config.image.std),
+        "resample": _RESAMPLE[config.image.global_filter if config.image.mode in ("pad", "square") else "bicubic"],
+        "rescale_factor": 1 / 255,
+        "size": {"shortest_edge": size},
+    }

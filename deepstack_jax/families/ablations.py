@@ -7,9 +7,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from deepstack_jax.config import Config
-from deepstack_jax.errors import nearest
+from deepstack_jax.errors import WeightsError, nearest
 from deepstack_jax.printing import quote
-from deepstack_jax.weights.files import WeightsError
 
 # What stands in the sequence and what is injected; an official folder has at most one of these.
 _STACKS = {
@@ -23,7 +22,7 @@ _START = "lsvit_start_layer_"
 _POOLED = "scaledown_clip"
 _REFUSED = {_POOLED: "shrinks the sequence but not the stack; it goes with image_aspect_ratio 'pad', here use 2d_scaledown"}
 KNOWN = (*_STACKS, "hires_local", "2xsample", "anyres_unpad", "inconsistent", "deepstack_vit", _START + "<layer>", *_REFUSED)
-_POST_ENCODER = 5  # layers that upstream puts behind a tower whose own layers all come before the injection
+_POST_ENCODER = 5  # layers that upstream puts after a tower whose own layers all come before the injection
 
 
 def ablation_text(values: Mapping[str, Any]) -> str:
@@ -114,7 +113,7 @@ def ablations_to(config: Config) -> str:
         return "+".join([*flags, "deepstack_vit", f"{_START}{start}"])
     official = {pair: name for name, pair in _STACKS.items()}
     pair = (stack.sequence, stack.stack)
-    if pair == ("zero", "none"):  # either of the two that blank the sequence, their injection behind the last layer
+    if pair == ("zero", "none"):  # either of the two that blank the sequence, their injection after the last layer
         pair = ("zero", "global")
     if pair in official:
         flags.append(official[pair])
