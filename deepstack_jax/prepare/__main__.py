@@ -19,13 +19,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemaining
 from rich.table import Table
 
 from deepstack_jax import cli
-from deepstack_jax.config import Config
+from deepstack_jax.config import Config, DataConfig
 from deepstack_jax.data.example import SourceError
 from deepstack_jax.data.formats import files
 from deepstack_jax.data.shards.reader import MANIFEST, verify
 from deepstack_jax.errors import ConfigError
-from deepstack_jax.prepare.journal import BAD, IDENTITY, Journal, too_many_bad
-from deepstack_jax.prepare.preparing import Chunk, DiskError, Job, make_chunks, record_bytes, shard_bytes
+from deepstack_jax.prepare.chunks import Chunk, DiskError, Job, make_chunks, record_bytes, shard_bytes
+from deepstack_jax.prepare.folder import BAD, IDENTITY, ShardFolder, too_many_bad
 from deepstack_jax.printing import Console
 
 USAGE = """
@@ -72,10 +72,10 @@ class Split:
     """One folder of shards to make.
 
     Attributes:
-      name: train or validation.
-      job: without a folder in a dry run that names no --out.
-      per_row: estimated bytes of a shard that a row takes.
-      options, inputs: see `Journal`.
+        name: train or validation.
+        job: without a folder in a dry run that names no --out.
+        per_row: estimated bytes of a shard that an example takes.
+        options, inputs: see `ShardFolder`.
     """
 
     name: str
@@ -89,38 +89,39 @@ class Split:
         rows = [len(self.job.rows(number)) for number in numbers]
         return shard_bytes(sum(rows), len(rows), self.per_row)
 
+    def folder(self, force: bool, *, look: bool = False) -> ShardFolder:
+        """The state of its folder, which exists."""
+        return ShardFolder(Path(self.job.folder), self.options, self.inputs, force, look)
+
 
 def main() -> int:
-    console = Console()
-    asked: dict[str, Any] = {
-        name: flags.FLAGS[name].value for name in ("out", "split", "shard_rows", "force", "dry-run", "decode", "verify")
-    }
-    if asked["verify"]:
-        return verify_all(asked["verify"], console)
-    config = cli.parse_config()
-    workers = flags.FLAGS["workers"].value or os.cpu_count() or 1
-    out = asked["out"]
-    if not out and not asked["dry-run"]:
+    console, asked = Console(), flags.FLAGS
+    if asked.verify:
+        return verify_all(asked.verify, console)
+    config, look = cli.parse_config(), asked["dry-run"].value
+    if not asked.out and not look:
         raise ConfigError("--out is missing; e.g. --out=shards, or look first with --dry-run")
-    if files.is_url(out):
-        raise ConfigError(f"--out={out} is a URL; write to a local folder and copy it there: training reads shards from URLs")
-    if asked["decode"] and not asked["dry-run"]:
+    if files.is_url(asked.out):
+        raise ConfigError(
+            f"--out={asked.out} is a URL; write to a local folder and copy it there: training reads shards from URLs"
+        )
+    if asked.decode and not look:
         raise ConfigError("--decode belongs to --dry-run; without it every image is decoded anyway")
-    splits = [open_split(config, name, out, asked, console) for name in chosen_splits(config, asked["split"])]
-    if asked["dry-run"]:
-        return dry_run(splits, config, workers, asked, console)
-    return prepare(splits, config, workers, asked["force"], console)
+    max_pixels = config.data.max_pixels if asked.decode or not look else 0
+    splits = [open_split(config, name, asked.out, asked.shard_rows, max_pixels, console) for name in chosen_splits(config)]
+    run = dry_run if look else prepare
+    return run(splits, config.data, asked.workers or os.cpu_count() or 1, console)
 
 
-def chosen_splits(config: Config, asked: str) -> list[str]:
+def chosen_splits(config: Config) -> list[str]:
     """The splits to prepare.
 
     Raises:
-      ConfigError: an unknown one, or one that the configuration does not name.
+        ConfigError: an unknown one, or one that the configuration does not name.
     """
+    asked, data = flags.FLAGS.split, config.data
     if asked not in ("", "both", *SPLITS):
         raise ConfigError(f"--split got {asked!r}, expected train, validation or both")
-    data = config.data
     named = ["train"] if data.train or data.sets or data.source == "pages" else []
     named += ["validation"] if data.validation or data.source == "pages" else []
     if not asked and named:
@@ -128,8 +129,8 @@ def chosen_splits(config: Config, asked: str) -> list[str]:
     return list(SPLITS) if asked in ("", "both") else [asked]  # what is not named is said when it is opened
 
 
-def open_split(config: Config, name: str, out: str, asked: dict[str, Any], console: Console) -> Split:
-    """Open the data, look at some rows of it, and say what the sets of a mixture hold."""
+def open_split(config: Config, name: str, out: str, shard_rows: int, max_pixels: int, console: Console) -> Split:
+    """Open the data, look at some of it, and say what the sets of a mixture hold."""
     # Imported late, since worker processes import this module: mixtures import Grain, and Grain jax.
     from deepstack_jax.data.fingerprint import describe_files, describe_options
     from deepstack_jax.data.open import open_source
@@ -140,7 +141,7 @@ def open_split(config: Config, name: str, out: str, asked: dict[str, Any], conso
     with console.status(f"opening {name} data"):
         source = open_source(config, name)
         per_row = record_bytes(source)
-        options = describe_options(config, name, source, asked["shard_rows"]) | checked
+        options = describe_options(config, name, source, shard_rows) | checked
         inputs = describe_files(config, name, source)
     if isinstance(source, Mixture):
         console.print(describe_mixture(source))
@@ -152,11 +153,10 @@ def open_split(config: Config, name: str, out: str, asked: dict[str, Any], conso
                 stacklevel=1,
             )
     folder = os.path.join(files.absolute(out), name) if out else ""
-    max_pixels = 0 if asked["dry-run"] and not asked["decode"] else config.data.max_pixels
-    return Split(name, Job(source, asked["shard_rows"], folder, check, max_pixels), per_row, options, inputs)
+    return Split(name, Job(source, shard_rows, folder, check, max_pixels), per_row, options, inputs)
 
 
-def prepare(splits: Sequence[Split], config: Config, workers: int, force: bool, console: Console) -> int:
+def prepare(splits: Sequence[Split], data: DataConfig, workers: int, console: Console) -> int:
     """Write the shards of every split; returns the exit code."""
     stop = cli.StopSignals()
     out = os.path.dirname(splits[0].job.folder)
@@ -164,32 +164,32 @@ def prepare(splits: Sequence[Split], config: Config, workers: int, force: bool, 
     with ExitStack() as stack:
         work = []
         for split in splits:
-            folder = cli.writable_folder(split.job.folder, "out")
-            journal = stack.enter_context(Journal(folder, split.options, split.inputs, force))
-            work.append((split, journal, [] if journal.manifest else journal.left(split.job)))
+            cli.writable_folder(split.job.folder, "out")
+            folder = stack.enter_context(split.folder(flags.FLAGS.force))
+            work.append((split, folder, [] if folder.manifest else folder.left(split.job)))
         check_space(out, [(split, numbers) for split, _, numbers in work])
-        for split, journal, numbers in work:
+        for split, folder, numbers in work:
             began = time.perf_counter()
-            if journal.manifest is not None:
+            if folder.manifest is not None:
                 console.print(f"{split.name}: finished before, left as it is")
             else:
-                write(split, journal, numbers, workers, config.data.max_bad_fraction, stop, console)
+                write(split, folder, numbers, workers, data.max_bad_fraction, stop, console)
             if stop.received:
                 console.print(
-                    f"stopped: {len(journal.chunks)} of {split.job.chunks} {split.name} shards are finished and kept; the same "
+                    f"stopped: {len(folder.chunks)} of {split.job.chunks} {split.name} shards are finished and kept; the same "
                     "command goes on from here",
                     soft_wrap=True,
                 )
                 return stop.exit_code
-            assert journal.manifest is not None
-            table.add_row(*summary(split.name, journal.manifest), f"{time.perf_counter() - began:.1f}")
+            assert folder.manifest is not None
+            table.add_row(*summary(split.name, folder.manifest), f"{time.perf_counter() - began:.1f}")
     stop.release()
     console.print(table)
-    for _, journal, _ in work:
-        if (journal.folder / BAD).exists():
-            console.print(f"left out, with reasons: {journal.folder / BAD}", soft_wrap=True)
+    for _, folder, _ in work:
+        if (folder.path / BAD).exists():
+            console.print(f"left out, with reasons: {folder.path / BAD}", soft_wrap=True)
     words = [f"--config.data.{split.name}={shlex.quote(split.job.folder)}" for split in splits]
-    if config.data.source != "files":
+    if data.source != "files":
         words.insert(0, "--config.data.source=files")
     console.print(f"to train on them: {' '.join(words)}", soft_wrap=True)
     return cli.EXIT_DONE
@@ -197,7 +197,7 @@ def prepare(splits: Sequence[Split], config: Config, workers: int, force: bool, 
 
 def write(
     split: Split,
-    journal: Journal,
+    folder: ShardFolder,
     numbers: Sequence[int],
     workers: int,
     max_bad_fraction: float,
@@ -207,18 +207,18 @@ def write(
     """Make the shards that are left, and the manifest unless the run is stopped.
 
     Raises:
-      SourceError: the disk does not take them, saying how much room they need; or too many rows are bad.
+        SourceError: the disk does not take them, saying how much room they need; or too many examples are bad.
     """
     job = split.job
-    if journal.chunks:
-        console.print(f"{split.name}: {len(journal.chunks)} of {job.chunks} shards were finished before")
+    if folder.chunks:
+        console.print(f"{split.name}: {len(folder.chunks)} of {job.chunks} shards were finished before")
     try:
         with progress(split.name, job, numbers, console) as looked:
-            make_chunks(job, numbers, workers, journal.add, looked, lambda: stop.received)
+            make_chunks(job, numbers, workers, folder.add, looked, lambda: stop.received)
         if not stop.received:
-            journal.finish(len(job.source), max_bad_fraction)
+            folder.finish(len(job.source), max_bad_fraction)
     except (DiskError, OSError) as error:
-        left = [number for number in numbers if number not in journal.chunks]
+        left = [number for number in numbers if number not in folder.chunks]
         reason = error.strerror if isinstance(error, OSError) else str(error)
         raise SourceError(
             f"cannot write to {job.folder}: {reason}; about {decimal(split.bytes_of(left))} are needed for {len(left)} more of "
@@ -227,11 +227,11 @@ def write(
         ) from error
 
 
-def dry_run(splits: Sequence[Split], config: Config, workers: int, asked: dict[str, Any], console: Console) -> int:
-    """Read every row, report on every split and write nothing.
+def dry_run(splits: Sequence[Split], data: DataConfig, workers: int, console: Console) -> int:
+    """Read every example, report on every split and write nothing.
 
     Raises:
-      SourceError, ConfigError: what the run itself would raise.
+        SourceError, ConfigError: what the run itself would raise.
     """
     from deepstack_jax.data.fingerprint import named_images  # late: see `open_split`
 
@@ -242,9 +242,9 @@ def dry_run(splits: Sequence[Split], config: Config, workers: int, asked: dict[s
     for split in splits:
         job, left, finished = split.job, range(split.job.chunks), False
         if os.path.isdir(job.folder):
-            with Journal(Path(job.folder), split.options, split.inputs, asked["force"], look=True) as journal:
-                finished = journal.manifest is not None
-                left = [] if finished else [number for number in left if number not in journal.chunks]
+            with split.folder(flags.FLAGS.force, look=True) as folder:
+                finished = folder.manifest is not None
+                left = [] if finished else [number for number in left if number not in folder.chunks]
         work.append((split, left))
         with console.status(f"looking for the images of {split.name}"):
             images = named_images(job.source)
@@ -257,7 +257,7 @@ def dry_run(splits: Sequence[Split], config: Config, workers: int, asked: dict[s
             return stop.exit_code
         bad = sorted(entry for chunk in chunks for entry in chunk.bad)
         notes += listed(f"{split.name}: unusable", [entry.reason for entry in bad])
-        problem = "" if finished else too_many_bad(bad, len(job.source), config.data.max_bad_fraction)
+        problem = "" if finished else too_many_bad(bad, len(job.source), data.max_bad_fraction)
         problems += [f"{split.name}: {problem}"] if problem else []
         cells = [split.name, *(f"{number:,}" for number in (len(job.source), len(bad), images.named, len(images.missing)))]
         table.add_row(*cells, f"~{decimal(split.bytes_of(range(job.chunks)))}", f"{job.chunks:,}")
@@ -265,9 +265,8 @@ def dry_run(splits: Sequence[Split], config: Config, workers: int, asked: dict[s
     console.print(table)
     for note in notes:
         console.print(note, soft_wrap=True)
-    if asked["out"]:
-        out = check_place(asked["out"])
-        needed = sum(split.bytes_of(numbers) for split, numbers in work)
+    if flags.FLAGS.out:
+        out, needed = check_place(flags.FLAGS.out), sum(split.bytes_of(numbers) for split, numbers in work)
         console.print(f"{out}: about {decimal(needed)} are needed, {decimal(free_bytes(out))} are free", soft_wrap=True)
         check_space(out, work)
     if problems:
@@ -279,21 +278,19 @@ def check_place(out: str) -> str:
     """The absolute path of a folder that can be made or written to.
 
     Raises:
-      ConfigError: it cannot.
+        ConfigError: it cannot.
     """
-    place = out = files.absolute(out)
-    while not os.path.exists(place):
-        place = os.path.dirname(place)
+    place = existing(files.absolute(out))
     if not os.path.isdir(place) or not os.access(place, os.W_OK | os.X_OK):
         raise ConfigError(f"cannot write to {place}; choose another folder with --out=DIR")
-    return out
+    return files.absolute(out)
 
 
 def verify_all(out: str, console: Console) -> int:
     """Compare every byte of a folder of shards, or of the splits below it.
 
     Raises:
-      SourceError: naming what is missing or has other content.
+        SourceError: naming what is missing or has other content.
     """
     out = files.absolute(out)
     folders = [folder for folder in (out, *(files.under(out, name) for name in SPLITS)) if is_prepared(folder)]
@@ -325,11 +322,16 @@ def check_space(out: str, work: Sequence[tuple[Split, Sequence[int]]]) -> None:
         warnings.warn(message, stacklevel=1)
 
 
+def existing(path: str) -> str:
+    """The path, or the innermost folder around it that exists."""
+    while not os.path.exists(path):
+        path = os.path.dirname(path)
+    return path
+
+
 def free_bytes(folder: str) -> int:
     """Free on the disk where the folder is, or would be made."""
-    while not os.path.exists(folder):
-        folder = os.path.dirname(folder)
-    return shutil.disk_usage(folder).free
+    return shutil.disk_usage(existing(folder)).free
 
 
 @contextmanager

@@ -95,7 +95,7 @@ def test_no_torch_anywhere_and_no_jax_below_data(file):
 
 _WORKERS = ["batch", "layout.sequence", "data.encode.image", "data.encode.templates", "data.encode.labels"]
 _WORKERS += ["data.formats.file_source", "data.formats.json_records", "data.formats.tables", "data.shards.reader"]
-_WORKERS += ["prepare.journal", "prepare.preparing", "prepare.__main__"]
+_WORKERS += ["prepare.folder", "prepare.chunks", "prepare.__main__"]
 
 
 @pytest.mark.parametrize("module", _WORKERS)

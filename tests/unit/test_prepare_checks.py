@@ -12,7 +12,7 @@ from deepstack_jax.config import build_config
 from deepstack_jax.data.encode.encoder import BadExample, Encoder
 from deepstack_jax.data.open import open_source
 from deepstack_jax.data.pipeline import ExampleLoader, example_check
-from deepstack_jax.prepare.preparing import Job, make_chunk
+from deepstack_jax.prepare.chunks import Job, make_chunk
 
 
 def rows_of_every_kind(folder: Path) -> Path:

@@ -13,12 +13,12 @@ import pytest
 from deepstack_jax.data.encode.image import open_image
 from deepstack_jax.data.encode.templates import Message
 from deepstack_jax.data.example import Example, ExampleError, SourceError
-from deepstack_jax.data.shards import reader as records
-from deepstack_jax.data.shards.reader import RecordWriter, ShardSource, verify
+from deepstack_jax.data.shards import writer
+from deepstack_jax.data.shards.codec import decode_example
+from deepstack_jax.data.shards.reader import ArrayRecordReader, ShardSource, verify
 from deepstack_jax.data.synthetic import DocumentPages
-from deepstack_jax.prepare import preparing
-from deepstack_jax.prepare.journal import Journal, source_rows
-from deepstack_jax.prepare.preparing import (
+from deepstack_jax.prepare import chunks
+from deepstack_jax.prepare.chunks import (
     Bad,
     DiskError,
     Job,
@@ -28,7 +28,9 @@ from deepstack_jax.prepare.preparing import (
     record_bytes,
     shard_bytes,
 )
+from deepstack_jax.prepare.folder import ShardFolder
 from tests.unit.made_examples import MadeExamples
+from tests.unit.made_shards import write_set
 
 ROWS, SHARD_ROWS = 10, 4
 OPTIONS = {"split": "train", "rows": ROWS}
@@ -42,19 +44,19 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def open_journal(folder: Path, force: bool = False, **options) -> Journal:
+def open_folder(folder: Path, force: bool = False, **options) -> ShardFolder:
     folder.mkdir(exist_ok=True)
-    return Journal(folder, OPTIONS | options, INPUTS, force)
+    return ShardFolder(folder, OPTIONS | options, INPUTS, force)
 
 
 def make(folder: Path, source, limit: float = 1.0) -> list[int]:
     """Make what is left to make, in this process; returns the numbers of the chunks that were made."""
-    with open_journal(folder) as journal:
+    with open_folder(folder) as state:
         job = Job(source, SHARD_ROWS, str(folder))
-        left = journal.left(job)
+        left = state.left(job)
         for number in left:
-            journal.add(make_chunk(job, number, nothing))
-        journal.finish(len(source), limit)
+            state.add(make_chunk(job, number, nothing))
+        state.finish(len(source), limit)
     return left
 
 
@@ -69,9 +71,7 @@ def whole(tmp_path_factory) -> Path:
 def test_a_shard_holds_the_rows_of_its_chunk_as_the_writer_of_records_would_write_them(whole, tmp_path):
     source = MadeExamples(ROWS)
     for number, rows in enumerate((range(4), range(4, 8), range(8, 10))):
-        with RecordWriter(str(tmp_path / str(number)), {}) as writer:
-            for row in rows:
-                writer.write(source[row])
+        write_set(tmp_path / str(number), [source[row] for row in rows])
         expected = (tmp_path / str(number) / "shard-00000.array_record").read_bytes()
         assert (whole / f"shard-{number:05d}.array_record").read_bytes() == expected
     stored = ShardSource(str(whole))
@@ -85,9 +85,9 @@ def test_a_shard_holds_the_rows_of_its_chunk_as_the_writer_of_records_would_writ
 @pytest.mark.parametrize("workers", [1, 3])
 def test_the_number_of_worker_processes_is_not_seen_in_the_bytes(whole, tmp_path, workers):
     looked, job = [], Job(MadeExamples(ROWS), SHARD_ROWS, str(tmp_path))
-    with open_journal(tmp_path) as journal:
-        make_chunks(job, journal.left(job), workers, journal.add, looked.append, lambda: False)
-        journal.finish(ROWS, 0.0)
+    with open_folder(tmp_path) as state:
+        make_chunks(job, state.left(job), workers, state.add, looked.append, lambda: False)
+        state.finish(ROWS, 0.0)
     assert contents(tmp_path) == contents(whole)
     assert looked == sorted(looked)
     assert 0 < looked[-1] <= ROWS
@@ -108,8 +108,8 @@ class Witness:
 def test_workers_are_other_processes_and_know_no_jax(tmp_path):
     job = Job(Witness(), 2, str(tmp_path))
     make_chunks(job, [0], 1, lambda chunk: None, lambda rows: None, lambda: False)
-    reader = records.ArrayRecordReader(str(tmp_path / "shard-00000.array_record"))
-    [first, second] = [records.decode_example(record, row) for row, record in enumerate(reader.read_all())]
+    reader = ArrayRecordReader(str(tmp_path / "shard-00000.array_record"))
+    [first, second] = [decode_example(record, row) for row, record in enumerate(reader.read_all())]
     assert first.name == second.name != str(os.getpid())
     assert first.info["modules"] == []
 
@@ -123,9 +123,7 @@ def test_bad_rows_are_left_out_and_reported_with_the_number_of_their_row(tmp_pat
     assert report[1]["reason"] == "row 5 is refused"
     stored = ShardSource(str(tmp_path / "set"))
     assert stored.manifest["source"]["left_out"] == [3, 5, 8, 9]
-    kept = source_rows(stored.manifest)
-    assert kept.tolist() == [0, 1, 2, 4, 6, 7]
-    assert [example.name for example in stored] == [source[row].name for row in kept]
+    assert [example.name for example in stored] == [source[row].name for row in (0, 1, 2, 4, 6, 7)]
     assert [shard["rows"] for shard in stored.manifest["shards"]] == [3, 3], "a chunk without a good row has no shard"
 
 
@@ -145,9 +143,9 @@ def test_too_many_bad_rows_stop_it_after_the_report_and_mended_ones_cost_their_s
     (folder / "manifest.json").unlink()
     (folder / "manifest.json").touch()
     with pytest.raises(SourceError, match="prepare the folder again, with --force"):
-        open_journal(folder)
-    with open_journal(folder, force=True) as journal:
-        assert journal.left(Job(bad, SHARD_ROWS)) == [0, 1, 2]
+        open_folder(folder)
+    with open_folder(folder, force=True) as state:
+        assert state.left(Job(bad, SHARD_ROWS)) == [0, 1, 2]
         assert contents(folder).keys() == {"prepare.json"}
     make(folder, MadeExamples(ROWS))
     assert contents(folder) == contents(whole)
@@ -162,17 +160,18 @@ def test_no_good_row_is_an_error_however_many_may_be_bad(tmp_path):
 @pytest.mark.parametrize("finished", [0, 1, 2, 3])
 def test_after_a_kill_it_goes_on_and_ends_with_the_same_bytes(whole, tmp_path, finished):
     folder, source = tmp_path / "set", MadeExamples(ROWS)
-    with open_journal(folder) as journal:
+    with open_folder(folder) as state:
         job = Job(source, SHARD_ROWS, str(folder))
         for number in (2, 0, 1)[:finished]:
-            journal.add(make_chunk(job, number, nothing))
-    # What a kill leaves: a line cut short, a shard on no record, scratch files.
+            state.add(make_chunk(job, number, nothing))
+    # What a kill leaves: a shard that nothing is known of, or what is known of one that is not there, and scratch files.
     (folder / ".part-x").mkdir()
     (folder / ".part-x" / "shard").write_bytes(b"half")
     (folder / ".part-manifest.json").write_text("{")
     (folder / "shard-00001.array_record").touch() if finished < 3 else None
-    with (folder / "journal.jsonl").open("a") as file:
-        file.write('[1, 3, 2000, [], {"rows": 4,')
+    if finished < 3:
+        known = [1, 3, [], ["shard-00001.array_record", 4, 7, "x"]]
+        (folder / "shard-00001.json").write_text(json.dumps(known))
     with pytest.raises(SourceError, match=r"manifest\.json.*not finished"):
         ShardSource(str(folder))
     assert make(folder, source) == sorted({0, 1, 2} - {2, 0, 1}.intersection((2, 0, 1)[:finished]))
@@ -181,65 +180,101 @@ def test_after_a_kill_it_goes_on_and_ends_with_the_same_bytes(whole, tmp_path, f
 
 
 def make_again_is_nothing(folder: Path) -> bool:
-    with open_journal(folder) as journal:
-        return journal.manifest == verify(str(folder))
+    with open_folder(folder) as state:
+        return state.manifest == verify(str(folder))
 
 
 def test_a_finished_shard_that_was_cut_or_lost_is_made_again(whole, tmp_path):
     folder, source = tmp_path / "set", MadeExamples(ROWS)
-    with open_journal(folder) as journal:
+    with open_folder(folder) as state:
         for number in range(3):
-            journal.add(make_chunk(Job(source, SHARD_ROWS, str(folder)), number, nothing))
+            state.add(make_chunk(Job(source, SHARD_ROWS, str(folder)), number, nothing))
     (folder / "shard-00000.array_record").unlink()
     os.truncate(folder / "shard-00002.array_record", 1000)
     assert make(folder, source) == [0, 2]
     assert contents(folder) == contents(whole)
 
 
+def test_a_shard_made_again_never_stands_beside_what_was_said_of_another(tmp_path, monkeypatch):
+    """Shards are filled up to whole blocks, so that one with an example more may have the same size."""
+    folder = tmp_path / "set"
+    with open_folder(folder) as state:
+        state.add(make_chunk(Job(MadeExamples(ROWS, refused=(0,)), SHARD_ROWS, str(folder)), 0, nothing))
+    monkeypatch.setattr(os, "replace", stop_at(os.replace, "shard-00000.array_record"))
+    with pytest.raises(KeyboardInterrupt):
+        make(folder, MadeExamples(ROWS))
+    monkeypatch.undo()
+    assert not (folder / "shard-00000.array_record").exists()
+    assert make(folder, MadeExamples(ROWS)) == [0, 1, 2]
+
+
+def stop_at(replace, name: str):
+    """`os.replace`, and a kill in place of what would make `name`."""
+
+    def stopped(source, target):
+        if Path(target).name == name:
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    return stopped
+
+
+def test_a_folder_that_an_earlier_release_began_is_made_again_with_the_same_bytes(whole, tmp_path):
+    folder = tmp_path / "set"
+    shutil.copytree(whole, folder)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").unlink()
+    part = manifest | {"rows": 4, "shards": manifest["shards"][:1]}
+    (folder / "journal.jsonl").write_text(json.dumps([0, 3, 2000, [], part]) + "\n")
+    with pytest.warns(UserWarning, match="was begun by an earlier release: its shards are made again"):
+        assert make(folder, MadeExamples(ROWS)) == [0, 1, 2]
+    assert contents(folder) == contents(whole)
+
+
 def test_other_input_or_options_are_refused_and_nothing_is_touched(whole, tmp_path):
     before = contents(whole)
     with pytest.raises(SourceError, match=r"rows: 10 there, 11 now; name another --out, or start over with --force"):
-        open_journal(whole, rows=11)
+        open_folder(whole, rows=11)
     with pytest.raises(SourceError, match=r"config\.data\.images: nothing there, images now"):
-        open_journal(whole, **{"config.data.images": "images"})
+        open_folder(whole, **{"config.data.images": "images"})
     with pytest.raises(SourceError, match=r"train\.json: 1 file, 5 bytes there, 1 file, 6 bytes now"):
-        Journal(whole, OPTIONS, {"train.json": "1 file, 6 bytes"})
+        ShardFolder(whole, OPTIONS, {"train.json": "1 file, 6 bytes"})
     assert contents(whole) == before
     (tmp_path / "shard-00000.array_record").write_bytes(b"of somebody else")
     with pytest.raises(SourceError, match="holds shards of unknown origin; name another --out"):
-        open_journal(tmp_path)
+        open_folder(tmp_path)
     assert contents(tmp_path) == {"shard-00000.array_record": b"of somebody else"}
     (tmp_path / "prepare.json").write_text("{")
     with pytest.raises(SourceError, match=r"prepare\.json is damaged .*--force"):
-        open_journal(tmp_path)
+        open_folder(tmp_path)
 
 
 def test_options_may_change_until_a_shard_is_there(tmp_path):
     with pytest.raises(SourceError, match="10 of 10 rows cannot be used"):  # as with a wrong image root
         make(tmp_path, MadeExamples(ROWS, refused=tuple(range(ROWS))))
-    with open_journal(tmp_path, rows=11) as journal:
-        assert journal.left(Job(MadeExamples(ROWS), SHARD_ROWS)) == [0, 1, 2]
+    with open_folder(tmp_path, rows=11) as state:
+        assert state.left(Job(MadeExamples(ROWS), SHARD_ROWS)) == [0, 1, 2]
 
 
 def test_a_folder_of_other_files_is_refused(tmp_path):
     (tmp_path / "part-0.parquet").write_bytes(b"the data itself")
     for force in (False, True):
         with pytest.raises(SourceError, match=r"holds part-0\.parquet, which is not of a run of prepare; name another --out"):
-            open_journal(tmp_path, force)
+            open_folder(tmp_path, force)
     assert contents(tmp_path).keys() == {"part-0.parquet"}
 
 
 def test_two_runs_do_not_write_to_one_folder(tmp_path):
-    with open_journal(tmp_path), pytest.raises(SourceError, match=f"another prepare is writing to {tmp_path}; wait"):
-        open_journal(tmp_path)
-    with open_journal(tmp_path) as journal:
-        assert journal.chunks == {}
+    with open_folder(tmp_path), pytest.raises(SourceError, match=f"another prepare is writing to {tmp_path}; wait"):
+        open_folder(tmp_path)
+    with open_folder(tmp_path) as state:
+        assert state.chunks == {}
 
 
 def test_force_deletes_what_prepare_wrote_and_nothing_else(tmp_path):
     make(tmp_path / "set", MadeExamples(ROWS, refused=(1,)))
     (tmp_path / "set" / "notes.txt").write_text("mine")
-    with open_journal(tmp_path / "set", force=True, rows=11):
+    with open_folder(tmp_path / "set", force=True, rows=11):
         assert contents(tmp_path / "set").keys() == {"notes.txt", "prepare.json"}
 
 
@@ -259,7 +294,7 @@ def no_space(*_: str) -> None:
     raise OSError(28, "No space left on device")
 
 
-@pytest.mark.parametrize("where", [(records, "ArrayRecordWriter", FullWriter), (os, "replace", no_space)])
+@pytest.mark.parametrize("where", [(writer, "ArrayRecordWriter", FullWriter), (os, "replace", no_space)])
 def test_a_full_disk_is_an_error_and_leaves_nothing_half_written(tmp_path, monkeypatch, where):
     monkeypatch.setattr(*where)
     with pytest.raises(DiskError, match="No space left on device") as caught:
@@ -287,7 +322,7 @@ def test_stopping_drops_what_is_half_made(tmp_path):
     assert [chunk.number for chunk in made] == [0]
     kept = {path.name for path in tmp_path.iterdir()}
     assert "shard-00000.array_record" in kept
-    assert not [name for name in kept if name.startswith(preparing.SCRATCH)]
+    assert not [name for name in kept if name.startswith(chunks.SCRATCH)]
 
 
 def test_an_error_of_a_worker_reaches_the_caller(tmp_path):
@@ -298,10 +333,10 @@ def test_an_error_of_a_worker_reaches_the_caller(tmp_path):
 
 def test_a_row_is_checked_as_it_is_stored():
     pages = DocumentPages(0, 2, "checker", 3, "train")
-    page, size = read_checked(Job(pages, 2), 1)
+    page, record = read_checked(Job(pages, 2), 1)
     assert isinstance(page.images[0], bytes)
     np.testing.assert_array_equal(np.asarray(open_image(page.images[0]).convert("RGB")), pages[1].images[0])
-    assert size > len(page.images[0])
+    assert decode_example(record, 1).images == page.images
     with pytest.raises(ExampleError, match=r"made7: cannot read an embedded image: .*; mend or remove it"):
         read_checked(Job(MadeExamples(ROWS, broken=(7,)), 4), 7)
 
@@ -310,28 +345,28 @@ def test_a_look_raises_what_a_run_would_and_changes_nothing(tmp_path, whole):
     shutil.copytree(whole, tmp_path / "set")
     before = contents(tmp_path / "set")
     with pytest.raises(SourceError, match="begun with other input or options: rows: 10 there, 11 now"):
-        Journal(tmp_path / "set", OPTIONS | {"rows": 11}, INPUTS, look=True)
-    with Journal(tmp_path / "set", OPTIONS | {"rows": 11}, INPUTS, force=True, look=True) as journal:
-        assert (journal.manifest, journal.chunks) == (None, {})
-    with Journal(tmp_path / "set", OPTIONS, INPUTS, look=True) as journal:
-        assert journal.manifest is not None
+        ShardFolder(tmp_path / "set", OPTIONS | {"rows": 11}, INPUTS, look=True)
+    with ShardFolder(tmp_path / "set", OPTIONS | {"rows": 11}, INPUTS, force=True, look=True) as state:
+        assert (state.manifest, state.chunks) == (None, {})
+    with ShardFolder(tmp_path / "set", OPTIONS, INPUTS, look=True) as state:
+        assert state.manifest is not None
     assert contents(tmp_path / "set") == before
     (tmp_path / "other").mkdir()
-    with Journal(tmp_path / "other", OPTIONS, INPUTS, look=True):
+    with ShardFolder(tmp_path / "other", OPTIONS, INPUTS, look=True):
         assert not list((tmp_path / "other").iterdir())
     (tmp_path / "other" / "mine.txt").touch()
     with pytest.raises(SourceError, match=r"holds mine\.txt, which is not of a run of prepare"):
-        Journal(tmp_path / "other", OPTIONS, INPUTS, look=True)
+        ShardFolder(tmp_path / "other", OPTIONS, INPUTS, look=True)
 
 
 def test_looking_writes_nothing_and_counts_the_same(tmp_path, whole, monkeypatch):
     monkeypatch.chdir(tmp_path)
     source = MadeExamples(ROWS, refused=(2,))
     chunk = make_chunk(Job(source, SHARD_ROWS), 0, nothing)
-    assert (chunk.manifest, chunk.bad) == (None, (Bad(2, "made2", "row 2 is refused"),))
+    assert (chunk.shard, chunk.bad) == (None, (Bad(2, "made2", "row 2 is refused"),))
     assert list(tmp_path.iterdir()) == []
     wrote = make_chunk(Job(source, SHARD_ROWS, str(tmp_path)), 0, nothing)
-    assert chunk == wrote._replace(manifest=None)
+    assert chunk == wrote._replace(shard=None)
 
 
 def test_the_estimate_is_close_to_the_size(whole, tmp_path):

@@ -13,11 +13,13 @@ import os
 import posixpath
 import re
 import stat
+import threading
 import unicodedata
+from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from glob import glob as local_glob
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 from fsspec.core import url_to_fs
 
@@ -28,6 +30,7 @@ BUFFER_BYTES = 8 << 20
 MAX_JSON_BYTES = 256 << 20
 """Of a JSON file that is read as a whole: a manifest, a state."""
 
+_Key, _Value = TypeVar("_Key"), TypeVar("_Value")
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 _LOCAL = "file://"
 _THREADS = 16  # requests under way at once; latency dominates, not bandwidth
@@ -206,27 +209,6 @@ def local_copy(path: str) -> str:
     return copy
 
 
-def publish(local: str, path: str) -> None:
-    """Move a finished local file to `path`, in one step: a rename on the same file system, or an upload."""
-    if not is_url(path):
-        with open(local, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(local, path)
-        return
-    with _backend(path) as (system, inner):
-        system.put_file(local, inner)
-    os.unlink(local)
-
-
-def remove(path: str) -> None:
-    """Delete a file."""
-    if not is_url(path):
-        os.unlink(path)
-        return
-    with _backend(path) as (system, inner):
-        system.rm_file(inner)
-
-
 def _checked(path: str) -> os.stat_result:
     """What the system knows of a local file; OSError where there is none, or something that is no file."""
     try:
@@ -255,6 +237,17 @@ def _otherwise_composed(path: str) -> str:
         wanted = unicodedata.normalize("NFC", name)
         return next((held for held in os.listdir(folder or ".") if unicodedata.normalize("NFC", held) == wanted), "")
     return ""
+
+
+class ProcessCache(OrderedDict[_Key, _Value]):
+    """What a process keeps open or decoded, with a lock; on its way to another process it is left behind."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lock = threading.Lock()
+
+    def __reduce__(self) -> Any:
+        return ProcessCache, ()
 
 
 class _RemoteFile(io.RawIOBase):

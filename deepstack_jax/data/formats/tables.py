@@ -1,7 +1,5 @@
 """Rows of parquet files, and of arrow files as Hugging Face `datasets` writes them, by random access."""
 
-import threading
-from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -57,7 +55,7 @@ class ParquetRecords:
         rows = [(part, group, count) for part, footer in enumerate(self._footers) for group, count in enumerate(footer.rows)]
         self._groups = np.array([(part, group) for part, group, _ in rows], np.int32).reshape(-1, 2)
         self._starts = _starts(path, [count for *_, count in rows])
-        self._forget()
+        self._tables: files.ProcessCache[int, tuple[pa.Table, int | None]] = files.ProcessCache()
 
     def _check_groups(self) -> None:
         """Leave out the columns that nobody needs where a row group would not fit with them; refuse it where it never does."""
@@ -74,17 +72,6 @@ class ParquetRecords:
                     others = [name for name in self._columns if name not in needed_keys()]
                     self._columns = [name for name in self._columns if name in needed_keys()]
                     warn_of(self.path, others, f"go beyond config.data.limits.group_bytes={most:,}")
-
-    def _forget(self) -> None:
-        self._lock = threading.Lock()
-        self._tables: OrderedDict[int, tuple[pa.Table, int | None]] = OrderedDict()
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in self.__dict__.items() if key not in ("_lock", "_tables")}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._forget()
 
     def __len__(self) -> int:
         return int(self._starts[-1])
@@ -125,7 +112,7 @@ class ParquetRecords:
 
     def _table(self, group: int) -> tuple[pa.Table, int | None]:
         """A row group, and what a row of it may take; None where all together take less."""
-        with self._lock:
+        with self._tables.lock:
             if group not in self._tables:
                 table, most = self._decode(group), self._limits.row_bytes
                 plain = settled(table, most)

@@ -1,44 +1,38 @@
-"""Examples with their images inside, as ArrayRecord shards and a manifest: what `prepare` writes and training reads fastest.
+"""Examples from a folder of ArrayRecord shards with their images inside, which training reads fastest.
 
 A folder holds `shard-00000.array_record`, ... and `manifest.json`, which is written last: a folder without it is not finished.
-Shards are uncompressed with one record per chunk (images are compressed already), so the same examples give the same bytes.
 """
 
 import bisect
 import hashlib
-import json
 import operator
-import os
 import re
-import tempfile
-import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from itertools import accumulate
 from typing import Any, NamedTuple, SupportsIndex
 
-from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
+from array_record.python.array_record_module import ArrayRecordReader
 
 from deepstack_jax.config import LIMITS, LimitsConfig
 from deepstack_jax.data.encode.templates import ConversationError
 from deepstack_jax.data.example import Example, ExampleError, RecordMetadata, SourceError
 from deepstack_jax.data.formats import files
 from deepstack_jax.data.formats.styles import RecordError
-from deepstack_jax.data.shards.codec import decode_example, encode_example
+from deepstack_jax.data.shards.codec import decode_example
 
 MANIFEST = "manifest.json"
 SUFFIX = ".array_record"
 
-_FORMAT = "deepstack_jax examples"
-_VERSION = 1
-_WRITER_OPTIONS = "group_size:1,uncompressed"
+FORMAT = "deepstack_jax examples"
+VERSION = 1
+
 _READER_OPTIONS = "readahead_buffer_size:0"  # rows are asked for in any order
-_BLOCK = 8 << 20
 _COMPRESSED = -1
 _SHARD_NAME = re.compile(r"shard-\d{5,9}" + re.escape(SUFFIX))
 
 
 class Shard(NamedTuple):
-    """One file as the manifest lists it."""
+    """A file of records, as the manifest lists it."""
 
     file: str
     rows: int
@@ -46,117 +40,11 @@ class Shard(NamedTuple):
     sha256: str
 
 
-class RecordWriter:
-    """Writes examples into shards; a context manager. Nothing that is half written carries a final name.
-
-    Left without an exception it writes the manifest, with rows, bytes and images in all; left with one, it leaves a folder
-    that readers refuse and that the same command may write again.
-
-    Args:
-        folder: a local folder, made if need be, or a URL. Shards of an unfinished run in it are replaced.
-        source: what the examples were made from, for the manifest; anything that JSON can hold.
-        shard_bytes: size at which a new shard begins.
-
-    Raises:
-        SourceError: the folder holds a finished set already, or cannot be written.
-    """
-
-    def __init__(self, folder: str, source: Mapping[str, Any], shard_bytes: int = 256 << 20) -> None:
-        self.folder, self._source, self._limit = files.absolute(folder), dict(source), shard_bytes
-        self._shards: list[Shard] = []
-        self._writer: Any = None
-        self._rows = self._bytes = self._images = 0
-        try:
-            self._clear()
-            beside = None if files.is_url(self.folder) else self.folder
-            self._scratch = tempfile.TemporaryDirectory(dir=beside, prefix=".writing-")
-        except OSError as error:
-            raise SourceError(f"cannot write to {self.folder}: {error.strerror}; name another folder") from error
-
-    def _clear(self) -> None:
-        """Make the folder; remove shards that no manifest names."""
-        if not files.is_url(self.folder):
-            os.makedirs(self.folder, exist_ok=True)
-        elif not files.is_folder(self.folder):
-            return
-        held = files.names(self.folder)
-        if MANIFEST in held:
-            raise SourceError(f"{self.folder} holds a finished set of examples already; name another folder or delete it")
-        for name in held:
-            if name.startswith("shard-") and name.endswith(SUFFIX):
-                files.remove(files.under(self.folder, name))
-
-    def __enter__(self) -> "RecordWriter":
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        try:
-            if kind is None:
-                self._finish_shard()
-                if not self._shards:
-                    raise SourceError(f"{self.folder}: no example was written; a set needs at least one")
-                self._write_manifest()
-            elif self._writer is not None:
-                self._writer.close()
-        finally:
-            self._scratch.cleanup()
-
-    def write(self, example: Example) -> None:
-        """Append an example; its row number becomes its place in the shards, its `index` is not kept.
-
-        Raises:
-            ExampleError: an image cannot be read, or `info` holds what msgpack cannot; nothing of the example was written.
-        """
-        record = encode_example(example)
-        if self._writer is None:
-            self._writer = ArrayRecordWriter(os.path.join(self._scratch.name, "shard"), _WRITER_OPTIONS)
-        try:
-            self._writer.write(record)
-        except RuntimeError as error:
-            raise SourceError(f"cannot write to {self.folder}: {error}; is the disk full?") from error
-        self._rows += 1
-        self._bytes += len(record)
-        self._images += len(example.images)
-        if self._bytes >= self._limit:
-            self._finish_shard()
-
-    def _finish_shard(self) -> None:
-        if self._writer is None:
-            return
-        try:
-            self._writer.close()
-        except RuntimeError as error:
-            raise SourceError(f"cannot write to {self.folder}: {error}; is the disk full?") from error
-        scratch = os.path.join(self._scratch.name, "shard")
-        written = _count(scratch)
-        if written != self._rows:  # a full disk shows here
-            raise SourceError(f"{self.folder}: {written} of {self._rows} rows of a shard were written; is the disk full?")
-        shard = Shard(f"shard-{len(self._shards):05d}{SUFFIX}", self._rows, os.path.getsize(scratch), _sha256(scratch))
-        files.publish(scratch, files.under(self.folder, shard.file))
-        self._shards.append(shard)
-        self._writer, self._rows, self._bytes = None, 0, 0
-
-    def _write_manifest(self) -> None:
-        manifest = {
-            "format": _FORMAT,
-            "version": _VERSION,
-            "source": self._source,
-            "rows": sum(shard.rows for shard in self._shards),
-            "images": self._images,
-            "bytes": sum(shard.bytes for shard in self._shards),
-            "shards": [shard._asdict() for shard in self._shards],
-        }
-        scratch = os.path.join(self._scratch.name, MANIFEST)
-        with open(scratch, "w", encoding="utf-8") as file:
-            json.dump(manifest, file, indent=1)  # in ASCII: a path may hold what UTF-8 has no bytes for
-        files.publish(scratch, files.under(self.folder, MANIFEST))
-
-
 class ShardSource:
-    """Examples of a folder that `RecordWriter` wrote, by random access over all shards; images come as encoded bytes.
+    """Examples of a finished folder, by random access over all shards; images come as encoded bytes.
 
-    Only the manifest is kept, so the object is cheap to send to workers; each opens the shards that it reads. Of a folder
-    behind a URL, each shard that is read is copied once (`files.local_copy`).
+    Only the manifest is pickled; each process opens the shards that it reads. Of a folder behind a URL, each shard that is read
+    is copied once (`files.local_copy`).
 
     Args:
         folder: local folder or URL.
@@ -173,18 +61,7 @@ class ShardSource:
         self._shards = [Shard(**shard) for shard in self.manifest["shards"]]
         _refuse(self.folder, _problems(self.folder, self._shards))
         self._ends = list(accumulate(shard.rows for shard in self._shards))
-        self._forget()
-
-    def _forget(self) -> None:
-        self._lock = threading.Lock()
-        self._readers: dict[int, Any] = {}
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in self.__dict__.items() if key not in ("_lock", "_readers")}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._forget()
+        self._readers: files.ProcessCache[int, Any] = files.ProcessCache()
 
     def __len__(self) -> int:
         return self._ends[-1]
@@ -237,19 +114,21 @@ class ShardSource:
         return []
 
     def _reader(self, number: int) -> Any:
-        with self._lock:
+        with self._readers.lock:
             if number not in self._readers:
-                shard = self._shards[number]
-                path = files.under(self.folder, shard.file)
-                try:
-                    copy = files.local_copy(path)
-                except OSError as error:
-                    raise SourceError(f"cannot read {path} any more: {error.strerror}; put it back, start again") from error
-                rows = _count(copy)
-                if rows != shard.rows:
-                    raise SourceError(f"{path} changed while in use: {rows} rows, {shard.rows} in {MANIFEST}; start again")
-                self._readers[number] = ArrayRecordReader(copy, options=_READER_OPTIONS, file_reader_buffer_size=32768)
+                self._readers[number] = self._open(self._shards[number])
             return self._readers[number]
+
+    def _open(self, shard: Shard) -> Any:
+        path = files.under(self.folder, shard.file)
+        try:
+            copy = files.local_copy(path)
+        except OSError as error:
+            raise SourceError(f"cannot read {path} any more: {error.strerror}; put it back, start again") from error
+        rows = count_records(copy)
+        if rows != shard.rows:
+            raise SourceError(f"{path} changed while in use: {rows} rows, {shard.rows} in {MANIFEST}; start again")
+        return ArrayRecordReader(copy, options=_READER_OPTIONS, file_reader_buffer_size=32768)
 
 
 def read_manifest(folder: str) -> dict[str, Any]:
@@ -263,8 +142,8 @@ def read_manifest(folder: str) -> dict[str, Any]:
     except ValueError as error:
         raise SourceError(f"{path} is no JSON ({error}); fetch it again, or prepare the folder again") from error
     found = (manifest.get("format"), manifest.get("version")) if isinstance(manifest, dict) else (None, None)
-    if found != (_FORMAT, _VERSION):
-        raise SourceError(f"{path} says format, version {found}, expected {(_FORMAT, _VERSION)}; prepare it with this release")
+    if found != (FORMAT, VERSION):
+        raise SourceError(f"{path} says format, version {found}, expected {(FORMAT, VERSION)}; prepare it with this release")
     try:
         shards = [Shard(**shard) for shard in manifest["shards"]]
         for shard in shards:
@@ -279,7 +158,7 @@ def read_manifest(folder: str) -> dict[str, Any]:
 
 
 def _check_shard(shard: Shard) -> None:
-    """Raises ValueError where an entry is not as `RecordWriter` writes it: a name may lead nowhere else."""
+    """Raises ValueError where an entry is not as `prepare` writes it: a name may lead nowhere else."""
     if not (isinstance(shard.file, str) and _SHARD_NAME.fullmatch(shard.file) and isinstance(shard.sha256, str)):
         raise ValueError(f"file {shard.file!r:.80}, expected shard-00000{SUFFIX} and its sha256")
     if not all(type(number) is int and 0 < number < 2**50 for number in (shard.rows, shard.bytes)):
@@ -298,7 +177,7 @@ def verify(folder: str) -> dict[str, Any]:
     problems = _problems(folder, shards)
     for shard in shards:
         path = files.under(folder, shard.file)
-        if not any(problem.startswith(shard.file) for problem in problems) and _sha256(path) != shard.sha256:
+        if not any(problem.startswith(shard.file) for problem in problems) and sha256_of(path) != shard.sha256:
             problems.append(f"{shard.file} has other content than when it was written")
     _refuse(folder, problems)
     return manifest
@@ -316,7 +195,7 @@ def _problems(folder: str, shards: list[Shard]) -> list[str]:
     problems = []
     paths = [files.under(folder, shard.file) for shard in shards]
     for shard, path, size in zip(shards, paths, files.in_parallel(look, paths), strict=True):
-        count = shard.rows if files.is_url(path) or size != shard.bytes else _count(path)
+        count = shard.rows if files.is_url(path) or size != shard.bytes else count_records(path)
         if isinstance(size, str):
             problems.append(f"{shard.file} {size}")
         elif size != shard.bytes:
@@ -333,7 +212,7 @@ def _refuse(folder: str, problems: list[str]) -> None:
         raise SourceError(f"{folder}: {'; '.join(problems)}; fetch these shards again or prepare the folder again")
 
 
-def _count(path: str) -> int:
+def count_records(path: str) -> int:
     """Rows of a local shard by its footer; 0 where that cannot be read, _COMPRESSED where a record might be of any size."""
     reader = ArrayRecordReader(path, options=_READER_OPTIONS, file_reader_buffer_size=32768)
     try:
@@ -345,9 +224,6 @@ def _count(path: str) -> int:
             reader.close()
 
 
-def _sha256(path: str) -> str:
-    digest = hashlib.sha256()
+def sha256_of(path: str) -> str:
     with files.open_binary(path) as file:
-        while block := file.read(_BLOCK):
-            digest.update(block)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()  # pyright: ignore[reportArgumentType]

@@ -1,41 +1,40 @@
 """Examples of any source into ArrayRecord shards, every image decoded once: chunk by chunk, in worker processes.
 
-Chunk i is the rows i*n .. i*n+n-1 of the source in their order and becomes shard i, so that neither the number of workers nor
-an interruption shows in the bytes. Rows that cannot be used are left out of their shard and named.
+Chunk i is the examples i*n .. i*n+n-1 of the source in their order and becomes shard i, so that neither the number of workers
+nor an interruption shows in the bytes. Examples that cannot be used are left out of their shard and named beside it.
 """
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import signal
-import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from itertools import chain
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from deepstack_jax.atomic import SCRATCH
+from deepstack_jax.atomic import SCRATCH, write_whole
 from deepstack_jax.config import DataConfig
 from deepstack_jax.data.encode.image import ImageError, open_image
 from deepstack_jax.data.example import Example, ExampleError, Source, SourceError
 from deepstack_jax.data.shards.codec import decode_example, encode_example
-from deepstack_jax.data.shards.reader import SUFFIX, RecordWriter, read_manifest
+from deepstack_jax.data.shards.reader import SUFFIX, Shard
+from deepstack_jax.data.shards.writer import write_shard
 from deepstack_jax.data.workers import ignore_signals_exit_with_parent
 from deepstack_jax.printing import cut, one_line
 
-"""How folders of shards begin that are being written; a kill leaves them behind."""
-
-_LOOK_SECONDS = 0.2  # between two looks at the workers
+_POLL_SECONDS = 0.2
 _RECORD_BYTES = 50  # about what array_record puts around a record
 _SHARD_BYTES = 128 << 10  # and around a shard: records and footer are each filled up to 64 KiB
-_RUNS, _RUN = 20, 10  # what an estimate looks at: that many runs of that many rows
+_RUNS, _RUN = 20, 10  # what an estimate looks at: that many runs of that many examples
 
 
 class DiskError(SourceError):
@@ -43,7 +42,7 @@ class DiskError(SourceError):
 
 
 class Bad(NamedTuple):
-    """A row that is left out."""
+    """An example that is left out: its number in the source, its id, and why."""
 
     row: int
     id: str
@@ -51,21 +50,19 @@ class Bad(NamedTuple):
 
 
 class Chunk(NamedTuple):
-    """What became of the rows of one chunk.
+    """What became of the examples of one chunk; written beside its shard.
 
     Attributes:
         number: of the chunk and its shard.
-        images: in the rows that are good.
-        bytes: of their records.
-        bad: the other rows.
-        manifest: of the shard, as `records` writes it; None where nothing was written.
+        images: in the good examples.
+        bad: the other ones.
+        shard: None where nothing was written.
     """
 
     number: int
     images: int
-    bytes: int
     bad: tuple[Bad, ...]
-    manifest: dict[str, Any] | None
+    shard: Shard | None
 
 
 @dataclass(frozen=True)
@@ -74,9 +71,9 @@ class Job:
 
     Attributes:
         source: random access, cheap to pickle.
-        shard_rows: rows of a chunk.
-        folder: an existing local folder for the shards; "" = look at the rows and write nothing.
-        check: what else an example must stand: raises ValueError where a run could not use it.
+        shard_rows: examples of a chunk.
+        folder: an existing local folder for the shards; "" = look at the examples and write nothing.
+        check: what else an example must pass; raises ValueError where a run could not use it.
         max_pixels: of the largest image that is decoded; 0 = look no further into any than `check` does.
     """
 
@@ -92,16 +89,16 @@ class Job:
         return -(-len(self.source) // self.shard_rows)
 
     def rows(self, number: int) -> range:
-        """Rows of the source in a chunk."""
+        """Examples of the source in a chunk."""
         return range(number * self.shard_rows, min((number + 1) * self.shard_rows, len(self.source)))
 
 
-def read_checked(job: Job, row: int) -> tuple[Example, int]:
-    """Row `row` as a shard holds it, and the bytes of its record.
+def read_checked(job: Job, row: int) -> tuple[Example, bytes]:
+    """Example `row` as a shard holds it, and its record.
 
     Raises:
         ExampleError: it is no usable conversation, cannot be stored, fails the check, or an image of it does not decode.
-        SourceError: what the source raises when all of it is lost.
+        SourceError: the source as a whole is lost.
     """
     original = job.source[row]
     record = encode_example(original)
@@ -111,7 +108,7 @@ def read_checked(job: Job, row: int) -> tuple[Example, int]:
             open_image(image, max_pixels=job.max_pixels)  # what is stored, not the file, which may change meanwhile
         except ImageError as error:
             where = f"image {named}" if isinstance(named, str) else "an embedded image"
-            why = str(error).partition(": ")[2]  # behind what was read, which is nameless bytes here
+            why = str(error).partition(": ")[2]  # after the name of what was read, which is nameless bytes here
             raise ExampleError(f"{original.name}: cannot read {where}: {why}; mend or remove it", original.name) from error
     try:
         job.check(stored)
@@ -119,17 +116,17 @@ def read_checked(job: Job, row: int) -> tuple[Example, int]:
         raise
     except ValueError as error:
         raise ExampleError(f"{original.name}: {error}", original.name) from error
-    return stored, len(record)
+    return stored, record
 
 
 def record_bytes(source: Source) -> float:
-    """About how many bytes of a shard a row takes, from some rows drawn from the source.
+    """About how many bytes of a shard an example takes, from some drawn from the source.
 
     Raises:
-        SourceError: none of them can be used, and there are more: before a long run fails at its end.
+        SourceError: none of them can be used, and there are more: known before a long run fails at its end.
     """
     rows: Sequence[int] = range(len(source))
-    if len(rows) > _RUNS * _RUN:  # short runs: of a table, or over a network, single rows cost a block each
+    if len(rows) > _RUNS * _RUN:  # short runs: of a table, or over a network, single ones cost a block each
         starts = np.random.default_rng(0).choice(len(source) - _RUN, _RUNS, replace=False)
         rows = np.unique(starts[:, None] + np.arange(_RUN)).tolist()
     sizes, reasons = [], []
@@ -147,73 +144,60 @@ def record_bytes(source: Source) -> float:
 
 
 def shard_bytes(rows: int, shards: int, per_row: float) -> int:
-    """About how many bytes the shards of so many rows take."""
+    """About how many bytes the shards of so many examples take."""
     return round(rows * per_row) + shards * _SHARD_BYTES
 
 
+def chunk_paths(folder: str | os.PathLike[str], number: int) -> tuple[Path, Path]:
+    """Where the shard of a chunk stands, and what is known of it."""
+    shard = Path(folder) / f"shard-{number:05d}{SUFFIX}"
+    return shard, shard.with_suffix(".json")
+
+
 def make_chunk(job: Job, number: int, tick: Callable[[], None]) -> Chunk:
-    """Check the rows of a chunk and write its shard, which appears under its name when it is whole.
+    """Check the examples of a chunk and write its shard, which gets its name when it is whole and its `Chunk` lies beside it.
 
     Args:
         job: what to make.
         number: of the chunk.
-        tick: called after every row; what it raises ends the chunk without a trace.
+        tick: called after every example; what it raises ends the chunk without a trace.
 
     Raises:
         DiskError: the shard cannot be written; nothing of it is left.
         SourceError: the source is lost.
     """
     bad: list[Bad] = []
-    images = size = 0
+    images = 0
 
-    def good() -> Iterator[Example]:
-        nonlocal images, size
+    def good() -> Iterator[bytes]:
+        nonlocal images
         for row in job.rows(number):
             try:
-                example, length = read_checked(job, row)
+                example, record = read_checked(job, row)
             except ExampleError as error:
                 bad.append(Bad(row, cut(error.name), one_line(str(error))))
-            except SourceError as error:
-                raise _LostSource(str(error)) from error
             else:
-                images, size = images + len(example.images), size + length
-                yield example
+                images += len(example.images)
+                yield record
             tick()
 
-    if job.folder:
-        manifest = _write_shard(good(), job.folder, f"shard-{number:05d}{SUFFIX}")
-    else:
-        manifest = None
+    if not job.folder:
         for _ in good():
             pass
-    return Chunk(number, images, size, tuple(bad), manifest)
-
-
-class _LostSource(SourceError):
-    """Tells an error of what is read from one of what is written."""
-
-
-def _write_shard(examples: Iterator[Example], folder: str, name: str) -> dict[str, Any] | None:
-    """The manifest of one shard, `name`, with the examples; None where there are none."""
+        return Chunk(number, images, tuple(bad), None)
+    path, beside = chunk_paths(job.folder, number)
     try:
-        with tempfile.TemporaryDirectory(dir=folder, prefix=SCRATCH) as scratch:
-            first = next(examples, None)
-            if first is None:
-                return None
-            with RecordWriter(scratch, {}, shard_bytes=sys.maxsize) as writer:
-                for example in chain([first], examples):
-                    writer.write(example)
-            manifest = read_manifest(scratch)
-            (shard,) = manifest["shards"]
-            os.replace(os.path.join(scratch, shard["file"]), os.path.join(folder, name))
-            shard["file"] = name
-            return manifest
-    except _LostSource:
-        raise
-    except (SourceError, OSError, RuntimeError) as error:  # array_record has RuntimeErrors alone
-        cause = error.__cause__ or error
-        said = cause.strerror if isinstance(cause, OSError) else ""
-        raise DiskError(said or str(cause).split(";")[0]) from error
+        with tempfile.TemporaryDirectory(dir=job.folder, prefix=SCRATCH) as scratch:
+            shard = write_shard(Path(scratch) / "shard", path.name, good())
+            chunk = Chunk(number, images, tuple(bad), shard)
+            path.unlink(missing_ok=True)  # of an earlier attempt: never beside what is said of this one
+            write_whole(beside, json.dumps(chunk))
+            if shard:
+                os.replace(Path(scratch) / "shard", path)
+    except (OSError, RuntimeError) as error:  # array_record has RuntimeErrors alone
+        said = error.strerror if isinstance(error, OSError) else ""
+        raise DiskError(said or str(error).split(";")[0]) from error
+    return chunk
 
 
 def make_chunks(
@@ -231,7 +215,7 @@ def make_chunks(
         numbers: of the chunks.
         workers: processes, at least 1.
         take: called here with every chunk made, in the order in which they end.
-        looked: called here about five times a second with the number of rows looked at.
+        looked: called here about five times a second with the number of examples looked at.
         stopped: asked as often.
 
     Raises:
@@ -246,7 +230,7 @@ def make_chunks(
         try:
             waiting = _submit(pool, numbers)
             while waiting and not stopped():
-                done, waiting = wait(waiting, _LOOK_SECONDS, FIRST_COMPLETED)
+                done, waiting = wait(waiting, _POLL_SECONDS, FIRST_COMPLETED)
                 looked(rows.value)
                 for future in done:
                     take(future.result())
@@ -273,7 +257,7 @@ class _Stopped(Exception):
 
 
 _worker: tuple[Job, Any, Any]
-"""Of a worker process: its job, the shared number of rows looked at, the event that ends it."""
+"""Of a worker process: its job, the shared number of examples looked at, the event that ends it."""
 
 
 def _start_worker(job: Job, rows: Any, stop: Any) -> None:
