@@ -30,6 +30,7 @@ from deepstack_jax.data.encode.image import make_views, open_image
 from deepstack_jax.data.open import open_source
 from deepstack_jax.data.synthetic import BOXES, CHANCE
 from deepstack_jax.errors import ConfigError
+from deepstack_jax.evaluate.results import flat_scores
 from deepstack_jax.printing import Console
 from deepstack_jax.train.run.metrics import read_metrics
 
@@ -147,7 +148,7 @@ def load_run(folder: Path) -> Run:
         run = Run(
             name=name,
             config=build_config(values),
-            results=json.loads((folder / "results.json").read_text()),
+            results=_flat(json.loads((folder / "results.json").read_text())),
             metrics=[record for record in read_metrics(folder) if "loss" in record],
             answers=[json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()],
         )
@@ -165,8 +166,13 @@ def load_run(folder: Path) -> Run:
     return run
 
 
+def _flat(results: dict[str, Any]) -> dict[str, Any]:
+    """With the scores by the names that they have in logs, "fine_exact_match" and such."""
+    return results | flat_scores(results)
+
+
 def _question(row: Mapping[str, Any]) -> tuple[Any, ...]:
-    return tuple(row[key] for key in ("index", "turn", "kind", "question", "reference"))
+    return tuple(row[key] for key in ("row", "turn", "kind", "question", "references"))
 
 
 def summarise(run: Run) -> dict[str, float | int | None]:
@@ -227,13 +233,13 @@ def pick_pages(runs: Sequence[Run]) -> list[Shown]:
     """
     baseline, deepstack = runs[0], runs[2]
     source = open_source(deepstack.config, "validation")
-    given = {run.name: {(row["index"], row["turn"]): row for row in run.answers} for run in runs[:3]}
+    given = {run.name: {(row["row"], row["turn"]): row for row in run.answers} for run in runs[:3]}
     pages = []
-    for index in sorted({row["index"] for row in baseline.answers})[:SHOWN_PAGES]:
+    for index in sorted({row["row"] for row in baseline.answers})[:SHOWN_PAGES]:
         example = source[index]
-        rows = [row for row in baseline.answers if row["index"] == index]
+        rows = [row for row in baseline.answers if row["row"] == index]
         for row in rows:
-            if example.messages[2 * row["turn"] + 1].text != row["reference"]:
+            if [example.messages[2 * row["turn"] + 1].text] != row["references"]:
                 raise ReportError(
                     f"held-out page {index} has another answer than the runs were scored with: the generator changed since; "
                     "delete the runs and train them again"
@@ -243,7 +249,7 @@ def pick_pages(runs: Sequence[Run]) -> list[Shown]:
         if crops.grid is None:
             raise ReportError(f"run {deepstack.name} has no crops to show; train it with configs/demo.py:deepstack")
         asked = [next(row for row in rows if row["kind"] == kind) for kind in TASKS if any(row["kind"] == kind for row in rows)]
-        said = [{name: answers[row["index"], row["turn"]] for name, answers in given.items()} for row in asked]
+        said = [{name: answers[row["row"], row["turn"]] for name, answers in given.items()} for row in asked]
         low = make_views(image, baseline.config.image).pixels[0]
         pages.append(Shown(put_together(crops.pixels[1:], crops.grid), low, asked, said))
     return pages
@@ -374,10 +380,10 @@ def write_answers(plot: Axes, page: Shown) -> None:
         words = row["question"].splitlines()[-1]
         plot.text(34, top + 40, f"asked as “{words}”", va="center", fontsize=12, color="#444444")
         plot.text(34, top + 70, "truth", va="center", fontsize=12.5)
-        plot.text(214, top + 70, row["reference"], va="center", fontsize=12.5, weight="bold")
+        plot.text(214, top + 70, row["references"][0], va="center", fontsize=12.5, weight="bold")
         for line, (name, label) in enumerate(LABELS.items()):
             answer, y = said[name], top + 98 + 28 * line
-            right = answer["score"] == 1
+            right = answer["scores"]["exact_match"] == 1
             plot.text(34, y, label, va="center", fontsize=12.5)
             plot.text(214, y, shorten(answer["prediction"]), va="center", fontsize=12.5)
             plot.text(312, y, "✓" if right else "✗", va="center", fontsize=16, weight="bold", color=RIGHT if right else WRONG)

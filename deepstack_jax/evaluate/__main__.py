@@ -2,48 +2,55 @@
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 from absl import flags
-from rich.table import Table
+from ml_collections import ConfigDict, config_flags
 
 from deepstack_jax import cli
-from deepstack_jax.api import DTYPES, LMM, ConfigError, Options, load
+from deepstack_jax.api import DTYPES, LMM, load
 from deepstack_jax.atomic import write_json, write_lines
-from deepstack_jax.config import Config, DataConfig, to_dict
+from deepstack_jax.config import Config, build_config, default_config, to_dict
 from deepstack_jax.data.encode.encoder import BadExample
-from deepstack_jax.data.example import Source, SourceError
+from deepstack_jax.data.example import SourceError
 from deepstack_jax.data.fingerprint import describe_files, describe_options
 from deepstack_jax.data.formats import files
 from deepstack_jax.data.open import MissingError, open_files, open_source
+from deepstack_jax.errors import ConfigError
+from deepstack_jax.evaluate.ask import ask
 from deepstack_jax.evaluate.checkpoint import EvalCheckpoint
-from deepstack_jax.evaluate.held_out import Refusal, ask
-from deepstack_jax.evaluate.progress import Progress
 from deepstack_jax.evaluate.questions import check_questions
-from deepstack_jax.evaluate.reports import left_out_of
-from deepstack_jax.evaluate.scorers import SCORERS
+from deepstack_jax.evaluate.results import data_name, protocol_of, summarise, table_of
+from deepstack_jax.evaluate.tasks import Prediction, Task
+from deepstack_jax.generate.answers import Answerer
+from deepstack_jax.generate.options import Options
 from deepstack_jax.generate.prompts import find_template
-from deepstack_jax.printing import Console, label, plural, redacted
+from deepstack_jax.printing import REDACTED, Console, label, plural, redacted
+from deepstack_jax.progress import Progress
 from deepstack_jax.train.checkpoint.checksums import checksums
+from deepstack_jax.train.checkpoint.init_weights import is_workdir
+from deepstack_jax.train.checkpoint.reading import read_json
 
 USAGE = """
 Answer a held-out set by greedy generation, and score the answers.
 
+  python -m deepstack_jax.evaluate --model=runs/receipts
   python -m deepstack_jax.evaluate --model=runs/receipts --data=receipts/val.json --images=receipts --out=scores
-  python -m deepstack_jax.evaluate --model=runs/receipts --config=configs/receipts.py --config.data.root=receipts --limit=20
+  python -m deepstack_jax.evaluate --model=DIR --config=configs/receipts.py --config.data.root=receipts --limit=20
 
   --model=DIR           Hugging Face folder or hub id (DeepStack, LLaVA-1.5, LLaVA-NeXT), or the workdir of a training run
   --data=FILE           rows in LLaVA JSON, or any other container that `train` reads
   --images=DIR          where the image paths in the rows start
   --config=FILE         in place of --data and --images: the validation data of a configuration, its evaluation.max_new_tokens
-                        and evaluation.batch_size
-  --limit=N             the first N rows; all of them if left out
+                        and evaluation.batch_size. With neither, a workdir's own: as many rows as its run evaluates
+  --config.KEY=VALUE    overrides a key of that file or of the run, with --data too: --config.data.limits.text_bytes=100000000
+  --limit=N             the first N rows
   --out=DIR             writes predictions.jsonl (every question, answer and score) and results.json
   --max_new_tokens=64   most tokens of an answer
   --batch_size=8        questions answered at once; the answers do not depend on it
@@ -67,28 +74,47 @@ FLAGS = {
     "template": (flags.DEFINE_string, None, "Conversation template."),
     "dtype": (flags.DEFINE_string, None, "float32 or bfloat16."),
 }
-DEFAULTS = {"max_new_tokens": 64, "batch_size": 8}  # without --config
+MAX_NEW_TOKENS, BATCH_SIZE = 64, 8  # with --data
+LINES = 50  # of progress, off a terminal
 
 
 @dataclass(frozen=True)
-class Task:
-    """What is asked, and how; `origin` tells these rows from others, `bad` are known to be no questions for any model."""
+class Evaluation:
+    """What is asked, and how.
 
-    source: Source
+    Attributes:
+      task: with the rows.
+      config: of the data.
+      data: its name.
+      origin: tells these rows from others.
+      rows: how many of them are asked.
+      options, batch_size: how.
+      bad: rows that are known to be no questions for any model.
+    """
+
+    task: Task
+    config: Config
     data: str
     origin: dict[str, Any]
     rows: int
     options: Options
     batch_size: int
-    max_bad_fraction: float
     bad: tuple[BadExample, ...] = ()
 
 
 def define_flags() -> None:
     """Only when this verb runs, so that another may have flags of the same name."""
-    cli.define_config_flag()
+    if names_config():
+        cli.define_config_flag()
+    else:  # --config.KEY=VALUE alone
+        config_flags.DEFINE_config_dict("config", default_config())
     for name, (define, default, meaning) in FLAGS.items():
         define(name, default, meaning)
+
+
+def names_config() -> bool:
+    """Whether the command line has --config=FILE."""
+    return any(word.startswith("-") and word.lstrip("-").partition("=")[0] == "config" for word in sys.argv[1:])
 
 
 def main() -> int:
@@ -101,152 +127,139 @@ def main() -> int:
         if given[name] is not None and given[name] < 1:
             raise ConfigError(f"--{name}={given[name]}, expected 1 or more")
     console = Console()
-    task = open_task(given, console)
-    leave_out(task.bad, [], task, console)
+    evaluation = open_evaluation(given, console)
+    leave_out(evaluation.bad, [], evaluation, console)
     out = cli.writable_folder(given["out"], "out") if given["out"] else None
     lmm = load(given["model"], given["dtype"])
-    task = replace(task, options=task.options.replace({"exif": lmm.config.data.exif}))  # as in training
-    unfinished = EvalCheckpoint(out, None if out is None else key_of(lmm, task))
-    predictions, bad = run_task(lmm, task, unfinished, console)
-    results = summarise(lmm, given["model"], task, predictions, bad)
+    data = replace(lmm.config.data, max_pixels=evaluation.config.data.max_pixels)
+    lmm = replace(lmm, config=replace(lmm.config, data=data))
+    options = evaluation.options.replace({"exif": lmm.config.data.exif})  # as in training
+    evaluation = replace(evaluation, options=options)
+    checkpoint = EvalCheckpoint(out, None if out is None else key_of(lmm, evaluation))
+    predictions, bad = answer_all(lmm.answerer, evaluation, checkpoint, console)
+    protocol = protocol_of(lmm.config, options, lmm.template)
+    scores = summarise(evaluation.task, evaluation.data, evaluation.rows, predictions, bad, protocol)
+    results = {"name": given["model"]} | scores
     if out is not None:
-        write_lines(out / "predictions.jsonl", predictions)
+        write_lines(out / "predictions.jsonl", map(asdict, predictions))
         write_json(out / "results.json", results)
-        unfinished.done()
+        checkpoint.remove()
     console.print(table_of(results))
     return cli.EXIT_DONE
 
 
-def open_task(given: dict[str, Any], console: Console) -> Task:
-    """The rows to ask, from --data or --config.
+def open_evaluation(given: dict[str, Any], console: Console) -> Evaluation:
+    """The rows to ask, from --data, --config or the model's own run.
 
     Raises:
-      ConfigError: neither or both are given, or nothing is there. SourceError: the file cannot be read.
+      ConfigError: two of them are given or none is there. SourceError: the file cannot be read.
       RequestError: no such template.
     """
-    if (flags.FLAGS["config"].value is None) == (given["data"] is None):
-        raise ConfigError("give either --data=FILE with --images=DIR, or --config=FILE whose validation data is asked")
+    own = is_workdir(given["model"])
+    if (names_config() and given["data"] is not None) or not (names_config() or given["data"] is not None or own):
+        raise ConfigError(
+            "give either --data=FILE with --images=DIR, or --config=FILE whose validation data is asked, or neither with the "
+            "workdir of a training run as --model"
+        )
+    config = cli.parse_config() if names_config() else with_changes(given["model"] if own else None)
+    max_new_tokens, batch_size, rows = config.evaluation.max_new_tokens, config.evaluation.batch_size, given["limit"]
     if given["data"] is not None:
-        config, sizes = Config(data=DataConfig(validation=files.absolute(given["data"]), images=given["images"])), DEFAULTS
+        data = replace(config.data, source="files", root="", validation=files.absolute(given["data"]), images=given["images"])
+        config, max_new_tokens, batch_size = replace(config, data=data), MAX_NEW_TOKENS, BATCH_SIZE
         try:
-            source, name = open_files(given["data"], given["images"]), given["data"]
+            source, name = open_files(given["data"], given["images"], data.limits), redacted(given["data"])
         except MissingError as error:
             raise ConfigError(f"{error}; point to it with --data=FILE") from error
     else:
-        config = cli.parse_config()
-        data, evaluation = config.data, config.evaluation
-        source, name = open_source(config, "validation"), f"{config.name}: {data.validation or data.source}"
-        sizes = {"max_new_tokens": evaluation.max_new_tokens, "batch_size": evaluation.batch_size}
-    sizes = {key: value if given[key] is None else given[key] for key, value in sizes.items()}
-    options = Options(max_new_tokens=sizes["max_new_tokens"], template=given["template"])
+        source, name = open_source(config, "validation"), data_name(config)
+        rows = rows or (None if names_config() else config.evaluation.examples)
+    options = Options(max_new_tokens=given["max_new_tokens"] or max_new_tokens, template=given["template"])
     if options.template is not None:
         find_template(options.template)  # a wrong name is no fault of the rows
-    rows = min(len(source), given["limit"] or len(source))
+    rows = min(len(source), rows or len(source))
     origin = {"root": config.data.root, "files": describe_files(config, "validation", source)}
     origin |= describe_options(config, "validation", source, 0)
     with console.status(f"looking through {plural(rows, 'row')}"):
         bad = tuple(check_questions(source, range(rows), config.data))
-    return Task(source, redacted(name), origin, rows, options, sizes["batch_size"], config.data.max_bad_fraction, bad)
+    return Evaluation(Task(source), config, name, origin, rows, options, given["batch_size"] or batch_size, bad)
 
 
-def key_of(lmm: LMM, task: Task) -> dict[str, Any]:
+def with_changes(workdir: str | None) -> Config:
+    """The configuration of a run, or the defaults, with the keys that the command line changes."""
+    config = Config()
+    if workdir is not None:
+        config = build_config(read_json(Path(workdir).expanduser() / "config.json"))
+        if REDACTED in str(config.data):
+            raise ConfigError(
+                f"{workdir}/config.json holds no credentials; give --config as the run was given it, URLs and all"
+            )
+    changes = config_flags.get_override_values(flags.FLAGS["config"])
+    if not changes:
+        return config
+    values = ConfigDict(to_dict(config), convert_dict=True)
+    values.update_from_flattened_dict(changes)
+    return build_config(values)
+
+
+def key_of(lmm: LMM, evaluation: Evaluation) -> dict[str, Any]:
     """All that the answers depend on: another key, other answers."""
-    protocol = asdict(task.options) | {"batch_size": task.batch_size, "rows": task.rows}
+    protocol = asdict(evaluation.options) | {"batch_size": evaluation.batch_size, "rows": evaluation.rows}
     model = {"weights": checksums(lmm.params), "config": to_dict(lmm.config), "template": lmm.template}
-    return {"data": task.origin, "device": jax.default_backend(), **protocol, **model}
+    return {"data": evaluation.origin, "device": jax.default_backend(), **protocol, **model}
 
 
-def run_task(
-    lmm: LMM, task: Task, unfinished: EvalCheckpoint, console: Console
-) -> tuple[list[dict[str, Any]], list[BadExample]]:
+def answer_all(
+    answerer: Answerer, evaluation: Evaluation, checkpoint: EvalCheckpoint, console: Console
+) -> tuple[list[Prediction], list[BadExample]]:
     """Ask everything that is not answered yet, showing how far it is.
 
     Returns:
-      The lines of predictions.jsonl, and what could not be asked.
+      What was answered, now and before, in the order of the rows, and what could not be asked.
 
     Raises:
       SourceError: more rows than `data.max_bad_fraction` cannot be asked: the score would be of another set.
     """
-    answers, refused = unfinished.answers(), unfinished.refused()
-    done = {*answers, *((refusal.index, refusal.turn) for refusal in refused)}
-    reached = max((row for row, _ in done), default=0)
-    bad, never = list(task.bad), {example.index for example in task.bad}
-    remarks: dict[int, tuple[str, ...]] = {}
-    unread = sorted({*range(reached)} - {row for row, _ in done} - never)  # could not be read then: they may be mended
+    predictions, bad = [*checkpoint.predictions], [*evaluation.bad]
+    done = {(one.row, one.turn) for one in predictions} | {(one.index, one.turn) for one in checkpoint.refusals}
+    seen, never = {row for row, _ in done}, {example.index for example in bad}
+    reached = max(seen, default=0)
+    unread = sorted({*range(reached)} - seen - never)  # could not be read then: they may be mended
     if done:
-        console.print(f"goes on behind {plural(len(done), 'question')} answered before, in {unfinished.file}", soft_wrap=True)
-    leave_out(refused, bad, task, console)
-    with Progress(reached, task.rows, console) as progress:
-        for rows in (unread, [row for row in range(reached, task.rows) if row not in never]):
-            for results in ask(lmm.answerer, task.source, task.options, task.batch_size, rows, done):
-                if isinstance(results, BadExample):
-                    leave_out([results], bad, task, console)
-                    continue
-                unfinished.keep(results)
-                leave_out([result for result in results if isinstance(result, Refusal)], bad, task, console)
-                predictions = [result for result in results if not isinstance(result, Refusal)]
-                remarks |= {one.question.row: one.question.remarks for one in predictions}
-                found = [one.as_dict() for one in predictions]
-                answers |= {(line["row"], line["turn"]): line for line in found}
-                progress.show(max(reached, *(line["row"] + 1 for line in found)) if found else reached)
-        progress.show(task.rows)
-    for remark, count in Counter(chain.from_iterable(remarks.values())).items():
+        console.print(f"goes on after {plural(len(done), 'question')} answered before, in {checkpoint.file}", soft_wrap=True)
+    leave_out(checkpoint.refusals, bad, evaluation, console)
+    remarks = Counter[str]()
+    with Progress("rows", evaluation.rows, console, first=reached, lines=LINES) as progress:
+        for rows in (unread, [row for row in range(reached, evaluation.rows) if row not in never]):
+            how = (answerer, evaluation.options, evaluation.batch_size)
+            for batch in ask(evaluation.task, *how, rows, done=done, remarks=remarks):
+                checkpoint.add(batch)
+                leave_out([one for one in batch if isinstance(one, BadExample)], bad, evaluation, console)
+                answered = [one for one in batch if isinstance(one, Prediction)]
+                predictions += answered
+                progress.show(max([reached, *(one.row + 1 for one in answered)]))
+        progress.show(evaluation.rows)
+    for remark, count in remarks.items():
         console.print(f"{remark}: {count:,}", soft_wrap=True)
-    if not answers:
-        raise SourceError(f"none of the {task.rows} rows could be asked, expected at least one; mend them")
-    return [answers[place] for place in sorted(answers)], bad
+    if not predictions:
+        raise SourceError(f"none of the {evaluation.rows} rows could be asked, expected at least one; mend them")
+    return sorted(predictions, key=lambda one: (one.row, one.turn)), bad
 
 
-def leave_out(more: Sequence[BadExample], bad: list[BadExample], task: Task, console: Console) -> None:
+def leave_out(more: Sequence[BadExample], bad: list[BadExample], evaluation: Evaluation, console: Console) -> None:
     """Name what cannot be asked and add it to `bad`.
 
     Raises:
-      SourceError: as `run_task`.
+      SourceError: as `answer_all`.
     """
     for example in more:
         console.print(f"row {example.index} ({label(example.name)}) is left out: {example.reason}", soft_wrap=True)
     bad += more
     rows = len({example.index for example in bad})
-    if rows > task.max_bad_fraction * task.rows:
+    if rows > evaluation.config.data.max_bad_fraction * evaluation.rows:
         raise SourceError(
-            f"{rows} of {plural(task.rows, 'row')} cannot be asked, the last one: {bad[-1].reason}; mend them (image paths "
-            "start at --images=DIR), or the score would be of another set"
+            f"{rows} of {plural(evaluation.rows, 'row')} cannot be asked, the last one: {bad[-1].reason}; mend them (image "
+            "paths start at --images=DIR), or the score would be of another set"
         )
-
-
-def summarise(
-    lmm: LMM, model: str, task: Task, predictions: Sequence[dict[str, Any]], bad: Sequence[BadExample]
-) -> dict[str, Any]:
-    """results.json: every score with all that it depends on."""
-    config = lmm.config
-    crops = config.image.num_crops if config.image.mode in ("deepstack", "hd") else 0
-    protocol = {
-        "decoding": "greedy",
-        "max_new_tokens": task.options.max_new_tokens,
-        "template": task.options.template or lmm.template,
-        "image_mode": config.image.mode,
-        "num_crops": crops,
-        "dtype": config.train.compute_dtype,
-        "earlier_turns": "true answers",
-    }
-    scores = {
-        name: {"score": float(np.mean([line[name] for line in predictions])), "protocol": scorer.protocol}
-        for name, scorer in SCORERS.items()
-    }
-    counts = {"rows": task.rows, "questions": len(predictions), **left_out_of(bad)}
-    return {"model": model, "data": task.data, **counts, "protocol": protocol, "scores": scores}
-
-
-def table_of(results: dict[str, Any]) -> Table:
-    """The scores, each with its protocol."""
-    asked = ", ".join(f"{name} {value}" for name, value in results["protocol"].items())
-    counts = (
-        f"{plural(results['questions'], 'question')} of {plural(results['rows'], 'row')}, {results['bad_examples']} left out"
-    )
-    table = Table("score", "value", "protocol", title=f"{results['model']} on {results['data']}: {counts}")
-    for name, entry in results["scores"].items():
-        table.add_row(name, f"{entry['score']:.4f}", f"{entry['protocol']}; {asked}")
-    return table
 
 
 if __name__ == "__main__":

@@ -1,23 +1,25 @@
-"""What an evaluation that was stopped has answered already, so that the same command goes on from there.
-
-Every batch of answers is one line, appended when it is there. A line that a kill cut short is dropped with its batch: what is
-asked after that are the batches that an uninterrupted evaluation would have asked, and so its answers, byte for byte.
-"""
+"""What an evaluation that was stopped has answered already, so that the same command goes on from there."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from deepstack_jax.evaluate.held_out import Prediction, Refusal
+from deepstack_jax.data.encode.encoder import BadExample
+from deepstack_jax.evaluate.ask import Refusal
+from deepstack_jax.evaluate.tasks import Prediction
+from deepstack_jax.json_lines import Lines, read_lines
 
 
 class EvalCheckpoint:
-    """Answers of one evaluation on their way to `predictions.jsonl`.
+    """Answers of one evaluation on their way to predictions.jsonl: a line for every batch, appended when it is there.
+
+    A line that a kill cut short is dropped with its batch. What is asked after that are the batches that an uninterrupted
+    evaluation would have asked, and so its answers, byte for byte.
 
     Args:
       folder: where they are kept until it is done; None keeps none.
@@ -25,38 +27,23 @@ class EvalCheckpoint:
 
     Attributes:
       file: the answers so far; None without a folder.
+      predictions, refusals: those of earlier attempts.
     """
 
     def __init__(self, folder: Path | None, key: dict[str, Any] | None) -> None:
         digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
         self.file = None if folder is None else folder / f"predictions-{digest}.unfinished"
-        self._before: list[dict[str, Any]] = []
-        if self.file is None or not self.file.exists():
-            return
-        whole = 0
-        for line in self.file.read_bytes().splitlines(keepends=True):
-            try:
-                self._before += json.loads(line.decode() if line.endswith(b"\n") else "cut short")
-            except ValueError:
-                break
-            whole += len(line)
-        os.truncate(self.file, whole)  # what is appended begins a line
+        self._lines = Lines(self.file)
+        before = [one for line in (read_lines(self.file) if self.file and self.file.exists() else []) for one in line["batch"]]
+        self.predictions = [Prediction(**one) for one in before if "prediction" in one]
+        self.refusals = [Refusal(**one) for one in before if "prediction" not in one]
 
-    def answers(self) -> dict[tuple[int, int], dict[str, Any]]:
-        """Answers of earlier attempts by row and turn, as lines of predictions.jsonl."""
-        return {(line["row"], line["turn"]): line for line in self._before if "prediction" in line}
+    def add(self, batch: Sequence[Prediction | BadExample]) -> None:
+        """Append a batch, rows that could not be read left out: they may be mended by the next attempt."""
+        if kept := [asdict(one) for one in batch if isinstance(one, Prediction | Refusal)]:
+            self._lines.append({"batch": kept})
 
-    def refused(self) -> list[Refusal]:
-        """Questions that earlier attempts could not ask."""
-        return [Refusal(**line) for line in self._before if "prediction" not in line]
-
-    def keep(self, results: Sequence[Prediction | Refusal]) -> None:
-        """Append a batch."""
-        if self.file is not None:
-            with self.file.open("a", encoding="utf-8") as file:
-                file.write(json.dumps([result.as_dict() for result in results]) + "\n")
-
-    def done(self) -> None:
+    def remove(self) -> None:
         """The answers stand elsewhere now."""
         if self.file is not None:
             self.file.unlink(missing_ok=True)

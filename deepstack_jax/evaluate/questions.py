@@ -1,94 +1,99 @@
-"""Which questions a held-out row holds, for every evaluator alike, and what can be known to be wrong before any is asked."""
+"""Which questions a held-out row holds, and what can be known to be wrong with them before any is asked."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from itertools import accumulate
-from typing import NamedTuple
+from typing import Any
 
 import numpy as np
 
 from deepstack_jax.config import Config, DataConfig
+from deepstack_jax.data.encode.batch_rows import EncodedExample
 from deepstack_jax.data.encode.encoder import BadExample, Encoder, try_row
-from deepstack_jax.data.encode.labels import encode_with_images
-from deepstack_jax.data.encode.templates import (
-    IMAGE_MARK,
-    ConversationError,
-    Message,
-    Rendered,
-    Template,
-    get_template,
-    images_to_front,
-    render,
-)
+from deepstack_jax.data.encode.templates import IMAGE_MARK, ConversationError, Template, get_template, images_to_front, render
 from deepstack_jax.data.encode.tokenizer import load_tokenizer
 from deepstack_jax.data.example import Example, Source
-from deepstack_jax.data.formats.image_files import DEFAULTS, image_size
+from deepstack_jax.data.formats.image_files import image_size
 from deepstack_jax.data.order.lengths import header_layouts, measure
+from deepstack_jax.generate.options import RequestError
+from deepstack_jax.generate.prompts import CutImage, Turn, encode_turns
 
 
-class AnsweredTurn(NamedTuple):
-    """One question of a row that has an answer."""
+@dataclass(frozen=True)
+class Question:
+    """A prompt of a row, and what is right to say to it.
 
-    turn: int  # which question of the row, from 0
-    before: tuple[Message, ...]  # the turns up to the question, which is the last
-    images: int  # how many of the row's images, from the first on, stand in these turns
-    prompt: Rendered  # these turns as a text that the answer follows
-    reference: str
-    problem: str  # why no words can match it; "" where they can
+    Attributes:
+      row, id: the row's number in its source, and the id that the user knows.
+      turn: which question of the row, from 0.
+      kind: group in which its scores are also averaged; "all" = none.
+      turns: the conversation up to the question, which is the last turn.
+      references: right answers.
+      problem: why it cannot be asked; "" where it can.
+    """
+
+    row: int
+    id: str
+    turn: int
+    kind: str
+    turns: tuple[Turn, ...]
+    references: tuple[str, ...]
+    problem: str = ""
 
     @property
     def words(self) -> str:
         """The question without its images."""
-        return self.before[-1].text.replace(IMAGE_MARK, "").strip()
+        return self.turns[-1].words.replace(IMAGE_MARK, "").strip()
 
 
-def answered_turns(example: Example, template: Template) -> list[AnsweredTurn]:
+def answered_turns(example: Example, images: Sequence[Any], template: Template) -> list[Question]:
     """Every answered question of a row, the true answers of the turns before it given.
+
+    Args:
+      images: those of the row, in whatever form they are to be asked.
 
     Raises:
       ConversationError: nothing is answered, speakers do not alternate, or images and placeholders differ in number.
     """
-    messages = images_to_front(example.messages, template) if example.images else example.messages
+    messages = images_to_front(example.messages, template) if images else example.messages
     if messages and messages[0].role == "gpt":  # it answers nothing, and templates drop it
         messages = messages[1:]
-    shown = [*accumulate(message.text.count(IMAGE_MARK) if example.images else 0 for message in messages)]
-    if shown and shown[-1] != len(example.images):
+    shown = [0, *accumulate(message.text.count(IMAGE_MARK) if images else 0 for message in messages)]
+    if messages and shown[-1] != len(images):
         raise ConversationError(
-            f"{example.name}: {shown[-1]} {IMAGE_MARK} in the text, expected {len(example.images)}, one per image; name the "
+            f"{example.name}: {shown[-1]} {IMAGE_MARK} in the text, expected {len(images)}, one per image; name the "
             "missing images, or write the missing placeholders"
         )
-    answers = [number for number, message in enumerate(messages) if message.role == "gpt"]
-    if not answers:
+    found, turns = list[Question](), list[Turn]()
+    for number, message in enumerate(messages):
+        mine = images[shown[number] : shown[number + 1]]
+        if message.role == "gpt":
+            render(messages[:number], template, complete=False)  # raises where speakers do not alternate
+            problem = "its answer holds an image, which no words can match" if mine else ""
+            turn, kind = len(found), _kind(example, len(found))
+            found.append(Question(example.index, example.name, turn, kind, tuple(turns), (message.text,), problem))
+        turns.append(Turn(message.role, message.text, mine))
+    if not found:
         raise ConversationError(f"{example.name}: no answered question; add an answer, or remove the row")
-    found = []
-    for turn, number in enumerate(answers):
-        before, reference = messages[:number], messages[number].text
-        prompt = render(before, template, complete=False)
-        problem = "its answer holds an image, which no words can match" if shown[number] > shown[number - 1] else ""
-        found.append(AnsweredTurn(turn, before, shown[number - 1], prompt, reference, problem))
     return found
 
 
-def prompts(example: Example, config: Config, visual: Sequence[int]) -> Iterator[tuple[AnsweredTurn, np.ndarray] | BadExample]:
-    """The questions of a row as token ids i32[n], IMAGE_TOKEN where an image stands; or why one of them cannot be asked.
+def _kind(example: Example, turn: int) -> str:
+    """What the source calls this question; "all" where it has no name, as a stranger's row may hold anything."""
+    kinds = example.info.get("kinds")
+    kind = kinds[turn] if isinstance(kinds, list | tuple) and turn < len(kinds) else None
+    return kind if isinstance(kind, str) else "all"
 
-    Args:
-      visual: visual tokens of each image.
 
-    Raises:
-      ConversationError: as `answered_turns`. ValueError: the tokenizer has no id for a word.
-    """
-    tokenizer, room = load_tokenizer(config.data.tokenizer), config.data.max_length
-    room = min(room, config.decoder.max_positions - config.evaluation.max_new_tokens)
-    for asked in answered_turns(example, get_template(config.data.template)):
-        words = asked.prompt.words if config.data.control_tokens == "text" else ()
-        ids, _ = encode_with_images(asked.prompt.text, tokenizer, has_image=bool(example.images), words=words)
-        length, problem = ids.size + sum(visual[: asked.images]) - asked.images, asked.problem
-        if length > room:
-            problem = f"a prompt of {length} tokens with its images, expected {room} at most; raise config.data.max_length"
-        yield BadExample(example.index, example.name, f"turn {asked.turn}: {problem}") if problem else (asked, ids)
+def check_room(prompt: EncodedExample, config: Config) -> None:
+    """Raise RequestError where a row of a training run has no room for the prompt, or the model none for the answer."""
+    room = min(config.data.max_length, config.decoder.max_positions - config.evaluation.max_new_tokens)
+    if prompt.length > room:
+        raise RequestError(
+            f"a prompt of {prompt.length} tokens with its images, expected {room} at most; raise config.data.max_length"
+        )
 
 
 def uninterrupted(config: Config) -> Config:
@@ -103,21 +108,29 @@ def check_rows(source: Source, config: Config) -> list[BadExample]:
     Raises:
       OverlongError: a row is too long, and the configuration says to stop then.
     """
-    encoder = Encoder(config)
+    encoder, template, tokenizer = Encoder(config), get_template(config.data.template), load_tokenizer(config.data.tokenizer)
+    no_pixels = np.zeros(0, np.uint8)
 
     def check(example: Example) -> BadExample | None:
         measure(example, encoder)
-        visual = [layout.tokens.size for layout in header_layouts(example, config)]
-        return next((one for one in prompts(example, config, visual) if isinstance(one, BadExample)), None)
+        images = [CutImage(no_pixels, layout) for layout in header_layouts(example, config)]
+        for question in answered_turns(example, images, template):
+            try:
+                if question.problem:
+                    raise RequestError(question.problem)
+                check_room(encode_turns(question.turns, config, tokenizer, template, config.data.exif, placed=True), config)
+            except RequestError as error:
+                return BadExample(example.index, example.name, f"turn {question.turn}: {error}")
+        return None
 
     return _bad(source, range(min(config.evaluation.examples, len(source))), check)
 
 
-def check_questions(source: Source, rows: range, data: DataConfig = DEFAULTS) -> list[BadExample]:
+def check_questions(source: Source, rows: range, data: DataConfig) -> list[BadExample]:
     """Rows that no model can be asked, as far as shows before one is loaded and images are decoded."""
 
     def check(example: Example) -> None:
-        answered_turns(example, get_template("v1"))
+        answered_turns(example, example.images, get_template("v1"))
         for image in example.images:
             image_size(image, data)
 

@@ -21,9 +21,9 @@ class Scorer:
     protocol: str
 
 
-def exact_match(prediction: str, reference: str) -> float:
-    """1 if the two strings are equal after stripping white space at the ends, else 0. Case and punctuation count."""
-    return float(prediction.strip() == reference.strip())
+def exact_match(prediction: str, references: Sequence[str]) -> float:
+    """1 if the answer equals a reference after stripping white space at the ends, else 0. Case and punctuation count."""
+    return float(any(prediction.strip() == reference.strip() for reference in references))
 
 
 def anls(prediction: str, references: Sequence[str], threshold: float = ANLS_THRESHOLD) -> float:
@@ -44,11 +44,8 @@ def anls(prediction: str, references: Sequence[str], threshold: float = ANLS_THR
 
 def _relative_distance(prediction: str, reference: str) -> float:
     longer = max(len(reference.upper()), len(prediction.upper()))
-    return levenshtein(_plain(reference), _plain(prediction)) / longer if longer else 0.0
-
-
-def _plain(text: str) -> str:
-    return " ".join(text.strip().lower().split())
+    reference, prediction = (" ".join(text.lower().split()) for text in (reference, prediction))
+    return levenshtein(reference, prediction) / longer if longer else 0.0
 
 
 def levenshtein(first: str, second: str) -> int:
@@ -63,8 +60,7 @@ def levenshtein(first: str, second: str) -> int:
 
 SCORERS = {
     "exact_match": Scorer(
-        lambda prediction, references: max(exact_match(prediction, reference) for reference in references),
-        "share of answers equal to a reference, white space at the ends left out; case and punctuation count",
+        exact_match, "share of answers equal to a reference, white space at the ends left out; case and punctuation count"
     ),
     "anls": Scorer(
         anls, f"mean similarity 1 - edit distance / length, lower case, 0 below {ANLS_THRESHOLD}; not binarised, as DocVQA's"

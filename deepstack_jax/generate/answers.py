@@ -12,7 +12,7 @@ from deepstack_jax.data.encode.templates import IMAGE_MARK
 from deepstack_jax.data.encode.tokenizer import Tokenizer
 from deepstack_jax.generate.decoding import CHUNK, answer_ids
 from deepstack_jax.generate.options import Options, RequestError
-from deepstack_jax.generate.prompts import Turn, bucket, check_context, cut_image, encode_turns, find_template, pack
+from deepstack_jax.generate.prompts import CutImage, Turn, bucket, check_context, cut_image, encode_turns, find_template, pack
 from deepstack_jax.generate.sampling import Sampling
 from deepstack_jax.generate.text import AnswerText, end_of_turn
 from deepstack_jax.model.deepstack import DeepStack
@@ -49,8 +49,12 @@ class Answerer:
             raise RequestError(f"batch_size got {batch_size}, expected 1 or more")
         return self.answer_encoded([self.encode(turns, options) for turns in conversations], options, batch_size)
 
-    def encode(self, turns: Sequence[Turn], options: Options) -> EncodedExample:
-        """A conversation as token ids and crops, checked against the context.
+    def cut_images(self, images: Sequence[Any], options: Options) -> list[CutImage]:
+        """The images of a conversation as the model takes them; ImageError where one cannot be read."""
+        return [cut_image(image, self.config, options.exif) for image in images]
+
+    def encode(self, turns: Sequence[Turn], options: Options, *, placed: bool = False) -> EncodedExample:
+        """A conversation as token ids and crops, checked against the context; `placed` as in `encode_turns`.
 
         Raises:
           RequestError: the model cannot be asked this. ImageError: an image cannot be read.
@@ -61,7 +65,7 @@ class Answerer:
                 "folder, or use `logits`, which takes token ids"
             )
         template = find_template(options.template or self.template)
-        encoded = encode_turns(turns, self.config, self.tokenizer, template, options.exif)
+        encoded = encode_turns(turns, self.config, self.tokenizer, template, options.exif, placed=placed)
         check_context(encoded.length, options.max_new_tokens, self.config)
         return encoded
 
@@ -136,8 +140,7 @@ class Chat:
         if not isinstance(images, list | tuple):
             raise RequestError(f"images is a {type(images).__name__}, expected a list; put a single image into a list")
         chosen = self._options.replace(options)
-        cut = [cut_image(image, self._answerer.config, chosen.exif) for image in images]
-        asked = (*self.turns, Turn("human", prompt, cut))
+        asked = (*self.turns, Turn("human", prompt, self._answerer.cut_images(images, chosen)))
         return self._remember(asked, self._answerer.stream(asked, chosen))
 
     def clear(self) -> None:

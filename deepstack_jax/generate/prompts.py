@@ -87,11 +87,14 @@ def place_images(prompt: str, images: int, template: Template) -> str:
     return f"{template.image}\n" * images + prompt if prompt else "\n".join([template.image] * images)
 
 
-def encode_turns(turns: Sequence[Turn], config: Config, tokenizer: Tokenizer, template: Template, exif: str) -> EncodedExample:
-    """A conversation with an open question as token ids and crops, ready to be placed.
+def encode_turns(
+    turns: Sequence[Turn], config: Config, tokenizer: Tokenizer, template: Template, exif: str, *, placed: bool = False
+) -> EncodedExample:
+    """A conversation with an open question as token ids and crops, ready to be placed in a batch.
 
     Args:
       exif: as in `Options`.
+      placed: the words hold their placeholders, as a row of data does; a "<image>" too many is a word there.
 
     Raises:
       RequestError: a turn of the wrong types, a word that the tokenizer has no id for, or another number of placeholders than
@@ -103,7 +106,9 @@ def encode_turns(turns: Sequence[Turn], config: Config, tokenizer: Tokenizer, te
         if not isinstance(images, list | tuple) or not isinstance(words, str):
             got = f"{type(images).__name__} and {type(words).__name__}"
             raise RequestError(f"a prompt is a list of images and a string, got {got}; put a single image into a list")
-        messages.append(Message(role, place_images(words, len(images), template) if role == "human" else words))
+        if role == "human" and not placed:
+            words = place_images(words, len(images), template)
+        messages.append(Message(role, words))
         cut += [cut_image(image, config, exif) for image in images]
     asked = render(messages, template, complete=False)
     plain = asked.words if config.data.control_tokens == "text" else ()

@@ -15,9 +15,7 @@ from rich.table import Table
 
 from deepstack_jax import cli
 from deepstack_jax.atomic import write_json
-from deepstack_jax.batch import Batch
 from deepstack_jax.config import Config, build_config, to_dict
-from deepstack_jax.data.encode.templates import get_template
 from deepstack_jax.data.encode.tokenizer import Tokenizer
 from deepstack_jax.data.example import Source
 from deepstack_jax.data.fingerprint import describe_data, describe_texts
@@ -25,11 +23,8 @@ from deepstack_jax.data.open import check_images, open_source
 from deepstack_jax.data.order.mixture import Mixture, describe_mixture
 from deepstack_jax.data.pipeline import TrainingStream, open_tokenizer
 from deepstack_jax.errors import ConfigError, try_all
-from deepstack_jax.evaluate.reports import check_held_out, finish, first_sizes, report_held_out, seconds_per_step
-from deepstack_jax.evaluate.runner import HeldOut
-from deepstack_jax.generate.decoding import greedy
-from deepstack_jax.generate.text import end_of_turn
-from deepstack_jax.model.deepstack import DeepStack
+from deepstack_jax.evaluate.held_out import HeldOut
+from deepstack_jax.evaluate.report import check_held_out, finish, first_sizes, report_held_out, seconds_per_step
 from deepstack_jax.parallel.distributed import PreemptionSync, is_first_host, process_slice
 from deepstack_jax.parallel.mesh import check_batch_fits, make_mesh
 from deepstack_jax.parallel.processes import join_processes
@@ -111,7 +106,7 @@ def train(config: Config, workdir: Path, console: Console) -> int:
     journal = Journal(workdir if is_first_host() else None)
 
     starts = not saved_steps(workdir)
-    tokenizer, source = open_inputs(config, starts=starts)
+    _, source = open_inputs(config, starts=starts)
     check_images(source, config)
     held_out_source = open_source(config, "validation") if config.data.source == "pages" or config.data.validation else None
     left_out = set() if held_out_source is None else check_held_out(held_out_source, source, config, console, starts=starts)
@@ -146,7 +141,7 @@ def train(config: Config, workdir: Path, console: Console) -> int:
 
     held_out = None
     if held_out_source is not None:
-        held_out = HeldOut(held_out_source, config, program.loss, make_decode(program.model, config, tokenizer), mesh)
+        held_out = HeldOut(held_out_source, config, program.loss, program.model, mesh)
         held_out.named |= left_out
     log = open_log(config, workdir, int(state.step))
 
@@ -257,15 +252,6 @@ def replay_step(file: Path, given: Config | None, console: Console) -> int:
         replay(file, program, stream, Checkpoints(workdir, config.train, read_only=True), console)
     stream.close()
     return cli.EXIT_DONE
-
-
-def make_decode(model: DeepStack, config: Config, tokenizer: Tokenizer) -> Any:
-    ends = tuple(end_of_turn(get_template(config.data.template), tokenizer)[0])
-
-    def decode(params: Any, batch: Batch) -> jax.Array:
-        return greedy(model, params, batch, max_new_tokens=config.evaluation.max_new_tokens, stop_ids=ends)
-
-    return decode
 
 
 def describe_run(program: Program, steps: int) -> Table:

@@ -58,7 +58,7 @@ def assert_same_run(ours, theirs):
     for path, leaf in a.items():
         np.testing.assert_allclose(leaf, b[path], rtol=1e-3, atol=1e-4, err_msg=path)
     results = [read_json(workdir / "results.json") for workdir in (ours, theirs)]
-    for name in ("exact_match", "fine_exact_match", "coarse_exact_match", "questions", "bad_examples"):
+    for name in ("scores", "questions", "bad_examples"):
         assert results[0][name] == results[1][name], name
     assert results[0]["validation_loss"] == pytest.approx(results[1]["validation_loss"], rel=1e-5)
     assert read_lines(ours / "predictions.jsonl") == read_lines(theirs / "predictions.jsonl")

@@ -53,12 +53,12 @@ def test_every_answered_turn_is_asked_and_scored(model, data, tmp_path):
     lines, results = read_lines(tmp_path / "out" / "predictions.jsonl"), read_json(tmp_path / "out" / "results.json")
     assert [(line["row"], line["turn"]) for line in lines] == [(0, 0), (1, 0), (1, 1), (2, 0), (3, 0), (4, 0)]
     assert lines[0]["id"] == HARD_ID.replace("\ud800", r"\ud800")
-    assert [lines[2][key] for key in ("question", "reference")] == ["Sure?", "Yes."]
+    assert [lines[2][key] for key in ("question", "references")] == ["Sure?", ["Yes."]]
     assert (results["rows"], results["questions"], results["bad_examples"]) == (ROWS, 6, 0)
     assert results["protocol"]["template"] == "v1"
     assert results["protocol"]["max_new_tokens"] == 6
     for name, entry in results["scores"].items():
-        assert entry["score"] == pytest.approx(sum(line[name] for line in lines) / 6)
+        assert entry["score"] == pytest.approx(sum(line["scores"][name] for line in lines) / 6)
         assert name in done.stdout
     for part in ("case and punctuation count", "0 below 0.5", "greedy", "max_new_tokens 6", "template v1"):
         assert done.stdout.count(part) >= 1
@@ -76,6 +76,21 @@ def test_a_configuration_names_the_validation_data(model, data):
     assert "max_new_tokens 3" in done.stdout
 
 
+def test_a_limit_of_the_data_is_raised_on_the_command_line(model, data):
+    flags = (
+        f"--model={model}",
+        f"--data={data / 'val.json'}",
+        f"--images={data / 'images'}",
+        "--max_new_tokens=2",
+        "--limit=1",
+    )
+    refused = evaluate(*flags, "--config.data.limits.text_bytes=50")
+    assert refused.returncode == 1
+    assert len(refused.stderr.splitlines()) == 1
+    assert "config.data.limits.text_bytes" in refused.stderr
+    assert evaluate(*flags, "--config.data.limits.text_bytes=100_000").returncode == 0
+
+
 def test_rows_that_cannot_be_asked_stop_it_before_anything_is_written(model, data, tmp_path):
     (data / "images" / "val2.jpg").unlink()
     done = evaluate(
@@ -91,7 +106,10 @@ def test_rows_that_cannot_be_asked_stop_it_before_anything_is_written(model, dat
 
 MISTAKES = {
     "no model": ([], "--model is missing; e.g. --model=DIR"),
-    "no data": (["--model=MODEL", "--limit=3"], "give either --data=FILE with --images=DIR, or --config=FILE"),
+    "no data": (
+        ["--model=MODEL", "--limit=3"],
+        "--config=FILE whose validation data is asked, or neither with the workdir",
+    ),
     "nothing there": (["--model=MODEL", "--data=/nowhere/val.json"], "/nowhere/val.json does not exist"),
     "template": (["--model=MODEL", "--data=DATA", "--template=v9"], "unknown template 'v9'; nearest valid:"),
 }
@@ -117,16 +135,16 @@ KILLED_AT_THE_THIRD_BATCH = """
 import os, runpy, signal
 from deepstack_jax.evaluate.checkpoint import EvalCheckpoint
 
-whole, kept = EvalCheckpoint.keep, []
+whole, kept = EvalCheckpoint.add, []
 
-def keep(self, results):
+def add(self, results):
     whole(self, results)
     kept.append(results)
     if len(kept) == 3:
         os.truncate(self.file, self.file.stat().st_size - 20)
         os.kill(os.getpid(), signal.SIGKILL)
 
-EvalCheckpoint.keep = keep
+EvalCheckpoint.add = add
 runpy.run_module("deepstack_jax.evaluate", run_name="__main__")
 """
 
@@ -142,7 +160,7 @@ def test_killed_within_a_line_it_goes_on_to_the_same_bytes(model, data, tmp_path
     assert (left.suffix, left.read_text().count("\n")) == (".unfinished", 2)
     again, alone = evaluate(*flags, f"--out={out}"), evaluate(*flags, f"--out={tmp_path / 'alone'}")
     assert again.returncode == alone.returncode == 0, again.stderr
-    assert "goes on behind 4 questions answered before" in again.stdout
+    assert "goes on after 4 questions answered before" in again.stdout
     assert "rows 5/5 left 0s" in again.stdout
     assert contents(out) == contents(tmp_path / "alone")
     assert contents(out).keys() == {"predictions.jsonl", "results.json"}

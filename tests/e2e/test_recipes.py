@@ -111,7 +111,7 @@ def test_held_out_answers_are_scored(chain):
     lines = read_lines(chain.workdir / "evaluation" / "predictions.jsonl")
     assert (results["questions"], results["bad_examples"], len(lines)) == (HELD_OUT, 0, HELD_OUT)
     for name, entry in results["scores"].items():
-        assert entry["score"] == pytest.approx(np.mean([line[name] for line in lines]))
+        assert entry["score"] == pytest.approx(np.mean([line["scores"][name] for line in lines]))
     assert {"exact_match", "anls"} == results["scores"].keys()
     for part in ("exact_match", "anls", "greedy", "max_new_tokens 8"):
         assert part in chain.printed

@@ -86,12 +86,15 @@ def test_a_run_leaves_its_files(demo):
     assert results["steps"] == STEPS
     assert results["visual_tokens"] == 80  # 16 in the sequence, 4 groups of 16 stacked on them
     assert results["questions"] == 16
-    assert {"fine_exact_match", "coarse_exact_match", "validation_loss", "seconds_per_step", "parameters"} <= results.keys()
+    assert {"validation_loss", "seconds_per_step", "parameters"} <= results.keys()
+    assert results["scores"]["exact_match"]["by_kind"].keys() == {"fine", "coarse"}
 
     answers = read_lines(demo / "predictions.jsonl")
     assert len(answers) == 16
     assert {answer["kind"] for answer in answers} == {"fine", "coarse"}
-    assert results["exact_match"] == pytest.approx(np.mean([answer["score"] for answer in answers]))
+    assert results["scores"]["exact_match"]["score"] == pytest.approx(
+        np.mean([answer["scores"]["exact_match"] for answer in answers])
+    )
 
     assert [*losses(demo)] == list(range(1, STEPS + 1))
     held_out = {
@@ -154,6 +157,17 @@ def test_stopped_three_ways_it_ends_at_the_same_bytes(demo, tmp_path):
     assert [result.pop("seconds_per_step") is None for result in results] == [False, False]
     assert results[0] == results[1]
     assert (tmp_path / "stopped" / "predictions.jsonl").read_bytes() == (demo / "predictions.jsonl").read_bytes()
+
+
+def test_evaluated_by_its_workdir_alone_it_scores_as_the_run_did(demo, tmp_path):
+    """The same rows, questions, answers and scores, in files of the same shape, though the verb has other batches."""
+    words = [sys.executable, "-m", "deepstack_jax.evaluate", f"--model={demo}", f"--out={tmp_path / 'again'}"]
+    done = subprocess.run(words, cwd=REPOSITORY, env=ENVIRONMENT, timeout=TIMEOUT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "again" / "predictions.jsonl").read_bytes() == (demo / "predictions.jsonl").read_bytes()
+    verbs, runs = read_json(tmp_path / "again" / "results.json"), read_json(demo / "results.json")
+    assert verbs.pop("name") == str(demo)
+    assert verbs == {key: runs[key] for key in verbs}
 
 
 def test_drawn_receipts_train_the_same_with_and_without_worker_processes(drawn, tmp_path):

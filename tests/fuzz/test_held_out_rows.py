@@ -1,7 +1,6 @@
 """Held-out rows of any shape: each is asked, or left out by its id with one line, by every evaluator alike; none ends a run."""
 
 import json
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -9,13 +8,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from deepstack_jax.data.encode.encoder import BadExample, try_row
+from deepstack_jax.api import LMM
+from deepstack_jax.data.encode.tokenizer import load_tokenizer
 from deepstack_jax.data.open import open_files
-from deepstack_jax.evaluate import held_out, runner
+from deepstack_jax.evaluate.ask import _Asked, _prompts
+from deepstack_jax.evaluate.held_out import HeldOut, run_options
 from deepstack_jax.evaluate.questions import check_questions, check_rows
-from deepstack_jax.generate.options import Options
+from deepstack_jax.evaluate.tasks import Task
+from deepstack_jax.families.build import build_model
 from deepstack_jax.parallel.mesh import make_mesh
-from tests.unit.test_questions import SETTINGS, silence
+from tests.unit.test_questions import SETTINGS, asked_with, silence
 from tests.unit.tiny import tiny_config
 
 CONFIG = tiny_config(SETTINGS)
@@ -61,10 +63,10 @@ def test_any_row_is_asked_or_left_out_by_its_id(rows, folder):
     (folder / "val.json").write_text(json.dumps(rows))
     source = open_files(str(folder / "val.json"), str(folder))
     before = check_rows(source, CONFIG)
-    answers, unasked = runner.ask(source, CONFIG, silence, len(rows), MESH)
-    subject = runner.HeldOut(source, CONFIG, lambda *_: None, lambda *_: None, MESH)
+    answers, unasked = asked_with(silence, source, CONFIG)
+    subject = HeldOut(source, CONFIG, lambda *_: None, build_model(CONFIG), MESH)
     unlearnt = [bad for delivered in subject._batches() for bad in delivered.bad]
-    for bad in [*before, *unasked, *unlearnt, *check_questions(source, range(len(rows)))]:
+    for bad in [*before, *unasked, *unlearnt, *check_questions(source, range(len(rows)), CONFIG.data)]:
         assert "\n" not in bad.reason
         assert bad.name.isprintable()
         assert 0 <= bad.index < len(rows)
@@ -72,14 +74,14 @@ def test_any_row_is_asked_or_left_out_by_its_id(rows, folder):
     decoded = {number for number, row in enumerate(rows) if "cut.png" in str(row.get("image"))}
     late = {bad.index for bad in [*unasked, *unlearnt]} - {bad.index for bad in before}
     assert late <= decoded, "all but a damaged image shows before it is decoded"
-    ours = {(answer.index, answer.turn): answer.reference for answer in answers}
+    ours = {(one.row, one.turn): one.references for one in answers}
     for number, row in enumerate(rows):
         asked = [turn for place, turn in ours if place == number]
         if number not in {bad.index for bad in [*before, *unasked, *unlearnt]}:
             spoken: list[Any] = row["conversations"]
             assert len(asked) == sum(turn["from"] == "gpt" for turn in spoken[1:])
 
-    answerer: Any = SimpleNamespace(config=CONFIG, template=CONFIG.data.template)
-    made = [try_row(source, at, lambda example: held_out.questions(example, answerer, Options())) for at in range(len(rows))]
-    theirs = [one for found in made if not isinstance(found, BadExample) for one in found]
-    assert ours.items() <= {(one.row, one.turn): one.reference for one in theirs}.items()
+    answerer = LMM(CONFIG, {}, load_tokenizer("bytes"), CONFIG.data.template).answerer
+    found = _prompts(Task(source), answerer, run_options(CONFIG), range(len(rows)), (), None)
+    theirs = {(one.question.row, one.question.turn): [*one.question.references] for one in found if isinstance(one, _Asked)}
+    assert ours.items() <= theirs.items()

@@ -13,6 +13,7 @@ from deepstack_jax.config import build_config, to_dict
 from deepstack_jax.data.encode.image import open_image
 from deepstack_jax.data.open import open_source
 from deepstack_jax.data.synthetic import CHANCE
+from deepstack_jax.evaluate.results import flat_scores
 
 REPOSITORY = Path(__file__).parents[2]
 PAGES = 4
@@ -30,7 +31,7 @@ def demo_config(argument: str):
 
 
 def write_run(folder: Path, argument: str, right: set[str], pages: int = PAGES) -> dict:
-    """A workdir as the train verb leaves it, of a model that answers the given kinds; returns its results."""
+    """A workdir as the train verb leaves it, of a model that answers the given kinds; returns its results, flat."""
     config = demo_config(argument)
     source = open_source(config, "validation")
     rows = []
@@ -38,8 +39,9 @@ def write_run(folder: Path, argument: str, right: set[str], pages: int = PAGES) 
         example = source[index]
         questions, answers = example.messages[::2], example.messages[1::2]
         for turn, (kind, question, answer) in enumerate(zip(example.info["kinds"], questions, answers, strict=True)):
-            row = {"index": index, "turn": turn, "kind": kind, "question": question.text, "reference": answer.text}
-            rows.append(row | {"prediction": answer.text if kind in right else "?", "score": float(kind in right)})
+            row = {"row": index, "turn": turn, "kind": kind, "question": question.text, "references": [answer.text]}
+            scores = {"exact_match": float(kind in right)}
+            rows.append(row | {"prediction": answer.text if kind in right else "?", "scores": scores})
     results = {
         "name": config.name,
         "steps": 30,
@@ -48,9 +50,8 @@ def write_run(folder: Path, argument: str, right: set[str], pages: int = PAGES) 
         "context_length": config.data.max_length,
         "visual_tokens": 16 if config.deepstack.stack == "none" else 80,
         "validation_loss": 1.0,
-        "fine_exact_match": float("fine" in right),
-        "coarse_exact_match": float("coarse" in right),
         "questions": len(rows),
+        "scores": {"exact_match": {"score": len(right) / 2, "by_kind": {kind: float(kind in right) for kind in CHANCE}}},
     }
     steps = [{"step": step, "loss": 30 / step, "token_accuracy": step / 40} for step in (10, 20, 30)]
     folder.mkdir(parents=True)
@@ -60,7 +61,7 @@ def write_run(folder: Path, argument: str, right: set[str], pages: int = PAGES) 
         "".join(json.dumps(row) + "\n" for row in [*steps, {"step": 30, "validation_loss": 1.0}])
     )
     (folder / "predictions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return results
+    return results | flat_scores(results)
 
 
 @pytest.fixture
@@ -126,7 +127,7 @@ def test_answers_decide_the_marks_and_the_pages_do_not_move(demo):
     main([str(folder)])
     np.testing.assert_array_equal(first, np.asarray(Image.open(folder / "pages.png").convert("RGB")))
     rows = [json.loads(line) for line in (folder / "deepstack" / "predictions.jsonl").read_text().splitlines()]
-    wrong = [row | {"prediction": "?", "score": 0.0} for row in rows]
+    wrong = [row | {"prediction": "?", "scores": {"exact_match": 0.0}} for row in rows]
     (folder / "deepstack" / "predictions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in wrong))
     main([str(folder)])
     second = np.asarray(Image.open(folder / "pages.png").convert("RGB")).astype(int)
@@ -155,11 +156,11 @@ def test_the_first_pages_are_shown_as_the_models_get_them(demo):
         for row in page.asked:
             assert row["turn"] == example.info["kinds"].index(row["kind"]), "the first of its kind"
         digit, shade = (divmod(asked_box(row), 4) for row in page.asked)
-        assert page.asked[0]["reference"] == str(example.info["digits"][digit])
+        assert page.asked[0]["references"] == [str(example.info["digits"][digit])]
         same_shade = example.info["shades"] == example.info["shades"][shade]
         grays = page.low[::16, ::16, 0]
         np.testing.assert_array_equal(grays == box_of(page.low, asked_box(page.asked[1]))[0, 0, 0], same_shade)
-        assert page.said[0]["deepstack"]["prediction"] == page.asked[0]["reference"]
+        assert [page.said[0]["deepstack"]["prediction"]] == page.asked[0]["references"]
         assert page.said[0]["baseline"]["prediction"] == "?"
 
 
@@ -211,7 +212,7 @@ def spoil_results(folder: Path) -> None:
 
 def spoil_measures(folder: Path) -> None:
     results = json.loads((folder / "results.json").read_text())
-    del results["fine_exact_match"]
+    del results["scores"]["exact_match"]["by_kind"]["fine"]
     (folder / "results.json").write_text(json.dumps(results))
 
 
@@ -255,7 +256,7 @@ def test_runs_of_another_generator_are_refused(demo, capsys):
     for name in LABELS:
         path = folder / name / "predictions.jsonl"
         rows = [json.loads(line) for line in path.read_text().splitlines()]
-        rows[0]["reference"] = "something else"
+        rows[0]["references"] = ["something else"]
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert main([str(folder)]) == 1
     assert "the generator changed since" in capsys.readouterr().err

@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import json
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,13 +11,16 @@ from typing import Any
 import jax.numpy as jnp
 import pytest
 
+from deepstack_jax.config import Config, DataConfig
 from deepstack_jax.data.example import SourceError
-from deepstack_jax.evaluate.__main__ import Task, key_of, run_task
+from deepstack_jax.evaluate.__main__ import Evaluation, answer_all, key_of
+from deepstack_jax.evaluate.ask import Refusal
 from deepstack_jax.evaluate.checkpoint import EvalCheckpoint
-from deepstack_jax.evaluate.progress import Progress
+from deepstack_jax.evaluate.tasks import Task
 from deepstack_jax.generate.answers import Answer
 from deepstack_jax.generate.options import Options
 from deepstack_jax.printing import Console
+from deepstack_jax.progress import Progress
 from tests.unit.test_held_out import Echo, Rows, row
 from tests.unit.tiny import tiny_config
 
@@ -43,13 +47,17 @@ class Stopping(Echo):
         super().__init__()
         self.left = calls
 
-    def answers(self, conversations: Any, options: Options, batch_size: int) -> list[Answer]:
-        if self.left == 0:
+    def answer_encoded(self, prompts: Any, options: Options, batch_size: int) -> list[Answer]:
+        if self.left == 0 and prompts:
             raise KeyboardInterrupt
         self.left = None if self.left is None else self.left - 1
-        return [
-            Answer(f"{text} of {len(conversations)}", tokens) for text, tokens in super().answers(conversations, options, 9)
-        ]
+        return [Answer(f"{text} of {len(prompts)}", tokens) for text, tokens in super().answer_encoded(prompts, options, 9)]
+
+
+def evaluation_of(rows: list, allowed: float = 1.0) -> Evaluation:
+    source: Any = Rows(rows)
+    config = Config(data=DataConfig(max_bad_fraction=allowed))
+    return Evaluation(Task(source), config, "data", {"files": {"val.json": "1 file, 5 bytes"}}, len(rows), Options(), 3)
 
 
 def run(
@@ -57,13 +65,11 @@ def run(
 ) -> tuple[Any, Stopping, str]:
     """One attempt: the lines of predictions.jsonl and how many could not be asked, or what ended it."""
     answerer, printed = Stopping(calls), io.StringIO()
-    source: Any = Rows(rows)
-    task = Task(source, "data", {}, len(rows), Options(), 3, allowed)
+    asked: Any = answerer
     console = Console(file=printed, width=200)
     try:
-        model: Any = SimpleNamespace(answerer=answerer)
-        lines, bad = run_task(model, task, EvalCheckpoint(folder, key), console)
-        return ([json.dumps(line) for line in lines], len(bad)), answerer, printed.getvalue()
+        lines, bad = answer_all(asked, evaluation_of(rows, allowed), EvalCheckpoint(folder, key), console)
+        return ([json.dumps(asdict(line)) for line in lines], len(bad)), answerer, printed.getvalue()
     except (KeyboardInterrupt, SourceError) as error:
         return error, answerer, printed.getvalue()
 
@@ -85,7 +91,7 @@ def test_what_was_answered_is_not_asked_again(tmp_path):
     assert answerer.asked
     again, answerer, printed = run(tmp_path, ROWS)
     assert (again, answerer.asked) == (whole, [])
-    assert "goes on behind 12 questions" in printed
+    assert "goes on after 12 questions" in printed
     assert run(tmp_path, ROWS, key={"model": "b"})[1].asked, "answers of another model"
 
 
@@ -109,7 +115,7 @@ def test_nothing_answered_is_no_score(tmp_path):
 
 def test_off_a_terminal_a_line_now_and_then():
     printed = io.StringIO()
-    with Progress(1000, 5000, Console(file=printed, width=200)) as progress:
+    with Progress("rows", 5000, Console(file=printed, width=200), first=1000, lines=50) as progress:
         for done in range(1001, 5001):
             progress.show(done)
     lines = printed.getvalue().splitlines()
@@ -119,19 +125,18 @@ def test_off_a_terminal_a_line_now_and_then():
 
 
 def test_without_a_folder_nothing_is_kept():
-    unfinished = EvalCheckpoint(None, None)
-    unfinished.keep([])
-    unfinished.done()
-    assert unfinished.file is None
+    kept = EvalCheckpoint(None, None)
+    kept.add([Refusal(0, "x", "too long", 0)])
+    kept.remove()
+    assert kept.file is None
 
 
 def test_what_answers_depend_on_tells_them_apart(tmp_path):
     def file_of(bits: int = 0, **changes: Any) -> Path | None:
         params = {"a": jnp.asarray([0, bits], jnp.float32)}
         model: Any = SimpleNamespace(params=params, config=tiny_config(), template="v1")
-        source: Any = Rows([])
-        task = Task(source, "data", {"files": {"val.json": "1 file, 5 bytes"}}, 5, Options(), 3, 0.0)
-        return EvalCheckpoint(tmp_path, key_of(model, dataclasses.replace(task, **changes))).file
+        evaluation = dataclasses.replace(evaluation_of([None] * 5), **changes)
+        return EvalCheckpoint(tmp_path, key_of(model, evaluation)).file
 
     others = [
         file_of(bits=1),

@@ -9,9 +9,11 @@ from deepstack_jax.config import Config
 from deepstack_jax.data.encode.encoder import BadExample
 from deepstack_jax.data.encode.templates import Message
 from deepstack_jax.data.example import Example, ExampleError
-from deepstack_jax.evaluate.held_out import Prediction, ask
+from deepstack_jax.evaluate.ask import ask
+from deepstack_jax.evaluate.tasks import Prediction, Task
 from deepstack_jax.generate.answers import Answer
 from deepstack_jax.generate.options import Options, RequestError
+from deepstack_jax.generate.prompts import CutImage, cut_image
 
 PICTURE = np.zeros((40, 20, 3), np.uint8)
 
@@ -24,14 +26,20 @@ class Echo:
     def __init__(self) -> None:
         self.asked: list[int] = []  # questions of every call
 
-    def answers(self, conversations: Any, options: Options, batch_size: int) -> list[Answer]:
-        self.asked.append(len(conversations))
-        assert len(conversations) <= batch_size
-        for turns in conversations:
-            if len(turns[-1].words) > 50:
-                raise RequestError("the prompt takes 60 tokens")
-        images = [sum(len(turn.images) for turn in turns) for turns in conversations]
-        return [Answer(f"{len(turns)} turns {count} images", 3) for turns, count in zip(conversations, images, strict=True)]
+    def cut_images(self, images: Any, options: Options) -> list[CutImage]:
+        return [cut_image(image, self.config, options.exif) for image in images]
+
+    def encode(self, turns: Any, options: Options, *, placed: bool = False) -> Any:
+        assert placed
+        if len(turns[-1].words) > 50:
+            raise RequestError("the prompt takes 60 tokens")
+        return turns
+
+    def answer_encoded(self, prompts: Any, options: Options, batch_size: int) -> list[Answer]:
+        self.asked.append(len(prompts))
+        assert len(prompts) <= batch_size
+        images = [sum(len(turn.images) for turn in turns) for turns in prompts]
+        return [Answer(f"{len(turns)} turns {count} images", 3) for turns, count in zip(prompts, images, strict=True)]
 
 
 class Rows(list):
@@ -50,27 +58,29 @@ def row(index: int, *texts: str, images: int = 0) -> Example:
 
 def asked(rows: list, size: int = 4, limit: int = 99) -> tuple[list[Any], Echo]:
     echo = Echo()
-    results = ask(echo, Rows(rows), Options(), size, range(min(limit, len(rows))))  # pyright: ignore[reportArgumentType]
-    return [result for part in results for result in ([part] if isinstance(part, BadExample) else part)], echo
+    source: Any = Rows(rows)
+    answerer: Any = echo
+    batches = ask(Task(source), answerer, Options(), size, range(min(limit, len(rows))))
+    return [result for batch in batches for result in batch], echo
 
 
 def test_every_answered_turn_with_the_true_turns_before_it():
     results, echo = asked([row(0, "<image>\nA?", "a", "And\n<image>", "b", images=2), row(1, "C?", "c")], size=2)
-    assert [(p.question.row, p.question.turn, p.text, p.question.reference) for p in results] == [
-        (0, 0, "1 turns 1 images", "a"),
-        (0, 1, "3 turns 2 images", "b"),
-        (1, 0, "1 turns 0 images", "c"),
+    assert [(p.row, p.turn, p.prediction, p.references) for p in results] == [
+        (0, 0, "1 turns 1 images", ["a"]),
+        (0, 1, "3 turns 2 images", ["b"]),
+        (1, 0, "1 turns 0 images", ["c"]),
     ]
     assert echo.asked == [2, 1]
-    assert [line["question"] for line in map(Prediction.as_dict, results)] == ["A?", "And", "C?"]
-    assert results[0].as_dict()["exact_match"] == 0.0
+    assert [prediction.question for prediction in results] == ["A?", "And", "C?"]
+    assert results[0].scores == {"exact_match": 0.0, "anls": 0.0}
 
 
 def test_a_row_or_question_that_cannot_be_asked_spoils_no_other():
     rows = [row(0, "A?", "a"), None, row(2, "B" * 60, "b"), row(3, "<image>", "c"), row(4, "D?"), row(5, "E?", "e")]
     results, _ = asked(rows)
     bad = {result.index: result.reason for result in results if isinstance(result, BadExample)}
-    good = [result.question.row for result in results if isinstance(result, Prediction)]
+    good = [result.row for result in results if isinstance(result, Prediction)]
     assert good == [0, 3, 5]  # row 3 has no image: "<image>" is a word there
     assert bad.keys() == {1, 2, 4}
     assert "row 1 is damaged" in bad[1]
@@ -95,5 +105,7 @@ def test_a_row_keeps_its_id_where_its_image_cannot_be_read(tmp_path):
 def test_a_limit_and_a_wrong_template():
     results, echo = asked([row(number, "A?", "a") for number in range(5)], limit=3)
     assert (len(results), echo.asked) == (3, [3])
+    answerer: Any = Echo()
+    source: Any = Rows([])
     with pytest.raises(RequestError, match="unknown template 'v9'"):
-        list(ask(Echo(), Rows([]), Options(template="v9"), 4, range(0)))  # pyright: ignore[reportArgumentType]
+        list(ask(Task(source), answerer, Options(template="v9"), 4, range(0)))

@@ -13,8 +13,9 @@ from deepstack_jax.batch import Batch
 from deepstack_jax.config import Config
 from deepstack_jax.data.example import SourceError
 from deepstack_jax.data.open import open_files
-from deepstack_jax.evaluate.reports import check_held_out, finish, report_held_out
-from deepstack_jax.evaluate.runner import HeldOut
+from deepstack_jax.evaluate.held_out import HeldOut
+from deepstack_jax.evaluate.report import check_held_out, finish, report_held_out
+from deepstack_jax.families.build import build_model
 from deepstack_jax.generate.decoding import NO_TOKEN
 from deepstack_jax.parallel.mesh import make_mesh
 from deepstack_jax.printing import Console
@@ -42,7 +43,7 @@ def infinite(_: Any, batch: Batch) -> LossSums:
     return two_per_token(_, batch)._replace(loss=jnp.inf)
 
 
-def say_nothing(_: Any, batch: Batch) -> Any:
+def say_nothing(_: Any, params: Any, batch: Batch, **__: Any) -> Any:
     return jnp.full((batch.tokens.shape[0], 1), NO_TOKEN, jnp.int32)
 
 
@@ -51,7 +52,7 @@ def held_out(bad: tuple[int, ...], allowed: float, loss: Any = two_per_token) ->
     config = tiny_config(SETTINGS | {"data.max_bad_fraction": allowed})
     broken = tuple(row for row in bad if row % 2)
     source = MadeExamples(8, broken=broken, refused=tuple(row for row in bad if row not in broken))
-    return HeldOut(source, config, loss, say_nothing, make_mesh(config.mesh)), config
+    return HeldOut(source, config, loss, build_model(config), make_mesh(config.mesh), say_nothing), config
 
 
 def said_of(tmp_path, bad: tuple[int, ...], allowed: float, loss: Any = two_per_token, times: int = 1) -> tuple[Any, str]:
@@ -87,7 +88,7 @@ def checked(bad: tuple[int, ...], allowed: float, starts: bool) -> tuple[Any, st
     printed = io.StringIO()
     try:
         return check_held_out(
-            subject.source, subject.source, config, Console(file=printed, width=200), starts=starts
+            subject.task.source, subject.task.source, config, Console(file=printed, width=200), starts=starts
         ), printed.getvalue()
     except SourceError as error:
         return error, printed.getvalue()
@@ -112,7 +113,7 @@ def test_what_was_named_at_the_start_is_not_named_again(tmp_path):
     subject, config = held_out((1, 6), 0.25)
     printed = io.StringIO()
     console = Console(file=printed, width=200)
-    subject.named |= check_held_out(subject.source, subject.source, config, console, starts=True)
+    subject.named |= check_held_out(subject.task.source, subject.task.source, config, console, starts=True)
     assert subject.named == {6}, "row 1 shows when its image is decoded"
     report_held_out(subject, config, {}, 1, MetricsLog(None, 0), console)
     assert printed.getvalue().count("held-out row 6 (made6) is left out") == 1
@@ -167,7 +168,10 @@ def test_hard_ids_reach_every_file_and_no_terminal(tmp_path):
     (tmp_path / "val.json").write_text(json.dumps(rows))
     source, printed = open_files(str(tmp_path / "val.json"), str(tmp_path)), io.StringIO()
     config = tiny_config(SETTINGS | {"data.max_bad_fraction": 1.0})
-    subject, log = HeldOut(source, config, two_per_token, say_nothing, make_mesh(config.mesh)), MetricsLog(tmp_path, 0)
+    subject, log = (
+        HeldOut(source, config, two_per_token, build_model(config), make_mesh(config.mesh), say_nothing),
+        MetricsLog(tmp_path, 0),
+    )
     console = Console(file=printed, width=200)
     report_held_out(subject, config, {}, 1, log, console)
     finish(subject, config, {}, {"steps": 3}, tmp_path, log, console)

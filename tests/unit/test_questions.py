@@ -1,6 +1,8 @@
 """Held-out rows of every odd kind: what is asked of them, with which images, and what is known to be wrong before that."""
 
+import hashlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,19 +12,20 @@ from PIL import Image
 
 from deepstack_jax.api import LMM
 from deepstack_jax.batch import Batch
-from deepstack_jax.config import Config
+from deepstack_jax.config import Config, DataConfig
 from deepstack_jax.data.encode.encoder import BadExample, OverlongError
+from deepstack_jax.data.encode.templates import TEMPLATES, get_template
 from deepstack_jax.data.encode.tokenizer import load_tokenizer
 from deepstack_jax.data.example import Source
 from deepstack_jax.data.open import open_files
-from deepstack_jax.evaluate import held_out, runner
+from deepstack_jax.evaluate.ask import _Asked, _prompts, ask
+from deepstack_jax.evaluate.held_out import HeldOut, RunAnswerer, fill_batch, run_options
 from deepstack_jax.evaluate.questions import check_questions, check_rows, uninterrupted
+from deepstack_jax.evaluate.tasks import Prediction, Task
 from deepstack_jax.families.build import build_model
 from deepstack_jax.generate.decoding import NO_TOKEN
-from deepstack_jax.generate.options import Options
 from deepstack_jax.parallel.mesh import make_mesh
 from deepstack_jax.printing import printable
-from deepstack_jax.train.__main__ import make_decode
 from tests.unit.tiny import model_params, tiny_config
 
 PICTURES = {"a.png": 10, "b.png": 90, "c.png": 200}  # all of one gray, so that it tells which one a question got
@@ -89,22 +92,34 @@ def write(file: Path, rows: list[dict[str, Any]]) -> Source:
     return open_files(str(file), str(file.parent))
 
 
+def asked_with(
+    decode: Callable[[Batch], np.ndarray], source: Source, config: Config
+) -> tuple[list[Prediction], list[BadExample]]:
+    """What a run with this in place of its model's tokens predicts, and what it could not ask."""
+    tokenizer, template = load_tokenizer(config.data.tokenizer), config.data.template
+    answerer = RunAnswerer(build_model(config), {}, config, tokenizer, template, decode=lambda _, batch: decode(batch))
+    found = [one for batch in ask(Task(source), answerer, run_options(config), 4, range(len(source))) for one in batch]
+    return [one for one in found if isinstance(one, Prediction)], [one for one in found if isinstance(one, BadExample)]
+
+
 def asked_of(source: Source, config: Config) -> tuple[dict[int, list[list[int]]], list[BadExample]]:
     """For each row the gray of the pictures that stand in the batch for each of its questions; and what could not be asked."""
-    seen: dict[int, list[list[int]]] = {}
+    seen: list[list[int]] = []
 
     def decode(batch: Batch) -> np.ndarray:
-        for number, pixels, tokens in zip(batch.example_id[:, 0].tolist(), batch.pixels, batch.token_source, strict=True):
+        for blank, pixels, tokens in zip(batch.segment_ids.max(axis=1) == 0, batch.pixels, batch.token_source, strict=True):
             views = dict.fromkeys((tokens[tokens >= 0] // config.layout.patches).tolist())
-            if number >= 0:
-                seen.setdefault(number, []).append([int(pixels[view, 0, 0, 0]) for view in views])
+            if not blank:
+                seen.append([int(pixels[view, 0, 0, 0]) for view in views])
         return silence(batch)
 
-    answers, bad = runner.ask(source, config, decode, len(source), make_mesh(config.mesh))
-    assert [(answer.id, answer.prediction) for answer in answers] == [
-        (printable(ROWS[number][0]["id"]), "") for number, asked in sorted(seen.items()) for _ in asked
-    ]
-    return seen, bad
+    predictions, bad = asked_with(decode, source, config)
+    assert len(seen) == len(predictions)
+    by_row: dict[int, list[list[int]]] = {}
+    for one, grays in zip(predictions, seen, strict=True):
+        assert (one.id, one.prediction) == (printable(ROWS[one.row][0]["id"]), "")
+        by_row.setdefault(one.row, []).append(grays)
+    return by_row, bad
 
 
 def test_every_question_gets_the_images_up_to_its_turn(source):
@@ -127,7 +142,7 @@ def test_what_is_wrong_shows_before_an_image_is_decoded(source):
 
 
 def test_before_a_model_is_loaded_only_what_no_model_can_be_asked(source):
-    bad = {example.index: example.name for example in check_questions(source, range(len(source)))}
+    bad = {example.index: example.name for example in check_questions(source, range(len(source)), DataConfig())}
     assert [*bad.values()] == ["silent", "unnamed", "gone", "no turns"]
 
 
@@ -148,36 +163,84 @@ def test_too_long_stops_the_start_and_not_what_has_begun(source):
 def test_names_of_questions_in_a_strangers_row_are_taken_only_where_they_are_names(tmp_path):
     given = [row("x", [], "A?", "b") | {"kinds": kinds} for kinds in (5, "fine", [None], ["fine"], [["fine"]], [], {})]
     source, config = write(tmp_path / "val.json", given), tiny_config(SETTINGS)
-    answers, bad = runner.ask(source, config, silence, 9, make_mesh(config.mesh))
-    assert [answer.kind for answer in answers] == ["all", "all", "all", "fine", "all", "all", "all"]
+    predictions, bad = asked_with(silence, source, config)
+    assert [one.kind for one in predictions] == ["all", "all", "all", "fine", "all", "all", "all"]
     assert not bad
 
 
-def test_an_answer_ends_before_the_templates_end_of_turn(tmp_path):
-    """Under "v0" that is "###", which is no token of its own."""
-    source = write(tmp_path / "val.json", [row("x", [], "A?", "red")])
-    config = tiny_config(SETTINGS | {"data.template": "v0", "data.max_length": 400})
-    said = load_tokenizer("bytes").encode(" red\n### Human: and")[0]
-    answers, _ = runner.ask(source, config, lambda batch: np.tile(said, (len(batch.tokens), 1)), 9, make_mesh(config.mesh))
-    assert [(answer.prediction, answer.score) for answer in answers] == [("red", 1.0)]
+ENDS = {"v0": " red\n### Human: and", "plain": " red\nand", "v1": " red", "chatml": "red<|im_end|>and"}
 
 
-def test_both_evaluators_give_the_same_answers(source):
-    """That of a training run and that of the verb, which asks any model: the same questions, images and words said."""
+@pytest.mark.parametrize("template", ENDS)
+def test_an_answer_ends_before_the_templates_end_of_turn(template, source):
+    """Under "v0" that is "###" and under "chatml" "<|im_end|>", which are no token of their own here."""
+    config = tiny_config(SETTINGS | {"data.template": template, "data.max_length": 512})
+    said = load_tokenizer("bytes").encode(ENDS[template])[0]
+    predictions, _ = asked_with(lambda batch: np.tile(said, (len(batch.tokens), 1)), source, config)
+    assert {one.prediction for one in predictions} == {"red"}
+    right = [one.references == ["red"] for one in predictions]
+    assert [one.scores["exact_match"] for one in predictions] == right
+
+
+@pytest.fixture(scope="module")
+def few(tmp_path_factory) -> Source:
+    folder = tmp_path_factory.mktemp("few")
+    Image.new("L", (20, 30), 90).save(folder / "b.png")
+    rows = [row("one", ["b.png"], "<image> What?", "cat", "Sure?", "yes"), row("two", [], "What?", "cat")]
+    return write(folder / "val.json", rows)
+
+
+def told(batch: Batch, template: str) -> np.ndarray:
+    """In place of a model: every row's tokens and pixels as a word, the template's end of turn, and more words."""
+    chosen, tokenizer = get_template(template), load_tokenizer("bytes")
+    said = []
+    for row in range(len(batch.tokens)):
+        real, views = batch.segment_ids[row] > 0, batch.token_source[row]
+        seen = [batch.tokens[row][real].tolist(), (batch.visual_index[row][real] >= 0).tolist(), views[views >= 0].tolist()]
+        word = hashlib.sha256(json.dumps([*seen, batch.pixels[row].sum().tolist()]).encode()).hexdigest()[:8]
+        said.append(tokenizer.encode(f" {word}{(chosen.prompting or chosen).end} USER: and")[0])
+    out = np.full((len(said), max(map(len, said))), NO_TOKEN)
+    for row, ids in enumerate(said):
+        end = np.flatnonzero(ids == tokenizer.eos_id)
+        out[row, : (end[0] if end.size else ids.size)] = ids[: end[0] if end.size else ids.size]
+    return out
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_a_run_and_the_verb_predict_the_same_for_the_same_tokens(template, few, monkeypatch):
+    """One path from row to score, whatever the template: prompts, images, ends of turn, scores."""
+    config = tiny_config(SETTINGS | {"data.template": template, "data.max_length": 1024, "decoder.max_positions": 2048})
+    ours, bad = asked_with(lambda batch: told(batch, template), few, config)
+    verbs = lambda _, __, batch, *___, **____: iter([told(batch, template)])  # noqa: E731
+    monkeypatch.setattr("deepstack_jax.generate.answers.answer_ids", verbs)
+    answerer = LMM(config, {}, load_tokenizer("bytes"), template).answerer
+    assert ours == [one for batch in ask(Task(few), answerer, run_options(config), 2, range(len(few))) for one in batch]
+    assert len({one.prediction for one in ours}) == len(ours) == 3
+    assert all(len(one.prediction) == 8 or not get_template(template).end for one in ours)
+    assert not bad
+
+
+@pytest.mark.parametrize("template", ["v0", "plain"])
+def test_a_run_and_the_verb_predict_the_same(template, few):
+    """By a model, compiled in the shapes of the run's batches and in those of prompts."""
+    config = tiny_config(SETTINGS | {"data.template": template, "data.max_length": 512, "decoder.max_positions": 1024})
+    model = build_model(config)
+    params = model_params(model, fill_batch([], 4, config).batch)
+    ours, bad = HeldOut(few, config, lambda *_: None, model, make_mesh(config.mesh)).predictions(params, len(few))
+    answerer = LMM(config, params, load_tokenizer("bytes"), template).answerer
+    batches = ask(Task(few), answerer, run_options(config), 4, range(len(few)))
+    assert ours == [one for batch in batches for one in batch]
+    assert len(ours) == 3
+    assert not bad
+    assert len({one.prediction for one in ours}) > 1, "answers that are all alike would show nothing"
+
+
+def test_a_run_and_the_verb_leave_out_the_same(source):
+    """But for what does not fit into a row of the run, which the verb asks all the same."""
     config = tiny_config(SETTINGS | {"data.template": "v0", "data.max_length": 400})
-    tokenizer, mesh, model = load_tokenizer("bytes"), make_mesh(config.mesh), build_model(config)
-    batch = runner._collate([], 4, config).batch
-    params = model_params(model, batch)
-    ours, ours_bad = runner.HeldOut(source, config, lambda *_: None, make_decode(model, config, tokenizer), mesh).answers(
-        params, len(source)
-    )
-    answerer = LMM(config, params, tokenizer, "v0").answerer
-    options = Options(max_new_tokens=config.evaluation.max_new_tokens)
-    results = list(held_out.ask(answerer, source, options, 4, range(len(source))))
-    theirs = [one for part in results for one in ([part] if isinstance(part, BadExample) else part)]
-    said = {(one.question.name, one.question.row, one.question.turn): one for one in theirs if not isinstance(one, BadExample)}
-    del said["many", 13, 0]  # a row of the run has no room for its images
-    assert {(one.id, one.index, one.turn): one.prediction for one in ours} == {at: one.text for at, one in said.items()}
-    assert [one.score for one in ours] == [one.scores["exact_match"] for one in said.values()]
-    assert len({one.prediction for one in ours}) > 3, "answers that are all alike would show nothing"
-    assert {one.name for one in theirs if isinstance(one, BadExample)} <= {one.name for one in ours_bad}
+    ours, ours_bad = asked_with(silence, source, config)
+    answerer = LMM(config, {}, load_tokenizer("bytes"), "v0").answerer
+    found = list(_prompts(Task(source), answerer, run_options(config), range(len(source)), (), None))
+    asked = {(one.question.row, one.question.turn) for one in found if isinstance(one, _Asked)}
+    assert asked - {(one.row, one.turn) for one in ours} == {(13, 0)}
+    assert {one.name for one in found if isinstance(one, BadExample)} <= {one.name for one in ours_bad}

@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
-from rich.table import Table
 
 from deepstack_jax.atomic import write_json, write_lines
 from deepstack_jax.config import Config, DataConfig
@@ -22,8 +21,10 @@ from deepstack_jax.data.open import check_images
 from deepstack_jax.data.order.lengths import encoded_tokens, measure
 from deepstack_jax.data.order.mixture import epoch_order
 from deepstack_jax.data.overlap import find_overlap
+from deepstack_jax.evaluate.held_out import HeldOut
 from deepstack_jax.evaluate.questions import check_rows, uninterrupted
-from deepstack_jax.evaluate.runner import Answer, HeldOut, mean_by_kind
+from deepstack_jax.evaluate.results import data_name, flat_scores, protocol_of, summarise, table_of
+from deepstack_jax.evaluate.tasks import Prediction
 from deepstack_jax.parallel.distributed import broadcast_str, is_first_host
 from deepstack_jax.printing import Console, label, plural
 from deepstack_jax.train.run.metrics import MetricsLog, read_metrics
@@ -42,15 +43,15 @@ def report_held_out(
     """
     numbers, bad = held_out.loss(params)
     left_out = count_left_out(held_out, bad, config, console)
-    answers, _ = held_out.answers(params, 1)
-    shown = answers[: config.evaluation.samples]
+    predictions, _ = held_out.predictions(params, 1)
+    shown = predictions[: config.evaluation.samples]
     log.write(step, {**numbers, "validation_bad_examples": len(left_out)})
     if shown:
-        picture = thumbnail(held_out.source, shown[0].index, config.data)
-        log.sample(step, "samples", "\n\n".join(one_line(answer) for answer in shown), picture)
+        picture = thumbnail(held_out.task.source, shown[0].row, config.data)
+        log.sample(step, "samples", "\n\n".join(one_line(one) for one in shown), picture)
     console.print(f"step {step}: {loss_line(held_out, numbers)}")
-    for answer in shown:
-        console.print(f"  {one_line(answer)}", soft_wrap=True)
+    for one in shown:
+        console.print(f"  {one_line(one)}", soft_wrap=True)
     loss = numbers.get("validation_loss", math.nan)
     return loss if math.isfinite(loss) and not _too_many(len(left_out), held_out.rows, config) else None
 
@@ -167,39 +168,36 @@ def finish(
       facts: what results.json says besides scores; "steps" among them.
     """
     stored = workdir / "results.json"
-    protocol = asdict(config.evaluation)
+    evaluation = asdict(config.evaluation)
     known = stored_results(stored, console) if is_first_host() else {}
-    done = (known.get("steps"), known.get("evaluation")) == (facts["steps"], protocol)
-    if held_out is not None and _too_many(known.get("bad_examples", 0), held_out.rows, config):
-        done = False  # they may be mended by now
+    done = (known.get("steps"), known.get("evaluation")) == (facts["steps"], evaluation)
+    if held_out is not None and ("scores" not in known or _too_many(known["bad_examples"], held_out.rows, config)):
+        done = False  # written by an earlier version, or rows may be mended by now
     if broadcast_str("done" if done else ""):
-        show_results(config.name, stored, known, console)
+        console.print(table_of(known))
         return
-    results: dict[str, Any] = {"name": config.name, **facts, "evaluation": protocol}
-    answers: list[Answer] | None = None
+    results: dict[str, Any] = {"name": config.name, **facts, "evaluation": evaluation}
+    predictions: list[Prediction] | None = None
     if held_out is not None:
         numbers, bad = held_out.loss(params)
         count_left_out(held_out, bad, config, console)
         if not numbers:
             console.print(loss_line(held_out, numbers))
-        answers, unasked = held_out.answers(params, config.evaluation.examples)
+        predictions, unasked = held_out.predictions(params, config.evaluation.examples)
         left_out = count_left_out(held_out, [*bad, *unasked], config, console)
-        results |= numbers | mean_by_kind(answers) | {"questions": len(answers), **left_out_of(left_out.values())}
+        protocol = protocol_of(config, held_out.options, config.data.template)
+        results |= numbers
+        results |= summarise(held_out.task, data_name(config), held_out.rows, predictions, left_out.values(), protocol)
     if not is_first_host():
         return
-    if answers is not None:
-        write_lines(workdir / "predictions.jsonl", (answer.as_dict() for answer in answers))
-        log.write(facts["steps"], {name: value for name, value in results.items() if isinstance(value, float)})
-        for answer in answers[: config.evaluation.samples]:
-            console.print(f"  {one_line(answer)}", soft_wrap=True)
+    if predictions is not None:
+        write_lines(workdir / "predictions.jsonl", map(asdict, predictions))
+        numbers = {name: value for name, value in results.items() if isinstance(value, float)}
+        log.write(facts["steps"], numbers | flat_scores(results))
+        for one in predictions[: config.evaluation.samples]:
+            console.print(f"  {one_line(one)}", soft_wrap=True)
     write_json(stored, results)
-    show_results(config.name, stored, results, console)
-
-
-def left_out_of(bad: Iterable[BadExample]) -> dict[str, Any]:
-    """Part of results.json: how many rows the scores are not of, and which, with the reasons."""
-    rows = [{"row": example.index, "id": example.name, "reason": example.reason} for example in bad]
-    return {"bad_examples": len({row["row"] for row in rows}), "left_out": rows}
+    console.print(table_of(results))
 
 
 def stored_results(stored: Path, console: Console) -> dict[str, Any]:
@@ -213,7 +211,7 @@ def stored_results(stored: Path, console: Console) -> dict[str, Any]:
         problem = "no object"
     except ValueError as error:
         problem = str(error)
-    console.print(f"{stored} is damaged ({problem}) and is made anew", soft_wrap=True)
+    console.print(f"{stored} is damaged ({problem}) and is written again", soft_wrap=True)
     return {}
 
 
@@ -236,16 +234,7 @@ def first_sizes(source: Source, config: Config) -> dict[str, int]:
     return {"context_length": config.padded_length(longest), "visual_tokens": visual}
 
 
-def show_results(name: str, stored: Path, results: dict[str, Any], console: Console) -> None:
-    """The scores as a table."""
-    table = Table(title=f"{name}: {stored}", show_header=False)
-    for key, value in results.items():
-        if isinstance(value, dict | list):
-            continue
-        table.add_row(key, f"{value:.4f}" if isinstance(value, float) else str(value))
-    console.print(table)
-
-
-def one_line(answer: Answer) -> str:
-    mark = "right" if answer.score else "wrong"
-    return f"{mark}: {answer.question!r} -> {answer.prediction!r} (expected {answer.reference!r})"
+def one_line(prediction: Prediction) -> str:
+    mark = "right" if prediction.scores["exact_match"] else "wrong"
+    expected = " or ".join(map(repr, prediction.references))
+    return f"{mark}: {prediction.question!r} -> {prediction.prediction!r} (expected {expected})"

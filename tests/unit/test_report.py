@@ -7,7 +7,7 @@ import pytest
 
 from deepstack_jax.config import Config
 from deepstack_jax.data.pipeline import TrainingStream
-from deepstack_jax.evaluate.reports import finish, first_sizes
+from deepstack_jax.evaluate.report import finish, first_sizes
 from deepstack_jax.printing import Console
 from deepstack_jax.train.run.metrics import MetricsLog
 from tests.unit.made_examples import MadeExamples
