@@ -11,9 +11,9 @@ from PIL import Image
 
 from deepstack_jax.audit import pictures
 from deepstack_jax.audit.inputs import ImageInput, Layer, ModelInput, injecting_layers
-from deepstack_jax.audit.pictures import Sheet
+from deepstack_jax.audit.pictures import Sheet, data_uri
 from deepstack_jax.audit.prompt import Piece, prompt_runs, special_names
-from deepstack_jax.audit.survey import grid_name
+from deepstack_jax.audit.survey import grid_name, origin_of
 from deepstack_jax.config import Config
 from deepstack_jax.data.encode.encoder import BadExample
 from deepstack_jax.data.encode.templates import get_template
@@ -37,20 +37,12 @@ class Picture(NamedTuple):
     wide: bool = False  # wants the whole width of a narrow screen
 
 
-class Fact(NamedTuple):
-    """A number with its name."""
-
-    name: str
-    value: str
-
-
-@dataclass(frozen=True)
-class ImageCard:
+class ImageCard(NamedTuple):
     """The pictures of one image, and what the colours in them mean."""
 
     title: str
-    pictures: tuple[Picture, ...]
-    chips: tuple[Chip, ...]
+    pictures: Sequence[Picture]
+    chips: Sequence[Chip]
 
 
 @dataclass(frozen=True)
@@ -62,41 +54,38 @@ class SampleCard:
     row: int
     origin: str = ""
     reason: str = ""
-    facts: tuple[Fact, ...] = ()
-    images: tuple[ImageCard, ...] = ()
-    runs: tuple[tuple[bool, list[Piece]], ...] = ()
+    facts: Sequence[tuple[str, str]] = ()  # name, number
+    images: Sequence[ImageCard] = ()
+    runs: Sequence[tuple[bool, list[Piece]]] = ()
     tokens_shown: bool = False  # whether tokens are set apart: not where each is one character
 
 
-def make_card(number: int, seen: ModelInput | BadExample, config: Config, tokenizer: Tokenizer) -> SampleCard:
+def make_card(number: int, sample: ModelInput | BadExample, config: Config, tokenizer: Tokenizer) -> SampleCard:
     """The card of a sample, number `number` of the page."""
-    if isinstance(seen, BadExample):
-        return SampleCard(number, seen.name, seen.index, reason=seen.reason)
-    runs = tuple(prompt_runs(seen, tokenizer, special_names(tokenizer, get_template(config.data.template))))
-    length, visual = len(seen.tokens), int((seen.image_of >= 0).sum())
-    supervised = int(seen.supervised.sum())
-    facts = (
-        Fact("tokens", f"{length:,}"),
-        Fact("of them text", f"{length - visual:,}"),
-        Fact("of them visual", f"{visual:,}"),
-        Fact("supervised", f"{supervised:,} ({supervised / length:.1%})"),
-        *([Fact("cut from its end", f"{seen.cut:,} tokens")] if seen.cut else []),
-        Fact("crop slots", f"{sum(len(image.pixels) for image in seen.images)} of {config.crop_slots}"),
-        Fact("padding alone in its row", f"{seen.row_length - length:,} of {seen.row_length:,}"),
-    )
-    opened = [read_image(source, config.data)[0] for source in seen.example.images]
-    cards = [
-        make_image_card(f"Image {place}" if len(opened) > 1 else "Image", original, image, config)
-        for place, (original, image) in enumerate(zip(opened, seen.images, strict=True), 1)
+    if isinstance(sample, BadExample):
+        return SampleCard(number, sample.name, sample.index, reason=sample.reason)
+    runs = prompt_runs(sample, tokenizer, special_names(tokenizer, get_template(config.data.template)))
+    length, visual, supervised = len(sample.tokens), int((sample.image_of >= 0).sum()), int(sample.supervised.sum())
+    facts = [
+        ("tokens", f"{length:,}"),
+        ("of them text", f"{length - visual:,}"),
+        ("of them visual", f"{visual:,}"),
+        ("supervised", f"{supervised:,} ({supervised / length:.1%})"),
+        *([("cut from its end", f"{sample.cut:,} tokens")] if sample.cut else []),
+        ("crop slots", f"{sum(len(image.pixels) for image in sample.images)} of {config.crop_slots}"),
+        ("padding alone in its row", f"{sample.row_length - length:,} of {sample.row_length:,}"),
     ]
-    info = seen.example.info
+    cards = []
+    for place, (source, image) in enumerate(zip(sample.example.images, sample.images, strict=True), 1):
+        title = f"Image {place}" if len(sample.images) > 1 else "Image"
+        cards.append(make_image_card(title, read_image(source, config.data)[0], image, config))
     return SampleCard(
         number=number,
-        name=seen.example.name,
-        row=seen.example.index,
-        origin=str(info.get("set") or info.get("data_source") or ""),
+        name=sample.example.name,
+        row=sample.example.index,
+        origin=origin_of(sample.example),
         facts=facts,
-        images=tuple(cards),
+        images=cards,
         runs=runs,
         tokens_shown=any(len(piece.text) > 1 for _, run in runs for piece in run if piece.kind == "text"),
     )
@@ -111,27 +100,25 @@ def make_image_card(title: str, original: Image.Image, image: ImageInput, config
     followed = pictures.followed_position(image, layers, spec, token)
     target = -1 if followed is None else int(image.tokens[followed])
     added = [] if followed is None else [int(image.stack[layer.group, followed]) for layer in layers]
+    home = next((sheet.name for sheet in sheets if sheet.find(target)), None)
+    receiver = f"the framed token of the {home}" if home else "one place of the sequence, itself exact zero"
 
-    original_size = f"{image.size_wh[0]}×{image.size_wh[1]} px"
-    shown = [Picture("Original", original_size, pictures.data_uri(pictures.fit(original.convert("RGB"))))]
-    shown += [_plain(sheet, pictures.place_of(sheet, target, spec)) for sheet in sheets]
-    home = next((sheet.name for sheet in sheets if pictures.place_of(sheet, target, spec)), None)
+    original_uri = data_uri(pictures.fit(original.convert("RGB")))
+    shown = [Picture("Original", f"{image.size_wh[0]}×{image.size_wh[1]} px", original_uri)]
+    shown += [_plain(sheet, target) for sheet in sheets]
     for sheet in sheets:
         if not sheet.injected.any() and not sheet.unused:
             continue
         sheet = sheet.scaled(pictures.enlargement(max(sheet.pixels.shape)))
         shown.append(_painted(sheet, colours))
-        places = {place for place in (pictures.place_of(sheet, one, spec) for one in added) if place is not None}
-        if places:
-            receiver = f"the framed token of the {home}" if home else "one place of the sequence, itself exact zero"
+        if places := sorted({place for place in map(sheet.find, added) if place is not None}):
             one = "framed token is" if len(places) == 1 else "framed tokens are"
             caption = f"The {one} added to {receiver}; numbers name the layer"
-            closer = pictures.close_up(sheet, colours, sorted(places), layers)
-            shown.append(Picture("Close-up", caption, pictures.data_uri(closer), wide=True))
+            closer = pictures.close_up(sheet, colours, places, layers)
+            shown.append(Picture("Close-up", caption, data_uri(closer), wide=True))
     grid = "" if image.grid is None else f", grid {grid_name(image.grid)} (rows × columns)"
-    return ImageCard(
-        f"{title}: {len(image.tokens):,} visual tokens{grid}", tuple(shown), _chips(image, layers, colours, sheets)
-    )
+    chips = _chips(image, layers, colours, sum(sheet.unused for sheet in sheets))
+    return ImageCard(f"{title}: {len(image.tokens):,} visual tokens{grid}", shown, chips)
 
 
 def hex_code(colour: np.ndarray) -> str:
@@ -139,38 +126,34 @@ def hex_code(colour: np.ndarray) -> str:
     return "#" + bytes(colour.tolist()).hex()
 
 
-def _plain(sheet: Sheet, frame: tuple[int, int] | None) -> Picture:
+def _plain(sheet: Sheet, target: int) -> Picture:
     height, width = sheet.pixels.shape[:2]
     tokens, inside = sheet.sequence.size, int(sheet.sequence.sum())
     place = "all in the sequence" if inside == tokens else f"{inside:,} in the sequence" if inside else "none in the sequence"
-    cut = "" if sheet.index.size == 1 else f", {sheet.index.size} views"
-    picture = pictures.framed(sheet, frame)
-    if sheet.index.size > 1:
-        picture = pictures.with_seams(picture, sheet.index.shape)
-    return Picture(_capital(sheet.name), f"{width}×{height} px{cut}, {tokens:,} tokens: {place}", pictures.data_uri(picture))
+    views = "" if sheet.index.size == 1 else f", {sheet.index.size} views"
+    caption = f"{width}×{height} px{views}, {tokens:,} tokens: {place}"
+    return Picture(_capital(sheet.name), caption, data_uri(pictures.plain(sheet, sheet.find(target))))
 
 
 def _painted(sheet: Sheet, colours: np.ndarray) -> Picture:
     injected = int(sheet.injected.any(axis=0).sum())
-    said = [f"{injected:,} tokens in the colours of their layers"] if injected else []
-    said += [f"{sheet.unused:,} tokens not used, gray"] if sheet.unused else []
+    told = [f"{injected:,} tokens in the colours of their layers"] if injected else []
+    told += [f"{sheet.unused:,} tokens not used, gray"] if sheet.unused else []
     title = f"{_capital(sheet.name)} by layer" if injected else f"{_capital(sheet.name)}: what is used"
-    painted = Image.fromarray(pictures.paint(sheet, colours))
-    return Picture(title, "; ".join(said), pictures.data_uri(pictures.fit(painted)), wide=True)
+    painted = pictures.fit(Image.fromarray(pictures.paint(sheet, colours)))
+    return Picture(title, "; ".join(told), data_uri(painted), wide=True)
 
 
-def _chips(image: ImageInput, layers: Sequence[Layer], colours: np.ndarray, sheets: Sequence[Sheet]) -> tuple[Chip, ...]:
+def _chips(image: ImageInput, layers: Sequence[Layer], colours: np.ndarray, unused: int) -> list[Chip]:
     chips = []
     for layer, colour in zip(layers, colours, strict=True):
         group = image.stack[layer.group]
         count, sources = int((group >= 0).sum()), int(np.unique(group[group >= 0]).size)
         again = "" if count == sources else f" ({sources:,} different)"
-        what = f"{count:,} tokens{again}" if count else "exact zeros"
-        chips.append(Chip(hex_code(colour), f"{layer.name}: {what}"))
-    unused = sum(sheet.unused for sheet in sheets)
+        chips.append(Chip(hex_code(colour), f"{layer.name}: " + (f"{count:,} tokens{again}" if count else "exact zeros")))
     if unused:
         chips.append(Chip(hex_code(np.array(pictures.GRAY, np.uint8)), f"not used: {unused:,} tokens"))
-    return tuple(chips)
+    return chips
 
 
 def _capital(name: str) -> str:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 
@@ -16,6 +17,8 @@ from deepstack_jax.data.example import Example, ExampleError, Source
 from deepstack_jax.data.formats.image_files import image_size
 from deepstack_jax.data.pipeline import collate
 from deepstack_jax.layout.grid import Grid
+
+Made = TypeVar("Made")
 
 
 class Layer(NamedTuple):
@@ -88,8 +91,8 @@ class ModelInput:
     cut: int
 
 
-def model_input(source: Source, index: int, config: Config) -> ModelInput | BadExample:
-    """Row `index` of a source as a batch holds it, or why the run could not use it.
+def use_row(source: Source, index: int, use: Callable[[Example], Made]) -> Made | BadExample:
+    """What `use` makes of row `index`, or why a run could not use it.
 
     Raises:
       SourceError: the source as a whole cannot be read.
@@ -98,13 +101,22 @@ def model_input(source: Source, index: int, config: Config) -> ModelInput | BadE
         example = source[index]
     except ExampleError as error:
         return BadExample(index, error.name, str(error))
-    encoder = Encoder(config)
     try:
-        encoded = encoder(example)
+        return use(example)
     except OverlongError as error:
         return BadExample(index, example.name, f"{error}; the run would stop here")
-    if isinstance(encoded, BadExample):
-        return encoded
+    except ValueError as error:
+        return BadExample(index, example.name, str(error))
+
+
+def model_input(source: Source, index: int, config: Config) -> ModelInput | BadExample:
+    """Row `index` of a source as a batch holds it, or why a run could not use it; raises as `use_row`."""
+    return use_row(source, index, partial(_read_back, config=config))
+
+
+def _read_back(example: Example, config: Config) -> ModelInput:
+    encoder = Encoder(config)
+    encoded = encoder.encode(example)
     batch, patches = collate([encoded], config).batch, config.layout.patches
     length = int((batch.segment_ids[0] > 0).sum())
     visual = batch.visual_index[0, :length]

@@ -12,7 +12,7 @@ from markupsafe import Markup, escape
 
 from deepstack_jax import __version__
 from deepstack_jax.audit import pictures, survey
-from deepstack_jax.audit.cards import Chip, Fact, SampleCard, hex_code
+from deepstack_jax.audit.cards import Chip, SampleCard, hex_code
 from deepstack_jax.audit.inputs import injecting_layers
 from deepstack_jax.audit.survey import Survey
 from deepstack_jax.config import Config
@@ -32,7 +32,6 @@ def render_page(
     """The page as HTML.
 
     Args:
-      config: of the run.
       found: what the statistics are over.
       cards: the samples, in order.
       charts: name -> theme ("light", "dark") -> PNG.
@@ -71,25 +70,23 @@ def quarantined(found: Survey, cards: Sequence[SampleCard]) -> list[BadExample]:
     return [reasons[row] for row in sorted(reasons)]
 
 
-def make_tiles(config: Config, found: Survey, rows: int, bad: int) -> list[tuple[Fact, str]]:
-    """The numbers on top, each with a remark."""
+def make_tiles(config: Config, found: Survey, rows: int, bad: int) -> list[tuple[str, str, str]]:
+    """The numbers on top: what, how many, and a remark."""
     sizes = found.sizes
     if not len(sizes):
-        return [(Fact("examples", f"{rows:,}"), f"none of the {len(found.rows):,} looked at can be used")]
+        return [("examples", f"{rows:,}", f"none of the {len(found.rows):,} looked at can be used")]
     lengths, visual = sizes[:, 0], sizes[:, 2]
     packed, per_row = survey.packed_efficiency(sizes, config)
     padded = survey.padded_efficiency(sizes, config)
-    state = "on" if config.data.packing.enabled else "off"
+    span = f"tokens; {lengths.min():,} to {lengths.max():,} of {config.data.max_length:,}"
+    state = f"packing is {'on' if config.data.packing.enabled else 'off'}"
     return [
-        (Fact("examples", f"{rows:,}"), f"{len(found.rows):,} looked at, {bad:,} unusable"),
-        (
-            Fact("median length", f"{np.median(lengths):,.0f}"),
-            f"tokens; {lengths.min():,} to {lengths.max():,} of {config.data.max_length:,}",
-        ),
-        (Fact("visual tokens", f"{visual.sum() / lengths.sum():.0%}"), "of all positions"),
-        (Fact("supervised", f"{found.supervised_share:.1%}"), "of all positions"),
-        (Fact("useful if packed", f"{packed:.0%}"), f"of token slots, {per_row:.1f} examples a row; packing is {state}"),
-        (Fact("useful if padded", f"{padded:.0%}"), "of token slots, one example a row"),
+        ("examples", f"{rows:,}", f"{len(found.rows):,} looked at, {bad:,} unusable"),
+        ("median length", f"{np.median(lengths):,.0f}", span),
+        ("visual tokens", f"{visual.sum() / lengths.sum():.0%}", "of all positions"),
+        ("supervised", f"{found.supervised_share:.1%}", "of all positions"),
+        ("useful if packed", f"{packed:.0%}", f"of token slots, {per_row:.1f} examples a row; {state}"),
+        ("useful if padded", f"{padded:.0%}", "of token slots, one example a row"),
     ]
 
 
@@ -99,11 +96,11 @@ def method(config: Config) -> str:
     first = {
         "global": "The tokens of the global view stand in the sequence",
         "zero": "The sequence holds exact zeros in the places of the global view's tokens",
-        "crops": "The tokens of all crops stand in the sequence, one group behind the other",
+        "crops": "The tokens of all crops stand in the sequence, one group after the other",
         "global_crops": "The tokens of the global view and of all crops stand in the sequence",
     }[stack.sequence]
     if image.mode in ("hd", "anyres"):
-        first += ", behind them those of the cells" if image.mode == "hd" else ", behind them those of the crops"
+        first += ", after them those of the cells" if image.mode == "hd" else ", after them those of the crops"
     if not layers:
         return f"{first}. Nothing is injected."
     what = {

@@ -5,11 +5,11 @@ from __future__ import annotations
 import base64
 import colorsys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from io import BytesIO
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image, ImageColor, ImageDraw, ImageOps
 
 from deepstack_jax.audit.inputs import ImageInput, Layer
 from deepstack_jax.layout.sequence import LayoutSpec
@@ -25,7 +25,7 @@ CLOSE_UP = 420
 def layer_colours(count: int) -> np.ndarray:
     """u8[K, 3], one colour per layer in the order of the layers."""
     if count <= len(PALETTE):
-        return np.array([[int(code[i : i + 2], 16) for i in (1, 3, 5)] for code in PALETTE[:count]], np.uint8).reshape(-1, 3)
+        return np.array([ImageColor.getrgb(code) for code in PALETTE[:count]], np.uint8).reshape(-1, 3)
     golden = 0.618034  # neighbours in the order get far hues
     rgb = [colorsys.hls_to_rgb(k * golden % 1, (0.38, 0.55)[k % 2], 0.75) for k in range(count)]
     return np.round(np.array(rgb) * 255).astype(np.uint8)
@@ -36,10 +36,13 @@ class Sheet:
     """Views that were cut from one picture, put together again, with what becomes of their tokens.
 
     Attributes:
-      name: what it shows. index: i64[rows, cols] the views. pixels: u8[Y, X, 3].
-      sequence: bool[R, Q] tokens that stand in the sequence. injected: bool[K, R, Q] tokens that are added at each layer.
-      crop: side of a view in pixels. token: side of a token in pixels; a view's last pixels belong to none where it does not
-        divide.
+      name: what it shows.
+      index: i64[rows, cols] the views.
+      pixels: u8[Y, X, 3].
+      sequence: bool[R, Q] tokens that stand in the sequence.
+      injected: bool[K, R, Q] tokens that are added at each layer.
+      crop: side of a view in pixels.
+      token: side of a token in pixels; a view's last pixels belong to none where it does not divide.
     """
 
     name: str
@@ -51,6 +54,11 @@ class Sheet:
     token: int
 
     @property
+    def side(self) -> int:
+        """Tokens along a side of a view."""
+        return self.sequence.shape[0] // self.index.shape[0]
+
+    @property
     def unused(self) -> int:
         """Tokens that reach nothing."""
         return int((~(self.sequence | self.injected.any(axis=0))).sum())
@@ -58,15 +66,27 @@ class Sheet:
     def scaled(self, factor: int) -> Sheet:
         """The same with every pixel repeated, so that a small picture can be marked finely."""
         pixels = self.pixels.repeat(factor, axis=0).repeat(factor, axis=1)
-        return Sheet(self.name, self.index, pixels, self.sequence, self.injected, self.crop * factor, self.token * factor)
+        return replace(self, pixels=pixels, crop=self.crop * factor, token=self.token * factor)
 
-    def owners(self) -> tuple[np.ndarray, np.ndarray]:
-        """i64[Y] and i64[X]: the token row and column that every pixel row and column belongs to, or -1."""
-        side = self.sequence.shape[0] // self.index.shape[0]
+    def owners(self, axis: int) -> np.ndarray:
+        """i64[Y] or i64[X]: the token row (axis 0) or column (1) that every pixel row or column belongs to, or -1."""
         inside = np.arange(self.crop) // self.token
-        lines = [np.add.outer(np.arange(count) * side, inside) for count in self.index.shape]
-        rows, cols = (np.where(inside < side, line, -1).ravel() for line in lines)
-        return rows, cols
+        lines = np.add.outer(np.arange(self.index.shape[axis]) * self.side, inside)
+        return np.where(inside < self.side, lines, -1).ravel()
+
+    def corner(self, row: int, col: int) -> tuple[int, int]:
+        """(x, y) of the first pixel of a token."""
+        x, y = (at // self.side * self.crop + at % self.side * self.token for at in (col, row))
+        return x, y
+
+    def find(self, encoded: int) -> tuple[int, int] | None:
+        """Token row and column of an encoded token (view * P + token); None for a sentinel or what is not in it."""
+        view, token = divmod(encoded, self.side**2)
+        where = np.argwhere(self.index == view)
+        if encoded < 0 or not len(where):
+            return None
+        (row, col), (y, x) = where[0].tolist(), divmod(token, self.side)
+        return row * self.side + y, col * self.side + x
 
 
 def make_sheets(image: ImageInput, layers: Sequence[Layer], spec: LayoutSpec, token: int) -> list[Sheet]:
@@ -79,19 +99,17 @@ def make_sheets(image: ImageInput, layers: Sequence[Layer], spec: LayoutSpec, to
     injected = injected.reshape(len(layers), len(image.pixels), spec.side, spec.side)
 
     def sheet(name: str, index: np.ndarray) -> Sheet:
-        by_layer = [assemble(uses, index) for uses in injected]
-        joined = np.stack(by_layer) if by_layer else np.zeros((0, *(spec.side * np.array(index.shape))), bool)
-        return Sheet(
-            name, index, assemble(image.pixels, index), assemble(sequence, index), joined, image.pixels.shape[1], token
-        )
+        none = np.zeros((0, *(spec.side * np.array(index.shape))), bool)
+        joined = np.stack([assemble(uses, index) for uses in injected]) if len(layers) else none
+        pixels, inside = assemble(image.pixels, index), assemble(sequence, index)
+        return Sheet(name, index, pixels, inside, joined, image.pixels.shape[1], token)
 
     return [sheet(name, index) for name, index in _view_places(image, spec)]
 
 
 def assemble(parts: np.ndarray, index: np.ndarray) -> np.ndarray:
     """parts[n, y, x, ...] at the places of index i64[rows, cols], as one [rows * y, cols * x, ...]."""
-    rows, cols = index.shape
-    y, x = parts.shape[1:3]
+    (rows, cols), (y, x) = index.shape, parts.shape[1:3]
     return parts[index].swapaxes(1, 2).reshape(rows * y, cols * x, *parts.shape[3:])
 
 
@@ -99,7 +117,7 @@ def paint(sheet: Sheet, colours: np.ndarray, strength: float = TINT) -> np.ndarr
     """The sheet u8[Y, X, 3] with every token in the colour of its layer, in stripes where it has several; what stands in the
     sequence alone stays as it is, what is not used turns gray.
     """
-    rows, cols = sheet.owners()
+    rows, cols = sheet.owners(0), sheet.owners(1)
     held = np.logical_and.outer(rows >= 0, cols >= 0)
     rows, cols = rows.clip(0)[:, None], cols.clip(0)[None]
     shares = np.concatenate([sheet.injected, np.zeros((1, *sheet.sequence.shape), bool)])
@@ -112,34 +130,19 @@ def paint(sheet: Sheet, colours: np.ndarray, strength: float = TINT) -> np.ndarr
     return np.round(sheet.pixels * (1 - cover) + tint * cover).astype(np.uint8)
 
 
-def with_seams(picture: Image.Image, views: tuple[int, ...]) -> Image.Image:
-    """The picture with a fine line along the borders of its (rows, cols) views."""
-    picture = picture.copy()
-    pen = ImageDraw.Draw(picture)
-    for colour, width in (("white", 3), ("black", 1)):
-        for row in range(1, views[0]):
-            y = round(row * picture.height / views[0])
-            pen.line([(0, y), (picture.width, y)], fill=colour, width=width)
-        for col in range(1, views[1]):
-            x = round(col * picture.width / views[1])
-            pen.line([(x, 0), (x, picture.height)], fill=colour, width=width)
-    return picture
-
-
-def fit(picture: Image.Image, largest: int = LARGEST, smallest: int = SMALLEST) -> Image.Image:
+def fit(picture: Image.Image) -> Image.Image:
     """The picture in a size for the page: large ones shrunk smoothly, small ones enlarged by a whole factor."""
     longest = max(picture.size)
-    if longest > largest:
+    if longest > LARGEST:
         picture = picture.copy()
-        picture.thumbnail((largest, largest), Image.Resampling.LANCZOS)
+        picture.thumbnail((LARGEST, LARGEST), Image.Resampling.LANCZOS)
         return picture
-    factor = enlargement(longest, smallest)
-    return picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)
+    return ImageOps.scale(picture, enlargement(longest), Image.Resampling.NEAREST)
 
 
-def enlargement(longest: int, smallest: int = SMALLEST) -> int:
-    """The whole factor that brings a longest side up to about `smallest` pixels."""
-    return max(1, round(smallest / longest))
+def enlargement(longest: int, wanted: int = SMALLEST) -> int:
+    """The whole factor that brings a longest side up to about `wanted` pixels."""
+    return max(1, round(wanted / longest))
 
 
 def data_uri(picture: Image.Image) -> str:
@@ -163,70 +166,58 @@ def followed_position(image: ImageInput, layers: Sequence[Layer], spec: LayoutSp
     return int(np.where(added >= 0, detail[added], 0).sum(axis=0).argmax())
 
 
-def place_of(sheet: Sheet, encoded: int, spec: LayoutSpec) -> tuple[int, int] | None:
-    """Token row and column of an encoded token (view * P + token) in the sheet; None for a sentinel or what is not in it."""
-    where = np.argwhere(sheet.index == encoded // spec.patches)
-    if encoded < 0 or not len(where):
-        return None
-    (row, col), (y, x) = where[0].tolist(), divmod(encoded % spec.patches, spec.side)
-    return row * spec.side + y, col * spec.side + x
-
-
 def close_up(sheet: Sheet, colours: np.ndarray, places: Sequence[tuple[int, int]], layers: Sequence[Layer]) -> Image.Image:
     """The neighbourhood of some tokens, enlarged; these are framed, and every token that one layer gets tells which."""
-    rows, cols = sheet.sequence.shape
-    (top, left), (bottom, right) = np.min(places, axis=0) - 2, np.max(places, axis=0) + 3
-    top, left, bottom, right = max(0, int(top)), max(0, int(left)), min(rows, int(bottom)), min(cols, int(right))
-    y, x = (_pixel(sheet, line) for line in ((top, bottom - 1), (left, right - 1)))
-    window = Image.fromarray(paint(sheet, colours, FAINT)[y[0] : y[1], x[0] : x[1]])
-    factor = max(1, round(CLOSE_UP / max(window.size)))
-    window = window.resize((window.width * factor, window.height * factor), Image.Resampling.NEAREST)
+    top, left = np.maximum(np.min(places, axis=0) - 2, 0).tolist()
+    bottom, right = np.minimum(np.max(places, axis=0) + 3, sheet.sequence.shape).tolist()
+    (x, y), (last_x, last_y) = sheet.corner(top, left), sheet.corner(bottom - 1, right - 1)
+    window = Image.fromarray(paint(sheet, colours, FAINT)).crop((x, y, last_x + sheet.token, last_y + sheet.token))
+    factor = enlargement(max(window.size), CLOSE_UP)
+    window = ImageOps.scale(window, factor, Image.Resampling.NEAREST)
     pen, side = ImageDraw.Draw(window), sheet.token * factor
 
     def corner(row: int, col: int) -> tuple[int, int]:
-        starts = _pixel(sheet, (col, col))[0] - x[0], _pixel(sheet, (row, row))[0] - y[0]
-        return starts[0] * factor, starts[1] * factor
+        token_x, token_y = sheet.corner(row, col)
+        return (token_x - x) * factor, (token_y - y) * factor
 
     if side >= 18:
         for row, col in np.argwhere(sheet.injected.sum(axis=0) == 1).tolist():
             if top <= row < bottom and left <= col < right:
                 number = layers[int(sheet.injected[:, row, col].argmax())].number
-                x_at, y_at = (start + side // 9 + 2 for start in corner(row, col))
-                size = max(12, side // 4)
-                pen.text((x_at, y_at), str(number), "white", font_size=size, anchor="lt", stroke_width=2, stroke_fill="black")
-    for row, col in places:
-        _frame(pen, corner(row, col), side, max(4, side // 12))
+                (x_at, y_at), inset, size = corner(row, col), side // 9 + 2, max(12, side // 4)
+                how = {"font_size": size, "anchor": "lt", "stroke_width": 2, "stroke_fill": "black"}
+                pen.text((x_at + inset, y_at + inset), str(number), "white", **how)
+    for place in places:
+        _frame(pen, corner(*place), side, max(4, side // 12))
     return window
 
 
-def framed(sheet: Sheet, place: tuple[int, int] | None) -> Image.Image:
-    """The sheet's pixels, one token framed, in a size for the page."""
-    factor = enlargement(max(sheet.pixels.shape))
-    picture = Image.fromarray(sheet.scaled(factor).pixels)
+def plain(sheet: Sheet, place: tuple[int, int] | None) -> Image.Image:
+    """The sheet's pixels in a size for the page, one token framed, with a fine line along the borders of its views."""
+    sheet = sheet.scaled(enlargement(max(sheet.pixels.shape)))
+    picture = Image.fromarray(sheet.pixels)
     if place is not None:
-        col, row = (_pixel(sheet, (at, at))[0] * factor for at in reversed(place))
-        _frame(ImageDraw.Draw(picture), (col, row), sheet.token * factor, max(4, max(picture.size) // 90))
-    return fit(picture)
-
-
-def _pixel(sheet: Sheet, tokens: tuple[int, int]) -> tuple[int, int]:
-    """The pixels from the beginning of the first to the end of the last of two token rows (or columns)."""
-    side = sheet.sequence.shape[0] // sheet.index.shape[0]
-    first, last = (at // side * sheet.crop + at % side * sheet.token for at in tokens)
-    return first, last + sheet.token
+        _frame(ImageDraw.Draw(picture), sheet.corner(*place), sheet.token, max(4, max(picture.size) // 90))
+    picture = fit(picture)
+    (rows, cols), (width, height) = sheet.index.shape, picture.size
+    across = [round(row * height / rows) for row in range(1, rows)]
+    down = [round(col * width / cols) for col in range(1, cols)]
+    pen = ImageDraw.Draw(picture)
+    for colour, thick in (("white", 3), ("black", 1)):
+        for line in [((0, y), (width, y)) for y in across] + [((x, 0), (x, height)) for x in down]:
+            pen.line(line, fill=colour, width=thick)
+    return picture
 
 
 def _frame(pen: ImageDraw.ImageDraw, corner: tuple[int, int], side: int, width: int) -> None:
     """A black frame with a white line in it: seen on any picture."""
     x, y = corner
-    pen.rectangle([x, y, x + side - 1, y + side - 1], outline="black", width=width)
-    inner = max(1, width // 2)
-    gap = width // 4
-    pen.rectangle([x + gap, y + gap, x + side - 1 - gap, y + side - 1 - gap], outline="white", width=inner)
+    for colour, gap, thick in (("black", 0, width), ("white", width // 4, max(1, width // 2))):
+        pen.rectangle([x + gap, y + gap, x + side - 1 - gap, y + side - 1 - gap], outline=colour, width=thick)
 
 
 def _view_places(image: ImageInput, spec: LayoutSpec) -> list[tuple[str, np.ndarray]]:
-    """Which views make up which picture, in the order of `data.image.make_views`; every view is in one.
+    """Which views make up which picture, in the order of `data.encode.image.make_views`; every view is in one.
 
     Raises:
       ValueError: the image has another number of views; colours would lie over the wrong pixels.

@@ -5,16 +5,18 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import chain
 
 import numpy as np
 from rich.progress import track
 
+from deepstack_jax.audit.inputs import use_row
 from deepstack_jax.config import Config
 from deepstack_jax.data.encode.batch_rows import ExampleSize
-from deepstack_jax.data.encode.encoder import REMARKS, BadExample, Encoder, OverlongError
+from deepstack_jax.data.encode.encoder import REMARKS, BadExample, Encoder
 from deepstack_jax.data.encode.image import image_grid
-from deepstack_jax.data.example import Example, ExampleError, Source
+from deepstack_jax.data.example import Example, Source
 from deepstack_jax.data.formats.image_files import read_header
 from deepstack_jax.data.order.mixture import epoch_order
 from deepstack_jax.data.order.packing import RowCapacity, pack
@@ -30,7 +32,7 @@ class Measured:
     supervised: int  # tokens that the loss asks for
     grids: tuple[Grid | None, ...]  # per image
     remarks: tuple[str, ...]  # `encode.REMARKS` that hold, one for each image or text
-    origin: str  # its set in a mixture, else its "data_source"; "" where it has neither
+    origin: str  # see `origin_of`
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,11 @@ def grid_name(grid: Grid | None) -> str:
     return "no crops" if grid is None else f"{grid[0]}×{grid[1]}"
 
 
+def origin_of(example: Example) -> str:
+    """Its set in a mixture, else its "data_source"; "" where it has neither."""
+    return str(example.info.get("set") or example.info.get("data_source") or "")
+
+
 def choose_rows(source: Source, config: Config, count: int, seed: int | None) -> list[int]:
     """The first `count` rows of the training order, or with a seed, rows drawn at random from an epoch."""
     order = epoch_order(source, config.data.seed, config.data.shuffle)
@@ -88,11 +95,10 @@ def survey(source: Source, config: Config, rows: Sequence[int], console: Console
       SourceError: the source as a whole cannot be read.
     """
     encoder = Encoder(config)
-    usable, bad = [], []
-    for row in track(rows, "measuring examples", console=console, transient=True, disable=not console.is_terminal):
-        measured = _measure_row(source, row, encoder)
-        (bad if isinstance(measured, BadExample) else usable).append(measured)
-    return Survey(tuple(rows), tuple(usable), tuple(bad))
+    shown = track(rows, "measuring examples", console=console, transient=True, disable=not console.is_terminal)
+    found = [use_row(source, row, partial(measure, encoder=encoder)) for row in shown]
+    usable = tuple(one for one in found if isinstance(one, Measured))
+    return Survey(tuple(rows), usable, tuple(one for one in found if isinstance(one, BadExample)))
 
 
 def measure(example: Example, encoder: Encoder) -> Measured:
@@ -105,9 +111,8 @@ def measure(example: Example, encoder: Encoder) -> Measured:
     visual = [layout.token_count(grid, size) for grid, size in zip(grids, sizes, strict=True)]
     text = encoder.fit(example, whole, visual)
     size = ExampleSize(text.ids.size - len(visual) + sum(visual), sum(map(layout.views, grids)), sum(visual))
-    origin = str(example.info.get("set") or example.info.get("data_source") or "")
     remarks = (*chain.from_iterable(look.remarks for look in looks), *text.remarks)
-    return Measured(size, int(text.supervised[1:].sum()), grids, remarks, origin)
+    return Measured(size, int(text.supervised[1:].sum()), grids, remarks, origin_of(example))
 
 
 def padded_efficiency(sizes: np.ndarray, config: Config) -> float:
@@ -134,24 +139,8 @@ def by_origin(usable: Iterable[Measured]) -> list[tuple[str, int, float, float]]
     groups: dict[str, list[Measured]] = {}
     for one in usable:
         groups.setdefault(one.origin, []).append(one)
-    if set(groups) <= {""}:
-        return []
     rows = []
     for name, members in sorted(groups.items(), key=lambda item: -len(item[1])):
-        tokens = sum(one.size.tokens for one in members)
-        share = sum(one.supervised for one in members) / tokens
-        rows.append((name or "(none named)", len(members), tokens / len(members), share))
-    return rows
-
-
-def _measure_row(source: Source, row: int, encoder: Encoder) -> Measured | BadExample:
-    try:
-        example = source[row]
-    except ExampleError as error:
-        return BadExample(row, error.name, str(error))
-    try:
-        return measure(example, encoder)
-    except OverlongError as error:
-        return BadExample(row, example.name, f"{error}; the run would stop here")
-    except ValueError as error:
-        return BadExample(row, example.name, str(error))
+        tokens, supervised = sum(one.size.tokens for one in members), sum(one.supervised for one in members)
+        rows.append((name or "(none named)", len(members), tokens / len(members), supervised / tokens))
+    return rows if set(groups) - {""} else []
