@@ -20,7 +20,8 @@ from deepstack_jax.parallel.rules import use_mesh
 from deepstack_jax.plan.planner import Wanted, make_plan
 from deepstack_jax.plan.report import gib
 from deepstack_jax.plan.topology import open_machine
-from deepstack_jax.train.core.program import build_program, first_state
+from deepstack_jax.train.checkpoint.init_weights import first_state
+from deepstack_jax.train.core.program import build_program
 
 DEFAULTS = (
     "--config=configs/llava15.py:finetune",

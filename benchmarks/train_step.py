@@ -37,8 +37,9 @@ from deepstack_jax.generate.prompts import CutImage, example, pack
 from deepstack_jax.parallel.distributed import put_batch
 from deepstack_jax.parallel.mesh import make_mesh
 from deepstack_jax.parallel.rules import use_mesh
+from deepstack_jax.train.checkpoint.init_weights import first_state
 from deepstack_jax.train.core.optimizer import flatten
-from deepstack_jax.train.core.program import build_program, first_state
+from deepstack_jax.train.core.program import build_program
 from deepstack_jax.weights.save import save_checkpoint
 
 LENGTH, STEPS, CHECKED, VOCABULARY = 256, 12, 3, 8000

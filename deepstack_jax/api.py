@@ -29,9 +29,8 @@ from deepstack_jax.generate.options import Options, RequestError
 from deepstack_jax.generate.prompts import Turn
 from deepstack_jax.generate.text import is_one_token
 from deepstack_jax.printing import label, one_line, quote
-from deepstack_jax.train.checkpoint.init_weights import is_workdir
 from deepstack_jax.train.checkpoint.reading import CheckpointError
-from deepstack_jax.train.checkpoint.restore_params import restore_params
+from deepstack_jax.train.checkpoint.restore_params import is_workdir, restore_params
 from deepstack_jax.train.core.optimizer import flatten, unflatten
 from deepstack_jax.types import PyTree
 from deepstack_jax.weights.folders import find_folder, open_checkpoint

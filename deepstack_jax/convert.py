@@ -19,8 +19,7 @@ from deepstack_jax.data.encode.tokenizer import load_tokenizer
 from deepstack_jax.errors import ConfigError
 from deepstack_jax.families.forms import FORMATS
 from deepstack_jax.printing import Console
-from deepstack_jax.train.checkpoint.init_weights import is_workdir
-from deepstack_jax.train.checkpoint.restore_params import restore_params
+from deepstack_jax.train.checkpoint.restore_params import is_workdir, restore_params
 from deepstack_jax.weights.folders import Checkpoint, open_checkpoint
 from deepstack_jax.weights.load import stored_leaves
 from deepstack_jax.weights.save import DTYPES, LeafLike, Written, save_checkpoint

@@ -27,7 +27,7 @@ from deepstack_jax.evaluate.results import data_name, flat_scores, protocol_of, 
 from deepstack_jax.evaluate.tasks import Prediction
 from deepstack_jax.parallel.distributed import broadcast_str, is_first_host
 from deepstack_jax.printing import Console, label, plural
-from deepstack_jax.train.run.metrics import MetricsLog, read_metrics
+from deepstack_jax.train.run.metrics import MetricsLog
 from deepstack_jax.types import PyTree
 
 THUMBNAIL = 448  # longest side, in pixels, of a picture in the log
@@ -213,12 +213,6 @@ def stored_results(stored: Path, console: Console) -> dict[str, Any]:
         problem = str(error)
     console.print(f"{stored} is damaged ({problem}) and is written again", soft_wrap=True)
     return {}
-
-
-def seconds_per_step(workdir: Path) -> float | None:
-    """The median over the run's log lines; None where it was too short to be timed."""
-    timed = [record["seconds_per_step"] for record in read_metrics(workdir) if "seconds_per_step" in record]
-    return float(np.median(timed)) if timed else None
 
 
 def first_sizes(source: Source, config: Config) -> dict[str, int]:

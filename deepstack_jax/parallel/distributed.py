@@ -9,7 +9,7 @@ import os
 import signal
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import jax
@@ -108,10 +108,10 @@ def max_over_hosts(value: int) -> int:
     return int(np.max(multihost_utils.process_allgather(np.array(value, np.int32))))
 
 
-def sum_over_hosts(values: dict[str, float]) -> dict[str, float]:
+def sum_over_hosts(values: Mapping[str, float]) -> dict[str, float]:
     """Each value added up over all hosts, which must give the same keys."""
     if jax.process_count() == 1:
-        return values
+        return dict(values)
     mine = np.array([values[name] for name in sorted(values)], np.float32)
     totals = np.asarray(multihost_utils.process_allgather(mine)).sum(axis=0)
     return dict(zip(sorted(values), totals.tolist(), strict=True))

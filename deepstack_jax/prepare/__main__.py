@@ -27,6 +27,7 @@ from deepstack_jax.errors import ConfigError
 from deepstack_jax.prepare.chunks import Chunk, DiskError, Job, make_chunks, record_bytes, shard_bytes
 from deepstack_jax.prepare.folder import BAD, IDENTITY, ShardFolder, too_many_bad
 from deepstack_jax.printing import Console
+from deepstack_jax.stop_signals import StopSignals
 
 USAGE = """
 Write the data of a configuration as ArrayRecord shards with the images inside. Every row is checked as training checks it,
@@ -158,7 +159,7 @@ def open_split(config: Config, name: str, out: str, shard_rows: int, max_pixels:
 
 def prepare(splits: Sequence[Split], data: DataConfig, workers: int, console: Console) -> int:
     """Write the shards of every split; returns the exit code."""
-    stop = cli.StopSignals()
+    stop = StopSignals()
     out = os.path.dirname(splits[0].job.folder)
     table = new_table(out, _SUMMARY)
     with ExitStack() as stack:
@@ -201,7 +202,7 @@ def write(
     numbers: Sequence[int],
     workers: int,
     max_bad_fraction: float,
-    stop: cli.StopSignals,
+    stop: StopSignals,
     console: Console,
 ) -> None:
     """Make the shards that are left, and the manifest unless the run is stopped.
@@ -235,7 +236,7 @@ def dry_run(splits: Sequence[Split], data: DataConfig, workers: int, console: Co
     """
     from deepstack_jax.data.fingerprint import named_images  # late: see `open_split`
 
-    stop, table = cli.StopSignals(), new_table("Dry run, nothing is written", _LOOKED)
+    stop, table = StopSignals(), new_table("Dry run, nothing is written", _LOOKED)
     notes: list[str] = []
     problems: list[str] = []
     work = []

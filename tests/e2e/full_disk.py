@@ -12,13 +12,14 @@ import sys
 import numpy as np
 
 from deepstack_jax import cli
+from deepstack_jax.data.pipeline import TrainingStream
 from deepstack_jax.parallel.distributed import put_batch
 from deepstack_jax.train import __main__ as train
 from deepstack_jax.train.run import loop
 
 FULL, ROOM = int(sys.argv.pop(1)), int(sys.argv.pop(1))
 UNLIMITED = resource.RLIM_INFINITY
-next_batch, batches = train.TrainingStream.__next__, []
+next_batch, batches = TrainingStream.__next__, []
 
 
 def deliver(stream):
@@ -38,5 +39,5 @@ def put(mesh, batch):
 
 
 if __name__ == "__main__":
-    train.TrainingStream.__next__, loop.put_batch = deliver, put
+    TrainingStream.__next__, loop.put_batch = deliver, put
     cli.run(train.main, train.USAGE)

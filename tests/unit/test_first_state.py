@@ -10,9 +10,10 @@ import pytest
 from benchmarks.tiny_recipe import Run, load_recipe, write_weights
 from deepstack_jax.config import Config, MeshConfig
 from deepstack_jax.parallel.mesh import make_mesh
-from deepstack_jax.train.checkpoint.init_weights import open_start
-from deepstack_jax.train.core import program as programs
-from deepstack_jax.train.core.program import Program, build_program, first_state
+from deepstack_jax.train.checkpoint import init_weights
+from deepstack_jax.train.checkpoint.init_weights import first_state, open_start
+from deepstack_jax.train.core.optimizer import flatten
+from deepstack_jax.train.core.program import Program, build_program
 from deepstack_jax.train.core.state import new_state
 from deepstack_jax.types import PyTree
 from deepstack_jax.weights.load import absent_leaves, load_params
@@ -45,7 +46,7 @@ def test_the_state_is_that_of_float32_weights_cast_on_the_device(config, devices
     drawn = first_state(
         dataclasses.replace(program, config=dataclasses.replace(config, train=dataclasses.replace(config.train, weights="")))
     )
-    fresh = {path: np.asarray(programs.flatten(drawn.params)[path]) for path in absent_leaves(tensors, config)}
+    fresh = {path: np.asarray(flatten(drawn.params)[path]) for path in absent_leaves(tensors, config)}
     assert fresh
     params = load_params(tensors, config, fresh=fresh)
     expected = jax.jit(lambda params: new_state(params, program.groups, program.optimizer, "bfloat16"))(params)
@@ -68,7 +69,7 @@ def test_what_is_read_is_not_wider_than_the_state_and_becomes_it(config, monkeyp
         read.extend(jax.tree.leaves(params))
         return params
 
-    monkeypatch.setattr(programs, "load_params", watched)
+    monkeypatch.setattr(init_weights, "load_params", watched)
     program = program_of(config, 4)
     state = first_state(program)
     assert sum(leaf.size * leaf.dtype.itemsize for leaf in read) == nbytes(state.params)

@@ -15,6 +15,7 @@ ALLOWED = {
     "errors": set(),
     "atomic": set(),
     "json_lines": set(),
+    "stop_signals": set(),
     "progress": set(),
     "layout": {"batch"},
     "config": {"batch", "layout"},
@@ -25,7 +26,7 @@ ALLOWED = {
     "parallel": {"batch", "types", "config", "model"},
     "weights": {"batch", "atomic", "types", "config", "families"},
     "train": {
-        *("batch", "atomic", "json_lines", "progress", "types"),
+        *("batch", "atomic", "json_lines", "progress", "stop_signals", "types"),
         *("config", "data", "families", "model", "parallel", "weights"),
     },
     "generate": {"batch", "atomic", "types", "config", "layout", "data", "families", "model", "parallel", "weights"},
@@ -35,7 +36,7 @@ ALLOWED |= {
     "evaluate": _BELOW,
     "plan": _BELOW | {"evaluate"},
     "api": _BELOW,
-    "cli": {"config", "atomic"},
+    "cli": {"config", "atomic", "stop_signals"},
 }
 ALLOWED["audit"] = {"batch", "config", "data", "layout"}  # a page about data: nothing builds on it
 ALLOWED["prepare"] = {"batch", "atomic", "config", "data", "layout"}

@@ -1,7 +1,6 @@
 """Where the time went: what an attempt spends, and what a kill makes a run do again."""
 
 import json
-import time
 
 import pytest
 
@@ -14,14 +13,13 @@ def record(event, time, **more):
     return {"event": event, "time": time, **more}
 
 
-def test_time_is_counted_once_whoever_claims_it(tmp_path, monkeypatch):
+def test_time_is_counted_once_whoever_claims_it(tmp_path):
     now = [100.0]
-    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
 
     def goes_by(seconds: float) -> None:
         now[0] += seconds
 
-    journal = Journal(tmp_path)
+    journal = Journal(tmp_path, lambda: now[0])
     journal.start({"command": ["train"]})
     goes_by(2)
     journal.begin_loop(0)

@@ -5,9 +5,8 @@ import dataclasses
 import io
 import json
 import threading
-import time
 from collections.abc import Callable
-from types import SimpleNamespace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -15,9 +14,9 @@ import numpy as np
 import optax
 import pytest
 
-from deepstack_jax.config import MeshConfig, PackingConfig
+from deepstack_jax.config import Config, MeshConfig, PackingConfig
 from deepstack_jax.data.encode.encoder import BadExample
-from deepstack_jax.data.example import SourceError
+from deepstack_jax.data.example import Source, SourceError
 from deepstack_jax.data.open import open_source
 from deepstack_jax.data.pipeline import HostBatch, TrainingStream
 from deepstack_jax.data.synthetic import VOCABULARY
@@ -28,10 +27,12 @@ from deepstack_jax.train.account.waits import DataWait
 from deepstack_jax.train.checkpoint.manager import Checkpoints
 from deepstack_jax.train.core.program import Program
 from deepstack_jax.train.core.state import new_state
-from deepstack_jax.train.run.loop import NotFiniteError, Run, loop
+from deepstack_jax.train.run.loop import loop
 from deepstack_jax.train.run.metrics import MetricsLog, Quarantine, QuarantineError
 from deepstack_jax.train.run.progress import padding_hint
 from deepstack_jax.train.run.replay import ReplayError, read_bundle, replay
+from deepstack_jax.train.run.run import Run
+from deepstack_jax.train.run.step_log import NotFiniteError
 from tests.unit.tiny import tiny_config
 
 PAGES = {
@@ -78,27 +79,29 @@ def made_of(kind, **attributes):
     return made
 
 
-def make_run(workdir, step, **changes) -> Run:
+def make_run(workdir, step, stream=TrainingStream, **changes) -> Run:
     config = tiny_config(PAGES | {"train.steps": STEPS} | {key.replace("__", "."): value for key, value in changes.items()})
     workdir.mkdir(exist_ok=True)
-    groups, sizes = {"a/kernel": "default"}, {"a/kernel": 3}
     source = open_source(config, "train")
-    return made_of(
-        Run,
-        config=config,
+    return Run(
+        train=config.train,
+        data=config.data,
+        evaluate_every=config.evaluation.every,
+        profile="",
         workdir=workdir,
         steps=STEPS,
-        program=made_of(Program, config=config, mesh=make_mesh(MeshConfig()), groups=groups, sizes=sizes),
-        stream=TrainingStream(source, config),
+        mesh=make_mesh(MeshConfig()),
+        stream=stream(source, config),
         step=step,
-        evaluate=lambda state, step: None,
-        checkpoints=Checkpoints(workdir, config.train),
+        flops=lambda length, squares: 1.0,
+        learning_rate=1e-3,
         metrics=MetricsLog(None, 0),
-        journal=Journal(workdir),
         quarantine=Quarantine(workdir, config.data.max_bad_fraction, len(source)),
+        evaluate=lambda params, step: None,
+        checkpoints=Checkpoints(workdir, config.train),
+        journal=Journal(workdir),
         console=Console(quiet=True),
         about={},
-        loss_at={},
     )
 
 
@@ -112,11 +115,6 @@ def go(run: Run, stop: Callable[[], bool] = lambda: False):
     finally:
         run.stream.close()
         run.checkpoints.close()
-
-
-@pytest.fixture(autouse=True)
-def no_flops(monkeypatch):
-    monkeypatch.setattr("deepstack_jax.train.run.loop.step_flops", lambda *_, **__: SimpleNamespace(model=1.0))
 
 
 def saved_steps(workdir):
@@ -139,7 +137,7 @@ def test_a_bundle_that_begins_behind_its_step_is_not_replayed(tmp_path):
     program = made_of(Program, abstract_state=abstract_state)
     for checkpoint in (4, 6):
         file.write_text(json.dumps(read_bundle(file)._replace(checkpoint=checkpoint)._asdict()))
-        there = Checkpoints(tmp_path, run.config.train, read_only=True)
+        there = Checkpoints(tmp_path, run.train, read_only=True)
         with pytest.raises(ReplayError, match=f"checkpoint of step {checkpoint}, which is not before step 3"):
             replay(file, program, run.stream, there, Console(quiet=True))
 
@@ -147,8 +145,8 @@ def test_a_bundle_that_begins_behind_its_step_is_not_replayed(tmp_path):
 class Once(TrainingStream):
     """Something goes wrong at the delivery of a batch."""
 
-    def __init__(self, run: Run, number: int, what: Exception | BadExample) -> None:
-        super().__init__(open_source(run.config, "train"), run.config)
+    def __init__(self, number: int, what: Exception | BadExample, source: Source, config: Config) -> None:
+        super().__init__(source, config)
         self._number, self._what = number, what
 
     def __next__(self):
@@ -164,8 +162,7 @@ def test_data_that_ends_a_run_costs_no_step_and_the_next_batch_is_the_one_that_f
     straight, stopped, again = Steps(), Steps(), Steps()
     go(make_run(tmp_path / "straight", straight))
     options = {"train__checkpoint_every": 3, "data__max_bad_fraction": 0.0}
-    run = make_run(tmp_path / "run", stopped, **options)
-    vars(run)["stream"] = Once(run, 5, what)
+    run = make_run(tmp_path / "run", stopped, partial(Once, 5, what), **options)
     with pytest.raises((SourceError, QuarantineError)):
         go(run)
     assert saved_steps(tmp_path / "run")[-1] == 4
@@ -184,8 +181,7 @@ def test_too_many_bad_steps_cost_no_step(tmp_path):
 
 
 def test_an_error_in_the_first_step_saves_nothing(tmp_path):
-    run = make_run(tmp_path, Steps())
-    vars(run)["stream"] = Once(run, 1, SourceError("the disk is gone"))
+    run = make_run(tmp_path, Steps(), partial(Once, 1, SourceError("the disk is gone")))
     with pytest.raises(SourceError):
         go(run)
     assert saved_steps(tmp_path) == []
@@ -233,24 +229,22 @@ def test_neither_saving_nor_evaluating_is_charged_with_the_step_before_it(tmp_pa
     monkeypatch.setattr(jax, "block_until_ready", wait)
     monkeypatch.setattr(jax, "device_get", lambda tree: get(wait(tree)))
     run = make_run(tmp_path, step, train__log_every=STEPS, train__checkpoint_every=2, evaluation__every=3)
-    vars(run).update(journal=journal, checkpoints=AfterTheStep(tmp_path, run.config.train))
-    vars(run)["evaluate"] = lambda state, step: wait_for_all()
-    go(run)
+    checkpoints = AfterTheStep(tmp_path, run.train)
+    go(dataclasses.replace(run, journal=journal, checkpoints=checkpoints, evaluate=lambda params, step: wait_for_all()))
     assert waits == ["step"] * STEPS
 
 
-def batches(before: Callable[[], None]):
-    while True:
-        before()
-        yield HostBatch(None, (), 0)  # pyright: ignore[reportArgumentType]
-
-
-def waited(tmp_path, numbers, before: Callable[[], None]) -> float:
-    """Seconds that count as a wait for data while a batch comes late."""
-    journal = Journal(tmp_path)
+def waited(tmp_path, numbers, clock: Callable[[], float], before: Callable[[DataWait], None]) -> float:
+    """Seconds that count as a wait for data where `before` happens before the batch comes."""
+    journal = Journal(tmp_path, clock)
     journal.begin_loop(0)
     with DataWait(journal) as wait:
-        wait.next(batches(before), numbers)
+
+        def batches():
+            before(wait)
+            yield HostBatch(None, (), 0)  # pyright: ignore[reportArgumentType]
+
+        wait.next(batches(), numbers)
     return journal.flush(1).get("data", 0.0)
 
 
@@ -265,30 +259,47 @@ class Running:
         return self
 
 
+class Clock:
+    """Stands still until it is moved."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def notice_the_end(wait: DataWait) -> None:
+    """Until the thread that waits for the devices is through with it."""
+    wait._watch.submit(lambda: None).result()
+
+
 def test_only_the_wait_in_which_the_devices_have_nothing_to_do_is_one_for_data(tmp_path):
-    running = Running()
-    assert waited(tmp_path, running, lambda: time.sleep(0.05)) == 0, "the devices were busy all the time"
+    running, clock = Running(), Clock()
+
+    def late(wait):
+        clock.now += 50
+
+    def late_for_idle_devices(wait):
+        notice_the_end(wait)
+        clock.now += 50
+
+    assert waited(tmp_path, running, clock, late) == 0, "the devices were busy all the time"
     running.done.set()
-    assert waited(tmp_path, running, lambda: time.sleep(0.05)) >= 0.05
-    assert waited(tmp_path, None, lambda: time.sleep(0.05)) >= 0.05, "before the first step"
+    assert waited(tmp_path, running, clock, late_for_idle_devices) == 50
+    assert waited(tmp_path, None, clock, late_for_idle_devices) == 50, "before the first step"
 
 
-def test_of_a_wait_only_what_comes_after_the_end_of_the_step_counts(tmp_path, monkeypatch):
-    ending, now, readers = Running(), [0.0], set[str]()
+def test_of_a_wait_only_what_comes_after_the_end_of_the_step_counts(tmp_path):
+    ending, clock = Running(), Clock()
 
-    def clock() -> float:
-        readers.add(threading.current_thread().name.partition("_")[0])
-        return now[0]
-
-    def end_and_wait():
-        now[0] += 200
+    def end_and_wait(wait):
+        clock.now += 200
         ending.done.set()
-        while "data-wait" not in readers:
-            time.sleep(0.001)
-        now[0] += 50
+        notice_the_end(wait)
+        clock.now += 50
 
-    monkeypatch.setattr(time, "perf_counter", clock)
-    assert waited(tmp_path, ending, end_and_wait) <= 50
+    assert waited(tmp_path, ending, clock, end_and_wait) == 50
 
 
 def test_much_padding_is_said_with_what_helps():
@@ -312,7 +323,6 @@ def test_the_hint_comes_once_and_only_where_a_run_begins(tmp_path):
     printed = io.StringIO()
     for stops in (iter([False, False, False, True]), iter([False] * STEPS)):
         run = make_run(tmp_path, Steps(), train__log_every=1)
-        vars(run)["console"] = Console(file=printed, width=400)
-        go(run, lambda stops=stops: next(stops))
+        go(dataclasses.replace(run, console=Console(file=printed, width=400)), lambda stops=stops: next(stops))
     assert printed.getvalue().count("\nstep ") + printed.getvalue().startswith("step ") == STEPS
     assert printed.getvalue().count("100% of the positions are padding") == 1

@@ -13,8 +13,8 @@ from deepstack_jax.config import Config, build_config, differences, to_dict
 from deepstack_jax.data.open import open_source
 from deepstack_jax.errors import ConfigError
 from deepstack_jax.families.build import build_model
+from deepstack_jax.train.checkpoint.init_weights import find_weights
 from deepstack_jax.train.core.optimizer import assign_groups, describe_groups, flatten
-from deepstack_jax.train.core.state import find_weights
 from deepstack_jax.weights.names import Table
 
 CONFIGS = Path(__file__).parents[2] / "configs"

@@ -1,5 +1,6 @@
 """What is done to images and words that not everybody expects: counted in a run and in the audit."""
 
+import dataclasses
 import io
 import json
 from types import SimpleNamespace
@@ -23,7 +24,7 @@ from tests.unit.test_api import QUICK
 from tests.unit.test_loop import Steps, go, make_run
 from tests.unit.tiny import tiny_config
 
-lmm, no_flops = test_api.lmm, test_loop.no_flops  # fixtures
+lmm = test_api.lmm  # a fixture
 
 
 def turned_photo(orientation=6, width=24, height=16):
@@ -113,8 +114,8 @@ def test_a_run_says_once_how_many_there_were(folder, tmp_path):
     run = make_run(tmp_path / "run", Steps())
     config = config_of(folder, train__steps=test_loop.STEPS)
     stream = TrainingStream(open_source(config, "train"), config)
-    vars(run).update(config=config, stream=stream, console=Console(file=said, width=300))
-    go(run)
+    console = Console(file=said, width=300)
+    go(dataclasses.replace(run, train=config.train, data=config.data, stream=stream, console=console))
     lines = said.getvalue().splitlines()
     for remark, count in EXPECTED.items():
         first, last = [line for line in lines if line.startswith(remark)]
@@ -126,8 +127,7 @@ def test_a_run_says_once_how_many_there_were(folder, tmp_path):
 def test_a_run_without_such_rows_says_nothing(tmp_path):
     said = io.StringIO()
     run = make_run(tmp_path, Steps())
-    vars(run).update(console=Console(file=said, width=300))
-    go(run)
+    go(dataclasses.replace(run, console=Console(file=said, width=300)))
     assert not [remark for remark in REMARKS if remark in said.getvalue()]
 
 

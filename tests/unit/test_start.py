@@ -10,9 +10,9 @@ from benchmarks.tiny_recipe import Run, load_recipe, write_weights
 from deepstack_jax.config import Config, to_dict
 from deepstack_jax.data.encode.tokenizer import ByteTokenizer, load_tokenizer
 from deepstack_jax.errors import WeightsError, fetch_command
-from deepstack_jax.train.checkpoint.init_weights import is_workdir, open_start, run_tensors
-from deepstack_jax.train.core import state
-from deepstack_jax.train.core.state import find_weights
+from deepstack_jax.train.checkpoint import init_weights
+from deepstack_jax.train.checkpoint.init_weights import find_weights, open_start
+from deepstack_jax.train.checkpoint.restore_params import is_workdir, run_tensors
 from deepstack_jax.weights.names import Table
 
 
@@ -106,7 +106,7 @@ def test_a_run_is_told_the_flag_that_it_has(monkeypatch, tiny):
     def no_tower(_):
         raise WeightsError("no tower; give one with --tower=DIR", "other")
 
-    monkeypatch.setattr(state, "open_start", no_tower)
+    monkeypatch.setattr(init_weights, "open_start", no_tower)
     with pytest.raises(WeightsError) as caught:
         find_weights(tiny)
     assert caught.value.args == ("no tower; give one with --config.train.tower=DIR", "other")

@@ -11,11 +11,11 @@ from tests.e2e.verb import REPOSITORY
 # A mutex that is locked twice waits within C, as jax does for a process that never comes: no signal interrupts it.
 WAITING = """
 import ctypes, time
-from deepstack_jax import cli
+from deepstack_jax.stop_signals import StopSignals
 
 c, mutex = ctypes.CDLL(None), ctypes.create_string_buffer(128)
 
-stop = cli.StopSignals()
+stop = StopSignals()
 stop.end_on_sigterm()
 c.pthread_mutex_init(mutex, None)
 try:
@@ -53,13 +53,13 @@ LAST = """
 import os, signal, sys
 from types import SimpleNamespace
 from deepstack_jax.printing import Console
-from deepstack_jax import cli
-from deepstack_jax.train import __main__ as train
+from deepstack_jax.stop_signals import StopSignals
+from deepstack_jax.train.run.train import exit_code
 from deepstack_jax.parallel.distributed import PreemptionSync
 
-stop = cli.StopSignals()
+stop = StopSignals()
 os.kill(os.getpid(), signal.NUMBER)
-sys.exit(train.end(SimpleNamespace(steps=8, console=Console()), 8, stop, PreemptionSync(lambda: stop.received)))
+sys.exit(exit_code(SimpleNamespace(steps=8, console=Console()), 8, stop, PreemptionSync(lambda: stop.received)))
 """
 
 

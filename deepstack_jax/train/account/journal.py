@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,13 +23,15 @@ class Journal:
 
     Args:
       workdir: an existing folder; None counts and writes nothing, as on all hosts but the first.
+      clock: seconds since some moment; all time is counted by it.
     """
 
-    def __init__(self, workdir: Path | None) -> None:
+    def __init__(self, workdir: Path | None, clock: Callable[[], float] = time.perf_counter) -> None:
+        self.clock = clock
         self._lines = Lines(None if workdir is None else workdir / "journal.jsonl")
         self._rest = "init"  # what time counts as that nothing else claims
         self._spent: dict[str, float] = defaultdict(float)
-        self._since = time.perf_counter()
+        self._since = clock()
         self._claimed = 0.0  # seconds since then that a kind has claimed
 
     def start(self, about: dict[str, Any]) -> None:
@@ -45,9 +47,9 @@ class Journal:
     @contextmanager
     def spend(self, kind: str) -> Iterator[None]:
         """Count the time inside as `kind`."""
-        began, claimed = time.perf_counter(), self._claimed
+        began, claimed = self.clock(), self._claimed
         yield
-        inside = time.perf_counter() - began - (self._claimed - claimed)  # less what a kind within has taken
+        inside = self.clock() - began - (self._claimed - claimed)  # less what a kind within has taken
         self.count(kind, inside)
 
     def count(self, kind: str, seconds: float) -> None:
@@ -69,7 +71,7 @@ class Journal:
         self._append({"event": "stop", "step": step, "why": why})
 
     def _settle_rest(self) -> None:
-        now = time.perf_counter()
+        now = self.clock()
         self._spent[self._rest] += now - self._since - self._claimed
         self._since, self._claimed = now, 0.0
 

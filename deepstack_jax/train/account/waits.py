@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -26,18 +25,17 @@ class DataWait(contextlib.AbstractContextManager):
 
     def next(self, stream: Iterator[HostBatch], numbers: Any) -> HostBatch:
         """The next batch; `numbers` are those of the last step, on the device, None before the first."""
-        began = time.perf_counter()
-        idle = self._watch.submit(_ready_at, numbers)
+        began = self._journal.clock()
+        idle = self._watch.submit(self._ready_at, numbers)
         delivered = next(stream)
-        came = time.perf_counter()
+        came = self._journal.clock()
         if idle.done():
             self._journal.count("data", max(0.0, came - max(began, idle.result())))
         return delivered
 
+    def _ready_at(self, numbers: Any) -> float:
+        jax.block_until_ready(numbers)
+        return self._journal.clock()
+
     def __exit__(self, *_: object) -> None:
         self._watch.shutdown(wait=False)
-
-
-def _ready_at(numbers: Any) -> float:
-    jax.block_until_ready(numbers)
-    return time.perf_counter()

@@ -7,32 +7,26 @@ image_newline where both runs have one.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import os
-from collections.abc import Callable, Mapping
 from pathlib import Path
 
-import numpy as np
+import jax
+from flax import linen as nn
 
-from deepstack_jax.config import Config, build_config
+from deepstack_jax.config import Config
 from deepstack_jax.errors import WeightsError, fetch_command
 from deepstack_jax.families.forms import check_against
-from deepstack_jax.train.checkpoint.reading import UnreadableError, saved_steps
-from deepstack_jax.train.checkpoint.reading import read_json as read_stored
-from deepstack_jax.train.checkpoint.restore_params import restore_params
-from deepstack_jax.weights.files import StoredTensor, flags_as
+from deepstack_jax.train.checkpoint.restore_params import config_of, is_workdir, run_tensors
+from deepstack_jax.train.core.optimizer import flatten
+from deepstack_jax.train.core.program import Program
+from deepstack_jax.types import PyTree, TrainState
+from deepstack_jax.weights.files import flags_as
 from deepstack_jax.weights.folders import Checkpoint, open_checkpoint
-from deepstack_jax.weights.io import read_json
-from deepstack_jax.weights.names import Foreign, Table, to_theirs
+from deepstack_jax.weights.load import absent_leaves, load_params, stored_leaves
+from deepstack_jax.weights.names import Table
 
 PROJECTOR = ("projector/", "image_newline")  # beginnings of the paths that stage 1 trains
 NEWLINE = "model.image_newline"
-
-
-def is_workdir(folder: str | Path) -> bool:
-    """Whether the folder is a training run's: our configuration, which has no model_type, and checkpoints."""
-    file = Path(folder).expanduser() / "config.json"
-    return (file.parent / "checkpoints").is_dir() and file.is_file() and "model_type" not in read_json(file)
 
 
 def open_start(config: Config) -> Checkpoint:
@@ -57,58 +51,54 @@ def open_start(config: Config) -> Checkpoint:
     return dataclasses.replace(found, tensors={**found.tensors, **trained})
 
 
-def run_tensors(workdir: str | Path, only: tuple[str, ...] = ("",)) -> dict[str, StoredTensor]:
-    """The newest parameters of a run as tensors by official name, read all at once when the first is asked for.
+def first_state(program: Program) -> TrainState:
+    """Parameters drawn from the seed, or read from `train.weights`, and a fresh optimizer, born where they belong.
 
-    Args:
-      only: beginnings of the paths that are wanted; the rest is not read, since it may be 7B to the projector's 20M.
+    Drawn values do not depend on the mesh: jax's random bits are the same under any sharding.
+    """
+    config, shardings = program.config, program.shardings
+
+    def draw_params(key: jax.Array) -> PyTree:
+        return nn.unbox(program.model.init(key, program.sample))["params"]
+
+    key = jax.random.key(config.seed)
+    if not config.train.weights:
+        return jax.jit(lambda key: program.begin(draw_params(key)), out_shardings=shardings)(key)
+    found = find_weights(config)
+    fresh = {}
+    if absent := absent_leaves(found.tensors, config):
+
+        def draw_absent(key: jax.Array) -> dict[str, jax.Array]:
+            drawn = flatten(draw_params(key))
+            return {path: drawn[path] for path in absent}
+
+        fresh = jax.device_get(jax.jit(draw_absent)(key))
+    kinds = {path: leaf.dtype for path, leaf in flatten(program.abstract_state().params).items()}
+    return program.jit_begin()(load_params(found.tensors, config, kinds, shardings.params, fresh))
+
+
+def find_weights(config: Config) -> Checkpoint:
+    """What `train.weights` and `train.projector` name, every tensor checked against the run's model, none of them read.
 
     Raises:
-      WeightsError: the run has no checkpoint yet.
+      WeightsError: it is missing, of other sizes, or lacks tensors that only a trained model has.
     """
-    folder = Path(workdir).expanduser()
-    if not saved_steps(folder):
-        raise WeightsError(f"{folder} is a run without a checkpoint; let it train until it has one, or name another")
-    table = Table(_config_of(folder))
-
-    @functools.cache
-    def leaves() -> Mapping[str, np.ndarray]:
-        return restore_params(folder, only)[2]
-
-    def reader(foreign: Foreign) -> Callable[[], np.ndarray]:
-        def read() -> np.ndarray:
-            made = []
-            for path, layer in foreign.parts:
-                leaf = table.leaves[path]
-                made.append(to_theirs(leaves()[path][layer] if leaf.stacked else leaves()[path], leaf, foreign.shape))
-            return made[0] if len(made) == 1 else np.concatenate(made)
-
-        return read
-
-    return {
-        name: StoredTensor(folder, np.dtype(np.float32), foreign.shape, reader(foreign))
-        for name, foreign in table.tensors.items()
-        if all(path.startswith(only) for path, _ in foreign.parts)
-    }
+    try:
+        found = open_start(config)
+        stored_leaves(found.tensors, config, fresh=dict.fromkeys(absent_leaves(found.tensors, config)))
+    except WeightsError as error:  # which says how `convert` is told
+        raise WeightsError(*(problem.replace("--tower", "--config.train.tower") for problem in error.args)) from error
+    return found
 
 
 def _open_run(workdir: str, run: Config) -> Checkpoint:
     """A run in place of a folder of weights."""
     folder = Path(workdir).expanduser()
-    config, tensors = _config_of(folder), run_tensors(folder)
+    config, tensors = config_of(folder), run_tensors(folder)
     check_against(run, config)
     if not run.newline:
         tensors.pop(NEWLINE, None)
     return Checkpoint(folder, run, tensors, config.data.tokenizer, config.data.template, "", (), {})
-
-
-def _config_of(workdir: Path) -> Config:
-    try:
-        return build_config(read_stored(workdir / "config.json"))
-    except UnreadableError:
-        raise
-    except ValueError as error:
-        raise WeightsError(f"{workdir}/config.json cannot be used: {error}; name another run") from error
 
 
 def _check_there(config: Config, *, tower: bool) -> None:

@@ -79,7 +79,7 @@ class Checkpoints:
     """
 
     def __init__(self, workdir: Path, train: TrainConfig, *, read_only: bool = False) -> None:
-        self._workdir = workdir.absolute()
+        self.workdir, self._workdir = workdir, workdir.absolute()
         self._directory = self._workdir / "checkpoints"
         self._train, self._read_only = train, read_only
         manager, problem = read_or_damage(str(self._directory), self._open)

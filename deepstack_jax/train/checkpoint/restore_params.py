@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 
@@ -12,12 +14,28 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from deepstack_jax.config import Config, build_config
+from deepstack_jax.errors import WeightsError
 from deepstack_jax.train.checkpoint.checksums import algorithm_of, checksums_in_memory, damage
-from deepstack_jax.train.checkpoint.reading import CheckpointError, check_links, read_json, read_or_damage, saved_steps
+from deepstack_jax.train.checkpoint.reading import (
+    CheckpointError,
+    UnreadableError,
+    check_links,
+    read_json,
+    read_or_damage,
+    saved_steps,
+)
 from deepstack_jax.train.core.optimizer import flatten, unflatten
-from deepstack_jax.weights.names import Table
+from deepstack_jax.weights.files import StoredTensor
+from deepstack_jax.weights.io import read_json as read_any_json
+from deepstack_jax.weights.names import Foreign, Table, to_theirs
 
 log = logging.getLogger(__name__)
+
+
+def is_workdir(folder: str | Path) -> bool:
+    """Whether the folder is a training run's: our configuration, which has no model_type, and checkpoints."""
+    file = Path(folder).expanduser() / "config.json"
+    return (file.parent / "checkpoints").is_dir() and file.is_file() and "model_type" not in read_any_json(file)
 
 
 def restore_params(workdir: Path, only: tuple[str, ...] = ("",)) -> tuple[int, Config, dict[str, np.ndarray]]:
@@ -64,3 +82,52 @@ def _read(folder: Path, shapes: dict[str, tuple[int, ...]]) -> dict[str, np.ndar
     for path in leaves:  # one by one, so that no more than one array stands there twice
         leaves[path] = leaves[path].astype(np.float32, copy=False)
     return leaves
+
+
+def run_tensors(workdir: str | Path, only: tuple[str, ...] = ("",)) -> dict[str, StoredTensor]:
+    """The newest parameters of a run as tensors by official name, read all at once when the first is asked for.
+
+    Args:
+      only: beginnings of the paths that are wanted; the rest is not read, since it may be 7B to the projector's 20M.
+
+    Raises:
+      WeightsError: the run has no checkpoint yet.
+    """
+    folder = Path(workdir).expanduser()
+    if not saved_steps(folder):
+        raise WeightsError(f"{folder} is a run without a checkpoint; let it train until it has one, or name another")
+    table = Table(config_of(folder))
+
+    @functools.cache
+    def leaves() -> Mapping[str, np.ndarray]:
+        return restore_params(folder, only)[2]
+
+    def reader(foreign: Foreign) -> Callable[[], np.ndarray]:
+        def read() -> np.ndarray:
+            made = []
+            for path, layer in foreign.parts:
+                leaf = table.leaves[path]
+                made.append(to_theirs(leaves()[path][layer] if leaf.stacked else leaves()[path], leaf, foreign.shape))
+            return made[0] if len(made) == 1 else np.concatenate(made)
+
+        return read
+
+    return {
+        name: StoredTensor(folder, np.dtype(np.float32), foreign.shape, reader(foreign))
+        for name, foreign in table.tensors.items()
+        if all(path.startswith(only) for path, _ in foreign.parts)
+    }
+
+
+def config_of(workdir: Path) -> Config:
+    """The configuration of a run.
+
+    Raises:
+      WeightsError: it cannot be used.
+    """
+    try:
+        return build_config(read_json(workdir / "config.json"))
+    except UnreadableError:
+        raise
+    except ValueError as error:
+        raise WeightsError(f"{workdir}/config.json cannot be used: {error}; name another run") from error

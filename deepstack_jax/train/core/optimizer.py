@@ -32,6 +32,13 @@ def unflatten(flat: dict[str, Any]) -> Any:
     return traverse_util.unflatten_dict(flat, sep="/")
 
 
+def split(params: Any, groups: dict[str, str]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(trainable, frozen) of nested parameters, each by path."""
+    flat = flatten(params)
+    trainable = {path: leaf for path, leaf in flat.items() if groups[path] != FROZEN}
+    return trainable, {path: leaf for path, leaf in flat.items() if path not in trainable}
+
+
 def assign_groups(paths: list[str], table: tuple[tuple[str, str], ...]) -> dict[str, str]:
     """Group of every parameter path; the first pattern found in the path (re.search) wins.
 
@@ -115,6 +122,15 @@ def _group_transform(group: OptimizerGroup, schedule: optax.Schedule) -> optax.G
 
 def _all_axes(params: Any) -> Any:
     return jax.tree_util.tree_map_with_path(lambda path, leaf: matrix_axes(path[0].key, leaf.ndim), params)
+
+
+def main_learning_rate(config: OptimizerConfig, groups: dict[str, str], sizes: dict[str, int]) -> float:
+    """Learning rate, at the schedule's top, of the group that most parameters belong to."""
+    members: dict[str, int] = defaultdict(int)
+    for path, group in groups.items():
+        if group != FROZEN:
+            members[group] += sizes[path]
+    return config.groups[max(members, key=lambda group: members[group])].lr
 
 
 def describe_groups(

@@ -22,10 +22,9 @@ from deepstack_jax.parallel.kernels import Kernel, attention_for, kernel_for
 from deepstack_jax.parallel.mesh import check_model_fits
 from deepstack_jax.parallel.rules import batch_sharding, crop_shards, param_shardings, replicated
 from deepstack_jax.train.core.optimizer import assign_groups, flatten, make_optimizer, make_schedule
-from deepstack_jax.train.core.state import abstract_state, find_weights, new_state, state_shardings
+from deepstack_jax.train.core.state import abstract_state, new_state, state_shardings
 from deepstack_jax.train.core.step import LossSums, ModelFns, StepFn, make_loss, make_train_step
 from deepstack_jax.types import PyTree, TrainState
-from deepstack_jax.weights.load import absent_leaves, load_params
 
 
 @dataclass(frozen=True)
@@ -139,29 +138,3 @@ def build_program(config: Config, mesh: Mesh, steps: int) -> Program:
         loss=make_loss(functions, chunk),
         step=make_train_step(functions, optimizer, groups, schedule, accumulation=accumulation, chunk=chunk),
     )
-
-
-def first_state(program: Program) -> TrainState:
-    """Parameters drawn from the seed, or read from `train.weights`, and a fresh optimizer, born where they belong.
-
-    Drawn values do not depend on the mesh: jax's random bits are the same under any sharding.
-    """
-    config, shardings = program.config, program.shardings
-
-    def draw_params(key: jax.Array) -> PyTree:
-        return nn.unbox(program.model.init(key, program.sample))["params"]
-
-    key = jax.random.key(config.seed)
-    if not config.train.weights:
-        return jax.jit(lambda key: program.begin(draw_params(key)), out_shardings=shardings)(key)
-    found = find_weights(config)
-    fresh = {}
-    if absent := absent_leaves(found.tensors, config):
-
-        def draw_absent(key: jax.Array) -> dict[str, jax.Array]:
-            drawn = flatten(draw_params(key))
-            return {path: drawn[path] for path in absent}
-
-        fresh = jax.device_get(jax.jit(draw_absent)(key))
-    kinds = {path: leaf.dtype for path, leaf in flatten(program.abstract_state().params).items()}
-    return program.jit_begin()(load_params(found.tensors, config, kinds, shardings.params, fresh))

@@ -11,7 +11,7 @@ import optax
 from jaxtyping import Array, Float, Int
 
 from deepstack_jax.batch import Batch
-from deepstack_jax.train.core.optimizer import FROZEN, flatten, unflatten
+from deepstack_jax.train.core.optimizer import split, unflatten
 from deepstack_jax.types import PyTree, TrainState
 
 StepFn = Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]
@@ -93,9 +93,7 @@ def make_train_step(
     loss_fn = make_loss(model, chunk)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
-        flat = flatten(state.params)
-        frozen = {path: leaf for path, leaf in flat.items() if groups[path] == FROZEN}
-        trainable = {path: leaf for path, leaf in flat.items() if groups[path] != FROZEN}
+        trainable, frozen = split(state.params, groups)
 
         def loss_sum(trainable: PyTree, batch: Batch) -> tuple[Array, LossSums]:
             sums = loss_fn(unflatten({**frozen, **trainable}), batch)

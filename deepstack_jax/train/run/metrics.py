@@ -83,6 +83,12 @@ def read_metrics(workdir: Path) -> list[dict[str, Any]]:
     return [line for line in read_lines(workdir / "metrics.jsonl") if isinstance(line.get("step"), int)]
 
 
+def seconds_per_step(workdir: Path) -> float | None:
+    """The median over the run's log lines; None where it was too short to be timed."""
+    timed = [record["seconds_per_step"] for record in read_metrics(workdir) if "seconds_per_step" in record]
+    return float(np.median(timed)) if timed else None
+
+
 class Quarantine:
     """Counts examples that could not be used and writes each, once, with its reason to quarantine.jsonl.
 

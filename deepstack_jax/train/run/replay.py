@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,14 +16,22 @@ from jaxtyping import Array, Float
 
 from deepstack_jax.atomic import write_json
 from deepstack_jax.batch import Batch
+from deepstack_jax.config import Config, build_config
+from deepstack_jax.data.fingerprint import describe_data, describe_texts
 from deepstack_jax.data.pipeline import TrainingStream
 from deepstack_jax.errors import UserError
 from deepstack_jax.parallel.distributed import put_batch
-from deepstack_jax.printing import Console
+from deepstack_jax.parallel.mesh import make_mesh
+from deepstack_jax.parallel.rules import use_mesh
+from deepstack_jax.printing import REDACTED, Console
+from deepstack_jax.train.checkpoint.init_weights import first_state
 from deepstack_jax.train.checkpoint.manager import Checkpoints
-from deepstack_jax.train.core.optimizer import FROZEN, flatten, unflatten
-from deepstack_jax.train.core.program import Program, first_state
+from deepstack_jax.train.checkpoint.reading import CheckpointError, UnreadableError, read_json
+from deepstack_jax.train.core.optimizer import flatten, split, unflatten
+from deepstack_jax.train.core.program import Program, build_program
 from deepstack_jax.train.core.step import token_loss
+from deepstack_jax.train.run.inputs import open_inputs, open_stream
+from deepstack_jax.train.run.resume import check_same_run, data_changes
 from deepstack_jax.types import PyTree, TrainState
 
 log = logging.getLogger(__name__)
@@ -95,43 +103,62 @@ class Findings(NamedTuple):
 
 def examine(program: Program, state: TrainState, batch: Batch) -> Findings:
     """Look into one step: which rows and which parameters carry the trouble."""
-    losses = jax.device_get(jax.jit(_row_losses(program))(state.params, batch))
-    bad = jax.device_get(jax.jit(_bad_gradients(program))(state.params, batch))
-    unfit = jax.device_get(jax.jit(lambda params: jax.tree.map(_any_bad, flatten(params)))(state.params))
-    gradients, parameters = ([name for name in names if names[name]] for names in (bad, unfit))
-    return Findings(losses.tolist(), gradients, parameters, len(bad))
+    trainable, frozen = split(state.params, program.groups)
+
+    def gradients(trainable: PyTree, frozen: PyTree, batch: Batch) -> PyTree:
+        return jax.grad(lambda trainable: program.loss(unflatten({**frozen, **trainable}), batch).loss)(trainable)
+
+    losses = jax.device_get(jax.jit(partial(_row_losses, program))(state.params, batch))
+    bad = _bad_names(jax.jit(lambda *parts: _any_bad(gradients(*parts)))(trainable, frozen, batch))
+    return Findings(losses.tolist(), bad, _bad_names(jax.jit(_any_bad)(flatten(state.params))), len(trainable))
 
 
-def _any_bad(array: Array) -> Array:
-    return ~jnp.isfinite(array).all()
+def _row_losses(program: Program, params: PyTree, batch: Batch) -> Float[Array, " B"]:
+    def one(hidden: Array, targets: Array, weights: Array) -> Array:
+        logits = partial(program.functions.logits, params)
+        sums = token_loss(logits, hidden[None], targets[None], weights[None], program.config.train.loss_chunk)
+        return sums.loss / jnp.maximum(sums.weight, 1.0)
+
+    return jax.vmap(one)(program.functions.hidden(params, batch), batch.targets, batch.loss_weights)
 
 
-def _row_losses(program: Program) -> Callable[[PyTree, Batch], Float[Array, " B"]]:
-    functions, chunk = program.functions, program.config.train.loss_chunk
-
-    def losses(params: PyTree, batch: Batch) -> Array:
-        def one(hidden: Array, targets: Array, weights: Array) -> Array:
-            logits = partial(functions.logits, params)
-            sums = token_loss(logits, hidden[None], targets[None], weights[None], chunk)
-            return sums.loss / jnp.maximum(sums.weight, 1.0)
-
-        return jax.vmap(one)(functions.hidden(params, batch), batch.targets, batch.loss_weights)
-
-    return losses
+def _any_bad(arrays: PyTree) -> PyTree:
+    return jax.tree.map(lambda array: ~jnp.isfinite(array).all(), arrays)
 
 
-def _bad_gradients(program: Program) -> Callable[[PyTree, Batch], dict[str, Array]]:
-    def bad(params: PyTree, batch: Batch) -> dict[str, Array]:
-        flat = flatten(params)
-        frozen = {path: leaf for path, leaf in flat.items() if program.groups[path] == FROZEN}
-        trainable = {path: leaf for path, leaf in flat.items() if program.groups[path] != FROZEN}
+def _bad_names(bad: dict[str, Array]) -> list[str]:
+    return [name for name, is_bad in jax.device_get(bad).items() if is_bad]
 
-        def loss(trainable: PyTree) -> Array:
-            return program.loss(unflatten({**frozen, **trainable}), batch).loss
 
-        return jax.tree.map(_any_bad, jax.grad(loss)(trainable))
+def replay_file(file: Path, given: Config | None, console: Console) -> None:
+    """Build the run that a bundle lies in, by the configuration there or the same one given again, and do its step again.
 
-    return bad
+    Raises:
+      ReplayError: no run, or no bundle of it, is there.
+      CheckpointError: the checkpoint that the bundle names cannot be read, or `given` is of another run.
+    """
+    workdir = file.absolute().parents[1]
+    try:
+        config = build_config(read_json(workdir / "config.json"))
+    except UnreadableError:
+        raise
+    except CheckpointError as error:
+        raise ReplayError(f"{workdir} holds no run: {error}; name a file WORKDIR/replay/step-N.json") from error
+    if given is not None:
+        check_same_run(given, workdir)
+        config = given
+    elif REDACTED in str(config):
+        raise ReplayError(f"{workdir}/config.json holds no credentials; give --config as the run was given it, URLs and all")
+    _, source = open_inputs(config, starts=not read_bundle(file).checkpoint)
+    mesh = make_mesh(config.mesh)
+    stream = open_stream(config, source, mesh)
+    program = build_program(config, mesh, config.train.steps or stream.steps(config.train.epochs))
+    data = describe_data(config, {"train": source})
+    for difference in data_changes(config, workdir, data, partial(describe_texts, config, source)):
+        console.print(f"warning: the step may be another one: {difference}", soft_wrap=True)
+    with use_mesh(mesh):
+        replay(file, program, stream, Checkpoints(workdir, config.train, read_only=True), console)
+    stream.close()
 
 
 def replay(file: Path, program: Program, stream: TrainingStream, checkpoints: Checkpoints, console: Console) -> Findings:
@@ -146,7 +173,10 @@ def replay(file: Path, program: Program, stream: TrainingStream, checkpoints: Ch
     """
     bundle = read_bundle(file)
     if bundle.checkpoint:
-        state, place = _found(checkpoints.restore(program.abstract_state(), bundle.checkpoint))
+        restored = checkpoints.restore(program.abstract_state(), bundle.checkpoint)
+        if restored is None:
+            raise ReplayError("the checkpoint that the bundle starts from is gone; the run cannot be walked to that step")
+        state, place = restored
         stream.restore(place)
     else:
         state = first_state(program)
@@ -184,9 +214,3 @@ def describe(bundle: Bundle, findings: Findings, batch: Batch, numbers: Mapping[
     if len(lines) == 1:
         lines.append("all of it is finite here: the numbers depend on the machine or its software")
     return "\n".join(lines)
-
-
-def _found(restored: tuple[TrainState, dict[str, Any]] | None) -> tuple[TrainState, dict[str, Any]]:
-    if restored is None:
-        raise ReplayError("the checkpoint that the bundle starts from is gone; the run cannot be walked to that step")
-    return restored
