@@ -19,6 +19,7 @@ from ml_collections import ConfigDict, config_flags
 
 from deepstack_jax.config import Config, build_config
 from deepstack_jax.errors import ConfigError, UserError
+from deepstack_jax.jax_messages import is_after_failed_save, memory_asked
 from deepstack_jax.printing import guard_streams, one_line, quote
 from deepstack_jax.stop_signals import EXIT_DONE, EXIT_INTERRUPTED
 
@@ -117,7 +118,7 @@ def run(
     except MemoryError as error:
         _fail(f"out of memory: {str(error) or 'this process was given no more'}; {needs_less_memory}")
     except (RuntimeError, ValueError) as error:  # by the place that it strikes
-        asked = _memory_asked(str(error))
+        asked = memory_asked(str(error))
         if not asked:
             raise
         _fail(f"out of memory: {asked}; {needs_less_memory}")
@@ -149,17 +150,9 @@ def _is_for_the_user(record: logging.LogRecord) -> bool:
     return "/orbax/" not in record.pathname and record.name != "asyncio"
 
 
-def _memory_asked(message: str) -> str:
-    """What jax says of memory that it did not get, in one line; "" where it says something else."""
-    found = re.search(r"RESOURCE_EXHAUSTED: *(.*)", message)
-    if not found or not re.search("memory|allocat", found[1], re.IGNORECASE):  # a full disk has the same name
-        return ""
-    return re.sub(r"(\d{7,}) bytes", lambda number: f"{int(number[1]) / 1e9:,.1f} GB", found[1].rstrip(" ."))
-
-
 def _unraisable(unraisable: sys.UnraisableHookArgs) -> None:
-    """What tensorstore says of every array of a save that has failed, in which orbax has ended its event loop, is no news."""
-    if str(unraisable.exc_value) != "Event loop is closed":
+    """As Python's own, but for what follows a save that has failed, which is said already."""
+    if not is_after_failed_save(unraisable.exc_value):
         sys.__unraisablehook__(unraisable)
 
 

@@ -16,6 +16,7 @@ from types import TracebackType
 import jax
 
 from deepstack_jax.errors import ConfigError
+from deepstack_jax.jax_messages import KUBERNETES, is_lost_process, is_no_cluster
 
 # A process that says nothing for so long is dead, and the others stop. Well within a minute, and far beyond a pause of Python.
 HEARTBEAT_SECONDS = 30
@@ -34,9 +35,6 @@ _LAUNCHERS = (
 )
 _STEP = ("SLURM_STEP_ID", "SLURM_STEP_NODELIST")  # outside a step SLURM_NTASKS is what the job could start
 _OPEN_MPI_4 = "OMPI_MCA_orte_hnp_uri"  # the only sign by which jax knows Open MPI; 5 has none like it
-# What collectives say whose other end is gone: gloo's words, NCCL's, and those of jax's own service.
-_LOST = ("closed by peer", "reset by peer", "Broken pipe", "remote process exited", "heartbeat timeout", "tasks are unhealthy")
-_NOT_DETECTED = "coordinator_address should be defined"  # how jax says that it knows no such environment
 
 
 @dataclass(frozen=True)
@@ -93,8 +91,7 @@ def _launched() -> _Launched | None:
 
 def _leave_at_once(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
     """The end of one of several processes by an exception: Python's own would first wait for the others, and they for it."""
-    # A ValueError where jax met it while it dispatched.
-    if isinstance(error, (jax.errors.JaxRuntimeError, ValueError)) and any(sign in str(error) for sign in _LOST):
+    if is_lost_process(error):
         reason = str(error).splitlines()[0]
         print(
             f"error: lost another process of this run ({reason}); its own output says why; the same command goes on from "
@@ -175,11 +172,11 @@ def _connect_if_detected(launched: _Launched | None) -> None:
 def _detected() -> bool:
     """Whether jax found the other processes by itself; they are connected then."""
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Kubernetes environment detected")  # a Pod need not belong to a run of several
+        warnings.filterwarnings("ignore", KUBERNETES)
         try:
             _connect()
         except ValueError as error:
-            if _NOT_DETECTED not in str(error):
+            if not is_no_cluster(error):
                 raise
             return False
     return True

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -10,11 +9,9 @@ from typing import Any
 import jax
 
 from deepstack_jax.errors import ConfigError
-from deepstack_jax.parallel.chips import GIB
+from deepstack_jax.jax_messages import hbm_asked
 from deepstack_jax.parallel.rules import use_mesh
 from deepstack_jax.train.core.program import Program
-
-_UNITS = {"K": 2**10, "M": 2**20, "G": GIB, "T": 2**40}
 
 
 @dataclass(frozen=True)
@@ -64,7 +61,7 @@ def compile_step(program: Program, rows: int, length: int) -> Compiled | Overflo
             compiled = lowered.compile()
         except jax.errors.JaxRuntimeError as error:
             message = str(error)
-            if total := _wanted(message):
+            if total := hbm_asked(message):
                 return Overflow(total, time.perf_counter() - began)
             raise ConfigError(
                 f"the compiler refuses this step: {message.splitlines()[0][:200]}; try another config.decoder.remat or mesh"
@@ -81,9 +78,3 @@ def compile_step(program: Program, rows: int, length: int) -> Compiled | Overflo
         text=compiled.as_text() or "",
         seconds=seconds,
     )
-
-
-def _wanted(message: str) -> float:
-    """Bytes that a step would take, as the compiler says when it refuses it; 0 = it refuses for another reason."""
-    found = re.search(r"(?:Used |required for HLO temporaries \()([\d.]+)([KMGT])", message)
-    return float(found[1]) * _UNITS[found[2]] if found and "RESOURCE_EXHAUSTED" in message else 0.0

@@ -14,6 +14,7 @@ import jax
 from jax.experimental import topologies
 
 from deepstack_jax.errors import ConfigError, nearest
+from deepstack_jax.jax_messages import is_unknown_topology
 from deepstack_jax.parallel.chips import CHIPS, GIB, Chip
 
 GPUS_PER_HOST = 8
@@ -143,7 +144,7 @@ def _tpu_slices(name: str, family: str, shape: str, slices: int) -> Machine:
     try:
         devices = topologies.get_topology_desc(name, "tpu", num_slices=slices).devices
     except jax.errors.JaxRuntimeError as error:
-        if "INVALID_ARGUMENT" not in str(error):
+        if not is_unknown_topology(error):
             raise
         near = min(shapes, key=lambda other: abs(math.log(chips(other) / max(chips(shape), 1))))
         raise ConfigError(

@@ -15,6 +15,7 @@ ALLOWED = {
     "errors": set(),
     "atomic": set(),
     "json_lines": set(),
+    "jax_messages": set(),
     "stop_signals": set(),
     "progress": set(),
     "layout": {"batch"},
@@ -23,10 +24,10 @@ ALLOWED = {
     "model": {"batch", "types", "config"},
     "data": {"batch", "atomic", "config", "layout"},
     "families": {"batch", "config", "layout", "model"},
-    "parallel": {"batch", "types", "config", "model"},
+    "parallel": {"batch", "jax_messages", "types", "config", "model"},
     "weights": {"batch", "atomic", "types", "config", "families"},
     "train": {
-        *("batch", "atomic", "json_lines", "progress", "stop_signals", "types"),
+        *("batch", "atomic", "jax_messages", "json_lines", "progress", "stop_signals", "types"),
         *("config", "data", "families", "model", "parallel", "weights"),
     },
     "generate": {"batch", "atomic", "types", "config", "layout", "data", "families", "model", "parallel", "weights"},
@@ -36,7 +37,7 @@ ALLOWED |= {
     "evaluate": _BELOW,
     "plan": _BELOW | {"evaluate"},
     "api": _BELOW,
-    "cli": {"config", "atomic", "stop_signals"},
+    "cli": {"config", "atomic", "jax_messages", "stop_signals"},
 }
 ALLOWED["audit"] = {"batch", "config", "data", "layout"}  # a page about data: nothing builds on it
 ALLOWED["prepare"] = {"batch", "atomic", "config", "data", "layout"}

@@ -14,7 +14,7 @@ from deepstack_jax.parallel.distributed import put_batch
 from deepstack_jax.parallel.mesh import make_mesh
 from deepstack_jax.parallel.rules import use_mesh
 from deepstack_jax.plan.collectives import Collective, find_collectives, ring
-from deepstack_jax.plan.compile import Compiled, Overflow, _wanted
+from deepstack_jax.plan.compile import Compiled, Overflow
 from deepstack_jax.plan.memory import activation_memory, state_memory
 from deepstack_jax.plan.planner import Wanted, make_plan, memory_by_kind, plan_load
 from deepstack_jax.plan.report import Plan, belongs_to, by_kind, verdict
@@ -265,18 +265,6 @@ def test_memory_splits_what_the_compiler_says_and_no_more():
     assert sum(small.values()) == pytest.approx(compiled.total - 10 * more.total + more.gradients / 2)
     assert (small["stacks"], small["temporaries"]) == (0, 0)
     assert sum(memory_by_kind(own, more, Overflow(1e9, 1.0)).values()) == pytest.approx(1e9)
-
-
-@pytest.mark.parametrize(
-    ("message", "size"),
-    [
-        ("RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (20.01G) exceeds", 20.01),
-        ("RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 18.50G of 15.75G hbm. Exceeded hbm capacity", 18.5),
-        ("INVALID_ARGUMENT: Used 18.50G of nothing", 0),
-    ],
-)
-def test_what_a_refused_step_would_take(message, size):
-    assert _wanted(message) == pytest.approx(size * 2**30)
 
 
 def test_gradients_and_activations_shrink_with_what_splits_them():

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import logging
 import os
-import re
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
 from deepstack_jax.errors import UserError
+from deepstack_jax.jax_messages import is_out_of_memory, is_passing
 from deepstack_jax.printing import cut
 
 log = logging.getLogger(__name__)
@@ -22,25 +21,8 @@ T = TypeVar("T")
 PAUSES = (1.0, 3.0, 10.0)
 """Seconds before each further try."""
 
-# What the operating system says of a file that is missing, or something else than it was written as.
-_MISSING = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG)
-_MISSING_KINDS = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
 # How the bytes of a damaged file fail in json, orbax and tensorstore; its DATA_LOSS and NOT_FOUND come as ValueErrors.
 _UNDECODABLE = (ValueError, LookupError, TypeError, AttributeError, EOFError, RecursionError, OSError)
-# Status codes of tensorstore and of jax that say nothing of the file.
-_PASSING = re.compile(
-    r"\b(?:UNAVAILABLE|DEADLINE_EXCEEDED|RESOURCE_EXHAUSTED|INTERNAL|ABORTED|CANCELLED|UNKNOWN|PERMISSION_DENIED"
-    r"|UNAUTHENTICATED)\b:"
-)
-_NUMBER = re.compile(r"(?:os_error_code='|\[Errno )(\d+)")
-_WORDS = tuple(
-    os.strerror(number)
-    for number in (
-        *(errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT),
-        *(errno.EMFILE, errno.ENFILE, errno.EINTR, errno.EAGAIN, errno.ENOMEM, errno.EBUSY, errno.ENOTCONN, errno.ECONNRESET),
-        *(errno.ECONNREFUSED, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENETUNREACH, errno.EPIPE),
-    )
-)
 _NOW = "now: "  # before what a host says of a failure that is no damage
 
 
@@ -54,32 +36,7 @@ class UnreadableError(CheckpointError, OSError):
 
 def is_damage(error: BaseException) -> bool:
     """Whether an error is about the bytes that were read (missing, cut, not what they should be) and nothing passing."""
-    return isinstance(error, _UNDECODABLE) and not _is_passing(error)
-
-
-def _is_passing(error: BaseException) -> bool:
-    """Whether the error, or any that led to it, tells of memory, storage, a network or rights."""
-    chain = [error]
-    for link in chain:
-        text, numbers = str(link), list[int]()
-        if isinstance(link, OSError):
-            if link.errno is None and not isinstance(link, _MISSING_KINDS):
-                return True
-            numbers += [link.errno] if link.errno is not None else []
-        numbers += map(int, _NUMBER.findall(text))
-        if isinstance(link, MemoryError) or any(number not in _MISSING for number in numbers):
-            return True
-        if not numbers and (_PASSING.search(text) or any(words in text for words in _WORDS)):
-            return True
-        led = [link.__cause__, None if link.__suppress_context__ else link.__context__]
-        led += link.exceptions if isinstance(link, BaseExceptionGroup) else ()
-        chain += [earlier for earlier in led if earlier is not None and earlier not in chain]
-    return False
-
-
-def _is_memory(error: BaseException) -> bool:
-    """Too little memory on the host or a device, which what runs a verb has advice for."""
-    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" in str(error))
+    return isinstance(error, _UNDECODABLE) and not is_passing(error)
 
 
 def read_or_damage(
@@ -109,7 +66,7 @@ def read_or_damage(
         if pause is not None:
             log.warning("%s cannot be read now (%s); trying again in %g s", what, passing[0], pause)
             time.sleep(pause)
-        elif failure is not None and (_is_memory(failure) or not _is_passing(failure)):
+        elif failure is not None and (is_out_of_memory(failure) or not is_passing(failure)):
             raise failure
         else:
             raise UnreadableError(
