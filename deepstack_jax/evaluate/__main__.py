@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -63,16 +64,17 @@ that was stopped are kept, and the same command goes on from there.
 Exit codes: 0 done; 1 a mistake in the input, said in one line; 130 stopped by Ctrl-C.
 """
 
-FLAGS = {
+_COUNT = partial(flags.DEFINE_integer, lower_bound=1)
+FLAGS: dict[str, tuple[Callable[..., Any], Any, str]] = {
     "model": (flags.DEFINE_string, None, "Model folder, hub id or workdir."),
     "data": (flags.DEFINE_string, None, "File of held-out rows."),
     "images": (flags.DEFINE_string, "", "Image root."),
-    "limit": (flags.DEFINE_integer, None, "Most rows."),
+    "limit": (_COUNT, None, "Most rows."),
     "out": (flags.DEFINE_string, None, "Folder for predictions.jsonl and results.json."),
-    "max_new_tokens": (flags.DEFINE_integer, None, "Most tokens of an answer."),
-    "batch_size": (flags.DEFINE_integer, None, "Questions answered at once."),
+    "max_new_tokens": (_COUNT, None, "Most tokens of an answer."),
+    "batch_size": (_COUNT, None, "Questions answered at once."),
     "template": (flags.DEFINE_string, None, "Conversation template."),
-    "dtype": (flags.DEFINE_string, None, "float32 or bfloat16."),
+    "dtype": (partial(flags.DEFINE_enum, enum_values=DTYPES), None, "float32 or bfloat16."),
 }
 MAX_NEW_TOKENS, BATCH_SIZE = 64, 8  # with --data
 LINES = 50  # of progress, off a terminal
@@ -109,7 +111,7 @@ def define_flags() -> None:
     else:  # --config.KEY=VALUE alone
         config_flags.DEFINE_config_dict("config", default_config())
     for name, (define, default, meaning) in FLAGS.items():
-        define(name, default, meaning)
+        define(name=name, default=default, help=meaning)
 
 
 def names_config() -> bool:
@@ -121,11 +123,6 @@ def main() -> int:
     given: dict[str, Any] = {name: flags.FLAGS[name].value for name in FLAGS}
     if not given["model"]:
         raise ConfigError("--model is missing; e.g. --model=DIR with a Hugging Face folder or the workdir of a training run")
-    if given["dtype"] not in (None, *DTYPES):
-        raise ConfigError(f"--dtype={given['dtype']} is not known; use one of {', '.join(DTYPES)}")
-    for name in ("limit", "batch_size"):
-        if given[name] is not None and given[name] < 1:
-            raise ConfigError(f"--{name}={given[name]}, expected 1 or more")
     console = Console()
     evaluation = open_evaluation(given, console)
     leave_out(evaluation.bad, [], evaluation, console)

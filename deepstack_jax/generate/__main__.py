@@ -8,8 +8,9 @@ import os
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ Ask a model about images, once or in a conversation.
   --image=FILE          again for several; every prompt sees all of them. Where a prompt has no <image>, they come first
   --prompt=TEXT         again for several prompts
   --prompts=FILE        one prompt per line, empty lines left out; --prompts=- or a pipe reads them from standard input
-  --chat                a conversation: /image FILE adds a picture, /clear starts anew, /exit or Ctrl-D ends; Ctrl-C stops an
+  --chat                a conversation: /image FILE adds a picture, /clear starts again, /exit or Ctrl-D ends; Ctrl-C stops an
                         answer, what was said stays part of the conversation
   --json                one JSON object per answer: prompt, images, answer, tokens, seconds
   --max_new_tokens=64   most tokens of an answer
@@ -50,9 +51,8 @@ Answers go to standard output, all else to standard error. Exit codes: 0 done; 1
 130 stopped by Ctrl-C.
 """
 
-
 _OPTIONS = Options()
-FLAGS = {
+FLAGS: dict[str, tuple[Callable[..., Any], Any, str]] = {
     "model": (flags.DEFINE_string, None, "Model folder, hub id or workdir."),
     "image": (flags.DEFINE_multi_string, [], "Image file."),
     "prompt": (flags.DEFINE_multi_string, [], "Prompt."),
@@ -67,15 +67,15 @@ FLAGS = {
     "seed": (flags.DEFINE_integer, _OPTIONS.seed, "Seed of the noise."),
     "exif": (flags.DEFINE_string, _OPTIONS.exif, "apply or ignore."),
     "template": (flags.DEFINE_string, None, "Conversation template."),
-    "dtype": (flags.DEFINE_string, None, "float32 or bfloat16."),
-    "batch_size": (flags.DEFINE_integer, 1, "Prompts answered at once."),
+    "dtype": (partial(flags.DEFINE_enum, enum_values=DTYPES), None, "float32 or bfloat16."),
+    "batch_size": (partial(flags.DEFINE_integer, lower_bound=1), 1, "Prompts answered at once."),
 }
 
 
 def define_flags() -> None:
     """Only when this verb runs, so that another may have flags of the same name."""
     for name, (define, default, meaning) in FLAGS.items():
-        define(name, default, meaning)
+        define(name=name, default=default, help=meaning)
 
 
 def main() -> int:
@@ -84,8 +84,6 @@ def main() -> int:
     name, dtype, images = given["model"], given["dtype"], [os.path.expanduser(image) for image in given["image"]]
     if not name:
         raise ConfigError("--model is missing; e.g. --model=DIR with a Hugging Face folder or the workdir of a training run")
-    if dtype not in (None, *DTYPES):
-        raise ConfigError(f"--dtype={dtype} is not known; use one of {', '.join(DTYPES)}")
     if given["chat"] and (given["json"] or given["prompt"] or given["prompts"]):
         raise ConfigError("--chat asks for prompts itself; leave out --prompt, --prompts and --json")
     prompts = [] if given["chat"] else read_prompts(given["prompt"], given["prompts"])
@@ -132,18 +130,17 @@ def answer_all(
     """Answer the prompts about all images (by name), in order, some at once, and print each as soon as it is there."""
     names, cut = [name for name, _ in images], [image for _, image in images]
     total, began = 0, time.perf_counter()
-    for first in range(0, len(prompts), max(1, batch_size)):
-        part, start = prompts[first : first + max(1, batch_size)], time.perf_counter()
-        answers = lmm.answers([(cut, prompt) for prompt in part], options, batch_size=batch_size)
+    for first in range(0, len(prompts), batch_size):
+        batch, start = prompts[first : first + batch_size], time.perf_counter()
+        answers = lmm.answers([(cut, prompt) for prompt in batch], options, batch_size=batch_size)
         seconds = time.perf_counter() - start
-        for prompt, answer in zip(part, answers, strict=True):
-            record = {"prompt": prompt, "images": names, "answer": answer.text, "tokens": answer.tokens}
-            print(
-                json.dumps(record | {"seconds": round(seconds, 4)}, ensure_ascii=False) if as_json else answer.text, flush=True
-            )
-            total += answer.tokens
-        said = "compiling included" if first == 0 else f"{sum(answer.tokens for answer in answers) / seconds:.1f} tokens/s"
-        note(f"{first + len(part)}/{len(prompts)} answered, {seconds:.2f} s, {said}")
+        for prompt, (answer, tokens) in zip(batch, answers, strict=True):
+            record = {"prompt": prompt, "images": names, "answer": answer, "tokens": tokens, "seconds": round(seconds, 4)}
+            print(json.dumps(record, ensure_ascii=False) if as_json else answer, flush=True)
+        made = sum(answer.tokens for answer in answers)
+        total += made
+        rate = "compiling included" if first == 0 else f"{made / seconds:.1f} tokens/s"
+        note(f"{first + len(batch)}/{len(prompts)} answered, {seconds:.2f} s, {rate}")
     if len(prompts) > 1:
         note(f"{plural(len(prompts), 'answer')}, {plural(total, 'token')} in {time.perf_counter() - began:.2f} s")
 
@@ -151,7 +148,7 @@ def answer_all(
 def chat(lmm: LMM, images: list[CutImage], options: Options) -> int:
     """A conversation on the terminal; a mistake is said in one line and the conversation goes on as it was."""
     talk, waiting = lmm.chat(**vars(options)), images
-    note("ask away; /image FILE adds a picture, /clear starts anew, /exit or Ctrl-D ends, Ctrl-C stops an answer")
+    note("ask away; /image FILE adds a picture, /clear starts again, /exit or Ctrl-D ends, Ctrl-C stops an answer")
     for line in typed_lines():
         command, _, rest = line.partition(" ")
         match command:

@@ -34,7 +34,7 @@ def next_token_logits(
     pad_id: int,
     exif: str,
 ) -> np.ndarray:
-    """As `api.LMM.logits`, which see."""
+    """As `api.LMM.logits`, where the arguments are described."""
     ids = _array("input_ids", input_ids)
     if ids.ndim != 2 or not np.issubdtype(ids.dtype, np.integer) or not ids.size:
         raise RequestError(
@@ -67,7 +67,7 @@ def real_tokens(ids: np.ndarray, pad_id: int) -> np.ndarray:
 
 
 def padded_left(mask: np.ndarray) -> bool:
-    """Whether rows are padded in front, and none behind."""
+    """Whether rows are padded in front, and none at the end."""
     return not mask[:, 0].all() and bool(mask[:, -1].all())
 
 

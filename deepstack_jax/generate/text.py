@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+from deepstack_jax.data.encode.encoder import known_ids
 from deepstack_jax.data.encode.templates import Template
 from deepstack_jax.data.encode.tokenizer import Tokenizer
 
@@ -19,7 +20,7 @@ def end_of_turn(template: Template, tokenizer: Tokenizer) -> tuple[list[int], tu
     end = (template.prompting or template).end
     end = end.strip() or end
     ids = [tokenizer.eos_id]
-    found = [int(id) for id in tokenizer.encode(end)[0]] if end and _can_encode(end, tokenizer) else []
+    found = known_ids(end, tokenizer) if end else []
     if len(found) == 1:
         ids = sorted({*ids, *found})
     shows = bool(end) and not (len(found) == 1 and not tokenizer.decode(found))
@@ -28,18 +29,8 @@ def end_of_turn(template: Template, tokenizer: Tokenizer) -> tuple[list[int], tu
 
 def is_one_token(text: str, tokenizer: Tokenizer) -> bool:
     """Whether a tokenizer has these characters as one token of its own."""
-    if not _can_encode(text, tokenizer):
-        return False
-    found = tokenizer.encode(text)[0].tolist()
-    return len(found) == 1 and tokenizer.encode(text * 2)[0].tolist() == found * 2  # twice an unknown word is one unknown word
-
-
-def _can_encode(text: str, tokenizer: Tokenizer) -> bool:
-    try:
-        tokenizer.encode(text)
-    except ValueError:  # a closed vocabulary without this word, which the model then cannot say
-        return False
-    return True
+    found = known_ids(text, tokenizer)
+    return len(found) == 1 and known_ids(text * 2, tokenizer) == found * 2  # twice an unknown word is one unknown word
 
 
 class AnswerText:
@@ -92,8 +83,5 @@ class AnswerText:
 
     def _held(self, text: str) -> int:
         """Length of the longest end of the text that may yet become a stop string."""
-        longest = max((len(stop) for stop in self._stops), default=1) - 1
-        for size in range(min(longest, len(text)), 0, -1):
-            if any(stop.startswith(text[-size:]) for stop in self._stops):
-                return size
-        return 0
+        begun = (size for stop in self._stops for size in range(1, len(stop)) if text.endswith(stop[:size]))
+        return max(begun, default=0)
