@@ -30,7 +30,8 @@ BUFFER_BYTES = 8 << 20
 MAX_JSON_BYTES = 256 << 20
 """Of a JSON file that is read as a whole: a manifest, a state."""
 
-_Key, _Value = TypeVar("_Key"), TypeVar("_Value")
+_Key = TypeVar("_Key")
+_Value = TypeVar("_Value")
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 _LOCAL = "file://"
 _THREADS = 16  # requests under way at once; latency dominates, not bandwidth
