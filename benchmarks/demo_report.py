@@ -232,7 +232,7 @@ def pick_pages(runs: Sequence[Run]) -> list[Shown]:
         ReportError: the pages of this version of the generator are not those that the runs were asked about.
     """
     baseline, deepstack = runs[0], runs[2]
-    source = open_source(deepstack.config, "validation")
+    source = open_source(deepstack.config.data, "validation")
     given = {run.name: {(row["row"], row["turn"]): row for row in run.answers} for run in runs[:3]}
     pages = []
     for index in sorted({row["row"] for row in baseline.answers})[:SHOWN_PAGES]:

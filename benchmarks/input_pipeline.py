@@ -242,7 +242,7 @@ def measure_training(name: str, overrides: dict[str, str]) -> str:
 
 def time_stream(config: Config, batches: int) -> float:
     """Seconds of one core that the input takes per batch, with nothing else going on."""
-    stream = TrainingStream(open_source(config, "train"), config)
+    stream = TrainingStream(open_source(config.data, "train"), config.data_spec)
     with on_cores(1):
         for _ in range(WARM_UP):  # beyond those made ahead
             next(stream)

@@ -68,7 +68,7 @@ def main() -> int:
     if given.packed:
         changes.update_from_flattened_dict({"data.max_length": 2048})
     config = build_config(changes)
-    stream = TrainingStream(open_source(config, "train"), config)
+    stream = TrainingStream(open_source(config.data, "train"), config.data_spec)
     console, own = Console(width=110), os.getpid()
     if table := stream.describe():
         console.print(table)

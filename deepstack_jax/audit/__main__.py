@@ -17,9 +17,9 @@ from deepstack_jax.audit.page import quarantined, render_page
 from deepstack_jax.audit.survey import choose_rows, survey
 from deepstack_jax.config import Config
 from deepstack_jax.data.encode.tokenizer import Tokenizer
+from deepstack_jax.data.encode.tokenizer_check import open_tokenizer
 from deepstack_jax.data.example import Source
 from deepstack_jax.data.open import open_source
-from deepstack_jax.data.pipeline import open_tokenizer
 from deepstack_jax.errors import ConfigError, try_all
 from deepstack_jax.printing import Console, plural
 
@@ -75,7 +75,7 @@ def main() -> int:
 
 def open_inputs(config: Config) -> tuple[Tokenizer, Source]:
     """The tokenizer and the training data; if both are missing, both are said at once."""
-    tokenizer, source = try_all(partial(open_tokenizer, config), partial(open_source, config, "train"))
+    tokenizer, source = try_all(partial(open_tokenizer, config.data_spec), partial(open_source, config.data, "train"))
     return tokenizer, source
 
 

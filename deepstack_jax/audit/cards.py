@@ -15,9 +15,9 @@ from deepstack_jax.audit.pictures import Sheet, data_uri
 from deepstack_jax.audit.prompt import Piece, prompt_runs, special_names
 from deepstack_jax.audit.survey import grid_name, origin_of
 from deepstack_jax.config import Config
-from deepstack_jax.data.encode.encoder import BadExample
 from deepstack_jax.data.encode.templates import get_template
 from deepstack_jax.data.encode.tokenizer import Tokenizer
+from deepstack_jax.data.example import BadExample
 from deepstack_jax.data.formats.image_files import read_image
 
 

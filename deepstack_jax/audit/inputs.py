@@ -11,11 +11,11 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 
 from deepstack_jax.config import Config
-from deepstack_jax.data.encode.encoder import BadExample, Encoder, OverlongError
+from deepstack_jax.data.encode.batch_rows import collate
+from deepstack_jax.data.encode.encoder import Encoder, OverlongError
 from deepstack_jax.data.encode.image import image_grid
-from deepstack_jax.data.example import Example, ExampleError, Source
+from deepstack_jax.data.example import BadExample, Example, ExampleError, Source
 from deepstack_jax.data.formats.image_files import image_size
-from deepstack_jax.data.pipeline import collate
 from deepstack_jax.layout.grid import Grid
 
 Made = TypeVar("Made")
@@ -115,9 +115,9 @@ def model_input(source: Source, index: int, config: Config) -> ModelInput | BadE
 
 
 def _read_back(example: Example, config: Config) -> ModelInput:
-    encoder = Encoder(config)
+    encoder = Encoder(config.data_spec)
     encoded = encoder.encode(example)
-    batch, patches = collate([encoded], config).batch, config.layout.patches
+    batch, patches = collate([encoded], config.data_spec).batch, config.layout.patches
     length = int((batch.segment_ids[0] > 0).sum())
     visual = batch.visual_index[0, :length]
     visual_ends = np.cumsum([layout.tokens.size for layout in encoded.layouts], dtype=np.int64)

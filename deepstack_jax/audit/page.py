@@ -16,7 +16,7 @@ from deepstack_jax.audit.cards import Chip, SampleCard, hex_code
 from deepstack_jax.audit.inputs import injecting_layers
 from deepstack_jax.audit.survey import Survey
 from deepstack_jax.config import Config
-from deepstack_jax.data.encode.encoder import BadExample
+from deepstack_jax.data.example import BadExample
 from deepstack_jax.printing import printable, redacted
 
 CAPTIONS = {

@@ -14,9 +14,9 @@ from rich.progress import track
 from deepstack_jax.audit.inputs import use_row
 from deepstack_jax.config import Config
 from deepstack_jax.data.encode.batch_rows import ExampleSize
-from deepstack_jax.data.encode.encoder import REMARKS, BadExample, Encoder
+from deepstack_jax.data.encode.encoder import REMARKS, Encoder
 from deepstack_jax.data.encode.image import image_grid
-from deepstack_jax.data.example import Example, Source
+from deepstack_jax.data.example import BadExample, Example, Source
 from deepstack_jax.data.formats.image_files import read_header
 from deepstack_jax.data.order.mixture import epoch_order
 from deepstack_jax.data.order.packing import RowCapacity, pack
@@ -94,7 +94,7 @@ def survey(source: Source, config: Config, rows: Sequence[int], console: Console
     Raises:
       SourceError: the source as a whole cannot be read.
     """
-    encoder = Encoder(config)
+    encoder = Encoder(config.data_spec)
     shown = track(rows, "measuring examples", console=console, transient=True, disable=not console.is_terminal)
     found = [use_row(source, row, partial(measure, encoder=encoder)) for row in shown]
     usable = tuple(one for one in found if isinstance(one, Measured))
@@ -103,11 +103,11 @@ def survey(source: Source, config: Config, rows: Sequence[int], console: Console
 
 def measure(example: Example, encoder: Encoder) -> Measured:
     """Sizes and supervised tokens of an example, its images known by their headers; raises ValueError if it cannot be used."""
-    config, layout = encoder.config, encoder.config.layout
+    spec, layout = encoder.spec, encoder.spec.layout
     whole = encoder.text(example)
-    looks = [read_header(source, config.data) for source in example.images]
+    looks = [read_header(source, spec.data) for source in example.images]
     sizes = [look.size_wh for look in looks]
-    grids = tuple(image_grid(size, config.image) for size in sizes)
+    grids = tuple(image_grid(size, spec.image) for size in sizes)
     visual = [layout.token_count(grid, size) for grid, size in zip(grids, sizes, strict=True)]
     text = encoder.fit(example, whole, visual)
     size = ExampleSize(text.ids.size - len(visual) + sum(visual), sum(map(layout.views, grids)), sum(visual))
@@ -120,14 +120,14 @@ def padded_efficiency(sizes: np.ndarray, config: Config) -> float:
     batch, slots = config.train.batch_size, 0
     for start in range(0, len(sizes), batch):
         part = sizes[start : start + batch, 0]
-        slots += len(part) * config.padded_length(part.max())
+        slots += len(part) * config.data_spec.padded_length(part.max())
     return float(sizes[:, 0].sum() / slots) if slots else 0.0
 
 
 def packed_efficiency(sizes: np.ndarray, config: Config) -> tuple[float, float]:
     """Share of useful token slots, 0..1, and examples per row, if packing were on and these examples were an epoch."""
     packing = replace(config.data.packing, enabled=True)
-    limits = RowCapacity.of(replace(config, data=replace(config.data, packing=packing)))
+    limits = RowCapacity.of(replace(config, data=replace(config.data, packing=packing)).data_spec)
     packs = pack(np.arange(len(sizes)), sizes, limits, packing.window)
     if not len(packs):
         return 0.0, 0.0

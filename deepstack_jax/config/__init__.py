@@ -6,7 +6,7 @@ it once, rejects unknown keys (naming the nearest) and impossible combinations, 
 
 from deepstack_jax.config.build import build_config, default_config, differences, to_dict
 from deepstack_jax.config.checks import check_config
-from deepstack_jax.config.data import LIMITS, DataConfig, LimitsConfig, PackingConfig, SetConfig, SyntheticConfig
+from deepstack_jax.config.data import LIMITS, DataConfig, DataSpec, LimitsConfig, PackingConfig, SetConfig, SyntheticConfig
 from deepstack_jax.config.schema import (
     CLIP_MEAN,
     CLIP_STD,

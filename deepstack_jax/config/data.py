@@ -3,6 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from deepstack_jax.batch import BatchShape
+from deepstack_jax.layout.sequence import LayoutSpec
+
+if TYPE_CHECKING:
+    from deepstack_jax.config.schema import ImageConfig
 
 
 @dataclass(frozen=True)
@@ -89,3 +96,41 @@ class DataConfig:
     limits: LimitsConfig = field(default_factory=LimitsConfig)
     packing: PackingConfig = field(default_factory=PackingConfig)
     synthetic: SyntheticConfig = field(default_factory=SyntheticConfig)
+
+
+@dataclass(frozen=True)
+class DataSpec:
+    """All of a run's configuration that its batches depend on; made once, by `Config.data_spec`."""
+
+    data: DataConfig
+    image: ImageConfig
+    layout: LayoutSpec  # where every visual token of an image goes
+    vocab_size: int  # of the decoder
+    batch_size: int  # examples per optimizer step, over all hosts
+    accumulation: int  # micro-batches per step
+
+    @property
+    def images_per_row(self) -> int:
+        """Images that a training row has room for."""
+        packing, most = self.data.packing, self.data.max_images
+        if not packing.enabled:
+            return most
+        return max(most, min(packing.max_images, self.data.max_length // self.layout.max_tokens))
+
+    def batch_shape(self, rows: int, length: int) -> BatchShape:
+        """Static sizes of a training batch of `rows` rows padded to `length`."""
+        packing = self.data.packing
+        return self._shape(rows, length, self.images_per_row, packing.max_examples if packing.enabled else 1)
+
+    def padded_shape(self, rows: int, length: int) -> BatchShape:
+        """The same with one example per row, as in evaluation, whether or not training packs."""
+        return self._shape(rows, length, self.data.max_images, 1)
+
+    def padded_length(self, longest: int) -> int:
+        """T of a batch whose longest example has so many positions: the bucket that holds it."""
+        return min((bucket for bucket in self.data.buckets if bucket >= longest), default=self.data.max_length)
+
+    def _shape(self, rows: int, length: int, images: int, examples: int) -> BatchShape:
+        layout = self.layout
+        crops, visual = images * layout.max_views, images * layout.max_tokens
+        return BatchShape(rows, length, crops, self.image.size, visual, layout.groups, examples)

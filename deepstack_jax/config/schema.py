@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from deepstack_jax.batch import BatchShape
-from deepstack_jax.config.data import DataConfig
+from deepstack_jax.config.data import DataConfig, DataSpec
 from deepstack_jax.layout.grid import possible_grids
 from deepstack_jax.layout.sequence import LayoutSpec
 from deepstack_jax.layout.stack import layer_schedule
@@ -244,6 +244,13 @@ class Config:
         return LayoutSpec(image.mode, side, image.num_crops, grids, stack.sampling, stack.sequence, stack.stack, image.merge)
 
     @property
+    def data_spec(self) -> DataSpec:
+        """What `data` is given of all this."""
+        return DataSpec(
+            self.data, self.image, self.layout, self.decoder.vocab_size, self.train.batch_size, self.train.accumulation
+        )
+
+    @property
     def groups(self) -> int:
         """J, the groups of the injected stack."""
         return self.layout.groups
@@ -261,10 +268,7 @@ class Config:
     @property
     def images_per_row(self) -> int:
         """Images that a training row has room for."""
-        packing, most = self.data.packing, self.data.max_images
-        if not packing.enabled:
-            return most
-        return max(most, min(packing.max_images, self.data.max_length // self.visual_tokens_per_image))
+        return self.data_spec.images_per_row
 
     @property
     def crop_slots(self) -> int:
@@ -299,16 +303,4 @@ class Config:
 
     def batch_shape(self, rows: int, length: int) -> BatchShape:
         """Static sizes of a training batch of `rows` rows padded to `length`."""
-        visual = self.images_per_row * self.visual_tokens_per_image
-        examples = self.data.packing.max_examples if self.data.packing.enabled else 1
-        return BatchShape(rows, length, self.crop_slots, self.image.size, visual, self.groups, examples)
-
-    def padded_length(self, longest: int) -> int:
-        """T of a batch whose longest example has so many positions: the bucket that holds it."""
-        return min((bucket for bucket in self.data.buckets if bucket >= longest), default=self.data.max_length)
-
-    def padded_shape(self, rows: int, length: int) -> BatchShape:
-        """The same with one example per row, as in evaluation, whether or not training packs."""
-        images = self.data.max_images
-        crops, visual = images * self.views_per_image, images * self.visual_tokens_per_image
-        return BatchShape(rows, length, crops, self.image.size, visual, self.groups, 1)
+        return self.data_spec.batch_shape(rows, length)

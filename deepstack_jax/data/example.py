@@ -7,9 +7,22 @@ from typing import Any, NamedTuple, Protocol, SupportsIndex, runtime_checkable
 import numpy as np
 from PIL import Image
 
-from deepstack_jax.data.encode.templates import Message
 from deepstack_jax.errors import UserError
-from deepstack_jax.printing import redacted
+from deepstack_jax.printing import MOST, label, one_line, redacted
+
+IMAGE_MARK = "<image>"
+
+
+class ConversationError(ValueError):
+    """A conversation that cannot become a training text or a prompt; the message names the turn."""
+
+
+@dataclass(frozen=True)
+class Message:
+    """One turn."""
+
+    role: str  # "human" or "gpt"
+    text: str
 
 
 @dataclass(frozen=True)
@@ -83,3 +96,16 @@ class ExampleError(SourceError):
 
     def __reduce__(self):  # the default rebuilds from `args` alone and fails on the way out of a worker process
         return type(self), (str(self), self.name)
+
+
+@dataclass(frozen=True)
+class BadExample:
+    """An example that could not be used, and why; its place in the batch stays blank."""
+
+    index: int
+    name: str
+    reason: str
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "name", label(self.name, MOST))
+        object.__setattr__(self, "reason", one_line(self.reason))

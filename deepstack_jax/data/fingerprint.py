@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from fsspec.core import url_to_fs
 
-from deepstack_jax.config import Config
+from deepstack_jax.config import DataConfig, DataSpec
 from deepstack_jax.data.encode.encoder import Encoder
 from deepstack_jax.data.example import Source
 from deepstack_jax.data.formats import files
@@ -43,9 +43,8 @@ class NamedImages(NamedTuple):
     missing: list[str]
 
 
-def describe_options(config: Config, split: str, source: Source, shard_rows: int) -> dict[str, Any]:
+def describe_options(data: DataConfig, split: str, source: Source, shard_rows: int) -> dict[str, Any]:
     """What the bytes of the shards depend on, besides the content of the files; no path of this machine's root."""
-    data = config.data
     options: dict[str, Any] = {"split": split, "rows": len(source), "shard_rows": shard_rows}
     if data.source == "pages":
         return options | {"config.data.synthetic": asdict(data.synthetic)}
@@ -55,14 +54,13 @@ def describe_options(config: Config, split: str, source: Source, shard_rows: int
     return redacted(options | {f"config.data.{split}": name, "config.data.images": data.images})
 
 
-def describe_files(config: Config, split: str, source: Source) -> dict[str, str]:
+def describe_files(data: DataConfig, split: str, source: Source) -> dict[str, str]:
     """Data file as configured -> number, size and last change of what is behind it."""
-    return redacted({name: _version(path) for name, path in _named(config, split, source).items()})
+    return redacted({name: _version(path) for name, path in _named(data, split, source).items()})
 
 
-def _named(config: Config, split: str, source: Source) -> dict[str, str]:
+def _named(data: DataConfig, split: str, source: Source) -> dict[str, str]:
     """Data file as configured -> its path or URL."""
-    data = config.data
     if data.source == "pages":
         return {}
     if isinstance(source, Mixture):
@@ -72,22 +70,22 @@ def _named(config: Config, split: str, source: Source) -> dict[str, str]:
     return {name: files.join(data.root, name) for name in sorted(names)}
 
 
-def describe_data(config: Config, sources: Mapping[str, Source]) -> dict[str, Any]:
+def describe_data(spec: DataSpec, sources: Mapping[str, Source]) -> dict[str, Any]:
     """What is compared when a run goes on, by split: files, digests of their bytes, and how many rows the training data has.
 
     And of some of its rows tokens and images, as "ROW:DIGEST:DIGEST" each; images as encoded bytes.
     """
-    known = {split: describe_files(config, split, source) for split, source in sources.items()}
+    known = {split: describe_files(spec.data, split, source) for split, source in sources.items()}
     contents = {
-        split: {redacted(name): _digest(path) for name, path in _named(config, split, source).items()}
+        split: {redacted(name): _digest(path) for name, path in _named(spec.data, split, source).items()}
         for split, source in sources.items()
     }
     train = sources["train"]
-    return {"files": known, "contents": contents, "rows": len(train), "looked_at": _look_at(config, train)}
+    return {"files": known, "contents": contents, "rows": len(train), "looked_at": _look_at(spec, train)}
 
 
-def _look_at(config: Config, source: Source) -> str:
-    data, encoder = config.data, Encoder(config)
+def _look_at(spec: DataSpec, source: Source) -> str:
+    data, encoder = spec.data, Encoder(spec)
     few = data.source == "pages" or any(map(files.is_url, (data.root, data.images, data.train)))
     rows = np.unique(np.concatenate([_spread(source, count) for count in (LOOKED_AT, LOOKED_AT if few else COMPARED)]))
     seen = []
@@ -141,9 +139,9 @@ def _digest(path: str) -> str:
     return f"{'whole' if whole else 'parts'}:{seen.hexdigest()}"
 
 
-def describe_texts(config: Config, source: Source) -> str:
+def describe_texts(spec: DataSpec, source: Source) -> str:
     """What earlier versions kept in place of `looked_at`: a digest of some rows as tokens."""
-    encoder, seen = Encoder(config), hashlib.sha256()
+    encoder, seen = Encoder(spec), hashlib.sha256()
     for row in np.unique(_spread(source, LOOKED_AT)):
         try:
             ids = encoder.text(source[int(row)]).ids

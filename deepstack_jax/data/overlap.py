@@ -9,8 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from deepstack_jax.data.encode.templates import IMAGE_MARK
-from deepstack_jax.data.example import Example, MetadataSource, Source
+from deepstack_jax.data.example import IMAGE_MARK, Example, MetadataSource, Source
 from deepstack_jax.data.formats import files
 from deepstack_jax.data.formats.file_source import FileSource
 from deepstack_jax.data.order.mixture import Mixture

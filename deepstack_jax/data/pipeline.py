@@ -10,76 +10,28 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import sys
-import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import grain
 import numpy as np
 from absl import flags
 from rich.table import Table
 
-from deepstack_jax.batch import Batch, BatchShape, check_batch, empty_batch
-from deepstack_jax.config import Config
-from deepstack_jax.data.encode.batch_rows import Cursor, EncodedExample, ExampleSize, blank_example, place_example
-from deepstack_jax.data.encode.encoder import BadExample, Encoder, check_end_of_turn
-from deepstack_jax.data.encode.tokenizer import Tokenizer, load_tokenizer
-from deepstack_jax.data.example import Example, ExampleError, Source, SourceError
+from deepstack_jax.config import DataSpec
+from deepstack_jax.data.encode.batch_rows import EncodedExample, ExampleSize, HostBatch, collate, fill
+from deepstack_jax.data.encode.encoder import Encoder
+from deepstack_jax.data.example import BadExample, ExampleError, Source, SourceError
 from deepstack_jax.data.formats import files
 from deepstack_jax.data.order.batches import BatchOrder, PackedBatches, PaddedBatches
-from deepstack_jax.data.order.lengths import length_index, measure
+from deepstack_jax.data.order.lengths import length_index
 from deepstack_jax.data.order.mixture import SHUFFLE_ROUNDS, epoch_order, row_choice
 from deepstack_jax.data.order.packing import RowCapacity
 from deepstack_jax.data.workers import check_shared_memory, ignore_signals_exit_with_parent, worker_failure
-from deepstack_jax.errors import ConfigError, fetch_command
+from deepstack_jax.errors import ConfigError
 from deepstack_jax.printing import redacted
-
-
-class HostBatch(NamedTuple):
-    """This host's part of a batch, and what was left blank in it."""
-
-    batch: Batch
-    bad: tuple[BadExample, ...]
-    examples: int  # that were due in this part, bad ones included
-    remarks: tuple[tuple[int, tuple[str, ...]], ...] = ()  # row of the source, and what was done to it (`encode.REMARKS`)
-
-
-def open_tokenizer(config: Config) -> Tokenizer:
-    """The tokenizer, checked against template and decoder before anything is compiled."""
-    if not config.data.tokenizer:
-        raise ConfigError("config.data.tokenizer is empty: give a folder with tokenizer.model with --config.data.tokenizer=DIR")
-    try:
-        tokenizer = load_tokenizer(config.data.tokenizer)
-        check_end_of_turn(config.data.template, tokenizer)
-    except (ValueError, OSError) as error:
-        fetch = fetch_command(config.data.tokenizer) if isinstance(error, FileNotFoundError) else ""
-        raise ConfigError(f"config.data: {error}" + (f": {fetch}" if fetch else "")) from error
-    if tokenizer.vocab_size > config.decoder.vocab_size:
-        raise ConfigError(
-            f"the tokenizer has {tokenizer.vocab_size} ids, config.decoder.vocab_size is {config.decoder.vocab_size}; raise it"
-        )
-    return tokenizer
-
-
-def example_check(config: Config) -> tuple[Callable[[Example], object], dict[str, Any]]:
-    """What every example must stand, which is what a run asks of it, and the settings that this depends on.
-
-    Where the tokenizer is not on this machine, a warning says that lengths are not looked at.
-    """
-    data, encoder = config.data, Encoder(config)
-    asked: dict[str, Any] = {f"config.data.{key}": getattr(data, key) for key in ("template", "max_images", "max_pixels")}
-    try:
-        open_tokenizer(config)
-    except ConfigError as error:
-        warnings.warn(f"the lengths of rows are not checked: {error}", stacklevel=1)
-        return encoder.rendered, asked
-    asked |= {f"config.data.{key}": getattr(data, key) for key in ("max_length", "overlong")}
-    asked["tokens"] = [os.path.basename(data.tokenizer.rstrip("/")), config.visual_tokens_per_image]
-    return partial(measure, encoder=encoder), asked
 
 
 @dataclass(frozen=True)
@@ -105,7 +57,7 @@ class BatchLoader:
     `sizes` i32[rows of the source, 3] is what the schedule was made from, if it was made from lengths.
     """
 
-    maker: ExampleLoader
+    examples: ExampleLoader
     schedule: BatchOrder
     sizes: np.ndarray | None
     process: int
@@ -119,15 +71,15 @@ class BatchLoader:
 
     def __call__(self, number: int) -> HostBatch:
         rows, longest = self.rows(int(number))
-        config = self.maker.encoder.config
+        spec = self.examples.encoder.spec
         loaded = [[self._load(index) for index in row] for row in rows]
-        if not config.data.packing.enabled:
-            return collate([example for [(example, _)] in loaded], config, longest)
-        return _fill(config.batch_shape(len(rows), config.data.max_length), loaded, config.layout.patches)
+        if not spec.data.packing.enabled:
+            return collate([example for [(example, _)] in loaded], spec, longest)
+        return fill(spec.batch_shape(len(rows), spec.data.max_length), loaded, spec.layout.patches)
 
     def _load(self, index: int) -> tuple[EncodedExample | BadExample, ExampleSize]:
         """An example and the room that is kept for it. One that needs another is blank: packs are never made again."""
-        example = self.maker.load(index)
+        example = self.examples.load(index)
         if self.sizes is None:
             return example, ExampleSize()
         planned = ExampleSize(*map(int, self.sizes[index]))
@@ -140,47 +92,12 @@ class BatchLoader:
         return example, planned
 
 
-def collate(examples: Sequence[EncodedExample | BadExample], config: Config, longest: int | None = None) -> HostBatch:
-    """One example per row, right padded to a bucket; the place of a bad one stays blank, with its id on record.
-
-    Args:
-      examples: of the rows in order.
-      config: the run.
-      longest: of the examples of all hosts; None = that of `examples`.
-    """
-    if longest is None:
-        longest = max((example.length for example in examples if isinstance(example, EncodedExample)), default=0)
-    rows = [[(example, ExampleSize())] for example in examples]
-    return _fill(config.padded_shape(len(rows), config.padded_length(longest)), rows, config.layout.patches)
-
-
-def _fill(
-    shape: BatchShape, rows: Sequence[Sequence[tuple[EncodedExample | BadExample, ExampleSize]]], patches: int
-) -> HostBatch:
-    """A batch with every row's examples one behind the other; where a bad one was due, room of the given size stays blank."""
-    batch = empty_batch(shape)
-    bad, remarks = [], []
-    for row, examples in enumerate(rows):
-        cursor = Cursor()
-        for example, room in examples:
-            if isinstance(example, BadExample):
-                blank_example(batch, row, cursor.segment, example.index)
-                bad.append(example)
-                cursor = cursor.after(room)
-            else:
-                cursor = place_example(batch, row, example, cursor, patches)
-                if example.remarks:
-                    remarks.append((example.index, example.remarks))
-    check_batch(batch, patches)
-    return HostBatch(batch, tuple(bad), sum(map(len, rows)), tuple(remarks))
-
-
 class TrainingStream(Iterator[HostBatch]):
     """Batches without end, in a fixed order, from any batch number on.
 
     Args:
       source: random access, of examples.
-      config: the run. Packing, and buckets on several hosts, need the lengths of all examples: they are measured here, which
+      spec: of the run. Packing, and buckets on several hosts, need the lengths of all examples: they are measured here, which
         takes minutes for large data, or read from the cache.
       process, processes: this host and the number of hosts; a host reads only its slice of each global batch.
       devices: along the batch axes of the mesh, of all hosts. Every micro-batch of packed rows splits over them and over hosts.
@@ -195,29 +112,29 @@ class TrainingStream(Iterator[HostBatch]):
         processes would not have the shared memory that they need.
     """
 
-    def __init__(self, source: Source, config: Config, *, process: int = 0, processes: int = 1, devices: int = 1) -> None:
-        self.config = config
+    def __init__(self, source: Source, spec: DataSpec, *, process: int = 0, processes: int = 1, devices: int = 1) -> None:
+        self.spec = spec
         self._next = 0
         self._iterator: Any = None
-        data, order = config.data, epoch_order(source, config.data.seed, config.data.shuffle)
+        data, order = spec.data, epoch_order(source, spec.data.seed, spec.data.shuffle)
         self.examples_per_epoch = len(order)
-        batch_size, several = config.train.batch_size, processes > 1 and bool(data.buckets)
-        sizes = length_index(source, config) if data.packing.enabled or several else None
+        several = processes > 1 and bool(data.buckets)
+        sizes = length_index(source, spec) if data.packing.enabled or several else None
         self.schedule: PackedBatches | PaddedBatches
         if data.packing.enabled and sizes is not None:
-            divisor = math.lcm(devices, processes) * config.train.accumulation
-            self.schedule = PackedBatches(order, sizes, RowCapacity.of(config), data.packing.window, batch_size, divisor)
+            divisor = math.lcm(devices, processes) * spec.accumulation
+            self.schedule = PackedBatches(order, sizes, RowCapacity.of(spec), data.packing.window, spec.batch_size, divisor)
         else:
-            self.schedule = PaddedBatches(order, batch_size, sizes)
+            self.schedule = PaddedBatches(order, spec.batch_size, sizes)
         self.rows = self.schedule.rows
         if self.rows % processes:
             near = max(1, round(self.rows / processes)) * processes
             raise ConfigError(
                 f"config.train.batch_size {self.rows} does not split over {processes} hosts; nearest valid: {near}"
             )
-        shape = config.batch_shape(self.rows // processes, data.max_length)
+        shape = spec.batch_shape(self.rows // processes, data.max_length)
         check_shared_memory(data, shape.rows * shape.crops * shape.crop_size**2 * 3)  # pixels, next to which the rest is small
-        self._make = BatchLoader(ExampleLoader(source, Encoder(config)), self.schedule, sizes, process, processes)
+        self._make = BatchLoader(ExampleLoader(source, Encoder(spec)), self.schedule, sizes, process, processes)
 
     def steps(self, epochs: float) -> int:
         """Batches that go through the data so often; the same with and without packing within 2%."""
@@ -257,7 +174,7 @@ class TrainingStream(Iterator[HostBatch]):
         self._next = self.schedule.resume(state)
 
     def _fingerprint(self) -> dict[str, Any]:
-        data = self.config.data
+        data = self.spec.data
         sets = sorted((name, row_choice(entry), entry.repeat) for name, entry in data.sets.items())
         source = data.synthetic if data.source == "pages" else (data.train, data.images) if data.train else sets
         named = redacted(json.dumps([data.source, str(source)]))
@@ -292,7 +209,7 @@ class TrainingStream(Iterator[HostBatch]):
 
     def _dataset(self, first: int) -> grain.IterDataset:
         """Decoding starts here, in threads of this process or in worker processes."""
-        data = self.config.data
+        data = self.spec.data
         batches = grain.MapDataset.range(first, sys.maxsize).map(self._make)
         if data.workers == 0:
             return batches.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=data.prefetch))

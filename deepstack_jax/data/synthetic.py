@@ -16,8 +16,7 @@ from typing import SupportsIndex
 
 import numpy as np
 
-from deepstack_jax.data.encode.templates import Message
-from deepstack_jax.data.example import Example
+from deepstack_jax.data.example import Example, Message
 
 BOXES = 4
 """Boxes along each side of the page: with the 64x64 low-res view and 16-pixel patches, one visual token per box."""

@@ -18,11 +18,11 @@ from deepstack_jax import cli
 from deepstack_jax.api import DTYPES, LMM, load
 from deepstack_jax.atomic import write_json, write_lines
 from deepstack_jax.config import Config, build_config, default_config, to_dict
-from deepstack_jax.data.encode.encoder import BadExample
-from deepstack_jax.data.example import SourceError
+from deepstack_jax.data.example import BadExample, SourceError
 from deepstack_jax.data.fingerprint import describe_files, describe_options
 from deepstack_jax.data.formats import files
-from deepstack_jax.data.open import MissingError, open_files, open_source
+from deepstack_jax.data.formats.containers import MissingError, open_files
+from deepstack_jax.data.open import open_source
 from deepstack_jax.errors import ConfigError
 from deepstack_jax.evaluate.ask import ask
 from deepstack_jax.evaluate.checkpoint import EvalCheckpoint
@@ -168,14 +168,14 @@ def open_evaluation(given: dict[str, Any], console: Console) -> Evaluation:
         except MissingError as error:
             raise ConfigError(f"{error}; point to it with --data=FILE") from error
     else:
-        source, name = open_source(config, "validation"), data_name(config)
+        source, name = open_source(config.data, "validation"), data_name(config)
         rows = rows or (None if names_config() else config.evaluation.examples)
     options = Options(max_new_tokens=given["max_new_tokens"] or max_new_tokens, template=given["template"])
     if options.template is not None:
         find_template(options.template)  # a wrong name is no fault of the rows
     rows = min(len(source), rows or len(source))
-    origin = {"root": config.data.root, "files": describe_files(config, "validation", source)}
-    origin |= describe_options(config, "validation", source, 0)
+    origin = {"root": config.data.root, "files": describe_files(config.data, "validation", source)}
+    origin |= describe_options(config.data, "validation", source, 0)
     with console.status(f"looking through {plural(rows, 'row')}"):
         bad = tuple(check_questions(source, range(rows), config.data))
     return Evaluation(Task(source), config, name, origin, rows, options, given["batch_size"] or batch_size, bad)

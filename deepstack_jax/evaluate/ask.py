@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from deepstack_jax.data.encode.batch_rows import EncodedExample
-from deepstack_jax.data.encode.encoder import BadExample, try_row
-from deepstack_jax.data.example import Example
+from deepstack_jax.data.encode.encoder import try_row
+from deepstack_jax.data.example import BadExample, Example
 from deepstack_jax.evaluate.questions import Question
 from deepstack_jax.evaluate.tasks import Prediction, Task
 from deepstack_jax.generate.answers import Answer, Answerer

@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from deepstack_jax.data.encode.encoder import BadExample
+from deepstack_jax.data.example import BadExample
 from deepstack_jax.evaluate.ask import Refusal
 from deepstack_jax.evaluate.tasks import Prediction
 from deepstack_jax.json_lines import Lines, read_lines

@@ -14,11 +14,10 @@ from jax.sharding import Mesh
 
 from deepstack_jax.batch import Batch
 from deepstack_jax.config import Config
-from deepstack_jax.data.encode.batch_rows import EncodedExample
-from deepstack_jax.data.encode.encoder import BadExample, Encoder, try_row
+from deepstack_jax.data.encode.batch_rows import EncodedExample, HostBatch, collate
+from deepstack_jax.data.encode.encoder import Encoder, try_row
 from deepstack_jax.data.encode.tokenizer import load_tokenizer
-from deepstack_jax.data.example import Source
-from deepstack_jax.data.pipeline import HostBatch, collate
+from deepstack_jax.data.example import BadExample, Source
 from deepstack_jax.evaluate.ask import ask
 from deepstack_jax.evaluate.questions import check_room, uninterrupted
 from deepstack_jax.evaluate.tasks import Prediction, Task
@@ -84,7 +83,7 @@ def run_options(config: Config) -> Options:
 def fill_batch(examples: Sequence[EncodedExample | BadExample], rows: int, config: Config) -> HostBatch:
     """A host's rows of a batch, filled up with blank ones; all hosts take the same length."""
     longest = max((example.length for example in examples if isinstance(example, EncodedExample)), default=0)
-    filled = collate([*examples, *[_BLANK] * (rows - len(examples))], config, max_over_hosts(longest))
+    filled = collate([*examples, *[_BLANK] * (rows - len(examples))], config.data_spec, max_over_hosts(longest))
     return filled._replace(bad=tuple(example for example in filled.bad if example is not _BLANK))
 
 
@@ -161,7 +160,7 @@ class HeldOut:
 
     def _batches(self) -> Iterator[HostBatch]:
         """This host's rows of the batches that the loss is over."""
-        encoder, rows = Encoder(uninterrupted(self._config)), self._rows_per_host()
+        encoder, rows = Encoder(uninterrupted(self._config).data_spec), self._rows_per_host()
         for first in range(0, self.rows, rows * self._slice.count):
             begin = first + self._slice.index * rows
             examples = [try_row(self.task.source, index, encoder) for index in range(begin, min(self.rows, begin + rows))]

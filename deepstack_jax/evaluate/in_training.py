@@ -35,7 +35,7 @@ class TrainingEvaluation:
         config = self._config
         self._train = train
         if config.data.source == "pages" or config.data.validation:
-            self.source = open_source(config, "validation")
+            self.source = open_source(config.data, "validation")
             self._left_out = check_held_out(self.source, train, config, self._console, starts=starts)
 
     def begin(self, program: Program, log: MetricsLog) -> None:

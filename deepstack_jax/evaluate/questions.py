@@ -11,12 +11,12 @@ import numpy as np
 
 from deepstack_jax.config import Config, DataConfig
 from deepstack_jax.data.encode.batch_rows import EncodedExample
-from deepstack_jax.data.encode.encoder import BadExample, Encoder, try_row
-from deepstack_jax.data.encode.templates import IMAGE_MARK, ConversationError, Template, get_template, images_to_front, render
+from deepstack_jax.data.encode.encoder import Encoder, try_row
+from deepstack_jax.data.encode.sizes import header_layouts, measure
+from deepstack_jax.data.encode.templates import Template, get_template, images_to_front, render
 from deepstack_jax.data.encode.tokenizer import load_tokenizer
-from deepstack_jax.data.example import Example, Source
+from deepstack_jax.data.example import IMAGE_MARK, BadExample, ConversationError, Example, Source
 from deepstack_jax.data.formats.image_files import image_size
-from deepstack_jax.data.order.lengths import header_layouts, measure
 from deepstack_jax.generate.options import RequestError
 from deepstack_jax.generate.prompts import CutImage, Turn, encode_turns
 
@@ -108,12 +108,13 @@ def check_rows(source: Source, config: Config) -> list[BadExample]:
     Raises:
       OverlongError: a row is too long, and the configuration says to stop then.
     """
-    encoder, template, tokenizer = Encoder(config), get_template(config.data.template), load_tokenizer(config.data.tokenizer)
+    encoder = Encoder(config.data_spec)
+    template, tokenizer = get_template(config.data.template), load_tokenizer(config.data.tokenizer)
     no_pixels = np.zeros(0, np.uint8)
 
     def check(example: Example) -> BadExample | None:
         measure(example, encoder)
-        images = [CutImage(no_pixels, layout) for layout in header_layouts(example, config)]
+        images = [CutImage(no_pixels, layout) for layout in header_layouts(example, config.data_spec)]
         for question in answered_turns(example, images, template):
             try:
                 if question.problem:

@@ -14,11 +14,11 @@ from PIL import Image
 
 from deepstack_jax.atomic import write_json, write_lines
 from deepstack_jax.config import Config, DataConfig
-from deepstack_jax.data.encode.encoder import BadExample, Encoder, try_row
-from deepstack_jax.data.example import Example, Source, SourceError
+from deepstack_jax.data.encode.encoder import Encoder, try_row
+from deepstack_jax.data.encode.sizes import encoded_tokens, measure
+from deepstack_jax.data.example import BadExample, Example, Source, SourceError
 from deepstack_jax.data.formats.image_files import read_image
 from deepstack_jax.data.open import check_images
-from deepstack_jax.data.order.lengths import encoded_tokens, measure
 from deepstack_jax.data.order.mixture import epoch_order
 from deepstack_jax.data.overlap import find_overlap
 from deepstack_jax.evaluate.held_out import HeldOut
@@ -84,7 +84,7 @@ def check_held_out(source: Source, train: Source, config: Config, console: Conso
       OverlongError: one is too long, and the configuration says to stop then.
     """
     if starts:
-        check_images(source, config, config.evaluation.examples)
+        check_images(source, config.data, config.evaluation.examples)
     rows = min(config.evaluation.examples, len(source))
     named: set[int] = set()
     with console.status(f"looking through {plural(rows, 'held-out row')}"):
@@ -220,12 +220,15 @@ def first_sizes(source: Source, config: Config) -> dict[str, int]:
 
     "visual_tokens" counts distinct encoded tokens, in the sequence or injected: those of an example, however many share a row.
     """
-    order, encoder = epoch_order(source, config.data.seed, config.data.shuffle), Encoder(uninterrupted(config))
+    spec = uninterrupted(config).data_spec
+    order, encoder = epoch_order(source, config.data.seed, config.data.shuffle), Encoder(spec)
     rows = order(0, np.arange(min(config.train.batch_size, len(order)))).tolist()
-    found = [try_row(source, row, lambda one: (measure(one, encoder).tokens, encoded_tokens(one, config))) for row in rows]
+    found = [
+        try_row(source, row, lambda one: (measure(one, encoder).tokens, encoded_tokens(one, encoder.spec))) for row in rows
+    ]
     usable = [sizes for sizes in found if not isinstance(sizes, BadExample)]
     longest, visual = (max(sizes, default=0) for sizes in zip(*usable, strict=True)) if usable else (0, 0)
-    return {"context_length": config.padded_length(longest), "visual_tokens": visual}
+    return {"context_length": config.data_spec.padded_length(longest), "visual_tokens": visual}
 
 
 def one_line(prediction: Prediction) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 from rich.table import Table
 
 from deepstack_jax.config import Config
-from deepstack_jax.data.encode.encoder import BadExample
+from deepstack_jax.data.example import BadExample
 from deepstack_jax.evaluate.tasks import Prediction, Task
 from deepstack_jax.generate.options import Options
 from deepstack_jax.printing import plural, redacted

@@ -20,7 +20,7 @@ from absl import flags
 from deepstack_jax import cli
 from deepstack_jax.api import DTYPES, LMM, Chat, ConfigError, Options, RequestError, load
 from deepstack_jax.data.encode.image import ImageError
-from deepstack_jax.data.encode.templates import ConversationError
+from deepstack_jax.data.example import ConversationError
 from deepstack_jax.generate.prompts import CutImage, cut_image
 from deepstack_jax.printing import plural
 

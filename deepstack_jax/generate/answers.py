@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 
 from deepstack_jax.config import Config
 from deepstack_jax.data.encode.batch_rows import EncodedExample
-from deepstack_jax.data.encode.templates import IMAGE_MARK
 from deepstack_jax.data.encode.tokenizer import Tokenizer
+from deepstack_jax.data.example import IMAGE_MARK
 from deepstack_jax.generate.decoding import CHUNK, answer_ids
 from deepstack_jax.generate.options import Options, RequestError
 from deepstack_jax.generate.prompts import CutImage, Turn, bucket, check_context, cut_image, encode_turns, find_template, pack

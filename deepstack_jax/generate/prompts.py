@@ -13,8 +13,9 @@ from deepstack_jax.config import Config
 from deepstack_jax.data.encode.batch_rows import Cursor, EncodedExample, place_example
 from deepstack_jax.data.encode.image import make_views
 from deepstack_jax.data.encode.labels import encode_with_images
-from deepstack_jax.data.encode.templates import IMAGE_MARK, Message, Template, get_template, render
+from deepstack_jax.data.encode.templates import Template, get_template, render
 from deepstack_jax.data.encode.tokenizer import Tokenizer
+from deepstack_jax.data.example import IMAGE_MARK, Message
 from deepstack_jax.data.formats.image_files import read_image
 from deepstack_jax.generate.options import RequestError
 from deepstack_jax.layout.sequence import VisualLayout

@@ -133,17 +133,17 @@ def chosen_splits(config: Config) -> list[str]:
 def open_split(config: Config, name: str, out: str, shard_rows: int, max_pixels: int, console: Console) -> Split:
     """Open the data, look at some of it, and say what the sets of a mixture hold."""
     # Imported late, since worker processes import this module: mixtures import Grain, and Grain jax.
+    from deepstack_jax.data.encode.sizes import example_check
     from deepstack_jax.data.fingerprint import describe_files, describe_options
     from deepstack_jax.data.open import open_source
     from deepstack_jax.data.order.mixture import Mixture, describe_mixture
-    from deepstack_jax.data.pipeline import example_check
 
-    check, checked = example_check(config)
+    check, checked = example_check(config.data_spec)
     with console.status(f"opening {name} data"):
-        source = open_source(config, name)
+        source = open_source(config.data, name)
         per_row = record_bytes(source)
-        options = describe_options(config, name, source, shard_rows) | checked
-        inputs = describe_files(config, name, source)
+        options = describe_options(config.data, name, source, shard_rows) | checked
+        inputs = describe_files(config.data, name, source)
     if isinstance(source, Mixture):
         console.print(describe_mixture(source))
         uneven = [f"{part.name} ({part.config.repeat:g})" for part in source.parts if part.config.repeat != 1]

@@ -35,7 +35,7 @@ class Watched:
     """A source that remembers which rows were asked for."""
 
     def __init__(self, config) -> None:
-        self._source, self.asked = open_source(config, "train"), []
+        self._source, self.asked = open_source(config.data, "train"), []
 
     def __len__(self) -> int:
         return len(self._source)
@@ -51,7 +51,7 @@ def main(folder: str, address: str, count: str, number: str) -> None:
     config = tiny_config(PAGES | {"data.tokenizer": "words:" + " ".join(VOCABULARY)})
     part = process_slice(make_mesh(MeshConfig()))
     source = Watched(config)
-    stream = TrainingStream(source, config, process=part.index, processes=part.count, devices=jax.device_count())
+    stream = TrainingStream(source, config.data_spec, process=part.index, processes=part.count, devices=jax.device_count())
     rows = [next(stream).batch.example_id[:, 0].tolist() for _ in range(stream.steps(1))]
     stream.close()
     me = jax.process_index()

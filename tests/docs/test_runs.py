@@ -73,7 +73,7 @@ def command_of_the_demo() -> tuple[str, list[str]]:
 def leave_page(folder: Path) -> None:
     """As benchmarks/demo_report.py does at the end of `make demo`."""
     config = build_config(json.loads((folder / "runs" / "demo" / "deepstack" / "config.json").read_text()))
-    open_image(open_source(config, "validation")[0].images[0]).save(folder / "runs" / "demo" / "page.png")
+    open_image(open_source(config.data, "validation")[0].images[0]).save(folder / "runs" / "demo" / "page.png")
 
 
 def run(runner: Runner, folder: Path, module: str, words: list[str], typed: str = "") -> str:

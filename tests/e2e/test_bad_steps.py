@@ -35,7 +35,7 @@ def run(tmp_path_factory) -> tuple[Path, list[list[int]]]:
     first = train("configs/demo.py", workdir, {**DEMO, "train.steps": 2})
     assert first.returncode == 0, first.stderr
     config = build_config(read_json(workdir / "config.json"))
-    stream = TrainingStream(open_source(config, "train"), config)
+    stream = TrainingStream(open_source(config.data, "train"), config.data_spec)
     examples = [stream.examples(number) for number in range(STEPS)]
     return workdir.with_name("poisoned"), examples
 

@@ -43,7 +43,7 @@ def data(tmp_path_factory) -> Path:
     config = runpy.run_path(str(REPOSITORY / "configs" / "receipts.py"))["get_config"]()
     config.update_from_flattened_dict({"data.root": str(root), **SIZES})
     run = build_config(config)
-    bad = TrainingStream(open_source(run, "train"), run).examples(FULL - 1)[0]
+    bad = TrainingStream(open_source(run.data, "train"), run.data_spec).examples(FULL - 1)[0]
     (root / "images" / f"train{bad}.jpg").write_bytes(b"no picture")
     return root
 

@@ -64,7 +64,7 @@ def next_batch(workdir: Path) -> list[bytes]:
     """What the newest checkpoint would go on with, every array of it."""
     run = build_config(read_json(workdir / "config.json"))
     newest = max(int(path.name) for path in (workdir / "checkpoints").iterdir())
-    stream = TrainingStream(open_source(run, "train"), run)
+    stream = TrainingStream(open_source(run.data, "train"), run.data_spec)
     stream.restore(read_json(workdir / "checkpoints" / str(newest) / "data" / "metadata"))
     batch = next(stream).batch
     stream.close()

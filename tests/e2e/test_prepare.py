@@ -71,7 +71,7 @@ def test_batches_from_shards_equal_those_from_the_files(drawn, shards):
     streams = []
     for root, names in ((drawn, ("train.json", "val.json")), (shards, ("train", "validation"))):
         config = config_of(root, names)
-        streams.append(TrainingStream(open_source(config, "train"), config))
+        streams.append(TrainingStream(open_source(config.data, "train"), config.data_spec))
     files, records = streams
     for _ in range(8):  # more than an epoch of 6
         one, other = next(files), next(records)
@@ -86,7 +86,8 @@ def test_batches_from_shards_equal_those_from_the_files(drawn, shards):
 
 def test_held_out_examples_are_those_of_the_file(drawn, shards):
     files, records = (
-        open_source(config_of(root, ("", name)), "validation") for root, name in ((drawn, "val.json"), (shards, "validation"))
+        open_source(config_of(root, ("", name)).data, "validation")
+        for root, name in ((drawn, "val.json"), (shards, "validation"))
     )
     assert len(files) == len(records) == 4
     for row in range(4):

@@ -8,8 +8,7 @@ from io import BytesIO
 import numpy as np
 from PIL import Image
 
-from deepstack_jax.data.encode.templates import Message
-from deepstack_jax.data.example import Example, ExampleError
+from deepstack_jax.data.example import Example, ExampleError, Message
 
 SIZES_WH = ((20, 10), (9, 30), (16, 16), (40, 12), (7, 7))
 WORDS = "ab cd efg hi j klm"
@@ -55,3 +54,8 @@ def draw(seed: int) -> bytes:
     file = BytesIO()
     Image.fromarray(pixels).save(file, "PNG")
     return file.getvalue()
+
+
+def turns_of(conversations: list[dict[str, str]]) -> tuple[Message, ...]:
+    """The messages of LLaVA's `conversations`, as they stand there."""
+    return tuple(Message(turn["from"], turn["value"]) for turn in conversations)

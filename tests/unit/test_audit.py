@@ -21,10 +21,10 @@ from deepstack_jax.audit.page import layer_chips, method, quarantined, render_pa
 from deepstack_jax.audit.prompt import prompt_runs, special_names, token_texts
 from deepstack_jax.batch import NEWLINE
 from deepstack_jax.config import Config, build_config, default_config
-from deepstack_jax.data.encode.encoder import BadExample, Encoder
-from deepstack_jax.data.encode.templates import Message, get_template, images_to_front, render
+from deepstack_jax.data.encode.encoder import Encoder
+from deepstack_jax.data.encode.templates import get_template, images_to_front, render
 from deepstack_jax.data.encode.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer, train_bpe
-from deepstack_jax.data.example import Example, ExampleError
+from deepstack_jax.data.example import BadExample, Example, ExampleError, Message
 from deepstack_jax.data.order import lengths
 from deepstack_jax.data.pipeline import TrainingStream
 from deepstack_jax.printing import Console
@@ -246,7 +246,7 @@ def test_a_card_says_how_much_was_cut():
     config = small_config(data__overlong="cut", data__max_length=40)
     source = Listed([example(0, SQUARE, turns=(TURNS[0], Message("gpt", answer))) for answer in ("x" * 60, "x")])
     cut, whole = (dict(make_card(1, model_input(source, row, config), config, ByteTokenizer()).facts) for row in (0, 1))
-    tokens = len(Encoder(config).text(source[0]).ids) - 1 + SIDE**2  # the placeholder is a token of its own
+    tokens = len(Encoder(config.data_spec).text(source[0]).ids) - 1 + SIDE**2  # the placeholder is a token of its own
     assert cut["tokens"] == "40"
     assert cut["cut from its end"] == f"{tokens - 40} tokens"
     assert "cut from its end" not in whole
@@ -273,14 +273,14 @@ def test_measuring_without_decoding_agrees_with_the_batch():
     config = small_config()
     examples = [example(0, SQUARE), example(1, WIDE, set="photos"), example(2, turns=(Message("human", "Hi"), TURNS[1]))]
     for index, one in enumerate(examples):
-        measured, found = survey.measure(one, Encoder(config)), model_input(Listed(examples), index, config)
+        measured, found = survey.measure(one, Encoder(config.data_spec)), model_input(Listed(examples), index, config)
         assert isinstance(found, ModelInput)
-        assert measured.size == lengths.measure(one, Encoder(config))
+        assert measured.size == lengths.measure(one, Encoder(config.data_spec))
         assert measured.size.tokens == len(found.tokens)
         assert measured.size.visual == (found.image_of >= 0).sum()
         assert measured.supervised == found.supervised.sum() > 0
-    assert survey.measure(examples[1], Encoder(config)).grids == ((1, 3),)
-    assert survey.by_origin([survey.measure(one, Encoder(config)) for one in examples])[1][:2] == ("photos", 1)
+    assert survey.measure(examples[1], Encoder(config.data_spec)).grids == ((1, 3),)
+    assert survey.by_origin([survey.measure(one, Encoder(config.data_spec)) for one in examples])[1][:2] == ("photos", 1)
 
 
 def test_efficiencies_by_hand():
@@ -297,7 +297,7 @@ def test_efficiencies_by_hand():
 def test_rows_are_the_first_of_the_training_order_or_drawn_by_seed():
     config = small_config()
     source = Listed([example(index, SQUARE) for index in range(12)])
-    stream = TrainingStream(source, config)
+    stream = TrainingStream(source, config.data_spec)
     order = [row for step in range(3) for row in stream.indices(step)]
     assert survey.choose_rows(source, config, 6, None) == order
     drawn = survey.choose_rows(source, config, 6, 1)

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from jax.sharding import NamedSharding, PartitionSpec
 
 from deepstack_jax.config import Config, TrainConfig, to_dict
-from deepstack_jax.data.encode.encoder import BadExample
+from deepstack_jax.data.example import BadExample
 from deepstack_jax.train.checkpoint.checksums import _sum, checksums, checksums_on_disk
 from deepstack_jax.train.checkpoint.manager import Checkpoints
 from deepstack_jax.train.checkpoint.reading import CheckpointError

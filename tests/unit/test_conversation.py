@@ -7,15 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deepstack_jax.data.encode.templates import (
-    TEMPLATES,
-    ConversationError,
-    Message,
-    get_template,
-    images_to_front,
-    parse,
-    render,
-)
+from deepstack_jax.data.encode.templates import TEMPLATES, get_template, images_to_front, render
+from deepstack_jax.data.example import ConversationError, Message
+from deepstack_jax.data.formats.styles import RecordError, to_example
+from tests.unit.made_examples import turns_of
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "conversation"
 PREPROCESS = json.loads((GOLDEN / "preprocess.json").read_text())
@@ -30,7 +25,9 @@ def case_id(case):
 @pytest.mark.parametrize("case", PREPROCESS, ids=case_id)
 def test_normalised_turns_and_prompt_equal_the_official_ones(case):
     template = get_template(case["version"])
-    messages = images_to_front(parse(case["conversations"]), template) if case["has_image"] else parse(case["conversations"])
+    messages = (
+        images_to_front(turns_of(case["conversations"]), template) if case["has_image"] else turns_of(case["conversations"])
+    )
     official = [(turn["from"], turn["value"]) for turn in case["after_preprocess_multimodal"]]
     assert [(message.role, message.text) for message in messages] == official
     if case["prompt"] is None:
@@ -139,8 +136,8 @@ def test_a_caption_template_takes_one_exchange_with_an_image(messages):
 
 @pytest.mark.parametrize("turn", [{"from": "system", "value": "x"}, {"from": "human"}, {"from": "gpt", "value": None}])
 def test_a_malformed_turn_is_refused_by_number(turn):
-    with pytest.raises(ConversationError, match="turn 1: got"):
-        parse([{"from": "human", "value": "q"}, turn])
+    with pytest.raises(RecordError, match=r"turn 1(: got| is a system prompt)"):
+        to_example({"conversations": [{"from": "human", "value": "q"}, turn]}, 0, "")
 
 
 def test_an_unknown_template_names_the_nearest():

@@ -50,7 +50,7 @@ def curve(mesh_config: MeshConfig) -> list[float]:
     config = small()
     mesh = make_mesh(mesh_config, jax.devices()[: mesh_config.data * mesh_config.fsdp * mesh_config.tensor])
     program = build_program(config, mesh, STEPS)
-    stream = TrainingStream(open_source(config, "train"), config)
+    stream = TrainingStream(open_source(config.data, "train"), config.data_spec)
     state = jax.device_put(program.begin(draw_params(program.shapes)), program.shardings)
     losses = []
     with use_mesh(mesh):

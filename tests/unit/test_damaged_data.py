@@ -9,9 +9,9 @@ from PIL import Image
 from configs.receipts import get_config
 from deepstack_jax.config import build_config
 from deepstack_jax.data.encode.batch_rows import EncodedExample
-from deepstack_jax.data.encode.encoder import BadExample, Encoder
-from deepstack_jax.data.example import ExampleError
-from deepstack_jax.data.open import open_files
+from deepstack_jax.data.encode.encoder import Encoder
+from deepstack_jax.data.example import BadExample, ExampleError
+from deepstack_jax.data.formats.containers import open_files
 
 REAL = Path(__file__).parents[3] / "shared" / "data" / "receipts"
 
@@ -76,7 +76,7 @@ ASKED = [ask("What?"), {"from": "gpt", "value": "That."}]
 
 def trained(folder: Path) -> tuple[EncodedExample | BadExample, EncodedExample | BadExample]:
     """What becomes of both rows of the data file on their way into a batch."""
-    source, encoder = open_files(str(folder / "data.json"), str(folder)), Encoder(build_config(get_config()))
+    source, encoder = open_files(str(folder / "data.json"), str(folder)), Encoder(build_config(get_config()).data_spec)
     results = []
     for index in range(2):
         try:

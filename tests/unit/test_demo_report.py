@@ -33,7 +33,7 @@ def demo_config(argument: str):
 def write_run(folder: Path, argument: str, right: set[str], pages: int = PAGES) -> dict:
     """A workdir as the train verb leaves it, of a model that answers the given kinds; returns its results, flat."""
     config = demo_config(argument)
-    source = open_source(config, "validation")
+    source = open_source(config.data, "validation")
     rows = []
     for index in range(pages):
         example = source[index]
@@ -114,7 +114,7 @@ def test_a_held_out_page_is_left_to_be_asked_about(demo):
     """As README does: the first held-out page, every pixel of it."""
     folder, _ = demo
     assert main([str(folder)]) == 0
-    example = open_source(demo_config("deepstack"), "validation")[0]
+    example = open_source(demo_config("deepstack").data, "validation")[0]
     with Image.open(folder / "page.png") as image:
         np.testing.assert_array_equal(np.asarray(image), np.asarray(open_image(example.images[0]).convert("RGB")))
 
@@ -142,7 +142,7 @@ def test_answers_decide_the_marks_and_the_pages_do_not_move(demo):
 def test_the_first_pages_are_shown_as_the_models_get_them(demo):
     folder, _ = demo
     pages = pick_pages(load_runs(folder))
-    source = open_source(demo_config("deepstack"), "validation")
+    source = open_source(demo_config("deepstack").data, "validation")
     assert len(pages) == 3
     for index, page in enumerate(pages):
         example = source[index]

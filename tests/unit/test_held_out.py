@@ -6,9 +6,7 @@ import numpy as np
 import pytest
 
 from deepstack_jax.config import Config
-from deepstack_jax.data.encode.encoder import BadExample
-from deepstack_jax.data.encode.templates import Message
-from deepstack_jax.data.example import Example, ExampleError
+from deepstack_jax.data.example import BadExample, Example, ExampleError, Message
 from deepstack_jax.evaluate.ask import ask
 from deepstack_jax.evaluate.tasks import Prediction, Task
 from deepstack_jax.generate.answers import Answer

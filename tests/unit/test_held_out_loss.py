@@ -12,7 +12,7 @@ import pytest
 from deepstack_jax.batch import Batch
 from deepstack_jax.config import Config
 from deepstack_jax.data.example import SourceError
-from deepstack_jax.data.open import open_files
+from deepstack_jax.data.formats.containers import open_files
 from deepstack_jax.evaluate.held_out import HeldOut
 from deepstack_jax.evaluate.report import check_held_out, finish, report_held_out
 from deepstack_jax.families.build import build_model

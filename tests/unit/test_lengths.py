@@ -17,13 +17,14 @@ from PIL import Image
 
 from deepstack_jax.config import Config
 from deepstack_jax.data.encode.batch_rows import EncodedExample
-from deepstack_jax.data.encode.encoder import BadExample, Encoder, OverlongError
+from deepstack_jax.data.encode.encoder import Encoder, OverlongError
 from deepstack_jax.data.encode.image import ImageError, open_image
 from deepstack_jax.data.encode.labels import IMAGE_TOKEN, EncodedText
-from deepstack_jax.data.encode.templates import Message
-from deepstack_jax.data.example import Example, ExampleError, SourceError
+from deepstack_jax.data.encode.sizes import measure
+from deepstack_jax.data.example import BadExample, Example, ExampleError, Message, SourceError
+from deepstack_jax.data.formats.image_files import image_size
 from deepstack_jax.data.order import lengths
-from deepstack_jax.data.order.lengths import image_size, length_index, measure, measure_rows
+from deepstack_jax.data.order.lengths import length_index, measure_rows
 from tests.unit.made_examples import MadeExamples, draw
 from tests.unit.tiny import tiny_config
 
@@ -57,7 +58,7 @@ def make_config(overrides: dict | None = None) -> Config:
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_measured_sizes_are_those_of_the_encoded_examples(variant):
-    encoder, source = Encoder(make_config(VARIANTS[variant])), MadeExamples(24)
+    encoder, source = Encoder(make_config(VARIANTS[variant]).data_spec), MadeExamples(24)
     encoded = [encoder.encode(example) for example in source]
     assert [measure(example, encoder) for example in source] == [example.size for example in encoded]
     assert len({example.size for example in encoded}) > 5
@@ -84,12 +85,12 @@ def test_an_image_without_a_size_is_an_image_error(content, tmp_path):
 
 def test_what_cannot_be_used_is_unknown_and_the_rest_is_measured():
     config, source = make_config(), MadeExamples(12, refused=(2,))
-    sizes = measure_rows(range(12), source, Encoder(config))
+    sizes = measure_rows(range(12), source, Encoder(config.data_spec))
     assert sizes.dtype == np.int32
     assert sizes[2].tolist() == list(lengths.UNKNOWN)
     assert (sizes[np.arange(12) != 2, 0] > 0).all()
     crowded = make_config({"data.max_images": 1})
-    assert np.flatnonzero(measure_rows(range(12), source, Encoder(crowded))[:, 0] == 0).tolist() == [2, 3, 7, 11]
+    assert np.flatnonzero(measure_rows(range(12), source, Encoder(crowded.data_spec))[:, 0] == 0).tolist() == [2, 3, 7, 11]
 
 
 def test_an_index_is_made_once_per_source_and_configuration(cache, monkeypatch):
@@ -100,17 +101,17 @@ def test_an_index_is_made_once_per_source_and_configuration(cache, monkeypatch):
         return measure_rows(rows, **given)
 
     monkeypatch.setattr(lengths, "measure_rows", counted)
-    first = length_index(source, make_config())
+    first = length_index(source, make_config().data_spec)
     assert first.shape == (40, 3)
-    np.testing.assert_array_equal(length_index(source, make_config({"train.batch_size": 4, "data.seed": 3})), first)
+    np.testing.assert_array_equal(length_index(source, make_config({"train.batch_size": 4, "data.seed": 3}).data_spec), first)
     assert len(measured) == 1
     others = [{"data.template": "plain"}, {"data.max_length": 95}, {"image.num_crops": 3}, {"data.overlong": "cut"}]
     for number, changes in enumerate(others):
         if changes.get("data.template") == "plain":
             changes = changes | {"data.max_bad_fraction": 1.0}
-        length_index(source, make_config(changes))
+        length_index(source, make_config(changes).data_spec)
         assert len(measured) == 2 + number, changes
-    length_index(MadeExamples(40, changed=(0,)), make_config())
+    length_index(MadeExamples(40, changed=(0,)), make_config().data_spec)
     assert len(measured) == 2 + len(others)
     assert len(list((cache / "lengths").iterdir())) == len(measured), "parts are left behind"
 
@@ -136,18 +137,18 @@ def test_an_interrupted_measurement_goes_on_where_it_was(cache, monkeypatch):
 
     monkeypatch.setattr(lengths, "measure_rows", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        length_index(source, config)
-    sizes = length_index(source, config)
+        length_index(source, config.data_spec)
+    sizes = length_index(source, config.data_spec)
     assert measured == [0, 8, 16, 16, 24]
-    np.testing.assert_array_equal(sizes, measure_rows(range(30), source, Encoder(config)))
+    np.testing.assert_array_equal(sizes, measure_rows(range(30), source, Encoder(config.data_spec)))
     assert [path.suffix for path in (cache / "lengths").iterdir()] == [".npy"]
 
 
 def test_worker_processes_measure_the_same(monkeypatch):
     monkeypatch.setattr(lengths, "CHUNK", 8)
     source = MadeExamples(80, refused=(5,))
-    sizes = length_index(source, make_config({"data.workers": 2}))
-    np.testing.assert_array_equal(sizes, measure_rows(range(80), source, Encoder(make_config())))
+    sizes = length_index(source, make_config({"data.workers": 2}).data_spec)
+    np.testing.assert_array_equal(sizes, measure_rows(range(80), source, Encoder(make_config().data_spec)))
 
 
 @dataclass(frozen=True)
@@ -166,25 +167,25 @@ def test_a_killed_worker_process_is_said_in_a_line_and_what_was_measured_is_kept
     with pytest.raises(
         SourceError, match=r"one of 1 processes that measure .* was killed.*; lower config.data.workers; the same"
     ):
-        length_index(source, make_config({"data.workers": 1}))
+        length_index(source, make_config({"data.workers": 1}).data_spec)
     measured = []
     monkeypatch.setattr(
         lengths, "measure_rows", lambda rows, **given: measured.append(rows.start) or measure_rows(rows, **given)
     )
-    assert length_index(source, make_config()).shape == (40, 3)
+    assert length_index(source, make_config().data_spec).shape == (40, 3)
     assert measured == [16, 24, 32]
 
 
 @pytest.mark.parametrize("damage", [b"", b"\x93NUMPY garbage", None], ids=["empty", "garbage", "other rows"])
 def test_a_damaged_index_is_made_again(damage, cache):
     source, config = MadeExamples(10), make_config()
-    sizes = length_index(source, config)
+    sizes = length_index(source, config.data_spec)
     [file] = (cache / "lengths").iterdir()
     if damage is None:
         np.save(file, sizes[:5])
     else:
         file.write_bytes(damage)
-    np.testing.assert_array_equal(length_index(source, config), sizes)
+    np.testing.assert_array_equal(length_index(source, config.data_spec), sizes)
     np.testing.assert_array_equal(np.load(file), sizes)
 
 
@@ -193,16 +194,16 @@ def test_too_many_unusable_examples_stop_the_run_with_reasons_and_are_looked_at_
     with pytest.raises(
         SourceError, match=r"2 of 12 examples cannot be used, .*max_bad_fraction=0.1; .* row 3 is refused; row 5"
     ):
-        length_index(MadeExamples(12, refused=(3, 5)), config)
+        length_index(MadeExamples(12, refused=(3, 5)), config.data_spec)
     assert not list((cache / "lengths").iterdir())
-    assert (length_index(MadeExamples(12, refused=(3,)), config)[3] == 0).all()
+    assert (length_index(MadeExamples(12, refused=(3,)), config.data_spec)[3] == 0).all()
 
 
 def test_a_cache_that_cannot_be_written_is_said(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("DEEPSTACK_CACHE", str(tmp_path / "file"))
     with pytest.raises(SourceError, match=r"cannot keep the length index in .*file/lengths.*: .*; set DEEPSTACK_CACHE to"):
-        length_index(MadeExamples(3), make_config())
+        length_index(MadeExamples(3), make_config().data_spec)
 
 
 QUESTION, ANSWER = "<image>\nwhat is it", "a very long answer indeed"
@@ -214,7 +215,7 @@ def long_example(messages: tuple[Message, ...] = (Message("human", QUESTION), Me
 
 
 def encoded(policy: str, length: int, example: Example | None = None) -> EncodedExample | BadExample:
-    return Encoder(make_config({"data.overlong": policy, "data.max_length": length}))(example or long_example())
+    return Encoder(make_config({"data.overlong": policy, "data.max_length": length}).data_spec)(example or long_example())
 
 
 def test_an_overlong_example_is_dropped_cut_or_stops_the_run():
@@ -236,8 +237,9 @@ def test_an_overlong_example_is_dropped_cut_or_stops_the_run():
     np.testing.assert_array_equal(cut.supervised, whole.supervised[:-5])
     with pytest.raises(OverlongError, match=f"long: {fits} tokens .* holds {fits - 1}; raise .*overlong to 'drop' or 'cut'"):
         encoded("error", fits - 1)
+    strict = make_config({"data.overlong": "error", "data.max_length": fits - 1})
     with pytest.raises(OverlongError):
-        measure_rows(range(1), [long_example()], Encoder(make_config({"data.overlong": "error", "data.max_length": fits - 1})))
+        measure_rows(range(1), [long_example()], Encoder(strict.data_spec))
 
 
 def test_no_image_is_cut_and_nothing_is_kept_that_teaches_nothing():
@@ -267,7 +269,7 @@ def test_a_cut_text_is_a_beginning_with_all_images_and_something_to_learn(visual
     config = replace(config, data=replace(config.data, max_length=room))
     example, total = Example(0, "drawn", (), ()), sum(kind or 1 for kind in kinds)
     try:
-        cut = Encoder(config).fit(example, EncodedText(ids, supervised), spans)
+        cut = Encoder(config.data_spec).fit(example, EncodedText(ids, supervised), spans)
     except ExampleError:
         assert total > room
         return
@@ -280,7 +282,7 @@ def test_a_cut_text_is_a_beginning_with_all_images_and_something_to_learn(visual
 
 
 def test_placeholders_without_images_are_refused():
-    encoder = Encoder(make_config())
+    encoder = Encoder(make_config().data_spec)
     with pytest.raises(ExampleError, match="odd: 1 image placeholder but 2 images"):
         encoder.encode(Example(0, "odd", (draw(1), draw(2)), (Message("human", QUESTION), Message("gpt", "x"))))
 
@@ -289,4 +291,4 @@ def test_words_too_many_for_the_name_of_a_file_have_an_index():
     words = " ".join(f"word{number}" for number in range(1000))
     config = make_config({"data.tokenizer": f"words:{words}", "decoder.vocab_size": 1003})
     with pytest.raises(SourceError, match="cannot be used"):  # for its texts, which are of other words
-        length_index(MadeExamples(4), config)
+        length_index(MadeExamples(4), config.data_spec)

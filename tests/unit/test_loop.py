@@ -15,10 +15,10 @@ import optax
 import pytest
 
 from deepstack_jax.config import Config, MeshConfig, PackingConfig
-from deepstack_jax.data.encode.encoder import BadExample
-from deepstack_jax.data.example import Source, SourceError
+from deepstack_jax.data.encode.batch_rows import HostBatch
+from deepstack_jax.data.example import BadExample, Source, SourceError
 from deepstack_jax.data.open import open_source
-from deepstack_jax.data.pipeline import HostBatch, TrainingStream
+from deepstack_jax.data.pipeline import TrainingStream
 from deepstack_jax.data.synthetic import VOCABULARY
 from deepstack_jax.parallel.mesh import make_mesh
 from deepstack_jax.printing import Console
@@ -82,7 +82,7 @@ def made_of(kind, **attributes):
 def make_run(workdir, step, stream=TrainingStream, **changes) -> Run:
     config = tiny_config(PAGES | {"train.steps": STEPS} | {key.replace("__", "."): value for key, value in changes.items()})
     workdir.mkdir(exist_ok=True)
-    source = open_source(config, "train")
+    source = open_source(config.data, "train")
     return Run(
         train=config.train,
         data=config.data,

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from tensorboardX.proto.event_pb2 import Event
 
-from deepstack_jax.data.encode.encoder import BadExample
+from deepstack_jax.data.example import BadExample
 from deepstack_jax.errors import ConfigError
 from deepstack_jax.train.run.metrics import MetricsLog, Quarantine, read_metrics, start_wandb
 from deepstack_jax.train.run.replay import write_bundle

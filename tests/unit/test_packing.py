@@ -222,10 +222,10 @@ TINY = {
 
 def stepper(config: Config, source: MadeExamples, measured: MadeExamples | None = None) -> BatchLoader:
     """Steps of 6 examples of `source`, planned from the lengths of `measured`."""
-    sizes = measure_rows(range(len(source)), measured or source, Encoder(config))
+    sizes = measure_rows(range(len(source)), measured or source, Encoder(config.data_spec))
     order = EpochOrder((len(source),), (1.0,), 0)
-    schedule = PackedBatches(order, sizes, RowCapacity.of(config), 16, 6)
-    return BatchLoader(ExampleLoader(source, Encoder(config)), schedule, sizes, 0, 1)
+    schedule = PackedBatches(order, sizes, RowCapacity.of(config.data_spec), 16, 6)
+    return BatchLoader(ExampleLoader(source, Encoder(config.data_spec)), schedule, sizes, 0, 1)
 
 
 def segments(batch: Batch, patches: int) -> dict[int, list[np.ndarray]]:
@@ -273,7 +273,8 @@ def test_packed_equals_unpacked_for_every_example(variant):
         assert delivered.examples == len(packed.rows(number)[0][0]) + sum(map(len, packed.rows(number)[0][1:]))
         together |= segments(delivered.batch, config.layout.patches)
     assert len(together) >= 25
-    padded = BatchLoader(ExampleLoader(source, Encoder(alone)), PaddedBatches(EpochOrder((30,), (1.0,), 0), 30), None, 0, 1)
+    order = PaddedBatches(EpochOrder((30,), (1.0,), 0), 30)
+    padded = BatchLoader(ExampleLoader(source, Encoder(alone.data_spec)), order, None, 0, 1)
     apart = segments(padded(0).batch, alone.layout.patches)
     for index, arrays in together.items():
         for ours, theirs in zip(arrays, apart[index], strict=True):
@@ -314,11 +315,11 @@ def test_an_unusable_example_is_blank_in_its_place_and_the_others_stay_where_the
 def test_shapes_and_room_come_from_the_configuration():
     config = tiny_config(TINY)
     assert config.batch_shape(3, 96) == (3, 96, 15, 8, 12, 4, 6)
-    assert config.padded_shape(3, 96) == (3, 96, 10, 8, 8, 4, 1)
-    assert RowCapacity.of(config) == (96, 15, 12, 6)
+    assert config.data_spec.padded_shape(3, 96) == (3, 96, 10, 8, 8, 4, 1)
+    assert RowCapacity.of(config.data_spec) == (96, 15, 12, 6)
     assert tiny_config(TINY | {"data.packing.max_images": 100}).images_per_row == 96 // 4
     plain = tiny_config(TINY | {"data.packing.enabled": False})
-    assert plain.batch_shape(3, 96) == plain.padded_shape(3, 96) == config.padded_shape(3, 96)
+    assert plain.batch_shape(3, 96) == plain.data_spec.padded_shape(3, 96) == config.data_spec.padded_shape(3, 96)
 
 
 def test_packing_that_cannot_work_is_refused():

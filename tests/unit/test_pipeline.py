@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 
 from deepstack_jax.batch import Batch
 from deepstack_jax.config import Config
+from deepstack_jax.data.encode.batch_rows import HostBatch, collate
 from deepstack_jax.data.encode.encoder import OverlongError
 from deepstack_jax.data.example import SourceError
-from deepstack_jax.data.pipeline import HostBatch, TrainingStream, collate
+from deepstack_jax.data.pipeline import TrainingStream
 from deepstack_jax.errors import ConfigError
 from tests.unit.made_examples import MadeExamples
 from tests.unit.tiny import tiny_config
@@ -57,7 +58,7 @@ def take(stream: TrainingStream, count: int) -> list[HostBatch]:
 @lru_cache
 def uninterrupted(kind: str) -> list[HostBatch]:
     """Two epochs and more of batches, from one host and no workers."""
-    return take(TrainingStream(SOURCE, make_config(kind)), 10)
+    return take(TrainingStream(SOURCE, make_config(kind).data_spec), 10)
 
 
 def assert_same(ours: Sequence[HostBatch], theirs: Sequence[HostBatch]) -> None:
@@ -77,7 +78,7 @@ def seen(delivered: Sequence[HostBatch]) -> list[int]:
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_example_comes_once_per_epoch_and_the_bad_ones_are_named(kind):
     delivered = uninterrupted(kind)
-    assert seen(delivered[:1]) == TrainingStream(SOURCE, make_config(kind)).indices(0)
+    assert seen(delivered[:1]) == TrainingStream(SOURCE, make_config(kind).data_spec).indices(0)
     examples = seen(delivered)
     assert len(examples) == sum(one.examples for one in delivered)
     for epoch in range(len(examples) // 30):
@@ -91,10 +92,10 @@ def test_every_example_comes_once_per_epoch_and_the_bad_ones_are_named(kind):
 @settings(max_examples=8, deadline=None)
 @given(stop=st.integers(0, 8), ahead=st.integers(1, 5))
 def test_stopped_anywhere_it_goes_on_with_the_next_batch(kind, stop, ahead):
-    stream = TrainingStream(SOURCE, make_config(kind, data__prefetch=ahead))
+    stream = TrainingStream(SOURCE, make_config(kind, data__prefetch=ahead).data_spec)
     before = take(stream, stop)
     state = stream.state()
-    again = TrainingStream(SOURCE, make_config(kind))
+    again = TrainingStream(SOURCE, make_config(kind).data_spec)
     again.restore(state)
     assert again.state() == state
     assert_same(before + take(again, 2), uninterrupted(kind)[: stop + 2])
@@ -102,11 +103,11 @@ def test_stopped_anywhere_it_goes_on_with_the_next_batch(kind, stop, ahead):
 
 @pytest.mark.parametrize(("kind", "workers", "then"), [("padded", 1, 0), ("packed", 1, 2)])
 def test_worker_processes_make_the_same_batches_and_the_state_is_of_those_consumed(kind, workers, then):
-    stream = TrainingStream(SOURCE, make_config(kind, data__workers=workers))
+    stream = TrainingStream(SOURCE, make_config(kind, data__workers=workers).data_spec)
     first = take(stream, 3)
     state = stream.state()
     assert_same(first, uninterrupted(kind)[:3])
-    other = TrainingStream(SOURCE, make_config(kind, data__workers=then))
+    other = TrainingStream(SOURCE, make_config(kind, data__workers=then).data_spec)
     other.restore(state)
     assert_same(take(other, 3), uninterrupted(kind)[3:6])
 
@@ -115,9 +116,9 @@ def test_worker_processes_make_the_same_batches_and_the_state_is_of_those_consum
 @pytest.mark.parametrize("hosts", [1, 2, 4])
 def test_the_order_does_not_depend_on_the_number_of_hosts(kind, hosts):
     config = make_config(kind)
-    streams = [TrainingStream(SOURCE, config, process=host, processes=hosts, devices=4) for host in range(hosts)]
+    streams = [TrainingStream(SOURCE, config.data_spec, process=host, processes=hosts, devices=4) for host in range(hosts)]
     parts = [take(stream, 3) for stream in streams]
-    whole = take(TrainingStream(SOURCE, config, devices=4), 3)
+    whole = take(TrainingStream(SOURCE, config.data_spec, devices=4), 3)
     for number, one in enumerate(whole):
         joined = Batch(*map(np.concatenate, zip(*(part[number].batch for part in parts), strict=True)))
         bad = tuple(example for part in parts for example in part[number].bad)
@@ -128,9 +129,9 @@ def test_the_order_does_not_depend_on_the_number_of_hosts(kind, hosts):
 
 def test_a_checkpoint_of_eight_devices_goes_on_with_four():
     config = make_config("packed", train__batch_size=16)
-    eight = TrainingStream(SOURCE, config, devices=8)
+    eight = TrainingStream(SOURCE, config.data_spec, devices=8)
     first = take(eight, 2)
-    four = TrainingStream(SOURCE, config, devices=3)
+    four = TrainingStream(SOURCE, config.data_spec, devices=3)
     four.restore(eight.state())
     assert four.rows != eight.rows
     both = seen(first + take(four, 3))
@@ -140,7 +141,7 @@ def test_a_checkpoint_of_eight_devices_goes_on_with_four():
 
 def test_hosts_agree_on_the_bucket_of_a_batch():
     config = make_config("buckets")
-    streams = [TrainingStream(SOURCE, config, process=host, processes=4) for host in range(4)]
+    streams = [TrainingStream(SOURCE, config.data_spec, process=host, processes=4) for host in range(4)]
     lengths = np.array([[one.batch.tokens.shape[1] for one in take(stream, 4)] for stream in streams])
     assert (lengths == lengths[0]).all()
     assert set(lengths.ravel()) <= {32, 64, 96}
@@ -148,7 +149,7 @@ def test_hosts_agree_on_the_bucket_of_a_batch():
 
 def test_packed_and_padded_streams_take_the_same_steps():
     packed, padded = (
-        TrainingStream(MadeExamples(400), make_config(kind, train__batch_size=32)) for kind in ("packed", "padded")
+        TrainingStream(MadeExamples(400), make_config(kind, train__batch_size=32).data_spec) for kind in ("packed", "padded")
     )
     assert packed.steps(4) == pytest.approx(padded.steps(4), rel=0.02)
     assert packed.rows < padded.rows
@@ -168,8 +169,8 @@ def test_packed_and_padded_streams_take_the_same_steps():
     ],
 )
 def test_a_checkpoint_of_another_order_is_refused(change, said):
-    state = TrainingStream(SOURCE, make_config("packed")).state()
-    stream = TrainingStream(SOURCE, make_config("packed", **change))
+    state = TrainingStream(SOURCE, make_config("packed").data_spec).state()
+    stream = TrainingStream(SOURCE, make_config("packed", **change).data_spec)
     with pytest.raises(
         ConfigError, match=r"the checkpoint's data order differs in .*saved, now.*; start a new --workdir"
     ) as caught:
@@ -187,27 +188,27 @@ SETS = {"a": {"file": "a.json", "rows": 30}, "b": {"file": "b.json", "licence": 
 )
 def test_only_what_chooses_rows_ties_a_checkpoint_to_its_sets(entry, refused):
     """A warning of a wrong count asks to correct `rows`: the run must still go on."""
-    state = TrainingStream(SOURCE, make_config("packed", data__sets=SETS)).state()
-    stream = TrainingStream(SOURCE, make_config("packed", data__sets=SETS | {"a": SETS["a"] | entry}))
+    state = TrainingStream(SOURCE, make_config("packed", data__sets=SETS).data_spec).state()
+    stream = TrainingStream(SOURCE, make_config("packed", data__sets=SETS | {"a": SETS["a"] | entry}).data_spec)
     with pytest.raises(ConfigError, match="'source'") if refused else nullcontext():
         stream.restore(state)
 
 
 def test_other_data_under_the_same_name_is_refused():
-    state = TrainingStream(SOURCE, make_config("packed")).state()
+    state = TrainingStream(SOURCE, make_config("packed").data_spec).state()
     with pytest.raises(ConfigError, match="'sizes'"):
-        TrainingStream(MadeExamples(30, broken=(7,)), make_config("packed")).restore(state)
+        TrainingStream(MadeExamples(30, broken=(7,)), make_config("packed").data_spec).restore(state)
 
 
 def test_a_batch_that_does_not_split_over_the_hosts_is_refused():
     with pytest.raises(ConfigError, match="batch_size 8 does not split over 3 hosts; nearest valid: 9"):
-        TrainingStream(SOURCE, make_config("padded"), process=0, processes=3)
+        TrainingStream(SOURCE, make_config("padded").data_spec, process=0, processes=3)
 
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_what_must_stop_the_run_comes_out_of_the_workers(workers):
     config = make_config("padded", data__overlong="error", data__max_length=16, data__max_images=1, data__workers=workers)
-    stream = TrainingStream(MadeExamples(30), config)
+    stream = TrainingStream(MadeExamples(30), config.data_spec)
     with pytest.raises(
         OverlongError, match=r"made\d+: \d+ tokens with its images, a row holds 16; raise config.data.max_length"
     ):
@@ -217,10 +218,10 @@ def test_what_must_stop_the_run_comes_out_of_the_workers(workers):
 
 
 def test_an_example_alone_in_a_row_is_padded_to_its_bucket():
-    maker = TrainingStream(SOURCE, make_config("buckets"))._make.maker
+    maker = TrainingStream(SOURCE, make_config("buckets").data_spec)._make.examples
     examples = [maker.load(index) for index in (0, 7, 1)]
     config = make_config("buckets")
-    assert collate(examples, config).batch.tokens.shape == (3, 32)
-    assert collate(examples, config, longest=33).batch.tokens.shape == (3, 64)
-    assert collate(examples, config, longest=90).batch.tokens.shape == (3, 96)
-    assert [example.index for example in collate(examples, config).bad] == [7]
+    assert collate(examples, config.data_spec).batch.tokens.shape == (3, 32)
+    assert collate(examples, config.data_spec, longest=33).batch.tokens.shape == (3, 64)
+    assert collate(examples, config.data_spec, longest=90).batch.tokens.shape == (3, 96)
+    assert [example.index for example in collate(examples, config.data_spec).bad] == [7]

@@ -9,9 +9,11 @@ from PIL import Image
 
 from configs.receipts import get_config
 from deepstack_jax.config import build_config
-from deepstack_jax.data.encode.encoder import BadExample, Encoder
+from deepstack_jax.data.encode.encoder import Encoder
+from deepstack_jax.data.encode.sizes import example_check
+from deepstack_jax.data.example import BadExample
 from deepstack_jax.data.open import open_source
-from deepstack_jax.data.pipeline import ExampleLoader, example_check
+from deepstack_jax.data.pipeline import ExampleLoader
 from deepstack_jax.prepare.chunks import Job, make_chunk
 
 
@@ -49,10 +51,10 @@ def test_prepare_leaves_out_what_training_would(tmp_path):
     config.data.max_pixels = 10_000
     rows_of_every_kind(tmp_path)
     config = build_config(config)
-    source = open_source(config, "train")
-    check, asked = example_check(config)
+    source = open_source(config.data, "train")
+    check, asked = example_check(config.data_spec)
     chunk = make_chunk(Job(source, 8, "", check, 10_000), 0, lambda: None)
-    loader = ExampleLoader(source, Encoder(config))
+    loader = ExampleLoader(source, Encoder(config.data_spec))
     trained = [row for row in range(8) if isinstance(loader.load(row), BadExample)]
     assert [bad.row for bad in chunk.bad] == trained == [1, 2, 3, 4, 5, 6]
     reasons = {bad.id: bad.reason for bad in chunk.bad}
@@ -63,7 +65,7 @@ def test_prepare_leaves_out_what_training_would(tmp_path):
     assert {"config.data.max_images": 1, "config.data.overlong": "drop"}.items() <= asked.items()
 
     with pytest.warns(UserWarning, match=r"the lengths of rows are not checked: config\.data\.tokenizer is empty"):
-        check, asked = example_check(replace(config, data=replace(config.data, tokenizer="")))
+        check, asked = example_check(replace(config, data=replace(config.data, tokenizer="")).data_spec)
     chunk = make_chunk(Job(source, 8, "", check, 10_000), 0, lambda: None)
     assert [bad.row for bad in chunk.bad] == [1, 3, 4, 5, 6]
     assert "config.data.max_length" not in asked

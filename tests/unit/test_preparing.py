@@ -11,8 +11,7 @@ import numpy as np
 import pytest
 
 from deepstack_jax.data.encode.image import open_image
-from deepstack_jax.data.encode.templates import Message
-from deepstack_jax.data.example import Example, ExampleError, SourceError
+from deepstack_jax.data.example import Example, ExampleError, Message, SourceError
 from deepstack_jax.data.shards import writer
 from deepstack_jax.data.shards.codec import decode_example
 from deepstack_jax.data.shards.reader import ArrayRecordReader, ShardSource, verify

@@ -114,7 +114,7 @@ def test_what_is_missing_is_said_with_its_command_and_its_flag(name, words, tmp_
     monkeypatch.chdir(tmp_path)
     config = recipe(name, words)
     said = {}
-    for part, opener in (("data", lambda: open_source(config, "train")), ("weights", lambda: find_weights(config))):
+    for part, opener in (("data", lambda: open_source(config.data, "train")), ("weights", lambda: find_weights(config))):
         with pytest.raises(ConfigError) as caught:
             opener()
         said[part] = str(caught.value)

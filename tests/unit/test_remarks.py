@@ -13,9 +13,9 @@ from deepstack_jax.audit.page import render_page
 from deepstack_jax.audit.survey import survey
 from deepstack_jax.data.encode.encoder import REMARKS, Encoder
 from deepstack_jax.data.encode.labels import CONTROL
+from deepstack_jax.data.encode.sizes import measure
 from deepstack_jax.data.formats.image_files import DEEP, TURNED
 from deepstack_jax.data.open import open_source
-from deepstack_jax.data.order.lengths import measure
 from deepstack_jax.data.pipeline import TrainingStream
 from deepstack_jax.generate.options import RequestError
 from deepstack_jax.printing import Console
@@ -77,7 +77,7 @@ EXPECTED = {DEEP: 3, TURNED: 3, CONTROL: 2}
 
 
 def counted(config):
-    stream = TrainingStream(open_source(config, "train"), config)
+    stream = TrainingStream(open_source(config.data, "train"), config.data_spec)
     try:
         delivered = [next(stream) for _ in range(-(-8 // stream.rows))]
     finally:
@@ -103,7 +103,7 @@ def test_options_change_what_is_done_and_said(folder):
 def test_the_length_index_knows_what_the_options_make_of_an_example(folder):
     for changes in ({}, {"data__exif": "apply"}, {"data__control_tokens": "tokens"}):
         config = config_of(folder, image__mode="hd", **changes)
-        source, encoder = open_source(config, "train"), Encoder(config)
+        source, encoder = open_source(config.data, "train"), Encoder(config.data_spec)
         for row in range(len(source)):
             assert measure(source[row], encoder) == encoder.encode(source[row]).size
 
@@ -113,7 +113,7 @@ def test_a_run_says_once_how_many_there_were(folder, tmp_path):
     said = io.StringIO()
     run = make_run(tmp_path / "run", Steps())
     config = config_of(folder, train__steps=test_loop.STEPS)
-    stream = TrainingStream(open_source(config, "train"), config)
+    stream = TrainingStream(open_source(config.data, "train"), config.data_spec)
     console = Console(file=said, width=300)
     go(dataclasses.replace(run, train=config.train, data=config.data, stream=stream, console=console))
     lines = said.getvalue().splitlines()
@@ -136,7 +136,7 @@ def test_the_audit_counts_them_by_headers_alone(folder):
     for name in (folder / "images").iterdir():  # behind the header, where nobody looks
         content = name.read_bytes()
         name.write_bytes(content[: content.index(b"IDAT") + 8] + bytes(20))
-    source = open_source(config, "train")
+    source = open_source(config.data, "train")
     found = survey(source, config, range(len(source)), Console(quiet=True))
     assert dict(found.remarks()) == EXPECTED
     page = render_page(config, found, [], {}, len(source))

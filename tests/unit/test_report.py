@@ -34,7 +34,7 @@ def test_visual_tokens_are_those_of_an_example_and_not_of_a_row(images):
     settings = {"data.tokenizer": "bytes", "data.template": "direct", "data.max_length": 96, "data.buckets": (48, 64)}
     config = tiny_config(settings | {"decoder.vocab_size": 259, "data.max_images": images, "data.max_bad_fraction": 1.0})
     source = MadeExamples(24, broken=(1,), refused=(8,))
-    first = next(stream := TrainingStream(source, config)).batch
+    first = next(stream := TrainingStream(source, config.data_spec)).batch
     stream.close()
     rows = [np.append(tokens, stack) for tokens, stack in zip(first.token_source, first.stack_source, strict=True)]
     most = max(np.unique(row[row >= 0]).size for row in rows)

@@ -49,7 +49,7 @@ def root(tmp_path):
 
 
 def described(config: Config):
-    return describe_data(config, {split: open_source(config, split) for split in ("train", "validation")})
+    return describe_data(config.data_spec, {split: open_source(config.data, split) for split in ("train", "validation")})
 
 
 @pytest.fixture
@@ -63,7 +63,8 @@ def workdir(root, tmp_path):
 
 
 def changes(config: Config, workdir):
-    return data_changes(config, workdir, described(config), partial(describe_texts, config, open_source(config, "train")))
+    texts = partial(describe_texts, config.data_spec, open_source(config.data, "train"))
+    return data_changes(config, workdir, described(config), texts)
 
 
 def edit(file, change):
@@ -158,7 +159,7 @@ def test_a_run_of_an_earlier_version_goes_on(root, workdir, tmp_path):
     stored = to_dict(config)
     del stored["train"]["changed_data"], stored["train"]["keep_best"]
     (workdir / "config.json").write_text(json.dumps(stored))
-    texts = describe_texts(config, open_source(config, "train"))
+    texts = describe_texts(config.data_spec, open_source(config.data, "train"))
     known = {"files": described(config)["files"], "sha256": "", "texts": texts}
     (workdir / "manifest.json").write_text(json.dumps({"data": known}))
     assert check_same_run(config, workdir) == []

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from deepstack_jax.config import SetConfig
-from deepstack_jax.data.open import open_files
+from deepstack_jax.data.formats.containers import open_files
 from deepstack_jax.data.order.mixture import open_mixture
 from deepstack_jax.data.synthetic_files import TEXT, write_file, write_sets
 

@@ -10,17 +10,8 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from deepstack_jax.data.encode.encoder import check_end_of_turn
 from deepstack_jax.data.encode.labels import IMAGE_TOKEN, encode_conversation, encode_with_images
-from deepstack_jax.data.encode.templates import (
-    TEMPLATES,
-    ConversationError,
-    Message,
-    get_template,
-    images_to_front,
-    parse,
-    render,
-)
+from deepstack_jax.data.encode.templates import TEMPLATES, get_template, images_to_front, render
 from deepstack_jax.data.encode.tokenizer import (
     ByteTokenizer,
     HFTokenizer,
@@ -29,6 +20,9 @@ from deepstack_jax.data.encode.tokenizer import (
     load_tokenizer,
     train_bpe,
 )
+from deepstack_jax.data.encode.tokenizer_check import check_end_of_turn
+from deepstack_jax.data.example import ConversationError, Message
+from tests.unit.made_examples import turns_of
 
 IGNORE = -100  # the goldens' label of a token that is not trained
 
@@ -56,7 +50,7 @@ def reason_to_differ(case):
 
 
 def encode_case(case):
-    template, messages = get_template(case["version"]), parse(case["conversations"])
+    template, messages = get_template(case["version"]), turns_of(case["conversations"])
     rendered = render(images_to_front(messages, template) if case["has_image"] else messages, template)
     return rendered, encode_conversation(rendered, TOKENIZERS[case["tokenizer"]], has_image=case["has_image"])
 

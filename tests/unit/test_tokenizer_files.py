@@ -14,9 +14,10 @@ from transformers import PreTrainedTokenizerFast
 
 from deepstack_jax.config import Config, DataConfig
 from deepstack_jax.data.encode.labels import CONTROL, encode_conversation, encode_with_images
-from deepstack_jax.data.encode.templates import TEMPLATES, Message, render
+from deepstack_jax.data.encode.templates import TEMPLATES, render
 from deepstack_jax.data.encode.tokenizer import HFTokenizer, SentencePieceTokenizer, WordTokenizer, load_tokenizer, train_bpe
-from deepstack_jax.data.pipeline import open_tokenizer
+from deepstack_jax.data.encode.tokenizer_check import open_tokenizer
+from deepstack_jax.data.example import Message
 from deepstack_jax.errors import ConfigError
 from tests.unit.test_tokenize import TOKENIZERS, edited_folder
 
@@ -208,10 +209,10 @@ def test_an_id_beyond_the_number_of_tokens_counts(tmp_path):
     (folder / "tokenizer.json").write_text(json.dumps(data))
     assert load_tokenizer(str(folder)).vocab_size == 5001
     config = Config(data=DataConfig(tokenizer=str(folder)))
-    assert open_tokenizer(config).vocab_size <= config.decoder.vocab_size
+    assert open_tokenizer(config.data_spec).vocab_size <= config.decoder.vocab_size
     small = Config(data=config.data, decoder=type(config.decoder)(vocab_size=5000))
     with pytest.raises(ConfigError, match=r"the tokenizer has 5001 ids, config\.decoder\.vocab_size is 5000"):
-        open_tokenizer(small)
+        open_tokenizer(small.data_spec)
     data["post_processor"]["special_tokens"]["<s>"]["ids"] = [9000]
     (folder / "tokenizer.json").write_text(json.dumps(data))
     assert HFTokenizer(folder).vocab_size == 9001
@@ -300,7 +301,7 @@ def test_a_file_that_the_library_cannot_read_is_one_line(name, tmp_path):
     assert "\n" not in said
     assert len(said) < 500
     with pytest.raises(ConfigError, match=r"config\.data: "):
-        open_tokenizer(Config(data=DataConfig(tokenizer=str(folder))))
+        open_tokenizer(Config(data=DataConfig(tokenizer=str(folder))).data_spec)
 
 
 WRONG_KEYS = [

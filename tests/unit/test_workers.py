@@ -41,7 +41,7 @@ def test_a_run_is_refused_before_anything_is_compiled(monkeypatch):
     config = default_config()
     config.update({"data": {"source": "pages", "workers": 1}})
     with pytest.raises(ConfigError, match=r"/dev/shm has 0\.0 MB free"):
-        TrainingStream(range(10), build_config(config))
+        TrainingStream(range(10), build_config(config).data_spec)
 
 
 @pytest.mark.parametrize(

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 
-from deepstack_jax.batch import Batch
+from deepstack_jax.batch import Batch, BatchShape, check_batch, empty_batch
+from deepstack_jax.config import DataSpec
 from deepstack_jax.data.encode.labels import IMAGE_TOKEN
+from deepstack_jax.data.example import BadExample
 from deepstack_jax.layout.sequence import VisualLayout
 
 
@@ -117,3 +120,47 @@ def _expand(example: EncodedExample, slots: np.ndarray, first: int) -> tuple[np.
     supervised.append(example.supervised[start:])
     index.append(np.full(example.ids.size - start, -1, np.int32))
     return np.concatenate(tokens), np.concatenate(supervised), np.concatenate(index)
+
+
+class HostBatch(NamedTuple):
+    """This host's part of a batch, and what was left blank in it."""
+
+    batch: Batch
+    bad: tuple[BadExample, ...]
+    examples: int  # that were due in this part, bad ones included
+    remarks: tuple[tuple[int, tuple[str, ...]], ...] = ()  # row of the source, and what was done to it (`encode.REMARKS`)
+
+
+def collate(examples: Sequence[EncodedExample | BadExample], spec: DataSpec, longest: int | None = None) -> HostBatch:
+    """One example per row, right padded to a bucket; the place of a bad one stays blank, with its id on record.
+
+    Args:
+      examples: of the rows in order.
+      spec: of the run.
+      longest: of the examples of all hosts; None = that of `examples`.
+    """
+    if longest is None:
+        longest = max((example.length for example in examples if isinstance(example, EncodedExample)), default=0)
+    rows = [[(example, ExampleSize())] for example in examples]
+    return fill(spec.padded_shape(len(rows), spec.padded_length(longest)), rows, spec.layout.patches)
+
+
+def fill(
+    shape: BatchShape, rows: Sequence[Sequence[tuple[EncodedExample | BadExample, ExampleSize]]], patches: int
+) -> HostBatch:
+    """A batch with every row's examples one behind the other; where a bad one was due, room of the given size stays blank."""
+    batch = empty_batch(shape)
+    bad, remarks = [], []
+    for row, examples in enumerate(rows):
+        cursor = Cursor()
+        for example, room in examples:
+            if isinstance(example, BadExample):
+                blank_example(batch, row, cursor.segment, example.index)
+                bad.append(example)
+                cursor = cursor.after(room)
+            else:
+                cursor = place_example(batch, row, example, cursor, patches)
+                if example.remarks:
+                    remarks.append((example.index, example.remarks))
+    check_batch(batch, patches)
+    return HostBatch(batch, tuple(bad), sum(map(len, rows)), tuple(remarks))

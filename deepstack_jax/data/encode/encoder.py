@@ -2,70 +2,25 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
 import numpy as np
 
-from deepstack_jax.config import Config
+from deepstack_jax.config import DataSpec
 from deepstack_jax.data.encode.batch_rows import EncodedExample
 from deepstack_jax.data.encode.image import make_views
 from deepstack_jax.data.encode.labels import CONTROL, IMAGE_TOKEN, EncodedText, encode_conversation
 from deepstack_jax.data.encode.templates import Rendered, get_template, images_to_front, render
-from deepstack_jax.data.encode.tokenizer import Tokenizer, load_tokenizer
-from deepstack_jax.data.example import Example, ExampleError, Source, SourceError
+from deepstack_jax.data.encode.tokenizer import load_tokenizer
+from deepstack_jax.data.example import BadExample, Example, ExampleError, Source, SourceError
 from deepstack_jax.data.formats.image_files import DEEP, TURNED, read_image
 from deepstack_jax.layout.sequence import VisualLayout
-from deepstack_jax.printing import MOST, label, one_line, plural
+from deepstack_jax.printing import plural
 
 REMARKS = (DEEP, TURNED, CONTROL)
 """What is done to images and words that not everybody expects: a run counts it and says it once."""
-
-_NO_TOKEN = "<|\uf8ff|>"  # of a private character, so that no tokenizer has it: what this becomes, anything unknown does
-
-
-def check_end_of_turn(template: str, tokenizer: Tokenizer) -> None:
-    """Refuse a template whose end of turn is a special token that the tokenizer does not have.
-
-    Spelt out in pieces it would be learnt as text, and an answer would never end at the token that stops it.
-
-    Raises:
-      ConversationError: no such template. ValueError: the end of turn is not one token.
-    """
-    end = get_template(template).end.strip()
-    if not re.fullmatch(r"<[^<>\s]+>", end):
-        return
-    ids = known_ids(end, tokenizer)
-    if len(ids) != 1 or ids == known_ids(_NO_TOKEN, tokenizer):
-        what = f"{len(ids)} tokens" if len(ids) != 1 else f"its unknown token ({ids[0]})"
-        raise ValueError(
-            f"template {template!r} ends a turn with {end}, which the tokenizer reads as {what}, expected one "
-            "special token; choose the template that the tokenizer was made for, or add the token to it"
-        )
-
-
-def known_ids(text: str, tokenizer: Tokenizer) -> list[int]:
-    """Token ids; none where the tokenizer has no word for it."""
-    try:
-        return tokenizer.encode(text)[0].tolist()
-    except ValueError:
-        return []
-
-
-@dataclass(frozen=True)
-class BadExample:
-    """An example that could not be used, and why; its place in the batch stays blank."""
-
-    index: int
-    name: str
-    reason: str
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "name", label(self.name, MOST))
-        object.__setattr__(self, "reason", one_line(self.reason))
-
 
 Made = TypeVar("Made")
 
@@ -97,7 +52,7 @@ class OverlongError(SourceError):
 class Encoder:
     """Turns examples into rows' content under one configuration. Cheap to send to a worker: the tokenizer is loaded there."""
 
-    config: Config
+    spec: DataSpec
 
     def __call__(self, example: Example) -> EncodedExample | BadExample:
         """The training form of an example; everything that is wrong with it comes back as BadExample with the reason.
@@ -121,14 +76,14 @@ class Encoder:
 
     def text(self, example: Example) -> EncodedText:
         """Token ids of an example whole, its images not looked at; raises ValueError where it cannot be used."""
-        text, tokenizer = self.rendered(example), load_tokenizer(self.config.data.tokenizer)
-        plain = self.config.data.control_tokens == "text"
+        text, tokenizer = self.rendered(example), load_tokenizer(self.spec.data.tokenizer)
+        plain = self.spec.data.control_tokens == "text"
         return encode_conversation(text, tokenizer, has_image=bool(example.images), plain_words=plain)
 
     def rendered(self, example: Example) -> Rendered:
         """The text of an example, not tokenised; ValueError where it has too many images or does not fit the template."""
         self.check_images(example)
-        template = get_template(self.config.data.template)
+        template = get_template(self.spec.data.template)
         return render(images_to_front(example.messages, template) if example.images else example.messages, template)
 
     def fit(self, example: Example, text: EncodedText, visual: Sequence[int]) -> EncodedText:
@@ -140,7 +95,7 @@ class Encoder:
           ExampleError: the example is too long and may not be cut, or what would remain holds nothing to learn.
           OverlongError: it is too long, and the configuration says to stop then.
         """
-        room, policy = self.config.data.max_length, self.config.data.overlong
+        room, policy = self.spec.data.max_length, self.spec.data.overlong
         takes, slots = np.ones(text.ids.size, np.int64), text.ids == IMAGE_TOKEN
         if slots.sum() != len(visual):
             marks, images = plural(slots.sum(), "image placeholder"), plural(len(visual), "image")
@@ -162,7 +117,7 @@ class Encoder:
 
     def check_images(self, example: Example) -> None:
         """Refuse what the row has no room for before any image is decoded."""
-        room = self.config.data.max_images
+        room = self.spec.data.max_images
         if len(example.images) > room:
             raise ExampleError(
                 f"{example.name}: {len(example.images)} images, a row has room for {room}; raise config.data.max_images",
@@ -171,12 +126,12 @@ class Encoder:
 
     def images(self, example: Example) -> tuple[tuple[np.ndarray, ...], tuple[VisualLayout, ...], list[str]]:
         """The views u8[n, y, x, 3] and the layout of every image, and remarks; ImageError where one cannot be read."""
-        config = self.config
+        spec = self.spec
         pixels, layouts, remarks = [], [], []
         for source in example.images:
-            image, of_image = read_image(source, config.data)
-            views = make_views(image, config.image)
+            image, of_image = read_image(source, spec.data)
+            views = make_views(image, spec.image)
             pixels.append(views.pixels)
-            layouts.append(config.layout.layout(views.grid, views.size_wh))
+            layouts.append(spec.layout.layout(views.grid, views.size_wh))
             remarks += of_image
         return tuple(pixels), tuple(layouts), remarks

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from deepstack_jax.data.encode.templates import IMAGE_MARK, ConversationError, Rendered
+from deepstack_jax.data.encode.templates import Rendered
 from deepstack_jax.data.encode.tokenizer import Tokenizer
+from deepstack_jax.data.example import IMAGE_MARK, ConversationError
 
 IMAGE_TOKEN = -200
 CONTROL = "texts whose words hold control tokens such as </s>, read as letters; data.control_tokens=tokens: as upstream does"

@@ -1,23 +1,11 @@
 """Conversations as text: templates are data, and one function renders them and marks what the model learns to say."""
 
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from deepstack_jax.errors import UserError
+from deepstack_jax.data.example import IMAGE_MARK, ConversationError, Message
 from deepstack_jax.printing import plural
-
-IMAGE_MARK = "<image>"
-
-
-class ConversationError(UserError):
-    """A sample that cannot become a training text or a prompt; the message names the turn."""
-
-
-@dataclass(frozen=True)
-class Message:
-    role: str  # "human" or "gpt"
-    text: str
 
 
 @dataclass(frozen=True)
@@ -154,21 +142,6 @@ def get_template(name: str) -> Template:
         nearest = difflib.get_close_matches(name, TEMPLATES, n=1, cutoff=0.0)[0]
         raise ValueError(f"unknown template {name!r}; nearest valid: {nearest!r}; all: {', '.join(sorted(TEMPLATES))}")
     return TEMPLATES[name]
-
-
-def parse(turns: Sequence[Mapping[str, str]]) -> tuple[Message, ...]:
-    """Messages of a LLaVA record's `conversations`, a list of {"from": "human" | "gpt", "value": text}.
-
-    Raises:
-      ConversationError: a turn lacks a key, has another speaker, or a value that is not text.
-    """
-    messages = []
-    for number, turn in enumerate(turns):
-        role, text = turn.get("from"), turn.get("value")
-        if role not in ("human", "gpt") or not isinstance(text, str):
-            raise ConversationError(f"turn {number}: got {turn!r:.120}; expected {{'from': 'human' or 'gpt', 'value': text}}")
-        messages.append(Message(role, text))
-    return tuple(messages)
 
 
 def images_to_front(messages: Sequence[Message], template: Template) -> tuple[Message, ...]:

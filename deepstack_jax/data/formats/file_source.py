@@ -6,8 +6,7 @@ from dataclasses import replace
 from itertools import islice
 from typing import Protocol, SupportsIndex
 
-from deepstack_jax.data.encode.templates import ConversationError
-from deepstack_jax.data.example import Example, ExampleError, RecordMetadata, SourceError
+from deepstack_jax.data.example import ConversationError, Example, ExampleError, RecordMetadata, SourceError
 from deepstack_jax.data.formats import files
 from deepstack_jax.data.formats.styles import RecordError, record_name, to_example, to_metadata
 from deepstack_jax.printing import quote

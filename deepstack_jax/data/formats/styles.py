@@ -14,8 +14,7 @@ from itertools import pairwise
 from typing import Any
 from urllib.parse import unquote
 
-from deepstack_jax.data.encode.templates import IMAGE_MARK, Message, parse
-from deepstack_jax.data.example import Example, RecordMetadata
+from deepstack_jax.data.example import IMAGE_MARK, Example, Message, RecordMetadata
 from deepstack_jax.data.formats import files
 from deepstack_jax.errors import UserError
 from deepstack_jax.printing import label, plural
@@ -169,9 +168,13 @@ def _llava(turns: object, _images: int) -> tuple[Message, ...]:
     if not isinstance(turns, list) or not turns or not all(isinstance(turn, dict) for turn in turns):
         raise RecordError('has no conversations; expected [{"from": "human", "value": ...}, {"from": "gpt", "value": ...}]')
     for number, turn in enumerate(turns):
-        if turn.get("from") == "system":
+        role, text = turn.get("from"), turn.get("value")
+        if role == "system":
             raise _system_turn(number)
-    return parse(turns)
+        if role not in ("human", "gpt") or not isinstance(text, str):
+            expected = "{'from': 'human' or 'gpt', 'value': text}"
+            raise RecordError(f"turn {number}: got {turn!r:.120}; expected {expected}")
+    return tuple(Message(turn["from"], turn["value"]) for turn in turns)
 
 
 def _trl(turns: object, images: int) -> tuple[Message, ...]:

@@ -19,43 +19,19 @@ import numpy as np
 from rich.progress import Progress
 
 from deepstack_jax.atomic import whole_file
-from deepstack_jax.config import Config
+from deepstack_jax.config import DataSpec
 from deepstack_jax.data.encode.batch_rows import ExampleSize
 from deepstack_jax.data.encode.encoder import Encoder
-from deepstack_jax.data.encode.image import image_grid
-from deepstack_jax.data.example import Example, ExampleError, Source, SourceError
+from deepstack_jax.data.encode.sizes import measure
+from deepstack_jax.data.example import ExampleError, Source, SourceError
 from deepstack_jax.data.formats import files
-from deepstack_jax.data.formats.image_files import image_size
 from deepstack_jax.data.workers import ignore_signals_exit_with_parent
-from deepstack_jax.layout.sequence import VisualLayout
 from deepstack_jax.printing import Console
 
 CHUNK = 512  # rows measured between two saves: a second or two, which is also how long Ctrl-C takes
 UNKNOWN = ExampleSize()  # of an example that cannot be used: it takes a place among a row's examples, and no room
 
 _VERSION = 1  # of what the numbers mean
-
-
-def measure(example: Example, encoder: Encoder) -> ExampleSize:
-    """The size of `encoder.encode(example)`, images known by their headers only; raises ValueError as that does."""
-    text, config, layout = encoder.text(example), encoder.config, encoder.config.layout
-    sizes = [image_size(source, config.data) for source in example.images]
-    grids = [image_grid(size, config.image) for size in sizes]
-    visual = [layout.token_count(grid, size) for grid, size in zip(grids, sizes, strict=True)]
-    text = encoder.fit(example, text, visual)
-    return ExampleSize(text.ids.size - len(visual) + sum(visual), sum(map(layout.views, grids)), sum(visual))
-
-
-def header_layouts(example: Example, config: Config) -> list[VisualLayout]:
-    """The layout of every image, known by its header; ImageError where one has none."""
-    sizes = [image_size(source, config.data) for source in example.images]
-    return [config.layout.layout(image_grid(size, config.image), size) for size in sizes]
-
-
-def encoded_tokens(example: Example, config: Config) -> int:
-    """Distinct encoded tokens that an example gives the model, in the sequence or injected."""
-    sources = [np.append(layout.tokens, layout.stack) for layout in header_layouts(example, config)]
-    return sum(np.unique(source[source >= 0]).size for source in sources)
 
 
 def measure_rows(rows: range, source: Source, encoder: Encoder) -> np.ndarray:
@@ -67,7 +43,7 @@ def measure_rows(rows: range, source: Source, encoder: Encoder) -> np.ndarray:
     return np.array([_measure_row(row, source, encoder) for row in rows], np.int32).reshape(-1, 3)
 
 
-def length_index(source: Source, config: Config, console: Console | None = None) -> np.ndarray:
+def length_index(source: Source, spec: DataSpec, console: Console | None = None) -> np.ndarray:
     """Sizes i32[rows, 3] (see `ExampleSize`) of every example of a source, from the cache where they are known.
 
     Measuring is spread over `config.data.workers` processes and saved every CHUNK rows: stopped, it goes on from there.
@@ -79,11 +55,11 @@ def length_index(source: Source, config: Config, console: Console | None = None)
       SourceError: the source cannot be read, the cache cannot be written, or more of the rows than
         `config.data.max_bad_fraction` cannot be used: the run would find out later, one batch at a time.
     """
-    file = Path(files.cache_folder()) / "lengths" / f"{_key(source, config)}.npy"
+    file = Path(files.cache_folder()) / "lengths" / f"{_key(source, spec)}.npy"
     sizes = _load(file, len(source))
     if sizes is not None:
         return sizes
-    encoder, chunks = Encoder(config), file.with_suffix("")
+    encoder, chunks = Encoder(spec), file.with_suffix("")
     sizes = _measure_all(source, encoder, chunks, console or Console(stderr=True))
     problem = too_many_bad(sizes, source, encoder)
     if not problem:
@@ -97,7 +73,7 @@ def length_index(source: Source, config: Config, console: Console | None = None)
 def too_many_bad(sizes: np.ndarray, source: Source, encoder: Encoder) -> str:
     """What to say, with the first reasons, where more rows than `config.data.max_bad_fraction` cannot be used; else ""."""
     bad = np.flatnonzero(sizes[:, 0] == 0)
-    allowed = encoder.config.data.max_bad_fraction
+    allowed = encoder.spec.data.max_bad_fraction
     if len(bad) <= allowed * len(sizes):
         return ""
     reasons = "; ".join(_reason(int(row), source, encoder) for row in bad[:3])
@@ -134,7 +110,7 @@ def _measure_all(source: Source, encoder: Encoder, folder: Path, console: Consol
     found = {chunk: _load(_part(folder, chunk), len(chunk)) for chunk in chunks}
     parts = {chunk: sizes for chunk, sizes in found.items() if sizes is not None}
     missing = [chunk for chunk in chunks if chunk not in parts]
-    workers = min(encoder.config.data.workers, len(missing) // 4)  # a process starts as slowly as a few chunks are measured
+    workers = min(encoder.spec.data.workers, len(missing) // 4)  # a process starts as slowly as a few chunks are measured
     with Progress(console=console, transient=True, disable=len(missing) < 4) as progress:
         task = progress.add_task("measuring examples", total=rows, completed=sum(map(len, chunks)) - sum(map(len, missing)))
         for chunk, sizes in zip(missing, _measured(missing, source, encoder, workers), strict=True):
@@ -175,13 +151,13 @@ def _work(chunk: range) -> np.ndarray:
     return _work_on(chunk)
 
 
-def _key(source: Source, config: Config) -> str:
+def _key(source: Source, spec: DataSpec) -> str:
     """Names the index by all that it depends on: rows, tokenizer, template, and how images become tokens.
 
     Of the rows, what a source keeps of them (where each one stands) and a few texts are looked at; an example whose size turns
     out to be another one all the same is noticed when it is put into its row.
     """
-    data, layout = config.data, config.layout
+    data, layout = spec.data, spec.layout
     looked_at = np.unique(np.linspace(0, len(source) - 1, 64, dtype=np.int64))
     known = {
         "version": _VERSION,
@@ -197,7 +173,7 @@ def _key(source: Source, config: Config) -> str:
             data.exif,
             data.control_tokens,
         ],
-        "image": asdict(config.image),
+        "image": asdict(spec.image),
         "layout": asdict(layout),
     }
     return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:24]

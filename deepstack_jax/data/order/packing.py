@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 from rich.table import Table
 
-from deepstack_jax.config import Config
+from deepstack_jax.config import DataSpec
 
 
 class RowCapacity(NamedTuple):
@@ -25,9 +25,9 @@ class RowCapacity(NamedTuple):
     examples: int  # G
 
     @classmethod
-    def of(cls, config: Config) -> RowCapacity:
+    def of(cls, spec: DataSpec) -> RowCapacity:
         """The room of a training row under a configuration."""
-        shape = config.batch_shape(1, config.data.max_length)
+        shape = spec.batch_shape(1, spec.data.max_length)
         return cls(shape.length, shape.crops, shape.visual, shape.examples)
 
 

@@ -14,8 +14,7 @@ import msgpack
 import numpy as np
 from PIL import Image
 
-from deepstack_jax.data.encode.templates import ConversationError, Message
-from deepstack_jax.data.example import Example, ExampleError
+from deepstack_jax.data.example import ConversationError, Example, ExampleError, Message
 from deepstack_jax.data.formats import files
 from deepstack_jax.data.formats.image_files import MAX_BYTES, open_image
 from deepstack_jax.data.formats.styles import RecordError, check_messages

@@ -14,8 +14,7 @@ from typing import Any, NamedTuple, SupportsIndex
 from array_record.python.array_record_module import ArrayRecordReader
 
 from deepstack_jax.config import LIMITS, LimitsConfig
-from deepstack_jax.data.encode.templates import ConversationError
-from deepstack_jax.data.example import Example, ExampleError, RecordMetadata, SourceError
+from deepstack_jax.data.example import ConversationError, Example, ExampleError, RecordMetadata, SourceError
 from deepstack_jax.data.formats import files
 from deepstack_jax.data.formats.styles import RecordError
 from deepstack_jax.data.shards.codec import decode_example

@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 
-from deepstack_jax.data.pipeline import HostBatch
+from deepstack_jax.data.encode.batch_rows import HostBatch
 from deepstack_jax.train.account.journal import Journal
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from deepstack_jax.atomic import write_whole
-from deepstack_jax.data.encode.encoder import BadExample
+from deepstack_jax.data.example import BadExample
 from deepstack_jax.errors import ConfigError, UserError
 from deepstack_jax.json_lines import Lines, read_lines
 from deepstack_jax.train.run.tensorboard import TensorBoardWriter

@@ -153,8 +153,8 @@ def replay_file(file: Path, given: Config | None, console: Console) -> None:
     mesh = make_mesh(config.mesh)
     stream = open_stream(config, source, mesh)
     program = build_program(config, mesh, config.train.steps or stream.steps(config.train.epochs))
-    data = describe_data(config, {"train": source})
-    for difference in data_changes(config, workdir, data, partial(describe_texts, config, source)):
+    data = describe_data(config.data_spec, {"train": source})
+    for difference in data_changes(config, workdir, data, partial(describe_texts, config.data_spec, source)):
         console.print(f"warning: the step may be another one: {difference}", soft_wrap=True)
     with use_mesh(mesh):
         replay(file, program, stream, Checkpoints(workdir, config.train, read_only=True), console)

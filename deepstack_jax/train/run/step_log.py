@@ -8,8 +8,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from deepstack_jax.data.encode.batch_rows import HostBatch
 from deepstack_jax.data.encode.encoder import REMARKS
-from deepstack_jax.data.pipeline import HostBatch
 from deepstack_jax.errors import UserError
 from deepstack_jax.parallel.chips import CHIPS
 from deepstack_jax.parallel.distributed import is_first_host, process_slice, sum_over_hosts
