@@ -14,7 +14,7 @@ import numpy as np
 import optax
 import pytest
 
-from deepstack_jax.config import Config, MeshConfig, PackingConfig
+from deepstack_jax.config import DataSpec, MeshConfig, PackingConfig
 from deepstack_jax.data.encode.batch_rows import HostBatch
 from deepstack_jax.data.example import BadExample, Source, SourceError
 from deepstack_jax.data.open import open_source
@@ -91,7 +91,7 @@ def make_run(workdir, step, stream=TrainingStream, **changes) -> Run:
         workdir=workdir,
         steps=STEPS,
         mesh=make_mesh(MeshConfig()),
-        stream=stream(source, config),
+        stream=stream(source, config.data_spec),
         step=step,
         flops=lambda length, squares: 1.0,
         learning_rate=1e-3,
@@ -145,8 +145,8 @@ def test_a_bundle_that_begins_behind_its_step_is_not_replayed(tmp_path):
 class Once(TrainingStream):
     """Something goes wrong at the delivery of a batch."""
 
-    def __init__(self, number: int, what: Exception | BadExample, source: Source, config: Config) -> None:
-        super().__init__(source, config)
+    def __init__(self, number: int, what: Exception | BadExample, source: Source, spec: DataSpec) -> None:
+        super().__init__(source, spec)
         self._number, self._what = number, what
 
     def __next__(self):
