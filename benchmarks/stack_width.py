@@ -38,7 +38,7 @@ from deepstack_jax.train.core.program import Program, build_program
 
 def narrow_tokens(model: Any, batch: Batch) -> tuple[Array, Any]:
     """In place of DeepStack.visual_tokens: the stack in vision width, and what projects it."""
-    features = model.encode(batch.pixels)
+    (features,) = model.encode(batch.pixels)
     rows, groups, visual = batch.stack_source.shape
     source = jnp.asarray(batch.stack_source)
     stack = take_rows(features, source.reshape(rows, -1)).reshape(rows, groups, visual, -1)

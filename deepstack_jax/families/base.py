@@ -73,21 +73,30 @@ class Family:
 
 
 class Tower(Family):
-    """A vision tower: pixels to patch features."""
+    """A vision tower: pixels to patch features.
+
+    Attributes:
+      unused: beginnings of the parameters that no feature depends on.
+    """
 
     section: type[VisionConfig] = VisionConfig
+    unused: tuple[str, ...] = ("vision_tower/post_norm/",)
 
     def build(self, config: Config, **settings: Any) -> nn.Module:
-        """The flax module: `module(pixels[Z y x 3]) -> tuple of features[Z P E]`, one for each entry of `features`.
+        """The flax module, of the interface of `model/vision.py`'s VisionTower: its features are what `taps` counts.
 
         Args:
-          settings: attend, dtype, crop_shards; see `model/vision.py`.
+          settings: attend, dtype, crop_shards.
         """
         raise NotImplementedError
 
     def prefix_tokens(self, vision: VisionConfig) -> int:
         """Tokens before the patches' own in every sequence, such as CLS."""
         raise NotImplementedError
+
+    def taps(self, config: Config) -> tuple[tuple[int, int], ...]:
+        """(feature, projector) of the sequence and of each group of the stack; () = the first of both for all of them."""
+        return ()
 
     def names(self, config: Config) -> Names:
         """The table of its parameters; official names begin with TOWER."""

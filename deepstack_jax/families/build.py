@@ -7,23 +7,32 @@ from typing import Any
 import jax.numpy as jnp
 
 from deepstack_jax.config import Config
+from deepstack_jax.families.base import decoder_of, tower_of
 from deepstack_jax.model.attention import AttentionFn, dot_product
-from deepstack_jax.model.deepstack import DeepStack
+from deepstack_jax.model.deepstack import DeepStack, Tap
 from deepstack_jax.model.variants import DeepStackV, HighResDeepStack, PooledDeepStack
 
 
-def build_model(config: Config, attend: AttentionFn = dot_product, **more: Any) -> DeepStack:
-    """The model that a run's configuration describes; `more` are further fields of DeepStack, e.g. `crop_shards`."""
-    stack, views = config.deepstack, config.views_per_image
+def build_model(config: Config, attend: AttentionFn = dot_product, keep_inputs: bool = False, **more: Any) -> DeepStack:
+    """The model that a run's configuration describes.
+
+    Args:
+      attend: the attention kernel.
+      keep_inputs: also give back the input of every decoder layer.
+      more: further fields of DeepStack, such as `crop_shards`.
+    """
+    stack, views, dtype = config.deepstack, config.views_per_image, jnp.dtype(config.train.compute_dtype)
+    tower, shards = tower_of(config), more.get("crop_shards", (1, 1))
     settings = {
+        "vision_tower": tower.build(config, attend=attend, dtype=dtype, crop_shards=shards),
+        "layers": decoder_of(config).build(config, attend=attend, dtype=dtype, keep_inputs=keep_inputs),
         "image": config.image,
         "vision": config.vision,
         "project": config.projector,
         "decoder": config.decoder,
-        "schedule": config.schedule,
-        "dtype": jnp.dtype(config.train.compute_dtype),
+        "dtype": dtype,
         "newline": config.newline,
-        "attend": attend,
+        "taps": tuple(Tap(*tap) for tap in tower.taps(config)),
         **more,
     }
     if stack.into == "vision":

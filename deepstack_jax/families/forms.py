@@ -25,10 +25,13 @@ FORMATS = ("official", "llava-hf")
 HOW_IT_RUNS = ("position_std", "embed_std", "head_std", "scan", "remat")
 _NOT_OF_THE_WEIGHTS = (*HOW_IT_RUNS, "feature_layer", "post_layers", "max_positions")
 _SECTIONS = ("image.", "vision.", "projector.", "decoder.", "deepstack.")  # of the configuration, that say what is computed
+PROJECTOR, TAPS, NEWLINE = "model.mm_projector.", "model.tap_projectors.", "model.image_newline"
+# Beginnings of the tensors that no base model has: a new run draws them where its weights lack them.
+DRAWN = (PROJECTOR, TAPS, NEWLINE, "model.vision_tower.post_encoder.")
 # What folders call the tensors of an mm_projector.bin, and their beginnings in an official checkpoint.
 _PROJECTOR = (
-    *((head + "mm_projector.", "model.mm_projector.") for head in ("model.", "base_model.model.model.", "")),
-    *((head + "image_newline", "model.image_newline") for head in ("model.", "")),
+    *((head + "mm_projector.", PROJECTOR) for head in ("model.", "base_model.model.model.", "")),
+    *((head + "image_newline", NEWLINE) for head in ("model.", "")),
 )
 # Buffers that older versions of transformers saved: computed, not learned.
 BUFFERS = (".position_ids", ".rotary_emb.inv_freq")
@@ -117,24 +120,29 @@ def check_against(run: Config, stored: Config, *, bare: bool = False) -> None:
 def model_names(config: Config) -> Iterator[Names]:
     """The tables of all parts of an official checkpoint, vision tower inside, in its order."""
     yield tower_of(config).names(config)
-    yield _projector_names(config)
+    yield from projector_names(config)
     yield decoder_of(config).names(config)
     if config.newline:
-        yield Names((Row("image_newline", "model.image_newline", "same", "D"),), {"D": config.decoder.width})
+        yield Names((Row("image_newline", NEWLINE, "same", "D"),), {"D": config.decoder.width})
 
 
-def _projector_names(config: Config) -> Names:
-    """Rows of a projector; upstream counts the activations between its layers too, and does not count a single one."""
-    layers = config.projector.layers
-    rows = tuple(
-        Row(f"projector/fc{at + 1}/{leaf}", f"model.mm_projector.{'' if layers == 1 else f'{2 * at}.'}{name}", layout, sizes)
-        for at in range(layers)
-        for leaf, name, layout, sizes in (
-            ("kernel", "weight", "linear", "D | D" if at else "E | D"),
-            ("bias", "bias", "same", "D"),
+def projector_names(config: Config) -> Iterator[Names]:
+    """The table of each projector: that of the sequence, then those of groups that have one of their own.
+
+    Upstream counts the activations between a projector's layers too, and does not count a single layer.
+    """
+    layers, sizes = config.projector.layers, {"E": config.vision.width, "D": config.decoder.width}
+    for number in range(1 + max((tap[1] for tap in tower_of(config).taps(config)), default=0)):
+        ours, theirs = ("projector", PROJECTOR) if number == 0 else (f"tap_projectors_{number - 1}", f"{TAPS}{number - 1}.")
+        rows = tuple(
+            Row(f"{ours}/fc{at + 1}/{leaf}", f"{theirs}{'' if layers == 1 else f'{2 * at}.'}{name}", layout, letters)
+            for at in range(layers)
+            for leaf, name, layout, letters in (
+                ("kernel", "weight", "linear", "D | D" if at else "E | D"),
+                ("bias", "bias", "same", "D"),
+            )
         )
-    )
-    return Names(rows, {"E": config.vision.width, "D": config.decoder.width})
+        yield Names(rows, sizes)
 
 
 def canonical(name: str, naming: str) -> str:

@@ -1,10 +1,12 @@
-"""LLaMA blocks under one scan whose carry holds the hidden states and `layer_inject`, the stack of high-resolution groups.
+"""Decoder blocks under one scan whose carry holds the hidden states and `layer_inject`, the stack of high-resolution groups.
 
 The scan compiles one block whatever the depth. `layer_inject` is forwarded by the body untouched and in plain sight, and remat
 wraps injection and block together: so the backward pass saves one hidden state per layer and never the stack.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
@@ -14,10 +16,18 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from deepstack_jax.config import DecoderConfig
-from deepstack_jax.model.attention import AttentionFn, AttentionMask, Rotary, rotate
+from deepstack_jax.model.attention import (
+    AttentionFn,
+    AttentionMask,
+    Rotary,
+    last_positions,
+    rotary_angles,
+    rotary_table,
+    rotate,
+)
 from deepstack_jax.model.layers import ACTIVATIONS, PRODUCT, RMSNorm, linear
 from deepstack_jax.model.merge import VisualIndex, inject
-from deepstack_jax.types import DecoderOutput, KVCache
+from deepstack_jax.types import DecoderOutput, HostOrDevice, KVCache
 
 LAYER_INPUT = "layer_input"  # the name that remat knows the hidden states at the input of a layer by
 # What a layer keeps for its backward pass, by `remat`. Matrix products with weights are most of a layer's work.
@@ -30,12 +40,34 @@ REMAT = {
 }
 ACTIVATION_AXES = ("batch", "sequence", "embed")
 Cache = tuple[Float[Array, "L B S K H"], Float[Array, "L B S K H"]]  # keys and values of all layers
-CachePlace = tuple[Array, Array | None]  # i32[] this layer, i32[] the slots filled so far
 
 
-def _through_cache(cache: Cache, new: tuple[Array, Array], at: CachePlace) -> tuple[Cache, tuple[Array, Array]]:
-    """The cache with new keys and values at this layer's next slots, and all of this layer's."""
-    layer, filled = at
+class LayerCall(NamedTuple):
+    """All that one layer is given beside its parameters.
+
+    Attributes:
+      x: hidden states. layer_inject: the stack of groups, None where nothing is injected.
+      group: i32[], of the stack, that is added here; -1 = none. layer: i32[], its number.
+      cache: keys and values of all layers, None in training. filled: i32[], slots of the cache in use.
+      visual_index, rotary, mask: where visual tokens stand, rotary angles, what each token attends to; the same for all layers.
+    """
+
+    x: Float[Array, "B T D"]
+    layer_inject: Float[Array, "J B M D"] | None
+    group: Int[Array, ""]
+    layer: Int[Array, ""]
+    cache: Cache | None
+    filled: Int[Array, ""] | None
+    visual_index: VisualIndex | None
+    rotary: Rotary
+    mask: AttentionMask
+
+
+def _through_cache(call: LayerCall, new: tuple[Array, Array]) -> tuple[Cache | None, tuple[Array, Array]]:
+    """The cache with new keys and values at this layer's next slots, and all of this layer's; without one they are all."""
+    cache, layer, filled = call.cache, call.layer, call.filled
+    if cache is None:
+        return None, new
     if filled is None:
         raise ValueError("a cache came without the number of its filled slots; pass a KVCache to the decoder")
     keys, values = (
@@ -47,33 +79,27 @@ def _through_cache(cache: Cache, new: tuple[Array, Array], at: CachePlace) -> tu
 
 
 class Attention(nn.Module):
-    """Grouped-query self-attention with rotary positions (LLaMA)."""
+    """Grouped-query self-attention with rotary positions."""
 
     config: DecoderConfig
     attend: AttentionFn
     dtype: DTypeLike
+    bias: bool = False  # of q, k and v
+    out_bias: bool = False
 
     @nn.compact
-    def __call__(
-        self,
-        x: Float[Array, "B T D"],
-        rotary: Rotary,
-        mask: AttentionMask,
-        cache: Cache | None,
-        at: CachePlace,
-    ) -> tuple[Float[Array, "B T D"], Cache | None]:
+    def __call__(self, x: Float[Array, "B T D"], call: LayerCall) -> tuple[Float[Array, "B T D"], Cache | None]:
         cfg = self.config
-        axes = ("embed", "heads", "head_dim")
-        q = linear((cfg.heads, cfg.head_dim), axes, dtype=self.dtype, name="q")(x)
-        k = linear((cfg.kv_heads, cfg.head_dim), ("embed", "kv_heads", "head_dim"), dtype=self.dtype, name="k")(x)
-        v = linear((cfg.kv_heads, cfg.head_dim), ("embed", "kv_heads", "head_dim"), dtype=self.dtype, name="v")(x)
-        q = nn.with_logical_constraint(rotate(q, rotary), ("batch", "sequence", "heads", "head_dim"))
-        k = rotate(k, rotary)
-        if cache is not None:
-            cache, (k, v) = _through_cache(cache, (k, v), at)
-        y = self.attend(q, k, v, mask)
-        residual_scale = 1 / (2 * cfg.layers)
-        out = linear(cfg.width, ("heads", "head_dim", "embed"), inputs=2, scale=residual_scale, dtype=self.dtype, name="o")
+        sizes = {"q": (cfg.heads, "heads"), "k": (cfg.kv_heads, "kv_heads"), "v": (cfg.kv_heads, "kv_heads")}
+        q, k, v = (
+            linear((heads, cfg.head_dim), ("embed", axis, "head_dim"), bias=self.bias, dtype=self.dtype, name=name)(x)
+            for name, (heads, axis) in sizes.items()
+        )
+        q = nn.with_logical_constraint(rotate(q, call.rotary), ("batch", "sequence", "heads", "head_dim"))
+        cache, (k, v) = _through_cache(call, (rotate(k, call.rotary), v))
+        y = self.attend(q, k, v, call.mask)
+        axes, scale = ("heads", "head_dim", "embed"), 1 / (2 * cfg.layers)
+        out = linear(cfg.width, axes, inputs=2, bias=self.out_bias, scale=scale, dtype=self.dtype, name="o")
         return out(y), cache
 
 
@@ -82,44 +108,45 @@ class SwiGLU(nn.Module):
 
     config: DecoderConfig
     dtype: DTypeLike
+    bias: bool = False
 
     @nn.compact
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         cfg = self.config
-        gate = linear(cfg.mlp, ("embed", "mlp"), dtype=self.dtype, name="gate")(x)
-        up = linear(cfg.mlp, ("embed", "mlp"), dtype=self.dtype, name="up")(x)
+        gate, up = (
+            linear(cfg.mlp, ("embed", "mlp"), bias=self.bias, dtype=self.dtype, name=name)(x) for name in ("gate", "up")
+        )
         hidden = nn.with_logical_constraint(ACTIVATIONS["silu"](gate) * up, ("batch", "sequence", "mlp"))
-        return linear(cfg.width, ("mlp", "embed"), scale=1 / (2 * cfg.layers), dtype=self.dtype, name="down")(hidden)
+        scale = 1 / (2 * cfg.layers)
+        return linear(cfg.width, ("mlp", "embed"), bias=self.bias, scale=scale, dtype=self.dtype, name="down")(hidden)
 
 
 class InjectedBlock(nn.Module):
-    """One layer: add this layer's group, then the pre-norm block. This is the unit that remat recomputes."""
+    """One layer: add this layer's group, then the block. This is the unit that remat recomputes.
+
+    A family whose blocks are others than LLaMA's replaces `layer`.
+    """
 
     config: DecoderConfig
     attend: AttentionFn
     dtype: DTypeLike
 
     @nn.compact
-    def __call__(
-        self,
-        x: Float[Array, "B T D"],
-        layer_inject: Float[Array, "J B M D"] | None,
-        group: Int[Array, ""],
-        index: VisualIndex | None,
-        rotary: Rotary,
-        mask: AttentionMask,
-        cache: Cache | None,
-        at: CachePlace,
-    ) -> tuple[Array, Array, Cache | None]:
-        x = checkpoint_name(x, LAYER_INPUT)
-        if layer_inject is not None and index is not None:
-            x = inject(x, layer_inject, group, index)
-        injected = x = nn.with_logical_constraint(x, ACTIVATION_AXES)
-        normed = RMSNorm(self.config.norm_eps, name="attention_norm")(x)
-        attended, cache = Attention(self.config, self.attend, self.dtype, name="attention")(normed, rotary, mask, cache, at)
-        x = nn.with_logical_constraint(x + attended, ACTIVATION_AXES)
-        x = x + SwiGLU(self.config, self.dtype, name="mlp")(RMSNorm(self.config.norm_eps, name="mlp_norm")(x))
+    def __call__(self, call: LayerCall) -> tuple[Array, Array, Cache | None]:
+        """Hidden states after the layer, its input with the group added, and the cache."""
+        x = checkpoint_name(call.x, LAYER_INPUT)
+        if call.layer_inject is not None and call.visual_index is not None:
+            x = inject(x, call.layer_inject, call.group, call.visual_index)
+        injected = nn.with_logical_constraint(x, ACTIVATION_AXES)
+        x, cache = self.layer(injected, call)
         return nn.with_logical_constraint(x, ACTIVATION_AXES), injected, cache
+
+    def layer(self, x: Float[Array, "B T D"], call: LayerCall) -> tuple[Float[Array, "B T D"], Cache | None]:
+        """LLaMA's pre-norm block; called within `__call__`, so that submodules may be made here."""
+        normed = RMSNorm(self.config.norm_eps, name="attention_norm")(x)
+        attended, cache = Attention(self.config, self.attend, self.dtype, name="attention")(normed, call)
+        x = nn.with_logical_constraint(x + attended, ACTIVATION_AXES)
+        return x + SwiGLU(self.config, self.dtype, name="mlp")(RMSNorm(self.config.norm_eps, name="mlp_norm")(x)), cache
 
 
 class ScanBody(nn.Module):
@@ -133,27 +160,28 @@ class ScanBody(nn.Module):
     attend: AttentionFn
     dtype: DTypeLike
     keep_inputs: bool
+    block: type[InjectedBlock]
 
     @nn.compact
-    def __call__(self, carry, per_layer, index, rotary, mask, filled):
+    def __call__(self, carry, per_layer, shared):
         x, layer_inject, cache = carry
-        group, layer = per_layer
         remat = self.config.remat
-        block = InjectedBlock if remat == "none" else nn.remat(InjectedBlock, prevent_cse=False, policy=REMAT[remat])
-        x, injected, cache = block(self.config, self.attend, self.dtype, name="block")(
-            x, layer_inject, group, index, rotary, mask, cache, (layer, filled)
-        )
+        block = self.block if remat == "none" else nn.remat(self.block, prevent_cse=False, policy=REMAT[remat])
+        (group, layer), (filled, index, rotary, mask) = per_layer, shared
+        call = LayerCall(x, layer_inject, group, layer, cache, filled, index, rotary, mask)
+        x, injected, cache = block(self.config, self.attend, self.dtype, name="block")(call)
         return (x, layer_inject, cache), injected if self.keep_inputs else None
 
 
 class Decoder(nn.Module):
-    """Layers and final norm of a LLaMA decoder with DeepStack injection (paper section 3.2, figure 2)."""
+    """Layers and final norm of a decoder with DeepStack injection (paper section 3.2, figure 2)."""
 
     config: DecoderConfig
     schedule: tuple[int, ...]  # group added at the input of each layer, or -1
     attend: AttentionFn
     dtype: DTypeLike
     keep_inputs: bool = False  # also return the input of every layer, for tests and inspection
+    block: type[InjectedBlock] = InjectedBlock
 
     @nn.compact
     def __call__(
@@ -180,17 +208,22 @@ class Decoder(nn.Module):
             ScanBody,
             variable_axes={"params": 0},
             split_rngs={"params": True},
-            in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast, nn.broadcast),
+            in_axes=(0, nn.broadcast),
             length=cfg.layers,
             unroll=1 if cfg.scan else cfg.layers,
             metadata_params={nn.PARTITION_NAME: "layers"},
             check_constancy_invariants=False,  # or the block is traced twice
         )
-        kv = None if cache is None else (cache.keys, cache.values)
-        filled = None if cache is None else cache.filled
+        kv, filled = (None, None) if cache is None else ((cache.keys, cache.values), cache.filled)
         per_layer = (jnp.asarray(self.schedule, jnp.int32), jnp.arange(cfg.layers, dtype=jnp.int32))
-        body = scanned(cfg, self.attend, self.dtype, self.keep_inputs, name="layers")
-        (x, _, kv), inputs = body((x, layer_inject, kv), per_layer, index, rotary, mask, filled)
+        body = scanned(cfg, self.attend, self.dtype, self.keep_inputs, self.block, name="layers")
+        (x, _, kv), inputs = body((x, layer_inject, kv), per_layer, (filled, index, rotary, mask))
         if cache is not None:
             cache = cache._replace(keys=kv[0], values=kv[1], filled=cache.filled + x.shape[1])
         return DecoderOutput(RMSNorm(cfg.norm_eps, name="norm")(x), cache, inputs)
+
+    def rotary(self, positions: Int[HostOrDevice, "B T"], segment_ids: Int[HostOrDevice, "B T"]) -> Rotary:
+        """Rotary angles of these tokens."""
+        cfg = self.config
+        table = rotary_table(cfg.rope, cfg.head_dim, cfg.max_positions)
+        return rotary_angles(table, positions, last_positions(positions, segment_ids))

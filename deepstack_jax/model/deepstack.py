@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from itertools import groupby
+from typing import NamedTuple
+
 import flax.linen as nn
 import jax.numpy as jnp
 from jax.typing import DTypeLike
@@ -9,19 +12,9 @@ from jaxtyping import Array, Bool, Float, Int, Num
 
 from deepstack_jax.batch import NEWLINE, ZERO, Batch
 from deepstack_jax.config import DecoderConfig, ImageConfig, ProjectorConfig, VisionConfig
-from deepstack_jax.model.attention import (
-    AttentionFn,
-    Rotary,
-    Segments,
-    causal_segment_mask,
-    dot_product,
-    last_positions,
-    rotary_angles,
-    rotary_table,
-    within_window,
-)
+from deepstack_jax.model.attention import Segments, causal_segment_mask, within_window
 from deepstack_jax.model.decoder import ACTIVATION_AXES, Decoder
-from deepstack_jax.model.layers import Linear, take_rows
+from deepstack_jax.model.layers import Linear, product, take_rows
 from deepstack_jax.model.merge import STACK_AXES, VisualIndex, invert_visual_index, merge
 from deepstack_jax.model.projector import Projector
 from deepstack_jax.model.vision import VisionTower, return_crops, spread_crops
@@ -31,43 +24,56 @@ from deepstack_jax.types import DecoderOutput, HostOrDevice, KVCache
 TOKEN_AXES = ("batch", "visual_tokens", None)
 
 
-class DeepStack(nn.Module):
-    """DeepStack-L, and by other index arrays DeepStack-HD, LLaVA-1.5, LLaVA-NeXT and most ablations; see `variants.py`."""
+class Tap(NamedTuple):
+    """What the sequence, or a group of the stack, is made of: one of the tower's features, by one of the projectors."""
 
+    feature: int = 0
+    projector: int = 0
+
+
+class DeepStack(nn.Module):
+    """DeepStack-L, and by other index arrays DeepStack-HD, LLaVA-1.5, LLaVA-NeXT and most ablations; see `variants.py`.
+
+    Tower and decoder are modules that their families build; embeddings, head and projectors are here.
+    """
+
+    vision_tower: VisionTower  # or a module of the same interface, and so the decoder
+    layers: Decoder
     image: ImageConfig
     vision: VisionConfig
     project: ProjectorConfig
     decoder: DecoderConfig
-    schedule: tuple[int, ...]  # group of the stack added at the input of each decoder layer, or -1
     dtype: DTypeLike = jnp.float32  # of activations; parameters are float32
     newline: bool = False  # whether there is an `image_newline`
-    attend: AttentionFn = dot_product
-    keep_layer_inputs: bool = False
     crop_shards: tuple[int, int] = (1, 1)  # shards of the batch, and devices that each of them spreads its crops over
+    # What the sequence and then each group of the stack is made of; empty: the tower's first features, by one projector.
+    taps: tuple[Tap, ...] = ()
 
     def setup(self) -> None:
         cfg = self.decoder
-        remat = cfg.remat != "none"
-        self.vision_tower = VisionTower(self.vision, self.image.size, self.attend, self.dtype, remat, self.crop_shards)
         # Run again in the backward pass: what it keeps for it would be half as much again as the stack.
-        self.projector = (nn.remat(Projector) if remat else Projector)(self.project, cfg.width, self.dtype)
-        self.layers = Decoder(cfg, self.schedule, self.attend, self.dtype, self.keep_layer_inputs)
+        make = nn.remat(Projector) if cfg.remat != "none" else Projector
+        self.projector = make(self.project, cfg.width, self.dtype)
+        more = max((tap.projector for tap in self.taps), default=0)
+        self.tap_projectors = [make(self.project, cfg.width, self.dtype) for _ in range(more)]
         embed_init = nn.with_logical_partitioning(nn.initializers.normal(cfg.embed_std), ("vocab", "embed"))
         self.embed = nn.Embed(cfg.vocab_size, cfg.width, dtype=self.dtype, embedding_init=embed_init)
-        axes = ("embed", "vocab")
-        self.head = Linear((cfg.vocab_size,), axes, self.dtype, std=cfg.head_std, out=jnp.float32)
+        if not cfg.tied_head:
+            axes = ("embed", "vocab")
+            self.head = Linear((cfg.vocab_size,), axes, self.dtype, std=cfg.head_std, out=jnp.float32)
         if self.newline:
             newline_init = nn.with_logical_partitioning(nn.initializers.normal(cfg.width**-0.5), ("embed",))
             self.image_newline = self.param("image_newline", newline_init, (cfg.width,))
 
-    def encode(self, pixels: Num[HostOrDevice, "B C y x 3"]) -> Float[Array, "B CP E"]:
-        """Features of every crop; pixels are u8, or floats in 0..255 where a gradient with respect to them is wanted.
+    def encode(self, pixels: Num[HostOrDevice, "B C y x 3"]) -> tuple[Float[Array, "B CP E"], ...]:
+        """Features of every crop, of one layer of the tower or of several.
 
-        All crops of the batch run as one flat list, spread over all devices.
+        Pixels are u8, or floats in 0..255 where a gradient with respect to them is wanted. All crops of the batch run as one
+        flat list, spread over all devices.
         """
         rows, slots = pixels.shape[:2]
         features = self.vision_tower(self.normalise(spread_crops(jnp.asarray(pixels), self.crop_shards)))
-        return return_crops(features, rows, slots, self.crop_shards).reshape(rows, -1, features.shape[-1])
+        return tuple(return_crops(one, rows, slots, self.crop_shards).reshape(rows, -1, one.shape[-1]) for one in features)
 
     def normalise(self, pixels: Num[HostOrDevice, "*Z y x 3"]) -> Float[Array, "*Z y x 3"]:
         """Pixels as the tower was trained on them."""
@@ -75,13 +81,17 @@ class DeepStack(nn.Module):
         return ((scaled - jnp.asarray(self.image.mean)) / jnp.asarray(self.image.std)).astype(self.dtype)
 
     def gather_project(
-        self, features: Float[HostOrDevice, "B CP E"], source: Int[HostOrDevice, "B Q"]
+        self, features: Float[HostOrDevice, "B CP E"], source: Int[HostOrDevice, "B Q"], projector: int = 0
     ) -> Float[Array, "B Q D"]:
-        """Visual tokens by index, gathered in the narrow vision width; sentinels become exact zero and the newline."""
+        """Visual tokens by index, gathered in the narrow vision width; sentinels become exact zero and the newline.
+
+        Args:
+          projector: 0 = the one of the sequence, k = the k-th of `tap_projectors`.
+        """
         count = source.shape[1]
         source = jnp.pad(jnp.asarray(source), ((0, 0), (0, -count % self.crop_shards[1])), constant_values=ZERO)
         chosen = nn.with_logical_constraint(take_rows(features, source), TOKEN_AXES)
-        tokens = jnp.where((source >= 0)[..., None], self.projector(chosen), 0)
+        tokens = jnp.where((source >= 0)[..., None], self.project_by(projector)(chosen), 0)
         if self.newline:
             # Chosen in float32, so that the newline's gradient is added up in it.
             newline = jnp.where((source == NEWLINE)[..., None], self.image_newline, tokens.astype(jnp.float32))
@@ -89,6 +99,10 @@ class DeepStack(nn.Module):
         tokens = nn.with_logical_constraint(tokens, TOKEN_AXES)
         # From tokens to width while all of them are one axis: each device then sends and keeps its part of the stack only.
         return nn.with_logical_constraint(tokens, STACK_AXES[1:])[:, :count]
+
+    def project_by(self, projector: int) -> Projector:
+        """One of the projectors, as `Tap` numbers them."""
+        return self.tap_projectors[projector - 1] if projector else self.projector
 
     def embed_tokens(self, tokens: Int[HostOrDevice, "B T"]) -> Float[Array, "B T D"]:
         """Embeddings of text tokens."""
@@ -100,7 +114,14 @@ class DeepStack(nn.Module):
         features = self.encode(batch.pixels)
         rows, groups, visual = batch.stack_source.shape
         source = jnp.concatenate([batch.token_source[:, None], batch.stack_source], axis=1)
-        tokens = self.gather_project(features, source.reshape(rows, -1)).reshape(rows, 1 + groups, visual, -1)
+        taps = self.taps or (Tap(),) * (1 + groups)
+        made = []
+        for tap, run in groupby(range(1 + groups), taps.__getitem__):  # all in one, where one projector makes them all
+            sets = list(run)
+            part = source[:, sets[0] : sets[-1] + 1]
+            tokens = self.gather_project(features[tap.feature], part.reshape(rows, -1), tap.projector)
+            made.append(tokens.reshape(rows, -1, visual, tokens.shape[-1]))
+        tokens = jnp.concatenate(made, axis=1)
         stack = jnp.moveaxis(tokens[:, 1:], 1, 0)
         stack = nn.with_logical_constraint(stack, STACK_AXES)
         return tokens[:, 0], stack if groups else None
@@ -120,13 +141,15 @@ class DeepStack(nn.Module):
         """Hidden states of a training batch; `logits` turns them into scores, in chunks."""
         x, stack, index = self.inputs(batch)
         mask = Segments(batch.segment_ids, batch.positions, self.decoder.sliding_window)
-        output = self.layers(x, self.rotary(batch.positions, batch.segment_ids), mask, stack, index)
+        output = self.layers(x, self.layers.rotary(batch.positions, batch.segment_ids), mask, stack, index)
         if self.is_initializing():
             self.logits(output.hidden[:, :1])
         return output
 
     def logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """Scores of the next token, float32 as the product leaves its sum: rounded to bf16, every 30th argmax is another."""
+        if self.decoder.tied_head:
+            return product(hidden.astype(self.dtype), self.embed.embedding.T, out=jnp.float32)
         return self.head(hidden)
 
     def prefill(self, batch: Batch, cache: KVCache) -> DecoderOutput:
@@ -138,7 +161,7 @@ class DeepStack(nn.Module):
             positions=cache.positions.at[:, :length].set(batch.positions),
             valid=cache.valid.at[:, :length].set(batch.segment_ids > 0),
         )
-        return self.layers(x, self.rotary(batch.positions, batch.segment_ids), mask, stack, index, cache)
+        return self.layers(x, self.layers.rotary(batch.positions, batch.segment_ids), mask, stack, index, cache)
 
     def decode(self, tokens: Int[Array, "B 1"], positions: Int[Array, "B 1"], cache: KVCache) -> DecoderOutput:
         """One more token per row. Nothing is injected: the new token is text, and what the stack added sits in the cache."""
@@ -146,15 +169,9 @@ class DeepStack(nn.Module):
             positions=cache.positions.at[:, cache.filled].set(positions[:, 0]), valid=cache.valid.at[:, cache.filled].set(True)
         )
         mask = cache.valid[:, None] & within_window(positions, cache.positions, self.decoder.sliding_window)
-        rotary = self.rotary(positions, jnp.ones_like(positions))
+        rotary = self.layers.rotary(positions, jnp.ones_like(positions))
         return self.layers(self.embed_tokens(tokens), rotary, mask[:, None], None, None, cache)
 
     def mask(self, batch: Batch) -> Bool[Array, "B 1 T T"]:
         """Which tokens of a row see each other."""
         return causal_segment_mask(batch.segment_ids, batch.positions, self.decoder.sliding_window)
-
-    def rotary(self, positions: Int[HostOrDevice, "B T"], segment_ids: Int[HostOrDevice, "B T"]) -> Rotary:
-        """Rotary angles of these tokens."""
-        cfg = self.decoder
-        table = rotary_table(cfg.rope, cfg.head_dim, cfg.max_positions)
-        return rotary_angles(table, positions, last_positions(positions, segment_ids))

@@ -104,6 +104,11 @@ def _product_backward(inputs: int, out: DTypeLike, kept: tuple[Array, Array], co
 _product.defvjp(_product_forward, _product_backward)
 
 
+def product(x: Float[Array, "*B D"], kernel: Float[Array, "D V"], *, out: DTypeLike) -> Float[Array, "*B V"]:
+    """x @ kernel, multiplied in the dtype of x, in dtype `out`; the kernel's gradient is added up in float32."""
+    return checkpoint_name(_product(1, out, x, kernel), PRODUCT)
+
+
 class Linear(nn.Module):
     """y[..., *out] = x[..., *in] @ kernel[*in, *out] (+ bias[*out]), the kernel drawn from N(0, scale / fan_in).
 

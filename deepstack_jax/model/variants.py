@@ -34,11 +34,11 @@ class PooledDeepStack(DeepStack):
     pool: int = 1  # side of the squares
 
     def gather_project(
-        self, features: Float[HostOrDevice, "B CP E"], source: Int[HostOrDevice, "B Q"]
+        self, features: Float[HostOrDevice, "B CP E"], source: Int[HostOrDevice, "B Q"], projector: int = 0
     ) -> Float[Array, "B Q D"]:
         """Visual tokens by index into the averaged ones; a row or column that fills no square is dropped, as upstream."""
         rows, side = features.shape[0], self.image.size // self.vision.patch_size
-        tokens = self.projector(features).reshape(-1, side, side, self.decoder.width).astype(jnp.float32)
+        tokens = self.project_by(projector)(features).reshape(-1, side, side, self.decoder.width).astype(jnp.float32)
         tokens = nn.avg_pool(tokens, (self.pool, self.pool), (self.pool, self.pool)).astype(self.dtype)
         tokens = tokens.reshape(rows, -1, self.decoder.width)
         return jnp.where((source >= 0)[..., None], take_rows(tokens, source), 0)
@@ -50,14 +50,19 @@ class HighResDeepStack(DeepStack):
     views: int = 1  # crop slots of an image, its global view included
     cells: int = 1  # crops along a side
 
-    def encode(self, pixels: Num[HostOrDevice, "B C y x 3"]) -> Float[Array, "B CP E"]:
+    def encode(self, pixels: Num[HostOrDevice, "B C y x 3"]) -> tuple[Float[Array, "B CP E"], ...]:
         """Features in the order of the crops, as if each had been encoded alone."""
         rows, cells, size = pixels.shape[0], self.cells, pixels.shape[2]
         images = pixels.reshape(-1, self.views, *pixels.shape[2:])
         large = images[:, 1:].reshape(-1, cells, cells, size, size, 3).transpose(0, 1, 3, 2, 4, 5)
         whole = super().encode(images[:, 0].reshape(rows, -1, *pixels.shape[2:]))
         parts = super().encode(large.reshape(rows, -1, cells * size, cells * size, 3))
-        side, width = size // self.vision.patch_size, whole.shape[-1]
-        parts = parts.reshape(-1, cells, side, cells, side, width).transpose(0, 1, 3, 2, 4, 5)
-        features = [whole.reshape(-1, 1, side**2, width), parts.reshape(-1, cells**2, side**2, width)]
-        return jnp.concatenate(features, axis=1).reshape(rows, -1, width)
+        side = size // self.vision.patch_size
+
+        def joined(whole: Array, parts: Array) -> Array:
+            width = whole.shape[-1]
+            parts = parts.reshape(-1, cells, side, cells, side, width).transpose(0, 1, 3, 2, 4, 5)
+            views = [whole.reshape(-1, 1, side**2, width), parts.reshape(-1, cells**2, side**2, width)]
+            return jnp.concatenate(views, axis=1).reshape(rows, -1, width)
+
+        return tuple(map(joined, whole, parts))

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 
 from deepstack_jax.config import Config
+from deepstack_jax.families.base import decoder_of, tower_of
 from deepstack_jax.train.core.optimizer import FROZEN, flatten
 from deepstack_jax.train.core.program import Program
 from deepstack_jax.types import PyTree
@@ -80,16 +81,13 @@ def activation_memory(program: Program, rows: int, length: int) -> ActivationMem
 def _decoder_saved(program: Program, local: float, length: int) -> float:
     """Elements that the decoder keeps: the inputs of its layers, and under some policies their products."""
     cfg, tensor = program.config.decoder, program.mesh.shape["tensor"]
-    query, key = cfg.heads * cfg.head_dim, cfg.kv_heads * cfg.head_dim
-    products = cfg.width + (query + 2 * key + 2 * cfg.mlp) / tensor  # o, q, k, v, gate, up; `down` is needed by nothing
+    layer = decoder_of(program.config).layer(cfg, tensor)
     scores = 2 * cfg.heads * length / tensor * program.scores_exist
     each = {
         "block": cfg.width,
-        "dots": cfg.width + products,
+        "dots": cfg.width + layer.products,
         "offload": 0,  # they lie in the host's memory
-        # Both norms keep their input and output in float32; the gate's function and its product are kept too. 7B L compiled for
-        # v5p and, under tensor 4, for v5e agrees to 2%.
-        "none": 11 * cfg.width + 2 * products + 2 * cfg.mlp / tensor + scores,
+        "none": layer.kept + scores,
     }[cfg.remat]
     return local * length * cfg.layers * each
 
@@ -100,11 +98,10 @@ def _tower_saved(program: Program, local: float) -> float:
     trains = any(path.startswith("vision_tower/") and group != FROZEN for path, group in program.groups.items())
     if not trains:
         return 0.0
-    tokens = config.patch_side**2 + 1
-    each = cfg.width
-    if config.decoder.remat == "none":
-        # Scores several times over, in float32; from the compilation of 7B V for v5p.
-        each = 18 * cfg.width + 6 * cfg.mlp + 8 * cfg.heads * tokens
+    tower = tower_of(config)
+    tokens = config.patch_side**2 + tower.prefix_tokens(cfg)
+    # Where nothing is recomputed, scores several times over too, in float32.
+    each = tower.layer(cfg).kept + 8 * cfg.heads * tokens if config.decoder.remat == "none" else cfg.width
     return local * config.crop_slots / program.mesh.shape["tensor"] * tokens * cfg.layers_run * each
 
 
@@ -122,9 +119,9 @@ def _working(program: Program, local: float, length: int) -> float:
     rows = max(1.0, local)
     # Scores, probabilities and the gradients of both, in float32: with three of them HD came out a fifth below its compilation.
     scores = 4 * 4 * rows * cfg.heads / tensor * length**2 * program.scores_exist
-    products = width * rows * length * (6 * cfg.width + (4 * cfg.heads * cfg.head_dim + 4 * cfg.mlp) / tensor)
-    kernels = cfg.width * (2 * (cfg.heads + cfg.kv_heads) * cfg.head_dim + 3 * cfg.mlp) / tensor
-    weights = (2 * width + 4) * kernels  # this layer's and the next one's, and the gradient
+    layer = decoder_of(config).layer(cfg, tensor)
+    products = width * rows * length * layer.working
+    weights = (2 * width + 4) * layer.kernels  # this layer's and the next one's, and the gradient
     chunk = min(config.train.loss_chunk, length)
     logits = 3 * 4 * rows * chunk * cfg.vocab_size / tensor + 2 * width * cfg.width * cfg.vocab_size / tensor
     patches = config.patch_side**2

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from deepstack_jax.config import Config
+from deepstack_jax.families.base import decoder_of, tower_of
 from deepstack_jax.parallel.chips import Chip
 from deepstack_jax.parallel.mesh import AXES, across_slices
 from deepstack_jax.plan.collectives import Collective, ring
@@ -141,7 +142,7 @@ def memory_traffic(program: Program, rows: int, length: int) -> float:
     passes = 3 + (cfg.remat != "none")  # forward, twice backward, recomputed
     weights = sum(program.sizes.values()) / tensor * width * 2 * passes * config.train.accumulation  # gathered and read
     update = bytes_per_device(trainable) * 3 + 2 * bytes_per_device(state.opt_state)  # gradient, parameters; moments both ways
-    each = 12 * cfg.width + (4 * (cfg.heads + cfg.kv_heads) * cfg.head_dim + 6 * cfg.mlp) / tensor
+    each = decoder_of(config).layer(cfg, tensor).traffic
     activations = local * length * cfg.layers * each * width * passes
     scores = local * cfg.heads / tensor * length**2 * cfg.layers * 12 * passes * program.scores_exist
     return weights + update + activations + scores + _tower_traffic(config, local, tensor, width)
@@ -149,7 +150,7 @@ def memory_traffic(program: Program, rows: int, length: int) -> float:
 
 def _tower_traffic(config: Config, local: float, tensor: int, width: int) -> float:
     """The same of the vision tower's forward pass, beside which its backward pass is left out."""
-    cfg, tokens = config.vision, config.patch_side**2 + 1
-    each = 12 * cfg.width + 4 * cfg.mlp
+    cfg, tower = config.vision, tower_of(config)
+    tokens, each = config.patch_side**2 + tower.prefix_tokens(cfg), tower.layer(cfg).traffic
     crops = local * config.crop_slots / tensor  # which lie over all devices
     return crops * cfg.layers_run * (tokens * each * width + cfg.heads * tokens**2 * 12)

@@ -6,11 +6,14 @@ attention scores included. Utilisation (MFU) is model FLOPs over time and peak, 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from deepstack_jax.config import Config
+from deepstack_jax.families.base import Names, Row, decoder_of, tower_of
+from deepstack_jax.families.forms import projector_names
 from deepstack_jax.train.core.optimizer import FROZEN
 
 
@@ -50,18 +53,11 @@ class _Product(NamedTuple):
     """Matrix products with one kernel, or of attention, which has none."""
 
     part: str
-    kernel: str  # its path; empty = attention
+    kernel: str  # path of the parameter; empty = attention
     forward: float  # what the mathematics asks for
     executed: float  # what the program computes for it in the forward pass
     again: float  # how many times it does so once more in the backward pass
-    below: tuple[str, ...]  # beginnings of the parameters whose gradient flows through its input
-
-
-# Whose gradients flow through the input of a tower layer, of a later layer of the projector, of a decoder layer, of the head.
-_TOWER = tuple(f"vision_tower/{name}" for name in ("patch_embed/", "cls", "positions", "pre_norm/", "layers/"))
-_PROJECTOR = (*_TOWER, "projector/")
-_DECODER = (*_PROJECTOR, "embed/", "image_newline", "layers/layers/")
-_HEAD = (*_DECODER, "layers/norm/")
+    below: int  # parameters of the stages before this one have a gradient that flows through its input
 
 
 def step_flops(
@@ -94,14 +90,15 @@ def step_flops(
     every = float(rows * length**2)
     products = [
         *_tower(config, rows),
-        *_projector(config, rows),
+        *_projectors(config, rows),
         *_decoder(config, rows * length),
         _attention(config, every if squares is None else float(squares), every, masked),
         _head(config, rows, length),
     ]
+    first = min((_stage(config, path) for path, group in groups.items() if group != FROZEN), default=_UNUSED)
     parts = {product.part: [0.0, 0.0, 0.0] for product in products}
     for product in products:
-        inputs = any(path.startswith(product.below) and group != FROZEN for path, group in groups.items())
+        inputs = first < product.below
         weights = groups[product.kernel] != FROZEN if product.kernel else inputs
         backward = inputs + weights
         again = product.again if backward else 0
@@ -112,67 +109,85 @@ def step_flops(
     return Flops(tuple(Part(name, *sums) for name, sums in parts.items()))
 
 
+# In the order of the forward pass; a gradient flows through the input of a product where something of a stage before trains.
+_TOWER, _PROJECTOR, _LAYERS, _NORM, _UNUSED = range(5)
+
+
+def _stage(config: Config, path: str) -> int:
+    """Where in the forward pass a parameter is first used."""
+    if path.startswith("vision_tower/"):
+        return _UNUSED if path.startswith(tower_of(config).unused) else _TOWER
+    if path.startswith(("projector/", "tap_projectors_")):
+        return _PROJECTOR
+    if path.startswith(("embed/", "image_newline", "layers/layers/")):
+        return _LAYERS
+    return _NORM if path.startswith("layers/") else _UNUSED
+
+
+def _kernels(names: Names) -> Iterator[tuple[Row, float]]:
+    """The kernels of a part of the model, and the elements of each (of one layer)."""
+    for row in names.rows:
+        if "|" in row.sizes:
+            yield row, float(math.prod(names.sizes[letter] for letter in row.sizes.replace("|", " ").split()))
+
+
 def _tower(config: Config, rows: int) -> Iterator[_Product]:
     """Patches, and the layers whose output is used. A layer that is recomputed needs all but its last product."""
-    vision, block = config.vision, "vision_tower/layers/block"
-    patches = rows * config.crop_slots * config.patch_side**2
-    embed = 2.0 * patches * 3 * vision.patch_size**2 * vision.width
-    yield _Product("tower", "vision_tower/patch_embed/kernel", embed, embed, 0, ())
-    remat = config.decoder.remat != "none"
+    vision, family, remat = config.vision, tower_of(config), config.decoder.remat != "none"
     tokens = squares = 0.0
     for sequences, each, layers in _encoded(config, rows):
         tokens += sequences * each * layers
         squares += sequences * each**2 * layers
-    square, mlp = 2 * tokens * vision.width**2, 2 * tokens * vision.width * vision.mlp
-    sizes = dict.fromkeys("qkvo", square) | {"fc1": mlp, "fc2": mlp}
-    for name, flops in sizes.items():
-        yield _Product("tower", f"{block}/{name}/kernel", flops, flops, remat and name != "fc2", _TOWER)
+    for row, size in _kernels(family.names(config)):
+        if "{}" in row.theirs:
+            again = remat and not row.ours.endswith(f"/{family.last_kernel}/kernel")
+            yield _Product("tower", row.ours, 2 * tokens * size, 2 * tokens * size, again, _TOWER + 1)
+        else:
+            flops = 2.0 * rows * config.crop_slots * config.patch_side**2 * size
+            yield _Product("tower", row.ours, flops, flops, 0, _TOWER)
     attention = 4 * squares * vision.width
-    yield _Product("tower", "", attention, attention, remat, _TOWER)
+    yield _Product("tower", "", attention, attention, remat, _TOWER + 1)
 
 
 def _encoded(config: Config, rows: int) -> Iterator[tuple[int, int, int]]:
     """(sequences, tokens of each, layers that they run through) of the tower."""
-    run, patches = config.vision.layers_run, config.patch_side**2
+    run, patches, prefix = config.vision.layers_run, config.patch_side**2, tower_of(config).prefix_tokens(config.vision)
     slots, images = rows * config.crop_slots, rows * config.images_per_row
     if config.deepstack.into == "vision":  # all views to the first injection, the global views from there
         schedule = config.vision_schedule
         first = schedule.index(0) if 0 in schedule else run
-        yield slots, patches + 1, first
-        yield images, patches + 1, run - first
+        yield slots, patches + prefix, first
+        yield images, patches + prefix, run - first
     elif config.deepstack.high_res == "view":  # an image's crops are one large picture
-        yield images, patches + 1, run
-        yield images, (config.views_per_image - 1) * patches + 1, run
+        yield images, patches + prefix, run
+        yield images, (config.views_per_image - 1) * patches + prefix, run
     else:
-        yield slots, patches + 1, run
+        yield slots, patches + prefix, run
 
 
-def _projector(config: Config, rows: int) -> Iterator[_Product]:
+def _projectors(config: Config, rows: int) -> Iterator[_Product]:
     """On the tokens that are used, one by one of the sequence and of every group; recomputed as a layer is."""
     shape = config.batch_shape(rows, config.data.max_length)
-    if config.deepstack.pool > 1:
-        tokens = rows * shape.crops * config.patch_side**2
-    else:
-        tokens = rows * shape.visual * (1 if config.deepstack.into == "vision" else 1 + shape.groups)
-    inputs, width = config.vision.width, config.decoder.width
-    for number in range(1, config.projector.layers + 1):
-        flops = 2.0 * tokens * inputs * width
-        below = _TOWER if number == 1 else _PROJECTOR
-        again = config.decoder.remat != "none" and number < config.projector.layers
-        yield _Product("projector", f"projector/fc{number}/kernel", flops, flops, again, below)
-        inputs = width
+    taps = tower_of(config).taps(config) or ((0, 0),) * (1 if config.deepstack.into == "vision" else 1 + shape.groups)
+    for projector, names in enumerate(projector_names(config)):
+        tokens = rows * shape.visual * sum(tap[1] == projector for tap in taps)
+        if config.deepstack.pool > 1:
+            tokens = rows * shape.crops * config.patch_side**2
+        kernels = list(_kernels(names))
+        for number, (row, size) in enumerate(kernels, 1):
+            again = config.decoder.remat != "none" and number < len(kernels)
+            below = _TOWER + 1 if number == 1 else _PROJECTOR + 1
+            yield _Product("projector", row.ours, 2.0 * tokens * size, 2.0 * tokens * size, again, below)
 
 
 def _decoder(config: Config, tokens: int) -> Iterator[_Product]:
     """The kernels of all layers. A layer that is recomputed needs all but its last product."""
-    cfg = config.decoder
-    remat = cfg.remat in ("block", "offload")  # the other policies keep the products
-    query, key = cfg.heads * cfg.head_dim, cfg.kv_heads * cfg.head_dim
-    sizes = {"attention/q": query, "attention/k": key, "attention/v": key, "attention/o": query}
-    for name, size in (sizes | dict.fromkeys(("mlp/gate", "mlp/up", "mlp/down"), cfg.mlp)).items():
-        flops = 2.0 * tokens * cfg.layers * cfg.width * size
-        again = remat and name != "mlp/down"
-        yield _Product("decoder", f"layers/layers/block/{name}/kernel", flops, flops, again, _DECODER)
+    family, remat = decoder_of(config), config.decoder.remat in ("block", "offload")  # the other policies keep the products
+    for row, size in _kernels(family.names(config)):
+        if "{}" in row.theirs:
+            flops = 2.0 * tokens * config.decoder.layers * size
+            again = remat and not row.ours.endswith(f"/{family.last_kernel}/kernel")
+            yield _Product("decoder", row.ours, flops, flops, again, _LAYERS + 1)
 
 
 def _attention(config: Config, pairs: float, all_pairs: float, masked: bool) -> _Product:
@@ -181,12 +196,12 @@ def _attention(config: Config, pairs: float, all_pairs: float, masked: bool) -> 
     each = 4.0 * cfg.layers * cfg.heads * cfg.head_dim  # of a pair of positions
     remat = cfg.remat != "none"
     if masked:
-        return _Product("attention", "", each * pairs / 2, each * all_pairs, remat, _DECODER)
-    return _Product("attention", "", each * pairs / 2, each * pairs / 2, remat + 0.5, _DECODER)
+        return _Product("attention", "", each * pairs / 2, each * all_pairs, remat, _LAYERS + 1)
+    return _Product("attention", "", each * pairs / 2, each * pairs / 2, remat + 0.5, _LAYERS + 1)
 
 
 def _head(config: Config, rows: int, length: int) -> _Product:
     """Logits, a chunk of positions at a time, each chunk computed again in the backward pass."""
-    chunk = min(config.train.loss_chunk, length)
+    chunk, path = min(config.train.loss_chunk, length), "embed/embedding" if config.decoder.tied_head else "head/kernel"
     each = 2.0 * rows * config.decoder.width * config.decoder.vocab_size
-    return _Product("head", "head/kernel", each * length, each * -(-length // chunk) * chunk, 1, _HEAD)
+    return _Product("head", path, each * length, each * -(-length // chunk) * chunk, 1, _NORM + 1)

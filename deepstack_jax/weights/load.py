@@ -20,6 +20,7 @@ from jax.typing import DTypeLike
 
 from deepstack_jax.config import Config
 from deepstack_jax.errors import WeightsError
+from deepstack_jax.families.forms import DRAWN
 from deepstack_jax.types import PyTree
 from deepstack_jax.weights.files import StoredTensor, aligned_empty, copy_into
 from deepstack_jax.weights.names import Leaf, Table, to_ours
@@ -154,11 +155,10 @@ def absent_leaves(tensors: Collection[str], config: Config) -> tuple[str, ...]:
 
     A new run draws them: the projector over a bare language model, `image_newline`, and the layers behind a plain tower.
     """
-    may_lack = ("model.mm_projector.", "model.image_newline", "model.vision_tower.post_encoder.")
     return tuple(
         path
         for path, leaf in Table(config).leaves.items()
-        if any(piece.name not in tensors and piece.name.startswith(may_lack) for piece in leaf.pieces)
+        if any(piece.name not in tensors and piece.name.startswith(DRAWN) for piece in leaf.pieces)
     )
 
 

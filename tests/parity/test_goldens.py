@@ -29,7 +29,7 @@ LOGITS, LOSS = 5e-4, 1e-5
 @pytest.fixture(scope="module", params=CASES)
 def run(request):
     case = load_case(request.param)
-    model = case.model(keep_layer_inputs=True)
+    model = case.model(keep_inputs=True)
     batch = build_batch(case)
     params = load_params(case)
 
@@ -90,7 +90,7 @@ def test_loss(run):
 @pytest.mark.parametrize("name", ["l_2d", "phi"])
 def test_every_hidden_state(name):
     case = load_case(name)
-    model = case.model(keep_layer_inputs=True)
+    model = case.model(keep_inputs=True)
     batch = build_batch(case)
     params = load_params(case)
     output = jax.jit(model.apply)(params, batch)
@@ -104,7 +104,9 @@ def test_vision_hidden_states():
     batch = build_batch(case)
     deepstack = case.model()
     params = load_params(case)
-    features = np.asarray(deepstack.apply(params, batch.pixels, method="encode")).reshape(2, -1, case.config.layout.patches, 32)
+    features = np.asarray(deepstack.apply(params, batch.pixels, method="encode")[0]).reshape(
+        2, -1, case.config.layout.patches, 32
+    )
     official = case.arrays["vision_selected"]
     ours = np.concatenate([features[:, 0], features[0, 1:5], features[1, 1:4]])
     np.testing.assert_allclose(ours, official, atol=1e-4)

@@ -113,7 +113,7 @@ def test_bare_clip_and_bare_llama_of_transformers(tmp_path):
         states = tower(normalised(case, batch.pixels[0]), output_hidden_states=True).hidden_states
         text_only = np.array([[1, 17, 99, 254, 33]])
         wanted = language(torch.tensor(text_only)).logits.numpy()
-    encoded = np.asarray(model.apply(params, batch.pixels, method="encode"))
+    encoded = np.asarray(model.apply(params, batch.pixels, method="encode")[0])
     np.testing.assert_allclose(encoded[0], states[-2][0, 1:].numpy(), atol=1e-4)
     text_batch = batch._replace(
         tokens=text_only.astype(np.int32),

@@ -23,7 +23,7 @@ from deepstack_jax.model.attention import (
     rotary_table,
     rotate,
 )
-from deepstack_jax.model.decoder import Decoder, InjectedBlock
+from deepstack_jax.model.decoder import Decoder, InjectedBlock, LayerCall
 from deepstack_jax.model.merge import inject, invert_visual_index, merge, spread
 from tests.unit.tiny import draw_params, shapes_in
 
@@ -164,7 +164,8 @@ def test_layer_inputs_hold_the_injection(inputs, params):
 
     @jax.jit
     def run_block(params, x):
-        return block.apply({"params": params}, x, None, jnp.asarray(-1), None, rotary, mask, None, (jnp.asarray(0), None))[0]
+        call = LayerCall(x, None, jnp.asarray(-1), jnp.asarray(0), None, None, None, rotary, mask)
+        return block.apply({"params": params}, call)[0]
 
     chex.assert_shape(output.layer_inputs, (TINY.layers, B, T, D))
     for layer in range(TINY.layers):
@@ -222,20 +223,17 @@ class LeakyBody(decoder_module.ScanBody):
     """The mistake that ScanBody avoids: the stack goes through remat and comes back out of it."""
 
     @nn.compact
-    def __call__(self, carry, per_layer, index, rotary, mask, filled):
+    def __call__(self, carry, per_layer, shared):
         x, layer_inject, cache = carry
-        group, layer = per_layer
-        x, layer_inject, cache = nn.remat(LeakyBlock, prevent_cse=False)(self.config, self.attend, self.dtype, name="block")(
-            x, layer_inject, group, index, rotary, mask, cache, (layer, filled)
-        )
-        return (x, layer_inject, cache), None
+        block = nn.remat(LeakyBlock, prevent_cse=False)(self.config, self.attend, self.dtype, name="block")
+        return block(LayerCall(x, layer_inject, *per_layer, cache, *shared)), None  # pyright: ignore[reportCallIssue]
 
 
 class LeakyBlock(InjectedBlock):
     @nn.compact
-    def __call__(self, x, layer_inject, *rest):
-        x, _, cache = InjectedBlock(self.config, self.attend, self.dtype, name="inner")(x, layer_inject, *rest)
-        return x, layer_inject, cache
+    def __call__(self, call):
+        x, _, cache = InjectedBlock(self.config, self.attend, self.dtype, name="inner")(call)
+        return x, call.layer_inject, cache
 
 
 def saved_stacks(inputs, remat="block"):

@@ -78,7 +78,7 @@ def test_every_visual_token_is_the_patch_that_the_paper_names(rows, batch, param
     """Each view encoded by itself; its patches looked up by their place in the picture, not by index tables."""
     visual, stack, embeddings = tokens_of
     views = np.concatenate([pixels for row in rows for one in row for pixels in one.pixels])
-    features = jax.jit(lambda pixels: MODEL.apply({"params": params}, pixels, method="encode"))(views[None])[0]
+    features = jax.jit(lambda pixels: MODEL.apply({"params": params}, pixels, method="encode"))(views[None])[0][0]
     projected = MODEL.apply({"params": params}, features[None], jnp.arange(len(features))[None], method="gather_project")
     projected = np.asarray(projected).reshape(len(views), SIDE, SIDE, -1)
     view = 0
@@ -112,7 +112,8 @@ def test_every_visual_token_is_the_patch_that_the_paper_names(rows, batch, param
 @pytest.mark.quick
 def test_a_stack_of_zeros_is_the_same_model_without_injection(batch, params, forward):
     zero = forward(params, batch._replace(stack_source=np.full_like(batch.stack_source, ZERO)))
-    schedule_off = dataclasses.replace(MODEL, schedule=(-1,) * CONFIG.decoder.layers)
+    no_layer = dataclasses.replace(MODEL.layers, schedule=(-1,) * CONFIG.decoder.layers)
+    schedule_off = dataclasses.replace(MODEL, layers=no_layer)
     off = jax.jit(schedule_off.apply)({"params": params}, batch).hidden
     chex.assert_trees_all_close(zero, off, atol=1e-6)
     on = np.asarray(forward(params, batch))
@@ -139,7 +140,7 @@ def gradients(batch, params):
         def run(model):
             x, stack, index = model.inputs(batch._replace(pixels=pixels))
             mask = causal_segment_mask(jnp.asarray(batch.segment_ids), jnp.asarray(batch.positions))
-            rotary = model.rotary(batch.positions, batch.segment_ids)
+            rotary = model.layers.rotary(batch.positions, batch.segment_ids)
             return model.logits(model.layers(x, rotary, mask, stack + added, index).hidden)
 
         scores = jax.nn.log_softmax(MODEL.apply({"params": params}, method=run))

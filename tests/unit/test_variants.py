@@ -87,7 +87,7 @@ def test_deepstack_v_equals_a_loop_over_layers_and_images(start, post, enters):
 def test_deepstack_v_injects_nothing_into_the_decoder_and_a_text_row_stays_as_it_is():
     _, model, params, batch = build(VISION)
     assert apply(model, params, batch, method="visual_tokens")[1] is None
-    assert set(model.schedule) == {-1}
+    assert set(model.layers.schedule) == {-1}
     noise = batch._replace(pixels=np.random.default_rng(9).integers(0, 256, batch.pixels.shape, dtype=np.uint8))
     ours, theirs = (apply(model, params, b).hidden for b in (batch, noise))
     np.testing.assert_array_equal(ours[0], theirs[0])
@@ -114,7 +114,7 @@ def test_pooled_tokens_by_their_definition():
     config, model, params, batch = build(changes)
     assert isinstance(model, PooledDeepStack)
     assert (config.patch_side, config.layout.side, config.visual_tokens_per_image) == (5, 2, 4)
-    features = apply(model, params, batch.pixels, method="encode")
+    (features,) = apply(model, params, batch.pixels, method="encode")
     projected = np.asarray(apply(model, params, features, method=lambda model, x: model.projector(x)))
     squares = projected.reshape(3, -1, 5, 5, 32)[:, :, :4, :4].reshape(3, -1, 2, 2, 2, 2, 32).mean(axis=(3, 5))
     visual, stack = apply(model, params, batch, method="visual_tokens")
@@ -128,15 +128,15 @@ def test_high_res_view_sees_the_crops_as_one_picture():
     """Against the plain tower run on the joined picture under the same interpolated positions."""
     _, model, params, batch = build(SQUARE | {"deepstack.high_res": "view"})
     assert isinstance(model, HighResDeepStack)
-    features = apply(model, params, batch.pixels, method="encode").reshape(3, 3, 5, 4, -1)
+    features = apply(model, params, batch.pixels, method="encode")[0].reshape(3, 3, 5, 4, -1)
     large = tiny_config({"image.size": 16, "image.mode": "pad", "deepstack.stack": "none", "data.max_length": 64})
     joined = batch.pixels[1, 1:5].reshape(2, 2, 8, 8, 3).transpose(0, 2, 1, 3, 4).reshape(1, 1, 16, 16, 3)
     positions = interpolate_positions(params["vision_tower"]["positions"], 4)
     tower = dict(params["vision_tower"], positions=positions)
-    whole = apply(build_model(large), dict(params, vision_tower=tower), joined, method="encode")
+    whole = apply(build_model(large), dict(params, vision_tower=tower), joined, method="encode")[0]
     crop_major = np.asarray(whole).reshape(2, 2, 2, 2, -1).transpose(0, 2, 1, 3, 4).reshape(4, 4, -1)
     np.testing.assert_allclose(features[1, 0, 1:], crop_major, atol=1e-5)
-    plain = apply(build_model(tiny_config(SQUARE)), params, batch.pixels, method="encode").reshape(3, 3, 5, 4, -1)
+    plain = apply(build_model(tiny_config(SQUARE)), params, batch.pixels, method="encode")[0].reshape(3, 3, 5, 4, -1)
     np.testing.assert_allclose(features[:, :, 0], plain[:, :, 0], atol=1e-5)
     assert np.abs(features[1, 0, 1:] - plain[1, 0, 1:]).max() > 1e-2
 
