@@ -25,8 +25,8 @@ import numpy as np
 from rich.table import Table as RichTable
 from safetensors.numpy import save_file
 
+from benchmarks.stand_in_sets import write_file, write_sets
 from deepstack_jax.config import Config, build_config
-from deepstack_jax.data.synthetic_files import write_file, write_sets
 from deepstack_jax.families.base import TOWER, decoder_of
 from deepstack_jax.families.official import tower_to_hf
 from deepstack_jax.families.processor import preprocessor_to_hf

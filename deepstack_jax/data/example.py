@@ -30,12 +30,12 @@ class Example:
     """One conversation with its images, as a source gives it: nothing decoded, templated or tokenised yet.
 
     Attributes:
-        index: row number in its source; becomes `Batch.example_id`.
-        name: the id the user knows (a row's "id"), for messages.
-        images: in the order of the `<image>` placeholders; each an absolute path, encoded bytes, or decoded pixels
-            (`u8[y, x, 3]` or a PIL image).
-        messages: the turns, in order.
-        info: what a source knows beyond that: a row's other keys ("data_source"), or "kinds", one per question-answer turn.
+      index: row number in its source; becomes `Batch.example_id`.
+      name: the id the user knows (a row's "id"), for messages.
+      images: in the order of the `<image>` placeholders; each an absolute path, encoded bytes, or decoded pixels
+          (`u8[y, x, 3]` or a PIL image).
+      messages: the turns, in order.
+      info: what a source knows beyond that: a row's other keys ("data_source"), or "kinds", one per question-answer turn.
     """
 
     index: int
@@ -49,9 +49,9 @@ class RecordMetadata(NamedTuple):
     """What can be known of a row without reading its images.
 
     Attributes:
-        name: as of its Example.
-        images: paths relative to the image root, as the row names them but without "./"; embedded images have none.
-        data_source: the row's "data_source"; "" where it has none.
+      name: as of its Example.
+      images: paths relative to the image root, as the row names them but without "./"; embedded images have none.
+      data_source: the row's "data_source"; "" where it has none.
     """
 
     name: str

@@ -35,8 +35,8 @@ class NamedImages(NamedTuple):
     """The images that the rows of a source name by a path.
 
     Attributes:
-        named: as often as they are named.
-        missing: those that do not exist, each once, in order.
+      named: as often as they are named.
+      missing: those that do not exist, each once, in order.
     """
 
     named: int

@@ -85,14 +85,14 @@ class DocumentPages:
     """Random-access source of pages, each a pure function of (seed, split, index).
 
     Args:
-        seed: non-negative; names the family of pages.
-        length: number of pages; any size, nothing is stored.
-        style: "checker" (digits invisible in the low-res view) or "legible" (the control, same texts).
-        questions: question-answer turns a page, 1..16.
-        split: "train" or "validation"; hashed into the random stream, so the two share no stream and no page.
+      seed: non-negative; names the family of pages.
+      length: number of pages; any size, nothing is stored.
+      style: "checker" (digits invisible in the low-res view) or "legible" (the control, same texts).
+      questions: question-answer turns a page, 1..16.
+      split: "train" or "validation"; hashed into the random stream, so the two share no stream and no page.
 
     Raises:
-        ValueError: for an argument outside these ranges.
+      ValueError: for an argument outside these ranges.
     """
 
     seed: int
@@ -118,12 +118,12 @@ class DocumentPages:
         """Page `index` with its questions.
 
         Returns:
-            An `Example` with one image `u8[128, 128, 3]`. `info` holds "kinds" ("fine" or "coarse" per question) and
-            `i64[4, 4]` arrays over (box row, box column): "digits" 0..9, "shades" 0..3, and "corners" 0..3, the 16x16
-            quadrant (row-major) the digit stands in, or -1 where it fills the box ("legible").
+          An `Example` with one image `u8[128, 128, 3]`. `info` holds "kinds" ("fine" or "coarse" per question) and
+          `i64[4, 4]` arrays over (box row, box column): "digits" 0..9, "shades" 0..3, and "corners" 0..3, the 16x16
+          quadrant (row-major) the digit stands in, or -1 where it fills the box ("legible").
 
         Raises:
-            IndexError: outside 0..length-1.
+          IndexError: outside 0..length-1.
         """
         index = operator.index(index)
         if not 0 <= index < self.length:
@@ -180,7 +180,7 @@ def digit_tiles(style: str) -> tuple[np.ndarray, np.ndarray]:
     ink is INK darker than the shade and paper the shade itself, so that both questions can be answered from the low-res view.
 
     Returns:
-        `(tiles i16[10, N, 32, 32], corners i64[N])`: N places; the quadrant of each, or -1 in "legible".
+      `(tiles i16[10, N, 32, 32], corners i64[N])`: N places; the quadrant of each, or -1 in "legible".
     """
     cells = BOX_PIXELS // CELL
     if style == "checker":

@@ -73,10 +73,10 @@ class Split:
     """One folder of shards to make.
 
     Attributes:
-        name: train or validation.
-        job: without a folder in a dry run that names no --out.
-        per_row: estimated bytes of a shard that an example takes.
-        options, inputs: see `ShardFolder`.
+      name: train or validation.
+      job: without a folder in a dry run that names no --out.
+      per_row: estimated bytes of a shard that an example takes.
+      options, inputs: see `ShardFolder`.
     """
 
     name: str
@@ -118,7 +118,7 @@ def chosen_splits(config: Config) -> list[str]:
     """The splits to prepare.
 
     Raises:
-        ConfigError: an unknown one, or one that the configuration does not name.
+      ConfigError: an unknown one, or one that the configuration does not name.
     """
     asked, data = flags.FLAGS.split, config.data
     if asked not in ("", "both", *SPLITS):
@@ -208,7 +208,7 @@ def write(
     """Make the shards that are left, and the manifest unless the run is stopped.
 
     Raises:
-        SourceError: the disk does not take them, saying how much room they need; or too many examples are bad.
+      SourceError: the disk does not take them, saying how much room they need; or too many examples are bad.
     """
     job = split.job
     if folder.chunks:
@@ -232,7 +232,7 @@ def dry_run(splits: Sequence[Split], data: DataConfig, workers: int, console: Co
     """Read every example, report on every split and write nothing.
 
     Raises:
-        SourceError, ConfigError: what the run itself would raise.
+      SourceError, ConfigError: what the run itself would raise.
     """
     from deepstack_jax.data.fingerprint import named_images  # late: see `open_split`
 
@@ -279,7 +279,7 @@ def check_place(out: str) -> str:
     """The absolute path of a folder that can be made or written to.
 
     Raises:
-        ConfigError: it cannot.
+      ConfigError: it cannot.
     """
     place = existing(files.absolute(out))
     if not os.path.isdir(place) or not os.access(place, os.W_OK | os.X_OK):
@@ -291,7 +291,7 @@ def verify_all(out: str, console: Console) -> int:
     """Compare every byte of a folder of shards, or of the splits below it.
 
     Raises:
-        SourceError: naming what is missing or has other content.
+      SourceError: naming what is missing or has other content.
     """
     out = files.absolute(out)
     folders = [folder for folder in (out, *(files.under(out, name) for name in SPLITS)) if is_prepared(folder)]

@@ -53,10 +53,10 @@ class Chunk(NamedTuple):
     """What became of the examples of one chunk; written beside its shard.
 
     Attributes:
-        number: of the chunk and its shard.
-        images: in the good examples.
-        bad: the other ones.
-        shard: None where nothing was written.
+      number: of the chunk and its shard.
+      images: in the good examples.
+      bad: the other ones.
+      shard: None where nothing was written.
     """
 
     number: int
@@ -70,11 +70,11 @@ class Job:
     """What to make shards of.
 
     Attributes:
-        source: random access, cheap to pickle.
-        shard_rows: examples of a chunk.
-        folder: an existing local folder for the shards; "" = look at the examples and write nothing.
-        check: what else an example must pass; raises ValueError where a run could not use it.
-        max_pixels: of the largest image that is decoded; 0 = look no further into any than `check` does.
+      source: random access, cheap to pickle.
+      shard_rows: examples of a chunk.
+      folder: an existing local folder for the shards; "" = look at the examples and write nothing.
+      check: what else an example must pass; raises ValueError where a run could not use it.
+      max_pixels: of the largest image that is decoded; 0 = look no further into any than `check` does.
     """
 
     source: Source
@@ -97,8 +97,8 @@ def read_checked(job: Job, row: int) -> tuple[Example, bytes]:
     """Example `row` as a shard holds it, and its record.
 
     Raises:
-        ExampleError: it is no usable conversation, cannot be stored, fails the check, or an image of it does not decode.
-        SourceError: the source as a whole is lost.
+      ExampleError: it is no usable conversation, cannot be stored, fails the check, or an image of it does not decode.
+      SourceError: the source as a whole is lost.
     """
     original = job.source[row]
     record = encode_example(original)
@@ -123,7 +123,7 @@ def record_bytes(source: Source) -> float:
     """About how many bytes of a shard an example takes, from some drawn from the source.
 
     Raises:
-        SourceError: none of them can be used, and there are more: known before a long run fails at its end.
+      SourceError: none of them can be used, and there are more: known before a long run fails at its end.
     """
     rows: Sequence[int] = range(len(source))
     if len(rows) > _RUNS * _RUN:  # short runs: of a table, or over a network, single ones cost a block each
@@ -158,13 +158,13 @@ def make_chunk(job: Job, number: int, tick: Callable[[], None]) -> Chunk:
     """Check the examples of a chunk and write its shard, which gets its name when it is whole and its `Chunk` lies beside it.
 
     Args:
-        job: what to make.
-        number: of the chunk.
-        tick: called after every example; what it raises ends the chunk without a trace.
+      job: what to make.
+      number: of the chunk.
+      tick: called after every example; what it raises ends the chunk without a trace.
 
     Raises:
-        DiskError: the shard cannot be written; nothing of it is left.
-        SourceError: the source is lost.
+      DiskError: the shard cannot be written; nothing of it is left.
+      SourceError: the source is lost.
     """
     bad: list[Bad] = []
     images = 0
@@ -211,15 +211,15 @@ def make_chunks(
     """Make chunks in worker processes, until all are made or `stopped` says so; what is half made then is dropped.
 
     Args:
-        job: what to make.
-        numbers: of the chunks.
-        workers: processes, at least 1.
-        take: called here with every chunk made, in the order in which they end.
-        looked: called here about five times a second with the number of examples looked at.
-        stopped: asked as often.
+      job: what to make.
+      numbers: of the chunks.
+      workers: processes, at least 1.
+      take: called here with every chunk made, in the order in which they end.
+      looked: called here about five times a second with the number of examples looked at.
+      stopped: asked as often.
 
     Raises:
-        DiskError, SourceError: of the first chunk that fails; the others are dropped.
+      DiskError, SourceError: of the first chunk that fails; the others are dropped.
     """
     if not numbers:
         return

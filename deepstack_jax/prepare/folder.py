@@ -29,19 +29,19 @@ class ShardFolder:
     """The state of one folder of shards; a context manager that keeps other runs out of it.
 
     Args:
-        path: an existing local folder.
-        options: what was asked for; goes into the manifest.
-        inputs: versions of the files read; with `options` what must not change between a run and the one that goes on.
-        force: drop what an earlier run left in the folder, finished or not.
-        look: change nothing; raise what a run would raise.
+      path: an existing local folder.
+      options: what was asked for; goes into the manifest.
+      inputs: versions of the files read; with `options` what must not change between a run and the one that goes on.
+      force: drop what an earlier run left in the folder, finished or not.
+      look: change nothing; raise what a run would raise.
 
     Attributes:
-        chunks: the finished ones by number, whose shards are there in their full size.
-        manifest: of a folder that is finished, else None.
+      chunks: the finished ones by number, whose shards are there in their full size.
+      manifest: of a folder that is finished, else None.
 
     Raises:
-        SourceError: another run is at work there; or the folder holds shards of other input or options, or of unknown
-            origin: going on would mix two data sets.
+      SourceError: another run is at work there; or the folder holds shards of other input or options, or of unknown
+          origin: going on would mix two data sets.
     """
 
     def __init__(
@@ -87,12 +87,12 @@ class ShardFolder:
         """Write `bad.jsonl` and then `manifest.json`: the folder is done.
 
         Args:
-            rows: of the source.
-            max_bad_fraction: share of them that may be left out.
+          rows: of the source.
+          max_bad_fraction: share of them that may be left out.
 
         Raises:
-            SourceError: more are bad, or none is good; training would go on with much less than was asked for. The report is
-                written, and finished shards are kept.
+          SourceError: more are bad, or none is good; training would go on with much less than was asked for. The report is
+              written, and finished shards are kept.
         """
         chunks = [self.chunks[number] for number in sorted(self.chunks)]
         bad, shards = [entry for chunk in chunks for entry in chunk.bad], [chunk.shard for chunk in chunks if chunk.shard]

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import deepstack_jax as dsx
-from deepstack_jax.data.synthetic_files import write_file
+from benchmarks.stand_in_sets import write_file
 from tests.e2e.verb import ENVIRONMENT, REPOSITORY, TIMEOUT, contents, read_json, read_lines
 from tests.parity.goldens import GOLDEN, write_folder
 

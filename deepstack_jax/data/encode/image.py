@@ -58,15 +58,15 @@ def make_views(image: Image.Image, spec: "ImageConfig") -> Views:
     resized to S and the centre cut.
 
     Args:
-        image: any PIL image; RGB and L are used as they are.
-        spec: mode, crop side, grid, fit and filters.
+      image: any PIL image; RGB and L are used as they are.
+      spec: mode, crop side, grid, fit and filters.
 
     Returns:
-        Views of n = 1, 1 + rows*cols, or for `hd` (1 + rows*cols) * (1 + k*k) pictures; `hd` orders them global, cells, the
-        global view's k*k crops, then those of each cell.
+      Views of n = 1, 1 + rows*cols, or for `hd` (1 + rows*cols) * (1 + k*k) pictures; `hd` orders them global, cells, the
+      global view's k*k crops, then those of each cell.
 
     Raises:
-        ValueError: an unknown mode, grid, fit or filter, or an image without pixels.
+      ValueError: an unknown mode, grid, fit or filter, or an image without pixels.
     """
     if 0 in image.size:
         raise ValueError(

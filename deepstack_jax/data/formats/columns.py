@@ -26,7 +26,7 @@ def carried(path: str, columns: Mapping[str, pa.DataType]) -> list[str]:
     """Names of the columns that are read; a warning names the others.
 
     Raises:
-        SourceError: among them is one that the rows need.
+      SourceError: among them is one that the rows need.
     """
     others = {name: kind for name, kind in columns.items() if _plain(kind) is None}
     for name in needed_keys():
@@ -56,7 +56,7 @@ def to_row(row: pa.Table | pa.RecordBatch, most: int | None) -> dict[str, Any]:
     """A table of one row as Python values; `most` None where it is settled.
 
     Raises:
-        RecordError: a value that is needed cannot be decoded, or all take more than `most` bytes.
+      RecordError: a value that is needed cannot be decoded, or all take more than `most` bytes.
     """
     values, size = {}, 0
     for name, column in zip(row.schema.names, row.columns, strict=True):

@@ -31,22 +31,22 @@ def open_files(path: str, images: str, limits: LimitsConfig = LIMITS) -> Metadat
     """The examples of a data file or folder.
 
     Args:
-        path: local path or URL (gs://, s3://, ...) of one of
-            - a LLaVA JSON array (.json) or JSON lines (.jsonl, .ndjson);
-            - a .parquet or .arrow file, or a pattern of several (`data/train-*.parquet`);
-            - a folder of parquet files, or with them in `data/`; FOLDER/SPLIT where file names tell splits apart;
-            - a folder written by `datasets.save_to_disk`; FOLDER/SPLIT of a DatasetDict;
-            - a folder of ArrayRecord shards with manifest.json, as `prepare` writes it.
-        images: local folder or URL that image paths in the rows start from; "" where all images are embedded.
-        limits: what its rows may take.
+      path: local path or URL (gs://, s3://, ...) of one of
+          - a LLaVA JSON array (.json) or JSON lines (.jsonl, .ndjson);
+          - a .parquet or .arrow file, or a pattern of several (`data/train-*.parquet`);
+          - a folder of parquet files, or with them in `data/`; FOLDER/SPLIT where file names tell splits apart;
+          - a folder written by `datasets.save_to_disk`; FOLDER/SPLIT of a DatasetDict;
+          - a folder of ArrayRecord shards with manifest.json, as `prepare` writes it.
+      images: local folder or URL that image paths in the rows start from; "" where all images are embedded.
+      limits: what its rows may take.
 
     Returns:
-        Random access, cheap to pickle. Records may be of any style that `data/formats/styles.py` knows.
+      Random access, cheap to pickle. Records may be of any style that `data/formats/styles.py` knows.
 
     Raises:
-        MissingError: nothing is there.
-        SourceError: the container is damaged or incomplete, or the path fits several containers or splits; to read another
-            file than was meant would not show in the loss.
+      MissingError: nothing is there.
+      SourceError: the container is damaged or incomplete, or the path fits several containers or splits; to read another
+          file than was meant would not show in the loss.
     """
     path = files.absolute(path)
     try:

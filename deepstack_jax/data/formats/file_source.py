@@ -16,7 +16,7 @@ class Records(Protocol):
     """A container of rows by random access, cheap to pickle: `JsonRecords`, `ParquetRecords` or `ArrowRecords`.
 
     Attributes:
-        path: file, folder or pattern that the user named.
+      path: file, folder or pattern that the user named.
     """
 
     path: str
@@ -43,11 +43,11 @@ class FileSource:
     encoded bytes, since what decodes images knows no network.
 
     Args:
-        rows: the container.
-        image_root: absolute folder or URL that image paths start from; "" = every image is embedded.
+      rows: the container.
+      image_root: absolute folder or URL that image paths start from; "" = every image is embedded.
 
     Raises:
-        SourceError: the image root is no folder.
+      SourceError: the image root is no folder.
     """
 
     def __init__(self, rows: Records, image_root: str) -> None:
@@ -72,9 +72,9 @@ class FileSource:
         """Row `index`.
 
         Raises:
-            IndexError: outside 0..len-1.
-            ExampleError: when this row is not a usable conversation; says which row, what is wrong and how to mend it.
-            SourceError: when the container changed or vanished since it was opened.
+          IndexError: outside 0..len-1.
+          ExampleError: when this row is not a usable conversation; says which row, what is wrong and how to mend it.
+          SourceError: when the container changed or vanished since it was opened.
         """
         index = operator.index(index)
         if not 0 <= index < len(self):
@@ -92,7 +92,7 @@ class FileSource:
         """Name, image paths and data_source of every row, in one pass over the container.
 
         Raises:
-            SourceError: when the container changed or vanished since it was opened.
+          SourceError: when the container changed or vanished since it was opened.
         """
         try:
             for index, row in enumerate(self.rows.scan()):

@@ -27,7 +27,7 @@ def read_chunks(path: str) -> list[list[Chunk]]:
     """Of every row group its chunks, in the order of the leaves.
 
     Raises:
-        ValueError: it is no footer, or is beyond all sense; OSError where the file cannot be read.
+      ValueError: it is no footer, or is beyond all sense; OSError where the file cannot be read.
     """
     size = files.size(path)
     if size < 2 * _END:

@@ -50,9 +50,9 @@ class ImageHeader(NamedTuple):
     """What a header says of an image.
 
     Attributes:
-        size_wh: (width, height) as `open_image` gives it.
-        turn: how it is turned upright; None where it stands so, or is left as it is.
-        remarks: DEEP and TURNED, if they hold.
+      size_wh: (width, height) as `open_image` gives it.
+      turn: how it is turned upright; None where it stands so, or is left as it is.
+      remarks: DEEP and TURNED, if they hold.
     """
 
     size_wh: tuple[int, int]
@@ -67,18 +67,18 @@ def open_image(source: Source, *, max_pixels: int = DEFAULTS.max_pixels, exif: s
     """Read an image by its content, whatever its name says; of several frames the first.
 
     Args:
-        source: a path, an encoded file of one of FORMATS, a PIL image, or u8[y, x], u8[y, x, 1], u8[y, x, 3] or u8[y, x, 4].
-        max_pixels: largest width * height that is decoded.
-        exif: "apply" turns the image upright where EXIF says how; "ignore" takes it as stored, as upstream does. A TIFF is
-            always turned: Pillow does that itself.
+      source: a path, an encoded file of one of FORMATS, a PIL image, or u8[y, x], u8[y, x, 1], u8[y, x, 3] or u8[y, x, 4].
+      max_pixels: largest width * height that is decoded.
+      exif: "apply" turns the image upright where EXIF says how; "ignore" takes it as stored, as upstream does. A TIFF is
+          always turned: Pillow does that itself.
 
     Returns:
-        A decoded image of mode RGB, or L where the source is gray: a third of the work for `make_views`, the same pixels.
-        `.convert("RGB")` of it equals PIL's own conversion of the source, but for gray of more than 8 bits, which PIL clips:
-        that is scaled by the full range of its type, floating point by 0 to 1.
+      A decoded image of mode RGB, or L where the source is gray: a third of the work for `make_views`, the same pixels.
+      `.convert("RGB")` of it equals PIL's own conversion of the source, but for gray of more than 8 bits, which PIL clips:
+      that is scaled by the full range of its type, floating point by 0 to 1.
 
     Raises:
-        ImageError: missing, empty, truncated, too large, or no image at all; black pixels in its place would train on noise.
+      ImageError: missing, empty, truncated, too large, or no image at all; black pixels in its place would train on noise.
     """
     return _read(source, max_pixels, exif)[0]
 
@@ -93,7 +93,7 @@ def image_size(source: Source, data: DataConfig = DEFAULTS) -> tuple[int, int]:
     """(width, height) of what `read_image` would give, read from the image's header.
 
     Raises:
-        ImageError: there is no such header. An image that is damaged behind it still has a size.
+      ImageError: there is no such header. An image that is damaged behind it still has a size.
     """
     with _errors_of(source, data.max_pixels), _opened(source, data.max_pixels) as (image, file):
         return _look(image, file if data.exif == "apply" else None, data.max_pixels, data.exif).size_wh
@@ -228,7 +228,7 @@ def _gray(image: Image.Image) -> Image.Image:
     """Gray of more than 8 bits as 8 bits, scaled by the full range of its type; below zero is black, as in signed types.
 
     Raises:
-        ImageError: of the values nothing would be left but black or white: they are of another range.
+      ImageError: of the values nothing would be left but black or white: they are of another range.
     """
     values, top = _values(image)
     gray = np.empty(values.shape, np.uint8)

@@ -38,11 +38,11 @@ class JsonRecords:
     cheap to send to worker processes.
 
     Args:
-        path: the JSON file, a local path or a URL.
-        limits: what a row may take. Without a bound one missing quote, or a file without line ends, would be loaded whole.
+      path: the JSON file, a local path or a URL.
+      limits: what a row may take. Without a bound one missing quote, or a file without line ends, would be loaded whole.
 
     Raises:
-        SourceError: when the file cannot be read, is not JSON (line, column, last good id), holds no array or no rows.
+      SourceError: when the file cannot be read, is not JSON (line, column, last good id), holds no array or no rows.
     """
 
     def __init__(self, path: str, limits: LimitsConfig = LIMITS) -> None:
@@ -69,8 +69,8 @@ class JsonRecords:
         """Row `index`, parsed.
 
         Raises:
-            RecordError: bytes that are not UTF-8.
-            SourceError: the file changed or vanished since it was opened: the offsets would point anywhere.
+          RecordError: bytes that are not UTF-8.
+          SourceError: the file changed or vanished since it was opened: the offsets would point anywhere.
         """
         start, length = int(self._starts[index]), int(self._lengths[index])
         try:

@@ -34,13 +34,13 @@ def to_example(row: object, index: int, image_root: str) -> Example:
     """The Example of a parsed row of any style.
 
     Args:
-        row: as JSON, parquet or arrow give it: a dict; images as a path, encoded bytes or {"bytes", "path"}, one or a list.
-        index: its number in the source.
-        image_root: absolute folder or URL that image paths start from; "" = there is none.
+      row: as JSON, parquet or arrow give it: a dict; images as a path, encoded bytes or {"bytes", "path"}, one or a list.
+      index: its number in the source.
+      image_root: absolute folder or URL that image paths start from; "" = there is none.
 
     Raises:
-        RecordError, ConversationError: it is no conversation, or its images and placeholders differ in number, so that
-            nothing tells which image belongs where.
+      RecordError, ConversationError: it is no conversation, or its images and placeholders differ in number, so that
+          nothing tells which image belongs where.
     """
     if not isinstance(row, dict):
         raise RecordError(f"is {_kind(row)}, expected an object with id, image and conversations")

@@ -29,13 +29,13 @@ class ParquetRecords:
     images). Only the place of each row group is kept in memory.
 
     Args:
-        path: what the user named, for messages.
-        parts: the files in order, local paths or URLs.
-        limits: what a row, and a row group, may take.
+      path: what the user named, for messages.
+      parts: the files in order, local paths or URLs.
+      limits: what a row, and a row group, may take.
 
     Raises:
-        SourceError: a file cannot be read, is no parquet or cut short, lacks the columns of every row style, has others than
-            the first file, has a row group beyond the limit, or all are empty.
+      SourceError: a file cannot be read, is no parquet or cut short, lacks the columns of every row style, has others than
+          the first file, has a row group beyond the limit, or all are empty.
     """
 
     def __init__(self, path: str, parts: Sequence[str], limits: LimitsConfig = LIMITS) -> None:
@@ -87,8 +87,8 @@ class ParquetRecords:
         """Row `index` as a dict.
 
         Raises:
-            RecordError: its row group does not decode, or it is larger than the limit; the others may be whole.
-            SourceError: the file changed or vanished since it was opened.
+          RecordError: its row group does not decode, or it is larger than the limit; the others may be whole.
+          SourceError: the file changed or vanished since it was opened.
         """
         group = self._group_of(index)
         table, most = self._table(group)
@@ -168,12 +168,12 @@ class ArrowRecords:
     """Rows of arrow IPC files (streams, as `datasets` writes them, or files), mapped into memory: read without copying.
 
     Args:
-        path: what the user named, for messages.
-        parts: the files in order, local paths or URLs; of a URL a copy is kept (`files.local_copy`).
-        limits: what a row may take.
+      path: what the user named, for messages.
+      parts: the files in order, local paths or URLs; of a URL a copy is kept (`files.local_copy`).
+      limits: what a row may take.
 
     Raises:
-        SourceError: a file cannot be read, is no arrow or cut short, lacks the columns of every row style, or all are empty.
+      SourceError: a file cannot be read, is no arrow or cut short, lacks the columns of every row style, or all are empty.
     """
 
     def __init__(self, path: str, parts: Sequence[str], limits: LimitsConfig = LIMITS) -> None:

@@ -32,9 +32,9 @@ class RowFilter:
     """What of a file a set takes. Empty = no condition; all that are given must hold.
 
     Attributes:
-        keep_images: beginnings of image paths, relative to the image root; a row passes with one image under one of them.
-        drop_images: the same; a row with one image under one of them is not wanted, and not missed either.
-        keep_sources: values of the rows' "data_source".
+      keep_images: beginnings of image paths, relative to the image root; a row passes with one image under one of them.
+      drop_images: the same; a row with one image under one of them is not wanted, and not missed either.
+      keep_sources: values of the rows' "data_source".
     """
 
     keep_images: tuple[str, ...] = ()
@@ -62,10 +62,10 @@ class Selection:
     """The rows of one file that each filter takes, and what the file holds besides.
 
     Attributes:
-        rows: i32[n] per filter, row numbers of the file in ascending order.
-        left: rows that no filter takes and none drops, by the first two folders of their image, or their data_source.
-        shared: rows that more than one filter takes.
-        data_sources: rows of every "data_source" of the file; "" = the row names none. Empty where no filter asked.
+      rows: i32[n] per filter, row numbers of the file in ascending order.
+      left: rows that no filter takes and none drops, by the first two folders of their image, or their data_source.
+      shared: rows that more than one filter takes.
+      data_sources: rows of every "data_source" of the file; "" = the row names none. Empty where no filter asked.
     """
 
     rows: tuple[np.ndarray, ...]

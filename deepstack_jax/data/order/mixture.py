@@ -39,13 +39,13 @@ class EpochOrder:
     twice per epoch, 0.5 one half of the rows and in the next epoch the other half, 1.5 all of them and one half again.
 
     Args:
-        sizes: rows of each set; a global row number counts through the sets, one behind the other.
-        repeats: how often an epoch goes through each set, above 0.
-        seed: of the shuffle, at least 0.
-        shuffle: False goes through the sets one behind the other, in the order of their rows.
+      sizes: rows of each set; a global row number counts through the sets, one behind the other.
+      repeats: how often an epoch goes through each set, above 0.
+      seed: of the shuffle, at least 0.
+      shuffle: False goes through the sets one behind the other, in the order of their rows.
 
     Raises:
-        ValueError: a set that would give no row, as nobody would notice that it is never seen.
+      ValueError: a set that would give no row, as nobody would notice that it is never seen.
     """
 
     sizes: tuple[int, ...]
@@ -74,7 +74,7 @@ class EpochOrder:
         """The global rows, i64 in the shape of `positions`, at these places (0..len-1) of the epoch (from 0).
 
         Raises:
-            IndexError: a place outside the epoch.
+          IndexError: a place outside the epoch.
         """
         asked = np.asarray(positions, np.int64)
         places = asked.ravel()
@@ -183,14 +183,14 @@ def open_mixture(
     """The mixture of `sets`, each file opened once, with a warning for everything that is not as the sets say.
 
     Args:
-        sets: by name.
-        root: folder or URL that files and image roots start from.
-        open_files: path and image root -> source.
-        cache: folder where the rows that filters take are kept; "" = the package's cache folder.
+      sets: by name.
+      root: folder or URL that files and image roots start from.
+      open_files: path and image root -> source.
+      cache: folder where the rows that filters take are kept; "" = the package's cache folder.
 
     Raises:
-        ConfigError: files or image folders are missing: all are named at once, with where to get them.
-        SourceError: a file cannot be read, or a set has no rows; going on would train on another mixture than asked for.
+      ConfigError: files or image folders are missing: all are named at once, with where to get them.
+      SourceError: a file cannot be read, or a set has no rows; going on would train on another mixture than asked for.
     """
     _check_present(sets, root)
     chosen: dict[str, tuple[MetadataSource, np.ndarray]] = {}

@@ -46,8 +46,8 @@ def decode_example(record: bytes, index: int) -> Example:
     Nothing but the record is read: an image is the encoded bytes in it, never the name of a file.
 
     Raises:
-        RecordError, ConversationError: it is no usable conversation, as a row of a file would be refused.
-        ValueError, TypeError, ...: it is no record.
+      RecordError, ConversationError: it is no usable conversation, as a row of a file would be refused.
+      ValueError, TypeError, ...: it is no record.
     """
     name, messages, images, info = _unpack(record)
     if not isinstance(name, str) or not isinstance(messages, list) or not isinstance(images, list):

@@ -46,12 +46,12 @@ class ShardSource:
     is copied once (`files.local_copy`).
 
     Args:
-        folder: local folder or URL.
-        limits: what a record may take.
+      folder: local folder or URL.
+      limits: what a record may take.
 
     Raises:
-        SourceError: no manifest or none of ours, a shard missing, cut short or with another number of rows than the manifest
-            says: all of them are named. Content is not compared; `verify` does.
+      SourceError: no manifest or none of ours, a shard missing, cut short or with another number of rows than the manifest
+          says: all of them are named. Content is not compared; `verify` does.
     """
 
     def __init__(self, folder: str, limits: LimitsConfig = LIMITS) -> None:
@@ -73,9 +73,9 @@ class ShardSource:
         """Example `index`.
 
         Raises:
-            IndexError: outside 0..len-1.
-            ExampleError: the record is damaged, no usable conversation, or beyond the limit; the others may be whole.
-            SourceError: its shard vanished or changed since the folder was opened.
+          IndexError: outside 0..len-1.
+          ExampleError: the record is damaged, no usable conversation, or beyond the limit; the others may be whole.
+          SourceError: its shard vanished or changed since the folder was opened.
         """
         index = operator.index(index)
         if not 0 <= index < len(self):
@@ -168,7 +168,7 @@ def verify(folder: str) -> dict[str, Any]:
     """Read every byte of a folder and compare it with the manifest, which is returned.
 
     Raises:
-        SourceError: naming every shard that is missing, cut short or has other content; training on it would not repeat.
+      SourceError: naming every shard that is missing, cut short or has other content; training on it would not repeat.
     """
     folder = files.absolute(folder)
     manifest = read_manifest(folder)

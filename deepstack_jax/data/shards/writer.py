@@ -20,15 +20,15 @@ def write_shard(path: Path, name: str, records: Iterable[bytes]) -> Shard | None
     """Write records into a new file, to the disk.
 
     Args:
-        path: of the file.
-        name: that it will have in the manifest.
-        records: at least one, or no file is made.
+      path: of the file.
+      name: that it will have in the manifest.
+      records: at least one, or no file is made.
 
     Returns:
-        What the manifest says of it; None without records.
+      What the manifest says of it; None without records.
 
     Raises:
-        OSError, RuntimeError: it cannot be written; what array_record raises is of the second kind.
+      OSError, RuntimeError: it cannot be written; what array_record raises is of the second kind.
     """
     writer, written = None, 0
     try:
@@ -52,9 +52,9 @@ def manifest_of(shards: Sequence[Shard], source: Mapping[str, Any], images: int)
     """What the manifest of a finished folder says.
 
     Args:
-        shards: in their order.
-        source: what the examples were made from; anything that JSON can hold.
-        images: in all examples.
+      shards: in their order.
+      source: what the examples were made from; anything that JSON can hold.
+      images: in all examples.
     """
     return {
         "format": FORMAT,

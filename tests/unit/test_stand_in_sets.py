@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from benchmarks.stand_in_sets import TEXT, write_file, write_sets
 from deepstack_jax.config import SetConfig
 from deepstack_jax.data.formats.containers import open_files
 from deepstack_jax.data.order.mixture import open_mixture
-from deepstack_jax.data.synthetic_files import TEXT, write_file, write_sets
 
 MIXTURES = Path(__file__).parents[2] / "configs" / "mixtures"
 TABLES = [("llava_558k", "SETS"), ("llava_665k", "SETS"), ("deepstack_748k", "SETS"), ("deepstack_748k", "PUBLISHED")]
