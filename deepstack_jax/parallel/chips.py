@@ -18,10 +18,14 @@ class Chip(NamedTuple):
     network: float = 0.0  # bytes/s to other hosts (GPUs) or slices (TPUs), of the adapters that fall to one device
 
 
-# Keyed by jax's `device_kind`. TPUs: cloud.google.com/tpu/docs, a page per version; they print the links' both directions
-# together ("bidirectional"), half of which stands here, and the data center's network per chip or per pod. GPUs: the makers'
-# data sheets and NVIDIA's white papers of Ampere (GA102) and Ada: dense bf16 products that add up in float32 (half of what is
-# printed "with sparsity"), links one direction: NVLink, Infinity Fabric, else PCIe 4.0 x16. Memory is what the driver shows.
+# Keyed by jax's `device_kind`.
+#
+# TPUs: cloud.google.com/tpu/docs, a page per version; they print the links' both directions together ("bidirectional"), half of
+# which stands here, and the data center's network per chip or per pod.
+# GPUs: the makers' data sheets and NVIDIA's white papers of Ampere (GA102) and Ada: dense bf16 products that add up in float32
+# (half of what is printed "with sparsity"), links one direction: NVLink, Infinity Fabric, else PCIe 4.0 x16. Memory is what the
+# driver shows. FLOP/s and bandwidths of A100, H100, H200, L40S, L4, MI300X and RTX 3090 were compared with copies of the data
+# sheets; those of B200, A10G, RTX A6000 and RTX 4090 are not confirmed.
 # The network of cards that no maker puts into a host is that of the largest host that AWS rents with them (400 Gb/s for eight
 # L40S, 100 for eight A10G); for those that nobody rents so, 100 Gb/s for eight.
 CHIPS = {

@@ -8,7 +8,7 @@ import math
 import os
 import re
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from jax.experimental import topologies
@@ -18,16 +18,30 @@ from deepstack_jax.jax_messages import is_unknown_topology
 from deepstack_jax.parallel.chips import CHIPS, GIB, Chip
 
 GPUS_PER_HOST = 8
-# A slice's shapes as cloud.google.com/tpu/docs lists them, and the bytes of HBM that libtpu's compiler lets a program use (it
-# names them when one does not fit).
-_SLICES = {
-    "v5e": ("TPU v5 lite", 15.75 * GIB, ("2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")),
-    "v5p": (
+
+
+class Slices(NamedTuple):
+    """The slices of a TPU version.
+
+    Attributes:
+      chip: its name in CHIPS.
+      usable: bytes of HBM that libtpu's compiler lets a program use: it names them when one does not fit.
+      shapes: of its slices as cloud.google.com/tpu/docs lists them, smallest first.
+    """
+
+    chip: str
+    usable: float
+    shapes: tuple[str, ...]
+
+
+SLICES = {
+    "v5e": Slices("TPU v5 lite", 15.75 * GIB, ("2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")),
+    "v5p": Slices(
         "TPU v5",
         95.74 * GIB,
         ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8", "8x8x16", "8x16x16", "16x16x16"),
     ),
-    "v6e": ("TPU v6 lite", 31.25 * GIB, ("2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")),
+    "v6e": Slices("TPU v6 lite", 31.25 * GIB, ("2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")),
 }
 _GPUS = {
     "A100-40GB": "NVIDIA A100-SXM4-40GB",
@@ -82,7 +96,7 @@ def open_machine(name: str, slices: int = 1) -> Machine:
     """
     name = with_shape(name)
     family, _, shape = name.partition(":")
-    if slices > 1 and family not in _SLICES:
+    if slices > 1 and family not in SLICES:
         raise ConfigError(
             f"--slices={slices} with --topology={name}: only TPUs come in slices, e.g. --topology={examples()[0]}"
         )
@@ -90,7 +104,7 @@ def open_machine(name: str, slices: int = 1) -> Machine:
         return _attached()
     if family == "gpu":
         return _gpus(name, shape)
-    if family in _SLICES:
+    if family in SLICES:
         return _tpu_slices(name, family, shape, slices)
     meant = [f"gpu:1x{kind}" for kind in _GPUS if _plain(kind) == _plain(name)]
     raise ConfigError(f"--topology={name} is unknown; e.g. {', '.join(meant or examples())}")
@@ -102,7 +116,7 @@ def with_shape(name: str) -> str:
     if not found:
         return name
     family, cores = _GOOGLE[found[1]]
-    sizes = {chips(shape) * cores: f"{family}:{shape}" for shape in _SLICES[family][2]}
+    sizes = {chips(shape) * cores: f"{family}:{shape}" for shape in SLICES[family].shapes}
     if int(found[2]) not in sizes:
         known = ", ".join(f"{found[1]}-{size}" for size in sizes)
         raise ConfigError(
@@ -118,16 +132,11 @@ def chips(shape: str) -> int:
 
 def examples() -> list[str]:
     """One name of every kind."""
-    return [*(f"{family}:{shapes[4]}" for family, (_, _, shapes) in _SLICES.items()), "gpu:8xH100", "here"]
-
-
-def known_slices(family: str) -> list[str]:
-    """Names of a family's slices, smallest first."""
-    return [f"{family}:{shape}" for shape in _SLICES[family][2]]
+    return [*(f"{family}:{slices.shapes[4]}" for family, slices in SLICES.items()), "gpu:8xH100", "here"]
 
 
 def _tpu_slices(name: str, family: str, shape: str, slices: int) -> Machine:
-    kind, usable, shapes = _SLICES[family]
+    kind, usable, shapes = SLICES[family]
     dimensions = shapes[0].count("x") + 1
     if not re.fullmatch(r"\d{1,4}(x\d{1,4})*", shape) or shape.count("x") + 1 != dimensions or chips(shape) > 2**14:
         raise ConfigError(f"--topology={name} has no shape of {dimensions} numbers; slices of {family}: {', '.join(shapes)}")

@@ -27,9 +27,9 @@ from deepstack_jax.train.account.waits import DataWait
 from deepstack_jax.train.checkpoint.manager import Checkpoints
 from deepstack_jax.train.core.program import Program
 from deepstack_jax.train.core.state import new_state
+from deepstack_jax.train.run.log_line import padding_hint
 from deepstack_jax.train.run.loop import loop
 from deepstack_jax.train.run.metrics import MetricsLog, Quarantine, QuarantineError
-from deepstack_jax.train.run.progress import padding_hint
 from deepstack_jax.train.run.replay import ReplayError, read_bundle, replay
 from deepstack_jax.train.run.run import Run
 from deepstack_jax.train.run.step_log import NotFiniteError

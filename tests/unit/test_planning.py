@@ -20,7 +20,7 @@ from deepstack_jax.plan.planner import Wanted, make_plan, memory_by_kind, plan_l
 from deepstack_jax.plan.report import Plan, belongs_to, by_kind, verdict
 from deepstack_jax.plan.roofline import estimate, guess_collectives, link_rate
 from deepstack_jax.plan.search import candidates, find_best
-from deepstack_jax.plan.topology import Machine, known_slices, open_machine, with_shape
+from deepstack_jax.plan.topology import SLICES, Machine, open_machine, with_shape
 from deepstack_jax.train.core.optimizer import FROZEN
 from deepstack_jax.train.core.program import build_program
 from deepstack_jax.train.core.state import new_state
@@ -392,7 +392,7 @@ def test_traffic_says_what_it_belongs_to(source, said):
 
 def test_slices_have_the_dimensions_of_their_torus():
     for family, chip in (("v5e", "TPU v5 lite"), ("v5p", "TPU v5"), ("v6e", "TPU v6 lite")):
-        assert all(name.count("x") + 1 == CHIPS[chip].links for name in known_slices(family))
+        assert all(name.count("x") + 1 == CHIPS[chip].links for name in SLICES[family].shapes)
 
 
 def test_gpu_nodes_are_described_by_simulated_devices():

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from deepstack_jax.atomic import whole_file
 from deepstack_jax.errors import UserError
-from deepstack_jax.printing import Console
+from deepstack_jax.printing import Console, plural
 from deepstack_jax.train.account.journal import KINDS, read_journal
 from deepstack_jax.train.run.metrics import read_metrics
 
@@ -120,7 +120,9 @@ def report(workdir: Path, console: Console) -> Account:
         spent, metrics = account(read_journal(workdir)), read_metrics(workdir)
     except OSError as error:
         raise ReportError(f"--report={workdir} holds no run ({error}); name the --workdir of one") from error
-    console.print(f"{workdir}: {spent.steps} steps, {_attempts(spent)}, goodput {spent.goodput:.1%}", soft_wrap=True)
+    console.print(
+        f"{workdir}: {spent.steps} steps, {plural(spent.attempts, 'attempt')}, goodput {spent.goodput:.1%}", soft_wrap=True
+    )
     console.print(describe(spent))
     folder = workdir / "report"
     folder.mkdir(exist_ok=True)
@@ -129,10 +131,6 @@ def report(workdir: Path, console: Console) -> Account:
             figure.savefig(file, dpi=120)
     console.print(f"written to {folder}: time.png, curves.png", soft_wrap=True)
     return spent
-
-
-def _attempts(spent: Account) -> str:
-    return "1 attempt" if spent.attempts == 1 else f"{spent.attempts} attempts"
 
 
 def describe(spent: Account) -> Table:
@@ -156,7 +154,7 @@ def draw_time(spent: Account) -> Figure:
         seconds = spent.seconds[kind]
         axes.barh(0, seconds, left=left, color=COLOURS[kind], label=f"{label}: {seconds:,.1f} s")
         left += seconds
-    axes.set(yticks=[], xlabel="seconds", title=f"goodput {spent.goodput:.1%} over {_attempts(spent)}")
+    axes.set(yticks=[], xlabel="seconds", title=f"goodput {spent.goodput:.1%} over {plural(spent.attempts, 'attempt')}")
     axes.spines[["top", "right", "left"]].set_visible(False)
     figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=8)
     return figure

@@ -79,8 +79,8 @@ class Checkpoints:
     """
 
     def __init__(self, workdir: Path, train: TrainConfig, *, read_only: bool = False) -> None:
-        self.workdir, self._workdir = workdir, workdir.absolute()
-        self._directory = self._workdir / "checkpoints"
+        self.workdir = workdir
+        self._directory = workdir.absolute() / "checkpoints"
         self._train, self._read_only = train, read_only
         manager, problem = read_or_damage(str(self._directory), self._open)
         if manager is None:
@@ -190,7 +190,7 @@ class Checkpoints:
         """Whether the last one saved is written and still read, while the disk has room for a further one."""
         if self._pending is None or self._pending.written.result() or self._pending.read_back.done():
             return False
-        return shutil.disk_usage(self._workdir).free > needed
+        return shutil.disk_usage(self.workdir).free > needed
 
     def finish(self, step: int) -> None:
         """Wait for the last save.
@@ -335,7 +335,7 @@ class Checkpoints:
 
     def _pinned(self) -> list[int]:
         """Checkpoints that a replay starts from; a damaged bundle cannot be replayed from anywhere."""
-        folder = self._workdir / "replay"
+        folder = self.workdir / "replay"
         names, _ = read_or_damage(str(folder), partial(os.listdir, folder))
         found = [_stored(folder / name, "checkpoint") for name in names or () if name.endswith(".json")]
         return [step for step in found if isinstance(step, int)]
@@ -348,7 +348,7 @@ class Checkpoints:
     def _put_aside(self, problems: dict[int, str]) -> None:
         """Out of the way, so that the run can save at the same steps again; not deleted, since somebody may want to look."""
         for step in problems:
-            target = self._workdir / "damaged" / f"{step}-{datetime.now(UTC):%Y%m%d-%H%M%S}"
+            target = self._directory.parent / "damaged" / f"{step}-{datetime.now(UTC):%Y%m%d-%H%M%S}"
             if is_first_host():
                 try:
                     target.parent.mkdir(exist_ok=True)
@@ -364,7 +364,7 @@ class Checkpoints:
             self._manager.reload()
 
     def _free(self) -> str:
-        return f"{shutil.disk_usage(self._workdir).free / 1e6:,.0f} MB free"
+        return f"{shutil.disk_usage(self.workdir).free / 1e6:,.0f} MB free"
 
 
 def bytes_of(state: PyTree) -> int:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import jax
 
 from deepstack_jax.data.example import SourceError
 from deepstack_jax.parallel.distributed import put_batch
+from deepstack_jax.progress import Progress
 from deepstack_jax.train.account.waits import DataWait
+from deepstack_jax.train.run.log_line import log_line
 from deepstack_jax.train.run.metrics import QuarantineError
-from deepstack_jax.train.run.progress import Progress
 from deepstack_jax.train.run.run import Run
 from deepstack_jax.train.run.step_log import NotFiniteError, Numbers, StepLog
 from deepstack_jax.types import TrainState
@@ -33,7 +34,8 @@ def loop(run: Run, state: TrainState, stop: Callable[[], bool]) -> TrainState:
     first = step = int(state.step)
     log, numbers, unused = StepLog(run, first), None, 0
     run.journal.begin_loop(first)
-    with Progress(first, run.steps, run.console) as progress, Trace(run) as trace, DataWait(run.journal) as wait:
+    progress = Progress("step", run.steps, run.console, first=first, text="compiling")
+    with progress, Trace(run) as trace, DataWait(run.journal) as wait:
         try:
             while step < run.steps and not stop():
                 delivered = wait.next(run.stream, numbers)
@@ -50,13 +52,13 @@ def loop(run: Run, state: TrainState, stop: Callable[[], bool]) -> TrainState:
                 trace.after(step, numbers)
                 log.add(step, batch.tokens.shape[1], numbers)
                 if step % train.log_every == 0 or step == run.steps:
-                    progress.show(step, log.write())
+                    show(progress, step, log.write())
                 if every and step % every == 0 and step < run.steps:
                     evaluate(run, log, state, step)
                 if step % train.checkpoint_every == 0 and step < run.steps:
                     save(run, log, state, step)
             if log.waiting:
-                progress.show(step, log.write())
+                show(progress, step, log.write())
         except (NotFiniteError, QuarantineError, SourceError) as error:
             # All hosts meet the first two alike. What a single one of several meets cannot be saved: that takes them all.
             if step > first and (jax.process_count() == 1 or not isinstance(error, SourceError)):
@@ -67,6 +69,10 @@ def loop(run: Run, state: TrainState, stop: Callable[[], bool]) -> TrainState:
     with run.journal.spend("checkpoint"):
         run.checkpoints.finish(step)
     return state
+
+
+def show(progress: Progress, step: int, values: Mapping[str, float]) -> None:
+    progress.show(step, log_line(values), values.get("seconds_per_step"))
 
 
 def evaluate(run: Run, log: StepLog, state: TrainState, step: int) -> None:

@@ -14,7 +14,7 @@ from deepstack_jax.errors import UserError
 from deepstack_jax.parallel.chips import CHIPS
 from deepstack_jax.parallel.distributed import is_first_host, process_slice, sum_over_hosts
 from deepstack_jax.printing import label
-from deepstack_jax.train.run.progress import padding_hint
+from deepstack_jax.train.run.log_line import padding_hint
 from deepstack_jax.train.run.replay import write_bundle
 from deepstack_jax.train.run.run import Run
 

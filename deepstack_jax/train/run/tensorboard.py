@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import socket
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tensorboardX import RecordWriter
+from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore[reportAttributeAccessIssue] (made at run time)
 from tensorboardX.summary import image, scalar, text
 
@@ -35,14 +34,13 @@ class TensorBoardWriter:
 
     def __init__(self, folder: Path, resume_step: int) -> None:
         self._folder = folder
-        self._file: RecordWriter | None = None
+        self._file: EventsWriter | None = None
         self._flush_at = 0.0
         try:
             folder.mkdir(exist_ok=True)
-            self._file = RecordWriter(str(folder / f"events.out.tfevents.{time.time():.0f}.{socket.gethostname()}"))
+            self._file = EventsWriter(str(folder / "events"))
         except OSError as error:
             self._give_up(error)
-        self._write(Event(file_version="brain.Event:2"))
         if resume_step:
             self._write(Event(step=resume_step + 1, session_log=SessionLog(status=SessionLog.START)))
 
@@ -74,7 +72,7 @@ class TensorBoardWriter:
             return
         event.wall_time = time.time()
         try:
-            self._file.write(event.SerializeToString())
+            self._file.write_event(event)
             if event.wall_time >= self._flush_at:
                 self._file.flush()
                 self._flush_at = event.wall_time + FLUSH_SECONDS
