@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from deepstack_jax.data.encode.encoder import known_ids
 from deepstack_jax.data.encode.templates import Template
 from deepstack_jax.data.encode.tokenizer import Tokenizer
+from deepstack_jax.data.encode.tokenizer_check import known_ids
 
 _HALF_CHARACTER = "\ufffd"  # how a tokenizer shows bytes that are no character, or not yet
 
