@@ -27,6 +27,7 @@ class Progress:
         self._task = self._bar.add_task(text, total=total, completed=first)
         self._printed = first * lines // max(1, total)
         self._began = time.monotonic()
+        self._each: float | None = None
 
     def __enter__(self) -> Progress:
         self._bar.start()
@@ -39,8 +40,9 @@ class Progress:
         """Say that `done` are done.
 
         Args:
-          seconds_each: for the time left off a terminal. None = measured so far where `lines` are thinned out; else not told.
+          seconds_each: for the time left off a terminal; None = the last that was given. With `lines` it is measured.
         """
+        self._each = self._each if seconds_each is None else seconds_each
         self._bar.update(self._task, completed=done, description=text)
         if self._console.is_terminal:
             return
@@ -48,9 +50,8 @@ class Progress:
             if done * self._lines // self._total <= self._printed:
                 return
             self._printed = done * self._lines // self._total
-            if seconds_each is None:
-                seconds_each = (time.monotonic() - self._began) / max(1, done - self._first)
-        left = "" if seconds_each is None else f"left {duration(seconds_each * (self._total - done))}"
+            self._each = (time.monotonic() - self._began) / max(1, done - self._first)
+        left = "" if self._each is None else f"left {duration(self._each * (self._total - done))}"
         self._console.print(" ".join(filter(None, (f"{self._noun} {done}/{self._total}", text, left))), soft_wrap=True)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from functools import partial
-from pathlib import Path
 
 from absl import flags
 from rich.progress import track
@@ -15,12 +14,9 @@ from deepstack_jax.audit.charts import draw_charts
 from deepstack_jax.audit.inputs import model_input
 from deepstack_jax.audit.page import quarantined, render_page
 from deepstack_jax.audit.survey import choose_rows, survey
-from deepstack_jax.config import Config
-from deepstack_jax.data.encode.tokenizer import Tokenizer
 from deepstack_jax.data.encode.tokenizer_check import open_tokenizer
-from deepstack_jax.data.example import Source
 from deepstack_jax.data.open import open_source
-from deepstack_jax.errors import ConfigError, try_all
+from deepstack_jax.errors import try_all
 from deepstack_jax.printing import Console, plural
 
 USAGE = """
@@ -49,7 +45,7 @@ cli.define_config_flag()
 def main() -> int:
     config = cli.parse_config()
     out = cli.writable_folder(OUT.value, "out")
-    tokenizer, source = open_inputs(config)
+    tokenizer, source = try_all(partial(open_tokenizer, config.data_spec), partial(open_source, config.data, "train"))
     console = Console()
 
     rows = choose_rows(source, config, max(N.value, SCAN.value), SEED.value)
@@ -59,11 +55,9 @@ def main() -> int:
     charts = draw_charts(found, config)
     page = render_page(config, found, cards, charts, len(source))
 
-    files = {f"{name}.png": themes["light"] for name, themes in charts.items()} | {
-        "audit.html": page.encode("utf-8", "replace")
-    }
-    for name, content in files.items():
-        write(out / name, content)
+    for name, themes in charts.items():
+        write_whole(out / f"{name}.png", themes["light"])
+    write_whole(out / "audit.html", page.encode("utf-8", "replace"))
     bad = len(quarantined(found, cards))
     console.print(f"{plural(len(found.rows), 'example')} looked at, {bad:,} unusable; the data has {len(source):,}")
     console.print(f"{found.supervised_share:.1%} of their tokens are supervised")
@@ -71,24 +65,6 @@ def main() -> int:
         console.print(f"{remark}: {count:,}", soft_wrap=True)
     console.print(f"written: {out / 'audit.html'} ({len(page) / 1e6:.1f} MB, {plural(len(cards), 'sample')})", soft_wrap=True)
     return cli.EXIT_DONE
-
-
-def open_inputs(config: Config) -> tuple[Tokenizer, Source]:
-    """The tokenizer and the training data; if both are missing, both are said at once."""
-    tokenizer, source = try_all(partial(open_tokenizer, config.data_spec), partial(open_source, config.data, "train"))
-    return tokenizer, source
-
-
-def write(path: Path, content: bytes) -> None:
-    """Write whole or not at all.
-
-    Raises:
-      ConfigError: the disk does not take it.
-    """
-    try:
-        write_whole(path, content)
-    except OSError as error:
-        raise ConfigError(f"cannot write {path}: {error.strerror}; choose another folder with --out=DIR") from error
 
 
 if __name__ == "__main__":

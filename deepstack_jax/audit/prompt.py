@@ -66,7 +66,7 @@ def token_texts(ids: Sequence[int], tokenizer: Tokenizer, before: Sequence[int] 
     """The characters that each token adds; None for a special token, "" where a later one completes the character.
 
     A tokenizer decodes whole texts: a token alone may lose its space, and half a character shows as a replacement character.
-    So each is read off the growth of the text behind a few tokens before it.
+    So each is read off the growth of the text after a few tokens before it.
 
     Args:
       ids: of a stretch of text, at whose end every character is complete.

@@ -101,13 +101,12 @@ class HeldOut:
     Attributes:
       task: what is asked.
       options: how it is asked.
-      named: rows that were left out and are known to be: each is told once.
     """
 
     def __init__(
         self, source: Source, config: Config, loss: Callable, model: DeepStack, mesh: Mesh, decode: Callable = greedy
     ) -> None:
-        self.task, self.options, self.named = Task(source), run_options(config), set[int]()
+        self.task, self.options = Task(source), run_options(config)
         self._config, self._mesh, self._model, self._slice = config, mesh, model, process_slice(mesh)
         self._tokenizer = load_tokenizer(config.data.tokenizer)
         stops = tuple(end_of_turn(find_template(config.data.template), self._tokenizer)[0])

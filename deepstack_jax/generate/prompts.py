@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from deepstack_jax.batch import Batch, BatchShape, check_batch, empty_batch
+from deepstack_jax.batch import Batch
 from deepstack_jax.config import Config
-from deepstack_jax.data.encode.batch_rows import Cursor, EncodedExample, place_example
+from deepstack_jax.data.encode.batch_rows import EncodedExample, ExampleSize, fill
 from deepstack_jax.data.encode.image import make_views
 from deepstack_jax.data.encode.labels import encode_with_images
 from deepstack_jax.data.encode.templates import Template, get_template, render
@@ -145,18 +145,8 @@ def pack(examples: Sequence[EncodedExample], config: Config, *, rows: int | None
 
     Crop slots and visual tokens are counted by the image-richest prompt: text alone costs nothing in the vision tower.
     """
-    layout, images = config.layout, max(len(one.layouts) for one in examples)
-    shape = BatchShape(
-        rows=rows or len(examples),
-        length=bucket(max(one.length for one in examples)),
-        crops=images * layout.max_views,
-        crop_size=config.image.size,
-        visual=images * layout.max_tokens,
-        groups=layout.groups,
-        examples=1,
-    )
-    batch = empty_batch(shape)
-    for row, one in enumerate(examples):
-        place_example(batch, row, one, Cursor(), layout.patches)
-    check_batch(batch, layout.patches)
+    spec, images = config.data_spec, max(len(one.layouts) for one in examples)
+    shape = spec.padded_shape(rows or len(examples), bucket(max(one.length for one in examples)))
+    shape = shape._replace(crops=images * spec.layout.max_views, visual=images * spec.layout.max_tokens)
+    batch = fill(shape, [[(one, ExampleSize())] for one in examples], spec.layout.patches).batch
     return batch._replace(example_id=batch.example_id.astype(np.int32))

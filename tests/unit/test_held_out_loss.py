@@ -3,6 +3,7 @@
 import io
 import json
 import math
+from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
@@ -14,7 +15,7 @@ from deepstack_jax.config import Config
 from deepstack_jax.data.example import SourceError
 from deepstack_jax.data.formats.containers import open_files
 from deepstack_jax.evaluate.held_out import HeldOut
-from deepstack_jax.evaluate.report import check_held_out, finish, report_held_out
+from deepstack_jax.evaluate.in_training import TrainingEvaluation
 from deepstack_jax.families.build import build_model
 from deepstack_jax.generate.decoding import NO_TOKEN
 from deepstack_jax.parallel.mesh import make_mesh
@@ -55,12 +56,19 @@ def held_out(bad: tuple[int, ...], allowed: float, loss: Any = two_per_token) ->
     return HeldOut(source, config, loss, build_model(config), make_mesh(config.mesh), say_nothing), config
 
 
+def training(subject: HeldOut, config: Config, workdir: Path, log: MetricsLog, printed: io.StringIO) -> TrainingEvaluation:
+    """What evaluates in a run, with these rows and this for a model."""
+    evaluation = TrainingEvaluation(config, workdir, Console(file=printed, width=200))
+    evaluation.held_out, evaluation.log, evaluation.train = subject, log, subject.task.source
+    return evaluation
+
+
 def said_of(tmp_path, bad: tuple[int, ...], allowed: float, loss: Any = two_per_token, times: int = 1) -> tuple[Any, str]:
     """What `times` reports return and print."""
     subject, config = held_out(bad, allowed, loss)
     printed, log = io.StringIO(), MetricsLog(tmp_path, 0)
-    console = Console(file=printed, width=200)
-    values = [report_held_out(subject, config, {}, step, log, console) for step in range(1, times + 1)]
+    evaluation = training(subject, config, tmp_path, log, printed)
+    values = [evaluation.report({}, step) for step in range(1, times + 1)]
     log.close()
     return values, printed.getvalue()
 
@@ -86,12 +94,12 @@ def checked(bad: tuple[int, ...], allowed: float, starts: bool) -> tuple[Any, st
     """What a look at the rows before a run returns or raises, and prints."""
     subject, config = held_out(bad, allowed)
     printed = io.StringIO()
+    evaluation = training(subject, config, Path(), MetricsLog(None, 0), printed)
     try:
-        return check_held_out(
-            subject.task.source, subject.task.source, config, Console(file=printed, width=200), starts=starts
-        ), printed.getvalue()
+        evaluation.check(subject.task.source, starts=starts)
     except SourceError as error:
         return error, printed.getvalue()
+    return evaluation.named, printed.getvalue()
 
 
 def test_more_than_allowed_stop_a_start_after_all_were_named():
@@ -112,10 +120,10 @@ def test_they_do_not_stop_a_run_that_goes_on():
 def test_what_was_named_at_the_start_is_not_named_again(tmp_path):
     subject, config = held_out((1, 6), 0.25)
     printed = io.StringIO()
-    console = Console(file=printed, width=200)
-    subject.named |= check_held_out(subject.task.source, subject.task.source, config, console, starts=True)
-    assert subject.named == {6}, "row 1 shows when its image is decoded"
-    report_held_out(subject, config, {}, 1, MetricsLog(None, 0), console)
+    evaluation = training(subject, config, tmp_path, MetricsLog(None, 0), printed)
+    evaluation.check(subject.task.source, starts=True)
+    assert evaluation.named == {6}, "row 1 shows when its image is decoded"
+    evaluation.report({}, 1)
     assert printed.getvalue().count("held-out row 6 (made6) is left out") == 1
     assert printed.getvalue().count("held-out row 1 (made1) is left out") == 1
 
@@ -138,7 +146,7 @@ def test_a_loss_that_is_not_finite_is_shown_and_compared_with_none(tmp_path):
 def test_the_results_count_every_row_left_out(bad, loss, tmp_path):
     subject, config = held_out(bad, 1.0)
     log = MetricsLog(tmp_path, 0)
-    finish(subject, config, {}, {"steps": 3}, tmp_path, log, Console(file=io.StringIO()))
+    training(subject, config, tmp_path, log, io.StringIO()).finish({}, {"steps": 3})
     log.close()
     results = json.loads((tmp_path / "results.json").read_text())
     assert (results["bad_examples"], results["questions"]) == (len(bad), 8 - len(bad))
@@ -149,7 +157,7 @@ def test_the_results_count_every_row_left_out(bad, loss, tmp_path):
 def test_a_run_whose_rows_are_bad_has_results_all_the_same_and_new_ones_once_they_are_mended(tmp_path):
     def end(bad: tuple[int, ...]) -> dict[str, Any]:
         subject, config = held_out(bad, 0.25)
-        finish(subject, config, {}, {"steps": 3}, tmp_path, MetricsLog(None, 0), Console(file=io.StringIO()))
+        training(subject, config, tmp_path, MetricsLog(None, 0), io.StringIO()).finish({}, {"steps": 3})
         return json.loads((tmp_path / "results.json").read_text())
 
     results = end((1, 3, 6))
@@ -172,9 +180,9 @@ def test_hard_ids_reach_every_file_and_no_terminal(tmp_path):
         HeldOut(source, config, two_per_token, build_model(config), make_mesh(config.mesh), say_nothing),
         MetricsLog(tmp_path, 0),
     )
-    console = Console(file=printed, width=200)
-    report_held_out(subject, config, {}, 1, log, console)
-    finish(subject, config, {}, {"steps": 3}, tmp_path, log, console)
+    evaluation = training(subject, config, tmp_path, log, printed)
+    evaluation.report({}, 1)
+    evaluation.finish({}, {"steps": 3})
     log.close()
     lines = (tmp_path / "predictions.jsonl").read_text("utf-8").splitlines()
     assert [json.loads(line)["id"] for line in lines] == [f"{hard}1".replace("\ud800", r"\ud800")]

@@ -16,7 +16,7 @@ from deepstack_jax.data.example import MetadataSource
 from deepstack_jax.data.formats.containers import open_files
 from deepstack_jax.data.order.mixture import Mixture, MixturePart
 from deepstack_jax.data.overlap import find_overlap
-from deepstack_jax.evaluate.report import overlap_line
+from deepstack_jax.evaluate.in_training import overlap_line
 from tests.unit.made_examples import MadeExamples
 
 
@@ -97,7 +97,7 @@ def test_it_ends_in_time_and_says_what_it_has_looked_at(folder, monkeypatch):
     overlap = find_overlap(held_out, 3, train, seconds=-1.0)
     assert (overlap.rows, overlap.looked_at) == ([0, 1], 999)
     assert "3 of 3 held-out rows also stand among the training rows, as" in overlap_line(held_out, 3, train)
-    monkeypatch.setattr("deepstack_jax.evaluate.report.find_overlap", lambda *_: overlap)
+    monkeypatch.setattr("deepstack_jax.evaluate.in_training.find_overlap", lambda *_: overlap)
     assert (
         "2 of 3 held-out rows also stand among the training rows (the first 999 of 2,500 were looked at), as the same row"
         in (said := overlap_line(held_out, 3, train))

@@ -5,18 +5,22 @@ import json
 import numpy as np
 import pytest
 
-from deepstack_jax.config import Config
 from deepstack_jax.data.pipeline import TrainingStream
-from deepstack_jax.evaluate.report import finish, first_sizes
+from deepstack_jax.evaluate.in_training import TrainingEvaluation, first_sizes
 from deepstack_jax.printing import Console
-from deepstack_jax.train.run.metrics import MetricsLog
 from tests.unit.made_examples import MadeExamples
 from tests.unit.tiny import tiny_config
 
 
-def test_results_are_made_once_and_anew_where_they_are_damaged(tmp_path, capsys):
+def test_results_are_made_once_and_again_where_they_are_damaged(tmp_path, capsys):
+    config = tiny_config(
+        {"data.tokenizer": "bytes", "data.template": "direct", "data.max_length": 96, "decoder.vocab_size": 259}
+    )
+
     def end(**facts):
-        finish(None, Config(), None, {"steps": 3, **facts}, tmp_path, MetricsLog(None, 3), Console())
+        evaluation = TrainingEvaluation(config, tmp_path, Console())
+        evaluation.train = MadeExamples(4)
+        evaluation.finish(None, {"steps": 3, **facts})
         return json.loads((tmp_path / "results.json").read_text())
 
     assert end(parameters=7)["parameters"] == 7
