@@ -25,7 +25,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from deepstack_jax.atomic import write_json
-from deepstack_jax.config import Config, build_config
+from deepstack_jax.config import Config, from_stored
 from deepstack_jax.data.encode.image import make_views, open_image
 from deepstack_jax.data.open import open_source
 from deepstack_jax.data.synthetic import BOXES, CHANCE
@@ -147,7 +147,7 @@ def load_run(folder: Path) -> Run:
         variant = name if name in LABELS else values.get("name", name)
         run = Run(
             name=name,
-            config=build_config(values),
+            config=from_stored(values),
             results=_flat(json.loads((folder / "results.json").read_text())),
             metrics=[record for record in read_metrics(folder) if "loss" in record],
             answers=[json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()],

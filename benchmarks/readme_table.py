@@ -12,7 +12,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from deepstack_jax.config import build_config
+from deepstack_jax.config import from_stored
 from deepstack_jax.data.open import open_source
 
 REPOSITORY = Path(__file__).parents[1]
@@ -51,7 +51,7 @@ print(dsx.load({out}).logits([[1, -200, 5]], [page]).shape)"""
 
 def answers(demo: Path) -> str:
     """What the trained demo says about a held-out page, from Python, the command line and in a conversation."""
-    config = build_config(json.loads((demo / "deepstack" / "config.json").read_text()))
+    config = from_stored(json.loads((demo / "deepstack" / "config.json").read_text()))
     example, page = open_source(config.data, "validation")[0], demo / "page.png"
     asked = [message.text.replace("<image>", "").strip() for message in example.messages if message.role == "human"]
     fine = next(words for words in asked if words.startswith("digit"))

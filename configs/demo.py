@@ -6,7 +6,7 @@ A second argument, as in `:baseline,legible`, draws the digits large enough for 
 shows that the baseline fails for want of pixels and nothing else.
 """
 
-from deepstack_jax.config import default_config
+from deepstack_jax.config import ConfigError, default_config
 from deepstack_jax.data.synthetic import VOCABULARY
 
 STACKS = {"baseline": "none", "dummy": "dummy", "deepstack": "crops", "string": "none"}
@@ -15,7 +15,7 @@ STACKS = {"baseline": "none", "dummy": "dummy", "deepstack": "crops", "string": 
 def get_config(argument: str = "deepstack"):
     variant, _, style = argument.partition(",")
     if variant not in STACKS or style not in ("", "legible"):
-        raise ValueError(f"configs/demo.py:{argument}: expected one of {', '.join(STACKS)}, optionally followed by ',legible'")
+        raise ConfigError(f"configs/demo.py:{argument}: expected one of {', '.join(STACKS)}, optionally followed by ',legible'")
     config = default_config()
     config.name = argument
 

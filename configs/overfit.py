@@ -8,12 +8,14 @@ trained beforehand, so stage 2 trains everything; stage 1 trains the projector a
 import runpy
 from pathlib import Path
 
+from deepstack_jax.config import ConfigError
+
 STAGES = ("finetune", "pretrain")
 
 
 def get_config(argument: str = "finetune"):
     if argument not in STAGES:
-        raise ValueError(f"configs/overfit.py:{argument}: expected one of {', '.join(STAGES)}")
+        raise ConfigError(f"configs/overfit.py:{argument}: expected one of {', '.join(STAGES)}")
     config = runpy.run_path(str(Path(__file__).with_name("receipts.py")))["get_config"]("deepstack")
     config.name = f"overfit-{argument}"
 

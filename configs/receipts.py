@@ -7,14 +7,14 @@ DIR holds train.json, val.json and the images that they name. Text is read byte 
 Sized for two CPU cores: it shows that the real path learns; reading receipts takes pretrained weights (`configs/llava15.py`).
 """
 
-from deepstack_jax.config import default_config
+from deepstack_jax.config import ConfigError, default_config
 
 VARIANTS = {"deepstack": ("deepstack", "crops"), "baseline": ("pad", "none")}
 
 
 def get_config(argument: str = "deepstack"):
     if argument not in VARIANTS:
-        raise ValueError(f"configs/receipts.py:{argument}: expected one of {', '.join(VARIANTS)}")
+        raise ConfigError(f"configs/receipts.py:{argument}: expected one of {', '.join(VARIANTS)}")
     config = default_config()
     config.name = f"receipts-{argument}"
 

@@ -8,7 +8,7 @@ import runpy
 from pathlib import Path
 from types import SimpleNamespace
 
-from deepstack_jax.config import default_config
+from deepstack_jax.config import ConfigError, default_config
 
 # Folders end like the names of the Hugging Face hub, which the message that one is missing tells to fetch.
 CLIP = "checkpoints/openai/clip-vit-large-patch14-336"
@@ -47,7 +47,7 @@ def arguments(file: str, argument: str, **choices: tuple[str, ...]) -> SimpleNam
     `tiny` (bool) is a choice of every recipe.
 
     Raises:
-      ValueError: a word that is none of them, or two of one choice; lists all that are valid.
+      ConfigError: a word that is none of them, or two of one choice; lists all that are valid.
     """
     chosen = {name: words[0] for name, words in choices.items()} | {"tiny": False}
     given = [word for word in argument.split(",") if word]
@@ -58,7 +58,7 @@ def arguments(file: str, argument: str, **choices: tuple[str, ...]) -> SimpleNam
             valid = "; ".join(f"{name}: {', '.join(words)}" for name, words in choices.items())
             again = any(word in words for words in choices.values()) or word == "tiny"
             problem = "is one too many of its kind" if again else "is not known"
-            raise ValueError(
+            raise ConfigError(
                 f"configs/{Path(file).name}:{argument}: {word!r} {problem}; expected words with commas between, at most one of "
                 f"each kind, the first is the default: {valid}; and tiny"
             )

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import logging
 import os
 import re
 import shutil
 import sys
+import sysconfig
 import tempfile
+import traceback
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +21,8 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from deepstack_jax.config import Config, build_config
+from deepstack_jax.config.fields import find
+from deepstack_jax.config.reference import as_text
 from deepstack_jax.errors import ConfigError, UserError
 from deepstack_jax.jax_messages import is_after_failed_save, memory_asked
 from deepstack_jax.printing import guard_streams, one_line, quote
@@ -34,8 +39,8 @@ _FAILING = (
 
 
 def define_config_flag() -> None:
-    """`--config=configs/name.py:argument`, and `--config.a.b=c` for every key of it."""
-    config_flags.DEFINE_config_file("config", None, "Configuration file, e.g. configs/demo.py or configs/demo.py:baseline.")
+    """`--config=FILE:ARGUMENT`, `--config.a.b=c` for every key of it, and `--config.help` for the list of all keys."""
+    config_flags.DEFINE_config_file("config", None, "Configuration file, as FILE.py or FILE.py:ARGUMENT.", flags.FLAGS)
 
 
 def parse_config() -> Config:
@@ -47,10 +52,108 @@ def parse_config() -> Config:
     source = flags.FLAGS["config"].value
     if source is None:
         raise ConfigError("--config is missing; e.g. --config=configs/demo.py")
-    if not isinstance(source, ConfigDict):  # what ml_collections puts in place of a file that it could not read
-        name = config_flags.get_config_filename(flags.FLAGS["config"])
-        raise ConfigError(f"--config={name} names no readable file; e.g. --config=configs/demo.py")
+    if not isinstance(source, ConfigDict):
+        raise ConfigError(f"--config: get_config returned {quote(source)}, expected a ConfigDict as of default_config()")
     return build_config(source)
+
+
+def parse_flags() -> None:
+    """The flags of the command line, `--config` read.
+
+    Raises:
+      ConfigError: an unknown flag or key, a value of another type, no file or a fault in it, more than flags.
+    """
+    words = [_with_recipe(word) for word in sys.argv]
+    for word in words[1:]:
+        if found := re.match(r"--?(?:no)?config\.([^=]+)", word):
+            _check_key(found[1])
+            if "config" in flags.FLAGS and not any(re.match(r"--?config(=|$)", other) for other in words):
+                raise ConfigError(f"--config is missing, of which {word} changes a key; e.g. --config=configs/demo.py")
+    try:
+        rest = flags.FLAGS(words)[1:]
+        source = flags.FLAGS["config"].value if "config" in flags.FLAGS else None
+        if unread := vars(source).get("_error") if source is not None and hasattr(source, "__dict__") else None:
+            raise unread  # which ml_collections keeps until the configuration is used
+    except Exception as error:  # of absl and ml_collections, of Python's parser for values, or of the user's own file
+        raise ConfigError(one_line(_flag_problem(error, words))) from error
+    if rest:
+        raise ConfigError(f"unexpected argument {quote(rest[0])}; flags look like --name=value")
+
+
+def _print_keys() -> int:
+    """What `--config.help` asks for."""
+    print(as_text(None if flags.FLAGS["config"].value is None else parse_config()))
+    return EXIT_DONE
+
+
+def find_recipe(name: str) -> Path | None:
+    """The recipe of that file name which comes with the package: from its wheel, or from the clone that it runs in."""
+    package = Path(__file__).parent
+    files = (folder / "configs" / name for folder in (package, package.parent))
+    return next((file for file in files if file.is_file()), None)
+
+
+def _with_recipe(word: str) -> str:
+    """A flag --config=NAME.py with the path of the recipe in it, unless the working directory has a file of that name."""
+    found = re.fullmatch(r"(--?config=)([^:/]+\.py)(:.*)?", word, re.DOTALL)
+    recipe = find_recipe(found[2]) if found else None
+    if found is None or recipe is None:
+        return word
+    if Path(found[2]).is_file():
+        if not recipe.samefile(found[2]):
+            logging.warning("--config=%s is the file in the working directory; the recipe is %s", found[2], recipe)
+        return word
+    return f"{found[1]}{recipe}{found[3] or ''}"
+
+
+def _check_key(key: str) -> None:
+    """Refuse a flag --config.KEY that names no key, or a section, whose other keys would be the defaults from then on."""
+    try:
+        kind, _ = find(Config, key)
+    except ConfigError as error:
+        raise ConfigError(str(error).replace("unknown key config", "unknown key --config", 1)) from None
+    if dataclasses.is_dataclass(kind):
+        first = dataclasses.fields(kind)[0].name
+        raise ConfigError(f"--config.{key} is a section; set its keys one by one, as --config.{key}.{first}=VALUE")
+
+
+def _flag_problem(error: Exception, words: list[str]) -> str:
+    """What is wrong with the flags, or in the configuration file, then with its line."""
+    chain: list[BaseException] = [error]
+    while (within := chain[-1].__context__) is not None:  # what absl and ml_collections wrapped
+        chain.append(within)
+    if known := [cause for cause in chain if isinstance(cause, UserError)]:
+        return str(known[-1])
+    for cause in chain:
+        if place := _place_in_file(cause):
+            return f"--config fails at {place}: {type(cause).__name__}: {cause}"
+    said = str(chain[-1]).strip() or type(chain[-1]).__name__
+    name = next((word.partition("=")[2] for word in words if re.match("--?config=", word)), "")
+    if isinstance(chain[-1], OSError):
+        if name and Path(name.partition(":")[0]).is_file():
+            return f"--config={name} opens a file that is not there: {said}"
+        recipes = {file.name for file in (find_recipe("recipe.py") or Path()).parent.glob("*.py")} - {"recipe.py"}
+        return f"--config={name} names no readable file; give a path, or a recipe of the package: {', '.join(sorted(recipes))}"
+    if isinstance(error, AttributeError) and "'get_config'" in said:
+        return f"--config={name} has no function get_config, which returns the configuration"
+    if isinstance(error, AttributeError | KeyError):  # a name that data.sets or optimizer.groups of the file do not have
+        flag = next((word.partition("=")[0] for word in words if said.strip("'").partition("'")[0] in word.split(".")), said)
+        return f"unknown key {flag}; the names that the file gives are shown by --config.help"
+    if isinstance(error, flags.Error):
+        return str(error)
+    return f"a flag cannot be read: {said}; flags look like --config.KEY=VALUE"
+
+
+def _place_in_file(error: BaseException) -> str:
+    """FILE:LINE of the user's own code, or a recipe's, in which an error was raised; "" for another's code."""
+    if isinstance(error, SyntaxError) and error.filename and Path(error.filename).is_file():
+        return f"{error.filename}:{error.lineno}"
+    package = Path(__file__).parent
+    others = [sysconfig.get_path("stdlib"), sysconfig.get_path("purelib"), sysconfig.get_path("platlib")]
+    others += [str(file) for file in package.iterdir() if file.name != "configs"]
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if Path(frame.filename).is_file() and not frame.filename.startswith(tuple(others))]
+    return f"{own[-1].filename}:{own[-1].lineno}" if own else ""
 
 
 def writable_folder(path: str, flag: str) -> Path:
@@ -104,8 +207,11 @@ def run(
         print(usage.strip())
         sys.exit(EXIT_DONE)
     try:
+        wants_keys = "config" in flags.FLAGS and "--config.help" in sys.argv
+        if wants_keys:
+            sys.argv.remove("--config.help")
         parse_flags()
-        code = main()
+        code = _print_keys() if wants_keys else main()
     except UserError as error:
         _fail(*(map(str, error.args) if isinstance(error, ConfigError) else [str(error)]))
     except OSError as error:
@@ -154,37 +260,6 @@ def _unraisable(unraisable: sys.UnraisableHookArgs) -> None:
     """As Python's own, but for what follows a save that has failed, which is said already."""
     if not is_after_failed_save(unraisable.exc_value):
         sys.__unraisablehook__(unraisable)
-
-
-def parse_flags() -> None:
-    """The flags of the command line, `--config` read.
-
-    Raises:
-      ConfigError: an unknown flag or key, a value of another type, no file, more than flags.
-    """
-    try:
-        rest = flags.FLAGS(sys.argv)[1:]
-    except (flags.Error, ConfigError) as error:
-        flag, traceback, _ = str(error).partition(": Error whilst parsing config file")
-        raise ConfigError(one_line(f"{flag}: {str(error).strip().splitlines()[-1]}" if traceback else flag)) from error
-    except (AttributeError, KeyError) as error:  # how ml_collections reports an unknown --config.a.b; it names the nearest
-        raise ConfigError(one_line(_unknown_key(str(error)))) from error
-    except OSError as error:
-        raise ConfigError(f"--config names no readable file: {str(error).splitlines()[0]}") from error
-    except Exception as error:  # of ml_collections, which parses a flag's value as Python does, or of the file itself
-        raise ConfigError(one_line(f"a flag cannot be read: {error}; flags look like --config.KEY=VALUE")) from error
-    if rest:
-        raise ConfigError(f"unexpected argument {quote(rest[0])}; flags look like --name=value")
-
-
-def _unknown_key(message: str) -> str:
-    """ml_collections' message, which quotes a quotation, put plainly, with the whole flag."""
-    message = message.rpartition(".")[2] if "Attempting to lookup" in message else message  # a key below one that has a value
-    found = re.match(r"\W*(\w+)(?:\W+n?Did you mean\W+(\w+))?", message)
-    key, near = found.groups() if found else (message, None)
-    flag = next((arg.split("=")[0] for arg in sys.argv if f".{key}" in arg.split("=")[0]), key)
-    hint = f"nearest valid name: {near!r}" if near else "all keys and their defaults stand in deepstack_jax/config/"
-    return f"unknown key {flag}; {hint}"
 
 
 def _fail(*problems: str) -> NoReturn:

@@ -4,17 +4,26 @@ A file in `configs/` starts from `default_config()`, changes what it wants and r
 it once, rejects unknown keys (naming the nearest) and impossible combinations, and nothing below reads a ConfigDict again.
 """
 
-from deepstack_jax.config.build import build_config, default_config, differences, to_dict
+from deepstack_jax.config.build import build_config, default_config, differences, from_stored, on_resume, to_dict, to_stored
 from deepstack_jax.config.checks import check_config
-from deepstack_jax.config.data import LIMITS, DataConfig, DataSpec, LimitsConfig, PackingConfig, SetConfig, SyntheticConfig
-from deepstack_jax.config.schema import (
+from deepstack_jax.config.data import (
     CLIP_MEAN,
     CLIP_STD,
+    LIMITS,
+    DataConfig,
+    DataSpec,
+    ImageConfig,
+    LimitsConfig,
+    PackingConfig,
+    SetConfig,
+    SyntheticConfig,
+)
+from deepstack_jax.config.fields import MAY_CHANGE, SAME_EXAMPLES
+from deepstack_jax.config.schema import (
     Config,
     DecoderConfig,
     DeepStackConfig,
     EvaluationConfig,
-    ImageConfig,
     MeshConfig,
     OptimizerConfig,
     OptimizerGroup,
@@ -24,5 +33,6 @@ from deepstack_jax.config.schema import (
     ScheduleConfig,
     TrainConfig,
     VisionConfig,
+    register_section,
 )
 from deepstack_jax.errors import ConfigError

@@ -7,22 +7,35 @@ import dataclasses
 import json
 import math
 import typing
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from ml_collections import ConfigDict
 
-from deepstack_jax.config.architectures import ARCHITECTURES
 from deepstack_jax.config.checks import check_config
-from deepstack_jax.config.schema import Config
+from deepstack_jax.config.fields import MAY_CHANGE, SAME_EXAMPLES, ByArchitecture, find, hints, unwrap
+from deepstack_jax.config.schema import SECTIONS, Config
+from deepstack_jax.config.upgrade import SCHEMA, upgrade
 from deepstack_jax.errors import ConfigError, nearest
 from deepstack_jax.printing import label, quote, redacted
 
 T = TypeVar("T")
 
 
-def default_config() -> ConfigDict:
-    """All defaults as a ConfigDict, for the files in `configs/` to change."""
-    return ConfigDict(dataclasses.asdict(Config()), convert_dict=True)
+def default_config(vision: str = "clip", decoder: str = "llama") -> ConfigDict:
+    """All defaults as a ConfigDict, for the files in `configs/` to change.
+
+    Args:
+      vision, decoder: the architectures, which decide what keys these two sections have.
+
+    Raises:
+      ConfigError: an architecture that nobody has registered.
+    """
+    sections = {}
+    for section, name in (("vision", vision), ("decoder", decoder)):
+        if name not in SECTIONS[section]:
+            raise ConfigError(f"{section} architecture got {quote(name)}; {nearest(name, SECTIONS[section])}")
+        sections[section] = SECTIONS[section][name](architecture=name)
+    return ConfigDict(to_dict(Config(**sections)), convert_dict=True)
 
 
 def build_config(source: ConfigDict | dict[str, Any]) -> Config:
@@ -37,18 +50,37 @@ def build_config(source: ConfigDict | dict[str, Any]) -> Config:
 
 
 def to_dict(config: Config) -> dict[str, Any]:
-    """Plain nested dict of a Config, for JSON; `build_config` reads it back."""
+    """Plain nested dict of a Config; `build_config` reads it back."""
     return dataclasses.asdict(config)
 
 
-def differences(ours: Config, theirs: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Keys whose values differ, as {dotted key: (ours, theirs)}; both sides as JSON would write them, without credentials."""
+def to_stored(config: Config) -> dict[str, Any]:
+    """What config.json of a workdir holds: every key, and the number of the schema that they are of."""
+    return {"schema": SCHEMA, **to_dict(config)}
+
+
+def from_stored(stored: dict[str, Any]) -> Config:
+    """The Config of a config.json, which this or an earlier release wrote.
+
+    Raises:
+      ConfigError: as `build_config`, and for a file of a later release.
+    """
+    return build_config(upgrade(stored))
+
+
+def differences(ours: Config, stored: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Keys whose values differ, as {dotted key: (ours, theirs)}; both sides as JSON would write them, without credentials.
+
+    Args:
+      stored: as in a config.json, of an earlier release too.
+    """
 
     def flatten(value: Any, path: str) -> dict[str, Any]:
         if isinstance(value, dict):
             return {k: v for key in value for k, v in flatten(value[key], f"{path}.{key}" if path else str(key)).items()}
         return {path: list(value) if isinstance(value, tuple) else value}
 
+    theirs = upgrade(stored)
     with contextlib.suppress(ConfigError):  # a key that was not there yet had what is its default by now
         theirs = to_dict(_build(Config, theirs, "config"))
     mine, other = (flatten(redacted(json.loads(json.dumps(side))), "") for side in (to_dict(ours), theirs))
@@ -56,30 +88,30 @@ def differences(ours: Config, theirs: dict[str, Any]) -> dict[str, tuple[Any, An
     return {key: (mine.get(key), other.get(key)) for key in keys if mine.get(key) != other.get(key)}
 
 
+def on_resume(key: str) -> str:
+    """`MAY_CHANGE` or `SAME_EXAMPLES` of a dotted key, "" where a run with another value would be another run."""
+    with contextlib.suppress(ConfigError):  # a key of another release
+        return next((mark for mark in find(Config, key)[1] if mark in (MAY_CHANGE, SAME_EXAMPLES)), "")
+    return ""
+
+
 def _build(cls: type[T], values: dict[str, Any], path: str) -> T:
-    hints = typing.get_type_hints(cls)
+    valid = hints(cls)
     for key in values:
-        if key not in hints:
-            raise ConfigError(f"unknown key {path}.{label(key)}; {nearest(key, hints)}")
-    return cls(**{key: _convert(value, hints[key], f"{path}.{key}") for key, value in values.items()})
-
-
-def _class_of(plain: type[Any], values: dict[str, Any], path: str) -> type[Any]:
-    """The class of a section's keys: that of the architecture which the section names, where it can name one."""
-    if plain not in ARCHITECTURES:
-        return plain
-    known, name = ARCHITECTURES[plain], values.get("architecture", plain().architecture)
-    if not isinstance(name, str) or name not in known:
-        raise ConfigError(f"{path}.architecture got {quote(name)}; {nearest(name, known)}")
-    return known[name]
+        if key not in valid:
+            raise ConfigError(f"unknown key {path}.{label(key)}; {nearest(key, valid)}")
+    return cls(**{key: _convert(value, valid[key], f"{path}.{key}") for key, value in values.items()})
 
 
 def _convert(value: Any, hint: Any, path: str) -> Any:
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
+    """The value as its annotation has it; only its type is looked at."""
+    kind, marks = unwrap(hint)
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if isinstance(kind, type) and dataclasses.is_dataclass(kind):
         if not isinstance(value, dict):
-            raise ConfigError(f"{path} got {quote(value)}, expected the keys of {hint.__name__}")
-        return _build(_class_of(hint, value, path), value, path)
+            raise ConfigError(f"{path} got {quote(value)}, expected the keys of {kind.__name__}")
+        chooser = next((mark for mark in marks if isinstance(mark, ByArchitecture)), None)
+        return _build(chooser.class_for(kind, value) if chooser else kind, value, path)
     if origin is dict:
         if not isinstance(value, dict):
             raise ConfigError(f"{path} got {quote(value)}, expected a dict of {args[1].__name__}")
@@ -90,11 +122,12 @@ def _convert(value: Any, hint: Any, path: str) -> Any:
         items = [args[0]] * len(value) if args[-1] is Ellipsis else list(args)
         if len(items) != len(value):
             raise ConfigError(f"{path} got {len(value)} values, expected {len(items)}")
-        return tuple(_convert(item, kind, f"{path}[{i}]") for i, (item, kind) in enumerate(zip(value, items, strict=True)))
-    if not isinstance(value, (int, float) if hint is float else hint) or (hint is not bool and isinstance(value, bool)):
-        raise ConfigError(f"{path} got {quote(value)} ({type(value).__name__}), expected {hint.__name__}")
-    if hint is str and "\0" in value:
+        return tuple(_convert(item, inner, f"{path}[{i}]") for i, (item, inner) in enumerate(zip(value, items, strict=True)))
+    kind = str if origin is Literal else kind
+    if not isinstance(value, (int, float) if kind is float else kind) or (kind is not bool and isinstance(value, bool)):
+        raise ConfigError(f"{path} got {quote(value)} ({type(value).__name__}), expected {kind.__name__}")
+    if kind is str and "\0" in value:
         raise ConfigError(f"{path} got {quote(value)}, expected text without a null character, which no name of a file has")
-    if hint is float and isinstance(value, int):
+    if kind is float and isinstance(value, int):
         return float(value) if abs(value) < 2**1000 else math.inf if value > 0 else -math.inf
     return value

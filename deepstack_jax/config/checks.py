@@ -5,65 +5,23 @@ from __future__ import annotations
 import math
 import re
 import warnings
-from operator import attrgetter
+from collections.abc import Iterator
 
-from deepstack_jax.config.architectures import ARCHITECTURES
-from deepstack_jax.config.ranges import out_of_range, too_large
-from deepstack_jax.config.schema import Config, DecoderConfig, VisionConfig
+from deepstack_jax.config.fields import leaves
+from deepstack_jax.config.schema import Config
 from deepstack_jax.errors import ConfigError, nearest
 from deepstack_jax.layout.grid import anyres_grids
-from deepstack_jax.layout.sequence import MERGES, SEQUENCES, STACKS
-from deepstack_jax.layout.stack import SAMPLINGS
 from deepstack_jax.printing import label, plural, quote
 
-CHOICES = {
-    "image.mode": ("deepstack", "hd", "anyres", "pad", "square"),
-    "image.merge": MERGES,
-    "image.grid": ("best", "square"),
-    "image.fit": ("stretch", "letterbox"),
-    "image.crop_filter": ("bicubic", "bilinear", "lanczos", "box", "nearest"),
-    "image.global_filter": ("bicubic", "bilinear", "lanczos", "box", "nearest"),
-    "vision.activation": ("quick_gelu", "gelu"),
-    "decoder.remat": ("none", "block", "dots", "offload"),
-    "decoder.rope.scaling": ("none", "linear", "llama3", "longrope", "yarn"),
-    "deepstack.sequence": SEQUENCES,
-    "deepstack.stack": STACKS,
-    "deepstack.sampling": tuple(SAMPLINGS),
-    "deepstack.into": ("decoder", "vision"),
-    "deepstack.high_res": ("crops", "view"),
-    "data.source": ("files", "pages"),
-    "data.overlong": ("drop", "cut", "error"),
-    "data.exif": ("ignore", "apply"),
-    "data.control_tokens": ("text", "tokens"),
-    "data.synthetic.style": ("checker", "legible"),
-    "optimizer.schedule.kind": ("cosine", "linear_tail"),
-    "train.compute_dtype": ("float32", "bfloat16"),
-    "train.frozen_dtype": ("float32", "bfloat16"),
-    "train.changed_data": ("refuse", "accept"),
-}
+# At most: of a model, of the visual tokens of a row, of the pixels of a batch, of the crops of an image.
+PARAMETERS, TOKENS, BYTES, CROPS = 10**13, 2**24, 2**40, 1024
 
 
 def check_config(config: Config) -> None:
     """Refuse what cannot run, each with the numbers that clash and the next move."""
-    for name, section in (("vision", config.vision), ("decoder", config.decoder)):
-        known = ARCHITECTURES[VisionConfig if name == "vision" else DecoderConfig]
-        if section.architecture not in known:
-            raise ConfigError(
-                f"config.{name}.architecture got {quote(section.architecture)}; {nearest(section.architecture, known)}"
-            )
-    for key, valid in CHOICES.items():
-        value = attrgetter(key)(config)
-        if value not in valid:
-            raise ConfigError(f"config.{key} got {quote(value)}; {nearest(value, valid)}")
-    for problem in out_of_range(config):
-        raise ConfigError(problem)
-    for name, group in config.optimizer.groups.items():
-        for key, value, valid in (
-            ("algorithm", group.algorithm, ("adamw", "muon")),
-            ("moment_dtype", group.moment_dtype, ("float32", "bfloat16")),
-        ):
-            if value not in valid:
-                raise ConfigError(f"config.optimizer.groups.{label(name)}.{key} got {quote(value)}; {nearest(value, valid)}")
+    for leaf in leaves(config, Config):
+        if problem := leaf.problem():
+            raise ConfigError(problem)
     for pattern, name in config.optimizer.table:
         try:
             re.compile(pattern)
@@ -75,7 +33,7 @@ def check_config(config: Config) -> None:
             near = nearest(name, (*config.optimizer.groups, "frozen"))
             raise ConfigError(f"config.optimizer.table sends {quote(pattern)} to {quote(name)}; {near}")
     _check_image(config)
-    for problem in too_large(config):
+    for problem in _too_large(config):
         raise ConfigError(problem)
     _check_sets(config)
     _check_sizes(config)
@@ -86,6 +44,38 @@ def check_config(config: Config) -> None:
     _check_deepstack(config)
     if config.deepstack.into == "vision":
         _check_vision_injection(config)
+
+
+def _too_large(config: Config) -> Iterator[str]:
+    """A message for every product of sizes, each possible by itself, that no machine could hold."""
+    image, vision, decoder = config.image, config.vision, config.decoder
+    heads = 2 * (decoder.heads + decoder.kv_heads) * decoder.head_dim
+    layers = vision.layers + vision.post_layers
+    sizes = {
+        "decoder": decoder.layers * decoder.width * (heads + 3 * decoder.mlp) + 2 * decoder.vocab_size * decoder.width,
+        "vision": layers * vision.width * (4 * vision.width + 2 * vision.mlp) + 3 * vision.width * vision.patch_size**2,
+        "projector": config.projector.layers * decoder.width * max(decoder.width, vision.width),
+    }
+    for section, size in sizes.items():
+        if size > PARAMETERS:
+            yield f"config.{section} has {size:.1e} parameters, expected at most {PARAMETERS:.0e}; lower its layers or widths"
+    views = config.views_per_image
+    tokens = views * config.patch_side**2 * (1 + config.groups)
+    pixels = config.train.batch_size * config.data.max_images * views * image.size**2 * 3
+    if tokens > TOKENS:
+        yield (
+            f"config.image (size {image.size}, num_crops {image.num_crops}) with config.vision.patch_size {vision.patch_size} "
+            f"gives an image {tokens:,} visual tokens in its {1 + config.groups} groups, expected at most {TOKENS:,}; lower "
+            "image.size or num_crops"
+        )
+    if image.mode == "anyres" and views > 1 + CROPS:
+        yield f"config.image.pinpoints give an image {views:,} crops, expected at most {1 + CROPS:,}"
+    if pixels > BYTES:
+        yield (
+            f"config.train.batch_size {config.train.batch_size} with {config.data.max_images * views:,} crops of "
+            f"{image.size} x {image.size} for each example are {pixels / 1e9:,.0f} GB of pixels, expected at most "
+            f"{BYTES / 1e9:,.0f}; lower batch_size, data.max_images, image.size or num_crops"
+        )
 
 
 def _check_sizes(config: Config) -> None:
@@ -198,11 +188,6 @@ def _check_sets(config: Config) -> None:
         where = f"config.data.sets.{label(name)}"
         if not entry.file:
             raise ConfigError(f"{where}.file is empty; name the file or folder of its rows, relative to config.data.root")
-        if not 0 < entry.repeat < math.inf:
-            raise ConfigError(f"{where}.repeat got {entry.repeat}, expected a number above 0; to leave the set out, remove it")
-        for key in ("rows", "paper"):
-            if getattr(entry, key) < 0:
-                raise ConfigError(f"{where}.{key} got {getattr(entry, key)}, expected 0 (unknown) or the number of rows")
         for key in ("keep_images", "drop_images", "keep_sources"):
             for value in getattr(entry, key):
                 if not value or (key != "keep_sources" and value.startswith(("/", "./"))):

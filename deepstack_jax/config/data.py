@@ -1,37 +1,62 @@
-"""The data sections of a run's configuration; `schema.py` puts them into the whole."""
+"""The keys of data and images; `schema.py` puts them into the whole."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import Annotated, Literal
 
 from deepstack_jax.batch import BatchShape
-from deepstack_jax.layout.sequence import LayoutSpec
+from deepstack_jax.config.fields import MAY_CHANGE, SAME_EXAMPLES, OneOf, Range, Seed, positive
+from deepstack_jax.layout.sequence import MERGES, LayoutSpec
 
-if TYPE_CHECKING:
-    from deepstack_jax.config.schema import ImageConfig
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+Pixels = Annotated[int, positive()]
+Spread = Annotated[float, positive()]
+Filter = Literal["bicubic", "bilinear", "lanczos", "box", "nearest"]
+
+
+@dataclass(frozen=True)
+class ImageConfig:
+    """How an image becomes crops (paper section 3.1; `data/encode/image.py`)."""
+
+    # What an image becomes: crops of a grid; of a grid and its cells (DeepStack-HD); of a list of sizes (LLaVA-NeXT);
+    # no crops, padded or cut square
+    mode: Literal["deepstack", "hd", "anyres", "pad", "square"] = "deepstack"
+    size: Annotated[int, positive(16_384)] = 336  # side of a crop in pixels, equal to the vision tower's input
+    num_crops: Annotated[int, positive(1024)] = 4  # most cells of the crop grid
+    # Which grid: the one that fits the image, or always a square (upstream's `2xsample`)
+    grid: Literal["best", "square"] = "best"
+    # How an image gets the grid's shape; letterbox (`anyres_unpad`) is for the crops only
+    fit: Literal["stretch", "letterbox"] = "stretch"
+    crop_filter: Filter = "bicubic"  # filter that resizes the crops
+    global_filter: Filter = "bicubic"  # filter that resizes the global view
+    pinpoints: tuple[tuple[Pixels, Pixels], ...] = ()  # anyres: sizes that an image may get, (width, height) in pixels
+    merge: Annotated[str, OneOf(MERGES)] = "flat"  # anyres: how the crops' tokens follow the global view's
+    mean: tuple[float, float, float] = CLIP_MEAN  # what is subtracted from pixels of 0 to 1: red, green, blue
+    std: tuple[Spread, Spread, Spread] = CLIP_STD  # what they are then divided by
 
 
 @dataclass(frozen=True)
 class SyntheticConfig:
     """The demo's page generator (`data/synthetic.py`)."""
 
-    seed: int = 0
-    length: int = 1_000_000  # pages; they are drawn when asked for
-    style: str = "checker"  # checker (readable in high resolution only) | legible
-    questions: int = 12
+    seed: Seed = 0  # seed of the pages
+    length: Annotated[int, positive()] = 1_000_000  # pages; they are drawn when asked for
+    style: Literal["checker", "legible"] = "checker"  # how digits are drawn; checker is readable in high resolution only
+    questions: Annotated[int, positive(16)] = 12  # questions about a page
 
 
 @dataclass(frozen=True)
 class PackingConfig:
     """Several examples in a row, each attending to itself alone (`data/order/packing.py`)."""
 
-    enabled: bool = False
-    window: int = 256  # examples of the shuffled order that wait to be chosen from
-    max_examples: int = 16  # G, examples that a row has room for
+    enabled: bool = False  # False: one example in a row
+    window: Annotated[int, positive(2**24)] = 256  # examples of the shuffled order that wait to be chosen from
+    max_examples: Annotated[int, positive(2**16)] = 16  # G, examples that a row has room for
     # Images that a row has crop slots for, or fewer where `data.max_length` does not hold so many. An empty slot costs the
     # vision tower as much as a full one: with many text-only examples fewer are cheaper, and text fills the rest of the row.
-    max_images: int = 4
+    max_images: Annotated[int, positive(4096)] = 4
 
 
 @dataclass(frozen=True)
@@ -44,25 +69,27 @@ class SetConfig:
 
     file: str = ""  # relative to `data.root`; several sets may share one
     images: str = ""  # image root of the file, relative to `data.root`
-    rows: int = 0  # expected; 0 = unknown
+    rows: Annotated[int, Range(0, "0 (unknown) or the number of rows")] = 0  # number expected; a warning says where it differs
     exact: bool = True  # False: `rows` is known in thousands only
-    paper: int = 0  # rows that the paper prints, where they differ from what was published; shown, nothing else
-    repeat: float = 1.0  # how often an epoch goes through the set; 0.5 = one half, the next epoch the other half
+    # Number that the paper prints; shown, nothing else
+    paper: Annotated[int, Range(0, "0 (unknown) or the number of rows")] = 0
+    # How often an epoch goes through the set; 0.5 = one half, the next epoch the other half
+    repeat: Annotated[float, Range(0, "a number above 0; to leave the set out, remove it", above=True)] = 1.0
     keep_images: tuple[str, ...] = ()  # beginnings of image paths; empty = all rows
     drop_images: tuple[str, ...] = ()  # beginnings of image paths that are not wanted, whatever else holds
     keep_sources: tuple[str, ...] = ()  # values of the rows' "data_source"; empty = all rows
     file_from: str = ""  # how to get the file, for the message that it is missing: a command in which $ROOT is `data.root`
     images_from: str = ""  # how to get the images
-    licence: str = ""  # as published
+    licence: str = ""  # licence as published
 
 
 @dataclass(frozen=True)
 class LimitsConfig:
-    """What a data file may ask of the memory; beyond it stands a slip or a bomb. Raise what data of your own goes beyond."""
+    """What a data file may ask of the memory, in bytes; more is a mistake or a bomb. Raise what data of your own exceeds."""
 
-    text_bytes: int = 32 << 20  # of a row of JSON
-    row_bytes: int = 256 << 20  # of a row of a table, or of a record, with its images
-    group_bytes: int = 1 << 30  # of a row group of parquet, a repeated text counted once; of a compressed arrow file
+    text_bytes: Annotated[int, positive()] = 32 << 20  # most of a row of JSON
+    row_bytes: Annotated[int, positive()] = 256 << 20  # most of a row of a table, or of a record, with its images
+    group_bytes: Annotated[int, positive()] = 1 << 30  # most of a row group of parquet, repeated text once; of packed arrow
 
 
 LIMITS = LimitsConfig()
@@ -73,26 +100,31 @@ LIMITS = LimitsConfig()
 class DataConfig:
     """Where examples come from and how they become rows."""
 
-    source: str = "files"  # files (`data/open.py` lists the formats) | pages (synthetic)
-    root: str = ""  # folder that relative paths below start from
+    source: Literal["files", "pages"] = "files"  # files (`data/open.py` lists the formats), or generated pages
+    root: Annotated[str, SAME_EXAMPLES] = ""  # folder that relative paths below start from
     train: str = ""  # file of training rows; where it names one, `sets` are not looked at
     sets: dict[str, SetConfig] = field(default_factory=dict)  # the mixture to train on, by name
     validation: str = ""  # held-out rows; empty = none
     images: str = ""  # image root, relative to `root`
-    template: str = "v1"
-    tokenizer: str = ""  # bytes | words:... | folder with tokenizer.model or tokenizer.json
-    max_length: int = 2048  # T of the longest bucket, visual tokens included
-    buckets: tuple[int, ...] = ()  # shorter lengths that a batch may be padded to; empty = max_length only
-    max_pixels: int = 120_000_000  # of an image; passes phones of 108 megapixels and A3 at 600 dpi. Decoded, one takes 4 bytes
-    exif: str = "ignore"  # ignore (images as they are stored, the published recipes) | apply (turned upright as EXIF says)
-    control_tokens: str = "text"  # "</s>" or "<|im_end|>" inside a turn's words: text (to read) | tokens (as upstream)
-    overlong: str = "drop"  # an example longer than that: drop (and count) | cut (text at its end) | error (stop the run)
-    max_images: int = 1  # images that an example may have
-    shuffle: bool = True
-    seed: int = 0
-    workers: int = 0  # processes that decode ahead; 0 decodes in a thread of this process
-    prefetch: int = 4  # batches made ahead
-    max_bad_fraction: float = 0.01  # of all examples seen; the run stops above it
+    template: str = "v1"  # conversation template, by name
+    tokenizer: Annotated[str, SAME_EXAMPLES] = ""  # bytes | words:... | folder with tokenizer.model or tokenizer.json
+    max_length: Annotated[int, positive(2**24)] = 2048  # T of the longest bucket in tokens, visual ones included
+    buckets: tuple[Annotated[int, positive()], ...] = ()  # shorter lengths that a batch may be padded to, besides max_length
+    # Largest image, in pixels of 4 bytes once it is decoded; the default passes phones of 108 megapixels and A3 at 600 dpi
+    max_pixels: Annotated[int, Range(1, "1 to 178956970 pixels, the most that Pillow decodes", 178_956_970)] = 120_000_000
+    # Images as they are stored (the published recipes), or turned upright as EXIF says
+    exif: Literal["ignore", "apply"] = "ignore"
+    control_tokens: Literal["text", "tokens"] = "text"  # "</s>" or "<|im_end|>" in a turn's words: text to read, or as upstream
+    # What to do with a longer example: drop and count, cut text at its end, stop the run
+    overlong: Literal["drop", "cut", "error"] = "drop"
+    max_images: Annotated[int, positive(4096)] = 1  # images that an example may have
+    shuffle: bool = True  # False: in the order of the files, as they are mixed
+    seed: Seed = 0  # seed of the order
+    # Processes that decode ahead
+    workers: Annotated[int, Range(0, "0 (a thread of this process) or a number of processes", 4096), MAY_CHANGE] = 0
+    prefetch: Annotated[int, positive(4096), MAY_CHANGE] = 4  # batches made ahead
+    # Share of the examples seen that may be unusable; above it the run stops
+    max_bad_fraction: Annotated[float, Range(0, "a share of the examples, 0 to 1, as 0.01", 1), MAY_CHANGE] = 0.01
     limits: LimitsConfig = field(default_factory=LimitsConfig)
     packing: PackingConfig = field(default_factory=PackingConfig)
     synthetic: SyntheticConfig = field(default_factory=SyntheticConfig)

@@ -1,51 +1,58 @@
-"""Every key of a configuration with its default, but for those of the data, which stand in `data.py`."""
+"""Every key but those of data and images (`data.py`): type, choices, range, default, and the meaning beside it."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
+from typing import Annotated, Literal
 
 from deepstack_jax.batch import BatchShape
-from deepstack_jax.config.data import DataConfig, DataSpec
+from deepstack_jax.config.data import DataConfig, DataSpec, ImageConfig
+from deepstack_jax.config.fields import (
+    MAY_CHANGE,
+    NOT_NEGATIVE,
+    ByArchitecture,
+    OneOf,
+    Range,
+    Seed,
+    count,
+    positive,
+)
 from deepstack_jax.layout.grid import possible_grids
-from deepstack_jax.layout.sequence import LayoutSpec
-from deepstack_jax.layout.stack import layer_schedule
+from deepstack_jax.layout.sequence import SEQUENCES, STACKS, LayoutSpec
+from deepstack_jax.layout.stack import SAMPLINGS, layer_schedule
 
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+SECTIONS: dict[str, dict[str, type]] = {"vision": {}, "decoder": {}}
+"""Classes of the sections whose keys depend on their `architecture`, by its name; the families register theirs."""
+Width = Annotated[int, positive(2**20)]
+Layers = Annotated[int, positive(4096)]
+Decay = Annotated[float, Range(0, "a number from 0 on and below 1", 1, below=True)]
 
 
-@dataclass(frozen=True)
-class ImageConfig:
-    """How an image becomes crops (paper section 3.1; `data/encode/image.py`)."""
+def register_section(section: Literal["vision", "decoder"], architecture: str, cls: type) -> None:
+    """Let `config.SECTION.architecture` have a name, and the section then the keys of a class.
 
-    mode: str = "deepstack"  # deepstack | anyres | hd | pad | square
-    size: int = 336  # side of a crop in pixels, equal to the vision tower's input
-    num_crops: int = 4  # most cells of the crop grid
-    grid: str = "best"  # best | square (upstream's `2xsample`)
-    fit: str = "stretch"  # stretch | letterbox (upstream's `anyres_unpad`; the crops only)
-    crop_filter: str = "bicubic"
-    global_filter: str = "bicubic"  # bicubic | bilinear | lanczos | box | nearest
-    pinpoints: tuple[tuple[int, int], ...] = ()  # anyres only: (width, height) in pixels
-    merge: str = "flat"  # anyres only: flat | spatial | spatial_unpad, how the crops' tokens follow the global view's
-    mean: tuple[float, float, float] = CLIP_MEAN
-    std: tuple[float, float, float] = CLIP_STD
+    Args:
+      cls: a frozen dataclass that derives from `VisionConfig` or `DecoderConfig` and annotates its keys as they do.
+    """
+    SECTIONS[section][architecture] = cls
 
 
 @dataclass(frozen=True)
 class VisionConfig:
     """A vision transformer. The defaults are CLIP ViT-L/14-336. A family may add keys in a class of its own."""
 
-    architecture: str = "clip"  # the family that builds it (`families/`)
-    patch_size: int = 14
-    width: int = 1024
-    layers: int = 24
-    heads: int = 16
-    mlp: int = 4096
-    activation: str = "quick_gelu"  # quick_gelu | gelu
-    norm_eps: float = 1e-5
+    architecture: Annotated[str, OneOf(SECTIONS["vision"])] = "clip"  # the family that builds it (`families/`)
+    patch_size: Width = 14  # side of a patch in pixels
+    width: Width = 1024  # size of a hidden state
+    layers: Layers = 24  # blocks that the checkpoint has, used or not
+    heads: Width = 16  # attention heads
+    mlp: Width = 4096  # width between the two maps of an MLP
+    activation: Literal["quick_gelu", "gelu"] = "quick_gelu"  # between the two maps of an MLP
+    norm_eps: Annotated[float, positive()] = 1e-5  # epsilon of the layer norms
     feature_layer: int = -2  # index into the hidden states: -1 is the last layer's output, -2 the input of the last layer
-    post_layers: int = 0  # layers behind the tower's own (upstream's `post_encoder`); with them the last one's output is used
-    position_std: float = 0.02  # of freshly drawn position and CLS embeddings
+    post_layers: Annotated[int, count(most=4096)] = 0  # blocks after the tower's own; the output is then that of the last
+    position_std: Annotated[float, NOT_NEGATIVE] = 0.02  # spread of freshly drawn position and CLS embeddings
 
     @property
     def layers_run(self) -> int:
@@ -59,45 +66,46 @@ class VisionConfig:
 class ProjectorConfig:
     """Linear maps with exact GELU between them, from vision width to decoder width."""
 
-    layers: int = 2  # LLaVA-1.5's `mlp2x_gelu`; 1 is a plain linear map
+    layers: Annotated[int, positive(64)] = 2  # linear maps: 2 is LLaVA-1.5's `mlp2x_gelu`, 1 a plain linear map
 
 
 @dataclass(frozen=True)
 class RopeConfig:
     """Rotary positions: angle i of position p is p / (factor_i * theta ** (2i / H)), cos and sin scaled together."""
 
-    theta: float = 10000.0
-    scaling: str = "none"  # none | linear | llama3 | longrope (Phi-3; upstream's `su`) | yarn (as upstream's Phi-3 has it)
+    theta: Annotated[float, positive()] = 10000.0  # base of the angles
+    # How longer contexts are reached; yarn as in upstream's Phi-3
+    scaling: Literal["none", "linear", "llama3", "longrope", "yarn"] = "none"
     factor: float = 1.0  # linear and llama3: how much longer the context became
-    low_freq_factor: float = 1.0  # llama3
-    high_freq_factor: float = 4.0  # llama3
-    original_positions: int = 0  # all but linear: context before it was extended; the long factors are used beyond it
-    short_factor: tuple[float, ...] = ()  # longrope and yarn: one per angle
-    long_factor: tuple[float, ...] = ()
+    low_freq_factor: float = 1.0  # llama3: angles that turn less often than this in the old context are scaled in full
+    high_freq_factor: float = 4.0  # llama3: those that turn more often than this are not scaled
+    original_positions: Annotated[int, count()] = 0  # all but linear: context before it was extended; beyond it go long factors
+    short_factor: tuple[float, ...] = ()  # longrope and yarn: one per angle, within the original context
+    long_factor: tuple[float, ...] = ()  # longrope and yarn: one per angle, beyond it
 
 
 @dataclass(frozen=True)
 class DecoderConfig:
     """A decoder. The defaults are Vicuna-7B v1.5. A family may add keys in a class of its own."""
 
-    architecture: str = "llama"  # the family that builds it and names its tensors: llama | phi3 (`families/`)
-    vocab_size: int = 32000
-    width: int = 4096
-    layers: int = 32
-    heads: int = 32
-    kv_heads: int = 32
-    head_dim: int = 128
-    mlp: int = 11008
-    norm_eps: float = 1e-5
-    max_positions: int = 4096  # longest context that the weights were trained for
-    sliding_window: int = 0  # tokens that a token attends to, itself included; 0 = all before it
+    architecture: Annotated[str, OneOf(SECTIONS["decoder"])] = "llama"  # the family that builds it and names its tensors
+    vocab_size: Annotated[int, positive(2**24)] = 32000  # rows of the embedding and of the head
+    width: Width = 4096  # size of a hidden state
+    layers: Layers = 32  # blocks of attention and MLP
+    heads: Width = 32  # heads of the queries
+    kv_heads: Width = 32  # heads of keys and values, each shared by heads / kv_heads queries
+    head_dim: Width = 128  # width of a head
+    mlp: Width = 11008  # width between the maps of an MLP
+    norm_eps: Annotated[float, positive()] = 1e-5  # epsilon of the RMS norms
+    max_positions: Annotated[int, positive()] = 4096  # longest context, in tokens, that the weights were trained for
+    sliding_window: Annotated[int, count("all tokens before")] = 0  # tokens that a token attends to, itself included
     rope: RopeConfig = field(default_factory=RopeConfig)
-    scan: bool = True  # False unrolls the layers: slower to compile, equal results
-    # What the backward pass recomputes: none | block (all of a layer) | dots (all but its matrix products) | offload (all of a
-    # layer, whose input is kept in the host's memory)
-    remat: str = "block"
-    embed_std: float = 0.02  # of a freshly drawn token embedding
-    head_std: float = 0.02  # of a freshly drawn head
+    scan: Annotated[bool, MAY_CHANGE] = True  # False unrolls the layers: slower to compile, equal results
+    # What the backward pass recomputes: nothing, all of a layer, all but its matrix products, or all of a layer whose input is
+    # kept in the host's memory
+    remat: Annotated[Literal["none", "block", "dots", "offload"], MAY_CHANGE] = "block"
+    embed_std: Annotated[float, NOT_NEGATIVE] = 0.02  # spread of a freshly drawn token embedding
+    head_std: Annotated[float, NOT_NEGATIVE] = 0.02  # spread of a freshly drawn head
 
     @property
     def tied_head(self) -> bool:
@@ -109,119 +117,129 @@ class DecoderConfig:
 class DeepStackConfig:
     """What stands in the sequence, what is injected, and where (paper sections 3.2, 3.3 and 4.3)."""
 
-    sequence: str = "global"  # global | zero | crops | global_crops (the last two: the paper's "string" of all tokens)
-    stack: str = "crops"  # none | crops | dummy | global | global_crops
-    sampling: str = "2d"  # 2d | 1d | grid
+    sequence: Annotated[str, OneOf(SEQUENCES)] = "global"  # what stands among the words, zero for tokens of exact zeros
+    stack: Annotated[str, OneOf(STACKS)] = "crops"  # what is injected
+    # How the crops' tokens become groups: every h-th row and w-th column, every h*w-th token, or a crop each
+    sampling: Annotated[str, OneOf(SAMPLINGS)] = "2d"
     start: int = 1  # group k is added at the input of layer start + k * interval
-    interval: int = 1
+    interval: Annotated[int, positive()] = 1  # layers from one group to the next
     schedule: tuple[int, ...] = ()  # overrides start and interval: the group (or -1) of every layer
-    into: str = "decoder"  # decoder (DeepStack-L) | vision (DeepStack-V: crops into the global view, inside the tower)
-    vision_start: int = -1  # DeepStack-V: map j enters tower layer vision_start + j; -1 = half of the tower's layers
-    pool: int = 1  # side of the squares of projected tokens that are averaged (upstream's `2d_scaledown` has 2)
-    high_res: str = "crops"  # crops | view: one large picture under interpolated positions (upstream's `hires_local`)
+    # Where: DeepStack-L, or DeepStack-V: crops into the global view, inside the tower
+    into: Literal["decoder", "vision"] = "decoder"
+    # DeepStack-V: map j enters tower layer vision_start + j
+    vision_start: Annotated[int, Range(-1, "-1 (half of the tower's layers) or a layer from 0 on")] = -1
+    pool: Annotated[int, positive()] = 1  # side of the squares of projected tokens that are averaged (`2d_scaledown`: 2)
+    # What the groups come from; view: one large picture under interpolated positions (`hires_local`)
+    high_res: Literal["crops", "view"] = "crops"
 
 
 @dataclass(frozen=True)
 class OptimizerGroup:
     """One set of parameters that are updated alike. Which parameters: `OptimizerConfig.table`."""
 
-    algorithm: str = "adamw"  # adamw | muon
-    lr: float = 2e-5
-    b1: float = 0.9  # Muon: its momentum
-    b2: float = 0.999
-    eps: float = 1e-8
-    weight_decay: float = 0.0
-    moment_dtype: str = "float32"  # float32 | bfloat16: of the first moment; the second is float32, as its squares ask for
+    algorithm: Literal["adamw", "muon"] = "adamw"  # the rule of the update
+    lr: Annotated[float, NOT_NEGATIVE] = 2e-5  # learning rate at the schedule's highest
+    b1: Decay = 0.9  # decay of the first moment; Muon: momentum
+    b2: Decay = 0.999  # decay of the second moment
+    eps: Annotated[float, NOT_NEGATIVE] = 1e-8  # added to the root of the second moment
+    weight_decay: Annotated[float, NOT_NEGATIVE] = 0.0  # share of a parameter that a step takes away, times the learning rate
+    moment_dtype: Literal["float32", "bfloat16"] = "float32"  # dtype of the first moment; the second is float32
 
 
 @dataclass(frozen=True)
 class ScheduleConfig:
     """The factor on every group's learning rate over the steps."""
 
-    kind: str = "cosine"  # cosine (to `final`) | linear_tail (constant, then linear to `final` over the last `tail`)
-    warmup: float = 0.03  # share of the steps
-    final: float = 0.0
-    tail: float = 0.25
+    # Form: falls to `final`; or constant, then linear to `final` over the last `tail`
+    kind: Literal["cosine", "linear_tail"] = "cosine"
+    # Steps in which the rate rises from 0
+    warmup: Annotated[float, Range(0, "a share of the steps, 0 to 1, as 0.03", 1)] = 0.03
+    final: Annotated[float, Range(0, "a share of the learning rate, 0 to 1", 1)] = 0.0  # factor at the last step
+    # For linear_tail: the last steps, in which the rate falls
+    tail: Annotated[float, Range(0, "a share of the steps, 0 to 1, as 0.03", 1)] = 0.25
 
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """`table` maps every parameter path to a group name or "frozen"; first match wins, a parameter left over is an error."""
+    """Which parameters train, and how."""
 
+    # (pattern of the parameter's path, name of its group or "frozen"); the first match wins, a parameter left over is an error
     table: tuple[tuple[str, str], ...] = ((".*", "default"),)
     groups: dict[str, OptimizerGroup] = field(default_factory=lambda: {"default": OptimizerGroup()})
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
-    clip_norm: float = 1.0
+    clip_norm: Annotated[float, positive(math.inf)] = 1.0  # most of the gradient's global norm
 
 
 @dataclass(frozen=True)
 class TrainConfig:
     """The loop."""
 
-    steps: int = 0  # 0 = from `epochs`
-    epochs: float = 1.0
-    batch_size: int = 128  # examples per optimizer step, over all hosts
-    accumulation: int = 1  # micro-batches per step; the loss is normalised over all of them
-    loss_chunk: int = 512  # positions whose logits exist at once
-    log_every: int = 10
-    checkpoint_every: int = 500
-    keep: int = 2  # newest checkpoints that stay
-    keep_every: int = 0  # those at every so many steps stay too; 0 = none
-    keep_best: int = 0  # so many of the lowest held-out loss stay too, of those saved at an evaluation
-    max_bad_steps: int = 10  # steps in a row without a finite loss and gradient, after which the run stops
-    compute_dtype: str = "bfloat16"  # of activations; parameters are float32
-    frozen_dtype: str = "float32"  # float32 | bfloat16: of parameters that do not train; bfloat16 halves their memory
-    changed_data: str = "refuse"  # refuse | accept: where a run goes on and its data is not what it was begun with
-    wandb: str = ""  # project that Weights & Biases shows the run in; empty = none
-    weights: str = ""  # Hugging Face folder to start from, a bare language model included; empty = draw fresh parameters
-    tower: str = ""  # folder of the vision tower, where `weights` neither holds nor names one
-    projector: str = ""  # an mm_projector.bin or mm_projector.safetensors, in place of the one in `weights`
+    steps: int = 0  # optimizer steps; 0 = from `epochs`
+    epochs: float = 1.0  # times through the data
+    batch_size: Annotated[int, positive(2**24)] = 128  # examples per optimizer step, over all hosts
+    accumulation: Annotated[int, positive()] = 1  # micro-batches per step; the loss is normalised over all of them
+    loss_chunk: Annotated[int, positive()] = 512  # positions whose logits exist at once
+    log_every: Annotated[int, positive(), MAY_CHANGE] = 10  # steps from one line of the log to the next
+    checkpoint_every: Annotated[int, positive(), MAY_CHANGE] = 500  # steps from one checkpoint to the next
+    keep: Annotated[int, positive(), MAY_CHANGE] = 2  # newest checkpoints that stay
+    keep_every: Annotated[int, count(), MAY_CHANGE] = 0  # checkpoints at every so many steps stay too
+    keep_best: Annotated[int, count(), MAY_CHANGE] = 0  # so many of the lowest held-out loss stay too, saved at an evaluation
+    max_bad_steps: Annotated[int, positive(), MAY_CHANGE] = 10  # steps without a finite loss, in a row; then the run stops
+    compute_dtype: Literal["float32", "bfloat16"] = "bfloat16"  # dtype of activations; parameters are float32
+    # Dtype of parameters that do not train; bfloat16 halves their memory
+    frozen_dtype: Literal["float32", "bfloat16"] = "float32"
+    # What to do where a run goes on and its data changed
+    changed_data: Annotated[Literal["refuse", "accept"], MAY_CHANGE] = "refuse"
+    wandb: Annotated[str, MAY_CHANGE] = ""  # project that Weights & Biases shows the run in; empty = none
+    weights: Annotated[str, MAY_CHANGE] = ""  # Hugging Face folder to start from, or a bare language model; empty = fresh ones
+    tower: Annotated[str, MAY_CHANGE] = ""  # folder of the vision tower, where `weights` neither holds nor names one
+    projector: Annotated[str, MAY_CHANGE] = ""  # mm_projector.bin or .safetensors, or a workdir, in place of that in `weights`
 
 
 @dataclass(frozen=True)
 class EvaluationConfig:
     """Held-out loss and exact match by greedy decoding."""
 
-    every: int = 0  # steps between evaluations; 0 = at the end only
-    examples: int = 128  # held-out examples; every answered turn of an example is one question
-    batch_size: int = 64  # questions decoded at once
-    max_new_tokens: int = 32
-    samples: int = 4  # answers shown in the log
+    every: Annotated[int, Range(0, "0 (at the end only) or a number of steps")] = 0  # steps between evaluations
+    examples: Annotated[int, positive()] = 128  # held-out examples; every answered turn of an example is one question
+    batch_size: Annotated[int, positive(2**16)] = 64  # questions decoded at once
+    max_new_tokens: Annotated[int, positive()] = 32  # longest answer
+    samples: Annotated[int, count()] = 4  # answers shown in the log
 
 
 @dataclass(frozen=True)
 class ProfileConfig:
     """A trace of some steps for TensorBoard or Perfetto."""
 
-    steps: str = ""  # FIRST:LAST, as 10:15; empty = none
+    steps: str = ""  # steps to record, as 10:15 (FIRST:LAST); empty = none
 
 
 @dataclass(frozen=True)
 class MeshConfig:
     """Devices per mesh axis; one may be -1 and takes what is left."""
 
-    data: int = -1
-    fsdp: int = 1
-    tensor: int = 1
+    data: int = -1  # devices with all of the parameters each, and a part of the batch
+    fsdp: int = 1  # devices with a part of the parameters and a part of the batch
+    tensor: int = 1  # devices with a part of every layer's width
 
 
 @dataclass(frozen=True)
 class Config:
     """Everything a run depends on."""
 
-    name: str = "deepstack"
-    seed: int = 0
+    name: Annotated[str, MAY_CHANGE] = "deepstack"  # name that logs show
+    seed: Seed = 0  # seed of fresh parameters
     image: ImageConfig = field(default_factory=ImageConfig)
-    vision: VisionConfig = field(default_factory=VisionConfig)
+    vision: Annotated[VisionConfig, ByArchitecture(SECTIONS["vision"])] = field(default_factory=VisionConfig)
     projector: ProjectorConfig = field(default_factory=ProjectorConfig)
-    decoder: DecoderConfig = field(default_factory=DecoderConfig)
+    decoder: Annotated[DecoderConfig, ByArchitecture(SECTIONS["decoder"])] = field(default_factory=DecoderConfig)
     deepstack: DeepStackConfig = field(default_factory=DeepStackConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
-    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
-    mesh: MeshConfig = field(default_factory=MeshConfig)
-    profile: ProfileConfig = field(default_factory=ProfileConfig)
+    evaluation: Annotated[EvaluationConfig, MAY_CHANGE] = field(default_factory=EvaluationConfig)
+    mesh: Annotated[MeshConfig, MAY_CHANGE] = field(default_factory=MeshConfig)
+    profile: Annotated[ProfileConfig, MAY_CHANGE] = field(default_factory=ProfileConfig)
 
     @property
     def dtype(self) -> str:

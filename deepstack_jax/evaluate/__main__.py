@@ -17,7 +17,7 @@ from ml_collections import ConfigDict, config_flags
 from deepstack_jax import cli
 from deepstack_jax.api import DTYPES, LMM, load
 from deepstack_jax.atomic import write_json, write_lines
-from deepstack_jax.config import Config, build_config, default_config, to_dict
+from deepstack_jax.config import Config, build_config, default_config, from_stored, to_dict
 from deepstack_jax.data.example import BadExample, SourceError
 from deepstack_jax.data.fingerprint import describe_files, describe_options
 from deepstack_jax.data.formats import files
@@ -185,7 +185,7 @@ def with_changes(workdir: str | None) -> Config:
     """The configuration of a run, or the defaults, with the keys that the command line changes."""
     config = Config()
     if workdir is not None:
-        config = build_config(read_json(Path(workdir).expanduser() / "config.json"))
+        config = from_stored(read_json(Path(workdir).expanduser() / "config.json"))
         if REDACTED in str(config.data):
             raise ConfigError(
                 f"{workdir}/config.json holds no credentials; give --config as the run was given it, URLs and all"

@@ -10,8 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
-from deepstack_jax.config import Config, DecoderConfig, VisionConfig
-from deepstack_jax.config.architectures import ARCHITECTURES
+from deepstack_jax.config import Config, DecoderConfig, VisionConfig, register_section
 from deepstack_jax.errors import WeightsError
 from deepstack_jax.families.values import present, word
 from deepstack_jax.printing import quote
@@ -177,9 +176,9 @@ F = TypeVar("F", bound=Family)
 
 def register(family: F) -> F:
     """Make a family known, by its architecture; a later one of the same name replaces the first."""
-    known, plain = (TOWERS, VisionConfig) if isinstance(family, Tower) else (DECODERS, DecoderConfig)
+    known, section = (TOWERS, "vision") if isinstance(family, Tower) else (DECODERS, "decoder")
     known[family.architecture] = family  # type: ignore[assignment]
-    ARCHITECTURES[plain][family.architecture] = family.section
+    register_section(section, family.architecture, family.section)
     return family
 
 

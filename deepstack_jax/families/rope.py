@@ -55,8 +55,8 @@ def rope_from(get: Mapping[str, Any], refused: Collection[str] = ("yarn",)) -> R
         if not isinstance(scaling[key], list):
             raise WeightsError(f"config.json: {key} is {quote(scaling[key])}, expected a list; {SOURCE}")
         numbers[key] = tuple(real({key: factor}, key) for factor in scaling[key])
-    name = "longrope" if name == "su" else name
-    return RopeConfig(theta=theta, scaling=name, original_positions=0 if name == "linear" else original, **numbers)
+    numbers["scaling"] = "longrope" if name == "su" else name
+    return RopeConfig(theta=theta, original_positions=0 if name == "linear" else original, **numbers)
 
 
 def _inside(values: Mapping[str, Any]) -> dict[str, int]:

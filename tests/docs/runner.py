@@ -82,6 +82,6 @@ def _only_flags() -> None:
 if __name__ == "__main__":
     # All but the verbs, which define their flags when they are imported, and each may have one of the same name.
     for module in pkgutil.walk_packages(deepstack_jax.__path__, "deepstack_jax."):
-        if module.name.removeprefix("deepstack_jax.") not in VERBS:
+        if not module.name.endswith((".__main__", ".convert")):
             importlib.import_module(module.name)
     serve()

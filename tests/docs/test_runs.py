@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from deepstack_jax.config import build_config
+from deepstack_jax.config import from_stored
 from deepstack_jax.data.encode.image import open_image
 from deepstack_jax.data.open import open_source
 from tests.docs.blocks import REPOSITORY, Block, blocks, commands_of_console, run_shell, scratch_folder
@@ -72,7 +72,7 @@ def command_of_the_demo() -> tuple[str, list[str]]:
 
 def leave_page(folder: Path) -> None:
     """As benchmarks/demo_report.py does at the end of `make demo`."""
-    config = build_config(json.loads((folder / "runs" / "demo" / "deepstack" / "config.json").read_text()))
+    config = from_stored(json.loads((folder / "runs" / "demo" / "deepstack" / "config.json").read_text()))
     open_image(open_source(config.data, "validation")[0].images[0]).save(folder / "runs" / "demo" / "page.png")
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from deepstack_jax.config import build_config
+from deepstack_jax.config import from_stored
 from deepstack_jax.data.open import open_source
 from deepstack_jax.data.pipeline import TrainingStream
 from tests.e2e.verb import ENVIRONMENT, REPOSITORY, TIMEOUT, read_json, read_lines, train
@@ -34,7 +34,7 @@ def run(tmp_path_factory) -> tuple[Path, list[list[int]]]:
     workdir = tmp_path_factory.mktemp("bad") / "run"
     first = train("configs/demo.py", workdir, {**DEMO, "train.steps": 2})
     assert first.returncode == 0, first.stderr
-    config = build_config(read_json(workdir / "config.json"))
+    config = from_stored(read_json(workdir / "config.json"))
     stream = TrainingStream(open_source(config.data, "train"), config.data_spec)
     examples = [stream.examples(number) for number in range(STEPS)]
     return workdir.with_name("poisoned"), examples

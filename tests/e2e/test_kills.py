@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from deepstack_jax.config import build_config
+from deepstack_jax.config import from_stored
 from deepstack_jax.data.open import open_source
 from deepstack_jax.data.pipeline import TrainingStream
 from tests.e2e.receipts import draw_receipts
@@ -62,7 +62,7 @@ def straight(config, tmp_path_factory) -> Path:
 
 def next_batch(workdir: Path) -> list[bytes]:
     """What the newest checkpoint would go on with, every array of it."""
-    run = build_config(read_json(workdir / "config.json"))
+    run = from_stored(read_json(workdir / "config.json"))
     newest = max(int(path.name) for path in (workdir / "checkpoints").iterdir())
     stream = TrainingStream(open_source(run.data, "train"), run.data_spec)
     stream.restore(read_json(workdir / "checkpoints" / str(newest) / "data" / "metadata"))

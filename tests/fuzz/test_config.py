@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from deepstack_jax import cli
 from deepstack_jax.config import Config, build_config, to_dict
-from deepstack_jax.config.checks import CHOICES
+from deepstack_jax.config.fields import choices, leaves
 from deepstack_jax.errors import ConfigError
 from tests.fuzz.watch import is_one_line
 
@@ -44,7 +44,7 @@ def deep(levels: int, wrap: Any) -> Any:
 whole = st.sampled_from([0, 1, -1, 2, 3, 7, 64, 1023, 10**4, 10**5, 10**7, 10**9, 2**31, 2**32, 2**63, 10**400, 10**5000])
 real = st.sampled_from([0.0, -0.0, 1.0, 0.5, 1e-300, 1e9, 1e308, -1e308, math.inf, -math.inf, math.nan])
 NASTY = ["", "nan", "1e9", "1:2", "9" * 5000 + ":1", "x" * 10**6, "a\0b", "\x1b[2J", "\u202e", "\ud83d", "\n", "(" * 500, ".."]
-text = st.sampled_from([*NASTY, *(choice for valid in CHOICES.values() for choice in valid)])
+text = st.sampled_from([*NASTY, *(name for leaf in leaves(Config(), Config) for name in choices(leaf.kind, leaf.marks))])
 odd = st.sampled_from([None, True, False, b"x", {}, [], (), [[]], {"a": 1}, {"": {}}, {3: 4}, {"x" * 10**5: 1}])
 huge = st.sampled_from(
     [deep(100_000, lambda inner: [inner]), deep(100_000, lambda inner: {"a": inner}), [1] * 10**5, ["x" * 10**4] * 100]

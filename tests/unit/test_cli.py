@@ -6,8 +6,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from absl import flags
 
 from deepstack_jax import cli
+from deepstack_jax.config import Config, ConfigError
 
 HEAD = "import errno, sys; from deepstack_jax import cli; sys.argv = ['verb']"
 EXHAUSTED = "RESOURCE_EXHAUSTED: "
@@ -136,17 +138,90 @@ def test_output_that_nobody_takes_ends_nothing(how, tmp_path):
     assert "Traceback" not in done.stderr
 
 
+@pytest.fixture
+def words(tmp_path, monkeypatch):
+    """`parse(flags...)` as a verb reads them, in a folder with the faulty configuration files of FILES."""
+    monkeypatch.chdir(tmp_path)
+    for name, text in FILES.items():
+        (tmp_path / name).write_text(text)
+
+    def parse(*words: str) -> Config:
+        monkeypatch.setattr(flags, "FLAGS", flags.FlagValues())
+        monkeypatch.setattr(sys, "argv", ["verb", *words])
+        monkeypatch.delitem(sys.modules, "config_config", raising=False)  # the file before, as ml_collections names it
+        cli.define_config_flag()
+        cli.parse_flags()
+        return cli.parse_config()
+
+    return parse
+
+
+DEMO = f"--config={cli.find_recipe('demo.py')}"
+FILES = {
+    "typo.py": "from deepstack_jax.config import default_config\ndef get_config():\n    default_config().train.stepz += 1\n",
+    "module.py": "import nosuch\n",
+    "syntax.py": "x = 1\ndef get_config(:\n",
+    "type.py": "def get_config():\n    raise TypeError('a type')\n",
+    "value.py": "def helper():\n    raise ValueError('a value')\ndef get_config():\n    helper()\n",
+    "open.py": "def get_config():\n    return open('not-there')\n",
+    "number.py": "def get_config():\n    return 3\n",
+    "none.py": "def get_config():\n    pass\n",
+    "nothing.py": "",
+    "phi3.py": "from deepstack_jax.config import default_config as get_config\n",
+}
+
+
 @pytest.mark.parametrize(
-    ("flag", "message", "said"),
+    ("given", "said"),
     [
-        ("train.stepz", '\'stepz\'\nDid you mean "steps" instead of "stepz"?', "nearest valid name: 'steps'"),
-        ("a.b", "'a'", "all keys and their defaults stand in"),
-        ("train.steps.deep", "Attribute <class 'int'>.deep does not exist. Attempting to lookup: train.steps.deep", "all keys"),
+        ([DEMO, "--config.train.stepz=1"], "unknown key --config.train.stepz; nearest valid name: 'steps'"),
+        (
+            [DEMO, "--config.train.steps.deep=1"],
+            "unknown key --config.train.steps.deep; config.train.steps is a value, ",
+        ),
+        ([DEMO, "--config.name.x=1"], "unknown key --config.name.x; config.name is a value, which has no keys"),
+        ([DEMO, "--config.a.b=1"], "unknown key --config.a; valid names: "),
+        ([DEMO, "--config.data.sets.a.repeat=1"], "unknown key --config.data.sets.a.repeat; the names that the file gives"),
+        (
+            [DEMO, "--config.decoder={}"],
+            "--config.decoder is a section; set its keys one by one, as --config.",
+        ),
+        ([DEMO, "--config.train.steps=abc"], "flag --config.train.steps=abc: invalid literal"),
+        (
+            [DEMO, "--config.evaluation.batch_size=100000"],
+            "config.evaluation.batch_size got 100000, expected a number above 0",
+        ),
+        ([DEMO, "--confg=1"], "Unknown command line flag 'confg'. Did you mean: config ?"),
+        ([DEMO, "x"], "unexpected argument 'x'; flags look like --name=value"),
+        (["--config.train.steps=1"], "--config is missing"),
+        (["--config=typo.py"], "--config fails at typo.py:3: AttributeError: "),
+        (["--config=module.py"], "--config fails at module.py:1: ModuleNotFoundError: No module named 'nosuch'"),
+        (["--config=syntax.py"], "--config fails at syntax.py:2: SyntaxError: "),
+        (["--config=type.py"], "--config fails at type.py:2: TypeError: a type"),
+        (["--config=value.py"], "--config fails at value.py:2: ValueError: a value"),
+        (["--config=open.py"], "--config fails at open.py:2: FileNotFoundError: "),
+        (["--config=number.py"], "--config: get_config returned 3, expected a ConfigDict"),
+        (["--config=nothing.py"], "--config=nothing.py has no function get_config"),
+        (
+            ["--config=not-there.py"],
+            "--config=not-there.py names no readable file; give a path, or a recipe of the package: ",
+        ),
+        (["--config=not-there.py", "--config.train.steps=1"], "--config=not-there.py names no readable file; give a path"),
+        (["--config=llava15.py:pretrian"], "configs/llava15.py:pretrian: 'pretrian' is not known; expected words with commas"),
     ],
 )
-def test_an_unknown_key_is_named_by_its_flag(flag, message, said, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["train", f"--config.{flag}=1"])
-    assert cli._unknown_key(message).startswith(f"unknown key --config.{flag}; {said}")
+def test_a_mistake_in_the_flags_or_the_file_is_one_line_that_says_where(given, said, words):
+    with pytest.raises(ConfigError) as error:
+        words(*given)
+    assert str(error.value).startswith(said)
+    assert "\n" not in str(error.value)
+
+
+def test_a_recipe_is_found_by_its_name_and_a_file_in_the_working_directory_comes_first(words, caplog):
+    assert words("--config=llava15.py:finetune", "--config.train.steps=7").name == "llava15-7b-finetune"
+    assert not caplog.records
+    assert words("--config=phi3.py", "--config.train.steps=7").train.steps == 7
+    assert "--config=phi3.py is the file in the working directory; the recipe is" in caplog.text
 
 
 def test_unbuffered_output_is_there_at_once():

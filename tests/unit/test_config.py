@@ -13,12 +13,16 @@ from ml_collections import ConfigDict
 
 from deepstack_jax.cli import writable_folder
 from deepstack_jax.config import Config, build_config, check_config, default_config, differences, to_dict
-from deepstack_jax.config.checks import CHOICES
-from deepstack_jax.config.ranges import GROUP_RANGES, POSITIVE, RANGES
+from deepstack_jax.config.fields import Range, choices, leaves
 from deepstack_jax.errors import ConfigError, nearest
 from tests.unit.tiny import TINY, tiny_config
 
 pytestmark = pytest.mark.quick
+
+LEAVES = {leaf.key: leaf for leaf in leaves(Config(), Config)}
+CHOICES = {key: valid for key, leaf in LEAVES.items() if (valid := choices(leaf.kind, leaf.marks))}
+RANGES = {key: mark for key, leaf in LEAVES.items() for mark in leaf.marks if isinstance(mark, Range)}
+POSITIVE = [key for key, valid in RANGES.items() if valid.above and "[" not in key]
 
 
 def nested(key: str, value: Any) -> dict[str, Any]:
@@ -170,10 +174,8 @@ def test_a_number_outside_of_its_range_is_refused_with_the_range(key, values, ex
 
 def test_the_ends_of_a_range_belong_to_it():
     for key, valid in RANGES.items():
-        if key != "train.keep_best":  # needs evaluations
-            build_config(nested(key, type(attrgetter(key)(Config()))(valid.least)))
-    for key in GROUP_RANGES:
-        build_config(nested(f"optimizer.groups.default.{key}", 0.0))
+        if not valid.above and key != "train.keep_best":  # which needs evaluations
+            build_config(nested(key, type(LEAVES[key].value)(valid.least)))
     build_config(nested("optimizer.schedule.warmup", 1))
     build_config(nested("optimizer.clip_norm", math.inf))
 
@@ -183,17 +185,14 @@ def test_every_number_is_bounded():
     elsewhere = {
         *("train.steps", "train.epochs", "vision.feature_layer", "deepstack.start", "mesh.data", "mesh.fsdp", "mesh.tensor"),
         *("decoder.rope.factor", "decoder.rope.low_freq_factor", "decoder.rope.high_freq_factor"),
+        *(f"image.mean[{number}]" for number in range(3)),
     }
 
-    def numbers(value, path=""):
-        for field in dataclasses.fields(value):
-            inner, key = getattr(value, field.name), f"{path}{field.name}"
-            if dataclasses.is_dataclass(inner):
-                yield from numbers(inner, f"{key}.")
-            elif isinstance(inner, int | float) and not isinstance(inner, bool):
-                yield key
-
-    assert set(numbers(Config())) - elsewhere == {*POSITIVE, *RANGES}
+    assert {"train.batch_size", "data.seed", "optimizer.groups.default.lr", "image.std[2]"} < RANGES.keys()
+    assert len(POSITIVE) == 43
+    for key, leaf in LEAVES.items():
+        if isinstance(leaf.value, int | float) and not isinstance(leaf.value, bool):
+            assert (key in RANGES) != (key in elsewhere), key
 
 
 IMPOSSIBLE = [

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from benchmarks.demo_report import COUNTS, LABELS, asked_box, box_of, load_runs, main, pick_pages, put_together
-from deepstack_jax.config import build_config, to_dict
+from deepstack_jax.config import build_config, to_stored
 from deepstack_jax.data.encode.image import open_image
 from deepstack_jax.data.open import open_source
 from deepstack_jax.data.synthetic import CHANCE
@@ -55,7 +55,7 @@ def write_run(folder: Path, argument: str, right: set[str], pages: int = PAGES) 
     }
     steps = [{"step": step, "loss": 30 / step, "token_accuracy": step / 40} for step in (10, 20, 30)]
     folder.mkdir(parents=True)
-    (folder / "config.json").write_text(json.dumps(to_dict(config)))
+    (folder / "config.json").write_text(json.dumps(to_stored(config)))
     (folder / "results.json").write_text(json.dumps(results))
     (folder / "metrics.jsonl").write_text(
         "".join(json.dumps(row) + "\n" for row in [*steps, {"step": 30, "validation_loss": 1.0}])

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.tiny_recipe import Run, load_recipe, write_weights
-from deepstack_jax.config import Config, to_dict
+from deepstack_jax.config import Config, to_stored
 from deepstack_jax.data.encode.tokenizer import ByteTokenizer, load_tokenizer
 from deepstack_jax.errors import WeightsError, fetch_command
 from deepstack_jax.train.checkpoint import init_weights
@@ -33,7 +33,7 @@ def a_run(folder: Path, config: Config, *steps: int) -> str:
     for step in steps:
         (folder / "checkpoints" / str(step)).mkdir(parents=True)
     (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(to_dict(config)))
+    (folder / "config.json").write_text(json.dumps(to_stored(config)))
     return str(folder)
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import optax
 import pytest
 
-from deepstack_jax.config import TrainConfig, to_dict
+from deepstack_jax.config import TrainConfig, to_stored
 from deepstack_jax.train.checkpoint.manager import Checkpoints
 from deepstack_jax.train.checkpoint.reading import CheckpointError
 from deepstack_jax.train.checkpoint.restore_params import restore_params
@@ -33,7 +33,7 @@ def noise(step: int) -> dict[str, np.ndarray]:
 def save(workdir: Path, *steps: int, frozen: tuple[str, ...] = ()) -> Path:
     """A run's workdir with these checkpoints, `frozen` parameters in bfloat16."""
     workdir.mkdir(exist_ok=True)
-    (workdir / "config.json").write_text(json.dumps(to_dict(CONFIG)))
+    (workdir / "config.json").write_text(json.dumps(to_stored(CONFIG)))
     checkpoints = Checkpoints(workdir, TrainConfig(keep=len(steps)))
     groups = {path: "frozen" if path in frozen else "default" for path in SHAPES}
     for step in steps:

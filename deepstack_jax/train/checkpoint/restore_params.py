@@ -13,7 +13,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from deepstack_jax.config import Config, build_config
+from deepstack_jax.config import Config, from_stored
 from deepstack_jax.errors import WeightsError
 from deepstack_jax.train.checkpoint.checksums import algorithm_of, checksums_in_memory, damage
 from deepstack_jax.train.checkpoint.reading import (
@@ -49,7 +49,7 @@ def restore_params(workdir: Path, only: tuple[str, ...] = ("",)) -> tuple[int, C
       CheckpointError: there is no checkpoint that can be read whole; or (UnreadableError) storage fails now; or a link leads
         out of one.
     """
-    config = build_config(read_json(workdir / "config.json"))
+    config = from_stored(read_json(workdir / "config.json"))
     shapes = {path: leaf.shape for path, leaf in Table(config).leaves.items() if path.startswith(only)}
     problems = []
     for step in reversed(saved_steps(workdir)):
@@ -126,7 +126,7 @@ def config_of(workdir: Path) -> Config:
       WeightsError: it cannot be used.
     """
     try:
-        return build_config(read_json(workdir / "config.json"))
+        return from_stored(read_json(workdir / "config.json"))
     except UnreadableError:
         raise
     except ValueError as error:

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float
 
 from deepstack_jax.atomic import write_json
 from deepstack_jax.batch import Batch
-from deepstack_jax.config import Config, build_config
+from deepstack_jax.config import Config, from_stored
 from deepstack_jax.data.fingerprint import describe_data, describe_texts
 from deepstack_jax.data.pipeline import TrainingStream
 from deepstack_jax.errors import UserError
@@ -139,7 +139,7 @@ def replay_file(file: Path, given: Config | None, console: Console) -> None:
     """
     workdir = file.absolute().parents[1]
     try:
-        config = build_config(read_json(workdir / "config.json"))
+        config = from_stored(read_json(workdir / "config.json"))
     except UnreadableError:
         raise
     except CheckpointError as error:

@@ -8,34 +8,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from deepstack_jax.config import Config, TrainConfig, differences
+from deepstack_jax.config import SAME_EXAMPLES, Config, TrainConfig, differences, on_resume
 from deepstack_jax.data.fingerprint import UNUSABLE
 from deepstack_jax.train.checkpoint.manager import bytes_of
 from deepstack_jax.train.checkpoint.reading import CheckpointError, UnreadableError, one_line, read_json, saved_steps
 from deepstack_jax.types import PyTree
-
-# Keys that may change between the parts of one run: they decide what is shown and kept, not what is computed; or where a run
-# starts from, which lies behind one that goes on.
-HARMLESS = (
-    "name",
-    "train.log_every",
-    "train.checkpoint_every",
-    "train.keep",
-    "train.max_bad_steps",
-    "train.wandb",
-    "train.weights",
-    "train.tower",
-    "train.projector",
-    "train.changed_data",
-    "evaluation.",
-    "profile.",
-    "data.workers",
-    "data.prefetch",
-    "data.max_bad_fraction",
-    "mesh.",
-)
-# Those that may change as far as the same examples come out of them, token by token: see `check_same_data`.
-PLACES = ("data.root", "data.tokenizer")
 
 
 def check_room(workdir: Path, state: PyTree, train: TrainConfig, steps: int) -> str | None:
@@ -78,7 +55,7 @@ def check_same_run(config: Config, workdir: Path) -> list[str]:
             f"{error}; if --config is that of the run, delete the file and run the same command again: it is written anew"
         ) from error
     lines = {key: f"{key}: {theirs!r} there, {ours!r} now" for key, (ours, theirs) in changed.items()}
-    fatal = [line for key, line in lines.items() if key not in PLACES and not key.startswith(HARMLESS)]
+    fatal = [line for key, line in lines.items() if not on_resume(key)]
     if fatal:
         raise CheckpointError(f"{workdir} holds a run of another configuration ({', '.join(fatal)}); choose a new --workdir")
     return list(lines.values())
@@ -125,7 +102,7 @@ def data_changes(config: Config, workdir: Path, now: dict[str, Any], texts: Call
 
 def _data_changes(config: Config, workdir: Path, now: dict[str, Any], texts: Callable[[], str]) -> list[str]:
     changed = differences(config, read_json(workdir / "config.json"))
-    moved = [f"{key}: {changed[key][1]!r} there, {changed[key][0]!r} now" for key in PLACES if key in changed]
+    moved = [f"{key}: {changed[key][1]!r} there, {changed[key][0]!r} now" for key in changed if on_resume(key) == SAME_EXAMPLES]
     manifest = workdir / "manifest.json"
     if not manifest.exists():
         manifest = workdir / "checkpoints" / str(saved_steps(workdir)[-1]) / "about" / "metadata"  # which has the same

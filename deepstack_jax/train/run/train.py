@@ -13,7 +13,7 @@ import jax
 from rich.table import Table
 
 from deepstack_jax.atomic import write_json
-from deepstack_jax.config import Config, to_dict
+from deepstack_jax.config import Config, to_dict, to_stored
 from deepstack_jax.data.example import Source
 from deepstack_jax.data.fingerprint import describe_data, describe_texts
 from deepstack_jax.data.open import check_images
@@ -175,7 +175,7 @@ def begin_state(program: Program, stream: TrainingStream, checkpoints: Checkpoin
 
 def write_about(config: Config, workdir: Path, data: dict[str, Any], journal: Journal) -> dict[str, Any]:
     """Write config.json, manifest.json and the attempt's line in the journal; returns the manifest, which checkpoints hold."""
-    about = redacted({"config": to_dict(config), **run_manifest(data)})
+    about = redacted({"config": to_stored(config), **run_manifest(data)})
     journal.start({name: about[name] for name in ("command", "git", "devices", "hosts")})
     if is_first_host():
         write_json(workdir / "config.json", about["config"])
