@@ -143,7 +143,7 @@ def stored_dtype(checkpoint: Checkpoint) -> str:
 def describe(source: Source, target: Path, form: str, dtype: str, written: Written) -> Table:
     """What was converted into what."""
     config = source.config
-    vision, decoder, stack = config.vision, config.decoder, config.deepstack
+    vision, decoder, stack, size = config.vision, config.decoder, config.deepstack, config.image.size
     table = Table(title=f"{target}", show_header=False)
     rows = {
         "from": source.what,
@@ -151,7 +151,7 @@ def describe(source: Source, target: Path, form: str, dtype: str, written: Writt
         "tensors": f"{written.tensors:,}",
         "parameters": f"{written.parameters:,}",
         "bytes": f"{written.nbytes:,}",
-        "vision": f"CLIP, {vision.layers} + {vision.post_layers} layers of {vision.width}, {config.image.size} px",
+        "vision": f"{vision.architecture}, {vision.layers} + {vision.post_layers} layers of {vision.width}, {size} px",
         "decoder": f"{decoder.architecture}, {decoder.layers} layers of {decoder.width}, vocabulary {decoder.vocab_size:,}",
         "image": f"{config.image.mode}, {config.image.num_crops} crops" if stack.stack != "none" else config.image.mode,
         "deepstack": f"{stack.stack} into {stack.into}, {stack.sampling}" if stack.stack != "none" else "nothing injected",

@@ -215,7 +215,7 @@ def _cause(missing: list[str], unknown: list[str], wrong: Mapping[str, tuple[int
     if any(name.endswith(_QUANTISED) for name in unknown):
         return "The weights are quantised: give the folder of the full-precision model"
     if missing == ["lm_head.weight"]:
-        return "The head seems tied to the embeddings, which no model here has; give a checkpoint with a head of its own"
+        return "The head seems tied to the embeddings, which is not so in this model; give a checkpoint with a head of its own"
     vocab = [name for name in wrong if name in ("lm_head.weight", "model.embed_tokens.weight")]
     if vocab:
         return (

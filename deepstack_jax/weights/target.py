@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from deepstack_jax.errors import WeightsError
+from deepstack_jax.families.official import TOWER_FOLDER
 from deepstack_jax.weights.files import BEYOND_FILE
 
 MARK = ".deepstack_jax_export"  # in every export: a later one may take its place
@@ -24,7 +25,8 @@ TOKENIZER_FILES = (
 )
 _WRITTEN = {MARK, BEYOND_FILE, "config.json", "preprocessor_config.json", "model.safetensors.index.json", *TOKENIZER_FILES}
 _WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
-_TOWER = {"clip", *(f"clip/{name}" for name in ("config.json", "preprocessor_config.json", "model.safetensors"))}
+_IN_TOWER = ("config.json", "preprocessor_config.json", "model.safetensors")
+_TOWER = {TOWER_FOLDER, *(f"{TOWER_FOLDER}/{name}" for name in _IN_TOWER)}
 
 
 @contextmanager
@@ -87,7 +89,7 @@ def _check_ours(at: Path, folder: Path) -> None:
     for path in sorted(at.rglob("*")):
         name = path.relative_to(at).as_posix()
         known = name in _WRITTEN or name in _TOWER or _WEIGHTS.fullmatch(name)
-        if not known or path.is_symlink() or path.is_dir() != (name == "clip"):
+        if not known or path.is_symlink() or path.is_dir() != (name == TOWER_FOLDER):
             raise WeightsError(
                 f"{folder} holds {name}, which no export writes, and is not replaced; move it or choose another folder"
             )
