@@ -39,7 +39,7 @@ def special_names(tokenizer: Tokenizer, template: Template) -> dict[int, str]:
     return names | {id: role for id, role in roles.items() if id is not None}
 
 
-def prompt_runs(seen: ModelInput, tokenizer: Tokenizer, names: Mapping[int, str]) -> list[tuple[bool, list[Piece]]]:
+def prompt_runs(sample: ModelInput, tokenizer: Tokenizer, names: Mapping[int, str]) -> list[tuple[bool, list[Piece]]]:
     """The whole sequence in order, as runs of (supervised, pieces).
 
     Joined, the texts are what the model reads: they come from the token ids, not from the conversation.
@@ -50,14 +50,14 @@ def prompt_runs(seen: ModelInput, tokenizer: Tokenizer, names: Mapping[int, str]
     pieces: list[Piece] = []
     before: list[int] = []
     position = 0
-    for image, places in groupby(seen.image_of.tolist()):
+    for image, places in groupby(sample.image_of.tolist()):
         count = len(list(places))
         if image >= 0:
-            pieces.append(_image(seen, image, position, count))
+            pieces.append(_image(sample, image, position, count))
         else:
-            span = slice(position, position + count)
-            pieces += _text(seen.tokens[span].tolist(), seen.supervised[span].tolist(), before, position, tokenizer, names)
-            before = seen.tokens[span].tolist()[-_CONTEXT:]
+            ids = sample.tokens[position : position + count].tolist()
+            pieces += _text(sample, ids, position, token_texts(ids, tokenizer, before), names)
+            before = ids[-_CONTEXT:]
         position += count
     return [(supervised, list(run)) for supervised, run in groupby(pieces, key=lambda piece: piece.supervised)]
 
@@ -92,29 +92,23 @@ def token_texts(ids: Sequence[int], tokenizer: Tokenizer, before: Sequence[int] 
     return found
 
 
-def _text(
-    ids: list[int],
-    supervised: list[bool],
-    before: list[int],
-    position: int,
-    tokenizer: Tokenizer,
-    names: Mapping[int, str],
-) -> list[Piece]:
+def _text(sample: ModelInput, ids: list[int], position: int, texts: list[str | None], names: Mapping[int, str]) -> list[Piece]:
+    """The pieces of a stretch of text that begins at `position`."""
     pieces, waiting = [], []
-    for here, (id, text, learnt) in enumerate(zip(ids, token_texts(ids, tokenizer, before), supervised, strict=True), position):
+    for here, (id, text) in enumerate(zip(ids, texts, strict=True), position):
         waiting.append(id)
         if text == "":
             continue
         first = here + 1 - len(waiting)
         hint = f"position {here}, id {id}" if first == here else f"positions {first} to {here}, ids {waiting}"
         kind, text = ("special", names.get(id, f"#{id}")) if text is None else ("text", text)
-        pieces.append(Piece(kind, text, learnt, hint))
+        pieces.append(Piece(kind, text, bool(sample.supervised[here]), hint))
         waiting = []
     return pieces
 
 
-def _image(seen: ModelInput, image: int, position: int, count: int) -> Piece:
-    tokens = seen.images[image].tokens
+def _image(sample: ModelInput, image: int, position: int, count: int) -> Piece:
+    tokens = sample.images[image].tokens
     newlines, zeros = int(np.sum(tokens == NEWLINE)), int(np.sum(tokens == ZERO))
     extra = [f"{newlines:,} newlines"] * (newlines > 0) + [f"{zeros:,} exact zeros"] * (zeros > 0)
     text = f"image {image + 1}: {count:,} visual tokens" + (f", {' and '.join(extra)} among them" if extra else "")

@@ -11,6 +11,7 @@ from jaxtyping import Array, Float
 
 from deepstack_jax.batch import Batch
 from deepstack_jax.config import Config
+from deepstack_jax.data.encode.batch_rows import EncodedExample
 from deepstack_jax.data.encode.labels import IMAGE_TOKEN
 from deepstack_jax.generate.options import RequestError
 from deepstack_jax.generate.prompts import check_context, cut_image, example, pack
@@ -87,7 +88,7 @@ def _as_mask(attention_mask: Any, shape: tuple[int, ...]) -> np.ndarray:
     return mask.astype(bool)
 
 
-def _rows(ids: np.ndarray, mask: np.ndarray, images: Any, config: Config, exif: str) -> list:
+def _rows(ids: np.ndarray, mask: np.ndarray, images: Any, config: Config, exif: str) -> list[EncodedExample]:
     """Every row without its padding, and with its images cut."""
     images = [None] * len(ids) if images is None else images
     if not isinstance(images, list | tuple):
@@ -103,8 +104,7 @@ def _rows(ids: np.ndarray, mask: np.ndarray, images: Any, config: Config, exif: 
         if not row.size:
             raise RequestError(f"row {number} of input_ids holds nothing but padding; leave it out")
         if wanted != count:
-            marks = plural(int(wanted), "image token")
+            marks = plural(wanted, "image token")
             raise RequestError(f"row {number} has {marks} ({IMAGE_TOKEN}) and {plural(count, 'image')}; give one for each")
-    return [
-        example(row, [cut_image(image, config, exif) for image in given or ()]) for row, given in zip(kept, images, strict=True)
-    ]
+    cut = [[cut_image(image, config, exif) for image in given or ()] for given in images]
+    return [example(row, mine) for row, mine in zip(kept, cut, strict=True)]
