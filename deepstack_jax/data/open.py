@@ -49,7 +49,7 @@ def check_images(source: Source, data: DataConfig, limit: int = 1000) -> None:
         except OSError as error:
             why = error.strerror or str(error)
         raise SourceError(
-            f"{plural(len(missing), 'image')} missing among the first {plural(min(limit, len(source)), 'row')}, e.g. "
+            f"{plural(len(missing), 'image')} missing among the first {plural(min(limit, len(source)), 'record')}, e.g. "
             f"{missing[0]} ({why}); "
             "point to the image root with --config.data.root=DIR and --config.data.images=FOLDER, "
             f"or allow more than config.data.max_bad_fraction={data.max_bad_fraction}"

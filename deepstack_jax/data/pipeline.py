@@ -85,10 +85,10 @@ class BatchLoader:
         planned = ExampleSize(*map(int, self.sizes[index]))
         if isinstance(example, EncodedExample) and example.size != planned:
             reason = (
-                f"row {index} has the size {tuple(example.size)} in tokens, crop slots, visual tokens, the length index says "
-                f"{tuple(planned)}: its data changed since; delete {files.cache_folder()}/lengths and start anew"
+                f"record {index} has the size {tuple(example.size)} in tokens, crop slots, visual tokens, the length index "
+                f"says {tuple(planned)}: its data changed since; delete {files.cache_folder()}/lengths and start again"
             )
-            example = BadExample(index, f"row {index}", reason)
+            example = BadExample(index, f"record {index}", reason)
         return example, planned
 
 

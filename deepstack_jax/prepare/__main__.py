@@ -30,8 +30,8 @@ from deepstack_jax.printing import Console
 from deepstack_jax.stop_signals import StopSignals
 
 USAGE = """
-Write the data of a configuration as ArrayRecord shards with the images inside. Every row is checked as training checks it,
-every image decoded once. Stopped at any moment, the same command goes on; rows that cannot be used are left out, see bad.jsonl.
+Write the data of a configuration as ArrayRecord shards with the images inside. Every record is checked as training checks it,
+every image decoded once. Stopped at any moment, the same command goes on. What cannot be used is left out: see bad.jsonl.
 
   python -m deepstack_jax.prepare --config=configs/receipts.py --config.data.root=DIR --out=shards
   python -m deepstack_jax.prepare --config=configs/llava15.py:finetune --config.data.root=DIR --dry-run
@@ -41,9 +41,9 @@ every image decoded once. Stopped at any moment, the same command goes on; rows 
   --out=DIR                  local folder for DIR/train and DIR/validation
   --split=SPLIT              train, validation or both (default: those that the configuration names)
   --workers=N                processes that read and decode (default: one per CPU core); not seen in the bytes
-  --shard_rows=1000          rows of the source in a shard
+  --shard_rows=1000          records of the source in a shard
   --force                    start over, in place of what an earlier run left in DIR
-  --dry-run                  look at files, rows, missing images and space; writes nothing, and fails where a run would
+  --dry-run                  look at files, records, missing images and space; writes nothing, and fails where a run would
   --decode                   with --dry-run: decode every image, too
   --verify=DIR               compare every byte of finished shards with their manifest
 
@@ -54,8 +54,8 @@ Exit codes: 0 done; 1 a mistake in the input, said in one line; 75 stopped by SI
 SPLITS = ("train", "validation")
 _SHOWN = 10  # bad rows or missing images that a dry run names
 _LOOKED_ROWS = 100  # at once by a worker in a dry run
-_SUMMARY = ("split", "rows", "bad", "images", "bytes", "shards", "seconds")
-_LOOKED = ("split", "rows", "bad", "images named", "files missing", "bytes", "shards")
+_SUMMARY = ("split", "records", "bad", "images", "bytes", "shards", "seconds")
+_LOOKED = ("split", "records", "bad", "images named", "files missing", "bytes", "shards")
 
 flags.DEFINE_string("out", "", "Folder for the shards.")
 flags.DEFINE_string("split", "", "train, validation or both.")
@@ -149,8 +149,8 @@ def open_split(config: Config, name: str, out: str, shard_rows: int, max_pixels:
         uneven = [f"{part.name} ({part.config.repeat:g})" for part in source.parts if part.config.repeat != 1]
         if uneven:
             warnings.warn(
-                f"shards hold each row once, so training on them goes once through the sets {', '.join(uneven)}; to keep their "
-                "repeat, prepare each by itself with --config.data.train=FILE and name the folders in config.data.sets",
+                f"shards hold each record once, so training on them goes once through the sets {', '.join(uneven)}; to keep "
+                "their repeat, prepare each by itself with --config.data.train=FILE and name the folders in config.data.sets",
                 stacklevel=1,
             )
     folder = os.path.join(files.absolute(out), name) if out else ""
@@ -344,7 +344,7 @@ def progress(name: str, job: Job, numbers: Sequence[int], console: Console) -> I
         task = bar.add_task(name, total=total, rate="")
 
         def looked(rows: int) -> None:
-            bar.update(task, completed=rows, rate=f"{rows / (time.perf_counter() - began):,.0f} rows/s")
+            bar.update(task, completed=rows, rate=f"{rows / (time.perf_counter() - began):,.0f} records/s")
 
         yield looked
 

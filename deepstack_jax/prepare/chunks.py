@@ -137,7 +137,7 @@ def record_bytes(source: Source) -> float:
             reasons.append(str(error))
     if not sizes and len(rows) < len(source):
         raise SourceError(
-            f"none of {len(rows)} rows drawn from the data can be used; the first: {reasons[0]}; point to the data with "
+            f"none of {len(rows)} records drawn from the data can be used; the first: {reasons[0]}; point to the data with "
             "--config.data.root=DIR and to its images with --config.data.images=FOLDER"
         )
     return sum(sizes) / len(rows)

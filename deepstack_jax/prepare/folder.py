@@ -187,7 +187,7 @@ def too_many_bad(bad: Sequence[Bad], rows: int, max_bad_fraction: float) -> str:
     if len(bad) <= max_bad_fraction * rows and len(bad) < rows:
         return ""
     return (
-        f"{len(bad):,} of {rows:,} rows cannot be used, config.data.max_bad_fraction={max_bad_fraction:g} allows "
+        f"{len(bad):,} of {rows:,} records cannot be used, config.data.max_bad_fraction={max_bad_fraction:g} allows "
         f"{min(rows - 1, int(max_bad_fraction * rows)):,}; the first: {bad[0].reason}"
     )
 

@@ -168,9 +168,7 @@ def test_bad_rows_dry_run_report_and_mending(drawn, tmp_path):
     before = contents(tmp_path)
 
     decoded = prepare(root, out, "--shard_rows=4", "--dry-run", "--decode", "--split=train")
-    said = (
-        "error: train: 2 of 8 rows cannot be used, config.data.max_bad_fraction=0.01 allows 0; the first: train1: cannot read"
-    )
+    said = "error: train: 2 of 8 records cannot be used, config.data.max_bad_fraction=0.01 allows 0; the first: train1: cannot"
     assert (decoded.returncode, decoded.stderr.count("\n"), decoded.stderr[: len(said)]) == (1, 1, said)
     assert f"train: missing: {image / 'train1.jpg'}" in decoded.stdout
     assert f"train: unusable: train6: cannot read image {image / 'train6.jpg'}: image file is truncated" in decoded.stdout
@@ -184,7 +182,7 @@ def test_bad_rows_dry_run_report_and_mending(drawn, tmp_path):
     refused = prepare(root, out, "--shard_rows=4")
     assert refused.returncode == 1
     assert refused.stderr.startswith(
-        "error: 2 of 8 rows cannot be used, config.data.max_bad_fraction=0.01 allows 0; the first: "
+        "error: 2 of 8 records cannot be used, config.data.max_bad_fraction=0.01 allows 0; the first: "
     )
     assert refused.stderr.count("\n") == 1
     report = read_lines(out / "train" / "bad.jsonl")
@@ -253,7 +251,7 @@ MISTAKES = {
     "data": (["--out=x", "--config.data.train=none.json"], ["none.json does not exist", "--config.data.train=PATH"]),
     "images": (
         ["--out=x", "--config.data.images=images"],
-        ["rows drawn from the data can be used", "--config.data.images=FOLDER"],
+        ["records drawn from the data can be used", "--config.data.images=FOLDER"],
     ),
     "flag": (["--dryrun"], ["Unknown command line flag 'dryrun'", "dry-run"]),
 }

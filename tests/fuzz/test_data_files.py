@@ -133,7 +133,7 @@ def test_shards_of_any_records_name_the_bad_ones(tmp_path_factory, drawn):
         except ExampleError as error:
             refused(error)
             names.append(error.name)
-    assert set(names) <= {f"row {index}" for index in range(len(source))}
+    assert set(names) <= {f"record {index}" for index in range(len(source))}
 
 
 @given(st.binary(max_size=60), st.integers(-2, 80))

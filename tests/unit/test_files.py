@@ -107,7 +107,7 @@ def test_an_image_that_is_not_there_is_one_bad_sample(remote):
     source = open_files(f"{folder}/a.json", f"{folder}/images")
     assert source[0].images == (b"x",)
     with pytest.raises(
-        ExampleError, match=r"row 1 \(id 'r1'\): cannot read image memory://.*/sub/1\.png: No such file"
+        ExampleError, match=r"record 1 \(id 'r1'\): cannot read image memory://.*/sub/1\.png: No such file"
     ) as caught:
         source[1]
     assert caught.value.name == "r1"

@@ -53,7 +53,7 @@ def test_images_and_files_of_one_file_and_of_a_mixture(tmp_path):
         "other": {"file": "b.json", "images": "b", "drop_images": ["2"]},
     }
     mixed = files_config(tmp_path, sets=sets)
-    with pytest.warns(UserWarning, match="1 rows belong to none of the sets first, second"):
+    with pytest.warns(UserWarning, match="1 records belong to none of the sets first, second"):
         mixture = open_source(mixed.data, "train")
     assert len(mixture) == 5
     assert named_images(mixture) == (5, [str(tmp_path / "b" / "3.jpg")]), "rows that no set takes are not looked for"

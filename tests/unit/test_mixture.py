@@ -120,7 +120,7 @@ def test_no_permutation_is_stored():
 
 
 def test_an_order_that_would_lose_a_set_is_refused():
-    with pytest.raises(ValueError, match=r"set 1: 10 rows with repeat 0\.01 give no row per epoch; raise its repeat"):
+    with pytest.raises(ValueError, match=r"set 1: 10 records with repeat 0\.01 give none per epoch; raise its repeat"):
         EpochOrder((5, 10), (1.0, 0.01), seed=0)
     with pytest.raises(ValueError, match="got 2 sizes and 1 repeats"):
         EpochOrder((5, 10), (1.0,), seed=0)
@@ -204,7 +204,7 @@ def test_the_665k_falls_apart_by_image_folder(root):
     copy = pickle.loads(pickle.dumps(mixture))
     assert names(copy) == names(mixture)
     assert len({id(part.source) for part in copy.parts}) == 1, "one file, opened once, sent once"
-    with pytest.raises(IndexError, match=r"row 26 is outside 0\.\.25"):
+    with pytest.raises(IndexError, match=r"record 26 is outside 0\.\.25"):
         mixture[26]
 
 
@@ -260,13 +260,13 @@ def test_rows_of_a_parquet_are_chosen_by_data_source(root):
     assert names(mixture) == ["chartqa0", "chartqa1", "chartqa2", "dvqa0", "dvqa1", "dvqa2"]
     assert mixture[3].info["data_source"] == "dvqa"
     left, missing = (str(warning.message) for warning in said)
-    assert "next: 3 rows belong to none of the sets charts, by image folder or data_source: 'demo' 3; add a set" in left
-    assert "set charts: no row of next has data_source 'plotqa'; the file has 'chartqa' 3, 'demo' 3, 'dvqa' 3" in missing
+    assert "next: 3 records belong to none of the sets charts, by image folder or data_source: 'demo' 3; add a set" in left
+    assert "set charts: no record of next has data_source 'plotqa'; the file has 'chartqa' 3, 'demo' 3, 'dvqa' 3" in missing
 
 
 def test_a_set_without_rows_stops_and_says_what_there_is(root):
     sets = {"next": SetConfig(file="llava_v1_5_mix665k.json", keep_sources=("llava-next-instruct",))}
-    with pytest.raises(SourceError, match="set next takes none of the 26 rows") as error:
+    with pytest.raises(SourceError, match="set next takes none of the 26 records") as error:
         opened(sets, root)
     assert "'coco/train2017/' 6, 'gqa/images/' 5" in str(error.value)
     assert "every data_source: '' 26; correct its keep_images" in str(error.value)
@@ -280,9 +280,9 @@ def test_rows_of_no_set_and_of_two_are_said(root):
     with pytest.warns(UserWarning, match="of the sets") as said:
         open_mixture(sets, str(root), open_files, str(root / "cache"))
     left, shared = (str(warning.message) for warning in said)
-    assert "7 rows belong to none of the sets coco, pictures" in left
+    assert "7 records belong to none of the sets coco, pictures" in left
     assert "'<text>' 4, 'textvqa/train_images/' 3; add a set, or name them in drop_images" in left
-    assert "6 rows belong to several of the sets coco, pictures" in shared
+    assert "6 records belong to several of the sets coco, pictures" in shared
 
 
 def test_unreadable_rows_are_not_lost_by_a_filter(root):
@@ -291,7 +291,7 @@ def test_unreadable_rows_are_not_lost_by_a_filter(root):
     mixture = opened({"all": SetConfig(file="damaged.json", drop_images=("textvqa/",))}, root)
     assert len(mixture) == 3
     for index in (1, 2):
-        with pytest.raises(ExampleError, match=f"damaged.json row {index}"):
+        with pytest.raises(ExampleError, match=f"damaged.json record {index}"):
             mixture[index]
 
 
@@ -362,14 +362,14 @@ def test_a_wrong_count_is_said_and_shown(root):
         "guess": SetConfig(file="[guess].json", rows=1000, exact=False),
     }
     write(root / "[guess].json", [row("a")])
-    with pytest.warns(UserWarning, match="rows found") as said:
+    with pytest.warns(UserWarning, match="records found") as said:
         mixture = open_mixture(sets, str(root), open_files, str(root / "cache"))
     few, guess = (str(warning.message) for warning in said)
     assert few == (
-        "set coco: 6 rows found, 364,100 expected (exactly); llava_v1_5_mix665k.json is cut, or another release: get it "
+        "set coco: 6 records found, 364,100 expected (exactly); llava_v1_5_mix665k.json is cut, or another release: get it "
         "again, or set config.data.sets.coco.rows"
     )
-    assert "set guess: 1 rows found, 1,000 expected (rounded to thousands)" in guess
+    assert "set guess: 1 records found, 1,000 expected (rounded to thousands)" in guess
     lines = {
         cells[0]: cells[1:] for cells in (line.replace("│", "").split() for line in printed(mixture).splitlines()) if cells
     }

@@ -50,7 +50,7 @@ def test_other_keys_are_kept_and_nulls_are_absent(row):
     keys |= dict.fromkeys(("conversations", "messages", "texts"))  # a table has every column in every row
     example = to_example(keys | row, 5, ROOT)
     assert example.info == {"data_source": "vqa", "difficulty": 3}
-    assert (example.name, example.messages) == ("row 5", TURNS)
+    assert (example.name, example.messages) == ("record 5", TURNS)
 
 
 EMBEDDED = [
@@ -170,10 +170,10 @@ def test_outlines_name_paths_as_the_row_does():
         "a", ("coco/x.jpg",), "vqa"
     )
     assert to_metadata(TRL | {"images": [{"bytes": b"raw", "path": "x"}, {"bytes": None, "path": "y"}]}, 4) == RecordMetadata(
-        "row 4", ("y",), ""
+        "record 4", ("y",), ""
     )
     for unusable in (None, 3, {"image": ["../x", 5, None]}, {"image": "x", "images": ["y"]}):
-        assert to_metadata(unusable, 1) == RecordMetadata("row 1", (), "")
+        assert to_metadata(unusable, 1) == RecordMetadata("record 1", (), "")
 
 
 RECEIPTS = Path(__file__).parents[3] / "shared" / "data" / "receipts"
@@ -205,5 +205,5 @@ def test_a_bad_row_is_one_sample_and_names_its_place(tmp_path):
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, [TRL | {"id": "ok"}, TRL | {"id": "bad", "messages": 3}])))
     source = open_files(str(tmp_path / "rows.jsonl"), str(tmp_path))
     assert source[0].name == "ok"
-    with pytest.raises(ExampleError, match=r"rows\.jsonl row 1 \(id 'bad'\): has no messages"):
+    with pytest.raises(ExampleError, match=r"rows\.jsonl record 1 \(id 'bad'\): has no messages"):
         source[1]

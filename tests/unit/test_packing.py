@@ -106,7 +106,9 @@ def test_unusable_examples_take_a_place_and_no_room():
 
 
 def test_an_example_larger_than_a_pack_is_refused():
-    with pytest.raises(ValueError, match=r"row 1 of the source takes \[41, 2, 3\] tokens.* a pack has \[40, 10, 24\]; measure"):
+    with pytest.raises(
+        ValueError, match=r"record 1 of the source takes \[41, 2, 3\] tokens.* a pack has \[40, 10, 24\]; measure"
+    ):
         pack(np.arange(2), as_sizes([(4, 0, 0), (41, 2, 3)]), LIMITS, 4)
 
 

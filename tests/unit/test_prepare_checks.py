@@ -64,7 +64,7 @@ def test_prepare_leaves_out_what_training_would(tmp_path):
     assert "expected its last turn to be 'gpt'" in reasons["no answer"]
     assert {"config.data.max_images": 1, "config.data.overlong": "drop"}.items() <= asked.items()
 
-    with pytest.warns(UserWarning, match=r"the lengths of rows are not checked: config\.data\.tokenizer is empty"):
+    with pytest.warns(UserWarning, match=r"the lengths of examples are not checked: config\.data\.tokenizer is empty"):
         check, asked = example_check(replace(config, data=replace(config.data, tokenizer="")).data_spec)
     chunk = make_chunk(Job(source, 8, "", check, 10_000), 0, lambda: None)
     assert [bad.row for bad in chunk.bad] == [1, 3, 4, 5, 6]

@@ -128,15 +128,13 @@ def test_bad_rows_are_left_out_and_reported_with_the_number_of_their_row(tmp_pat
 
 def test_too_many_bad_rows_stop_it_after_the_report_and_mended_ones_cost_their_shards_alone(whole, tmp_path):
     folder, bad = tmp_path / "set", MadeExamples(ROWS, broken=(5,), refused=(0,))
-    message = (
-        rf"2 of 10 rows cannot be used, .*max_bad_fraction=0\.15 allows 1; the first: row 0 is refused; .*{folder}/bad\.jsonl"
-    )
+    message = rf"2 of 10 records cannot be used, .*=0\.15 allows 1; the first: row 0 is refused; .*{folder}/bad\.jsonl"
     with pytest.raises(SourceError, match=message) as caught:
         make(folder, bad, limit=0.15)
     assert "mend them and run the same command" in str(caught.value)
     assert len((folder / "bad.jsonl").read_text().splitlines()) == 2
     assert not (folder / "manifest.json").exists()
-    with pytest.raises(SourceError, match="2 of 10 rows"):
+    with pytest.raises(SourceError, match="2 of 10 records"):
         assert make(folder, bad, limit=0.15) == [], "nothing is read again that is still bad"
     assert make(folder, MadeExamples(ROWS, broken=(5,)), limit=0.15) == [0]
     (folder / "manifest.json").unlink()
@@ -151,7 +149,7 @@ def test_too_many_bad_rows_stop_it_after_the_report_and_mended_ones_cost_their_s
 
 
 def test_no_good_row_is_an_error_however_many_may_be_bad(tmp_path):
-    with pytest.raises(SourceError, match=r"10 of 10 rows cannot be used, .*allows 9; the first: row 0 is refused"):
+    with pytest.raises(SourceError, match=r"10 of 10 records cannot be used, .*allows 9; the first: row 0 is refused"):
         make(tmp_path / "set", MadeExamples(ROWS, refused=tuple(range(ROWS))))
     assert len((tmp_path / "set" / "bad.jsonl").read_text().splitlines()) == ROWS
 
@@ -249,7 +247,7 @@ def test_other_input_or_options_are_refused_and_nothing_is_touched(whole, tmp_pa
 
 
 def test_options_may_change_until_a_shard_is_there(tmp_path):
-    with pytest.raises(SourceError, match="10 of 10 rows cannot be used"):  # as with a wrong image root
+    with pytest.raises(SourceError, match="10 of 10 records cannot be used"):  # as with a wrong image root
         make(tmp_path, MadeExamples(ROWS, refused=tuple(range(ROWS))))
     with open_folder(tmp_path, rows=11) as state:
         assert state.left(Job(MadeExamples(ROWS), SHARD_ROWS)) == [0, 1, 2]
@@ -374,5 +372,5 @@ def test_the_estimate_is_close_to_the_size(whole, tmp_path):
     for rows, shards, folder in ((ROWS, 3, whole), (1500, 1, tmp_path)):
         exact = sum(path.stat().st_size for path in folder.glob("*.array_record"))
         assert 0.8 * exact < shard_bytes(rows, shards, record_bytes(source)) < 1.2 * exact
-    with pytest.raises(SourceError, match=r"none of \d+ rows .*; the first: row \d+ is refused; .*--config\.data\.root=DIR"):
+    with pytest.raises(SourceError, match=r"none of \d+ records .*; the first: row \d+ is refused; .*--config\.data\.root=DIR"):
         record_bytes(MadeExamples(300, refused=tuple(range(300))))

@@ -191,7 +191,7 @@ def test_missing_and_cut_shards_are_all_named_when_opening(tmp_path):
             opener(str(folder))
     shards[1].write_bytes(shards[0].read_bytes())
     shards[3].write_bytes(b"\0" * len(whole))
-    with pytest.raises(SourceError, match=r"set: shard-00003\.array_record has 0 readable rows of 4; fetch"):
+    with pytest.raises(SourceError, match=r"set: shard-00003\.array_record has 0 readable records of 4; fetch"):
         ShardSource(str(folder))
 
 
@@ -205,12 +205,12 @@ def test_changed_content_is_found_by_verify_and_is_one_bad_sample(tmp_path):
     with pytest.raises(SourceError, match=r"shard-00000\.array_record has other content than when it was written"):
         verify(str(folder))
     source = ShardSource(str(folder))
-    with pytest.raises(ExampleError, match=r"shard-00000\.array_record row 3: damaged \(.*\); fetch or prepare") as caught:
+    with pytest.raises(ExampleError, match=r"shard-00000\.array_record record 3: damaged \(.*\); fetch or prepare") as caught:
         source[3]
-    assert caught.value.name == "row 3"
+    assert caught.value.name == "record 3"
     assert "\n" not in str(caught.value)
     assert [source[index].name for index in (2, 4)] == ["r2", "r4"]
-    assert [outline.name for outline in source.metadata()] == ["r0", "r1", "r2", "row 3", "r4", "r5"]
+    assert [outline.name for outline in source.metadata()] == ["r0", "r1", "r2", "record 3", "r4", "r5"]
 
 
 def shard_of(folder: Path, records: list[bytes], options: str = "group_size:1,uncompressed") -> Path:
@@ -279,9 +279,9 @@ def test_a_record_is_checked_as_a_row_and_opens_nothing(tmp_path, monkeypatch, c
     assert source[0].name == "r0"
     opened = []
     monkeypatch.setattr(files, "read_bytes", opened.append)
-    with pytest.raises(ExampleError, match=rf"shard-00000\.array_record row 1.*{message}") as caught:
+    with pytest.raises(ExampleError, match=rf"shard-00000\.array_record record 1.*{message}") as caught:
         source[1]
-    assert caught.value.name == "row 1"
+    assert caught.value.name == "record 1"
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) < 600
     assert not opened
@@ -297,7 +297,7 @@ def test_a_compressed_shard_is_refused(tmp_path):
 def test_a_record_beyond_the_limit_is_refused(tmp_path):
     write(tmp_path / "set", 2)
     source = ShardSource(str(tmp_path / "set"), LimitsConfig(row_bytes=999))
-    with pytest.raises(ExampleError, match=r"row 1 takes 1,\d+ bytes, allowed are config\.data\.limits\.row_bytes=999"):
+    with pytest.raises(ExampleError, match=r"record 1 takes 1,\d+ bytes, allowed are config\.data\.limits\.row_bytes=999"):
         source[1]
 
 
@@ -335,11 +335,11 @@ def test_a_shard_that_is_a_link_out_of_its_folder_is_refused(tmp_path):
         ("{", r"manifest\.json is no JSON"),
         ("[]", r"says format, version \(None, None\), expected \('deepstack_jax examples', 1\)"),
         ({"version": 2}, r"says format, version \('deepstack_jax examples', 2\)"),
-        ({"rows": 19}, "lists 20 rows in shards and 19 in all"),
+        ({"rows": 19}, "lists 20 records in shards and 19 in all"),
         ({"shards": [{"file": "a"}]}, "lacks or misnames an entry"),
         ("[" * 100_000, r"manifest\.json is no JSON"),
-        ({"shards": [{"file": "shard-00000.array_record", "rows": 20.0, "bytes": 1, "sha256": ""}]}, "with 20.0 rows"),
-        ({"shards": [{"file": "shard-00000.array_record", "rows": 20, "bytes": -1, "sha256": ""}]}, "20 rows, -1 bytes"),
+        ({"shards": [{"file": "shard-00000.array_record", "rows": 20.0, "bytes": 1, "sha256": ""}]}, "with 20.0 records"),
+        ({"shards": [{"file": "shard-00000.array_record", "rows": 20, "bytes": -1, "sha256": ""}]}, "20 records, -1 bytes"),
         ({"shards": [{"file": "..", "rows": 20, "bytes": 1, "sha256": ""}]}, "lacks or misnames an entry"),
         ({"shards": None}, "lacks or misnames an entry"),
         (
@@ -363,7 +363,7 @@ def test_a_shard_that_vanishes_or_changes_under_a_run_is_an_error_of_the_set(tmp
     assert source[0].name == "r0"
     shards[1].unlink()
     with pytest.raises(
-        SourceError, match=r"shard-00001\.array_record changed while in use: 0 rows, 4 in manifest\.json"
+        SourceError, match=r"shard-00001\.array_record changed while in use: 0 records, 4 in manifest\.json"
     ) as caught:
         source[5]
     assert not isinstance(caught.value, ExampleError)

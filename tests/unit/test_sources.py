@@ -63,7 +63,7 @@ def test_a_row_becomes_an_example(tmp_path):
 def test_null_images_are_text_and_rows_without_an_id_are_named_by_number(tmp_path):
     source = opened(tmp_path, [text_row() | {"image": None}, {key: value for key, value in text_row().items() if key != "id"}])
     assert source[0].images == ()
-    assert source[1].name == "row 1"
+    assert source[1].name == "record 1"
 
 
 def test_an_empty_answer_is_kept(tmp_path):
@@ -110,7 +110,9 @@ def test_malformed_json_names_line_column_and_last_good_id(tmp_path):
     rows = [json.dumps(row(name), ensure_ascii=False) for name in ("one", "zwölf", "three")]
     broken = "[\n" + rows[0] + ",\n" + rows[1] + ",\n" + rows[2].replace('"image": ', '"image"  ') + "\n]"
     column = rows[2].index('"x.jpg"') + 1
-    with pytest.raises(SourceError, match=rf"data\.json line 4 column {column}: malformed JSON, .*row 2, last good id 'zwölf'"):
+    with pytest.raises(
+        SourceError, match=rf"data\.json line 4 column {column}: malformed JSON, .*record 2, last good id 'zwölf'"
+    ):
         opened(tmp_path, broken)
 
 
@@ -122,16 +124,16 @@ def test_columns_count_characters_not_bytes(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("", "line 1 column 1: expected one array of rows"),
-        ("{}", r"expected one array of rows.*suffix \.jsonl"),
-        ("null", "expected one array of rows"),
-        ("[]", "holds no rows"),
+        ("", "line 1 column 1: expected one array of records"),
+        ("{}", r"expected one array of records.*suffix \.jsonl"),
+        ("null", "expected one array of records"),
+        ("[]", "holds no records"),
         (json.dumps([row("last")])[:-1], "array is cut: the file ends before its ].*last good id 'last'"),
-        (json.dumps([row("last")])[:-1] + ', {"id": "half', "array is cut inside a row.*last good id 'last'"),
+        (json.dumps([row("last")])[:-1] + ', {"id": "half', "array is cut inside a record.*last good id 'last'"),
         (json.dumps([row()]) + "[]", "text after the end of the array"),
         (json.dumps([row()])[:-1] + ",]", "malformed JSON"),
         (json.dumps(row()) + json.dumps(row()), "expected one array"),
-        ("[" + json.dumps(row("last")) + json.dumps(row()) + "]", "expected , or ] after a row.*last good id 'last'"),
+        ("[" + json.dumps(row("last")) + json.dumps(row()) + "]", "expected , or ] after a record.*last good id 'last'"),
         ("[" + "[" * 100_000 + "]" * 100_000 + "]", "malformed JSON, maximum recursion depth"),
     ],
 )
@@ -176,11 +178,11 @@ def test_an_endless_row_is_refused_without_reading_the_rest(tmp_path, monkeypatc
     path = write(tmp_path, '[{"id": "open' + " " * 100_000 + '"}]')
     with path.open("rb") as file:
         scanner = json_rows._array_spans(file, 512)
-        with pytest.raises(ValueError, match=r"a row of more than config\.data\.limits\.text_bytes=512"):
+        with pytest.raises(ValueError, match=r"a record of more than config\.data\.limits\.text_bytes=512"):
             next(scanner)
         assert file.tell() <= 1024
     (tmp_path / "open.jsonl").write_bytes(path.read_bytes()[1:])
-    with pytest.raises(SourceError, match=r"line 1 column 1: a row of more than config\.data\.limits\.text_bytes=512"):
+    with pytest.raises(SourceError, match=r"line 1 column 1: a record of more than config\.data\.limits\.text_bytes=512"):
         json_rows.JsonRecords(str(tmp_path / "open.jsonl"), LimitsConfig(text_bytes=512))
 
 
@@ -194,7 +196,7 @@ def test_json_under_another_coding_or_name_is_hinted_at(tmp_path):
     with pytest.raises(SourceError, match=r"a\.json is compressed.*unpack it"):
         open_files(str(tmp_path / "a.json"), "")
     for text in (array, json.dumps([row("a")], indent=1)):
-        with pytest.raises(SourceError, match=r"one array of rows.*rename the file, to end in \.json"):
+        with pytest.raises(SourceError, match=r"one array of records.*rename the file, to end in \.json"):
             opened(tmp_path, text, "data.jsonl")
     assert [example.name for example in opened(tmp_path, array, "data.JSON")] == ["a", "b"]
     assert [example.name for example in opened(tmp_path, lines, "data.JSONL")] == ["a", "b"]
@@ -211,8 +213,8 @@ def test_a_missing_file_and_a_missing_root_are_named(tmp_path):
 
 
 ROW_ERRORS = [
-    (3, "row 1", "is a number, expected an object"),
-    (None, "row 1", "is null, expected an object"),
+    (3, "record 1", "is a number, expected an object"),
+    (None, "record 1", "is null, expected an object"),
     ({"id": "x"}, "x", "has no conversations, messages or texts, but id; name the turns"),
     (row("x") | {"messages": []}, "x", "has conversations and messages, expected one of them"),
     (row("x") | {"conversations": []}, "x", "has no conversations"),
@@ -246,7 +248,7 @@ ROW_ERRORS = [
 def test_a_bad_row_is_named_and_the_others_stay_readable(tmp_path, bad, name, message, suffix):
     rows = [row("before"), bad, row("after")]
     source = opened(tmp_path, rows if suffix == "json" else "\n".join(map(json.dumps, rows)), f"data.{suffix}")
-    with pytest.raises(ExampleError, match=rf"data\.{suffix} row 1 \(id '{name}'\): .*{message}") as caught:
+    with pytest.raises(ExampleError, match=rf"data\.{suffix} record 1 \(id '{name}'\): .*{message}") as caught:
         source[1]
     assert caught.value.name == name
     assert "\n" not in str(caught.value)
@@ -257,7 +259,7 @@ def test_bytes_that_are_not_utf8_spoil_their_row_only(tmp_path):
     good = json.dumps(row()).encode()
     source = opened(tmp_path, b"[" + good + b"," + good.replace(b"This", b"Th\xe9s") + b"]")
     assert source[0].messages[1].text == "This."
-    with pytest.raises(ExampleError, match=r"row 1 \(id 'row 1'\): not UTF-8"):
+    with pytest.raises(ExampleError, match=r"record 1 \(id 'record 1'\): not UTF-8"):
         source[1]
 
 
@@ -273,11 +275,11 @@ def test_source_and_errors_travel_between_processes(tmp_path):
     assert len(packed) < 5000 * 12 + 2000, "offsets only"
     copy = pickle.loads(packed)
     assert copy[4321] == source[4321]
-    assert repr(copy) == repr(source) == "JsonRecords('data.json', rows=5001)"
+    assert repr(copy) == repr(source) == "JsonRecords('data.json', records=5001)"
     with pytest.raises(ExampleError) as caught:
         copy[5000]
     error = pickle.loads(pickle.dumps(caught.value))
-    assert (type(error), str(error), error.name) == (ExampleError, str(caught.value), "row 5000")
+    assert (type(error), str(error), error.name) == (ExampleError, str(caught.value), "record 5000")
 
 
 def test_a_file_that_changes_under_a_run_is_an_error_of_the_file(tmp_path):
@@ -330,12 +332,12 @@ def test_outlines_go_over_every_row_also_unusable_ones(tmp_path):
     source = opened(tmp_path, rows)
     assert list(source.metadata()) == [
         RecordMetadata("a", ("d/x.jpg",), "vqa"),
-        RecordMetadata("row 1", (), ""),
+        RecordMetadata("record 1", (), ""),
         RecordMetadata("t", (), ""),
         RecordMetadata("m", ("y", "z"), ""),
         RecordMetadata("5", (), ""),
-        RecordMetadata("row 5", ("w",), ""),
+        RecordMetadata("record 5", ("w",), ""),
     ]
     good = json.dumps(row("é")).encode()
     broken = opened(tmp_path, b"[" + good + b"," + good.replace(b"This", b"Th\xe9s") + b"]")
-    assert [outline.name for outline in broken.metadata()] == ["é", "row 1"]
+    assert [outline.name for outline in broken.metadata()] == ["é", "record 1"]

@@ -214,7 +214,7 @@ def test_tables_without_turns_or_without_rows_are_refused(tmp_path, kind):
     schema = pa.schema([("id", pa.string()), ("question", pa.string())])
     with pytest.raises(SourceError, match="has the columns id, question; expected one of conversations, messages, texts"):
         open_files(str(write(tmp_path / f"a.{kind}", [{"id": "a", "question": "?"}], schema)), "")
-    with pytest.raises(SourceError, match="holds no rows"):
+    with pytest.raises(SourceError, match="holds no records"):
         open_files(str(write(tmp_path / f"b.{kind}", [])), "")
 
 
@@ -243,7 +243,7 @@ def test_bad_rows_of_a_table_are_named_by_file_and_row(tmp_path, kind):
         "has no conversations;",
     ]
     for local, message in enumerate(wanted, start=1):
-        with pytest.raises(ExampleError, match=rf"b\.{kind} row {local} \(id 'r{local}'\): .*{message}") as caught:
+        with pytest.raises(ExampleError, match=rf"b\.{kind} record {local} \(id 'r{local}'\): .*{message}") as caught:
             source[5 + local]
         assert caught.value.name == f"r{local}"
     assert [source[index].name for index in (4, 5, 10)] == ["r4", "r0", "r5"]
@@ -259,7 +259,7 @@ def test_a_damaged_row_group_spoils_its_own_rows_only(tmp_path):
     source = open_files(str(path), "")
     for index in range(4, 8):
         with pytest.raises(
-            ExampleError, match=rf"a\.parquet row {index} .*row group 1 cannot be read .*fetch or write the file"
+            ExampleError, match=rf"a\.parquet record {index} .*row group 1 cannot be read .*fetch or write the file"
         ):
             source[index]
     assert [source[index].name for index in (3, 8)] == ["r3", "r8"]
@@ -275,7 +275,7 @@ def test_damaged_offsets_of_an_arrow_file_are_a_bad_sample(tmp_path):
     assert source[0].name == "r0"
     with pytest.raises(ExampleError, match=r"cannot be decoded .*fetch or write the file again"):
         source[1]
-    assert [outline.name for outline in source.metadata()] == ["r0", "row 1", "row 2", "r3"]
+    assert [outline.name for outline in source.metadata()] == ["r0", "record 1", "record 2", "r3"]
 
 
 EXTRA = {
@@ -400,7 +400,7 @@ def test_a_bomb_in_parquet_costs_no_more_than_the_limits(tmp_path, case, compres
         assert sum(1 for _ in source.metadata()) == len(source) == len(BOMBS[case]["id"])
         for row in range(0, len(source), 100):
             with pytest.raises(
-                ExampleError, match=r"row \d+" if len(source) > 1 else r"config\.data\.limits\.row_bytes=1,048,576"
+                ExampleError, match=r"record \d+" if len(source) > 1 else r"config\.data\.limits\.row_bytes=1,048,576"
             ):
                 source[row]
         assert tracemalloc.get_traced_memory()[1] < 40 << 20
@@ -415,7 +415,7 @@ def test_a_row_group_or_a_row_beyond_the_limit_names_its_key(tmp_path):
         open_files(str(path), "", LimitsConfig(group_bytes=99))
     for name in (path, write_arrow(tmp_path / "a.arrow", llava(8))):
         source = open_files(str(name), "", LimitsConfig(row_bytes=99))
-        with pytest.raises(ExampleError, match=r"row 3 .*takes \d+ bytes, allowed are config\.data\.limits\.row_bytes=99;"):
+        with pytest.raises(ExampleError, match=r"record 3 .*takes \d+ bytes, allowed are config\.data\.limits\.row_bytes=99;"):
             source[3]
     wide = with_column(tmp_path / "b.parquet", pa.array(["".join(map(str, range(9999)))]))
     with pytest.warns(UserWarning, match=r"since they go beyond config\.data\.limits\.group_bytes=9,999: .*extra"):
@@ -484,7 +484,7 @@ def test_sources_travel_to_workers_without_their_rows(tmp_path, kind):
     assert len(packed) < 3000
     copy = pickle.loads(packed)
     assert copy[1999] == source[1999]
-    assert repr(copy) == repr(source) == f"{kind.capitalize()}Records('a.{kind}', rows=2000)"
+    assert repr(copy) == repr(source) == f"{kind.capitalize()}Records('a.{kind}', records=2000)"
 
 
 def test_a_file_that_changes_under_a_run_is_an_error_of_the_file(tmp_path):
@@ -499,7 +499,7 @@ def test_a_file_that_changes_under_a_run_is_an_error_of_the_file(tmp_path):
     assert not isinstance(caught.value, ExampleError)
     packed = pickle.dumps(open_files(str(write_arrow(tmp_path / "a.arrow", llava(12))), ""))
     write_arrow(tmp_path / "a.arrow", llava(13))
-    with pytest.raises(SourceError, match="changed while in use: 13 rows, 12 when opened"):
+    with pytest.raises(SourceError, match="changed while in use: 13 records, 12 when opened"):
         pickle.loads(packed)
 
 

@@ -31,7 +31,7 @@ def try_row(source: Source, index: int, use: Callable[[Example], Made]) -> Made 
     Raises:
       OverlongError: from `use`.
     """
-    name = f"row {index}"
+    name = f"record {index}"
     try:
         example = source[index]
         name = example.name

@@ -57,7 +57,7 @@ def example_check(spec: DataSpec) -> tuple[Callable[[Example], object], dict[str
     try:
         open_tokenizer(spec)
     except ConfigError as error:
-        warnings.warn(f"the lengths of rows are not checked: {error}", stacklevel=1)
+        warnings.warn(f"the lengths of examples are not checked: {error}", stacklevel=1)
         return encoder.rendered, asked
     asked |= {f"config.data.{key}": getattr(data, key) for key in ("max_length", "overlong")}
     asked["tokens"] = [os.path.basename(data.tokenizer.rstrip("/")), spec.layout.max_tokens]

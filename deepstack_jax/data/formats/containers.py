@@ -179,7 +179,7 @@ def _open_saved(folder: str, limits: LimitsConfig) -> Records:
     state = files.under(folder, "state.json")
     entries = _read_list(state, "_data_files")
     if _read_list(state, "_indices_data_files"):
-        raise SourceError(f"{folder} selects rows by an index; save it again after dataset.flatten_indices()")
+        raise SourceError(f"{folder} selects records by an index; save it again after dataset.flatten_indices()")
     names = [str(entry["filename"]) if isinstance(entry, dict) and "filename" in entry else "?" for entry in entries]
     parts = [files.held(folder, name) for name in names]
     lost = files.missing(parts)

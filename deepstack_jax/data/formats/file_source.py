@@ -66,7 +66,7 @@ class FileSource:
         return len(self.rows)
 
     def __repr__(self) -> str:  # Grain compares this text when it restores an iterator: no address, no machine's folder
-        return f"{type(self.rows).__name__}({self.rows.path.rstrip('/').split('/')[-1]!r}, rows={len(self)})"
+        return f"{type(self.rows).__name__}({self.rows.path.rstrip('/').split('/')[-1]!r}, records={len(self)})"
 
     def __getitem__(self, index: SupportsIndex) -> Example:
         """Row `index`.
@@ -78,7 +78,7 @@ class FileSource:
         """
         index = operator.index(index)
         if not 0 <= index < len(self):
-            raise IndexError(f"row {index} is outside 0..{len(self) - 1} of {self.rows.path}")
+            raise IndexError(f"record {index} is outside 0..{len(self) - 1} of {self.rows.path}")
         row: object = None
         try:
             row = self.rows.read(index)
@@ -120,4 +120,4 @@ def _fetched(image: object) -> object:
     try:
         return files.read_bytes(image)
     except OSError as error:
-        raise RecordError(f"cannot read image {image}: {error.strerror}; put it there or remove the row") from error
+        raise RecordError(f"cannot read image {image}: {error.strerror}; put it there or remove the record") from error

@@ -52,9 +52,9 @@ class JsonRecords:
             with files.open_binary(path) as file:
                 spans = np.fromiter(_row_spans(path, file, limits.text_bytes), np.dtype((np.int64, 2)))
         except OSError as error:
-            raise SourceError(f"cannot read {path}: {error.strerror}; give an existing JSON file of rows") from error
+            raise SourceError(f"cannot read {path}: {error.strerror}; give an existing JSON file of records") from error
         if not len(spans):
-            raise SourceError(f"{path} holds no rows; expected at least one conversation")
+            raise SourceError(f"{path} holds no records; expected at least one conversation")
         self._starts = np.ascontiguousarray(spans[:, 0])
         self._lengths = spans[:, 1].astype(np.int32)
 
@@ -63,7 +63,7 @@ class JsonRecords:
 
     def place(self, index: int) -> str:
         """Where row `index` stands, for messages."""
-        return f"{self.path} row {index}"
+        return f"{self.path} record {index}"
 
     def read(self, index: int) -> object:
         """Row `index`, parsed.
@@ -116,10 +116,10 @@ def _row_spans(path: str, file: IO[bytes], most: int) -> Iterator[tuple[int, int
             rows += 1
             yield last
     except _SyntaxError as error:
-        last_id = "no good row before it" if last is None else f"last good id {quote(_name_of(path, last, rows - 1))}"
+        last_id = "no good record before it" if last is None else f"last good id {quote(_name_of(path, last, rows - 1))}"
         line, column = _line_and_column(path, error.offset)
         where = f"{path} line {line} column {column}"
-        raise SourceError(f"{where}: {error} (at row {rows}, {last_id}); mend the file there or write it again") from None
+        raise SourceError(f"{where}: {error} (at record {rows}, {last_id}); mend the file there or write it again") from None
 
 
 class _SyntaxError(ValueError):
@@ -137,7 +137,7 @@ def _json_failure(error: ValueError | RecursionError, start: int = 0) -> tuple[i
 
 def _too_long(most: int, offset: int) -> _SyntaxError:
     return _SyntaxError(
-        f"a row of more than config.data.limits.text_bytes={most:,}, which may be raised if it is no slip", offset
+        f"a record of more than config.data.limits.text_bytes={most:,}, which may be raised if it is no slip", offset
     )
 
 
@@ -150,7 +150,7 @@ def _line_spans(file: IO[bytes], most: int) -> Iterator[tuple[int, int]]:
         start = offset + len(line) - len(line.lstrip())
         text = line.strip().decode("latin-1")
         if is_first and text.startswith("["):
-            raise _SyntaxError("one array of rows under a name for JSON lines; rename the file, to end in .json", start)
+            raise _SyntaxError("one array of records under a name for JSON lines; rename the file, to end in .json", start)
         if text:
             try:
                 _DECODER.decode(text)
@@ -166,7 +166,9 @@ def _array_spans(file: IO[bytes], most: int) -> Iterator[tuple[int, int]]:
     """Rows of a file that is one JSON array."""
     scan = _Scanner(file, most)
     if scan.peek() != "[":
-        raise _SyntaxError("expected one array of rows, [{...}, ...]; one object per line needs the suffix .jsonl", scan.offset)
+        raise _SyntaxError(
+            "expected one array of records, [{...}, ...]; one object per line needs the suffix .jsonl", scan.offset
+        )
     scan.position += 1
     if scan.peek() != "]":
         while True:
@@ -175,7 +177,7 @@ def _array_spans(file: IO[bytes], most: int) -> Iterator[tuple[int, int]]:
             if scan.peek() == "]":
                 break
             if scan.peek() != ",":
-                cut = "the array is cut: the file ends before its ]" if not scan.peek() else "expected , or ] after a row"
+                cut = "the array is cut: the file ends before its ]" if not scan.peek() else "expected , or ] after a record"
                 raise _SyntaxError(cut, scan.offset)
             scan.position += 1
     scan.position += 1
@@ -229,7 +231,7 @@ class _Scanner:
         cut = why.startswith("Unterminated") or at >= len(self._text.rstrip())
         if cut and len(self._text) - self.position > self._most:
             return _too_long(self._most, self.offset)
-        return _SyntaxError(f"{'the array is cut inside a row' if cut else 'malformed JSON'}, {why}", self._base + at)
+        return _SyntaxError(f"{'the array is cut inside a record' if cut else 'malformed JSON'}, {why}", self._base + at)
 
     def _read_on(self) -> bool:
         """Drop the text already walked and add as much as is still needed; False at the end of the file."""
@@ -248,7 +250,7 @@ def _name_of(path: str, span: tuple[int, int], number: int) -> str:
         try:
             return record_name(_DECODER.decode(file.read(span[1]).decode("utf-8", "replace")), number)
         except RecursionError:
-            return f"row {number}"
+            return f"record {number}"
 
 
 def _line_and_column(path: str, offset: int) -> tuple[int, int]:

@@ -83,7 +83,7 @@ def record_name(row: object, index: int) -> str:
     """The row's id as text; "row N" where it has none that can be shown."""
     name = row.get("id") if isinstance(row, dict) else None
     if not isinstance(name, str | int) or name == "":
-        return f"row {index}"
+        return f"record {index}"
     return str(name).encode("utf-8", "backslashreplace").decode()  # half a surrogate could not be written into any report
 
 
@@ -205,7 +205,7 @@ def _content(content: object, turn: int, images: int) -> str:
         if not images and isinstance(part, dict) and any(part.get(key) for key in _INLINE):
             names = label(", ".join(map(str, part)))
             raise RecordError(
-                f"turn {turn}: an image inside content ({names}); name it in `images` of the row, in the order of the parts, "
+                f"turn {turn}: an image inside content ({names}); name it in `images` of the record, in the parts' order, "
                 'and leave {"type": "image"} in its place'
             )
         if kind == "image":

@@ -81,7 +81,7 @@ class ParquetRecords:
         group = self._group_of(index)
         part = self._groups[group, 0]
         first = np.searchsorted(self._groups[:, 0], part)
-        return f"{self._parts[part]} row {index - int(self._starts[first])}"
+        return f"{self._parts[part]} record {index - int(self._starts[first])}"
 
     def read(self, index: int) -> object:
         """Row `index` as a dict.
@@ -200,7 +200,7 @@ class ArrowRecords:
         self.__dict__.update(state)
         self._map()
         if len(self) != rows:
-            raise SourceError(f"{self.path} changed while in use: {len(self)} rows, {rows} when opened; start again")
+            raise SourceError(f"{self.path} changed while in use: {len(self)} records, {rows} when opened; start again")
 
     def __len__(self) -> int:
         return int(self._starts[-1])
@@ -210,7 +210,7 @@ class ArrowRecords:
         for part, batches in zip(self._parts, self._batches, strict=True):
             rows = sum(map(len, batches))
             if index < rows:
-                return f"{part} row {index}"
+                return f"{part} record {index}"
             index -= rows
         raise IndexError(index)
 
@@ -339,7 +339,7 @@ def _starts(path: str, counts: Sequence[int]) -> np.ndarray:
     """i64[groups + 1]: the first row of every group, and the number of all."""
     total = sum(counts)
     if not 0 < total <= _MAX_ROWS:
-        says = "no rows" if not total else f"{total:,} rows, if it is believed"
+        says = "no records" if not total else f"{total:,} records, if it is believed"
         raise SourceError(f"{path} holds {says}; expected at least one conversation, at most {_MAX_ROWS:,}")
     return np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
 

@@ -100,7 +100,7 @@ def _reason(row: int, source: Source, encoder: Encoder) -> str:
         measure(source[row], encoder)
     except ValueError as error:
         return str(error)
-    return f"row {row} can be used by now"
+    return f"record {row} can be used by now"
 
 
 def _measure_all(source: Source, encoder: Encoder, folder: Path, console: Console) -> np.ndarray:

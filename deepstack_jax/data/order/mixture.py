@@ -59,7 +59,7 @@ class EpochOrder:
         for number, (size, count) in enumerate(zip(self.sizes, self.counts, strict=True)):
             if count < 1:
                 repeat = self.repeats[number]
-                raise ValueError(f"set {number}: {size} rows with repeat {repeat} give no row per epoch; raise its repeat")
+                raise ValueError(f"set {number}: {size} records with repeat {repeat} give none per epoch; raise its repeat")
 
     @cached_property
     def counts(self) -> tuple[int, ...]:
@@ -147,7 +147,7 @@ class Mixture:
         """Row `index` of the mixture; raises IndexError outside it, and what the set's source raises."""
         index = operator.index(index)
         if not 0 <= index < len(self):
-            raise IndexError(f"row {index} is outside 0..{len(self) - 1} of {self!r}")
+            raise IndexError(f"record {index} is outside 0..{len(self) - 1} of {self!r}")
         number = int(np.searchsorted(self._ends, index, side="right"))
         part = self.parts[number]
         example = part.source[int(part.rows[index - (self._ends[number] - self.sizes[number])])]
@@ -201,7 +201,7 @@ def open_mixture(
         selection = select(path, source, filters, cache or files.cache_folder())
         for name, rows in zip(names, selection.rows, strict=True):
             if not len(rows):
-                raise SourceError(f"set {name} takes none of the {len(source)} rows of {path}; {_contents(selection)}")
+                raise SourceError(f"set {name} takes none of the {len(source)} records of {path}; {_contents(selection)}")
             chosen[name] = (source, rows)
         _warn_of_rows(path, names, filters, selection)
     parts = [MixturePart(name, *chosen[name], config) for name, config in sets.items()]
@@ -221,8 +221,8 @@ def unexpected_count(part: MixturePart) -> str:
         return ""
     known = "exactly" if exact else "rounded to thousands"
     return (
-        f"{found:,} rows found, {expected:,} expected ({known}); {part.config.file} is cut, or another release: get it again, "
-        f"or set config.data.sets.{part.name}.rows"
+        f"{found:,} records found, {expected:,} expected ({known}); {part.config.file} is cut, or another release: get it "
+        f"again, or set config.data.sets.{part.name}.rows"
     )
 
 
@@ -300,17 +300,17 @@ def _warn_of_rows(path: str, names: Sequence[str], filters: Sequence[RowFilter],
     file = os.path.basename(path.rstrip("/"))
     if selection.left:
         warnings.warn(
-            f"{file}: {sum(selection.left.values()):,} rows belong to none of the sets {', '.join(names)}, by image folder or "
-            f"data_source: {_listed(selection.left)}; add a set, or name them in drop_images",
+            f"{file}: {sum(selection.left.values()):,} records belong to none of the sets {', '.join(names)}, by image folder "
+            f"or data_source: {_listed(selection.left)}; add a set, or name them in drop_images",
             stacklevel=3,
         )
     if selection.shared:
-        warnings.warn(f"{file}: {selection.shared:,} rows belong to several of the sets {', '.join(names)}", stacklevel=3)
+        warnings.warn(f"{file}: {selection.shared:,} records belong to several of the sets {', '.join(names)}", stacklevel=3)
     for name, condition in zip(names, filters, strict=True):
         unknown = [value for value in condition.keep_sources if value not in selection.data_sources]
         if unknown:
             warnings.warn(
-                f"set {name}: no row of {file} has data_source {', '.join(map(repr, unknown))}; the file has "
+                f"set {name}: no record of {file} has data_source {', '.join(map(repr, unknown))}; the file has "
                 f"{_listed(selection.data_sources)}; correct config.data.sets.{name}.keep_sources",
                 stacklevel=3,
             )
@@ -321,7 +321,7 @@ def _contents(selection: Selection) -> str:
     left, data_sources = _listed(selection.left) or "nothing", _listed(selection.data_sources)
     return (
         f"left over, by image folder or data_source: {left}; every data_source: {data_sources}; correct its keep_images, "
-        f"drop_images or keep_sources ({TEXT_ROWS!r} names rows without an image file)"
+        f"drop_images or keep_sources ({TEXT_ROWS!r} names records without an image file)"
     )
 
 

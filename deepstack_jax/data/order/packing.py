@@ -83,7 +83,7 @@ def pack(examples: np.ndarray, sizes: np.ndarray, limits: RowCapacity, window: i
     if np.any(too_large := (wanted > room).any(axis=1)):
         row = int(examples[too_large.argmax()])
         raise ValueError(
-            f"row {row} of the source takes {sizes[row].tolist()} tokens, crop slots and visual tokens, a pack has "
+            f"record {row} of the source takes {sizes[row].tolist()} tokens, crop slots and visual tokens, a pack has "
             f"{room.tolist()}; measure with the configuration that packs"
         )
     waiting = _Waiting(wanted, limits.tokens)

@@ -32,7 +32,7 @@ def encode_example(example: Example) -> bytes:
     except (RecordError, ConversationError) as error:
         raise ExampleError(f"{example.name}: {error}", example.name) from error
     except OSError as error:
-        reason = f"cannot read image {error.filename}: {error.strerror or error}; put it there or remove the row"
+        reason = f"cannot read image {error.filename}: {error.strerror or error}; put it there or remove the record"
         raise ExampleError(f"{example.name}: {reason}", example.name) from error
     except (TypeError, ValueError, OverflowError, RecursionError) as error:
         reason = " ".join(str(error).split())

@@ -67,7 +67,7 @@ class ShardSource:
 
     def __repr__(self) -> str:  # Grain compares this text when it restores an iterator: no address, no machine's folder
         digest = hashlib.sha256("".join(shard.sha256 for shard in self._shards).encode()).hexdigest()[:16]
-        return f"ShardSource(rows={len(self)}, sha256={digest!r})"
+        return f"ShardSource(records={len(self)}, sha256={digest!r})"
 
     def __getitem__(self, index: SupportsIndex) -> Example:
         """Example `index`.
@@ -79,23 +79,23 @@ class ShardSource:
         """
         index = operator.index(index)
         if not 0 <= index < len(self):
-            raise IndexError(f"row {index} is outside 0..{len(self) - 1} of {self.folder}")
+            raise IndexError(f"record {index} is outside 0..{len(self) - 1} of {self.folder}")
         number = bisect.bisect_right(self._ends, index)
         row = index - (self._ends[number] - self._shards[number].rows)
-        reader, where = self._reader(number), f"{files.under(self.folder, self._shards[number].file)} row {row}"
+        reader, where = self._reader(number), f"{files.under(self.folder, self._shards[number].file)} record {row}"
         try:
             record = reader.read([row])[0]
             if len(record) > self._limits.row_bytes:
                 most = f"config.data.limits.row_bytes={self._limits.row_bytes:,}"
-                raise ExampleError(f"{where} takes {len(record):,} bytes, allowed are {most}; raise that", f"row {index}")
+                raise ExampleError(f"{where} takes {len(record):,} bytes, allowed are {most}; raise that", f"record {index}")
             return decode_example(record, index)
         except (ExampleError, MemoryError):
             raise
         except (RecordError, ConversationError) as error:
-            raise ExampleError(f"{where}: {error}", f"row {index}") from error
+            raise ExampleError(f"{where}: {error}", f"record {index}") from error
         except Exception as error:  # what msgpack, numpy and array_record raise on damaged bytes is nearly anything
             reason = f"{type(error).__name__}: {' '.join(str(error).split())}"[:200]
-            raise ExampleError(f"{where}: damaged ({reason}); fetch or prepare it again", f"row {index}") from error
+            raise ExampleError(f"{where}: damaged ({reason}); fetch or prepare it again", f"record {index}") from error
 
     def metadata(self) -> Iterator[RecordMetadata]:
         """Name and data_source of every example; reads everything, since a record is read as a whole."""
@@ -126,7 +126,7 @@ class ShardSource:
             raise SourceError(f"cannot read {path} any more: {error.strerror}; put it back, start again") from error
         rows = count_records(copy)
         if rows != shard.rows:
-            raise SourceError(f"{path} changed while in use: {rows} rows, {shard.rows} in {MANIFEST}; start again")
+            raise SourceError(f"{path} changed while in use: {rows} records, {shard.rows} in {MANIFEST}; start again")
         return ArrayRecordReader(copy, options=_READER_OPTIONS, file_reader_buffer_size=32768)
 
 
@@ -152,7 +152,7 @@ def read_manifest(folder: str) -> dict[str, Any]:
     except (KeyError, TypeError, ValueError) as error:
         raise SourceError(f"{path} lacks or misnames an entry ({error!s:.200}); prepare the folder again") from error
     if not whole:
-        raise SourceError(f"{path} lists {rows} rows in shards and {manifest['rows']} in all; prepare the folder again")
+        raise SourceError(f"{path} lists {rows} records in shards and {manifest['rows']} in all; prepare the folder again")
     return manifest
 
 
@@ -161,7 +161,7 @@ def _check_shard(shard: Shard) -> None:
     if not (isinstance(shard.file, str) and _SHARD_NAME.fullmatch(shard.file) and isinstance(shard.sha256, str)):
         raise ValueError(f"file {shard.file!r:.80}, expected shard-00000{SUFFIX} and its sha256")
     if not all(type(number) is int and 0 < number < 2**50 for number in (shard.rows, shard.bytes)):
-        raise ValueError(f"{shard.file} with {shard.rows!r:.40} rows, {shard.bytes!r:.40} bytes")
+        raise ValueError(f"{shard.file} with {shard.rows!r:.40} records, {shard.bytes!r:.40} bytes")
 
 
 def verify(folder: str) -> dict[str, Any]:
@@ -202,7 +202,7 @@ def _problems(folder: str, shards: list[Shard]) -> list[str]:
         elif count == _COMPRESSED:
             problems.append(f"{shard.file} is compressed, which `prepare` never does,")
         elif count != shard.rows:
-            problems.append(f"{shard.file} has {count} readable rows of {shard.rows}")
+            problems.append(f"{shard.file} has {count} readable records of {shard.rows}")
     return problems
 
 
