@@ -68,7 +68,7 @@ def test_rows_of_json_are_examples_or_one_line_each(tmp_path_factory, drawn):
         except SourceError as error:
             refused(error)
             return
-        assert len(list(source.outlines())) == len(source)
+        assert len(list(source.metadata())) == len(source)
         source.missing_images(3)
         for index in range(len(source)):
             try:
@@ -90,7 +90,7 @@ def test_bytes_that_are_no_data_file_are_one_line(tmp_path_factory, content, nam
         except SourceError as error:
             refused(error)
             return
-    assert len(list(source.outlines())) == len(source)
+    assert len(list(source.metadata())) == len(source)
 
 
 def unlike_json(inner: st.SearchStrategy) -> st.SearchStrategy:
@@ -177,7 +177,7 @@ def read_changed(path: Path, seeds: range) -> None:
                     holds(source[index], None)
                 except ExampleError as error:
                     refused(error)
-            assert sum(1 for _ in source.outlines()) == len(source)
+            assert sum(1 for _ in source.metadata()) == len(source)
         except SourceError as error:
             refused(error)
 
