@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 
 from deepstack_jax.config.checks import check_config
 from deepstack_jax.config.fields import MAY_CHANGE, SAME_EXAMPLES, ByArchitecture, find, hints, unwrap
-from deepstack_jax.config.schema import SECTIONS, Config
+from deepstack_jax.config.schema import SECTIONS, Config, DecoderConfig, VisionConfig
 from deepstack_jax.config.upgrade import SCHEMA, upgrade
 from deepstack_jax.errors import ConfigError, nearest
 from deepstack_jax.printing import label, quote, redacted
@@ -21,7 +21,7 @@ from deepstack_jax.printing import label, quote, redacted
 T = TypeVar("T")
 
 
-def default_config(vision: str = "clip", decoder: str = "llama") -> ConfigDict:
+def default_config(vision: str = VisionConfig.architecture, decoder: str = DecoderConfig.architecture) -> ConfigDict:
     """All defaults as a ConfigDict, for the files in `configs/` to change.
 
     Args:

@@ -107,10 +107,8 @@ class DecoderConfig:
     embed_std: Annotated[float, NOT_NEGATIVE] = 0.02  # spread of a freshly drawn token embedding
     head_std: Annotated[float, NOT_NEGATIVE] = 0.02  # spread of a freshly drawn head
 
-    @property
-    def tied_head(self) -> bool:
-        """Whether the embeddings are the head too: one parameter, both uses. A family that can have it so makes it a key."""
-        return False
+    # Whether the embeddings are the head too: one parameter, both uses. No key: a family that can have it so makes it one.
+    tied_head = False
 
 
 @dataclass(frozen=True)

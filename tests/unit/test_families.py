@@ -22,7 +22,7 @@ from PIL import Image
 
 import deepstack_jax as dsx
 from deepstack_jax.config import Config, ConfigError, DecoderConfig, VisionConfig, build_config, default_config, to_dict
-from deepstack_jax.config.architectures import ARCHITECTURES
+from deepstack_jax.config.schema import SECTIONS
 from deepstack_jax.evaluate.in_training import TrainingEvaluation
 from deepstack_jax.families import base
 from deepstack_jax.families.base import TOWER, Names, Row, register
@@ -132,14 +132,11 @@ def registered():
     register(TiedFamily())
     yield
     del base.TOWERS["bare_vit"], base.DECODERS["tied_llm"]
-    del ARCHITECTURES[VisionConfig]["bare_vit"], ARCHITECTURES[DecoderConfig]["tied_llm"]
+    del SECTIONS["vision"]["bare_vit"], SECTIONS["decoder"]["tied_llm"]
 
 
 def config_of(more: dict | None = None) -> Config:
-    source: Any = default_config()
-    with source.unlocked():
-        source["vision"].update(dataclasses.asdict(BareVision()))
-        source["decoder"].update(tied_head=True, architecture="tied_llm")
+    source = default_config(vision="bare_vit", decoder="tied_llm")
     changes = {
         "image.size": 64,
         "image.global_filter": "box",
