@@ -11,7 +11,6 @@ import jax.numpy as jnp
 from jax import Array
 from jax.sharding import Mesh, PartitionSpec
 
-from deepstack_jax.config import Config
 from deepstack_jax.model.attention import AttentionFn, AttentionMask, Segments, causal_segment_mask, dot_product
 from deepstack_jax.parallel.rules import BATCH_AXES
 
@@ -22,17 +21,15 @@ _ROWS = PartitionSpec(BATCH_AXES, None)
 _HEADS = PartitionSpec(BATCH_AXES, None, "tensor", None)
 
 
-def kernel_for(platform: str, config: Config) -> Kernel:
+def kernel_for(platform: str, dtype: str, head_dim: int) -> Kernel:
     """The kernel of training attention on devices of a platform: "tpu", "gpu" or "cpu".
 
     The tower, whose 577 tokens need no mask, and decoding with a cache take XLA's everywhere.
     """
     if platform == "tpu":
         return "splash"
-    if platform == "gpu" and config.train.compute_dtype == "bfloat16":
-        head_dim = config.decoder.head_dim
-        if head_dim % 8 == 0 and head_dim <= _widest_head():
-            return "cudnn"
+    if platform == "gpu" and dtype == "bfloat16" and head_dim % 8 == 0 and head_dim <= _widest_head():
+        return "cudnn"
     return "xla"
 
 
@@ -46,11 +43,11 @@ def _widest_head() -> int:
     return (256 if int(major) >= 9 else 128 if int(major) >= 8 else 0) if major.isdigit() else 0
 
 
-def attention_for(kernel: Kernel, mesh: Mesh, config: Config) -> AttentionFn:
-    """Training attention of a run on `mesh`."""
+def attention_for(kernel: Kernel, mesh: Mesh, *, packed: bool) -> AttentionFn:
+    """Training attention on `mesh`, of rows that hold several segments where `packed`."""
     if kernel == "splash":
         return SplashAttention(mesh)
-    return CudnnAttention(mesh, config.data.packing.enabled) if kernel == "cudnn" else dot_product
+    return CudnnAttention(mesh, packed) if kernel == "cudnn" else dot_product
 
 
 @dataclass(frozen=True)

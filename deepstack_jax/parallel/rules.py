@@ -59,7 +59,7 @@ def crop_shards(mesh: Mesh) -> tuple[int, int]:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Rows over all batch axes; what stands behind the first axis is whole."""
+    """Rows over all batch axes; the other axes are whole."""
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 

@@ -57,7 +57,7 @@ def describe(program: Program, machine: Machine, load: Load, result: Compiled | 
     """The plan of a program, with what its compilation gave."""
     config = program.config
     if not machine.compiler:  # the simulated CPU devices that stand for GPUs have another kernel
-        program = dataclasses.replace(program, kernel=kernel_for("gpu", config))
+        program = dataclasses.replace(program, kernel=kernel_for("gpu", config.train.compute_dtype, config.decoder.head_dim))
     own, more = state_memory(program, load.rows, load.length), activation_memory(program, load.rows, load.length)
     flops = step_flops(config, program.groups, load.rows, load.length, masked=program.masked_computed)
     if isinstance(result, Compiled):

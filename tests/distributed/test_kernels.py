@@ -34,12 +34,16 @@ class Chip:
     compute_capability: str = ""
 
 
+def kernel_of(platform, config):
+    return kernel_for(platform, config.train.compute_dtype, config.decoder.head_dim)
+
+
 @pytest.mark.quick
 def test_the_kernel_follows_the_devices_of_the_mesh_not_those_of_this_machine():
     def chosen(platform, **changes):
         mesh = Mesh(np.array([Chip(platform)]).reshape(1, 1, 1), AXES)
         config = tiny_config({key.replace("__", "."): value for key, value in changes.items()})
-        return attention_for(kernel_for(mesh.devices.flat[0].platform, config), mesh, config)
+        return attention_for(kernel_of(mesh.devices.flat[0].platform, config), mesh, packed=config.data.packing.enabled)
 
     assert chosen("cpu") is dot_product
     assert isinstance(chosen("tpu"), SplashAttention)
@@ -175,9 +179,9 @@ def test_the_step_lowers_for_cuda_with_the_kernel_in_it(packed, monkeypatch):
 )
 def test_gpus_whose_cudnn_has_no_such_attention_take_xlas(capability, head_dim, kernel, monkeypatch):
     config = tiny_config({"train.compute_dtype": "bfloat16", "decoder.head_dim": head_dim})
-    assert kernel_for("gpu", config) == "cudnn", "planned on a machine without GPUs"
+    assert kernel_of("gpu", config) == "cudnn", "planned on a machine without GPUs"
     monkeypatch.setattr(jax, "local_devices", lambda **_: [Chip("gpu", capability)])
-    assert kernel_for("gpu", config) == kernel
+    assert kernel_of("gpu", config) == kernel
 
 
 def test_a_window_and_a_second_segment_change_something(inputs):

@@ -1,6 +1,6 @@
 """Twenty losses of a small run, compared with those written down: any change of the arithmetic shows here first.
 
-python -m tests.unit.test_curve      # writes the file anew; the commit that does so says why the numbers changed
+python -m tests.unit.test_curve      # writes the file again; the commit that does so says why the numbers changed
 """
 
 import json

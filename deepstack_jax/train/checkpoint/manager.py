@@ -117,18 +117,18 @@ class Checkpoints:
     def save(self, state: TrainState, data: dict[str, Any], about: dict[str, Any], loss: float | None = None) -> None:
         """Write a checkpoint at `state.step`; returns once the state is copied, the files follow in the background.
 
-        A save that fails is said loudly and training goes on: the next one tries again. On several hosts it stops the run.
+        A save that fails is a warning and training goes on: the next one tries again. On several hosts it stops the run.
         Where the one before is written and still read back, and the disk has room, this one does not wait for that: the
         process may have been given little time to save.
 
         Args:
-          data: place in the data.
-          about: what the run is: configuration, versions.
-          loss: the held-out loss at this step, where it is known.
+          data: place in the data. about: configuration and versions of the run. loss: held-out, where it is known.
         """
         step = int(jax.device_get(state.step))
-        reads = is_first_host() and self._reads_back(bytes_of(state))
-        earlier = self._pending if broadcast_str("reads" if reads else "") else None
+        earlier = self._pending
+        reads = is_first_host() and earlier and not earlier.written.result() and not earlier.read_back.done()
+        has_room = shutil.disk_usage(self.workdir).free > bytes_of(state)
+        earlier = earlier if broadcast_str("reads" if reads and has_room else "") else None
         if earlier is None or earlier.step == step:
             earlier = None
             self.settle()
@@ -186,12 +186,6 @@ class Checkpoints:
         self._failed(saved.step, problem)
         return False
 
-    def _reads_back(self, needed: int) -> bool:
-        """Whether the last one saved is written and still read, while the disk has room for a further one."""
-        if self._pending is None or self._pending.written.result() or self._pending.read_back.done():
-            return False
-        return shutil.disk_usage(self.workdir).free > needed
-
     def finish(self, step: int) -> None:
         """Wait for the last save.
 
@@ -224,7 +218,7 @@ class Checkpoints:
           step: this one, and no other.
 
         Raises:
-          CheckpointError: there are checkpoints and none can be read, since starting anew would throw the run away; or the
+          CheckpointError: there are checkpoints and none can be read, since starting over would throw the run away; or the
             weights in one are not those of this model, each of them named; or (UnreadableError) storage fails now; or a
             link leads out of one.
         """
@@ -287,7 +281,7 @@ class Checkpoints:
         return ""
 
     def _read_back(self, written: Future[str], step: int) -> str:
-        """Compare a checkpoint on disk with what was saved; in the same thread, behind the writing."""
+        """Compare a checkpoint on disk with what was saved; in the same thread, after the writing."""
         problem = written.result()
         if problem or not is_first_host():
             return problem
@@ -303,7 +297,7 @@ class Checkpoints:
         return found or problem
 
     def _failed(self, step: int, reason: str) -> None:
-        """Say that a save failed, clear what is left of it, and open anew: the manager does not survive a failed save."""
+        """Say that a save failed, clear what is left of it, and open the folder again: the manager does not survive that."""
         if jax.process_count() > 1:
             raise CheckpointError(f"checkpoint {step} could not be written ({reason}); newest good one: step {self.latest}")
         log.warning(

@@ -108,8 +108,9 @@ def build_program(config: Config, mesh: Mesh, steps: int) -> Program:
       ConfigError: parameters that no group covers, or sizes that do not divide over the mesh.
     """
     check_model_fits(config, mesh)
-    kernel = kernel_for(mesh.devices.flat[0].platform, config)
-    model = build_model(config, attention_for(kernel, mesh, config), crop_shards=crop_shards(mesh))
+    kernel = kernel_for(mesh.devices.flat[0].platform, config.train.compute_dtype, config.decoder.head_dim)
+    attention = attention_for(kernel, mesh, packed=config.data.packing.enabled)
+    model = build_model(config, attention, crop_shards=crop_shards(mesh))
     sample = empty_batch(config.batch_shape(1, config.data.max_length))
     boxed = jax.eval_shape(model.init, jax.random.key(config.seed), sample)["params"]
     shapes = nn.unbox(boxed)

@@ -52,7 +52,7 @@ def check_same_run(config: Config, workdir: Path) -> list[str]:
         raise
     except CheckpointError as error:
         raise CheckpointError(
-            f"{error}; if --config is that of the run, delete the file and run the same command again: it is written anew"
+            f"{error}; if --config is that of the run, delete the file and run the same command again: it is written again"
         ) from error
     lines = {key: f"{key}: {theirs!r} there, {ours!r} now" for key, (ours, theirs) in changed.items()}
     fatal = [line for key, line in lines.items() if not on_resume(key)]
@@ -96,7 +96,7 @@ def data_changes(config: Config, workdir: Path, now: dict[str, Any], texts: Call
     except (CheckpointError, TypeError, AttributeError, KeyError) as error:
         raise CheckpointError(
             f"{workdir}/manifest.json is damaged ({one_line(error)}), which tells what data the run began with; if that "
-            "is the same, delete the file and run the same command again: it is written anew"
+            "is the same, delete the file and run the same command again: it is written again"
         ) from error
 
 

@@ -76,7 +76,7 @@ class TensorBoardWriter:
             if event.wall_time >= self._flush_at:
                 self._file.flush()
                 self._flush_at = event.wall_time + FLUSH_SECONDS
-        except OSError as error:  # what is in the file may end within an event: nothing behind it would be read
+        except OSError as error:  # what is in the file may end within an event: nothing after it would be read
             self._give_up(error)
 
     def _give_up(self, error: OSError) -> None:
