@@ -12,20 +12,6 @@ from typing import NamedTuple
 import numpy as np
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
-_BYTES = {
-    "pred": 1,
-    "s8": 1,
-    "u8": 1,
-    "s16": 2,
-    "u16": 2,
-    "f16": 2,
-    "bf16": 2,
-    "s32": 4,
-    "u32": 4,
-    "f32": 4,
-    "s64": 8,
-    "u64": 8,
-}
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
 _COLLECTIVE = re.compile(rf" = (.*?) ({'|'.join(KINDS)})(-start)?\(")
 _WHILE = re.compile(r" while\(.*condition=%?([\w.\-]+), body=%?([\w.\-]+)")
@@ -33,7 +19,7 @@ _CALLED = re.compile(r"(?:calls|to_apply|true_computation|false_computation)=%?(
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 # What a TPU receives from other slices, by way of its host.
 _ACROSS = re.compile(r' = \(\(?(.*?), u32\[\], token\[\]\) recv\(.*_xla_megascale_transfer_type="(\w+)"')
-_SHAPE = re.compile(r"\b([a-z]+\d*)\[([\d,]*)\]")
+_SHAPE = re.compile(r"\b[a-z]+(\d*)\w*\[([\d,]*)\]")  # bits of an element, none for "pred"; dimensions
 
 
 @dataclass(frozen=True)
@@ -211,7 +197,8 @@ def _label(line: str) -> tuple[str, str]:
 
 def _bytes(shape: str) -> int:
     """Of a shape, or of all in a tuple, as HLO writes it."""
-    return sum(_BYTES.get(name, 4) * math.prod(int(n) for n in dims.split(",") if n) for name, dims in _SHAPE.findall(shape))
+    sizes = ((int(bits or 8) // 8 or 1, dims.split(",")) for bits, dims in _SHAPE.findall(shape))
+    return sum(width * math.prod(int(size) for size in dims if size) for width, dims in sizes)
 
 
 def _slices(line: str) -> int:

@@ -3,44 +3,33 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 from deepstack_jax.config import Config
 from deepstack_jax.families.base import decoder_of, tower_of
-from deepstack_jax.train.core.optimizer import FROZEN, flatten
+from deepstack_jax.train.core.optimizer import FROZEN, split
 from deepstack_jax.train.core.program import Program
 from deepstack_jax.types import PyTree
 
 
-@dataclass(frozen=True)
-class StateMemory:
+class StateMemory(NamedTuple):
     """Bytes on each device of what a step is given, exact before the compiler's padding."""
 
     parameters: float
     optimizer: float
     batch: float
 
-    @property
-    def total(self) -> float:
-        return self.parameters + self.optimizer + self.batch
 
-
-@dataclass(frozen=True)
-class ActivationMemory:
+class ActivationMemory(NamedTuple):
     """Bytes on each device of what a step makes, as estimated: each at its largest, which need not be at one time."""
 
     gradients: float
     activations: float  # kept from the forward pass for the backward pass
     stacks: float
     working: float  # of the largest moment: one layer's, one chunk of logits
-
-    @property
-    def total(self) -> float:
-        return self.gradients + self.activations + self.stacks + self.working
 
 
 def bytes_per_device(tree: PyTree) -> float:
@@ -67,11 +56,9 @@ def activation_memory(program: Program, rows: int, length: int) -> ActivationMem
     config, shape = program.config, program.mesh.shape
     local = rows / (shape["data"] * shape["fsdp"] * config.train.accumulation)  # rows of a micro-batch on a device
     width = np.dtype(program.model.dtype).itemsize
-    state = program.abstract_state()
-    trainable = {path: leaf for path, leaf in flatten(state.params).items() if program.groups[path] != FROZEN}
-    gradients = bytes_per_device(trainable) * (2 if config.train.accumulation > 1 else 1)
+    trainable, _ = split(program.abstract_state().params, program.groups)
     return ActivationMemory(
-        gradients=gradients,
+        gradients=bytes_per_device(trainable) * (2 if config.train.accumulation > 1 else 1),
         activations=width * (_decoder_saved(program, local, length) + _tower_saved(program, local)),
         stacks=2.0 * width * _stack(config, local) / shape["tensor"],  # and its gradient
         working=_working(program, local, length),
@@ -94,11 +81,9 @@ def _decoder_saved(program: Program, local: float, length: int) -> float:
 
 def _tower_saved(program: Program, local: float) -> float:
     """Elements that the tower keeps, nothing where it is frozen."""
-    config, cfg = program.config, program.config.vision
-    trains = any(path.startswith("vision_tower/") and group != FROZEN for path, group in program.groups.items())
-    if not trains:
+    config, cfg, tower = program.config, program.config.vision, tower_of(program.config)
+    if not any(path.startswith("vision_tower/") and group != FROZEN for path, group in program.groups.items()):
         return 0.0
-    tower = tower_of(config)
     tokens = config.patch_side**2 + tower.prefix_tokens(cfg)
     # Where nothing is recomputed, scores several times over too, in float32.
     each = tower.layer(cfg).kept + 8 * cfg.heads * tokens if config.decoder.remat == "none" else cfg.width

@@ -94,13 +94,13 @@ def describe(program: Program, machine: Machine, load: Load, result: Compiled | 
 
 def memory_by_kind(own: StateMemory, more: ActivationMemory, result: Compiled | Overflow | None) -> dict[str, float]:
     """Bytes of each device by kind; the sum is the compiler's where it gave one, how it splits is estimated."""
-    memory = {"parameters": own.parameters, "optimizer": own.optimizer, "batch": own.batch}
-    estimates = {"gradients": more.gradients, "activations": more.activations, "stacks": more.stacks}
+    memory, estimates = own._asdict(), more._asdict()
+    working = estimates.pop("working")
     if result is None:
-        return memory | estimates | {"temporaries": more.working}
-    left, code = result.total - own.total, 0.0
+        return memory | estimates | {"temporaries": working}
+    left, code = result.total - sum(own), 0.0
     if isinstance(result, Compiled):
-        memory["padding"] = result.arguments - own.total
+        memory["padding"] = result.arguments - sum(own)
         code = result.code
         left -= memory["padding"] + code
     for name, size in estimates.items():

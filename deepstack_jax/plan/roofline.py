@@ -14,7 +14,7 @@ from deepstack_jax.parallel.mesh import AXES, across_slices
 from deepstack_jax.plan.collectives import Collective, ring
 from deepstack_jax.plan.memory import bytes_per_device
 from deepstack_jax.plan.topology import GPUS_PER_HOST
-from deepstack_jax.train.core.optimizer import FROZEN, flatten
+from deepstack_jax.train.core.optimizer import split
 from deepstack_jax.train.core.program import Program
 from deepstack_jax.train.flops import Flops
 
@@ -67,15 +67,7 @@ def estimate(
     *,
     slices: int = 1,
 ) -> Roofline:
-    """The roofline of a step.
-
-    Args:
-      program: of the run, on its mesh.
-      chip: of every device of the mesh.
-      flops, collectives: of one step.
-      rows, length: of the global batch.
-      slices: that the devices of the mesh are parts of.
-    """
+    """The roofline of a step of `rows` rows of `length` positions, on a mesh of so many slices of chips of a kind."""
     devices = program.mesh.size
     return Roofline(
         compute=flops.executed / (devices * ATTAINED * chip.flops),
@@ -107,8 +99,7 @@ def guess_collectives(program: Program, rows: int, length: int, slices: int = 1)
     """
     config, mesh, cfg = program.config, program.mesh.shape, program.config.decoder
     width, parts = np.dtype(program.model.dtype).itemsize, config.train.accumulation
-    state = program.abstract_state()
-    trainable = {path: leaf for path, leaf in flatten(state.params).items() if program.groups[path] != FROZEN}
+    trainable, _ = split(program.abstract_state().params, program.groups)
     whole = sum(program.sizes.values()) / mesh["tensor"] * width
     trained = sum(program.sizes[path] for path in trainable) / mesh["tensor"] * 4  # float32, whatever activations are
     hidden = width * rows * length * cfg.width / (mesh["data"] * mesh["fsdp"] * parts)
@@ -138,7 +129,7 @@ def memory_traffic(program: Program, rows: int, length: int) -> float:
     width, tensor = np.dtype(program.model.dtype).itemsize, mesh["tensor"]
     local = rows / (mesh["data"] * mesh["fsdp"])
     state = program.abstract_state()
-    trainable = {path: leaf for path, leaf in flatten(state.params).items() if program.groups[path] != FROZEN}
+    trainable, _ = split(state.params, program.groups)
     passes = 3 + (cfg.remat != "none")  # forward, twice backward, recomputed
     weights = sum(program.sizes.values()) / tensor * width * 2 * passes * config.train.accumulation  # gathered and read
     update = bytes_per_device(trainable) * 3 + 2 * bytes_per_device(state.opt_state)  # gradient, parameters; moments both ways
