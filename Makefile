@@ -37,7 +37,7 @@ help: ## show this list
 
 venv: $(INSTALLED) ## create or update the environment; every target below does so when needed
 
-$(INSTALLED): requirements.txt pyproject.toml
+$(INSTALLED): requirements.txt pyproject.toml setup.py
 	@"$(PYTHON)" -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 11) <= v < (3, 14) else \
 		"error: $(PYTHON) is Python %d.%d, expected 3.11 to 3.13; name another with make PYTHON=python3.11" % v)'
 	@echo "installing into $(VENV) (once; some minutes on a slow line)"

@@ -83,7 +83,8 @@ def test_console_blocks_call_verbs_with_flags_that_they_have(block, tmp_path, ru
 
 @pytest.mark.parametrize("verb", VERBS)
 def test_examples_of_a_verbs_help_have_flags_that_it_has(verb, runner):
-    text = (REPOSITORY / "deepstack_jax" / f"{verb}.py").read_text()
+    room = REPOSITORY / "deepstack_jax" / verb
+    text = (room / "__main__.py" if room.is_dir() else room.with_suffix(".py")).read_text()
     found = re.findall(rf"^  (?:echo .* \| )?python -m (deepstack_jax\.{verb} .*(?:\\\n.*)*)", text, re.MULTILINE)
     assert found, verb
     for example in found:
