@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from os import PathLike
@@ -21,7 +19,7 @@ from jax.typing import DTypeLike
 from deepstack_jax.config import Config
 from deepstack_jax.data.encode.templates import TEMPLATES
 from deepstack_jax.data.encode.tokenizer import HFTokenizer, SentencePieceTokenizer, Tokenizer, load_tokenizer
-from deepstack_jax.errors import ConfigError
+from deepstack_jax.errors import ConfigError, flags_as
 from deepstack_jax.families.build import build_model
 from deepstack_jax.generate.answers import Answer, Answerer, Chat
 from deepstack_jax.generate.logits import next_token_logits
@@ -29,7 +27,6 @@ from deepstack_jax.generate.options import Options, RequestError
 from deepstack_jax.generate.prompts import Turn
 from deepstack_jax.generate.text import is_one_token
 from deepstack_jax.printing import label, one_line, quote
-from deepstack_jax.train.checkpoint.reading import CheckpointError
 from deepstack_jax.train.checkpoint.restore_params import is_workdir, restore_params
 from deepstack_jax.train.core.optimizer import flatten, unflatten
 from deepstack_jax.types import PyTree
@@ -157,19 +154,13 @@ class LMM:
         return next_token_logits(model, self.params, self.config, input_ids, images, attention_mask, self.pad_id, exif)
 
 
-@contextmanager
-def _in_python() -> Iterator[None]:
-    """Messages that name the flags of the verbs, here by the arguments of the same names."""
-    try:
-        yield
-    except (ConfigError, CheckpointError) as error:
-        text = re.sub(r"(?<![\w-])--(?!local-dir)(?=[a-z])", "", re.sub(r"(?<![\w-])--force\b", "force=True", str(error)))
-        if text == str(error):
-            raise
-        raise type(error)(text) from error
+# What `convert` has as a flag.
+_ARGUMENTS = {name: name for name in ("tower", "base", "projector", "dtype", "format", "max_shard", "workdir")} | {
+    "force": "force=True"
+}
 
 
-@_in_python()
+@flags_as(_ARGUMENTS)
 def load(
     path: str | PathLike[str],
     dtype: DTypeLike | None = None,
@@ -212,7 +203,7 @@ def load(
     return LMM(config, params, tokenizer, found.template, pad_id, found.tokenizer, found.passthrough, found.ends)
 
 
-@_in_python()
+@flags_as(_ARGUMENTS)
 def save_hf(lmm: LMM, folder: str | PathLike[str], *, dtype: str = "", force: bool = False) -> None:
     """Write a folder (safetensors, config.json, clip/, tokenizer) that the official code loads.
 

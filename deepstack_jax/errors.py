@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from deepstack_jax.printing import label, one_line, quote
@@ -47,6 +48,24 @@ def try_all(*calls: Callable[[], Any]) -> list[Any]:
     if problems:
         raise ConfigError(*problems)
     return results
+
+
+@contextlib.contextmanager
+def flags_as(names: Mapping[str, str]) -> Iterator[None]:
+    """Messages about weights name the flags of `convert`; within this block they name what the caller has in their place.
+
+    Args:
+      names: flag, without dashes, -> the words for it.
+    """
+    try:
+        yield
+    except UserError as error:
+        told = [
+            re.sub(r"(?<![\w-])--(\w+)(?![\w-])", lambda flag: names.get(flag[1], flag[0]), str(part)) for part in error.args
+        ]
+        if told == list(error.args):
+            raise
+        raise type(error)(*told) from error
 
 
 def fetch_command(path: str) -> str:

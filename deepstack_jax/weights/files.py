@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-import re
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,16 +27,6 @@ DTYPES = {
 }
 
 BEYOND_FILE = "deepstack_jax.json"  # in a folder that we wrote: what the official files cannot say
-
-
-@contextmanager
-def flags_as(names: Mapping[str, str]) -> Iterator[None]:
-    """Messages name the flags of `convert`; within this block those of another verb."""
-    try:
-        yield
-    except WeightsError as error:
-        told = re.sub(r"(?<![\w-])--(\w+)=", lambda found: f"--{names.get(found[1], found[1])}=", str(error))
-        raise WeightsError(told) from error
 
 
 @dataclass(frozen=True)

@@ -14,19 +14,21 @@ import jax
 from flax import linen as nn
 
 from deepstack_jax.config import Config
-from deepstack_jax.errors import WeightsError, fetch_command
+from deepstack_jax.errors import WeightsError, fetch_command, flags_as
 from deepstack_jax.families.forms import check_against
 from deepstack_jax.train.checkpoint.restore_params import config_of, is_workdir, run_tensors
 from deepstack_jax.train.core.optimizer import flatten
 from deepstack_jax.train.core.program import Program
 from deepstack_jax.types import PyTree, TrainState
-from deepstack_jax.weights.files import flags_as
 from deepstack_jax.weights.folders import Checkpoint, open_checkpoint
 from deepstack_jax.weights.load import absent_leaves, load_params, stored_leaves
 from deepstack_jax.weights.names import Table
 
 PROJECTOR = ("projector/", "image_newline")  # beginnings of the paths that stage 1 trains
 NEWLINE = "model.image_newline"
+
+# What `convert` has as a flag.
+_OURS = {"tower": "--config.train.tower", "projector": "--config.train.projector", "base": "--config.train.weights"}
 
 
 def open_start(config: Config) -> Checkpoint:
@@ -42,7 +44,7 @@ def open_start(config: Config) -> Checkpoint:
         found = _open_run(train.weights, config)
     else:
         projector = "" if stage1 else train.projector
-        with flags_as({"tower": "config.train.tower", "projector": "config.train.projector", "base": "config.train.weights"}):
+        with flags_as(_OURS):
             found = open_checkpoint(train.weights, tower=train.tower, projector=projector, run=config)
     if not stage1:
         return found
@@ -83,11 +85,9 @@ def find_weights(config: Config) -> Checkpoint:
     Raises:
       WeightsError: it is missing, of other sizes, or lacks tensors that only a trained model has.
     """
-    try:
+    with flags_as(_OURS):
         found = open_start(config)
         stored_leaves(found.tensors, config, fresh=dict.fromkeys(absent_leaves(found.tensors, config)))
-    except WeightsError as error:  # which says how `convert` is told
-        raise WeightsError(*(problem.replace("--tower", "--config.train.tower") for problem in error.args)) from error
     return found
 
 
