@@ -27,6 +27,8 @@ from deepstack_jax.jax_messages import (
     memory_asked,
 )
 
+pytestmark = pytest.mark.quick  # they change with the version of jax
+
 # Said by libraries that come with a GPU, not with jax.
 NCCL = "remote process exited"
 

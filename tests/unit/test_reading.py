@@ -27,8 +27,8 @@ from deepstack_jax.train.checkpoint.reading import (
 from deepstack_jax.train.run.metrics import Quarantine, read_metrics
 from deepstack_jax.train.run.replay import ReplayError, read_bundle
 from tests.unit.test_checkpoint import abstract, state_at
-from tests.unit.test_trained import assert_holds
-from tests.unit.test_trained import save as save_run
+from tests.unit.test_restore_params import assert_holds
+from tests.unit.test_restore_params import save as save_run
 
 OUT_OF_MEMORY = "RESOURCE_EXHAUSTED: Out of memory allocating 8000000000 bytes."
 

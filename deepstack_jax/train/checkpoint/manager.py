@@ -41,16 +41,15 @@ from deepstack_jax.types import PyTree, TrainState
 
 log = logging.getLogger(__name__)
 
-
 _UNREAD = "unread: "
 
 
 class Info(NamedTuple):
-    """A checkpoint as Orbax's preservation policies see it."""
+    """A checkpoint as Orbax's preservation policies see it; `metrics` is the held-out loss."""
 
     step: int
     time: datetime
-    metrics: float | None  # held-out loss
+    metrics: float | None
 
 
 class Pending(NamedTuple):
@@ -92,7 +91,9 @@ class Checkpoints:
         self._good = set(self._losses)  # taken as good until they are read: nothing is deleted before a newer one was
 
     def _open(self) -> ocp.CheckpointManager:
-        # The manager saves when told to: an interval of its own would drop the save at the end and the one at Ctrl-C.
+        # The manager saves when told to: an interval of its own would drop the save at the end and the one at Ctrl-C. It keeps
+        # what it has until `settle` applies the policies: by itself it would delete with the next save, before that one is
+        # verified, and a file that cannot be deleted would fail it.
         options = ocp.CheckpointManagerOptions(
             preservation_policy=LatestN(None),
             save_interval_steps=1,
@@ -127,8 +128,8 @@ class Checkpoints:
         step = int(jax.device_get(state.step))
         earlier = self._pending
         reads = is_first_host() and earlier and not earlier.written.result() and not earlier.read_back.done()
-        has_room = shutil.disk_usage(self.workdir).free > bytes_of(state)
-        earlier = earlier if broadcast_str("reads" if reads and has_room else "") else None
+        reads = reads and shutil.disk_usage(self.workdir).free > bytes_of(state)
+        earlier = earlier if broadcast_str("reads" if reads else "") else None
         if earlier is None or earlier.step == step:
             earlier = None
             self.settle()

@@ -85,10 +85,8 @@ def make_train_step(
 
     The loss is sum(losses * weights) / sum(weights) over the *whole* batch: gradients of sums are added over micro-batches and
     divided once at the end, so that the number of micro-batches does not change the result. Frozen parameters are constants
-    of the differentiated function: they have no gradient buffer and no optimizer state.
-
-    A step whose loss or gradient norm is not finite changes neither parameters nor optimizer, and is counted in the state; the
-    batch is consumed all the same.
+    of the differentiated function: they have no gradient buffer and no optimizer state. A step whose loss or gradient norm is
+    not finite changes neither parameters nor optimizer, and is counted in the state; the batch is consumed all the same.
     """
     loss_fn = make_loss(model, chunk)
 
@@ -126,8 +124,7 @@ def make_train_step(
             "grad_norm": norm,
             "lr_factor": factor,
             "supervised_tokens": sums.weight,
-            "padding": jnp.mean(batch.segment_ids == 0),
-            "segment_squares": _segment_squares(batch),
+            **_fill(batch),
             "good": good,
             "bad_steps": state.bad_steps,
             "bad_in_a_row": state.bad_in_a_row,
@@ -137,10 +134,11 @@ def make_train_step(
     return train_step
 
 
-def _segment_squares(batch: Batch) -> Float[Array, ""]:
-    """Sum of the squared lengths of all segments: twice the pairs that causal attention looks at."""
+def _fill(batch: Batch) -> dict[str, Float[Array, ""]]:
+    """Share of padding, and the sum of the squared lengths of all segments: twice the pairs that causal attention looks at."""
+    padding = jnp.mean(batch.segment_ids == 0)
     segments = jax.nn.one_hot(batch.segment_ids, batch.example_id.shape[1] + 1, dtype=jnp.float32)
-    return jnp.square(segments.sum(axis=1)[:, 1:]).sum()
+    return {"padding": padding, "segment_squares": jnp.square(segments.sum(axis=1)[:, 1:]).sum()}
 
 
 def _accumulate(grad_fn: Callable, trainable: PyTree, batch: Batch, parts: int) -> tuple[PyTree, LossSums]:
