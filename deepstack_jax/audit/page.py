@@ -99,8 +99,8 @@ def method(config: Config) -> str:
         "crops": "The tokens of all crops stand in the sequence, one group after the other",
         "global_crops": "The tokens of the global view and of all crops stand in the sequence",
     }[stack.sequence]
-    if image.mode in ("hd", "anyres"):
-        first += ", after them those of the cells" if image.mode == "hd" else ", after them those of the crops"
+    if image.kind.mosaic:
+        first += ", after them those of the cells" if image.kind.upsampled else ", after them those of the crops"
     if not layers:
         return f"{first}. Nothing is injected."
     what = {

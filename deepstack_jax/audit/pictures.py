@@ -226,8 +226,8 @@ def _view_places(image: ImageInput, spec: LayoutSpec) -> list[tuple[str, np.ndar
     if image.grid is not None:
         rows, cols = image.grid
         cells = 1 + np.arange(rows * cols).reshape(rows, cols)
-        places.append(("cells" if spec.mode == "hd" else "crops", cells))
-        if spec.mode == "hd":
+        places.append(("cells" if spec.kind.upsampled else "crops", cells))
+        if spec.kind.upsampled:
             up, first = spec.upsampling, 1 + rows * cols
             upsampled = (first + np.arange((1 + rows * cols) * up**2)).reshape(-1, up, up)
             places.append(("global view, upsampled", upsampled[0]))

@@ -68,7 +68,7 @@ def _too_large(config: Config) -> Iterator[str]:
             f"gives an image {tokens:,} visual tokens in its {1 + config.groups} groups, expected at most {TOKENS:,}; lower "
             "image.size or num_crops"
         )
-    if image.mode == "anyres" and views > 1 + CROPS:
+    if image.kind.grids == "pinpoints" and views > 1 + CROPS:
         yield f"config.image.pinpoints give an image {views:,} crops, expected at most {1 + CROPS:,}"
     if pixels > BYTES:
         yield (
@@ -143,37 +143,37 @@ def _check_image(config: Config) -> None:
     image, stack = config.image, config.deepstack
     wants_crops = "crops" in stack.stack or "crops" in stack.sequence
     fewest = 1 if image.grid == "square" else 2
-    if image.mode in ("deepstack", "hd") and image.num_crops < fewest:
+    if image.kind.stacks_crops and image.num_crops < fewest:
         raise ConfigError(
             f"config.image.num_crops {image.num_crops} leaves no crop grid; use {fewest} or more, or config.image.mode='pad'"
         )
-    if wants_crops and image.mode not in ("deepstack", "hd"):
+    if wants_crops and not image.kind.stacks_crops:
         raise ConfigError(
             f"config.deepstack (sequence={stack.sequence!r}, stack={stack.stack!r}) needs crops, but config.image.mode="
             f"{image.mode!r} makes none; use config.image.mode='deepstack' or config.deepstack.stack='none'"
         )
-    if image.mode == "hd" and "crops" in stack.sequence:
+    if image.kind.upsampled and "crops" in stack.sequence:
         raise ConfigError(
-            f"config.deepstack.sequence={stack.sequence!r} with config.image.mode='hd', whose sequence holds its cells "
+            f"config.deepstack.sequence={stack.sequence!r} with config.image.mode={image.mode!r}, whose cells stand there "
             "already; use config.deepstack.sequence='global'"
         )
-    if image.mode == "anyres":
+    if image.kind.grids == "pinpoints":
         if stack.stack != "none" or stack.sequence != "global":
             raise ConfigError(
-                f"config.image.mode='anyres' is LLaVA-NeXT, which injects nothing; got sequence={stack.sequence!r}, "
+                f"config.image.mode={image.mode!r} is LLaVA-NeXT, which injects nothing; got sequence={stack.sequence!r}, "
                 f"stack={stack.stack!r}; set config.deepstack.stack='none', or use config.image.mode='hd'"
             )
         try:
             anyres_grids(image.pinpoints, image.size)
         except ValueError as error:
             raise ConfigError(f"config.image.pinpoints: {error}") from error
-    fixed_grid = image.mode == "deepstack" and image.grid == "square"
+    fixed_grid = image.kind.stacks_crops and not image.kind.upsampled and image.grid == "square"
     if stack.high_res == "view" and not fixed_grid:
         raise ConfigError(
             "config.deepstack.high_res='view' joins the crops of one square grid; set config.image.mode='deepstack' and "
             "config.image.grid='square'"
         )
-    if stack.pool > 1 and (image.mode in ("hd", "anyres") or stack.high_res == "view"):
+    if stack.pool > 1 and (image.kind.mosaic or stack.high_res == "view"):
         raise ConfigError(
             f"config.deepstack.pool {stack.pool} averages the tokens of single crops; it goes with config.image.mode "
             "'deepstack', 'pad' or 'square' and config.deepstack.high_res='crops'"

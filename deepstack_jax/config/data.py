@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 from deepstack_jax.batch import BatchShape
 from deepstack_jax.config.fields import MAY_CHANGE, SAME_EXAMPLES, OneOf, Range, Seed, positive
+from deepstack_jax.layout.modes import MODES, ImageMode
 from deepstack_jax.layout.sequence import MERGES, LayoutSpec
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -22,7 +23,7 @@ class ImageConfig:
 
     # What an image becomes: crops of a grid; of a grid and its cells (DeepStack-HD); of a list of sizes (LLaVA-NeXT);
     # no crops, padded or cut square
-    mode: Literal["deepstack", "hd", "anyres", "pad", "square"] = "deepstack"
+    mode: Annotated[str, OneOf(MODES)] = "deepstack"
     size: Annotated[int, positive(16_384)] = 336  # side of a crop in pixels, equal to the vision tower's input
     num_crops: Annotated[int, positive(1024)] = 4  # most cells of the crop grid
     # Which grid: the one that fits the image, or always a square (upstream's `2xsample`)
@@ -35,6 +36,11 @@ class ImageConfig:
     merge: Annotated[str, OneOf(MERGES)] = "flat"  # anyres: how the crops' tokens follow the global view's
     mean: tuple[float, float, float] = CLIP_MEAN  # what is subtracted from pixels of 0 to 1: red, green, blue
     std: tuple[Spread, Spread, Spread] = CLIP_STD  # what they are then divided by
+
+    @property
+    def kind(self) -> ImageMode:
+        """What the mode says of grids, views and tokens."""
+        return MODES[self.mode]
 
 
 @dataclass(frozen=True)

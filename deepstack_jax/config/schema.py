@@ -18,7 +18,6 @@ from deepstack_jax.config.fields import (
     count,
     positive,
 )
-from deepstack_jax.layout.grid import possible_grids
 from deepstack_jax.layout.sequence import SEQUENCES, STACKS, LayoutSpec
 from deepstack_jax.layout.stack import SAMPLINGS, layer_schedule
 
@@ -253,8 +252,8 @@ class Config:
     def layout(self) -> LayoutSpec:
         """Where every visual token of an image goes."""
         image, stack = self.image, self.deepstack
-        grids = possible_grids(
-            image.mode, image.num_crops, square=image.grid == "square", pinpoints=image.pinpoints, size=image.size
+        grids = image.kind.possible_grids(
+            image.num_crops, square=image.grid == "square", pinpoints=image.pinpoints, size=image.size
         )
         side = self.patch_side // stack.pool
         return LayoutSpec(image.mode, side, image.num_crops, grids, stack.sampling, stack.sequence, stack.stack, image.merge)
@@ -294,7 +293,7 @@ class Config:
     @property
     def newline(self) -> bool:
         """Whether the model has an `image_newline`: upstream makes one where a mosaic may want it."""
-        return self.image.mode == "hd" or self.image.merge == "spatial_unpad"
+        return self.image.kind.newline(self.image.merge)
 
     @property
     def vision_schedule(self) -> tuple[int, ...]:

@@ -31,7 +31,7 @@ def protocol_of(config: Config, options: Options, template: str) -> dict[str, An
         "max_new_tokens": options.max_new_tokens,
         "template": options.template or template,
         "image_mode": config.image.mode,
-        "num_crops": config.image.num_crops if config.image.mode in ("deepstack", "hd") else 0,
+        "num_crops": config.image.num_crops if config.image.kind.stacks_crops else 0,
         "dtype": config.train.compute_dtype,
         "earlier_turns": "true answers",
     }

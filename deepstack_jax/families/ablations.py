@@ -95,11 +95,11 @@ def ablations_to(config: Config) -> str:
     """
     image, stack = config.image, config.deepstack
     flags = []
-    if image.mode in ("pad", "square"):
+    if image.kind.single:
         return _POOLED if stack.pool > 1 else ""
     if image.grid == "square":
         flags.append("2xsample")
-    if image.fit == "letterbox" and image.mode in ("deepstack", "hd"):
+    if image.fit == "letterbox" and image.kind.stacks_crops:
         flags.append("anyres_unpad")
     if stack.high_res == "view":
         flags.append("hires_local")

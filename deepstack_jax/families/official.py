@@ -166,8 +166,7 @@ def _never_injected(stack: dict[str, Any], layers: int) -> dict[str, Any]:
 
 def is_baseline(config: Config) -> bool:
     """Whether the model is LLaVA-1.5 or LLaVA-NeXT: no crops, or crops in the sequence, and nothing injected or averaged."""
-    single = config.image.mode in ("pad", "square", "anyres") and config.deepstack.stack == "none"
-    return single and config.deepstack.pool == 1
+    return not config.image.kind.stacks_crops and config.deepstack.stack == "none" and config.deepstack.pool == 1
 
 
 def to_official(config: Config, passthrough: Mapping[str, Any], dtype: str) -> dict[str, Any]:
@@ -216,7 +215,7 @@ def _multimodal(config: Config) -> dict[str, Any]:
     image, layers = config.image, config.projector.layers
     values: dict[str, Any] = {
         "freeze_mm_mlp_adapter": False,
-        "image_aspect_ratio": "deepstack" if image.mode in ("deepstack", "hd") else image.mode,
+        "image_aspect_ratio": "deepstack" if image.kind.stacks_crops else image.mode,
         "mm_hidden_size": config.vision.width,
         "mm_patch_merge_type": image.merge,
         "mm_projector_type": "linear" if layers == 1 else f"mlp{layers}x_gelu",
@@ -231,7 +230,7 @@ def _multimodal(config: Config) -> dict[str, Any]:
         "unfreeze_mm_vision_tower": True,  # or the official loader would ignore the tower inside
         "use_mm_proj": True,
     }
-    if image.mode == "anyres":
+    if image.kind.grids == "pinpoints":
         values["image_grid_pinpoints"] = [list(pair) for pair in image.pinpoints]
     return values
 
@@ -239,7 +238,7 @@ def _multimodal(config: Config) -> dict[str, Any]:
 def _stack_keys(config: Config) -> dict[str, Any]:
     """The keys of DeepStack's own model types."""
     stack, sampling = config.deepstack, config.deepstack.sampling
-    single = config.image.mode in ("pad", "square")  # upstream then injects nothing, whatever the rest says
+    single = config.image.kind.single  # upstream then injects nothing, whatever the rest says
     if stack.schedule:
         raise WeightsError("config.deepstack.schedule is set; the official code knows start and interval only: set those")
     if stack.pool > 1:
@@ -254,7 +253,7 @@ def _stack_keys(config: Config) -> dict[str, Any]:
         "deepstack_sampling": sampling,
         "deepstack_start_id": config.decoder.layers if nothing else stack.start,
         "hires": False,
-        "is_anyres_deepstack": config.image.mode == "hd",
+        "is_anyres_deepstack": config.image.kind.upsampled,
         "num_crops": config.image.num_crops,
         "twoviews_unshare": False,
     }

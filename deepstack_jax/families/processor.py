@@ -164,7 +164,7 @@ def preprocessor_to_hf(config: Config) -> dict[str, Any]:
         "image_mean": list(config.image.mean),
         "image_processor_type": "CLIPImageProcessor",
         "image_std": list(config.image.std),
-        "resample": _RESAMPLE[config.image.global_filter if config.image.mode in ("pad", "square") else "bicubic"],
+        "resample": _RESAMPLE[config.image.global_filter if config.image.kind.single else "bicubic"],
         "rescale_factor": 1 / 255,
         "size": {"shortest_edge": size},
     }

@@ -55,21 +55,6 @@ def anyres_grids(pinpoints: Sequence[tuple[int, int]], crop_size: int) -> tuple[
     return tuple((height // crop_size, width // crop_size) for width, height in pinpoints)
 
 
-def possible_grids(
-    mode: str, num_crops: int, *, square: bool, pinpoints: Sequence[tuple[int, int]], size: int
-) -> tuple[Grid, ...]:
-    """Every crop grid that an image of a run can get, in order of preference; empty where it has the global view alone.
-
-    Args:
-        mode: as `ImageConfig.mode`. square: one grid for all images. pinpoints, size: of "anyres", in pixels.
-    """
-    if mode == "anyres":
-        return anyres_grids(pinpoints, size)
-    if mode not in ("deepstack", "hd"):
-        return ()
-    return (square_grid(num_crops),) if square else candidate_grids(num_crops)
-
-
 def best_grid(size_wh: tuple[int, int], candidates: Sequence[Grid], crop_size: int) -> Grid:
     """The grid that keeps most pixels of an image fitted into it; among equals the one with least empty area, then the first.
 

@@ -15,6 +15,7 @@ import numpy as np
 
 from deepstack_jax.batch import NEWLINE, ZERO
 from deepstack_jax.layout.grid import Grid, unpad_box
+from deepstack_jax.layout.modes import MODES, ImageMode
 from deepstack_jax.layout.stack import SAMPLINGS
 
 SEQUENCES = ("global", "zero", "crops", "global_crops")
@@ -42,7 +43,7 @@ class LayoutSpec:
     """How images of a run are laid out; `Config.layout` builds it.
 
     Attributes:
-      mode: "deepstack" | "hd" | "anyres" | "pad" | "square", as `ImageConfig.mode`.
+      mode: one of MODES, as `ImageConfig.mode`.
       side: tokens along a side of a crop; P = side**2.
       num_crops: groups of crops are filled up with exact zeros to this number, as upstream; HD: floor(sqrt(num_crops))
         squared crops per view.
@@ -60,6 +61,11 @@ class LayoutSpec:
     merge: str
 
     @property
+    def kind(self) -> ImageMode:
+        """What the mode says of grids and tokens."""
+        return MODES[self.mode]
+
+    @property
     def patches(self) -> int:
         """P, tokens per crop."""
         return self.side**2
@@ -72,7 +78,7 @@ class LayoutSpec:
     @property
     def groups(self) -> int:
         """J, the groups of the stack."""
-        crops = self.upsampling**2 if self.mode == "hd" else self.num_crops
+        crops = self.upsampling**2 if self.kind.upsampled else self.num_crops
         return {"none": 0, "crops": crops, "dummy": crops, "global": 1, "global_crops": crops + 1}[self.stack]
 
     @property
@@ -88,14 +94,14 @@ class LayoutSpec:
     def views(self, grid: Grid | None) -> int:
         """Crop slots of an image with this grid, the global view included."""
         cells = 0 if grid is None else grid[0] * grid[1]
-        return (1 + cells) * (1 + self.upsampling**2) if self.mode == "hd" else 1 + cells
+        return (1 + cells) * (1 + self.upsampling**2) if self.kind.upsampled else 1 + cells
 
     def token_count(self, grid: Grid | None, size_wh: tuple[int, int] | None = None) -> int:
         """Visual tokens of an image with this grid; without its size, the most that any image with the grid has."""
-        if self.mode in ("hd", "anyres") and grid is not None:
+        if self.kind.mosaic and grid is not None:
             if size_wh is not None:
                 return self.layout(grid, size_wh).tokens.size
-            newlines = grid[0] * self.side if self.mode == "hd" or self.merge == "spatial_unpad" else 0
+            newlines = grid[0] * self.side if self.kind.newline(self.merge) else 0
             return self.patches * (1 + grid[0] * grid[1]) + newlines
         return (
             self.patches * {"global": 1, "zero": 1, "crops": self.num_crops, "global_crops": 1 + self.num_crops}[self.sequence]
@@ -120,11 +126,9 @@ class LayoutSpec:
             raise ValueError(
                 f"grid {grid[0]}x{grid[1]} is none of the {len(self.grids)} that {self.mode!r} cuts; see image_grid"
             )
-        if self.mode == "hd" and grid is not None:
-            return self._hd(grid)
-        if self.mode == "anyres" and grid is not None:
-            return self._anyres(grid, size_wh)
-        return self._plain(grid)
+        if grid is None or not self.kind.mosaic:
+            return self._plain(grid)
+        return self._hd(grid) if self.kind.upsampled else self._anyres(grid, size_wh)
 
     def _plain(self, grid: Grid | None) -> VisualLayout:
         """DeepStack-L and -V (paper sections 3.2 and 3.3), LLaVA-1.5 with the stack off, and the ablations."""

@@ -122,7 +122,7 @@ def _warn_of_other_code(config: Config, beyond: Mapping[str, Any], form: str) ->
     image = config.image
     said = {f"config.{key}={value!r}" for key, value in beyond.items() if not key.startswith("data.")}
     filters = {what for what in said if what.startswith("config.image.") and "_filter=" in what}
-    if form == "llava-hf" and image.mode == "anyres" and image.crop_filter != image.global_filter:
+    if form == "llava-hf" and image.kind.grids == "pinpoints" and image.crop_filter != image.global_filter:
         filters = {f"config.image.crop_filter={image.crop_filter!r}"}
     tells = f"here {BEYOND_FILE} tells" if beyond else "the form cannot say it"
     for some, what in (

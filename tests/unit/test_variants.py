@@ -262,7 +262,7 @@ def test_plain_configurations_build_the_plain_model():
         ({"image.mode": "anyres", "deepstack.stack": "none"}, r"pinpoints: anyres needs at least one pinpoint"),
         (
             {"image.mode": "hd", "deepstack.sequence": "crops", "deepstack.stack": "none"},
-            "whose sequence holds its cells already",
+            "whose cells stand there already",
         ),
         ({"decoder.rope.scaling": "longrope"}, r"short_factor has 0 entries, expected head_dim / 2 = 4"),
         ({"decoder.rope.scaling": "llama3"}, "original_positions is 0"),

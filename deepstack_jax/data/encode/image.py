@@ -9,7 +9,8 @@ from PIL import Image
 
 from deepstack_jax.data.formats.image_files import ImageError as ImageError
 from deepstack_jax.data.formats.image_files import open_image as open_image
-from deepstack_jax.layout.grid import Grid, best_grid, letterbox, possible_grids
+from deepstack_jax.layout.grid import Grid, best_grid, letterbox
+from deepstack_jax.layout.modes import MODES
 
 if TYPE_CHECKING:
     from deepstack_jax.config import ImageConfig
@@ -19,7 +20,6 @@ SCRATCH_PIXELS = 2**25  # bounds the scratch image of a very long, thin picture
 # of one large block raises its limits (mallopt(3), the dynamic mmap threshold) to 62 MiB kept for reuse, for the whole process.
 np.empty(31 * 2**20, np.uint8)
 
-MODES = ("deepstack", "hd", "anyres", "pad", "square")
 FILTERS = {
     "bicubic": Image.Resampling.BICUBIC,
     "bilinear": Image.Resampling.BILINEAR,
@@ -45,7 +45,7 @@ def image_grid(size_wh: tuple[int, int], spec: "ImageConfig") -> Grid | None:
     if spec.grid not in ("best", "square"):
         raise ValueError(f"image grid {spec.grid!r} is unknown; use one of 'best', 'square'")
     square = spec.grid == "square"
-    grids = possible_grids(spec.mode, spec.num_crops, square=square, pinpoints=spec.pinpoints, size=spec.size)
+    grids = spec.kind.possible_grids(spec.num_crops, square=square, pinpoints=spec.pinpoints, size=spec.size)
     return best_grid(size_wh, grids, spec.size) if grids else None
 
 
@@ -77,12 +77,12 @@ def make_views(image: Image.Image, spec: "ImageConfig") -> Views:
     size, crop_filter, global_filter = spec.size, _filter(spec.crop_filter), _filter(spec.global_filter)
     grid = image_grid(image.size, spec)
     if grid is None:
-        whole = _centre(image, size, global_filter) if spec.mode == "square" else _pad(image, spec, global_filter)
+        whole = _centre(image, size, global_filter) if spec.kind.fill == "centre" else _pad(image, spec, global_filter)
         return Views(_cut([(whole, (1, 1), 1)], size), None, image.size)
 
     rows, cols = grid
     crops_wh = (cols * size, rows * size)
-    if spec.mode == "anyres" or spec.fit == "letterbox":
+    if spec.kind.letterbox or spec.fit == "letterbox":
         new_wh, offset = letterbox(image.size, crops_wh)
         crops = Image.new(image.mode, crops_wh)
         crops.paste(image.resize(new_wh, crop_filter), offset)
@@ -91,7 +91,7 @@ def make_views(image: Image.Image, spec: "ImageConfig") -> Views:
     else:
         raise ValueError(f"image fit {spec.fit!r} is unknown; use one of 'stretch', 'letterbox'")
     sheets = [(image.resize((size, size), global_filter), (1, 1), 1), (crops, grid, 1)]
-    if spec.mode == "hd":
+    if spec.kind.upsampled:
         up = math.isqrt(spec.num_crops)
         sheets.append((image.resize((up * size, up * size), crop_filter), (1, 1), up))
         sheets.append((image.resize((up * cols * size, up * rows * size), crop_filter), grid, up))
