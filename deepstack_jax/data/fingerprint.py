@@ -20,7 +20,7 @@ from deepstack_jax.data.encode.encoder import Encoder
 from deepstack_jax.data.example import Source
 from deepstack_jax.data.formats import files
 from deepstack_jax.data.formats.file_source import FileSource
-from deepstack_jax.data.order.mixture import Mixture, row_choice
+from deepstack_jax.data.order.mixture import Mixture, containers, row_choice
 from deepstack_jax.data.shards.reader import SUFFIX
 from deepstack_jax.printing import redacted
 
@@ -161,17 +161,10 @@ def named_images(source: Source) -> NamedImages:
 
 
 def _image_paths(source: Source) -> Iterator[str]:
-    taken: dict[int, tuple[Source, np.ndarray]] = {}
-    if isinstance(source, Mixture):
-        for part in source.parts:  # sets that share a file are looked through together
-            _, mask = taken.setdefault(id(part.source), (part.source, np.zeros(len(part.source), bool)))
-            mask[part.rows] = True
-    else:
-        taken[0] = source, np.ones(len(source), bool)
-    for container, mask in taken.values():
+    for container, taken in containers(source):
         if isinstance(container, FileSource) and container.image_root:
-            for outline in compress(container.metadata(), mask):
-                yield from (files.under(container.image_root, name) for name in outline.images)
+            for record in compress(container.metadata(), taken):
+                yield from (files.under(container.image_root, name) for name in record.images)
 
 
 def _behind(path: str) -> tuple[Any, list[str]]:

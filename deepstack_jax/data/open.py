@@ -3,9 +3,9 @@
 from functools import partial
 
 from deepstack_jax.config import DataConfig
+from deepstack_jax.data.containers import MissingError, open_files
 from deepstack_jax.data.example import MetadataSource, Source, SourceError
 from deepstack_jax.data.formats import files
-from deepstack_jax.data.formats.containers import MissingError, open_files
 from deepstack_jax.data.order.mixture import open_mixture
 from deepstack_jax.data.synthetic import DocumentPages
 from deepstack_jax.errors import ConfigError

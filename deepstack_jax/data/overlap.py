@@ -7,12 +7,10 @@ import time
 from collections.abc import Iterator
 from typing import NamedTuple
 
-import numpy as np
-
-from deepstack_jax.data.example import IMAGE_MARK, Example, MetadataSource, Source
+from deepstack_jax.data.example import IMAGE_MARK, Example, Source
 from deepstack_jax.data.formats import files
 from deepstack_jax.data.formats.file_source import FileSource
-from deepstack_jax.data.order.mixture import Mixture
+from deepstack_jax.data.order.mixture import containers
 
 SECONDS = 20.0  # that a start may take for it: enough for the 665k rows of LLaVA
 _LOOK = 1000  # rows between two looks at the clock
@@ -43,8 +41,8 @@ def find_overlap(held_out: Source, rows: int, train: Source, seconds: float = SE
     """
     known: dict[bytes, list[int]] = {}  # digest of a text -> held-out rows that say it
     names, pictures = dict[int, str](), dict[int, tuple[str | bytes, ...]]()
-    containers = list(_containers(train))
-    for row in range(rows if containers else 0):
+    parts = list(containers(train))
+    for row in range(rows if parts else 0):
         try:
             example = held_out[row]
         except (ValueError, OSError):  # said elsewhere
@@ -57,7 +55,7 @@ def find_overlap(held_out: Source, rows: int, train: Source, seconds: float = SE
         {path for images in pictures.values() for path in images if isinstance(path, str)},
     )
     found, looked_at, ends = set[int](), 0, time.monotonic() + seconds
-    for source, taken in containers:
+    for source, taken in parts:
         root = source.image_root if isinstance(source, FileSource) else ""
         for place, outline in enumerate(source.metadata()):
             if looked_at % _LOOK == _LOOK - 1 and time.monotonic() > ends:
@@ -74,18 +72,6 @@ def find_overlap(held_out: Source, rows: int, train: Source, seconds: float = SE
             images, alike = _pictures(example), {row for text in _texts(example) for row in known.get(text, ())}
             found |= {row for row in alike - found if _same(images, pictures[row])}
     return Overlap(sorted(found), names[min(found)] if found else "", looked_at)
-
-
-def _containers(source: Source) -> Iterator[tuple[MetadataSource, np.ndarray]]:
-    """What a source is made of, each once, with bool[rows] of what it takes of it; nothing where it cannot be looked over."""
-    if isinstance(source, Mixture):
-        shared: dict[int, tuple[MetadataSource, np.ndarray]] = {}
-        for part in source.parts:
-            _, taken = shared.setdefault(id(part.source), (part.source, np.zeros(len(part.source), bool)))
-            taken[part.rows] = True
-        yield from shared.values()
-    elif isinstance(source, MetadataSource):
-        yield source, np.ones(len(source), bool)
 
 
 def _texts(example: Example) -> Iterator[bytes]:

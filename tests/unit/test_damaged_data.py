@@ -8,10 +8,10 @@ from PIL import Image
 
 from configs.receipts import get_config
 from deepstack_jax.config import build_config
+from deepstack_jax.data.containers import open_files
 from deepstack_jax.data.encode.batch_rows import EncodedExample
 from deepstack_jax.data.encode.encoder import Encoder
 from deepstack_jax.data.example import BadExample, ExampleError
-from deepstack_jax.data.formats.containers import open_files
 
 REAL = Path(__file__).parents[3] / "shared" / "data" / "receipts"
 

@@ -41,6 +41,9 @@ ALLOWED |= {
 }
 ALLOWED["audit"] = {"batch", "config", "data", "layout"}  # a page about data: nothing builds on it
 ALLOWED["prepare"] = {"batch", "atomic", "config", "data", "layout"}
+# Within data: its rooms, and the files beside them that a room may ask for. The other files beside them put rooms together.
+DATA = {"example": set(), "workers": set(), "formats": {"example"}, "shards": {"example", "formats"}}
+DATA |= {"encode": {"example", "formats"}, "order": {"example", "workers", "formats", "encode"}}
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 
@@ -85,6 +88,13 @@ def test_imports_go_one_way(file):
     rooms -= {here, "__version__", "printing", "errors"}  # these two are for everybody
     assert here in ALLOWED, f"{here} is a new room: give it a place in the table above"
     assert rooms <= ALLOWED[here], f"{here} imports {sorted(rooms - ALLOWED[here])}"
+
+
+@pytest.mark.parametrize("file", [file for file in FILES if room(file) == "data"], ids=lambda f: str(f.relative_to(PACKAGE)))
+def test_imports_within_data_go_one_way(file):
+    here = file.relative_to(PACKAGE / "data").parts[0].removesuffix(".py")
+    rooms = {name.split(".")[2] for name in imported(file) if name.startswith("deepstack_jax.data.")} - {here}
+    assert here not in DATA or rooms <= DATA[here], f"data/{here} imports {sorted(rooms - DATA[here])}"
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda f: str(f.relative_to(PACKAGE)))

@@ -15,9 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deepstack_jax.config import LimitsConfig
+from deepstack_jax.data.containers import MissingError, open_files
 from deepstack_jax.data.example import Example, ExampleError, Message, RecordMetadata, SourceError
 from deepstack_jax.data.formats import json_records as json_rows
-from deepstack_jax.data.formats.containers import MissingError, open_files
 from deepstack_jax.data.formats.file_source import FileSource
 
 

@@ -40,7 +40,8 @@ def measure_rows(rows: range, source: Source, encoder: Encoder) -> np.ndarray:
     Raises:
       SourceError: the source as a whole cannot be read, or an example is too long and the configuration says to stop then.
     """
-    return np.array([_measure_row(row, source, encoder) for row in rows], np.int32).reshape(-1, 3)
+    sizes = [UNKNOWN if isinstance(size := _measure(row, source, encoder), str) else size for row in rows]
+    return np.array(sizes, np.int32).reshape(-1, 3)
 
 
 def length_index(source: Source, spec: DataSpec, console: Console | None = None) -> np.ndarray:
@@ -76,31 +77,24 @@ def too_many_bad(sizes: np.ndarray, source: Source, encoder: Encoder) -> str:
     allowed = encoder.spec.data.max_bad_fraction
     if len(bad) <= allowed * len(sizes):
         return ""
-    reasons = "; ".join(_reason(int(row), source, encoder) for row in bad[:3])
+    again = {row: _measure(row, source, encoder) for row in bad[:3].tolist()}
+    reasons = "; ".join(why if isinstance(why, str) else f"record {row} can be used by now" for row, why in again.items())
     return (
         f"{len(bad)} of {len(sizes)} examples cannot be used, more than config.data.max_bad_fraction={allowed}; mend them, "
         f"or allow more; the first: {reasons}"
     )
 
 
-def _measure_row(row: int, source: Source, encoder: Encoder) -> ExampleSize:
+def _measure(row: int, source: Source, encoder: Encoder) -> ExampleSize | str:
+    """The size of an example, or why it cannot be used; SourceError as `measure_rows`."""
     try:
         return measure(source[row], encoder)
-    except ExampleError:
-        return UNKNOWN
+    except ExampleError as error:
+        return str(error)
     except SourceError:
         raise
-    except ValueError:
-        return UNKNOWN
-
-
-def _reason(row: int, source: Source, encoder: Encoder) -> str:
-    """Why a row cannot be used."""
-    try:
-        measure(source[row], encoder)
     except ValueError as error:
         return str(error)
-    return f"record {row} can be used by now"
 
 
 def _measure_all(source: Source, encoder: Encoder, folder: Path, console: Console) -> np.ndarray:

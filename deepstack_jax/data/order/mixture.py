@@ -177,6 +177,18 @@ class Mixture:
         return files.missing(wanted)
 
 
+def containers(source: Source) -> Iterator[tuple[MetadataSource, np.ndarray]]:
+    """What a source is made of, each once, with bool[records] of what it takes of it; nothing where it has no metadata."""
+    if isinstance(source, Mixture):
+        shared: dict[int, tuple[MetadataSource, np.ndarray]] = {}
+        for part in source.parts:
+            _, taken = shared.setdefault(id(part.source), (part.source, np.zeros(len(part.source), bool)))
+            taken[part.rows] = True
+        yield from shared.values()
+    elif isinstance(source, MetadataSource):
+        yield source, np.ones(len(source), bool)
+
+
 def open_mixture(
     sets: Mapping[str, SetConfig], root: str, open_files: Callable[[str, str], MetadataSource], cache: str = ""
 ) -> Mixture:
