@@ -183,6 +183,16 @@ def load(
       WeightsError, ConfigError: the folder, its config.json, weights or tokenizer do not fit together or are not known here.
       CheckpointError: a workdir without a checkpoint that can be read.
     """
+    return _load(path, dtype, tower=str(tower), base=str(base), projector=str(projector))
+
+
+@flags_as({name: f"convert's --{name}" for name in ("tower", "base", "projector")})
+def load_in_verb(path: str, dtype: str | None) -> LMM:
+    """As `load`, for a verb that is given a folder alone: `convert` is named where it needs more than that."""
+    return _load(path, dtype)
+
+
+def _load(path: str | PathLike[str], dtype: DTypeLike | None, *, tower: str = "", base: str = "", projector: str = "") -> LMM:
     try:
         kind = np.dtype(dtype if dtype is not None else "float32" if jax.default_backend() == "cpu" else "bfloat16").name
     except TypeError:
@@ -192,7 +202,7 @@ def load(
     folder = find_folder(Path(path))
     if is_workdir(folder):
         return _load_workdir(folder, kind)
-    found = open_checkpoint(folder, tower=str(tower), base=str(base), projector=str(projector))
+    found = open_checkpoint(folder, tower=tower, base=base, projector=projector)
     config = _computing_in(found.config, kind)
     name = found.tokenizer or config.data.tokenizer
     tokenizer = _tokenizer(name, config) if name else None

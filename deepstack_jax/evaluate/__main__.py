@@ -15,7 +15,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from deepstack_jax import cli
-from deepstack_jax.api import DTYPES, LMM, load
+from deepstack_jax.api import DTYPES, LMM, load_in_verb
 from deepstack_jax.atomic import write_json, write_lines
 from deepstack_jax.config import Config, build_config, default_config, from_stored, to_dict
 from deepstack_jax.data.containers import MissingError, open_files
@@ -127,7 +127,7 @@ def main() -> int:
     evaluation = open_evaluation(given, console)
     leave_out(evaluation.bad, [], evaluation, console)
     out = cli.writable_folder(given["out"], "out") if given["out"] else None
-    lmm = load(given["model"], given["dtype"])
+    lmm = load_in_verb(given["model"], given["dtype"])
     data = replace(lmm.config.data, max_pixels=evaluation.config.data.max_pixels)
     lmm = replace(lmm, config=replace(lmm.config, data=data))
     options = evaluation.options.replace({"exif": lmm.config.data.exif})  # as in training

@@ -18,7 +18,7 @@ import jax
 from absl import flags
 
 from deepstack_jax import cli
-from deepstack_jax.api import DTYPES, LMM, Chat, ConfigError, Options, RequestError, load
+from deepstack_jax.api import DTYPES, LMM, Chat, ConfigError, Options, RequestError, load_in_verb
 from deepstack_jax.data.encode.image import ImageError
 from deepstack_jax.data.example import ConversationError
 from deepstack_jax.generate.prompts import CutImage, cut_image
@@ -88,7 +88,7 @@ def main() -> int:
         raise ConfigError("--chat asks for prompts itself; leave out --prompt, --prompts and --json")
     prompts = [] if given["chat"] else read_prompts(given["prompt"], given["prompts"])
     start = time.perf_counter()
-    lmm = load(name, dtype)
+    lmm = load_in_verb(name, dtype)
     parameters = sum(leaf.size for leaf in jax.tree.leaves(lmm.params))
     note(f"{name}: {parameters:,} parameters in {lmm.config.train.compute_dtype}, read in {time.perf_counter() - start:.1f} s")
     cut = [cut_image(image, lmm.config, options.exif) for image in images]

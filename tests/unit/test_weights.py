@@ -14,6 +14,8 @@ from flax import traverse_util
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from safetensors.numpy import load_file, save_file
 
+import deepstack_jax as dsx
+from deepstack_jax.api import load_in_verb
 from deepstack_jax.batch import empty_batch
 from deepstack_jax.config import Config, DecoderConfig, VisionConfig
 from deepstack_jax.errors import WeightsError
@@ -317,6 +319,10 @@ def test_the_tower_inside_wins_and_one_outside_is_found_beside_or_above(folder, 
     shutil.move(folder / "clip", tmp_path / "elsewhere")
     with pytest.raises(WeightsError, match=r"mm_vision_tower is 'clip', which is no folder here; put .*--tower=DIR"):
         open_checkpoint(folder)
+    with pytest.raises(WeightsError, match=r"or name it with tower=DIR"):
+        dsx.load(folder)
+    with pytest.raises(WeightsError, match=r"or name it with convert's --tower=DIR"):
+        load_in_verb(str(folder), "float32")
     same(read(open_checkpoint(folder, tower=str(tmp_path / "elsewhere"))), outside)
     change_config(folder, mm_vision_tower=str(tmp_path / "elsewhere"))
     same(read(open_checkpoint(folder)), outside)
