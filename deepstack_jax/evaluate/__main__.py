@@ -17,7 +17,7 @@ from ml_collections import ConfigDict, config_flags
 from deepstack_jax import cli
 from deepstack_jax.api import DTYPES, LMM, load_in_verb
 from deepstack_jax.atomic import write_json, write_lines
-from deepstack_jax.config import Config, build_config, default_config, from_stored, to_dict
+from deepstack_jax.config import Config, build_config, from_stored, to_dict
 from deepstack_jax.data.containers import MissingError, open_files
 from deepstack_jax.data.example import BadExample, SourceError
 from deepstack_jax.data.fingerprint import describe_files, describe_options
@@ -77,6 +77,7 @@ FLAGS: dict[str, tuple[Callable[..., Any], Any, str]] = {
     "dtype": (partial(flags.DEFINE_enum, enum_values=DTYPES), None, "float32 or bfloat16."),
 }
 MAX_NEW_TOKENS, BATCH_SIZE = 64, 8  # with --data
+DEFAULTS = Path(__file__).with_name("defaults.py")
 LINES = 50  # of progress, off a terminal
 
 
@@ -106,17 +107,22 @@ class Evaluation:
 
 def define_flags() -> None:
     """Only when this verb runs, so that another may have flags of the same name."""
-    if names_config():
-        cli.define_config_flag()
-    else:  # --config.KEY=VALUE alone
-        config_flags.DEFINE_config_dict("config", default_config())
+    cli.define_config_flag()
     for name, (define, default, meaning) in FLAGS.items():
         define(name=name, default=default, help=meaning)
 
 
+def with_defaults(words: list[str]) -> list[str]:
+    """A command line on which --config.KEY=VALUE stands without --config, with the file of all defaults for it to change."""
+    keys = [word.lstrip("-").partition("=")[0] for word in words if word.startswith("-")]
+    changes = any(key.startswith("config.") and key != "config.help" for key in keys)
+    return [words[0], f"--config={DEFAULTS}", *words[1:]] if changes and "config" not in keys else words
+
+
 def names_config() -> bool:
     """Whether the command line has --config=FILE."""
-    return any(word.startswith("-") and word.lstrip("-").partition("=")[0] == "config" for word in sys.argv[1:])
+    flag = flags.FLAGS["config"]
+    return flag.value is not None and config_flags.get_config_filename(flag) != str(DEFAULTS)
 
 
 def main() -> int:
@@ -190,9 +196,9 @@ def with_changes(workdir: str | None) -> Config:
             raise ConfigError(
                 f"{workdir}/config.json holds no credentials; give --config as the run was given it, URLs and all"
             )
-    changes = config_flags.get_override_values(flags.FLAGS["config"])
-    if not changes:
+    if flags.FLAGS["config"].value is None:
         return config
+    changes = config_flags.get_override_values(flags.FLAGS["config"])
     values = ConfigDict(to_dict(config), convert_dict=True)
     values.update_from_flattened_dict(changes)
     return build_config(values)
@@ -261,5 +267,6 @@ def leave_out(more: Sequence[BadExample], bad: list[BadExample], evaluation: Eva
 
 if __name__ == "__main__":
     define_flags()
+    sys.argv = with_defaults(sys.argv)
     less = "lower --batch_size or --max_new_tokens, or choose --dtype=bfloat16"
     cli.run(main, USAGE, less)

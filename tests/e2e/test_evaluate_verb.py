@@ -111,6 +111,7 @@ MISTAKES = {
         "--config=FILE whose validation data is asked, or neither with the workdir",
     ),
     "nothing there": (["--model=MODEL", "--data=/nowhere/val.json"], "/nowhere/val.json does not exist"),
+    "key": (["--model=MODEL", "--data=DATA", "--config.data.limts.text_bytes=5"], "unknown key --config.data.limts"),
     "template": (["--model=MODEL", "--data=DATA", "--template=v9"], "unknown template 'v9'; nearest valid:"),
 }
 
