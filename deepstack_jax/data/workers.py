@@ -11,8 +11,14 @@ import re
 import shutil
 import signal
 import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from typing import Any
 
 from deepstack_jax.config import DataConfig
+from deepstack_jax.data.example import SourceError
 from deepstack_jax.errors import ConfigError
 
 SHARED_MEMORY = "/dev/shm"
@@ -38,6 +44,51 @@ def ignore_signals_exit_with_parent() -> None:
     parent = multiprocessing.parent_process()
     if parent is not None:
         threading.Thread(target=follow, args=(parent,), daemon=True).start()
+
+
+_call: Callable[[Any], Any]
+"""Of a worker process: what it does with every item."""
+
+
+@contextmanager
+def process_pool(workers: int, call: Callable[[Any], Any], lost: str) -> Iterator[Callable[[Any], Future]]:
+    """Worker processes that end with the block; yields what hands an item to them, for the `call(item)` of its future.
+
+    Args:
+      workers: at least 1.
+      call: sent to every process once, when it starts.
+      lost: what to say when one was killed.
+
+    Raises:
+      SourceError: one was killed.
+    """
+    # Spawned, not forked: the caller may have threads, and a forked copy of a locked lock stays locked.
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start_worker, (call,)) as pool:
+
+        def submit(item: Any) -> Future:
+            # Workers inherit the blocked signals, so that a Ctrl-C cannot hit one before it knows to ignore it.
+            before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
+            try:
+                return pool.submit(_work, item)
+            finally:
+                signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+        try:
+            yield submit
+        except BrokenProcessPool as error:
+            raise SourceError(lost) from error
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _start_worker(call: Callable[[Any], Any]) -> None:
+    global _call
+    ignore_signals_exit_with_parent()
+    _call = call
+
+
+def _work(item: Any) -> Any:
+    return _call(item)
 
 
 def check_shared_memory(data: DataConfig, batch: int) -> None:

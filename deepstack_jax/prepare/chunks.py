@@ -9,13 +9,12 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
-import signal
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import FIRST_COMPLETED, wait
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,7 +27,7 @@ from deepstack_jax.data.example import Example, ExampleError, Source, SourceErro
 from deepstack_jax.data.shards.codec import decode_example, encode_example
 from deepstack_jax.data.shards.reader import SUFFIX, Shard
 from deepstack_jax.data.shards.writer import write_shard
-from deepstack_jax.data.workers import ignore_signals_exit_with_parent
+from deepstack_jax.data.workers import process_pool
 from deepstack_jax.printing import cut, one_line
 
 _POLL_SECONDS = 0.2
@@ -223,52 +222,29 @@ def make_chunks(
     """
     if not numbers:
         return
-    # Spawned, not forked: the caller may have threads. Of its own modules a worker imports the one that was started.
     context = multiprocessing.get_context("spawn")
     rows, stop = context.Value("q", 0), context.Event()
-    with ProcessPoolExecutor(min(workers, len(numbers)), context, _start_worker, (job, rows, stop)) as pool:
+    lost = "a worker process was killed, by the system if memory ran out; run the same command again with fewer --workers"
+    # Of its own modules a worker imports the one that was started.
+    with process_pool(min(workers, len(numbers)), partial(_make_chunk, job, rows, stop), lost) as submit:
         try:
-            waiting = _submit(pool, numbers)
+            waiting = {submit(number) for number in numbers}
             while waiting and not stopped():
                 done, waiting = wait(waiting, _POLL_SECONDS, FIRST_COMPLETED)
                 looked(rows.value)
                 for future in done:
                     take(future.result())
-        except BrokenProcessPool as error:
-            raise SourceError(
-                "a worker process was killed, by the system if memory ran out; run the same command again with fewer --workers"
-            ) from error
         finally:
             stop.set()
-            pool.shutdown(cancel_futures=True)
-
-
-def _submit(pool: ProcessPoolExecutor, numbers: Sequence[int]) -> set:
-    """Start the workers. They inherit the blocked signals, so that a Ctrl-C cannot hit one before it knows to ignore it."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
-    try:
-        return {pool.submit(_work, number) for number in numbers}
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 class _Stopped(Exception):
     """Ends a chunk that nobody waits for any more."""
 
 
-_worker: tuple[Job, Any, Any]
-"""Of a worker process: its job, the shared number of examples looked at, the event that ends it."""
-
-
-def _start_worker(job: Job, rows: Any, stop: Any) -> None:
-    global _worker
-    ignore_signals_exit_with_parent()
+def _make_chunk(job: Job, rows: Any, stop: Any, number: int) -> Chunk:
+    """In a worker process; `rows` is the shared number of examples looked at, `stop` the event that ends it."""
     warnings.simplefilter("ignore")  # Pillow's: what does not decode is reported, the rest is as training sees it
-    _worker = job, rows, stop
-
-
-def _work(number: int) -> Chunk:
-    job, rows, stop = _worker
 
     def tick() -> None:
         with rows.get_lock():

@@ -42,7 +42,7 @@ ALLOWED |= {
 ALLOWED["audit"] = {"batch", "config", "data", "layout"}  # a page about data: nothing builds on it
 ALLOWED["prepare"] = {"batch", "atomic", "config", "data", "layout"}
 # Within data: its rooms, and the files beside them that a room may ask for. The other files beside them put rooms together.
-DATA = {"example": set(), "workers": set(), "formats": {"example"}, "shards": {"example", "formats"}}
+DATA = {"example": set(), "workers": {"example"}, "formats": {"example"}, "shards": {"example", "formats"}}
 DATA |= {"encode": {"example", "formats"}, "order": {"example", "workers", "formats", "encode"}}
 FILES = sorted(PACKAGE.rglob("*.py"))
 

@@ -7,12 +7,9 @@ import json
 import os
 import pickle
 import shutil
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +22,7 @@ from deepstack_jax.data.encode.encoder import Encoder
 from deepstack_jax.data.encode.sizes import measure
 from deepstack_jax.data.example import ExampleError, Source, SourceError
 from deepstack_jax.data.formats import files
-from deepstack_jax.data.workers import ignore_signals_exit_with_parent
+from deepstack_jax.data.workers import process_pool
 from deepstack_jax.printing import Console
 
 CHUNK = 512  # rows measured between two saves: a second or two, which is also how long Ctrl-C takes
@@ -119,30 +116,13 @@ def _measured(chunks: Iterable[range], source: Source, encoder: Encoder, workers
     if not workers:
         yield from map(partial(measure_rows, source=source, encoder=encoder), chunks)
         return
-    # Not forked: a run has threads by now, and a forked copy of a locked lock stays locked.
-    pool = ProcessPoolExecutor(workers, get_context("spawn"), _start_worker, (source, encoder))
-    try:
-        yield from pool.map(_work, chunks)
-    except BrokenProcessPool as error:
-        raise SourceError(
-            f"one of {workers} processes that measure examples was killed, perhaps for want of memory; lower "
-            "config.data.workers; the same command goes on from here"
-        ) from error
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-_work_on: Callable[[range], np.ndarray]
-
-
-def _start_worker(source: Source, encoder: Encoder) -> None:
-    global _work_on
-    ignore_signals_exit_with_parent()
-    _work_on = partial(measure_rows, source=source, encoder=encoder)
-
-
-def _work(chunk: range) -> np.ndarray:
-    return _work_on(chunk)
+    lost = (
+        f"one of {workers} processes that measure examples was killed, perhaps for want of memory; lower "
+        "config.data.workers; the same command goes on from here"
+    )
+    with process_pool(workers, partial(measure_rows, source=source, encoder=encoder), lost) as submit:
+        for future in [submit(chunk) for chunk in chunks]:
+            yield future.result()
 
 
 def _key(source: Source, spec: DataSpec) -> str:
