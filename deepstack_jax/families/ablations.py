@@ -74,7 +74,7 @@ def ablations_from(text: str, tower_layers: int) -> dict[str, dict[str, Any]]:
 
 
 def pooled_baseline(text: str) -> dict[str, Any]:
-    """DeepStack values of an official string in a folder that injects nothing: upstream then heeds one name alone.
+    """DeepStack values of an official string in a folder that injects nothing: upstream then looks at one name alone.
 
     Raises:
       WeightsError: an unknown name, or one that makes upstream's tower fail on single views.

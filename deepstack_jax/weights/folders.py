@@ -25,8 +25,8 @@ from deepstack_jax.families.llava_hf import is_llava_hf
 from deepstack_jax.families.official import PASSTHROUGH_KEYS, VERBATIM_KEYS, tower_to_hf
 from deepstack_jax.families.values import section, word
 from deepstack_jax.printing import quote
-from deepstack_jax.weights.files import BEYOND_FILE, StoredTensor
-from deepstack_jax.weights.io import open_files, processor_of, read_json, weight_files
+from deepstack_jax.weights.checkpoint_files import open_files, processor_of, read_json, weight_files
+from deepstack_jax.weights.stored_tensor import BEYOND_FILE, StoredTensor
 
 PROJECTOR_FILE = "mm_projector.bin"
 # Towers whose sizes are the defaults of our Config: a checkpoint with one of them inside needs no second folder.
@@ -143,7 +143,7 @@ def _ends(folder: Path, values: Mapping[str, Any]) -> tuple[int, ...]:
 
 
 def find_folder(path: str | Path) -> Path:
-    """The folder behind a path or a hub id; what is fetched is said first, and what looks like a path is never asked for.
+    """The folder that a path or a hub id means; what is fetched is said first, and what looks like a path is never asked for.
 
     Raises:
       WeightsError: neither is there.

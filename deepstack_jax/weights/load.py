@@ -22,8 +22,8 @@ from deepstack_jax.config import Config
 from deepstack_jax.errors import WeightsError
 from deepstack_jax.families.forms import DRAWN
 from deepstack_jax.types import PyTree
-from deepstack_jax.weights.files import StoredTensor, aligned_empty, copy_into
 from deepstack_jax.weights.names import Leaf, Table, to_ours
+from deepstack_jax.weights.stored_tensor import StoredTensor, aligned_empty, copy_into
 
 _QUANTISED = (".absmax", ".qweight", ".qzeros", ".scales", ".SCB", "weight_scale", "quant_map")
 
@@ -153,7 +153,7 @@ def _place(leaf: StoredLeaf, sharding: Sharding | None) -> jax.Array:
 def absent_leaves(tensors: Collection[str], config: Config) -> tuple[str, ...]:
     """Paths of the parameters that no base model has and these tensors lack, whole or in some layers.
 
-    A new run draws them: the projector over a bare language model, `image_newline`, and the layers behind a plain tower.
+    A new run draws them: the projector over a bare language model, `image_newline`, and the layers after a plain tower.
     """
     return tuple(
         path

@@ -14,6 +14,7 @@ import ml_dtypes
 import numpy as np
 from huggingface_hub import constants as hub
 
+from deepstack_jax.atomic import write_json
 from deepstack_jax.config import Config, differences, to_dict
 from deepstack_jax.errors import WeightsError
 from deepstack_jax.families.base import EMBEDDINGS, HEAD, TOWER
@@ -21,9 +22,9 @@ from deepstack_jax.families.forms import FORMATS, from_hf, may_say, to_hf
 from deepstack_jax.families.llava_hf import llava_hf_name, llava_processor_to_hf, to_llava_hf
 from deepstack_jax.families.official import TOWER_FOLDER, tower_to_hf
 from deepstack_jax.families.processor import preprocessor_to_hf
-from deepstack_jax.weights.files import BEYOND_FILE, copy_into
+from deepstack_jax.weights.export_folder import TOKENIZER_FILES, whole_export
 from deepstack_jax.weights.names import Table, to_theirs
-from deepstack_jax.weights.target import TOKENIZER_FILES, whole_export
+from deepstack_jax.weights.stored_tensor import BEYOND_FILE, copy_into
 
 DTYPES = {
     "float32": ("F32", np.dtype(np.float32)),
@@ -89,28 +90,28 @@ def save_checkpoint(
 
     Raises:
       WeightsError: the folder is not empty, the model has no such form, parameters are missing or do not fit, or a value is
-        beyond the dtype's range. Nothing is left behind.
+        beyond the dtype's range. Nothing is left of it then.
     """
     folder, size = Path(folder).expanduser(), shard_size(max_shard)
     for value, valid, flag in ((dtype, tuple(DTYPES), "dtype"), (form, FORMATS, "format")):
         if value not in valid:
             raise WeightsError(f"--{flag} got {value!r}, expected {', '.join(valid)}")
     outs = list(_tensors(leaves, config, form))
-    image_token = config.decoder.vocab_size  # the row behind the vocabulary
+    image_token = config.decoder.vocab_size  # the row after the vocabulary
     values = to_hf(config, passthrough, dtype) if form == "official" else to_llava_hf(config, image_token, dtype)
     try:
         with whole_export(folder, [*sources, *filter(None, [tokenizer_folder])], force=force) as scratch:
             files = write_shards(outs, scratch, dtype, size, progress)
-            _write_json(scratch / "config.json", values)
+            write_json(scratch / "config.json", values)
             if form == "official":
                 tower = tower_to_hf(config, passthrough, dtype)
                 _write_tower(outs, tower, preprocessor_to_hf(config), scratch / TOWER_FOLDER, dtype)
             else:
-                _write_json(scratch / "preprocessor_config.json", llava_processor_to_hf(config))
+                write_json(scratch / "preprocessor_config.json", llava_processor_to_hf(config))
             beyond = _beyond(config, values, dtype) if form == "official" else {}
             _warn_of_other_code(config, beyond, form)
             if beyond:
-                _write_json(scratch / BEYOND_FILE, beyond)
+                write_json(scratch / BEYOND_FILE, beyond)
             _copy_tokenizer(tokenizer_folder, scratch)
     except OSError as error:
         raise WeightsError(f"cannot write {folder}: {error.strerror or error}; choose another folder") from error
@@ -216,7 +217,7 @@ def write_shards(outs: list[Out], folder: Path, dtype: str, size: int, progress:
         write_safetensors(folder / file, shard, dtype, progress)
         weight_map |= {out.name: file for out in shard}
     total = sum(int(np.prod(out.shape)) for out in outs) * itemsize
-    _write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map})
+    write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map})
     return len(shards)
 
 
@@ -249,12 +250,12 @@ def write_safetensors(file: Path, outs: list[Out], dtype: str, progress: Callabl
 
 
 def _write_tower(outs: list[Out], values: Mapping[str, Any], pixels: Mapping[str, Any], folder: Path, dtype: str) -> None:
-    """The vision tower's own folder, which the official loader opens first; the layers behind it stay with the model."""
+    """The vision tower's own folder, which the official loader opens first; the layers after it stay with the model."""
     folder.mkdir()
     tower = [out._replace(name=out.name.removeprefix(TOWER)) for out in outs if out.name.startswith(TOWER)]
     write_safetensors(folder / "model.safetensors", tower, dtype, lambda nbytes: None)
-    _write_json(folder / "config.json", values)
-    _write_json(folder / "preprocessor_config.json", pixels)
+    write_json(folder / "config.json", values)
+    write_json(folder / "preprocessor_config.json", pixels)
 
 
 def _copy_tokenizer(source: str, folder: Path) -> None:
@@ -276,7 +277,3 @@ def _copy_tokenizer(source: str, folder: Path) -> None:
                 f"{file} is a link out of its folder, and what it leads to is not copied; put the file itself there"
             )
         shutil.copyfile(file, folder / file.name)
-
-
-def _write_json(file: Path, values: Mapping[str, Any]) -> None:
-    file.write_text(json.dumps(values, indent=2) + "\n")

@@ -12,8 +12,8 @@ from deepstack_jax.errors import WeightsError
 from deepstack_jax.families.forms import from_hf
 from deepstack_jax.families.official import KNOWN
 from deepstack_jax.families.processor import preprocessor_to_hf
+from deepstack_jax.weights.checkpoint_files import read_json, weight_files
 from deepstack_jax.weights.folders import open_checkpoint
-from deepstack_jax.weights.io import read_json, weight_files
 from deepstack_jax.weights.names import Table
 from tests.fuzz.watch import is_one_line, reads_only
 from tests.parity.goldens import GOLDEN, write_folder

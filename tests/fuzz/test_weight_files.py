@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from deepstack_jax.errors import WeightsError
-from deepstack_jax.weights.files import open_safetensors
-from deepstack_jax.weights.pickles import open_bin
+from deepstack_jax.weights.stored_tensor import open_safetensors
+from deepstack_jax.weights.torch_pickle import open_bin
 from tests.fuzz.watch import is_one_line, reads_only
 from tests.unit.bins import write_archive, write_bin
 

@@ -15,11 +15,11 @@ from flax import linen as nn
 import deepstack_jax as dsx
 from deepstack_jax.data.encode.image import make_views
 from deepstack_jax.errors import WeightsError
+from deepstack_jax.weights.checkpoint_files import weight_files
 from deepstack_jax.weights.folders import open_checkpoint
-from deepstack_jax.weights.io import weight_files
 from deepstack_jax.weights.load import load_params, stored_leaves
-from deepstack_jax.weights.pickles import open_bin
 from deepstack_jax.weights.save import save_checkpoint
+from deepstack_jax.weights.torch_pickle import open_bin
 from tests.parity.goldens import build_batch, load_case, official_tensors, open_images, write_folder
 
 torch = pytest.importorskip("torch", reason="torch is not installed: the package does not need it, only this comparison does")

@@ -226,7 +226,7 @@ class LeakyBody(decoder_module.ScanBody):
     def __call__(self, carry, per_layer, shared):
         x, layer_inject, cache = carry
         block = nn.remat(LeakyBlock, prevent_cse=False)(self.config, self.attend, self.dtype, name="block")
-        return block(LayerCall(x, layer_inject, *per_layer, cache, *shared)), None  # pyright: ignore[reportCallIssue]
+        return block(LayerCall(x, layer_inject, *per_layer, cache, *shared)), None
 
 
 class LeakyBlock(InjectedBlock):

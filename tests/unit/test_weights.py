@@ -22,8 +22,8 @@ from deepstack_jax.errors import WeightsError
 from deepstack_jax.families.base import TOWER
 from deepstack_jax.families.build import build_model
 from deepstack_jax.families.llava_hf import llava_hf_name
+from deepstack_jax.weights.checkpoint_files import read_json
 from deepstack_jax.weights.folders import open_checkpoint
-from deepstack_jax.weights.io import read_json
 from deepstack_jax.weights.load import absent_leaves, load_params, stored_leaves
 from deepstack_jax.weights.names import Table
 from deepstack_jax.weights.save import save_checkpoint

@@ -17,10 +17,10 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from deepstack_jax.errors import WeightsError
-from deepstack_jax.weights.files import aligned_empty, copy_into, open_safetensors
-from deepstack_jax.weights.io import open_files, weight_files
-from deepstack_jax.weights.pickles import open_bin
+from deepstack_jax.weights.checkpoint_files import open_files, weight_files
 from deepstack_jax.weights.save import DTYPES, Out, shard_size, write_safetensors, write_shards
+from deepstack_jax.weights.stored_tensor import aligned_empty, copy_into, open_safetensors
+from deepstack_jax.weights.torch_pickle import open_bin
 from tests.parity.goldens import GOLDEN
 from tests.unit.bins import write_archive, write_bin
 

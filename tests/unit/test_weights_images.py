@@ -9,7 +9,7 @@ from PIL import Image
 from deepstack_jax.data.encode.image import make_views
 from deepstack_jax.errors import WeightsError
 from deepstack_jax.families.forms import from_hf
-from deepstack_jax.weights.io import processor_of
+from deepstack_jax.weights.checkpoint_files import processor_of
 
 AutoImageProcessor = pytest.importorskip("transformers", reason="transformers is the reference here").AutoImageProcessor
 SIDE = 28

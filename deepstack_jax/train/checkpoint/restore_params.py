@@ -25,9 +25,9 @@ from deepstack_jax.train.checkpoint.reading import (
     saved_steps,
 )
 from deepstack_jax.train.core.optimizer import flatten, unflatten
-from deepstack_jax.weights.files import StoredTensor
-from deepstack_jax.weights.io import read_json as read_any_json
+from deepstack_jax.weights.checkpoint_files import read_json as read_any_json
 from deepstack_jax.weights.names import Foreign, Table, to_theirs
+from deepstack_jax.weights.stored_tensor import StoredTensor
 
 log = logging.getLogger(__name__)
 

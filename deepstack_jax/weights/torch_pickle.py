@@ -17,7 +17,7 @@ import ml_dtypes
 import numpy as np
 
 from deepstack_jax.errors import WeightsError
-from deepstack_jax.weights.files import StoredTensor, map_bytes
+from deepstack_jax.weights.stored_tensor import StoredTensor, map_bytes
 
 _STORAGES = {
     "DoubleStorage": np.dtype(np.float64),
@@ -220,7 +220,7 @@ def _tensor(file: Path, archive: zipfile.ZipFile, root: str, made: _Call) -> Sto
     tag, kind, key, _, count = _expected(_Stored, storage).pid
     dtype = _STORAGES.get(_expected(_Global, kind).name.removeprefix("torch."))
     numbers = [_expected(int, number) for number in (offset, count, *_expected(tuple, size), *_expected(tuple, stride))]
-    unsaid = any(rest[2:])  # behind whether it is trained, and hooks: that the numbers stand there negated
+    unsaid = any(rest[2:])  # after whether it is trained, and hooks: that the numbers stand there negated
     if tag != "storage" or dtype is None or len(size) != len(stride) or len(size) > 8 or unsaid:
         raise ValueError("a storage or a tensor of an unknown kind")
     start, nbytes = _place(file, archive, f"{root}data/{_expected(str, key)}")

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from deepstack_jax.errors import WeightsError
 from deepstack_jax.families.official import TOWER_FOLDER
-from deepstack_jax.weights.files import BEYOND_FILE
+from deepstack_jax.weights.stored_tensor import BEYOND_FILE
 
 MARK = ".deepstack_jax_export"  # in every export: a later one may take its place
 TOKENIZER_FILES = (

@@ -13,8 +13,8 @@ from typing import Any
 
 from deepstack_jax.errors import WeightsError
 from deepstack_jax.families.values import present, section
-from deepstack_jax.weights.files import StoredTensor, open_safetensors
-from deepstack_jax.weights.pickles import open_bin
+from deepstack_jax.weights.stored_tensor import StoredTensor, open_safetensors
+from deepstack_jax.weights.torch_pickle import open_bin
 
 # The names of whole weights, in the order in which transformers looks for them; it reads the first that is there.
 _WHOLE = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
