@@ -133,8 +133,9 @@ def _connect(
 
 def _end_unconnected(address: str | None, count: int | None, number: int | None) -> None:
     """The end of a process that waits for others within jax, out of reach of an exception."""
+    me = "this process" if address is None else f"process {number} of {count}, coordinator {address}"
     print(
-        f"error: {_me(address, count, number)}: not all processes of this run connected within {CONNECT_SECONDS} s; see the "
+        f"error: {me}: not all processes of this run connected within {CONNECT_SECONDS} s; see the "
         "output of the others; all need the same --coordinator_address=HOST:PORT, of the host of process 0 and reachable from "
         "here, the same --process_count and each a --process_id of its own",
         file=sys.stderr,
@@ -142,10 +143,6 @@ def _end_unconnected(address: str | None, count: int | None, number: int | None)
     )
     sys.stdout.flush()
     os._exit(1)
-
-
-def _me(address: str | None, count: int | None, number: int | None) -> str:
-    return "this process" if address is None else f"process {number} of {count}, coordinator {address}"
 
 
 def _connect_if_detected(launched: _Launched | None) -> None:

@@ -70,10 +70,10 @@ def main() -> int:
     jax.config.update("jax_enable_compilation_cache", False)  # the time to compile is part of the plan
     machine = open_machine(TOPOLOGY.value, SLICES.value)
     wanted = Wanted(EXAMPLES.value, PER_ROW.value)
-    said, told = Console(), Console(stderr=True)
+    out, progress = Console(), Console(stderr=True)
 
     def compiling(plan: Plan) -> None:
-        told.print(f"compiling {choice(plan)}, estimated {gib(plan.used)} per device", soft_wrap=True)
+        progress.print(f"compiling {choice(plan)}, estimated {gib(plan.used)} per device", soft_wrap=True)
 
     def search(like: Plan | None = None) -> Search:
         tries = 0 if ESTIMATE_ONLY.value else TRIES.value
@@ -95,8 +95,8 @@ def main() -> int:
             try:
                 searched = search(plan)
             except ConfigError as error:  # there is nothing else to try, but the plan stands
-                told.print(f"warning: {error}", soft_wrap=True)
-    report(plan, searched, said)
+                progress.print(f"warning: {error}", soft_wrap=True)
+    report(plan, searched, out)
     return cli.EXIT_DONE if plan.fits(MARGIN.value if SEARCH.value else 0.0) else EXIT_DOES_NOT_FIT
 
 

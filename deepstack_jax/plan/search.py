@@ -55,12 +55,12 @@ def find_best(
     A compilation that needs more than was estimated says by how much the others of its remat policy were underestimated, too.
 
     Args:
-      config: whose mesh, remat policy and micro-batches are open; the rest stays.
+      config: whose mesh, remat policy and micro-batches are open.
       margin: share of the memory that must stay free.
-      tries: most compilations, a minute or two each at 7B; 0 = trust the estimates.
-      compiling: told the estimate that is compiled next.
+      tries: most compilations; 0 = trust the estimates.
+      compiling: is called with the estimate that is compiled next.
       like: a plan that does not fit; then the nearest to it that does is looked for, fewest changes first.
-      batch_sizes: global ones to try; none = the configuration's own, which the recipe's learning rate belongs to.
+      batch_sizes: global ones to try; none = the configuration's own.
 
     Raises:
       ConfigError: no mesh divides the model and the batch.

@@ -97,12 +97,7 @@ class Program:
 
 
 def build_program(config: Config, mesh: Mesh, steps: int) -> Program:
-    """Put a run together.
-
-    Args:
-      config: of the run.
-      mesh: devices that are here, or descriptions of some that are not.
-      steps: of the learning rate's schedule.
+    """Put together what a run of `steps` steps computes, on devices that are here or on descriptions of some that are not.
 
     Raises:
       ConfigError: parameters that no group covers, or sizes that do not divide over the mesh.

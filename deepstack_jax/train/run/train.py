@@ -49,23 +49,18 @@ class Evaluation(Protocol):
     @property
     def source(self) -> Source | None:
         """The held-out rows; None where there are none."""
-        ...
 
     def open(self, train: Source, *, starts: bool) -> None:
         """Open and check the held-out rows before anything is compiled."""
-        ...
 
     def begin(self, program: Program, log: MetricsLog) -> None:
         """Take what answers are made with."""
-        ...
 
     def report(self, params: PyTree, step: int) -> float | None:
         """Say how the model does at a step; returns the held-out loss, where there is one."""
-        ...
 
     def finish(self, params: PyTree, facts: dict[str, Any]) -> None:
         """Write the scores of the trained model, and `facts`, to results.json."""
-        ...
 
 
 def train(config: Config, workdir: Path, console: Console, evaluation: Evaluation) -> int:
