@@ -33,7 +33,6 @@ DEFAULTS = (
     "--config.train.projector=",
 )
 APART = 0.1
-cli.define_config_flag()
 
 
 def main() -> int:
@@ -60,4 +59,4 @@ def main() -> int:
 if __name__ == "__main__":
     given = sys.argv[1:]
     sys.argv[1:] = given if any(word.startswith("--config=") for word in given) else [*DEFAULTS, *given]
-    cli.run(main, __doc__ or "")
+    cli.run(main, __doc__ or "", [cli.CONFIG])

@@ -13,14 +13,15 @@ import sysconfig
 import tempfile
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from deepstack_jax.config import Config, build_config
+from deepstack_jax.config import Config, build_config, default_config
 from deepstack_jax.config.fields import find
 from deepstack_jax.config.reference import as_text
 from deepstack_jax.errors import ConfigError, UserError
@@ -38,9 +39,40 @@ _FAILING = (
 )
 
 
-def define_config_flag() -> None:
-    """`--config=FILE:ARGUMENT`, `--config.a.b=c` for every key of it, and `--config.help` for the list of all keys."""
-    config_flags.DEFINE_config_file("config", None, "Configuration file, as FILE.py or FILE.py:ARGUMENT.", flags.FLAGS)
+class Flag:
+    """A flag of a verb, defined when the verb runs, so that another may have one of the same name.
+
+    Args:
+      define: one of absl's `DEFINE_...`, or what takes the same.
+      bounds: what `define` takes besides, as lower_bound or enum_values.
+    """
+
+    def __init__(self, define: Callable[..., Any], name: str, default: Any, meaning: str, **bounds: Any) -> None:
+        self.name = name
+        self.define = partial(define, name=name, default=default, **({"help": meaning} | bounds))
+
+    @property
+    def value(self) -> Any:
+        """What the command line gave, or the default."""
+        return flags.FLAGS[self.name].value
+
+
+def _define_config(*, name: str, default: None, help: str, keys_alone: bool) -> None:
+    if keys_alone and not names_config():
+        config_flags.DEFINE_config_dict(name, default_config(), help, flags.FLAGS)
+    else:
+        config_flags.DEFINE_config_file(name, default, help, flags.FLAGS)
+
+
+CONFIG = Flag(_define_config, "config", None, "Configuration file, as FILE.py or FILE.py:ARGUMENT.", keys_alone=False)
+"""`--config=FILE:ARGUMENT`, `--config.a.b=c` for every key of it, and `--config.help` for the list of all keys."""
+CONFIG_OR_KEYS = Flag(_define_config, "config", None, "Configuration file, as FILE.py or FILE.py:ARGUMENT.", keys_alone=True)
+"""The same, or `--config.a.b=c` alone, which change a configuration that comes from elsewhere."""
+
+
+def names_config() -> bool:
+    """Whether the command line names a configuration file."""
+    return any(re.match(r"--?config(=|$)", word) for word in sys.argv[1:])
 
 
 def parse_config() -> Config:
@@ -57,19 +89,24 @@ def parse_config() -> Config:
     return build_config(source)
 
 
-def parse_flags() -> None:
+def parse_flags(table: Iterable[Flag] = ()) -> None:
     """The flags of the command line, `--config` read.
+
+    Args:
+      table: those of the verb that are not defined yet.
 
     Raises:
       ConfigError: an unknown flag or key, a value of another type, no file or a fault in it, more than flags.
     """
-    words = [_with_recipe(word) for word in sys.argv]
-    for word in words[1:]:
+    table, words = list(table), [_with_recipe(word) for word in sys.argv]
+    for word in words[1:] if any(flag.name == "config" for flag in table) else ():
         if found := re.match(r"--?(?:no)?config\.([^=]+)", word):
             _check_key(found[1])
-            if "config" in flags.FLAGS and not any(re.match(r"--?config(=|$)", other) for other in words):
+            if CONFIG in table and not names_config():
                 raise ConfigError(f"--config is missing, of which {word} changes a key; e.g. --config=configs/demo.py")
     try:
+        for flag in table:
+            flag.define()
         rest = flags.FLAGS(words)[1:]
         source = flags.FLAGS["config"].value if "config" in flags.FLAGS else None
         if unread := vars(source).get("_error") if source is not None and hasattr(source, "__dict__") else None:
@@ -82,7 +119,7 @@ def parse_flags() -> None:
 
 def _print_keys() -> int:
     """What `--config.help` asks for."""
-    print(as_text(None if flags.FLAGS["config"].value is None else parse_config()))
+    print(as_text(parse_config() if names_config() else None))
     return EXIT_DONE
 
 
@@ -187,6 +224,7 @@ def writable_folder(path: str, flag: str) -> Path:
 def run(
     main: Callable[[], int],
     usage: str,
+    table: Sequence[Flag] = (),
     needs_less_memory: str = "use a machine with more",
 ) -> None:
     """Parse the flags, run `main`, and exit with its code; a `UserError` becomes one line on stderr.
@@ -195,6 +233,7 @@ def run(
     traceback.
 
     Args:
+      table: the verb's flags.
       needs_less_memory: what to do when there is too little of it.
     """
     guard_streams()
@@ -207,10 +246,10 @@ def run(
         print(usage.strip())
         sys.exit(EXIT_DONE)
     try:
-        wants_keys = "config" in flags.FLAGS and "--config.help" in sys.argv
+        wants_keys = any(flag.name == "config" for flag in table) and "--config.help" in sys.argv
         if wants_keys:
             sys.argv.remove("--config.help")
-        parse_flags()
+        parse_flags(table)
         code = _print_keys() if wants_keys else main()
     except UserError as error:
         _fail(*(map(str, error.args) if isinstance(error, ConfigError) else [str(error)]))

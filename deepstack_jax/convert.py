@@ -55,9 +55,10 @@ TEXT_FLAGS = {
     "max_shard": "Most bytes of one file.",
 }
 DEFAULTS = {"format": "official", "max_shard": "5GB"}
-for _name, _meaning in TEXT_FLAGS.items():
-    flags.DEFINE_string(_name, DEFAULTS.get(_name, ""), _meaning)
-flags.DEFINE_bool("force", False, "Replace an earlier export in --to.")
+FLAGS = (
+    *(cli.Flag(flags.DEFINE_string, name, DEFAULTS.get(name, ""), meaning) for name, meaning in TEXT_FLAGS.items()),
+    cli.Flag(flags.DEFINE_bool, "force", False, "Replace an earlier export in --to."),
+)
 
 
 @dataclass(frozen=True)
@@ -163,4 +164,4 @@ def describe(source: Source, target: Path, form: str, dtype: str, written: Writt
 
 
 if __name__ == "__main__":
-    cli.run(main, USAGE)
+    cli.run(main, USAGE, FLAGS)

@@ -35,11 +35,13 @@ prompt with what is supervised, and the lengths, grids and unusable examples of 
 Exit codes: 0 done, unusable samples or not; 1 a mistake in the input, said in one line; 130 stopped by Ctrl-C.
 """
 
-N = flags.DEFINE_integer("n", 16, "Samples to show.", lower_bound=1)
-SEED = flags.DEFINE_integer("seed", None, "Draws the samples at random.", lower_bound=0)
-SCAN = flags.DEFINE_integer("scan", 1000, "Examples that the histograms are over.", lower_bound=1)
-OUT = flags.DEFINE_string("out", "runs/audit", "Folder for audit.html and its charts.")
-cli.define_config_flag()
+FLAGS = (
+    (N := cli.Flag(flags.DEFINE_integer, "n", 16, "Samples to show.", lower_bound=1)),
+    (SEED := cli.Flag(flags.DEFINE_integer, "seed", None, "Draws the samples at random.", lower_bound=0)),
+    (SCAN := cli.Flag(flags.DEFINE_integer, "scan", 1000, "Examples that the histograms are over.", lower_bound=1)),
+    (OUT := cli.Flag(flags.DEFINE_string, "out", "runs/audit", "Folder for audit.html and its charts.")),
+    cli.CONFIG,
+)
 
 
 def main() -> int:
@@ -68,4 +70,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    cli.run(main, USAGE)
+    cli.run(main, USAGE, FLAGS)

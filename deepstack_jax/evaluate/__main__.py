@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import sys
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -64,20 +62,19 @@ that was stopped are kept, and the same command goes on from there.
 Exit codes: 0 done; 1 a mistake in the input, said in one line; 130 stopped by Ctrl-C.
 """
 
-_COUNT = partial(flags.DEFINE_integer, lower_bound=1)
-FLAGS: dict[str, tuple[Callable[..., Any], Any, str]] = {
-    "model": (flags.DEFINE_string, None, "Model folder, hub id or workdir."),
-    "data": (flags.DEFINE_string, None, "File of held-out rows."),
-    "images": (flags.DEFINE_string, "", "Image root."),
-    "limit": (_COUNT, None, "Most rows."),
-    "out": (flags.DEFINE_string, None, "Folder for predictions.jsonl and results.json."),
-    "max_new_tokens": (_COUNT, None, "Most tokens of an answer."),
-    "batch_size": (_COUNT, None, "Questions answered at once."),
-    "template": (flags.DEFINE_string, None, "Conversation template."),
-    "dtype": (partial(flags.DEFINE_enum, enum_values=DTYPES), None, "float32 or bfloat16."),
-}
+FLAGS = (
+    cli.Flag(flags.DEFINE_string, "model", None, "Model folder, hub id or workdir."),
+    cli.Flag(flags.DEFINE_string, "data", None, "File of held-out rows."),
+    cli.Flag(flags.DEFINE_string, "images", "", "Image root."),
+    cli.Flag(flags.DEFINE_integer, "limit", None, "Most rows.", lower_bound=1),
+    cli.Flag(flags.DEFINE_string, "out", None, "Folder for predictions.jsonl and results.json."),
+    cli.Flag(flags.DEFINE_integer, "max_new_tokens", None, "Most tokens of an answer.", lower_bound=1),
+    cli.Flag(flags.DEFINE_integer, "batch_size", None, "Questions answered at once.", lower_bound=1),
+    cli.Flag(flags.DEFINE_string, "template", None, "Conversation template."),
+    cli.Flag(flags.DEFINE_enum, "dtype", None, "float32 or bfloat16.", enum_values=DTYPES),
+    cli.CONFIG_OR_KEYS,
+)
 MAX_NEW_TOKENS, BATCH_SIZE = 64, 8  # with --data
-DEFAULTS = Path(__file__).with_name("defaults.py")
 LINES = 50  # of progress, off a terminal
 
 
@@ -105,28 +102,8 @@ class Evaluation:
     bad: tuple[BadExample, ...] = ()
 
 
-def define_flags() -> None:
-    """Only when this verb runs, so that another may have flags of the same name."""
-    cli.define_config_flag()
-    for name, (define, default, meaning) in FLAGS.items():
-        define(name=name, default=default, help=meaning)
-
-
-def with_defaults(words: list[str]) -> list[str]:
-    """A command line on which --config.KEY=VALUE stands without --config, with the file of all defaults for it to change."""
-    keys = [word.lstrip("-").partition("=")[0] for word in words if word.startswith("-")]
-    changes = any(key.startswith("config.") and key != "config.help" for key in keys)
-    return [words[0], f"--config={DEFAULTS}", *words[1:]] if changes and "config" not in keys else words
-
-
-def names_config() -> bool:
-    """Whether the command line has --config=FILE."""
-    flag = flags.FLAGS["config"]
-    return flag.value is not None and config_flags.get_config_filename(flag) != str(DEFAULTS)
-
-
 def main() -> int:
-    given: dict[str, Any] = {name: flags.FLAGS[name].value for name in FLAGS}
+    given: dict[str, Any] = {flag.name: flag.value for flag in FLAGS}
     if not given["model"]:
         raise ConfigError("--model is missing; e.g. --model=DIR with a Hugging Face folder or the workdir of a training run")
     console = Console()
@@ -159,12 +136,12 @@ def open_evaluation(given: dict[str, Any], console: Console) -> Evaluation:
       RequestError: no such template.
     """
     own = is_workdir(given["model"])
-    if (names_config() and given["data"] is not None) or not (names_config() or given["data"] is not None or own):
+    if (cli.names_config() and given["data"] is not None) or not (cli.names_config() or given["data"] is not None or own):
         raise ConfigError(
             "give either --data=FILE with --images=DIR, or --config=FILE whose validation data is asked, or neither with the "
             "workdir of a training run as --model"
         )
-    config = cli.parse_config() if names_config() else with_changes(given["model"] if own else None)
+    config = cli.parse_config() if cli.names_config() else with_changes(given["model"] if own else None)
     max_new_tokens, batch_size, rows = config.evaluation.max_new_tokens, config.evaluation.batch_size, given["limit"]
     if given["data"] is not None:
         data = replace(config.data, source="files", root="", validation=files.absolute(given["data"]), images=given["images"])
@@ -175,7 +152,7 @@ def open_evaluation(given: dict[str, Any], console: Console) -> Evaluation:
             raise ConfigError(f"{error}; point to it with --data=FILE") from error
     else:
         source, name = open_source(config.data, "validation"), data_name(config)
-        rows = rows or (None if names_config() else config.evaluation.examples)
+        rows = rows or (None if cli.names_config() else config.evaluation.examples)
     options = Options(max_new_tokens=given["max_new_tokens"] or max_new_tokens, template=given["template"])
     if options.template is not None:
         find_template(options.template)  # a wrong name is no fault of the rows
@@ -266,7 +243,5 @@ def leave_out(more: Sequence[BadExample], bad: list[BadExample], evaluation: Eva
 
 
 if __name__ == "__main__":
-    define_flags()
-    sys.argv = with_defaults(sys.argv)
     less = "lower --batch_size or --max_new_tokens, or choose --dtype=bfloat16"
-    cli.run(main, USAGE, less)
+    cli.run(main, USAGE, FLAGS, less)

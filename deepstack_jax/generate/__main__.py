@@ -8,9 +8,8 @@ import os
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import closing
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -52,34 +51,28 @@ Answers go to standard output, all else to standard error. Exit codes: 0 done; 1
 """
 
 _OPTIONS = Options()
-FLAGS: dict[str, tuple[Callable[..., Any], Any, str]] = {
-    "model": (flags.DEFINE_string, None, "Model folder, hub id or workdir."),
-    "image": (flags.DEFINE_multi_string, [], "Image file."),
-    "prompt": (flags.DEFINE_multi_string, [], "Prompt."),
-    "prompts": (flags.DEFINE_string, None, "File with one prompt per line, - for standard input."),
-    "chat": (flags.DEFINE_boolean, False, "A conversation in the terminal."),
-    "json": (flags.DEFINE_boolean, False, "Answers as JSON lines."),
-    "max_new_tokens": (flags.DEFINE_integer, _OPTIONS.max_new_tokens, "Most tokens of an answer."),
-    "temperature": (flags.DEFINE_float, _OPTIONS.temperature, "0 = greedy."),
-    "top_p": (flags.DEFINE_float, _OPTIONS.top_p, "Probability of the nucleus."),
-    "top_k": (flags.DEFINE_integer, _OPTIONS.top_k, "Likeliest tokens drawn from, 0 = all."),
-    "stop": (flags.DEFINE_multi_string, [], "Text that ends an answer."),
-    "seed": (flags.DEFINE_integer, _OPTIONS.seed, "Seed of the noise."),
-    "exif": (flags.DEFINE_string, _OPTIONS.exif, "apply or ignore."),
-    "template": (flags.DEFINE_string, None, "Conversation template."),
-    "dtype": (partial(flags.DEFINE_enum, enum_values=DTYPES), None, "float32 or bfloat16."),
-    "batch_size": (partial(flags.DEFINE_integer, lower_bound=1), 1, "Prompts answered at once."),
-}
-
-
-def define_flags() -> None:
-    """Only when this verb runs, so that another may have flags of the same name."""
-    for name, (define, default, meaning) in FLAGS.items():
-        define(name=name, default=default, help=meaning)
+FLAGS = (
+    cli.Flag(flags.DEFINE_string, "model", None, "Model folder, hub id or workdir."),
+    cli.Flag(flags.DEFINE_multi_string, "image", [], "Image file."),
+    cli.Flag(flags.DEFINE_multi_string, "prompt", [], "Prompt."),
+    cli.Flag(flags.DEFINE_string, "prompts", None, "File with one prompt per line, - for standard input."),
+    cli.Flag(flags.DEFINE_boolean, "chat", False, "A conversation in the terminal."),
+    cli.Flag(flags.DEFINE_boolean, "json", False, "Answers as JSON lines."),
+    cli.Flag(flags.DEFINE_integer, "max_new_tokens", _OPTIONS.max_new_tokens, "Most tokens of an answer."),
+    cli.Flag(flags.DEFINE_float, "temperature", _OPTIONS.temperature, "0 = greedy."),
+    cli.Flag(flags.DEFINE_float, "top_p", _OPTIONS.top_p, "Probability of the nucleus."),
+    cli.Flag(flags.DEFINE_integer, "top_k", _OPTIONS.top_k, "Likeliest tokens drawn from, 0 = all."),
+    cli.Flag(flags.DEFINE_multi_string, "stop", [], "Text that ends an answer."),
+    cli.Flag(flags.DEFINE_integer, "seed", _OPTIONS.seed, "Seed of the noise."),
+    cli.Flag(flags.DEFINE_string, "exif", _OPTIONS.exif, "apply or ignore."),
+    cli.Flag(flags.DEFINE_string, "template", None, "Conversation template."),
+    cli.Flag(flags.DEFINE_enum, "dtype", None, "float32 or bfloat16.", enum_values=DTYPES),
+    cli.Flag(flags.DEFINE_integer, "batch_size", 1, "Prompts answered at once.", lower_bound=1),
+)
 
 
 def main() -> int:
-    given: Any = {name: flags.FLAGS[name].value for name in FLAGS}
+    given: Any = {flag.name: flag.value for flag in FLAGS}
     options = Options(**{option.name: given[option.name] for option in dataclasses.fields(Options)})
     name, dtype, images = given["model"], given["dtype"], [os.path.expanduser(image) for image in given["image"]]
     if not name:
@@ -214,6 +207,5 @@ def note(text: str) -> None:
 
 
 if __name__ == "__main__":
-    define_flags()
     less = "lower --batch_size or --max_new_tokens, or choose --dtype=bfloat16"
-    cli.run(main, USAGE, less)
+    cli.run(main, USAGE, FLAGS, less)

@@ -45,17 +45,27 @@ Exit codes: 0 it fits; 1 a mistake in the input, said in one line; 2 it does not
 """
 EXIT_DOES_NOT_FIT = 2
 
-TOPOLOGY = flags.DEFINE_string("topology", None, "Machine to plan for.")
-SLICES = flags.DEFINE_integer("slices", 1, "TPU slices.", lower_bound=1, upper_bound=1024)
-SEARCH = flags.DEFINE_bool("search", False, "Recommend mesh, remat policy and micro-batches.")
-BATCH_SIZES = flags.DEFINE_list("batch_sizes", [], "Global batches to try.")
-TRIES = flags.DEFINE_integer("tries", 4, "Most compilations of a search.", lower_bound=1)
-MARGIN = flags.DEFINE_float("margin", 0.1, "Share of the memory that stays free.", lower_bound=0.0, upper_bound=0.9)
-ESTIMATE_ONLY = flags.DEFINE_bool("estimate_only", False, "Estimate without compiling.")
-EXAMPLES = flags.DEFINE_integer("examples", 0, "Examples per epoch.", lower_bound=0, upper_bound=10**12)
-PER_ROW = flags.DEFINE_float("examples_per_row", 0.0, "Examples in a packed row.", lower_bound=0.0, upper_bound=1e6)
-JSON = flags.DEFINE_bool("json", False, "JSON on stdout.")
-cli.define_config_flag()
+FLAGS = (
+    (TOPOLOGY := cli.Flag(flags.DEFINE_string, "topology", None, "Machine to plan for.")),
+    (SLICES := cli.Flag(flags.DEFINE_integer, "slices", 1, "TPU slices.", lower_bound=1, upper_bound=1024)),
+    (SEARCH := cli.Flag(flags.DEFINE_bool, "search", False, "Recommend mesh, remat policy and micro-batches.")),
+    (BATCH_SIZES := cli.Flag(flags.DEFINE_list, "batch_sizes", [], "Global batches to try.")),
+    (TRIES := cli.Flag(flags.DEFINE_integer, "tries", 4, "Most compilations of a search.", lower_bound=1)),
+    (
+        MARGIN := cli.Flag(
+            flags.DEFINE_float, "margin", 0.1, "Share of the memory that stays free.", lower_bound=0.0, upper_bound=0.9
+        )
+    ),
+    (ESTIMATE_ONLY := cli.Flag(flags.DEFINE_bool, "estimate_only", False, "Estimate without compiling.")),
+    (EXAMPLES := cli.Flag(flags.DEFINE_integer, "examples", 0, "Examples per epoch.", lower_bound=0, upper_bound=10**12)),
+    (
+        PER_ROW := cli.Flag(
+            flags.DEFINE_float, "examples_per_row", 0.0, "Examples in a packed row.", lower_bound=0.0, upper_bound=1e6
+        )
+    ),
+    (JSON := cli.Flag(flags.DEFINE_bool, "json", False, "JSON on stdout.")),
+    cli.CONFIG,
+)
 
 
 def main() -> int:
@@ -159,4 +169,4 @@ def tried_table(tried: Sequence[Plan]) -> Table:
 
 
 if __name__ == "__main__":
-    cli.run(main, USAGE)
+    cli.run(main, USAGE, FLAGS)

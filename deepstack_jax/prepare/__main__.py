@@ -57,15 +57,17 @@ _LOOKED_ROWS = 100  # at once by a worker in a dry run
 _SUMMARY = ("split", "records", "bad", "images", "bytes", "shards", "seconds")
 _LOOKED = ("split", "records", "bad", "images named", "files missing", "bytes", "shards")
 
-flags.DEFINE_string("out", "", "Folder for the shards.")
-flags.DEFINE_string("split", "", "train, validation or both.")
-flags.DEFINE_integer("workers", None, "Processes that read and decode.", lower_bound=1)
-flags.DEFINE_integer("shard_rows", 1000, "Rows of the source in a shard.", lower_bound=1)
-flags.DEFINE_bool("force", False, "Start over.")
-flags.DEFINE_bool("dry-run", False, "Look and write nothing.")
-flags.DEFINE_bool("decode", False, "With --dry-run: decode every image.")
-flags.DEFINE_string("verify", "", "Folder of finished shards to check.")
-cli.define_config_flag()
+FLAGS = (
+    cli.Flag(flags.DEFINE_string, "out", "", "Folder for the shards."),
+    cli.Flag(flags.DEFINE_string, "split", "", "train, validation or both."),
+    cli.Flag(flags.DEFINE_integer, "workers", None, "Processes that read and decode.", lower_bound=1),
+    cli.Flag(flags.DEFINE_integer, "shard_rows", 1000, "Rows of the source in a shard.", lower_bound=1),
+    cli.Flag(flags.DEFINE_bool, "force", False, "Start over."),
+    cli.Flag(flags.DEFINE_bool, "dry-run", False, "Look and write nothing."),
+    cli.Flag(flags.DEFINE_bool, "decode", False, "With --dry-run: decode every image."),
+    cli.Flag(flags.DEFINE_string, "verify", "", "Folder of finished shards to check."),
+    cli.CONFIG,
+)
 
 
 @dataclass(frozen=True)
@@ -371,4 +373,4 @@ def listed(title: str, lines: Sequence[str]) -> list[str]:
 
 
 if __name__ == "__main__":
-    cli.run(main, USAGE)
+    cli.run(main, USAGE, FLAGS)

@@ -43,13 +43,20 @@ NEEDS_LESS_MEMORY = (
     "python -m deepstack_jax.plan tells what a configuration needs"
 )
 
-flags.DEFINE_string("workdir", None, "Folder for everything that the run writes.")
-flags.DEFINE_string("report", None, "Print where the time of the run in this workdir went, and draw its curves.")
-flags.DEFINE_string("replay", None, "A file of WORKDIR/replay/: do that step again.")
-flags.DEFINE_string("coordinator_address", None, "HOST:PORT of process 0, where the processes of a run cannot find each other.")
-flags.DEFINE_integer("process_count", None, "How many processes there are; 1 = this one alone.")
-flags.DEFINE_integer("process_id", None, "Number of this process, from 0.")
-cli.define_config_flag()
+FLAGS = (
+    cli.Flag(flags.DEFINE_string, "workdir", None, "Folder for everything that the run writes."),
+    cli.Flag(flags.DEFINE_string, "report", None, "Print where the time of the run in this workdir went, and draw its curves."),
+    cli.Flag(flags.DEFINE_string, "replay", None, "A file of WORKDIR/replay/: do that step again."),
+    cli.Flag(
+        flags.DEFINE_string,
+        "coordinator_address",
+        None,
+        "HOST:PORT of process 0, where the processes of a run cannot find each other.",
+    ),
+    cli.Flag(flags.DEFINE_integer, "process_count", None, "How many processes there are; 1 = this one alone."),
+    cli.Flag(flags.DEFINE_integer, "process_id", None, "Number of this process, from 0."),
+    cli.CONFIG,
+)
 
 
 def main() -> int:
@@ -72,4 +79,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    cli.run(main, USAGE, NEEDS_LESS_MEMORY)
+    cli.run(main, USAGE, FLAGS, NEEDS_LESS_MEMORY)

@@ -40,4 +40,4 @@ def put(mesh, batch):
 
 if __name__ == "__main__":
     TrainingStream.__next__, loop.put_batch = deliver, put
-    cli.run(train.main, train.USAGE)
+    cli.run(train.main, train.USAGE, train.FLAGS)

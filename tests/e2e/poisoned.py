@@ -23,4 +23,4 @@ def put(mesh, batch):
 
 if __name__ == "__main__":
     loop.put_batch = replay.put_batch = put
-    cli.run(train.main, train.USAGE)
+    cli.run(train.main, train.USAGE, train.FLAGS)

@@ -120,7 +120,7 @@ def from_command_line(words: list[str]) -> Config:
 def command_line():
     before = sys.argv
     if "config" not in flags.FLAGS:
-        cli.define_config_flag()
+        cli.CONFIG.define()
     yield
     sys.argv = before
 

@@ -149,8 +149,7 @@ def words(tmp_path, monkeypatch):
         monkeypatch.setattr(flags, "FLAGS", flags.FlagValues())
         monkeypatch.setattr(sys, "argv", ["verb", *words])
         monkeypatch.delitem(sys.modules, "config_config", raising=False)  # the file before, as ml_collections names it
-        cli.define_config_flag()
-        cli.parse_flags()
+        cli.parse_flags([cli.CONFIG])
         return cli.parse_config()
 
     return parse

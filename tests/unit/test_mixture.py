@@ -464,7 +464,7 @@ def test_the_recipes_name_their_mixture(stage):
 
 def test_sets_are_set_from_the_command_line_in_any_folder(tmp_path):
     code = (
-        "import sys; from absl import flags; from deepstack_jax import cli; cli.define_config_flag(); flags.FLAGS(sys.argv);"
+        "import sys; from deepstack_jax import cli; cli.parse_flags([cli.CONFIG]);"
         "print([entry.repeat for entry in cli.parse_config().data.sets.values()])"
     )
     arguments = [f"--config={REPOSITORY / 'configs' / 'llava15.py'}:finetune", "--config.data.sets.gqa.repeat=0.5"]
