@@ -24,7 +24,7 @@ from deepstack_jax.data.order.mixture import Mixture, containers, row_choice
 from deepstack_jax.data.shards.reader import SUFFIX
 from deepstack_jax.printing import redacted
 
-LOOKED_AT = 64  # rows, spread over the source: of one behind a network, or drawn; the only ones of earlier versions
+LOOKED_AT = 64  # records, spread over the source: of one on a network, or drawn; the only ones of earlier versions
 COMPARED = 1024  # rows, spread over any other source, whose tokens and images must be the same when a run goes on
 READ_WHOLE = 2 << 30  # bytes of data files that are read to the last for their digest; of larger ones parts
 _PARTS, _PART_BYTES, _READ_BYTES = 256, 64 << 10, 1 << 20
@@ -55,7 +55,7 @@ def describe_options(data: DataConfig, split: str, source: Source, shard_rows: i
 
 
 def describe_files(data: DataConfig, split: str, source: Source) -> dict[str, str]:
-    """Data file as configured -> number, size and last change of what is behind it."""
+    """Data file as configured -> number, size and last change of the files that it names."""
     return redacted({name: _version(path) for name, path in _named(data, split, source).items()})
 
 
@@ -116,7 +116,7 @@ def _short_digest(parts: list[Any]) -> str:
 
 
 def _digest(path: str) -> str:
-    """Of the bytes behind a local path, begun by whether all of them were read; "" behind a URL, whose version is known."""
+    """Of the bytes of a local path's files, preceded by whether all of them were read; "" of a URL, whose version is known."""
     if files.is_url(path):
         return ""
     names = [name for name in _behind(path)[1] if os.path.isfile(name)]
@@ -168,7 +168,7 @@ def _image_paths(source: Source) -> Iterator[str]:
 
 
 def _behind(path: str) -> tuple[Any, list[str]]:
-    """A file system of fsspec and the files behind `path` in it: a file, a folder, a pattern, or one split of a folder."""
+    """A file system of fsspec and the files in it that `path` names: a file, a folder, a pattern, or one split of a folder."""
     system, inner = url_to_fs(path)
     if any(mark in path for mark in "*?["):
         names = system.glob(inner)
@@ -179,7 +179,7 @@ def _behind(path: str) -> tuple[Any, list[str]]:
 
 
 def _version(path: str) -> str:
-    """Changes with every file behind `path`."""
+    """Changes with every file that `path` names."""
     system, names = _behind(path)
     if files.is_url(path):
         version = hashlib.sha256(json.dumps([system.ukey(name) for name in names]).encode()).hexdigest()[:16]

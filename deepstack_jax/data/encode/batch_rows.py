@@ -55,12 +55,12 @@ class Cursor(NamedTuple):
     segment: int = 0
 
     def after(self, size: ExampleSize) -> Cursor:
-        """The cursor behind an example of this size."""
+        """The cursor after an example of this size."""
         return Cursor(self.token + size.tokens, self.crop + size.crops, self.visual + size.visual, self.segment + 1)
 
 
 def place_example(batch: Batch, row: int, example: EncodedExample, cursor: Cursor, patches: int) -> Cursor:
-    """Write one example into `batch` (in place) at the cursor, as a segment of its own; returns the cursor behind it.
+    """Write one example into `batch` (in place) at the cursor, as a segment of its own; returns the cursor after it.
 
     Raises:
       ValueError: placeholders and images differ in number, or the example does not fit into what is left of the row.
@@ -148,7 +148,7 @@ def collate(examples: Sequence[EncodedExample | BadExample], spec: DataSpec, lon
 def fill(
     shape: BatchShape, rows: Sequence[Sequence[tuple[EncodedExample | BadExample, ExampleSize]]], patches: int
 ) -> HostBatch:
-    """A batch with every row's examples one behind the other; where a bad one was due, room of the given size stays blank."""
+    """A batch with every row's examples one after the other; where a bad one was due, room of the given size stays blank."""
     batch = empty_batch(shape)
     bad, remarks = [], []
     for row, examples in enumerate(rows):

@@ -20,7 +20,7 @@ class HFTokenizer:
     """A fast tokenizer from tokenizer.json (Llama 3, Qwen, `train_bpe`); `path` is the file or its folder.
 
     BOS is what the file's own post-processor puts first, whatever tokenizer_config.json says, as in transformers. What it puts
-    behind a text (EOS) is left out: a template writes its own ends of turn. EOS and padding come from tokenizer_config.json, or
+    after a text (EOS) is left out: a template writes its own ends of turn. EOS and padding come from tokenizer_config.json, or
     where that is silent are the first known name in the vocabulary.
     """
 
@@ -59,8 +59,8 @@ class HFTokenizer:
                 continue
             places = [place for place, sequence in enumerate(found.sequence_ids) if sequence is not None]
             if places and bare:
-                front, behind = found.ids[: places[0]], found.ids[places[0] :]
-                if len(front) > 1 or behind[: len(bare)] != bare:  # or it repeats the text
+                front, rest = found.ids[: places[0]], found.ids[places[0] :]
+                if len(front) > 1 or rest[: len(bare)] != bare:  # or it repeats the text
                     raise TokenizerError(
                         f"{self.file}: adds {front[:8]} before a text; expected at most a BOS; edit its post_processor"
                     )

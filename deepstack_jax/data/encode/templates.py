@@ -26,9 +26,9 @@ class Rendered:
 class Template:
     """The fixed text around the turns, in order: start question ask lead answer end (again question ask lead answer end)* tail.
 
-    A generation prompt stops after `ask`, so everything behind it, `lead` included, is what the model must say itself
+    A generation prompt stops after `ask`, so everything after it, `lead` included, is what the model must say itself
     and is supervised. That is where the official labels begin and end, and it holds for every tokenizer: one that keeps
-    a space with the word behind it and one that does not.
+    a space with the word after it and one that does not.
     """
 
     start: str

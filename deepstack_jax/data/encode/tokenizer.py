@@ -23,7 +23,7 @@ from deepstack_jax.data.encode.tokenizer_files import LITERALS, read_json
 class Tokenizer(Protocol):
     """What the data pipeline and generation need of a tokenizer.
 
-    `encode` gives ids i32[n] without BOS, and offsets i32[n, 2]: the half-open character span of `text` behind each
+    `encode` gives ids i32[n] without BOS, and offsets i32[n, 2]: the half-open character span of `text` that is each
     token, empty for a token that stands for no character (the space that sentencepiece puts in front). A control token is
     text where its characters are one of the spans `plain`. `bos_id` is None where the model's tokenizer adds none. `decode`
     leaves special tokens out. `control_tokens` are those that steer a model, by id: BOS, EOS, padding, and what the

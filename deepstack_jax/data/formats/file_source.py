@@ -37,7 +37,7 @@ class Records(Protocol):
 
 
 class FileSource:
-    """Examples of a container, by random access; images are named and not opened, except those behind a URL.
+    """Examples of a container, by random access; images are named and not opened, except those at a URL.
 
     A path on this machine stays a path in `Example.images`; an image under a root that is a URL is fetched and comes as its
     encoded bytes, since what decodes images knows no network.

@@ -99,7 +99,7 @@ def is_file(path: str) -> bool:
 
 
 def is_folder(path: str) -> bool:
-    """Whether a folder is there; object stores have one wherever a name continues behind the slash."""
+    """Whether a folder is there; object stores have one wherever a name continues after the slash."""
     if not is_url(path):
         return os.path.isdir(path)
     with _backend(path) as (system, inner):
@@ -241,7 +241,7 @@ def _otherwise_composed(path: str) -> str:
 
 
 class ProcessCache(OrderedDict[_Key, _Value]):
-    """What a process keeps open or decoded, with a lock; on its way to another process it is left behind."""
+    """What a process keeps open or decoded, with a lock; it does not travel to another process."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -11,7 +11,7 @@ import pyarrow as pa
 
 from deepstack_jax.data.formats import files
 
-_END = 8  # bytes behind the footer: its length, and the magic
+_END = 8  # bytes after the footer: its length, and the magic
 _MOST = 16 << 20  # bytes of a footer, which takes up to 64 times as much when it is read
 
 

@@ -93,7 +93,7 @@ def image_size(source: Source, data: DataConfig = DEFAULTS) -> tuple[int, int]:
     """(width, height) of what `read_image` would give, read from the image's header.
 
     Raises:
-      ImageError: there is no such header. An image that is damaged behind it still has a size.
+      ImageError: there is no such header. An image that is damaged after it still has a size.
     """
     with _errors_of(source, data.max_pixels), _opened(source, data.max_pixels) as (image, file):
         return _look(image, file if data.exif == "apply" else None, data.max_pixels, data.exif).size_wh
@@ -210,7 +210,7 @@ def _orientation(image: Image.Image, file: IO[bytes] | None) -> int:
 
 
 def _late_exif(file: IO[bytes]) -> bytes | None:
-    """The EXIF block that stands behind the pixels of a PNG, where some programs write it."""
+    """The EXIF block that stands after the pixels of a PNG, where some programs write it."""
     here = file.tell()
     try:
         file.seek(8)

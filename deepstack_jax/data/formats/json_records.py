@@ -222,7 +222,7 @@ class _Scanner:
                 raise self._malformed(error) from None
             if end - self.position > self._most:
                 raise _too_long(self._most, self.offset)
-            if end < len(self._text) or not self._read_on():  # a number at the window's edge may go on behind it
+            if end < len(self._text) or not self._read_on():  # a number at the window's edge may go on after it
                 start, self.position = self.position, end
                 return self._base + start, end - start
 

@@ -131,7 +131,7 @@ def _label(outline: RecordMetadata) -> str:
 
 
 def _key(path: str, filters: Sequence[RowFilter]) -> str:
-    """Changes with every file behind `path` (fsspec's key: name, size, times) and with every filter; "" where none is found,
+    """Changes with every file of `path` (fsspec's key: name, size, times) and with every filter; "" where none is found,
     as for one split of a folder.
     """
     system, inner = url_to_fs(path)

@@ -39,10 +39,10 @@ class EpochOrder:
     twice per epoch, 0.5 one half of the rows and in the next epoch the other half, 1.5 all of them and one half again.
 
     Args:
-      sizes: rows of each set; a global row number counts through the sets, one behind the other.
+      sizes: rows of each set; a global record number counts through the sets, one after the other.
       repeats: how often an epoch goes through each set, above 0.
       seed: of the shuffle, at least 0.
-      shuffle: False goes through the sets one behind the other, in the order of their rows.
+      shuffle: False goes through the sets one after the other, in the order of their records.
 
     Raises:
       ValueError: a set that would give no row, as nobody would notice that it is never seen.
@@ -125,7 +125,7 @@ class MixturePart:
 
 
 class Mixture:
-    """Several sets as one source, by random access: their rows one behind the other, each once.
+    """Several sets as one source, by random access: their records one after the other, each once.
 
     How often an epoch goes through a set is the business of `epoch_order`. Examples carry the number of their row in the
     mixture, and the name of their set in `info["set"]`.

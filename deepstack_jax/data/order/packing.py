@@ -178,9 +178,9 @@ class _Waiting:
                     return one, other
         return None
 
-    def _visual(self, kind: _Kind, behind: int = 0) -> int:
-        """Visual tokens of the example of this kind that is taken next, or of one behind it: they may differ."""
-        return self.sizes[self._places[kind][behind]][2]
+    def _visual(self, kind: _Kind, later: int = 0) -> int:
+        """Visual tokens of the example of this kind that is taken next, or of a later one: they may differ."""
+        return self.sizes[self._places[kind][later]][2]
 
     def _take(self, kind: _Kind) -> int:
         place = self._places[kind].popleft()

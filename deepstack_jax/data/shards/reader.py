@@ -42,7 +42,7 @@ class Shard(NamedTuple):
 class ShardSource:
     """Examples of a finished folder, by random access over all shards; images come as encoded bytes.
 
-    Only the manifest is pickled; each process opens the shards that it reads. Of a folder behind a URL, each shard that is read
+    Only the manifest is pickled; each process opens the shards that it reads. Of a folder at a URL, each shard that is read
     is copied once (`files.local_copy`).
 
     Args:
