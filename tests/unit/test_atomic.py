@@ -117,7 +117,7 @@ def test_there_is_one_way_to_replace_a_file():
         text=True,
     )
     names = {str(Path(line).relative_to(PACKAGE)) for line in found.stdout.splitlines()}
-    assert names == {"atomic.py", "data/formats/files.py", "prepare/preparing.py"}
+    assert names == {"atomic.py", "prepare/chunks.py"}
 
 
 SIGNED = "X-Amz-Algorithm=AWS4-HMAC-SHA256&X-Amz-Date=20260101T0000Z&X-Amz-Signature=5ecre7"
