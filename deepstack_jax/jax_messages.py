@@ -51,7 +51,7 @@ def is_lost_process(error: BaseException) -> bool:
     return isinstance(error, RuntimeError | ValueError) and any(text in str(error) for text in LOST_PROCESS)
 
 
-def is_no_cluster(error: ValueError) -> bool:
+def is_cluster_missing(error: ValueError) -> bool:
     """Whether `jax.distributed.initialize` found no environment that it knows."""
     return NO_CLUSTER in str(error)
 
@@ -87,7 +87,7 @@ _WORDS = tuple(
 )
 
 
-def is_passing(error: BaseException) -> bool:
+def is_transient(error: BaseException) -> bool:
     """Whether the error, or any that led to it, tells of memory, storage, a network or rights, and not of a file's bytes."""
     chain = [error]
     for link in chain:

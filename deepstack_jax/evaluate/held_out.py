@@ -19,7 +19,7 @@ from deepstack_jax.data.encode.encoder import Encoder, try_row
 from deepstack_jax.data.encode.tokenizer import load_tokenizer
 from deepstack_jax.data.example import BadExample, Source
 from deepstack_jax.evaluate.ask import ask
-from deepstack_jax.evaluate.questions import check_room, uninterrupted
+from deepstack_jax.evaluate.questions import check_prompt_fits, uninterrupted
 from deepstack_jax.evaluate.tasks import Prediction, Task
 from deepstack_jax.generate.answers import Answer, Answerer
 from deepstack_jax.generate.decoding import NO_TOKEN, greedy
@@ -62,7 +62,7 @@ class RunAnswerer(Answerer):
         """As every answerer's, checked against the room of a row."""
         assert self.tokenizer is not None, "a run has one"
         encoded = encode_turns(turns, self.config, self.tokenizer, find_template(self.template), options.exif, placed=placed)
-        check_room(encoded, self.config)
+        check_prompt_fits(encoded, self.config)
         return encoded
 
     def answer_encoded(self, prompts: Sequence[EncodedExample], options: Options, batch_size: int) -> list[Answer]:

@@ -87,7 +87,7 @@ def _kind(example: Example, turn: int) -> str:
     return kind if isinstance(kind, str) else "all"
 
 
-def check_room(prompt: EncodedExample, config: Config) -> None:
+def check_prompt_fits(prompt: EncodedExample, config: Config) -> None:
     """Raise RequestError where a row of a training run has no room for the prompt, or the model none for the answer."""
     room = min(config.data.max_length, config.decoder.max_positions - config.evaluation.max_new_tokens)
     if prompt.length > room:
@@ -119,7 +119,9 @@ def check_rows(source: Source, config: Config) -> list[BadExample]:
             try:
                 if question.problem:
                     raise RequestError(question.problem)
-                check_room(encode_turns(question.turns, config, tokenizer, template, config.data.exif, placed=True), config)
+                check_prompt_fits(
+                    encode_turns(question.turns, config, tokenizer, template, config.data.exif, placed=True), config
+                )
             except RequestError as error:
                 return BadExample(example.index, example.name, f"turn {question.turn}: {error}")
         return None

@@ -132,15 +132,15 @@ class PreemptionSync:
         self._calls = 0
 
     def __call__(self) -> bool:
-        self.hand_on()
+        self.forward_signal()
         return self._agreed()
 
-    def hand_on(self) -> None:
+    def forward_signal(self) -> None:
         """Tell the other hosts, where there are any, what this one was told."""
         if jax.process_count() > 1 and self._received():
             os.kill(os.getpid(), signal.SIGTERM)
 
-    def after_all(self) -> bool:
+    def requested_after_last_step(self) -> bool:
         """The same once all steps are done and saved, for what the hosts were told until a moment ago."""
         if jax.process_count() > 1:
             time.sleep(_NOTICE_SECONDS)

@@ -16,7 +16,7 @@ from types import TracebackType
 import jax
 
 from deepstack_jax.errors import ConfigError
-from deepstack_jax.jax_messages import KUBERNETES, is_lost_process, is_no_cluster
+from deepstack_jax.jax_messages import KUBERNETES, is_cluster_missing, is_lost_process
 
 # A process that says nothing for so long is dead, and the others stop. Well within a minute, and far beyond a pause of Python.
 HEARTBEAT_SECONDS = 30
@@ -173,7 +173,7 @@ def _detected() -> bool:
         try:
             _connect()
         except ValueError as error:
-            if not is_no_cluster(error):
+            if not is_cluster_missing(error):
                 raise
             return False
     return True

@@ -13,7 +13,7 @@ from deepstack_jax.parallel.distributed import is_first_host
 from deepstack_jax.parallel.processes import join_processes
 from deepstack_jax.printing import Console
 from deepstack_jax.train.account.report import report
-from deepstack_jax.train.run.lock import alone_in
+from deepstack_jax.train.run.lock import lock_workdir
 from deepstack_jax.train.run.replay import replay_file
 from deepstack_jax.train.run.train import train
 
@@ -74,7 +74,7 @@ def main() -> int:
     if not asked["workdir"]:
         raise ConfigError("--workdir is missing; e.g. --workdir=runs/demo")
     workdir = cli.writable_folder(asked["workdir"], "workdir")
-    with alone_in(workdir):
+    with lock_workdir(workdir):
         return train(config, workdir, console, TrainingEvaluation(config, workdir, console))
 
 

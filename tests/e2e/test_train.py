@@ -15,7 +15,7 @@ import jax
 import numpy as np
 import pytest
 
-from deepstack_jax.train.run.lock import alone_in
+from deepstack_jax.train.run.lock import lock_workdir
 from tests.e2e.receipts import draw_receipts
 from tests.e2e.verb import (
     ENVIRONMENT,
@@ -343,7 +343,7 @@ def test_workdir_of_another_configuration(demo):
 
 
 def test_workdir_of_a_run_that_goes_on(precious):
-    with alone_in(precious):
+    with lock_workdir(precious):
         refused("configs/demo.py", precious, DEMO, [f"another run is at work in {precious}", "--workdir"])
 
 

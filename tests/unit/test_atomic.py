@@ -14,7 +14,7 @@ import pytest
 from deepstack_jax.atomic import SCRATCH, whole_file, write_json, write_lines, write_whole
 from deepstack_jax.cli import writable_folder
 from deepstack_jax.printing import label, one_line, quote, redacted
-from deepstack_jax.train.run.lock import LOCK, WorkdirError, alone_in
+from deepstack_jax.train.run.lock import LOCK, WorkdirError, lock_workdir
 
 PACKAGE = Path(__file__).parents[2] / "deepstack_jax"
 
@@ -102,7 +102,7 @@ def test_a_lock_that_is_a_link_is_not_followed(tmp_path):
     (tmp_path / LOCK).symlink_to(precious)
     with (
         pytest.raises(WorkdirError, match=r"cannot lock .*/\.lock: Too many levels of symbolic links; delete it"),
-        alone_in(tmp_path),
+        lock_workdir(tmp_path),
     ):
         pass
     assert precious.read_text() == "mine"

@@ -24,7 +24,7 @@ from deepstack_jax.train.checkpoint.reading import CheckpointError
 from deepstack_jax.train.core.state import new_state
 from deepstack_jax.train.run.metrics import MetricsLog, Quarantine, QuarantineError, read_metrics
 from deepstack_jax.train.run.replay import write_bundle
-from deepstack_jax.train.run.resume import check_room, check_same_run
+from deepstack_jax.train.run.resume import check_disk_space, check_same_run
 from deepstack_jax.types import TrainState
 
 
@@ -233,12 +233,12 @@ def megabytes(count):
 
 def test_room_is_looked_at_before_anything_is_computed(small_disk):
     train = TrainConfig(keep=2, checkpoint_every=10)
-    assert check_room(small_disk, megabytes(1), train, 100) is None
-    warning = check_room(small_disk, megabytes(3), train, 100)
+    assert check_disk_space(small_disk, megabytes(1), train, 100) is None
+    warning = check_disk_space(small_disk, megabytes(3), train, 100)
     assert "a checkpoint takes 3.1 MB" in warning
     assert "is to hold 3, of which 0 are there" in warning
     with pytest.raises(CheckpointError, match=r"takes 8\.4 MB, .* has 6.* MB free; make room or choose another --workdir"):
-        check_room(small_disk, megabytes(8), train, 100)
+        check_disk_space(small_disk, megabytes(8), train, 100)
 
 
 @pytest.mark.parametrize(
@@ -254,17 +254,17 @@ def test_room_is_looked_at_before_anything_is_computed(small_disk):
 def test_the_room_is_that_of_the_checkpoints_that_will_be_there(options, steps, most, small_disk):
     size = min(5, 6 // most + 1)  # so many do not fit, one does
     train = TrainConfig(checkpoint_every=10, **options)
-    assert f"is to hold {most}, " in check_room(small_disk, megabytes(size), train, steps)
+    assert f"is to hold {most}, " in check_disk_space(small_disk, megabytes(size), train, steps)
 
 
 def test_a_run_that_goes_on_is_not_refused_for_want_of_room(small_disk):
     """What is there needs no room any more, and a run that is done saves nothing."""
     train = TrainConfig(keep=1, checkpoint_every=10)
     (small_disk / "checkpoints" / "90").mkdir(parents=True)
-    assert check_room(small_disk, megabytes(4), train, 100) is None
-    assert "is to hold 2, of which 1 are there" in check_room(small_disk, megabytes(8), train, 100)
+    assert check_disk_space(small_disk, megabytes(4), train, 100) is None
+    assert "is to hold 2, of which 1 are there" in check_disk_space(small_disk, megabytes(8), train, 100)
     (small_disk / "checkpoints" / "100").mkdir()
-    assert check_room(small_disk, megabytes(8), train, 100) is None
+    assert check_disk_space(small_disk, megabytes(8), train, 100) is None
 
 
 def test_weights_of_another_model_are_all_named(saved):

@@ -20,10 +20,10 @@ from deepstack_jax.jax_messages import (
     LOST_PROCESS,
     PASSING_CODES,
     hbm_asked,
+    is_cluster_missing,
     is_lost_process,
-    is_no_cluster,
     is_out_of_memory,
-    is_passing,
+    is_transient,
     memory_asked,
 )
 
@@ -50,7 +50,7 @@ def test_memory_that_is_not_there():
         jnp.zeros(2**46).block_until_ready()
     assert is_out_of_memory(caught.value)
     assert memory_asked(str(caught.value)) == "Out of memory allocating 281,475.0 GB"
-    assert is_passing(caught.value), "a checkpoint that memory does not hold is not damaged"
+    assert is_transient(caught.value), "a checkpoint that memory does not hold is not damaged"
     assert memory_asked("RESOURCE_EXHAUSTED: Error writing d/ab: No space left on device") == ""
 
 
@@ -81,7 +81,7 @@ def test_no_cluster():
     environment = {name: value for name, value in os.environ.items() if not name.startswith(known)}
     code = "import jax; jax.distributed.initialize()"
     done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True, env=environment)
-    assert is_no_cluster(ValueError(done.stderr.splitlines()[-1]))
+    assert is_cluster_missing(ValueError(done.stderr.splitlines()[-1]))
 
 
 def test_the_warning_of_kubernetes():
@@ -91,7 +91,7 @@ def test_the_warning_of_kubernetes():
 @pytest.mark.parametrize("code", PASSING_CODES)
 def test_status_codes(code):
     assert stands_in(binary_of("tensorstore", "_tensorstore*.so"), code)
-    assert is_passing(ValueError(f'{code}: Error reading "step/.zarray"'))
+    assert is_transient(ValueError(f'{code}: Error reading "step/.zarray"'))
 
 
 def stored(folder: Path):
@@ -114,11 +114,11 @@ def test_damaged_files_are_not_taken_for_storage_that_fails(damage, tmp_path):
         tensorstore.open(spec, open=True).result().read().result()
     expected = {"cut": "DATA_LOSS", "gone": "NOT_FOUND", "link": f"os_error_code='{errno.ELOOP}'"}[damage]
     assert expected in str(caught.value)
-    assert not is_passing(caught.value)
+    assert not is_transient(caught.value)
 
 
 def test_a_name_that_is_too_long_is_told_by_its_number(tmp_path):
     with pytest.raises(ValueError) as caught:
         tensorstore.KvStore.open(f"file://{tmp_path}/").result().read("x" * 300).result()
     assert f"os_error_code='{errno.ENAMETOOLONG}'" in str(caught.value)
-    assert not is_passing(caught.value)
+    assert not is_transient(caught.value)

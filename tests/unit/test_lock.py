@@ -8,15 +8,15 @@ import sys
 
 import pytest
 
-from deepstack_jax.train.run.lock import WorkdirError, alone_in
+from deepstack_jax.train.run.lock import WorkdirError, lock_workdir
 from tests.e2e.verb import REPOSITORY
 
 HOLDER = """
 import sys, time
 from pathlib import Path
-from deepstack_jax.train.run.lock import alone_in
+from deepstack_jax.train.run.lock import lock_workdir
 
-with alone_in(Path(sys.argv[1])):
+with lock_workdir(Path(sys.argv[1])):
     print("holds", flush=True)
     time.sleep(1000)
 """
@@ -28,12 +28,12 @@ def test_a_second_run_is_refused_until_the_first_one_is_dead(tmp_path):
         assert first.stdout is not None
         assert first.stdout.readline() == "holds\n"
         said = rf"another run is at work in .* \(process {first.pid} on .*\); wait .* --workdir"
-        with pytest.raises(WorkdirError, match=said), alone_in(tmp_path):
+        with pytest.raises(WorkdirError, match=said), lock_workdir(tmp_path):
             pass
         first.send_signal(signal.SIGKILL)
         first.wait()
     for _ in range(2):
-        with alone_in(tmp_path):
+        with lock_workdir(tmp_path):
             pass
 
 
@@ -42,5 +42,5 @@ def test_without_locks_a_run_goes_on_and_says_so(tmp_path, monkeypatch, caplog):
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr(fcntl, "flock", no_locks)
-    with alone_in(tmp_path):
+    with lock_workdir(tmp_path):
         assert "has no locks (No locks available)" in caplog.text

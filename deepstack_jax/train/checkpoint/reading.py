@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from deepstack_jax.errors import UserError
-from deepstack_jax.jax_messages import is_out_of_memory, is_passing
+from deepstack_jax.jax_messages import is_out_of_memory, is_transient
 from deepstack_jax.printing import cut
 
 log = logging.getLogger(__name__)
@@ -36,7 +36,7 @@ class UnreadableError(CheckpointError, OSError):
 
 def is_damage(error: BaseException) -> bool:
     """Whether an error is about the bytes that were read (missing, cut, not what they should be) and nothing passing."""
-    return isinstance(error, _UNDECODABLE) and not is_passing(error)
+    return isinstance(error, _UNDECODABLE) and not is_transient(error)
 
 
 def read_or_damage(
@@ -66,7 +66,7 @@ def read_or_damage(
         if pause is not None:
             log.warning("%s cannot be read now (%s); trying again in %g s", what, passing[0], pause)
             time.sleep(pause)
-        elif failure is not None and (is_out_of_memory(failure) or not is_passing(failure)):
+        elif failure is not None and (is_out_of_memory(failure) or not is_transient(failure)):
             raise failure
         else:
             raise UnreadableError(

@@ -23,7 +23,7 @@ class WorkdirError(UserError):
 
 
 @contextmanager
-def alone_in(workdir: Path) -> Iterator[None]:
+def lock_workdir(workdir: Path) -> Iterator[None]:
     """Keep other runs out of an existing workdir; the end of the process, in whatever way, lets them in again.
 
     On several hosts the first one holds the lock, for all.

@@ -15,7 +15,7 @@ from deepstack_jax.train.checkpoint.reading import CheckpointError, UnreadableEr
 from deepstack_jax.types import PyTree
 
 
-def check_room(workdir: Path, state: PyTree, train: TrainConfig, steps: int) -> str | None:
+def check_disk_space(workdir: Path, state: PyTree, train: TrainConfig, steps: int) -> str | None:
     """A warning where the disk does not hold the checkpoints that are still to come; None where there is room.
 
     Args:

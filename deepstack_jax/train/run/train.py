@@ -36,7 +36,7 @@ from deepstack_jax.train.run.inputs import open_inputs, open_stream
 from deepstack_jax.train.run.loop import loop
 from deepstack_jax.train.run.manifest import run_manifest
 from deepstack_jax.train.run.metrics import MetricsLog, Quarantine, seconds_per_step, start_wandb
-from deepstack_jax.train.run.resume import check_room, check_same_data, check_same_run
+from deepstack_jax.train.run.resume import check_disk_space, check_same_data, check_same_run
 from deepstack_jax.train.run.run import Run
 from deepstack_jax.types import PyTree, TrainState
 
@@ -92,7 +92,7 @@ def train(config: Config, workdir: Path, console: Console, evaluation: Evaluatio
             console.print(table)
     program = build_program(config, mesh, steps)
     console.print(describe_run(program, steps))
-    if warning := check_room(workdir, program.abstract_state(), config.train, steps):
+    if warning := check_disk_space(workdir, program.abstract_state(), config.train, steps):
         console.print(f"warning: {warning}", soft_wrap=True)
     checkpoints = Checkpoints(workdir, config.train)
     state = begin_state(program, stream, checkpoints, console)
@@ -149,9 +149,9 @@ def run_to_end(run: Run, state: TrainState, evaluation: Evaluation, parameters: 
 
 def exit_code(run: Run, step: int, stop: StopSignals, sync: PreemptionSync) -> int:
     """The exit code of a loop that has saved its state; what follows is computed again by the same command."""
-    sync.hand_on()  # before SIGTERM no longer reaches the service that tells the others
+    sync.forward_signal()  # before SIGTERM no longer reaches the service that tells the others
     stop.end_on_sigterm()
-    if step == run.steps and not sync.after_all():
+    if step == run.steps and not sync.requested_after_last_step():
         return EXIT_DONE
     run.console.print(f"stopped at step {step}, state saved; the same command goes on from here")
     return stop.exit_code or EXIT_PREEMPTED  # another host was told to stop
