@@ -22,7 +22,7 @@ import numpy as np
 from absl import app, flags
 from flax import traverse_util
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from rich.table import Table as RichTable
+from rich.table import Table
 
 from deepstack_jax.config import Config, DecoderConfig, ImageConfig, VisionConfig
 from deepstack_jax.families.base import TOWER
@@ -30,9 +30,9 @@ from deepstack_jax.families.forms import to_hf
 from deepstack_jax.families.official import tower_to_hf
 from deepstack_jax.families.processor import preprocessor_to_hf
 from deepstack_jax.printing import Console
-from deepstack_jax.weights.folders import open_checkpoint
 from deepstack_jax.weights.load import load_params, stored_leaves
-from deepstack_jax.weights.names import Table
+from deepstack_jax.weights.names import NameTable
+from deepstack_jax.weights.open_checkpoint import open_checkpoint
 from deepstack_jax.weights.save import Out, save_checkpoint, write_safetensors, write_shards
 
 DECODER = DecoderConfig(vocab_size=32000, width=2048, layers=24, heads=16, kv_heads=16, head_dim=128, mlp=8192)
@@ -48,7 +48,7 @@ def write_checkpoint(folder: Path) -> None:
     """A DeepStack-L checkpoint in bfloat16 whose numbers mean nothing."""
     config = Config(decoder=DECODER, vision=VISION, image=ImageConfig())
     noise = np.random.default_rng(0).standard_normal(2**20, dtype=np.float32).astype(ml_dtypes.bfloat16)
-    outs = [Out(name, t.shape, lambda t=t: np.resize(noise, t.shape)) for name, t in Table(config).tensors.items()]
+    outs = [Out(name, t.shape, lambda t=t: np.resize(noise, t.shape)) for name, t in NameTable(config).tensors.items()]
     (folder / "clip").mkdir(parents=True)
     write_shards(outs, folder, "bfloat16", SHARD, lambda nbytes: None)
     tower = [out._replace(name=out.name.removeprefix(TOWER)) for out in outs if out.name.startswith(TOWER)]
@@ -88,7 +88,7 @@ def over_devices(config: Config) -> dict:
         spec = PartitionSpec(*("x" if axis == longest else None for axis in range(len(shape))))
         return NamedSharding(Mesh(devices, "x"), spec)
 
-    places = {path: place(leaf.shape) for path, leaf in Table(config).leaves.items()}
+    places = {path: place(leaf.shape) for path, leaf in NameTable(config).leaves.items()}
     return traverse_util.unflatten_dict(places, sep="/")
 
 
@@ -112,12 +112,12 @@ def report(folder: Path, console: Console) -> None:
     """Write, measure, print."""
     write_checkpoint(folder)
     files = [file.stat().st_size for file in folder.glob("*.safetensors")]
-    leaves = Table(open_checkpoint(folder).config).leaves.values()
+    leaves = NameTable(open_checkpoint(folder).config).leaves.values()
     stacked = max(int(np.prod(leaf.shape)) for leaf in leaves)
     title = (
         f"{sum(files) / GB:.2f} GB in {len(files)} files, largest {max(files) / GB:.2f}; largest parameter {stacked / 1e6:.0f}M"
     )
-    table = RichTable("", "seconds", "arrays GB", "beyond GB", "limit GB", title=title)
+    table = Table("", "seconds", "arrays GB", "beyond GB", "limit GB", title=title)
     for what in ("bfloat16", "float32", "bfloat16,sharded", "float32,sharded", "convert"):
         got = run(what, folder)
         itemsize = 4 if what.startswith("float32") else 2

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from rich.table import Table as RichTable
+from rich.table import Table
 from safetensors.numpy import save_file
 
 from benchmarks.stand_in_sets import write_file, write_sets
@@ -31,7 +31,7 @@ from deepstack_jax.families.base import TOWER, decoder_of
 from deepstack_jax.families.official import tower_to_hf
 from deepstack_jax.families.processor import preprocessor_to_hf
 from deepstack_jax.printing import Console
-from deepstack_jax.weights.names import Table
+from deepstack_jax.weights.names import NameTable
 
 REPOSITORY = Path(__file__).parents[1]
 TOKENIZERS = {"llama": "llama_legacy_false", "phi3": "phi3_rstrip"}  # of tests/golden, which need no download
@@ -82,7 +82,7 @@ def write_weights(folder: Path, config: Config, seed: int = 0) -> None:
     """A bare language model with a tokenizer (`llm/`) and a vision tower (`clip/`) of the config's sizes, at random."""
     rng = np.random.default_rng(seed)
     parts: dict[str, dict[str, np.ndarray]] = {"llm": {}, "clip": {}}
-    for name, foreign in Table(config).tensors.items():
+    for name, foreign in NameTable(config).tensors.items():
         if name.startswith(TOWER):
             parts["clip"][name.removeprefix(TOWER)] = _draw(rng, name, foreign.shape)
         elif not name.startswith(("model.mm_projector.", "model.image_newline")):
@@ -190,7 +190,7 @@ def main() -> None:
     except ValueError as error:
         parser.error(str(error))
     workdir = (given.workdir or REPOSITORY / "runs" / "tiny" / given.name.replace(":", "-").replace(",", "-")).absolute()
-    console, table = Console(), RichTable("step", "seconds", "result", title=f"{given.name} in small")
+    console, table = Console(), Table("step", "seconds", "result", title=f"{given.name} in small")
     for step in steps(name, words, workdir):
         began, done = time.perf_counter(), step.proof.exists()
         if not done:

@@ -30,8 +30,8 @@ from deepstack_jax.printing import label, one_line, quote
 from deepstack_jax.train.checkpoint.restore_params import is_workdir, restore_params
 from deepstack_jax.train.core.optimizer import flatten, unflatten
 from deepstack_jax.types import PyTree
-from deepstack_jax.weights.folders import find_folder, open_checkpoint
 from deepstack_jax.weights.load import load_params
+from deepstack_jax.weights.open_checkpoint import find_folder, open_checkpoint
 from deepstack_jax.weights.save import save_checkpoint
 
 __all__ = ["LMM", "Answer", "Chat", "ConfigError", "Options", "RequestError", "load", "save_hf"]

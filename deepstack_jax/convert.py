@@ -20,8 +20,8 @@ from deepstack_jax.errors import ConfigError
 from deepstack_jax.families.forms import FORMATS
 from deepstack_jax.printing import Console
 from deepstack_jax.train.checkpoint.restore_params import is_workdir, restore_params
-from deepstack_jax.weights.folders import Checkpoint, open_checkpoint
 from deepstack_jax.weights.load import stored_leaves
+from deepstack_jax.weights.open_checkpoint import StoredModel, open_checkpoint
 from deepstack_jax.weights.save import DTYPES, LeafLike, Written, save_checkpoint
 
 USAGE = """
@@ -62,7 +62,7 @@ FLAGS = (
 
 
 @dataclass(frozen=True)
-class Source:
+class ConvertSource:
     """A model that can be written: from a run or from a checkpoint folder."""
 
     config: Config
@@ -111,7 +111,7 @@ def main() -> int:
     return cli.EXIT_DONE
 
 
-def open_run(workdir: Path) -> Source:
+def open_run(workdir: Path) -> ConvertSource:
     """The newest parameters of a run."""
     step, config, leaves = restore_params(workdir)
     folder, files, passthrough = config.data.tokenizer, "", {}
@@ -121,27 +121,27 @@ def open_run(workdir: Path) -> Source:
         except (ValueError, OSError) as error:
             raise ConfigError(f"the run's tokenizer {folder} cannot be read: {error}; put it back where it was") from error
         files, passthrough = tokenizer_files(tokenizer), token_ids(tokenizer)
-    return Source(config, leaves, "float32", files, passthrough, f"run {config.name}, step {step}")
+    return ConvertSource(config, leaves, "float32", files, passthrough, f"run {config.name}, step {step}")
 
 
-def open_folder(given: Mapping[str, str]) -> Source:
+def open_folder(given: Mapping[str, str]) -> ConvertSource:
     """A checkpoint folder, nothing of it read yet."""
     checkpoint = open_checkpoint(given["from"], tower=given["tower"], base=given["base"], projector=given["projector"])
     leaves = stored_leaves(checkpoint.tensors, checkpoint.config)
     sources = (checkpoint.path, checkpoint.tower)
     what = f"{checkpoint.path.name}, {len(checkpoint.tensors)} tensors"
-    return Source(
+    return ConvertSource(
         checkpoint.config, leaves, stored_dtype(checkpoint), checkpoint.tokenizer, checkpoint.passthrough, what, sources
     )
 
 
-def stored_dtype(checkpoint: Checkpoint) -> str:
+def stored_dtype(checkpoint: StoredModel) -> str:
     """The dtype of the checkpoint's own weights, read off the largest of them."""
     largest = max(checkpoint.tensors.values(), key=lambda tensor: tensor.nbytes)
     return next((name for name, (_, kind) in DTYPES.items() if kind == largest.dtype), "float32")
 
 
-def describe(source: Source, target: Path, form: str, dtype: str, written: Written) -> Table:
+def describe(source: ConvertSource, target: Path, form: str, dtype: str, written: Written) -> Table:
     """What was converted into what."""
     config = source.config
     vision, decoder, stack, size = config.vision, config.decoder, config.deepstack, config.image.size

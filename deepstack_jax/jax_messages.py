@@ -71,11 +71,11 @@ def is_after_failed_save(error: BaseException | None) -> bool:
 # What the operating system says of a file that is missing, or something else than it was written as.
 _MISSING = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG)
 # Status codes of tensorstore and of jax that say nothing of the file.
-PASSING_CODES = (
+TRANSIENT_CODES = (
     *("UNAVAILABLE", "DEADLINE_EXCEEDED", "RESOURCE_EXHAUSTED", "INTERNAL", "ABORTED", "CANCELLED", "UNKNOWN"),
     *("PERMISSION_DENIED", "UNAUTHENTICATED"),
 )
-_PASSING = re.compile(rf"\b(?:{'|'.join(PASSING_CODES)})\b:")
+_TRANSIENT = re.compile(rf"\b(?:{'|'.join(TRANSIENT_CODES)})\b:")
 _NUMBER = re.compile(r"(?:os_error_code='|\[Errno )(\d+)")
 _WORDS = tuple(
     os.strerror(number)
@@ -99,7 +99,7 @@ def is_transient(error: BaseException) -> bool:
         numbers += map(int, _NUMBER.findall(text))
         if isinstance(link, MemoryError) or any(number not in _MISSING for number in numbers):
             return True
-        if not numbers and (_PASSING.search(text) or any(words in text for words in _WORDS)):
+        if not numbers and (_TRANSIENT.search(text) or any(words in text for words in _WORDS)):
             return True
         led = [link.__cause__, None if link.__suppress_context__ else link.__context__]
         led += link.exceptions if isinstance(link, BaseExceptionGroup) else ()

@@ -21,7 +21,7 @@ from deepstack_jax.data.example import BadExample
 from deepstack_jax.data.formats.image_files import read_image
 
 
-class Chip(NamedTuple):
+class Tag(NamedTuple):
     """An entry of a legend; no colour for a remark."""
 
     colour: str
@@ -42,7 +42,7 @@ class ImageCard(NamedTuple):
 
     title: str
     pictures: Sequence[Picture]
-    chips: Sequence[Chip]
+    tags: Sequence[Tag]
 
 
 @dataclass(frozen=True)
@@ -117,8 +117,8 @@ def make_image_card(title: str, original: Image.Image, image: ImageInput, config
             closer = pictures.close_up(sheet, colours, places, layers)
             shown.append(Picture("Close-up", caption, data_uri(closer), wide=True))
     grid = "" if image.grid is None else f", grid {grid_name(image.grid)} (rows × columns)"
-    chips = _chips(image, layers, colours, sum(sheet.unused for sheet in sheets))
-    return ImageCard(f"{title}: {len(image.tokens):,} visual tokens{grid}", shown, chips)
+    tags = _tags(image, layers, colours, sum(sheet.unused for sheet in sheets))
+    return ImageCard(f"{title}: {len(image.tokens):,} visual tokens{grid}", shown, tags)
 
 
 def hex_code(colour: np.ndarray) -> str:
@@ -144,16 +144,16 @@ def _painted(sheet: Sheet, colours: np.ndarray) -> Picture:
     return Picture(title, "; ".join(told), data_uri(painted), wide=True)
 
 
-def _chips(image: ImageInput, layers: Sequence[Layer], colours: np.ndarray, unused: int) -> list[Chip]:
-    chips = []
+def _tags(image: ImageInput, layers: Sequence[Layer], colours: np.ndarray, unused: int) -> list[Tag]:
+    tags = []
     for layer, colour in zip(layers, colours, strict=True):
         group = image.stack[layer.group]
         count, sources = int((group >= 0).sum()), int(np.unique(group[group >= 0]).size)
         again = "" if count == sources else f" ({sources:,} different)"
-        chips.append(Chip(hex_code(colour), f"{layer.name}: " + (f"{count:,} tokens{again}" if count else "exact zeros")))
+        tags.append(Tag(hex_code(colour), f"{layer.name}: " + (f"{count:,} tokens{again}" if count else "exact zeros")))
     if unused:
-        chips.append(Chip(hex_code(np.array(pictures.GRAY, np.uint8)), f"not used: {unused:,} tokens"))
-    return chips
+        tags.append(Tag(hex_code(np.array(pictures.GRAY, np.uint8)), f"not used: {unused:,} tokens"))
+    return tags
 
 
 def _capital(name: str) -> str:

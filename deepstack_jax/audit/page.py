@@ -12,7 +12,7 @@ from markupsafe import Markup, escape
 
 from deepstack_jax import __version__
 from deepstack_jax.audit import pictures, survey
-from deepstack_jax.audit.cards import Chip, SampleCard, hex_code
+from deepstack_jax.audit.cards import SampleCard, Tag, hex_code
 from deepstack_jax.audit.inputs import injecting_layers
 from deepstack_jax.audit.survey import Survey
 from deepstack_jax.config import Config
@@ -57,7 +57,7 @@ def render_page(
         remarks=found.remarks(),
         scanned=len(found.rows),
         method=method(config),
-        layers=layer_chips(config),
+        layers=layer_tags(config),
         cards=cards,
         shown=_with_newlines,
     )
@@ -113,15 +113,15 @@ def method(config: Config) -> str:
     return f"{first}. At the inputs of the layers below, {what} are added to the {where}. Layers count from 0."
 
 
-def layer_chips(config: Config) -> list[Chip]:
+def layer_tags(config: Config) -> list[Tag]:
     """The legend of all layers, and the groups that reach none."""
     layers = injecting_layers(config)
     colours = [hex_code(colour) for colour in pictures.layer_colours(len(layers))]
-    chips = [Chip(code, f"{layer.name}, group {layer.group}") for layer, code in zip(layers, colours, strict=True)]
+    tags = [Tag(code, f"{layer.name}, group {layer.group}") for layer, code in zip(layers, colours, strict=True)]
     lost = sorted(set(range(config.groups)) - {layer.group for layer in layers})
     if lost:
-        chips.append(Chip("", f"never added, past the last layer: group {', '.join(map(str, lost))}"))
-    return chips
+        tags.append(Tag("", f"never added, past the last layer: group {', '.join(map(str, lost))}"))
+    return tags
 
 
 def _png(data: bytes) -> str:

@@ -89,7 +89,7 @@ ANY_NUMBER = Range()
 Seed = Annotated[int, Range(0, "a whole number from 0 to 4294967295", 2**32 - 1)]  # jax drops higher bits: two would be one
 
 
-class Leaf(NamedTuple):
+class ConfigValue(NamedTuple):
     """A value of a configuration that is no section, or an item of a list in it."""
 
     key: str  # dotted, without "config."
@@ -125,7 +125,7 @@ def choices(kind: Any, marks: tuple[Any, ...]) -> tuple[str, ...]:
     return typing.get_args(kind) if typing.get_origin(kind) is Literal else listed
 
 
-def leaves(value: Any, hint: Any, key: str = "") -> Iterator[Leaf]:
+def leaves(value: Any, hint: Any, key: str = "") -> Iterator[ConfigValue]:
     """Every value below `value`, which is of the annotated type."""
     kind, marks = unwrap(hint)
     if dataclasses.is_dataclass(value):
@@ -139,7 +139,7 @@ def leaves(value: Any, hint: Any, key: str = "") -> Iterator[Leaf]:
         for number, item in enumerate(value):
             yield from leaves(item, items[0] if items[-1] is Ellipsis else items[number], f"{key}[{number}]")
     else:
-        yield Leaf(key, value, kind, marks)
+        yield ConfigValue(key, value, kind, marks)
 
 
 def find(cls: type, key: str) -> tuple[Any, tuple[Any, ...]]:

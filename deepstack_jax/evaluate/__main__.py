@@ -79,7 +79,7 @@ LINES = 50  # of progress, off a terminal
 
 
 @dataclass(frozen=True)
-class Evaluation:
+class EvaluationRequest:
     """What is asked, and how.
 
     Attributes:
@@ -128,7 +128,7 @@ def main() -> int:
     return cli.EXIT_DONE
 
 
-def open_evaluation(given: dict[str, Any], console: Console) -> Evaluation:
+def open_evaluation(given: dict[str, Any], console: Console) -> EvaluationRequest:
     """The rows to ask, from --data, --config or the model's own run.
 
     Raises:
@@ -161,7 +161,7 @@ def open_evaluation(given: dict[str, Any], console: Console) -> Evaluation:
     origin |= describe_options(config.data, "validation", source, 0)
     with console.status(f"looking through {plural(rows, 'row')}"):
         bad = tuple(check_questions(source, range(rows), config.data))
-    return Evaluation(Task(source), config, name, origin, rows, options, given["batch_size"] or batch_size, bad)
+    return EvaluationRequest(Task(source), config, name, origin, rows, options, given["batch_size"] or batch_size, bad)
 
 
 def with_changes(workdir: str | None) -> Config:
@@ -181,7 +181,7 @@ def with_changes(workdir: str | None) -> Config:
     return build_config(values)
 
 
-def key_of(lmm: LMM, evaluation: Evaluation) -> dict[str, Any]:
+def key_of(lmm: LMM, evaluation: EvaluationRequest) -> dict[str, Any]:
     """All that the answers depend on: another key, other answers."""
     protocol = asdict(evaluation.options) | {"batch_size": evaluation.batch_size, "rows": evaluation.rows}
     model = {"weights": checksums(lmm.params), "config": to_dict(lmm.config), "template": lmm.template}
@@ -189,7 +189,7 @@ def key_of(lmm: LMM, evaluation: Evaluation) -> dict[str, Any]:
 
 
 def answer_all(
-    answerer: Answerer, evaluation: Evaluation, checkpoint: EvalCheckpoint, console: Console
+    answerer: Answerer, evaluation: EvaluationRequest, checkpoint: EvalCheckpoint, console: Console
 ) -> tuple[list[Prediction], list[BadExample]]:
     """Ask everything that is not answered yet, showing how far it is.
 
@@ -225,7 +225,7 @@ def answer_all(
     return sorted(predictions, key=lambda one: (one.row, one.turn)), bad
 
 
-def leave_out(more: Sequence[BadExample], bad: list[BadExample], evaluation: Evaluation, console: Console) -> None:
+def leave_out(more: Sequence[BadExample], bad: list[BadExample], evaluation: EvaluationRequest, console: Console) -> None:
     """Name what cannot be asked and add it to `bad`.
 
     Raises:

@@ -75,7 +75,7 @@ def to_hf(config: Config, passthrough: Mapping[str, Any] | None = None, dtype: s
     """The config.json of an official folder.
 
     Args:
-      passthrough: keys that our Config does not describe (token ids above all), as `Checkpoint.passthrough`.
+      passthrough: keys that our Config does not describe (token ids above all), as `StoredModel.passthrough`.
       dtype: of the tensors beside it.
 
     Raises:

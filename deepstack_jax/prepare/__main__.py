@@ -24,7 +24,7 @@ from deepstack_jax.data.example import SourceError
 from deepstack_jax.data.formats import files
 from deepstack_jax.data.shards.reader import MANIFEST, verify
 from deepstack_jax.errors import ConfigError
-from deepstack_jax.prepare.chunks import Chunk, DiskError, Job, make_chunks, record_bytes, shard_bytes
+from deepstack_jax.prepare.chunks import DiskError, Job, ShardChunk, make_chunks, record_bytes, shard_bytes
 from deepstack_jax.prepare.folder import BAD, IDENTITY, ShardFolder, too_many_bad
 from deepstack_jax.printing import Console
 from deepstack_jax.stop_signals import StopSignals
@@ -252,7 +252,7 @@ def dry_run(splits: Sequence[Split], data: DataConfig, workers: int, console: Co
         with console.status(f"looking for the images of {split.name}"):
             images = named_images(job.source)
         notes += listed(f"{split.name}: missing", images.missing)
-        chunks: list[Chunk] = []
+        chunks: list[ShardChunk] = []
         looks = replace(job, shard_rows=min(job.shard_rows, _LOOKED_ROWS), folder="")
         with progress(split.name, looks, range(looks.chunks), console) as looked:
             make_chunks(looks, range(looks.chunks), workers, chunks.append, looked, lambda: stop.received)

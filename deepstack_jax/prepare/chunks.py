@@ -48,7 +48,7 @@ class Bad(NamedTuple):
     reason: str
 
 
-class Chunk(NamedTuple):
+class ShardChunk(NamedTuple):
     """What became of the examples of one chunk; written beside its shard.
 
     Attributes:
@@ -153,8 +153,8 @@ def chunk_paths(folder: str | os.PathLike[str], number: int) -> tuple[Path, Path
     return shard, shard.with_suffix(".json")
 
 
-def make_chunk(job: Job, number: int, tick: Callable[[], None]) -> Chunk:
-    """Check the examples of a chunk and write its shard, which gets its name when it is whole and its `Chunk` lies beside it.
+def make_chunk(job: Job, number: int, tick: Callable[[], None]) -> ShardChunk:
+    """Check the examples of a chunk and write its shard, named once it is whole and its `ShardChunk` lies beside it.
 
     Args:
       job: what to make.
@@ -183,12 +183,12 @@ def make_chunk(job: Job, number: int, tick: Callable[[], None]) -> Chunk:
     if not job.folder:
         for _ in good():
             pass
-        return Chunk(number, images, tuple(bad), None)
+        return ShardChunk(number, images, tuple(bad), None)
     path, beside = chunk_paths(job.folder, number)
     try:
         with tempfile.TemporaryDirectory(dir=job.folder, prefix=SCRATCH) as scratch:
             shard = write_shard(Path(scratch) / "shard", path.name, good())
-            chunk = Chunk(number, images, tuple(bad), shard)
+            chunk = ShardChunk(number, images, tuple(bad), shard)
             path.unlink(missing_ok=True)  # of an earlier attempt: never beside what is said of this one
             write_whole(beside, json.dumps(chunk))
             if shard:
@@ -203,7 +203,7 @@ def make_chunks(
     job: Job,
     numbers: Sequence[int],
     workers: int,
-    take: Callable[[Chunk], None],
+    take: Callable[[ShardChunk], None],
     looked: Callable[[int], None],
     stopped: Callable[[], bool],
 ) -> None:
@@ -242,7 +242,7 @@ class _Stopped(Exception):
     """Ends a chunk that nobody waits for any more."""
 
 
-def _make_chunk(job: Job, rows: Any, stop: Any, number: int) -> Chunk:
+def _make_chunk(job: Job, rows: Any, stop: Any, number: int) -> ShardChunk:
     """In a worker process; `rows` is the shared number of examples looked at, `stop` the event that ends it."""
     warnings.simplefilter("ignore")  # Pillow's: what does not decode is reported, the rest is as training sees it
 

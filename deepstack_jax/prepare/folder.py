@@ -19,7 +19,7 @@ from deepstack_jax.atomic import SCRATCH, write_whole
 from deepstack_jax.data.example import ExampleError, SourceError
 from deepstack_jax.data.shards.reader import MANIFEST, SUFFIX, Shard, ShardSource
 from deepstack_jax.data.shards.writer import manifest_of
-from deepstack_jax.prepare.chunks import Bad, Chunk, Job, chunk_paths, read_checked
+from deepstack_jax.prepare.chunks import Bad, Job, ShardChunk, chunk_paths, read_checked
 
 BAD, IDENTITY = "bad.jsonl", "prepare.json"
 _JOURNAL = "journal.jsonl"  # where earlier releases kept what is known of the finished shards
@@ -79,7 +79,7 @@ class ShardFolder:
             del self.chunks[number]
         return [number for number in range(job.chunks) if number not in self.chunks]
 
-    def add(self, chunk: Chunk) -> None:
+    def add(self, chunk: ShardChunk) -> None:
         """Take a finished chunk into account."""
         self.chunks[chunk.number] = chunk
 
@@ -166,14 +166,14 @@ class ShardFolder:
         except SourceError as error:
             raise SourceError(f"{error}, with --force") from error
 
-    def _read(self) -> dict[int, Chunk]:
+    def _read(self) -> dict[int, ShardChunk]:
         if (self.path / _JOURNAL).exists():
             warnings.warn(f"{self.path} was begun by an earlier release: its shards are made again", stacklevel=2)
         chunks = {}
         for beside in self.path.glob("shard-*.json"):
             try:
                 number, images, bad, shard = json.loads(beside.read_bytes())
-                chunk = Chunk(number, images, tuple(Bad(*entry) for entry in bad), shard and Shard(*shard))
+                chunk = ShardChunk(number, images, tuple(Bad(*entry) for entry in bad), shard and Shard(*shard))
                 path = chunk_paths(self.path, number)[0]
             except (ValueError, TypeError):  # damaged: it is made again
                 continue

@@ -22,7 +22,7 @@ from deepstack_jax.config import Config
 from deepstack_jax.errors import WeightsError
 from deepstack_jax.families.forms import DRAWN
 from deepstack_jax.types import PyTree
-from deepstack_jax.weights.names import Leaf, Table, to_ours
+from deepstack_jax.weights.names import NameTable, ParameterLeaf, to_ours
 from deepstack_jax.weights.stored_tensor import StoredTensor, aligned_empty, copy_into
 
 _QUANTISED = (".absmax", ".qweight", ".qzeros", ".scales", ".SCB", "weight_scale", "quant_map")
@@ -36,7 +36,7 @@ class StoredLeaf:
     """
 
     def __init__(
-        self, leaf: Leaf, tensors: Mapping[str, StoredTensor], dtype: DTypeLike, fresh: Any, unfinite: list[str]
+        self, leaf: ParameterLeaf, tensors: Mapping[str, StoredTensor], dtype: DTypeLike, fresh: Any, unfinite: list[str]
     ) -> None:
         self.shape, self.dtype = leaf.shape, np.dtype(dtype)
         self._leaf, self._tensors, self._fresh, self._unfinite = leaf, tensors, fresh, unfinite
@@ -97,7 +97,7 @@ def stored_leaves(
     Raises:
       WeightsError: tensors are missing, left over or misshapen; all of them are listed, with a guess at the cause.
     """
-    table, fresh = Table(config), fresh or {}
+    table, fresh = NameTable(config), fresh or {}
     check_tensors({name: tensor.shape for name, tensor in tensors.items()}, table, drawn=fresh)
     whole = [
         f"{name} is {tensors[name].dtype}" for name in table.tensors if name in tensors and tensors[name].dtype.kind in "iub"
@@ -157,12 +157,12 @@ def absent_leaves(tensors: Collection[str], config: Config) -> tuple[str, ...]:
     """
     return tuple(
         path
-        for path, leaf in Table(config).leaves.items()
+        for path, leaf in NameTable(config).leaves.items()
         if any(piece.name not in tensors and piece.name.startswith(DRAWN) for piece in leaf.pieces)
     )
 
 
-def check_tensors(shapes: Mapping[str, tuple[int, ...]], table: Table, drawn: Collection[str] = ()) -> None:
+def check_tensors(shapes: Mapping[str, tuple[int, ...]], table: NameTable, drawn: Collection[str] = ()) -> None:
     """Refuse tensors that are not exactly those of the table.
 
     Args:

@@ -26,7 +26,7 @@ class Piece(NamedTuple):
     stop: int
 
 
-class Leaf(NamedTuple):
+class ParameterLeaf(NamedTuple):
     """A parameter of ours: its whole shape, and one piece per layer (or one alone)."""
 
     shape: tuple[int, ...]
@@ -44,7 +44,7 @@ class Foreign(NamedTuple):
     parts: tuple[tuple[str, int], ...]
 
 
-class Table:
+class NameTable:
     """The rows of one configuration, with numbers.
 
     Attributes:
@@ -52,7 +52,7 @@ class Table:
     """
 
     def __init__(self, config: Config) -> None:
-        self.leaves: dict[str, Leaf] = {}
+        self.leaves: dict[str, ParameterLeaf] = {}
         self.tensors: dict[str, Foreign] = {}
         for names in model_names(config):
             for row in names.rows:
@@ -72,7 +72,7 @@ class Table:
         pieces = tuple(self._claim(name, row.ours, at, shape) for at, name in enumerate(foreign))
         layer_shape = (*inner, *outer)
         whole = (len(foreign), *layer_shape) if stacked else layer_shape
-        self.leaves[row.ours] = Leaf(whole, layer_shape, row.layout, len(inner), stacked, pieces)
+        self.leaves[row.ours] = ParameterLeaf(whole, layer_shape, row.layout, len(inner), stacked, pieces)
 
     def _claim(self, name: str, path: str, layer: int, shape: tuple[int, ...]) -> Piece:
         """The next rows of the tensor `name`, which another parameter may have begun where tensors are fused."""
@@ -93,7 +93,7 @@ def to_ours(tensor: np.ndarray, layout: str, shape: tuple[int, ...]) -> np.ndarr
     return tensor.reshape(shape)
 
 
-def to_theirs(layer: np.ndarray, leaf: Leaf, shape: tuple[int, ...]) -> np.ndarray:
+def to_theirs(layer: np.ndarray, leaf: ParameterLeaf, shape: tuple[int, ...]) -> np.ndarray:
     """The inverse of `to_ours`: one layer of a parameter as rows of the foreign tensor of `shape`."""
     if leaf.layout == "linear":
         return layer.reshape(math.prod(layer.shape[: leaf.inputs]), -1).T

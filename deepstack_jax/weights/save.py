@@ -23,7 +23,7 @@ from deepstack_jax.families.llava_hf import llava_hf_name, llava_processor_to_hf
 from deepstack_jax.families.official import TOWER_FOLDER, tower_to_hf
 from deepstack_jax.families.processor import preprocessor_to_hf
 from deepstack_jax.weights.export_folder import TOKENIZER_FILES, whole_export
-from deepstack_jax.weights.names import Table, to_theirs
+from deepstack_jax.weights.names import NameTable, to_theirs
 from deepstack_jax.weights.stored_tensor import BEYOND_FILE, copy_into
 
 DTYPES = {
@@ -84,7 +84,7 @@ def save_checkpoint(
       tokenizer_folder: where the tokenizer's files are copied from; "" writes none.
       dtype: float32 | bfloat16 | float16. max_shard: most bytes of a file, e.g. "5GB".
       form: official (DeepStack, LLaVA) | llava-hf (baselines only, for transformers).
-      passthrough: keys of config.json that our Config does not describe, as `Checkpoint.passthrough`.
+      passthrough: keys of config.json that our Config does not describe, as `StoredModel.passthrough`.
       sources: files and folders that the parameters come from, which are never replaced.
       progress: called with the bytes of every tensor written.
 
@@ -159,7 +159,7 @@ def shard_size(text: str) -> int:
 
 def _tensors(leaves: Mapping[str, LeafLike], config: Config, form: str) -> Iterator[Out]:
     """Every tensor of the export, in the order of the model, made when it is written."""
-    table = Table(config)
+    table = NameTable(config)
     wrong = [
         f"{path}: {'missing' if path not in leaves else f'shape {tuple(leaves[path].shape)}, expected {leaf.shape}'}"
         for path, leaf in table.leaves.items()

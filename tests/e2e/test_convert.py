@@ -12,8 +12,8 @@ import pytest
 from safetensors.numpy import load_file
 
 from deepstack_jax.train.checkpoint.restore_params import restore_params
-from deepstack_jax.weights.folders import open_checkpoint
 from deepstack_jax.weights.load import load_params, stored_leaves
+from deepstack_jax.weights.open_checkpoint import open_checkpoint
 from tests.e2e.verb import ENVIRONMENT, REPOSITORY, TIMEOUT, contents, train
 from tests.parity.goldens import GOLDEN, write_folder
 

@@ -17,8 +17,8 @@ from deepstack_jax.data.encode.tokenizer import load_tokenizer
 from deepstack_jax.train.checkpoint.init_weights import open_start
 from deepstack_jax.train.checkpoint.restore_params import restore_params
 from deepstack_jax.train.core.optimizer import flatten
-from deepstack_jax.weights.folders import open_checkpoint
 from deepstack_jax.weights.load import load_params
+from deepstack_jax.weights.open_checkpoint import open_checkpoint
 from tests.e2e.verb import ENVIRONMENT, REPOSITORY, read_json, read_lines
 
 TIMEOUT = 1800  # seconds for a chain on a busy machine: the longest takes 100 of CPU

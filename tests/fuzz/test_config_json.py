@@ -13,8 +13,8 @@ from deepstack_jax.families.forms import from_hf
 from deepstack_jax.families.official import KNOWN
 from deepstack_jax.families.processor import preprocessor_to_hf
 from deepstack_jax.weights.checkpoint_files import read_json, weight_files
-from deepstack_jax.weights.folders import open_checkpoint
-from deepstack_jax.weights.names import Table
+from deepstack_jax.weights.names import NameTable
+from deepstack_jax.weights.open_checkpoint import open_checkpoint
 from tests.fuzz.watch import is_one_line, reads_only
 from tests.parity.goldens import GOLDEN, write_folder
 
@@ -78,7 +78,7 @@ def check(config, tower, pixels) -> None:
         warnings.simplefilter("ignore")
         try:
             read = from_hf(config, tower, pixels)
-            assert len(Table(read).tensors) < 10**6
+            assert len(NameTable(read).tensors) < 10**6
         except WeightsError as error:
             is_one_line(error, 2001)
 
@@ -154,7 +154,7 @@ def test_any_bytes_in_a_json_file(folder, name, text):
     try:
         with warnings.catch_warnings(), reads_only(folder.parent):
             warnings.simplefilter("ignore")
-            Table(open_checkpoint(folder).config)
+            NameTable(open_checkpoint(folder).config)
     except WeightsError as error:
         is_one_line(error, 2001)
     finally:

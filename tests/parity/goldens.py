@@ -22,8 +22,8 @@ from deepstack_jax.data.encode.image import image_grid, make_views
 from deepstack_jax.families.build import build_model
 from deepstack_jax.model.deepstack import DeepStack
 from deepstack_jax.weights import load as weights
-from deepstack_jax.weights.folders import Checkpoint, open_checkpoint
-from deepstack_jax.weights.names import Table, to_theirs
+from deepstack_jax.weights.names import NameTable, to_theirs
+from deepstack_jax.weights.open_checkpoint import StoredModel, open_checkpoint
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 
@@ -33,7 +33,7 @@ class Case:
     name: str
     info: dict
     arrays: dict[str, np.ndarray]
-    checkpoint: Checkpoint
+    checkpoint: StoredModel
     config: Config
 
     def model(self, **more) -> DeepStack:
@@ -84,7 +84,7 @@ def load_params(case: Case) -> dict:
 def official_names(case: Case, tree: dict) -> dict[str, np.ndarray]:
     """A tree like the parameters (say, their gradients) under the official names and shapes, by the exporter's table."""
     leaves = {"/".join(path): np.asarray(leaf) for path, leaf in traverse_util.flatten_dict(tree).items()}
-    table, named = Table(case.config), {}
+    table, named = NameTable(case.config), {}
     for name, foreign in table.tensors.items():
         parts = []
         for path, layer in foreign.parts:

@@ -16,8 +16,8 @@ import deepstack_jax as dsx
 from deepstack_jax.data.encode.image import make_views
 from deepstack_jax.errors import WeightsError
 from deepstack_jax.weights.checkpoint_files import weight_files
-from deepstack_jax.weights.folders import open_checkpoint
 from deepstack_jax.weights.load import load_params, stored_leaves
+from deepstack_jax.weights.open_checkpoint import open_checkpoint
 from deepstack_jax.weights.save import save_checkpoint
 from deepstack_jax.weights.torch_pickle import open_bin
 from tests.parity.goldens import build_batch, load_case, official_tensors, open_images, write_folder

@@ -17,7 +17,7 @@ from deepstack_jax.audit import pictures, survey
 from deepstack_jax.audit.cards import make_card
 from deepstack_jax.audit.charts import draw_charts
 from deepstack_jax.audit.inputs import ModelInput, injecting_layers, model_input
-from deepstack_jax.audit.page import layer_chips, method, quarantined, render_page
+from deepstack_jax.audit.page import layer_tags, method, quarantined, render_page
 from deepstack_jax.audit.prompt import prompt_runs, special_names, token_texts
 from deepstack_jax.batch import NEWLINE
 from deepstack_jax.config import Config, build_config, default_config
@@ -115,7 +115,7 @@ def test_colours_follow_the_papers_dilated_sampling(size_wh, grid):
             assert np.all(block == blend(colours[group], pictures.TINT, 100)), (y, x)
     card = make_card(1, found, config, ByteTokenizer())
     filled = [f"layer {1 + group}: {SIDE**2} tokens" for group in range(rows * cols)]
-    assert [chip.label for chip in card.images[0].chips] == [*filled, "layer 4: exact zeros"][:4]
+    assert [tag.label for tag in card.images[0].tags] == [*filled, "layer 4: exact zeros"][:4]
 
 
 def test_the_global_view_is_not_coloured_and_nothing_is_unused():
@@ -181,7 +181,7 @@ def test_hd_cells_have_a_stack_each_and_the_upsampled_picture_is_put_together_ag
 def test_vision_injection_names_layers_of_the_tower_and_groups_past_the_last_are_unused():
     config = small_config(deepstack__into="vision", image__grid="square", deepstack__vision_start=4)
     assert [layer.name for layer in injecting_layers(config)] == ["vision layer 4", "vision layer 5"]
-    assert layer_chips(config)[-1].label == "never added, past the last layer: group 2, 3"
+    assert layer_tags(config)[-1].label == "never added, past the last layer: group 2, 3"
     assert "inside the vision tower" in method(config)
     assert sheets_of(config, seen(config, SQUARE))["crops"].unused == 2 * SIDE**2
 
@@ -195,7 +195,7 @@ def test_letterbox_that_spatial_unpad_cuts_away_is_unused():
     # A picture twice as wide as high fills the middle half of a square: 2 of 8 token rows go above and below.
     np.testing.assert_array_equal(np.flatnonzero(sheet.sequence.all(axis=1)), [2, 3, 4, 5])
     assert sheet.unused == 4 * 8
-    assert make_card(1, found, config, ByteTokenizer()).images[0].chips[0].label == "not used: 32 tokens"
+    assert make_card(1, found, config, ByteTokenizer()).images[0].tags[0].label == "not used: 32 tokens"
 
 
 def test_every_image_of_a_row_is_read_back_from_its_own_slots():

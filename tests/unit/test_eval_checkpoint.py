@@ -13,7 +13,7 @@ import pytest
 
 from deepstack_jax.config import Config, DataConfig
 from deepstack_jax.data.example import SourceError
-from deepstack_jax.evaluate.__main__ import Evaluation, answer_all, key_of
+from deepstack_jax.evaluate.__main__ import EvaluationRequest, answer_all, key_of
 from deepstack_jax.evaluate.ask import Refusal
 from deepstack_jax.evaluate.checkpoint import EvalCheckpoint
 from deepstack_jax.evaluate.tasks import Task
@@ -54,10 +54,10 @@ class Stopping(Echo):
         return [Answer(f"{text} of {len(prompts)}", tokens) for text, tokens in super().answer_encoded(prompts, options, 9)]
 
 
-def evaluation_of(rows: list, allowed: float = 1.0) -> Evaluation:
+def evaluation_of(rows: list, allowed: float = 1.0) -> EvaluationRequest:
     source: Any = Rows(rows)
     config = Config(data=DataConfig(max_bad_fraction=allowed))
-    return Evaluation(Task(source), config, "data", {"files": {"val.json": "1 file, 5 bytes"}}, len(rows), Options(), 3)
+    return EvaluationRequest(Task(source), config, "data", {"files": {"val.json": "1 file, 5 bytes"}}, len(rows), Options(), 3)
 
 
 def run(

@@ -9,8 +9,8 @@ import deepstack_jax as dsx
 from deepstack_jax.api import LMM
 from deepstack_jax.errors import ConfigError, WeightsError
 from deepstack_jax.weights.export_folder import MARK, whole_export
-from deepstack_jax.weights.folders import open_checkpoint
 from deepstack_jax.weights.load import load_params, stored_leaves
+from deepstack_jax.weights.open_checkpoint import open_checkpoint
 from deepstack_jax.weights.save import save_checkpoint
 from deepstack_jax.weights.stored_tensor import BEYOND_FILE
 from tests.parity.goldens import GOLDEN, write_folder

@@ -40,7 +40,7 @@ from deepstack_jax.printing import Console
 from deepstack_jax.train.checkpoint.restore_params import restore_params
 from deepstack_jax.train.flops import step_flops
 from deepstack_jax.train.run.train import train
-from deepstack_jax.weights.names import Table
+from deepstack_jax.weights.names import NameTable
 from tests.unit.test_planning import CHIP
 from tests.unit.tiny import TINY, example, make_batch
 
@@ -192,7 +192,7 @@ def test_its_table_has_the_parameters_of_its_model():
     model = build_model(config)
     batch = make_batch(config, [[example(config, 0, [(2, 2)])]], length=64)
     shapes = nn.unbox(jax.eval_shape(model.init, jax.random.key(0), batch)["params"])
-    ours = {path: leaf.shape for path, leaf in Table(config).leaves.items()}
+    ours = {path: leaf.shape for path, leaf in NameTable(config).leaves.items()}
     assert ours == {"/".join(key.key for key in path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(shapes)}
     assert "head/kernel" not in ours
     assert "vision_tower/cls" not in ours
@@ -224,7 +224,7 @@ def test_it_trains_and_its_checkpoint_is_read(workdir):
     assert np.mean(losses[-5:]) < np.mean(losses[:5]) - 0.5
     step, config, leaves = restore_params(workdir)
     assert (step, config) == (STEPS, config_of())
-    assert set(leaves) == set(Table(config).leaves)
+    assert set(leaves) == set(NameTable(config).leaves)
 
 
 def test_it_is_exported_loaded_and_asked(workdir, tmp_path):
@@ -270,7 +270,7 @@ def test_it_is_planned():
     plan = make_plan(config, Machine("test", tuple(jax.devices()[:8]), 1, "here", CHIP, 0.0), Wanted(epoch=80), compiled=False)
     assert plan.roofline is not None
     assert plan.roofline.step > 0
-    groups = dict.fromkeys(Table(config).leaves, "default")
+    groups = dict.fromkeys(NameTable(config).leaves, "default")
     parts = {part.name: part for part in step_flops(config, groups, 2, 64).parts}
     assert parts["head"].forward == 2 * 2 * 64 * 32 * 260
     assert parts["tower"].forward == pytest.approx(

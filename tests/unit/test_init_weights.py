@@ -13,7 +13,7 @@ from deepstack_jax.errors import WeightsError, fetch_command
 from deepstack_jax.train.checkpoint import init_weights
 from deepstack_jax.train.checkpoint.init_weights import find_weights, open_start
 from deepstack_jax.train.checkpoint.restore_params import is_workdir, run_tensors
-from deepstack_jax.weights.names import Table
+from deepstack_jax.weights.names import NameTable
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +45,7 @@ def test_a_projector_comes_from_stage_1_and_the_rest_from_the_weights(tiny, weig
     stage1 = a_run(tmp_path / "stage1", load_recipe(Run("llava15", "pretrain", "")), 3)
     folders = {"weights": str(weights / "llm"), "tower": str(weights / "clip")}
     found = open_start(starting(tiny, **folders, projector=stage1))
-    assert found.tensors.keys() == Table(tiny).tensors.keys()
+    assert found.tensors.keys() == NameTable(tiny).tensors.keys()
     from_run = {name for name, tensor in found.tensors.items() if str(tensor.file) == stage1}
     assert from_run == {name for name in found.tensors if ".mm_projector." in name}
     bare = open_start(starting(tiny, **folders, projector=""))
@@ -58,7 +58,7 @@ def test_image_newline_comes_along_where_both_runs_have_one(weights, tmp_path):
     trained = a_run(tmp_path / "next", runs["llava_next"], 6)
     assert "model.image_newline" in run_tensors(trained, ("image_newline",))
     whole = open_start(starting(runs["deepstack_hd"], weights=trained))
-    assert whole.tensors.keys() == Table(runs["deepstack_hd"]).tensors.keys()
+    assert whole.tensors.keys() == NameTable(runs["deepstack_hd"]).tensors.keys()
     baseline = load_recipe(Run("llava15_baseline", "finetune", ""))
     assert "model.image_newline" not in open_start(starting(baseline, weights=trained, projector="")).tensors
     folders = {"weights": str(weights / "llm"), "tower": str(weights / "clip")}

@@ -18,7 +18,7 @@ from jax._src.clusters import k8s_cluster
 from deepstack_jax import jax_messages
 from deepstack_jax.jax_messages import (
     LOST_PROCESS,
-    PASSING_CODES,
+    TRANSIENT_CODES,
     hbm_asked,
     is_cluster_missing,
     is_lost_process,
@@ -88,7 +88,7 @@ def test_the_warning_of_kubernetes():
     assert jax_messages.KUBERNETES in inspect.getsource(k8s_cluster)
 
 
-@pytest.mark.parametrize("code", PASSING_CODES)
+@pytest.mark.parametrize("code", TRANSIENT_CODES)
 def test_status_codes(code):
     assert stands_in(binary_of("tensorstore", "_tensorstore*.so"), code)
     assert is_transient(ValueError(f'{code}: Error reading "step/.zarray"'))

@@ -6,7 +6,7 @@ import pytest
 
 from deepstack_jax.printing import Console
 from deepstack_jax.train.account.journal import Journal, read_journal
-from deepstack_jax.train.account.report import LOST, ReportError, account, report
+from deepstack_jax.train.account.report import LOST, ReportError, add_up, report
 
 
 def record(event, time, **more):
@@ -37,7 +37,7 @@ def test_time_is_counted_once_whoever_claims_it(tmp_path):
 
 def test_steps_done_again_are_lost_and_what_came_before_is_not():
     """Killed at step 10, when the newest checkpoint was that of step 6: half of what the steps 3..10 took is done again."""
-    spent = account(
+    spent = add_up(
         [
             record("start", 100.0),
             record("resume", 100.0, step=0),
@@ -62,7 +62,7 @@ def test_work_is_lost_once_however_often_a_run_is_killed():
     lines = [record("start", 0.0), record("resume", 0.0, step=0), record("time", 10.0, step=10, seconds={"step": 10.0})]
     for attempt in range(3):
         lines += [record("start", 20.0 + attempt), record("resume", 20.0 + attempt, step=5)]
-    spent = account(lines)
+    spent = add_up(lines)
     assert spent.seconds[LOST] == pytest.approx(5.0)
     assert spent.seconds["step"] == pytest.approx(5.0)
 

@@ -12,7 +12,7 @@ import pytest
 
 from deepstack_jax.config import TrainConfig
 from deepstack_jax.train.account.journal import read_journal
-from deepstack_jax.train.account.report import account
+from deepstack_jax.train.account.report import add_up
 from deepstack_jax.train.checkpoint import manager, reading
 from deepstack_jax.train.checkpoint import restore_params as restoring
 from deepstack_jax.train.checkpoint.manager import Checkpoints
@@ -385,6 +385,6 @@ def test_lines_that_are_no_records_of_ours_are_passed_over(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": "9"}\n{"step": 1}\n{"step": [2]}\n')
     (tmp_path / "quarantine.jsonl").write_text('{"index": [1]}\n{"index": 5}\n')
     assert read_journal(tmp_path) == good
-    assert account(read_journal(tmp_path)).seconds["step"] == 7.0
+    assert add_up(read_journal(tmp_path)).seconds["step"] == 7.0
     assert read_metrics(tmp_path) == [{"step": 1}]
     assert Quarantine(tmp_path, 1.0, 10)._known == {5}

@@ -15,7 +15,7 @@ from deepstack_jax.errors import ConfigError
 from deepstack_jax.families.build import build_model
 from deepstack_jax.train.checkpoint.init_weights import find_weights
 from deepstack_jax.train.core.optimizer import assign_groups, describe_groups, flatten
-from deepstack_jax.weights.names import Table
+from deepstack_jax.weights.names import NameTable
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 STAGES = ("pretrain", "finetune")
@@ -42,7 +42,7 @@ def recipe(name: str, words: str = "") -> Config:
 @pytest.mark.filterwarnings("error")
 def test_every_recipe_builds_and_its_table_covers_every_parameter(name, words):
     config = recipe(name, words)
-    leaves = Table(config).leaves
+    leaves = NameTable(config).leaves
     groups = assign_groups(list(leaves), config.optimizer.table)
     trained = {path.split("/")[0] for path, group in groups.items() if group != "frozen"}
     tuned = name in ("deepstack_v", "deepstack_hd", "llava_next") or "encoder" in words
@@ -80,7 +80,7 @@ def test_the_full_size_model_has_the_parameters_of_the_table(name):
     batch = empty_batch(config.batch_shape(1, config.data.max_length))
     shapes = nn.unbox(jax.eval_shape(build_model(config).init, jax.random.key(0), batch)["params"])
     flat = flatten(shapes)
-    assert {path: leaf.shape for path, leaf in flat.items()} == {p: leaf.shape for p, leaf in Table(config).leaves.items()}
+    assert {path: leaf.shape for path, leaf in flat.items()} == {p: leaf.shape for p, leaf in NameTable(config).leaves.items()}
     sizes = {path: leaf.size for path, leaf in flat.items()}
     rows = describe_groups(config.optimizer, assign_groups(list(sizes), config.optimizer.table), sizes)
     assert sum(row[-1] for row in rows) == sum(sizes.values())

@@ -16,11 +16,11 @@ from deepstack_jax.train.checkpoint.reading import CheckpointError
 from deepstack_jax.train.checkpoint.restore_params import restore_params
 from deepstack_jax.train.core.optimizer import unflatten
 from deepstack_jax.train.core.state import new_state
-from deepstack_jax.weights.names import Table
+from deepstack_jax.weights.names import NameTable
 from tests.unit.tiny import tiny_config
 
 CONFIG = tiny_config({"decoder.vocab_size": 512})  # so that one array is much the largest
-SHAPES = {path: leaf.shape for path, leaf in Table(CONFIG).leaves.items()}
+SHAPES = {path: leaf.shape for path, leaf in NameTable(CONFIG).leaves.items()}
 EMBEDDING = "embed/embedding"
 
 

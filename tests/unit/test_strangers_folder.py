@@ -17,8 +17,8 @@ from deepstack_jax.data.encode.tokenizer import load_tokenizer
 from deepstack_jax.errors import ConfigError, WeightsError
 from deepstack_jax.train.checkpoint.init_weights import open_start
 from deepstack_jax.weights.checkpoint_files import processor_of, read_json
-from deepstack_jax.weights.folders import find_folder, open_checkpoint
 from deepstack_jax.weights.load import is_finite, load_params, stored_leaves
+from deepstack_jax.weights.open_checkpoint import find_folder, open_checkpoint
 from deepstack_jax.weights.save import save_checkpoint
 from tests.parity.goldens import load_case, write_folder
 

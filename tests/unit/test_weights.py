@@ -23,9 +23,9 @@ from deepstack_jax.families.base import TOWER
 from deepstack_jax.families.build import build_model
 from deepstack_jax.families.llava_hf import llava_hf_name
 from deepstack_jax.weights.checkpoint_files import read_json
-from deepstack_jax.weights.folders import open_checkpoint
 from deepstack_jax.weights.load import absent_leaves, load_params, stored_leaves
-from deepstack_jax.weights.names import Table
+from deepstack_jax.weights.names import NameTable
+from deepstack_jax.weights.open_checkpoint import open_checkpoint
 from deepstack_jax.weights.save import save_checkpoint
 from tests.parity.goldens import GOLDEN, load_case, official_tensors, write_folder
 from tests.unit.bins import write_bin
@@ -134,7 +134,7 @@ def test_the_table_has_the_models_own_parameters_and_every_layout_is_a_bijection
     config = other_sizes(name)
     batch = empty_batch(config.batch_shape(1, config.data.max_length))
     shapes = nn.unbox(jax.eval_shape(build_model(config).init, jax.random.key(0), batch))["params"]
-    table = Table(config)
+    table = NameTable(config)
     ours = {path: leaf.shape for path, leaf in traverse_util.flatten_dict(shapes, sep="/").items()}
     assert {path: leaf.shape for path, leaf in table.leaves.items()} == ours
     rng = np.random.default_rng(0)
@@ -156,7 +156,7 @@ def test_the_table_has_the_models_own_parameters_and_every_layout_is_a_bijection
 def test_fused_phi3_kernels_are_query_key_value_and_gate_up(tmp_path):
     config = other_sizes("phi")
     rng = np.random.default_rng(0)
-    drawn = {path: rng.standard_normal(leaf.shape).astype(np.float32) for path, leaf in Table(config).leaves.items()}
+    drawn = {path: rng.standard_normal(leaf.shape).astype(np.float32) for path, leaf in NameTable(config).leaves.items()}
     save_checkpoint(drawn, config, tmp_path / "out")
     saved = load_file(tmp_path / "out" / "model.safetensors")
     x = rng.standard_normal(48).astype(np.float32)
@@ -296,7 +296,7 @@ def test_what_a_plain_tower_lacks_may_be_drawn_layer_by_layer(folder):
     absent = absent_leaves(checkpoint.tensors, run)
     assert len(absent) == 16
     assert all(path.startswith("vision_tower/layers/block/") for path in absent)
-    leaves = Table(run).leaves
+    leaves = NameTable(run).leaves
     drawn = {path: np.random.default_rng(0).standard_normal(leaves[path].shape).astype(np.float32) for path in absent}
     params, plain = read(checkpoint, fresh=drawn), read(open_checkpoint(folder))
     for path in absent:

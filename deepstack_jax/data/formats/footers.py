@@ -15,7 +15,7 @@ _END = 8  # bytes after the footer: its length, and the magic
 _MOST = 16 << 20  # bytes of a footer, which takes up to 64 times as much when it is read
 
 
-class Chunk(NamedTuple):
+class ColumnChunk(NamedTuple):
     """The values of one leaf column in one row group."""
 
     values: int  # nulls included
@@ -23,7 +23,7 @@ class Chunk(NamedTuple):
     delta: bool  # whether texts stand there as what distinguishes each from the one before it
 
 
-def read_chunks(path: str) -> list[list[Chunk]]:
+def read_chunks(path: str) -> list[list[ColumnChunk]]:
     """Of every row group its chunks, in the order of the leaves.
 
     Raises:
@@ -40,7 +40,9 @@ def read_chunks(path: str) -> list[list[Chunk]]:
     try:
         groups = _Compact(files.read_range(path, size - _END - length, length, size)).struct()[4]
         chunks = [[chunk[3] for chunk in group[1]] for group in groups]
-        return [[Chunk(int(chunk[5]), int(chunk[6]), bool({6, 7} & set(chunk[2]))) for chunk in group] for group in chunks]
+        return [
+            [ColumnChunk(int(chunk[5]), int(chunk[6]), bool({6, 7} & set(chunk[2]))) for chunk in group] for group in chunks
+        ]
     except (IndexError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"its footer is damaged ({type(error).__name__})") from error
 

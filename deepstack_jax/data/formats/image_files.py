@@ -60,10 +60,10 @@ class ImageHeader(NamedTuple):
     remarks: tuple[str, ...]
 
 
-Source = str | os.PathLike | bytes | Image.Image | np.ndarray
+ImageLike = str | os.PathLike | bytes | Image.Image | np.ndarray
 
 
-def open_image(source: Source, *, max_pixels: int = DEFAULTS.max_pixels, exif: str = DEFAULTS.exif) -> Image.Image:
+def open_image(source: ImageLike, *, max_pixels: int = DEFAULTS.max_pixels, exif: str = DEFAULTS.exif) -> Image.Image:
     """Read an image by its content, whatever its name says; of several frames the first.
 
     Args:
@@ -83,13 +83,13 @@ def open_image(source: Source, *, max_pixels: int = DEFAULTS.max_pixels, exif: s
     return _read(source, max_pixels, exif)[0]
 
 
-def read_image(source: Source, data: DataConfig) -> tuple[Image.Image, tuple[str, ...]]:
+def read_image(source: ImageLike, data: DataConfig) -> tuple[Image.Image, tuple[str, ...]]:
     """As `open_image` under a configuration, with the remarks (DEEP, TURNED) that a run counts."""
     image, look = _read(source, data.max_pixels, data.exif)
     return image, look.remarks
 
 
-def image_size(source: Source, data: DataConfig = DEFAULTS) -> tuple[int, int]:
+def image_size(source: ImageLike, data: DataConfig = DEFAULTS) -> tuple[int, int]:
     """(width, height) of what `read_image` would give, read from the image's header.
 
     Raises:
@@ -99,13 +99,13 @@ def image_size(source: Source, data: DataConfig = DEFAULTS) -> tuple[int, int]:
         return _look(image, file if data.exif == "apply" else None, data.max_pixels, data.exif).size_wh
 
 
-def read_header(source: Source, data: DataConfig) -> ImageHeader:
+def read_header(source: ImageLike, data: DataConfig) -> ImageHeader:
     """As `image_size`, with the remarks; of a PNG the whole file is passed through, for EXIF that stands at its end."""
     with _errors_of(source, data.max_pixels), _opened(source, data.max_pixels) as (image, file):
         return _look(image, file, data.max_pixels, data.exif)
 
 
-def _read(source: Source, max_pixels: int, exif: str) -> tuple[Image.Image, ImageHeader]:
+def _read(source: ImageLike, max_pixels: int, exif: str) -> tuple[Image.Image, ImageHeader]:
     with _errors_of(source, max_pixels):
         with _opened(source, max_pixels, whole=True) as (image, file):
             look = _look(image, file, max_pixels, exif)

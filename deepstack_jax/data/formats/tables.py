@@ -11,7 +11,7 @@ from deepstack_jax.config import LIMITS, LimitsConfig
 from deepstack_jax.data.example import SourceError
 from deepstack_jax.data.formats import files
 from deepstack_jax.data.formats.columns import VALUE_BYTES, carried, one_line, scanned, settled, to_row, warn_of
-from deepstack_jax.data.formats.footers import Chunk, decompressed_bytes, messages_of, read_chunks
+from deepstack_jax.data.formats.footers import ColumnChunk, decompressed_bytes, messages_of, read_chunks
 from deepstack_jax.data.formats.styles import IMAGE_KEYS, RecordError, check_columns, needed_keys
 
 _CACHE_BYTES = 128 << 20
@@ -267,7 +267,7 @@ def _read_footer(path: str) -> _Footer:
         raise _failure(path, error) from error
 
 
-def _sizes(group: Sequence[Chunk], leaves: Sequence[Any], names: Sequence[str]) -> dict[str, int]:
+def _sizes(group: Sequence[ColumnChunk], leaves: Sequence[Any], names: Sequence[str]) -> dict[str, int]:
     sizes: dict[str, int] = {}
     for chunk, leaf in zip(group, leaves, strict=True):
         name = next(name for name in names if leaf.path == name or leaf.path.startswith(f"{name}."))  # it may hold dots itself

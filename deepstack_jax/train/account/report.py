@@ -43,7 +43,7 @@ class ReportError(UserError):
     """A workdir that tells nothing."""
 
 
-class Account(NamedTuple):
+class TimeSpent(NamedTuple):
     """The time of a run.
 
     Attributes:
@@ -71,7 +71,7 @@ class _Interval(NamedTuple):
     seconds: dict[str, float]
 
 
-def account(records: list[dict[str, Any]]) -> Account:
+def add_up(records: list[dict[str, Any]]) -> TimeSpent:
     """Add up a journal. Steps beyond the one that a later attempt resumed from were done again: their time is lost.
 
     Args:
@@ -96,7 +96,7 @@ def account(records: list[dict[str, Any]]) -> Account:
     for interval in intervals:
         for kind, spent in interval.seconds.items():
             seconds[kind] += spent
-    return Account(seconds, attempts, idle, place)
+    return TimeSpent(seconds, attempts, idle, place)
 
 
 def _cut(intervals: list[_Interval], step: int) -> tuple[list[_Interval], float]:
@@ -110,14 +110,14 @@ def _cut(intervals: list[_Interval], step: int) -> tuple[list[_Interval], float]
     return kept, lost
 
 
-def report(workdir: Path, console: Console) -> Account:
+def report(workdir: Path, console: Console) -> TimeSpent:
     """Print the account of a run and write `workdir/report/{time,curves}.png`.
 
     Raises:
       ReportError: the workdir holds no run.
     """
     try:
-        spent, metrics = account(read_journal(workdir)), read_metrics(workdir)
+        spent, metrics = add_up(read_journal(workdir)), read_metrics(workdir)
     except OSError as error:
         raise ReportError(f"--report={workdir} holds no run ({error}); name the --workdir of one") from error
     console.print(
@@ -133,7 +133,7 @@ def report(workdir: Path, console: Console) -> Account:
     return spent
 
 
-def describe(spent: Account) -> Table:
+def describe(spent: TimeSpent) -> Table:
     """Seconds and shares by kind."""
     total = sum(spent.seconds.values())
     table = Table("time", "seconds", "share")
@@ -145,7 +145,7 @@ def describe(spent: Account) -> Table:
     return table
 
 
-def draw_time(spent: Account) -> Figure:
+def draw_time(spent: TimeSpent) -> Figure:
     """One bar: where the time went."""
     figure = Figure(figsize=(9, 2.4), layout="constrained")
     axes = figure.subplots()

@@ -20,9 +20,9 @@ from deepstack_jax.train.checkpoint.restore_params import config_of, is_workdir,
 from deepstack_jax.train.core.optimizer import flatten
 from deepstack_jax.train.core.program import Program
 from deepstack_jax.types import PyTree, TrainState
-from deepstack_jax.weights.folders import Checkpoint, open_checkpoint
 from deepstack_jax.weights.load import absent_leaves, load_params, stored_leaves
-from deepstack_jax.weights.names import Table
+from deepstack_jax.weights.names import NameTable
+from deepstack_jax.weights.open_checkpoint import StoredModel, open_checkpoint
 
 PROJECTOR = ("projector/", "image_newline")  # beginnings of the paths that stage 1 trains
 NEWLINE = "model.image_newline"
@@ -31,7 +31,7 @@ NEWLINE = "model.image_newline"
 _OURS = {"tower": "--config.train.tower", "projector": "--config.train.projector", "base": "--config.train.weights"}
 
 
-def open_start(config: Config) -> Checkpoint:
+def open_start(config: Config) -> StoredModel:
     """What `train.weights`, `train.tower` and `train.projector` name, put together; nothing is read but tables.
 
     Raises:
@@ -48,7 +48,7 @@ def open_start(config: Config) -> Checkpoint:
             found = open_checkpoint(train.weights, tower=train.tower, projector=projector, run=config)
     if not stage1:
         return found
-    wanted = Table(config).tensors
+    wanted = NameTable(config).tensors
     trained = {name: tensor for name, tensor in run_tensors(train.projector, PROJECTOR).items() if name in wanted}
     return dataclasses.replace(found, tensors={**found.tensors, **trained})
 
@@ -79,7 +79,7 @@ def first_state(program: Program) -> TrainState:
     return program.jit_begin()(load_params(found.tensors, config, kinds, shardings.params, fresh))
 
 
-def find_weights(config: Config) -> Checkpoint:
+def find_weights(config: Config) -> StoredModel:
     """What `train.weights` and `train.projector` name, every tensor checked against the run's model, none of them read.
 
     Raises:
@@ -91,14 +91,14 @@ def find_weights(config: Config) -> Checkpoint:
     return found
 
 
-def _open_run(workdir: str, run: Config) -> Checkpoint:
+def _open_run(workdir: str, run: Config) -> StoredModel:
     """A run in place of a folder of weights."""
     folder = Path(workdir).expanduser()
     config, tensors = config_of(folder), run_tensors(folder)
     check_against(run, config)
     if not run.newline:
         tensors.pop(NEWLINE, None)
-    return Checkpoint(folder, run, tensors, config.data.tokenizer, config.data.template, "", (), {})
+    return StoredModel(folder, run, tensors, config.data.tokenizer, config.data.template, "", (), {})
 
 
 def _check_there(config: Config, *, tower: bool) -> None:

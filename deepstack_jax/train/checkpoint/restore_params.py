@@ -26,7 +26,7 @@ from deepstack_jax.train.checkpoint.reading import (
 )
 from deepstack_jax.train.core.optimizer import flatten, unflatten
 from deepstack_jax.weights.checkpoint_files import read_json as read_any_json
-from deepstack_jax.weights.names import Foreign, Table, to_theirs
+from deepstack_jax.weights.names import Foreign, NameTable, to_theirs
 from deepstack_jax.weights.stored_tensor import StoredTensor
 
 log = logging.getLogger(__name__)
@@ -50,7 +50,7 @@ def restore_params(workdir: Path, only: tuple[str, ...] = ("",)) -> tuple[int, C
         out of one.
     """
     config = from_stored(read_json(workdir / "config.json"))
-    shapes = {path: leaf.shape for path, leaf in Table(config).leaves.items() if path.startswith(only)}
+    shapes = {path: leaf.shape for path, leaf in NameTable(config).leaves.items() if path.startswith(only)}
     problems = []
     for step in reversed(saved_steps(workdir)):
         folder = (workdir / "checkpoints" / str(step)).absolute()
@@ -96,7 +96,7 @@ def run_tensors(workdir: str | Path, only: tuple[str, ...] = ("",)) -> dict[str,
     folder = Path(workdir).expanduser()
     if not saved_steps(folder):
         raise WeightsError(f"{folder} is a run without a checkpoint; let it train until it has one, or name another")
-    table = Table(config_of(folder))
+    table = NameTable(config_of(folder))
 
     @functools.cache
     def leaves() -> Mapping[str, np.ndarray]:

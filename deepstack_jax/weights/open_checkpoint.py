@@ -36,7 +36,7 @@ _FILES = (".safetensors", ".bin", ".json", ".pt", ".pth", ".ckpt", ".gguf", ".zi
 
 
 @dataclass(frozen=True)
-class Checkpoint:
+class StoredModel:
     """A model on disk, found and described, not yet read.
 
     Attributes:
@@ -62,7 +62,7 @@ class Checkpoint:
 
 def open_checkpoint(
     path: str | Path, *, tower: str = "", base: str = "", projector: str = "", run: Config | None = None
-) -> Checkpoint:
+) -> StoredModel:
     """Find everything that belongs to a checkpoint; reads its JSON files and the tables of its weight files.
 
     What it is is told by config.json alone. Tensors inside the folder win over those of `tower` and `base`, a projector
@@ -109,7 +109,7 @@ def open_checkpoint(
                 f"{folder} has an image_newline, which config.image.mode={run.image.mode!r} does not use", stacklevel=2
             )
             del tensors[_NEWLINE]
-    return Checkpoint(
+    return StoredModel(
         path=folder,
         config=config,
         tensors=tensors,
