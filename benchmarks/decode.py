@@ -20,7 +20,7 @@ from transformers import LlamaConfig
 from deepstack_jax.config import Config, DataConfig, DecoderConfig, DeepStackConfig, ImageConfig, TrainConfig, VisionConfig
 from deepstack_jax.families.build import build_model
 from deepstack_jax.generate.decoding import answer_ids
-from deepstack_jax.generate.prompts import example, pack
+from deepstack_jax.generate.prompts import example, pad_prompts
 from deepstack_jax.generate.sampling import greedy_sampling
 
 PROMPT, NEW, REPEATS = 60, 129, 5
@@ -57,7 +57,7 @@ def seconds_per_token(run: Callable[[int], Any]) -> float:
 def ours(config: Config) -> tuple[float, int]:
     """(seconds per token, bytes of the parameters that a token reads)."""
     model = build_model(config)
-    batch = pack([example(np.arange(3, 3 + PROMPT, dtype=np.int32), [])], config)
+    batch = pad_prompts([example(np.arange(3, 3 + PROMPT, dtype=np.int32), [])], config)
     shapes = nn.unbox(jax.eval_shape(model.init, jax.random.key(0), batch))["params"]
     rng = np.random.default_rng(0)
     params = jax.tree.map(lambda leaf: jnp.asarray(rng.normal(0, 0.02, leaf.shape), jnp.float32), shapes)

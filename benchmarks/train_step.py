@@ -33,7 +33,7 @@ from deepstack_jax.config import (
 )
 from deepstack_jax.data.encode.labels import IMAGE_TOKEN
 from deepstack_jax.families.base import TOWER
-from deepstack_jax.generate.prompts import CutImage, example, pack
+from deepstack_jax.generate.prompts import CutImage, example, pad_prompts
 from deepstack_jax.parallel.distributed import put_batch
 from deepstack_jax.parallel.mesh import make_mesh
 from deepstack_jax.parallel.rules import use_mesh
@@ -73,7 +73,7 @@ def batch_of(config: Config) -> Batch:
         ids = rng.integers(3, VOCABULARY, words + 1)
         ids[1] = IMAGE_TOKEN
         rows.append(example(ids, [CutImage(pixels, image)]))
-    batch = pack(rows, config)
+    batch = pad_prompts(rows, config)
     targets = np.roll(batch.tokens, -1, axis=1)
     weights = ((np.roll(batch.visual_index, -1, axis=1) < 0) & (np.arange(LENGTH) < LENGTH - 1)).astype(np.float32)
     return batch._replace(targets=targets, loss_weights=weights)

@@ -107,7 +107,7 @@ def main() -> int:
             ],
             progress=lambda nbytes: progress.advance(bar, nbytes),
         )
-    console.print(describe(source, target, given["format"], dtype, written))
+    console.print(conversion_table(source, target, given["format"], dtype, written))
     return cli.EXIT_DONE
 
 
@@ -141,7 +141,7 @@ def stored_dtype(checkpoint: StoredModel) -> str:
     return next((name for name, (_, kind) in DTYPES.items() if kind == largest.dtype), "float32")
 
 
-def describe(source: ConvertSource, target: Path, form: str, dtype: str, written: Written) -> Table:
+def conversion_table(source: ConvertSource, target: Path, form: str, dtype: str, written: Written) -> Table:
     """What was converted into what."""
     config = source.config
     vision, decoder, stack, size = config.vision, config.decoder, config.deepstack, config.image.size

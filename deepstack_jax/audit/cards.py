@@ -12,7 +12,7 @@ from PIL import Image
 from deepstack_jax.audit import pictures
 from deepstack_jax.audit.inputs import ImageInput, Layer, ModelInput, injecting_layers
 from deepstack_jax.audit.pictures import Sheet, data_uri
-from deepstack_jax.audit.prompt import Piece, prompt_runs, special_names
+from deepstack_jax.audit.prompt import PromptPiece, prompt_runs, special_names
 from deepstack_jax.audit.survey import grid_name, origin_of
 from deepstack_jax.config import Config
 from deepstack_jax.data.encode.templates import get_template
@@ -56,7 +56,7 @@ class SampleCard:
     reason: str = ""
     facts: Sequence[tuple[str, str]] = ()  # name, number
     images: Sequence[ImageCard] = ()
-    runs: Sequence[tuple[bool, list[Piece]]] = ()
+    runs: Sequence[tuple[bool, list[PromptPiece]]] = ()
     tokens_shown: bool = False  # whether tokens are set apart: not where each is one character
 
 

@@ -21,7 +21,7 @@ _MARK = re.compile(r"<[^<>\s]+>|\[/?[A-Z_]+\]")  # what a template may write tha
 
 
 @dataclass(frozen=True)
-class Piece:
+class PromptPiece:
     """What one place of the sequence reads as: usually one token, several where they make up one character or an image."""
 
     kind: str  # text | special | image
@@ -39,7 +39,7 @@ def special_names(tokenizer: Tokenizer, template: Template) -> dict[int, str]:
     return names | {id: role for id, role in roles.items() if id is not None}
 
 
-def prompt_runs(sample: ModelInput, tokenizer: Tokenizer, names: Mapping[int, str]) -> list[tuple[bool, list[Piece]]]:
+def prompt_runs(sample: ModelInput, tokenizer: Tokenizer, names: Mapping[int, str]) -> list[tuple[bool, list[PromptPiece]]]:
     """The whole sequence in order, as runs of (supervised, pieces).
 
     Joined, the texts are what the model reads: they come from the token ids, not from the conversation.
@@ -47,7 +47,7 @@ def prompt_runs(sample: ModelInput, tokenizer: Tokenizer, names: Mapping[int, st
     Args:
       names: of special tokens (see `special_names`); others are shown by their id.
     """
-    pieces: list[Piece] = []
+    pieces: list[PromptPiece] = []
     before: list[int] = []
     position = 0
     for image, places in groupby(sample.image_of.tolist()):
@@ -92,7 +92,9 @@ def token_texts(ids: Sequence[int], tokenizer: Tokenizer, before: Sequence[int] 
     return found
 
 
-def _text(sample: ModelInput, ids: list[int], position: int, texts: list[str | None], names: Mapping[int, str]) -> list[Piece]:
+def _text(
+    sample: ModelInput, ids: list[int], position: int, texts: list[str | None], names: Mapping[int, str]
+) -> list[PromptPiece]:
     """The pieces of a stretch of text that begins at `position`."""
     pieces, waiting = [], []
     for here, (id, text) in enumerate(zip(ids, texts, strict=True), position):
@@ -102,14 +104,14 @@ def _text(sample: ModelInput, ids: list[int], position: int, texts: list[str | N
         first = here + 1 - len(waiting)
         hint = f"position {here}, id {id}" if first == here else f"positions {first} to {here}, ids {waiting}"
         kind, text = ("special", names.get(id, f"#{id}")) if text is None else ("text", text)
-        pieces.append(Piece(kind, text, bool(sample.supervised[here]), hint))
+        pieces.append(PromptPiece(kind, text, bool(sample.supervised[here]), hint))
         waiting = []
     return pieces
 
 
-def _image(sample: ModelInput, image: int, position: int, count: int) -> Piece:
+def _image(sample: ModelInput, image: int, position: int, count: int) -> PromptPiece:
     tokens = sample.images[image].tokens
     newlines, zeros = int(np.sum(tokens == NEWLINE)), int(np.sum(tokens == ZERO))
     extra = [f"{newlines:,} newlines"] * (newlines > 0) + [f"{zeros:,} exact zeros"] * (zeros > 0)
     text = f"image {image + 1}: {count:,} visual tokens" + (f", {' and '.join(extra)} among them" if extra else "")
-    return Piece("image", text, False, f"positions {position} to {position + count - 1}")
+    return PromptPiece("image", text, False, f"positions {position} to {position + count - 1}")

@@ -96,12 +96,12 @@ def survey(source: Source, config: Config, rows: Sequence[int], console: Console
     """
     encoder = Encoder(config.data_spec)
     shown = track(rows, "measuring examples", console=console, transient=True, disable=not console.is_terminal)
-    found = [use_row(source, row, partial(measure, encoder=encoder)) for row in shown]
+    found = [use_row(source, row, partial(measure_sample, encoder=encoder)) for row in shown]
     usable = tuple(one for one in found if isinstance(one, Measured))
     return Survey(tuple(rows), usable, tuple(one for one in found if isinstance(one, BadExample)))
 
 
-def measure(example: Example, encoder: Encoder) -> Measured:
+def measure_sample(example: Example, encoder: Encoder) -> Measured:
     """Sizes and supervised tokens of an example, its images known by their headers; raises ValueError if it cannot be used."""
     spec, layout = encoder.spec, encoder.spec.layout
     whole = encoder.text(example)

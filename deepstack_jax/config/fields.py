@@ -165,7 +165,7 @@ def find(cls: type, key: str) -> tuple[Any, tuple[Any, ...]]:
     return kind, marks
 
 
-def describe(hint: Any) -> str:
+def valid_values(hint: Any) -> str:
     """Valid values of an annotated key, in words."""
     kind, marks = unwrap(hint)
     origin, args = typing.get_origin(kind), typing.get_args(kind)
@@ -174,7 +174,7 @@ def describe(hint: Any) -> str:
     if origin is dict:
         return "names of your choice, each with the keys below"
     if origin is tuple:
-        inner = [describe(arg) for arg in args if arg is not Ellipsis]
+        inner = [valid_values(arg) for arg in args if arg is not Ellipsis]
         return f"list of {inner[0]}" if args[-1] is Ellipsis else f"({', '.join(inner)})"
     bounds = next((mark for mark in marks if isinstance(mark, Range)), None)
     if bounds is None:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from deepstack_jax.config.build import on_resume
-from deepstack_jax.config.fields import MAY_CHANGE, SAME_EXAMPLES, ByArchitecture, describe, hints, meanings, unwrap
+from deepstack_jax.config.fields import MAY_CHANGE, SAME_EXAMPLES, ByArchitecture, hints, meanings, unwrap, valid_values
 from deepstack_jax.config.schema import Config
 from deepstack_jax.printing import cut
 
@@ -64,7 +64,7 @@ def _sections(section: Any, name: str, *, all_defaults: bool) -> Iterator[Sectio
 
 def _key(section: str, field: str, values: Any) -> Key:
     cls = type(values)
-    valid, meaning = describe(hints(cls)[field]), meanings(cls)[field]
+    valid, meaning = valid_values(hints(cls)[field]), meanings(cls)[field]
     name = f"{section}.{field}" if section else field
     resume = {MAY_CHANGE: "free", SAME_EXAMPLES: "same examples"}.get(on_resume(name), "")
     return Key(name, cut(repr(getattr(values, field)), 100), valid, meaning, resume)

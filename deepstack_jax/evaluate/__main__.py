@@ -34,7 +34,7 @@ from deepstack_jax.printing import REDACTED, Console, label, plural, redacted
 from deepstack_jax.progress import Progress
 from deepstack_jax.train.checkpoint.checksums import checksums
 from deepstack_jax.train.checkpoint.init_weights import is_workdir
-from deepstack_jax.train.checkpoint.reading import read_json
+from deepstack_jax.train.checkpoint.reading import read_workdir_json
 
 USAGE = """
 Answer a held-out set by greedy generation, and score the answers.
@@ -116,7 +116,7 @@ def main() -> int:
     options = evaluation.options.replace({"exif": lmm.config.data.exif})  # as in training
     evaluation = replace(evaluation, options=options)
     checkpoint = EvalCheckpoint(out, None if out is None else key_of(lmm, evaluation))
-    predictions, bad = answer_all(lmm.answerer, evaluation, checkpoint, console)
+    predictions, bad = ask_all(lmm.answerer, evaluation, checkpoint, console)
     protocol = protocol_of(lmm.config, options, lmm.template)
     scores = summarise(evaluation.task, evaluation.data, evaluation.rows, predictions, bad, protocol)
     results = {"name": given["model"]} | scores
@@ -168,7 +168,7 @@ def with_changes(workdir: str | None) -> Config:
     """The configuration of a run, or the defaults, with the keys that the command line changes."""
     config = Config()
     if workdir is not None:
-        config = from_stored(read_json(Path(workdir).expanduser() / "config.json"))
+        config = from_stored(read_workdir_json(Path(workdir).expanduser() / "config.json"))
         if REDACTED in str(config.data):
             raise ConfigError(
                 f"{workdir}/config.json holds no credentials; give --config as the run was given it, URLs and all"
@@ -188,7 +188,7 @@ def key_of(lmm: LMM, evaluation: EvaluationRequest) -> dict[str, Any]:
     return {"data": evaluation.origin, "device": jax.default_backend(), **protocol, **model}
 
 
-def answer_all(
+def ask_all(
     answerer: Answerer, evaluation: EvaluationRequest, checkpoint: EvalCheckpoint, console: Console
 ) -> tuple[list[Prediction], list[BadExample]]:
     """Ask everything that is not answered yet, showing how far it is.
@@ -229,7 +229,7 @@ def leave_out(more: Sequence[BadExample], bad: list[BadExample], evaluation: Eva
     """Name what cannot be asked and add it to `bad`.
 
     Raises:
-      SourceError: as `answer_all`.
+      SourceError: as `ask_all`.
     """
     for example in more:
         console.print(f"row {example.index} ({label(example.name)}) is left out: {example.reason}", soft_wrap=True)

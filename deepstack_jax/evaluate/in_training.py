@@ -111,7 +111,7 @@ class TrainingEvaluation:
         self.log.write(step, {**numbers, "validation_bad_examples": len(left_out)})
         if shown:
             picture = thumbnail(self.held_out.task.source, shown[0].row, self._config.data)
-            self.log.sample(step, "samples", "\n\n".join(map(one_line, shown)), picture)
+            self.log.sample(step, "samples", "\n\n".join(map(sample_line, shown)), picture)
         self._console.print(f"step {step}: {loss_line(numbers, self.held_out.rows)}")
         self._print(shown)
         loss = numbers.get("validation_loss", math.nan)
@@ -205,7 +205,7 @@ class TrainingEvaluation:
 
     def _print(self, predictions: Iterable[Prediction]) -> None:
         for one in predictions:
-            self._console.print(f"  {one_line(one)}", soft_wrap=True)
+            self._console.print(f"  {sample_line(one)}", soft_wrap=True)
 
 
 def overlap_line(held_out: Source, rows: int, train: Source) -> str:
@@ -228,7 +228,7 @@ def loss_line(numbers: dict[str, float], rows: int) -> str:
     return f"validation loss {numbers['validation_loss']:.4f}"
 
 
-def one_line(prediction: Prediction) -> str:
+def sample_line(prediction: Prediction) -> str:
     """A question, its answer and whether that is right."""
     mark = "right" if prediction.scores["exact_match"] else "wrong"
     expected = " or ".join(map(repr, prediction.references))

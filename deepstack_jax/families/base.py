@@ -1,8 +1,8 @@
 """What a family of vision towers or decoders says of itself, and the one registry in which everybody looks it up.
 
-A family subclasses `Tower` or `Decoder` and registers an instance. Towers and decoders combine freely; what a checkpoint's
-config.json says of the pair is the business of the forms (`forms.py`). Nothing here imports jax: the data workers read
-configurations too, and only `build` makes a flax module.
+A family subclasses `TowerFamily` or `DecoderFamily` and registers an instance. Towers and decoders combine freely; what a
+checkpoint's config.json says of the pair is the business of the forms (`forms.py`). Nothing here imports jax: the data workers
+read configurations too, and only `build` makes a flax module.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ class Family:
     last_kernel: str
 
 
-class Tower(Family):
+class TowerFamily(Family):
     """A vision tower: pixels to patch features.
 
     Attributes:
@@ -118,7 +118,7 @@ class Tower(Family):
         raise NotImplementedError
 
 
-class Decoder(Family):
+class DecoderFamily(Family):
     """A language model.
 
     Attributes:
@@ -169,30 +169,30 @@ class Decoder(Family):
         raise NotImplementedError
 
 
-TOWERS: dict[str, Tower] = {}
-DECODERS: dict[str, Decoder] = {}
+TOWERS: dict[str, TowerFamily] = {}
+DECODERS: dict[str, DecoderFamily] = {}
 F = TypeVar("F", bound=Family)
 
 
 def register(family: F) -> F:
     """Make a family known, by its architecture; a later one of the same name replaces the first."""
-    known, section = (TOWERS, "vision") if isinstance(family, Tower) else (DECODERS, "decoder")
+    known, section = (TOWERS, "vision") if isinstance(family, TowerFamily) else (DECODERS, "decoder")
     known[family.architecture] = family  # type: ignore[assignment]
     register_section(section, family.architecture, family.section)
     return family
 
 
-def tower_of(config: Config) -> Tower:
+def tower_of(config: Config) -> TowerFamily:
     """The family of a run's tower."""
     return TOWERS[config.vision.architecture]
 
 
-def decoder_of(config: Config) -> Decoder:
+def decoder_of(config: Config) -> DecoderFamily:
     """The family of a run's decoder."""
     return DECODERS[config.decoder.architecture]
 
 
-def language_models() -> dict[str, Decoder]:
+def language_models() -> dict[str, DecoderFamily]:
     """model_type of a bare language model -> its family."""
     return {kind: family for family in DECODERS.values() for kind in family.model_types}
 
@@ -215,7 +215,7 @@ def tower_from(values: Mapping[str, Any]) -> tuple[VisionConfig, int]:
     return tower_family(values).from_hf(present(values))
 
 
-def tower_family(values: Mapping[str, Any]) -> Tower:
+def tower_family(values: Mapping[str, Any]) -> TowerFamily:
     """The family of a tower's config.json.
 
     Raises:

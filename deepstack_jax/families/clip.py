@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from deepstack_jax.config import Config, VisionConfig
-from deepstack_jax.families.base import TOWER, LayerTerms, Names, Row, Tower, register
+from deepstack_jax.families.base import TOWER, LayerTerms, Names, Row, TowerFamily, register
 from deepstack_jax.families.values import expect, number, real, section, word
 
 _DEFAULTS = {  # transformers' CLIPVisionConfig
@@ -33,7 +33,7 @@ _KERNELS = (  # ours, theirs, sizes
 )
 
 
-class Clip(Tower):
+class Clip(TowerFamily):
     """CLIP ViT-L/14-336 and its relatives."""
 
     architecture = "clip"

@@ -7,7 +7,7 @@ from typing import Any
 
 from deepstack_jax.config import Config, DecoderConfig
 from deepstack_jax.errors import WeightsError
-from deepstack_jax.families.base import EMBEDDINGS, HEAD, Decoder, LayerTerms, Names, Row, register
+from deepstack_jax.families.base import EMBEDDINGS, HEAD, DecoderFamily, LayerTerms, Names, Row, register
 from deepstack_jax.families.rope import rope_from, rope_to
 from deepstack_jax.families.values import expect, number, real
 
@@ -51,7 +51,7 @@ _OFFICIAL = {"deepstack_llama": "llama", "llava_llama": "llama", "llava": "llama
 _PASSTHROUGH = {"eos_token_id": 2, "pad_token_id": 0, "pretraining_tp": 1}
 
 
-class Llama(Decoder):
+class Llama(DecoderFamily):
     """Pre-norm blocks of grouped-query attention and SwiGLU, without biases."""
 
     architecture = "llama"

@@ -13,7 +13,7 @@ from typing import Any
 from deepstack_jax.config import Config, DataConfig, DeepStackConfig, ImageConfig, ProjectorConfig
 from deepstack_jax.errors import WeightsError, nearest
 from deepstack_jax.families.ablations import ablation_text, ablations_from, ablations_to, pooled_baseline
-from deepstack_jax.families.base import DECODERS, Decoder, decoder_of, tower_from, tower_of
+from deepstack_jax.families.base import DECODERS, DecoderFamily, decoder_of, tower_from, tower_of
 from deepstack_jax.families.processor import image_values, pinpoints_from
 from deepstack_jax.families.values import expect, flag, number, word
 from deepstack_jax.layout.sequence import MERGES
@@ -49,7 +49,7 @@ KNOWN = (
 _SAMPLINGS = ("2d", "1d", "grid", "2d_scaledown")
 
 
-def official_types() -> dict[str, Decoder]:
+def official_types() -> dict[str, DecoderFamily]:
     """model_type of an official folder -> the family of its decoder."""
     return {kind: family for family in DECODERS.values() for kind in family.official}
 

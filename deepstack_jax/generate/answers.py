@@ -12,7 +12,16 @@ from deepstack_jax.data.encode.tokenizer import Tokenizer
 from deepstack_jax.data.example import IMAGE_MARK
 from deepstack_jax.generate.decoding import CHUNK, answer_ids
 from deepstack_jax.generate.options import Options, RequestError
-from deepstack_jax.generate.prompts import CutImage, Turn, bucket, check_context, cut_image, encode_turns, find_template, pack
+from deepstack_jax.generate.prompts import (
+    CutImage,
+    Turn,
+    bucket,
+    check_context,
+    cut_image,
+    encode_turns,
+    find_template,
+    pad_prompts,
+)
 from deepstack_jax.generate.sampling import Sampling
 from deepstack_jax.generate.text import AnswerText, end_of_turn
 from deepstack_jax.model.deepstack import DeepStack
@@ -103,7 +112,7 @@ class Answerer:
         made = answer_ids(
             self.model,
             self.params,
-            pack(prompts, self.config, rows=len(sampling.seed)),
+            pad_prompts(prompts, self.config, rows=len(sampling.seed)),
             sampling,
             stop_ids=self._ends(options)[0],
             max_new_tokens=options.max_new_tokens,

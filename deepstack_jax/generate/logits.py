@@ -14,7 +14,7 @@ from deepstack_jax.config import Config
 from deepstack_jax.data.encode.batch_rows import EncodedExample
 from deepstack_jax.data.encode.labels import IMAGE_TOKEN
 from deepstack_jax.generate.options import RequestError
-from deepstack_jax.generate.prompts import check_context, cut_image, example, pack
+from deepstack_jax.generate.prompts import check_context, cut_image, example, pad_prompts
 from deepstack_jax.model.deepstack import DeepStack
 from deepstack_jax.printing import plural
 
@@ -52,7 +52,7 @@ def next_token_logits(
     lengths = [row.length for row in rows]
     for number, length in enumerate(lengths):
         check_context(length, 0, config, f"row {number}")
-    scores = np.asarray(_scores(model, params, pack(rows, config)))
+    scores = np.asarray(_scores(model, params, pad_prompts(rows, config)))
     longest, left = max(lengths), padded_left(mask)
     out = np.zeros((len(rows), longest, scores.shape[-1]), np.float32)
     for row, length in enumerate(lengths):

@@ -140,7 +140,7 @@ def check_context(length: int, max_new_tokens: int, config: Config, name: str = 
     raise RequestError(f"{name} takes {length} tokens with its images{answer}, the context of this model is {context}; {move}")
 
 
-def pack(examples: Sequence[EncodedExample], config: Config, *, rows: int | None = None) -> Batch:
+def pad_prompts(examples: Sequence[EncodedExample], config: Config, *, rows: int | None = None) -> Batch:
     """One prompt per row, right padded to a bucket; rows beyond the prompts (to `rows`) stay blank.
 
     Crop slots and visual tokens are counted by the image-richest prompt: text alone costs nothing in the vision tower.

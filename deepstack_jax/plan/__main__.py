@@ -15,7 +15,7 @@ from rich.table import Table
 from deepstack_jax import cli
 from deepstack_jax.errors import ConfigError
 from deepstack_jax.plan.planner import Wanted, make_plan
-from deepstack_jax.plan.report import Plan, gib, show
+from deepstack_jax.plan.report import Plan, gib, print_tables
 from deepstack_jax.plan.search import Search, find_best
 from deepstack_jax.plan.topology import examples, open_machine
 from deepstack_jax.printing import Console, plural, quote
@@ -106,21 +106,21 @@ def main() -> int:
                 searched = search(plan)
             except ConfigError as error:  # there is nothing else to try, but the plan stands
                 progress.print(f"warning: {error}", soft_wrap=True)
-    report(plan, searched, out)
+    print_plan(plan, searched, out)
     return cli.EXIT_DONE if plan.fits(MARGIN.value if SEARCH.value else 0.0) else EXIT_DOES_NOT_FIT
 
 
-def report(plan: Plan, searched: Search | None, console: Console) -> None:
+def print_plan(plan: Plan, searched: Search | None, console: Console) -> None:
     """The plan, and what else there is: the recommendation of a search, or the nearest that fits."""
     found = searched.found if searched else None
     if JSON.value:
-        tried = [summary(one) for one in searched.estimates] if searched else []
+        tried = [tried_entry(one) for one in searched.estimates] if searched else []
         nearest = found.as_dict() if found and not SEARCH.value else None
         console.file.write(json.dumps(plan.as_dict() | {"tried": tried, "nearest": nearest}) + os.linesep)
         return
     if searched:
         console.print(tried_table(searched.estimates))
-    show(plan, console)
+    print_tables(plan, console)
     if searched and not found:
         console.print(no_mesh(searched), soft_wrap=True)
     elif found:
@@ -153,7 +153,7 @@ def choice(plan: Plan) -> str:
     return f"{mesh}, remat {plan.remat!r}, {plural(plan.accumulation, 'micro-batch', 'micro-batches')}{batch}"
 
 
-def summary(plan: Plan) -> dict[str, object]:
+def tried_entry(plan: Plan) -> dict[str, object]:
     """What a search looks at."""
     step = plan.roofline.step if plan.roofline else None
     return {"mesh": plan.mesh, "remat": plan.remat, "accumulation": plan.accumulation, "used": plan.used, "step": step}

@@ -50,10 +50,10 @@ def make_plan(config: Config, machine: Machine, wanted: Wanted, *, compiled: boo
     load = plan_load(config, mesh, machine.hosts, wanted)
     program = build_program(config, mesh, max(load.steps, 1))
     result = compile_step(program, load.rows, load.length) if compiled and machine.compiler else None
-    return describe(program, machine, load, result)
+    return assemble_plan(program, machine, load, result)
 
 
-def describe(program: Program, machine: Machine, load: Load, result: Compiled | Overflow | None) -> Plan:
+def assemble_plan(program: Program, machine: Machine, load: Load, result: Compiled | Overflow | None) -> Plan:
     """The plan of a program, with what its compilation gave."""
     config = program.config
     if not machine.compiler:  # the simulated CPU devices that stand for GPUs have another kernel

@@ -132,7 +132,7 @@ def verdict(plan: Plan) -> str:
     return f"fits: {used} per device of {usable} usable, {plan.margin:.0%} free"
 
 
-def show(plan: Plan, console: Console) -> None:
+def print_tables(plan: Plan, console: Console) -> None:
     """The whole plan as tables."""
     mesh = " x ".join(f"{name} {size}" for name, size in plan.mesh.items())
     console.print(

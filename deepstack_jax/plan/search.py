@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from deepstack_jax.config import Config, MeshConfig
 from deepstack_jax.errors import ConfigError
 from deepstack_jax.parallel.mesh import make_mesh
-from deepstack_jax.plan.planner import Wanted, describe, make_plan, plan_load
+from deepstack_jax.plan.planner import Wanted, assemble_plan, make_plan, plan_load
 from deepstack_jax.plan.report import Plan
 from deepstack_jax.plan.topology import Machine
 from deepstack_jax.train.core.program import Program, build_program
@@ -106,7 +106,7 @@ def estimate_all(
                 programs[candidate.mesh] = build_program(candidate, make_mesh(candidate.mesh, machine.devices), steps=1)
             program = dataclasses.replace(programs[candidate.mesh], config=candidate)
             found.append(
-                (describe(program, machine, plan_load(candidate, program.mesh, machine.hosts, wanted), None), candidate)
+                (assemble_plan(program, machine, plan_load(candidate, program.mesh, machine.hosts, wanted), None), candidate)
             )
         except ConfigError as error:
             problem = str(error)

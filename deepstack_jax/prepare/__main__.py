@@ -185,7 +185,7 @@ def prepare(splits: Sequence[Split], data: DataConfig, workers: int, console: Co
                 )
                 return stop.exit_code
             assert folder.manifest is not None
-            table.add_row(*summary(split.name, folder.manifest), f"{time.perf_counter() - began:.1f}")
+            table.add_row(*folder_cells(split.name, folder.manifest), f"{time.perf_counter() - began:.1f}")
     stop.release()
     console.print(table)
     for _, folder, _ in work:
@@ -304,7 +304,7 @@ def verify_all(out: str, console: Console) -> int:
         began = time.perf_counter()
         with console.status(f"reading {folder}"):
             manifest = verify(folder)
-        table.add_row(*summary(os.path.basename(folder), manifest), f"{time.perf_counter() - began:.1f}")
+        table.add_row(*folder_cells(os.path.basename(folder), manifest), f"{time.perf_counter() - began:.1f}")
     console.print(table)
     console.print("every byte is as the manifest says")
     return cli.EXIT_DONE
@@ -359,7 +359,7 @@ def new_table(title: str, columns: Sequence[str]) -> Table:
     return table
 
 
-def summary(name: str, manifest: dict[str, Any]) -> list[str]:
+def folder_cells(name: str, manifest: dict[str, Any]) -> list[str]:
     """Cells of the table for a finished folder."""
     left_out = len(manifest["source"]["left_out"]) if "left_out" in manifest["source"] else 0
     numbers = [manifest["rows"], left_out, manifest["images"], None, len(manifest["shards"])]

@@ -82,7 +82,7 @@ def _belongs(chosen: Path, other: Path) -> bool:
 
 
 def _named_by(index: Path) -> list[Path]:
-    names = read_json(index).get("weight_map")
+    names = read_model_json(index).get("weight_map")
     if not isinstance(names, dict) or not all(isinstance(name, str) and _inside(name) for name in names.values()):
         raise WeightsError(f"{index} has no weight_map of tensors to files of its folder; download it again")
     return [index.parent / name for name in sorted(set(names.values()))]
@@ -96,7 +96,7 @@ def _indexed(index: Path) -> list[Path]:
     return files
 
 
-def open_files(files: Iterable[Path]) -> list[tuple[str, StoredTensor]]:
+def open_weight_files(files: Iterable[Path]) -> list[tuple[str, StoredTensor]]:
     """(name, tensor) of everything in the files, a name that two of them hold twice.
 
     Raises:
@@ -113,7 +113,7 @@ def _no_number(text: str) -> Any:
     raise ValueError(f"{text} is no number of JSON")
 
 
-def read_json(file: Path) -> dict[str, Any]:
+def read_model_json(file: Path) -> dict[str, Any]:
     """The object in a JSON file, without the keys that are null; see `present`.
 
     Raises:
@@ -136,7 +136,7 @@ def read_json(file: Path) -> dict[str, Any]:
 def processor_of(folder: Path) -> Mapping[str, Any]:
     """The settings where transformers 5 finds them: `image_processor` of processor_config.json, else the older file's."""
     if (folder / "processor_config.json").exists():
-        both = read_json(folder / "processor_config.json")
+        both = read_model_json(folder / "processor_config.json")
         if "image_processor" in both:
             return section(both, "image_processor")
-    return read_json(folder / _PROCESSOR) if (folder / _PROCESSOR).exists() else {}
+    return read_model_json(folder / _PROCESSOR) if (folder / _PROCESSOR).exists() else {}

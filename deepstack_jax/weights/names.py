@@ -18,7 +18,7 @@ from deepstack_jax.families.base import Names, Row
 from deepstack_jax.families.forms import model_names
 
 
-class Piece(NamedTuple):
+class TensorPiece(NamedTuple):
     """Where one layer of a parameter stands: rows `start` to `stop` of the tensor `name`."""
 
     name: str
@@ -34,7 +34,7 @@ class ParameterLeaf(NamedTuple):
     layout: str
     inputs: int  # leading axes of a layer that a kernel contracts
     stacked: bool
-    pieces: tuple[Piece, ...]
+    pieces: tuple[TensorPiece, ...]
 
 
 class Foreign(NamedTuple):
@@ -74,12 +74,12 @@ class NameTable:
         whole = (len(foreign), *layer_shape) if stacked else layer_shape
         self.leaves[row.ours] = ParameterLeaf(whole, layer_shape, row.layout, len(inner), stacked, pieces)
 
-    def _claim(self, name: str, path: str, layer: int, shape: tuple[int, ...]) -> Piece:
+    def _claim(self, name: str, path: str, layer: int, shape: tuple[int, ...]) -> TensorPiece:
         """The next rows of the tensor `name`, which another parameter may have begun where tensors are fused."""
         before = self.tensors.get(name, Foreign((0, *shape[1:]), ()))
         start = before.shape[0]
         self.tensors[name] = Foreign((start + shape[0], *shape[1:]), (*before.parts, (path, layer)))
-        return Piece(name, start, start + shape[0])
+        return TensorPiece(name, start, start + shape[0])
 
 
 def to_ours(tensor: np.ndarray, layout: str, shape: tuple[int, ...]) -> np.ndarray:

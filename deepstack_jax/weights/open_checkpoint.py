@@ -25,7 +25,7 @@ from deepstack_jax.families.llava_hf import is_llava_hf
 from deepstack_jax.families.official import PASSTHROUGH_KEYS, VERBATIM_KEYS, tower_to_hf
 from deepstack_jax.families.values import section, word
 from deepstack_jax.printing import quote
-from deepstack_jax.weights.checkpoint_files import open_files, processor_of, read_json, weight_files
+from deepstack_jax.weights.checkpoint_files import open_weight_files, processor_of, read_model_json, weight_files
 from deepstack_jax.weights.stored_tensor import BEYOND_FILE, StoredTensor
 
 PROJECTOR_FILE = "mm_projector.bin"
@@ -84,7 +84,7 @@ def open_checkpoint(
             f"{folder} holds a LoRA adapter, expected whole weights; merge it into its base model first (peft: "
             "PeftModel.from_pretrained(...).merge_and_unload().save_pretrained(...))"
         )
-    values = read_json(folder / "config.json")
+    values = read_model_json(folder / "config.json")
     bare, inner = word(values, "model_type") in language_models(), is_llava_hf(values)
     named = values.get("mm_vision_tower") or ""
     if not isinstance(named, str):
@@ -100,7 +100,7 @@ def open_checkpoint(
     config = _with_beyond(stored, folder)
     passthrough = _passthrough(values, (*PASSTHROUGH_KEYS, *VERBATIM_KEYS))
     if tower_folder is not None:
-        passthrough |= _passthrough(read_json(tower_folder / "config.json"), ("projection_dim",))
+        passthrough |= _passthrough(read_model_json(tower_folder / "config.json"), ("projection_dim",))
     if run is not None:
         check_against(run, stored, bare=bare)
         config = run
@@ -134,7 +134,7 @@ def _passthrough(values: Mapping[str, Any], keys: Collection[str]) -> dict[str, 
 def _ends(folder: Path, values: Mapping[str, Any]) -> tuple[int, ...]:
     """Where both files say it, transformers reads the one that is there for generating."""
     file = folder / "generation_config.json"
-    said = read_json(file) if file.is_file() else {**section(values, "text_config"), **values}
+    said = read_model_json(file) if file.is_file() else {**section(values, "text_config"), **values}
     ids = said.get("eos_token_id", [])
     ids = [] if ids is None else ids if isinstance(ids, list) else [ids]
     if not all(type(id) is int and 0 <= id < 2**31 for id in ids):
@@ -222,7 +222,7 @@ def _describe(
 ) -> Config:
     """The Config of the folder's config.json and its tower's; a bare language model takes its recipe from the run."""
     name = values.get("mm_vision_tower")
-    tower_json = read_json(tower / "config.json") if tower is not None else None
+    tower_json = read_model_json(tower / "config.json") if tower is not None else None
     if tower_json is None and name in _DEFAULT_TOWERS and any(tensor.startswith(TOWER) for tensor in tensors):
         tower_json = tower_to_hf(Config())
     beside = folder if is_llava_hf(values) else tower
@@ -250,7 +250,7 @@ def _with_beyond(stored: Config, folder: Path) -> Config:
     file = folder / BEYOND_FILE
     if not file.is_file():
         return stored
-    said, values = read_json(file), ConfigDict(to_dict(stored), convert_dict=True)
+    said, values = read_model_json(file), ConfigDict(to_dict(stored), convert_dict=True)
     foreign = [key for key, value in said.items() if not may_say(key, value)]
     if foreign:
         raise WeightsError(
@@ -268,7 +268,7 @@ def _with_beyond(stored: Config, folder: Path) -> Config:
 
 def _check_base(base: Path, stored: Config) -> None:
     """Refuse a base model of other sizes than the projector's config.json says."""
-    values = read_json(base / "config.json")
+    values = read_model_json(base / "config.json")
     if word(values, "model_type") in language_models():
         decoder = decoder_from(values, values["model_type"])
         try:
@@ -298,9 +298,9 @@ def _collect(
         if file.is_file():
             tensors |= _named([file], partial(canonical, naming="projector"))
     if base is not None:
-        tensors = _named(weight_files(base), _naming(read_json(base / "config.json"))) | tensors
+        tensors = _named(weight_files(base), _naming(read_model_json(base / "config.json"))) | tensors
     if tower is not None and not any(name.startswith(TOWER) for name in tensors):
-        tensors |= _named(weight_files(tower), tower_family(read_json(tower / "config.json")).official_name)
+        tensors |= _named(weight_files(tower), tower_family(read_model_json(tower / "config.json")).official_name)
     return tensors
 
 
@@ -316,7 +316,7 @@ def _named(files: Iterable[Path], official_name: Callable[[str], str | None]) ->
     """
     found: dict[str, StoredTensor] = {}
     twice = []
-    for name, tensor in open_files(files):
+    for name, tensor in open_weight_files(files):
         official = None if name.endswith(BUFFERS) else official_name(name)
         if official is None:
             continue

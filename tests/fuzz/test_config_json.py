@@ -12,7 +12,7 @@ from deepstack_jax.errors import WeightsError
 from deepstack_jax.families.forms import from_hf
 from deepstack_jax.families.official import KNOWN
 from deepstack_jax.families.processor import preprocessor_to_hf
-from deepstack_jax.weights.checkpoint_files import read_json, weight_files
+from deepstack_jax.weights.checkpoint_files import read_model_json, weight_files
 from deepstack_jax.weights.names import NameTable
 from deepstack_jax.weights.open_checkpoint import open_checkpoint
 from tests.fuzz.watch import is_one_line, reads_only
@@ -180,6 +180,6 @@ def test_read_json_gives_an_object_or_one_line(tmp_path_factory, text):
     file = tmp_path_factory.getbasetemp() / "any.json"
     file.write_bytes(text)
     try:
-        assert None not in read_json(file).values()
+        assert None not in read_model_json(file).values()
     except WeightsError as error:
         is_one_line(error)

@@ -273,14 +273,14 @@ def test_measuring_without_decoding_agrees_with_the_batch():
     config = small_config()
     examples = [example(0, SQUARE), example(1, WIDE, set="photos"), example(2, turns=(Message("human", "Hi"), TURNS[1]))]
     for index, one in enumerate(examples):
-        measured, found = survey.measure(one, Encoder(config.data_spec)), model_input(Listed(examples), index, config)
+        measured, found = survey.measure_sample(one, Encoder(config.data_spec)), model_input(Listed(examples), index, config)
         assert isinstance(found, ModelInput)
         assert measured.size == lengths.measure(one, Encoder(config.data_spec))
         assert measured.size.tokens == len(found.tokens)
         assert measured.size.visual == (found.image_of >= 0).sum()
         assert measured.supervised == found.supervised.sum() > 0
-    assert survey.measure(examples[1], Encoder(config.data_spec)).grids == ((1, 3),)
-    assert survey.by_origin([survey.measure(one, Encoder(config.data_spec)) for one in examples])[1][:2] == ("photos", 1)
+    assert survey.measure_sample(examples[1], Encoder(config.data_spec)).grids == ((1, 3),)
+    assert survey.by_origin([survey.measure_sample(one, Encoder(config.data_spec)) for one in examples])[1][:2] == ("photos", 1)
 
 
 def test_efficiencies_by_hand():

@@ -13,7 +13,7 @@ import pytest
 
 from deepstack_jax.config import Config, DataConfig
 from deepstack_jax.data.example import SourceError
-from deepstack_jax.evaluate.__main__ import EvaluationRequest, answer_all, key_of
+from deepstack_jax.evaluate.__main__ import EvaluationRequest, ask_all, key_of
 from deepstack_jax.evaluate.ask import Refusal
 from deepstack_jax.evaluate.checkpoint import EvalCheckpoint
 from deepstack_jax.evaluate.tasks import Task
@@ -68,7 +68,7 @@ def run(
     asked: Any = answerer
     console = Console(file=printed, width=200)
     try:
-        lines, bad = answer_all(asked, evaluation_of(rows, allowed), EvalCheckpoint(folder, key), console)
+        lines, bad = ask_all(asked, evaluation_of(rows, allowed), EvalCheckpoint(folder, key), console)
         return ([json.dumps(asdict(line)) for line in lines], len(bad)), answerer, printed.getvalue()
     except (KeyboardInterrupt, SourceError) as error:
         return error, answerer, printed.getvalue()

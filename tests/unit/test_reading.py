@@ -20,8 +20,8 @@ from deepstack_jax.train.checkpoint.reading import (
     CheckpointError,
     UnreadableError,
     is_damage,
-    read_json,
     read_or_damage,
+    read_workdir_json,
     saved_steps,
 )
 from deepstack_jax.train.run.metrics import Quarantine, read_metrics
@@ -130,7 +130,7 @@ def test_what_stays_is_damage(error, pauses):
     def fail():
         raise error
 
-    assert read_or_damage("a file", fail) == (None, reading.one_line(error))
+    assert read_or_damage("a file", fail) == (None, reading.cause_line(error))
     assert pauses == []
 
 
@@ -146,7 +146,7 @@ def test_a_restore_that_fails_now_is_tried_again_and_raised_as_what_it_is(error,
         patch.setattr(checkpoints._manager, "restore", fail)
         with pytest.raises((UnreadableError, type(error))) as caught:
             checkpoints.restore(abstract())
-    assert caught.value is error or reading.one_line(error) in str(caught.value)
+    assert caught.value is error or reading.cause_line(error) in str(caught.value)
     assert "\n" not in str(caught.value)
     assert pauses == list(reading.PAUSES)
     assert files_in(saved) == before
@@ -307,14 +307,14 @@ def test_a_config_that_cannot_be_read_now_is_not_called_damaged(tmp_path, monkey
     for content, said in ((b"{", "Expecting"), (b"[]", "it holds a list, expected an object"), (b"\xff\x00", "utf-8")):
         file.write_bytes(content)
         with pytest.raises(CheckpointError, match=said):
-            read_json(file)
+            read_workdir_json(file)
 
     def fail(*_, **__):
         raise of_number(errno.ESTALE)
 
     monkeypatch.setattr(Path, "read_text", fail)
     with pytest.raises(UnreadableError, match="Stale file handle"):
-        read_json(file)
+        read_workdir_json(file)
 
 
 def test_a_link_that_leads_out_of_a_checkpoint_is_refused_by_whoever_reads_it(kept, tmp_path):

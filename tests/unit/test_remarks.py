@@ -178,7 +178,7 @@ def test_answers_and_scores_see_an_image_upright_unless_told_otherwise(lmm, orie
 def test_a_prompt_cannot_end_its_own_turn(lmm, monkeypatch):
     seen = []
     monkeypatch.setattr(
-        "deepstack_jax.generate.answers.pack", lambda examples, *_, **__: seen.extend(examples) or SimpleNamespace()
+        "deepstack_jax.generate.answers.pad_prompts", lambda examples, *_, **__: seen.extend(examples) or SimpleNamespace()
     )
     monkeypatch.setattr("deepstack_jax.generate.answers.answer_ids", lambda *_, **__: iter(()))
     lmm.generate(None, "hi</s><s>", template="v1")

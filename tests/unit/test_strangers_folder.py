@@ -16,7 +16,7 @@ from deepstack_jax.api import LMM, Options
 from deepstack_jax.data.encode.tokenizer import load_tokenizer
 from deepstack_jax.errors import ConfigError, WeightsError
 from deepstack_jax.train.checkpoint.init_weights import open_start
-from deepstack_jax.weights.checkpoint_files import processor_of, read_json
+from deepstack_jax.weights.checkpoint_files import processor_of, read_model_json
 from deepstack_jax.weights.load import is_finite, load_params, stored_leaves
 from deepstack_jax.weights.open_checkpoint import find_folder, open_checkpoint
 from deepstack_jax.weights.save import save_checkpoint
@@ -101,7 +101,7 @@ def test_json_that_is_none_is_one_line(name, text, folder):
 def test_what_never_ends_is_not_read(folder):
     (folder / "generation_config.json").symlink_to("/dev/zero")
     with pytest.raises(WeightsError, match=r"generation_config\.json is no JSON \(no file of at most") as caught:
-        read_json(folder / "generation_config.json")
+        read_model_json(folder / "generation_config.json")
     os.mkfifo(folder / "processor_config.json")
     with pytest.raises(WeightsError, match="no file of at most"):
         processor_of(folder)

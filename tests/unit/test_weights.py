@@ -22,7 +22,7 @@ from deepstack_jax.errors import WeightsError
 from deepstack_jax.families.base import TOWER
 from deepstack_jax.families.build import build_model
 from deepstack_jax.families.llava_hf import llava_hf_name
-from deepstack_jax.weights.checkpoint_files import read_json
+from deepstack_jax.weights.checkpoint_files import read_model_json
 from deepstack_jax.weights.load import absent_leaves, load_params, stored_leaves
 from deepstack_jax.weights.names import NameTable
 from deepstack_jax.weights.open_checkpoint import open_checkpoint
@@ -491,7 +491,7 @@ def test_what_official_files_cannot_say_stands_beside_them(folder, tmp_path):
     again = open_checkpoint(tmp_path / "box")
     assert again.config == changed
     assert again.template == "plain"
-    assert read_json(tmp_path / "box" / "config.json") == read_json(tmp_path / "plain" / "config.json")
+    assert read_model_json(tmp_path / "box" / "config.json") == read_model_json(tmp_path / "plain" / "config.json")
     (tmp_path / "box" / "deepstack_jax.json").write_text('{"image.global_filtre": "box"}')
     with pytest.raises(WeightsError, match=r"deepstack_jax\.json does not fit the rest of the folder"):
         open_checkpoint(tmp_path / "box")

@@ -17,7 +17,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from deepstack_jax.errors import WeightsError
-from deepstack_jax.weights.checkpoint_files import open_files, weight_files
+from deepstack_jax.weights.checkpoint_files import open_weight_files, weight_files
 from deepstack_jax.weights.save import DTYPES, Out, shard_size, write_safetensors, write_shards
 from deepstack_jax.weights.stored_tensor import aligned_empty, copy_into, open_safetensors
 from deepstack_jax.weights.torch_pickle import open_bin
@@ -80,7 +80,7 @@ def test_several_files_with_and_without_an_index_equal_one(tmp_path):
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
     assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in tensors.values())
     for _ in ("with", "without"):
-        found = dict(open_files(weight_files(tmp_path)))
+        found = dict(open_weight_files(weight_files(tmp_path)))
         assert {name: found[name].read().tobytes() for name in found} == {name: t.tobytes() for name, t in tensors.items()}
         (tmp_path / "model.safetensors.index.json").unlink(missing_ok=True)
 
@@ -200,7 +200,7 @@ def test_bin_equals_safetensors(dtype, tmp_path):
     shutil.copyfile(
         tmp_path / "pytorch_model-00001-of-00002.bin", tmp_path / "mm_projector.bin"
     )  # no part of the model's files
-    found = dict(open_files(weight_files(tmp_path)))
+    found = dict(open_weight_files(weight_files(tmp_path)))
     assert set(found) == set(tensors)
     for name, tensor in tensors.items():
         assert found[name].read().tobytes() == tensor.tobytes()

@@ -10,7 +10,14 @@ import numpy as np
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
-from deepstack_jax.data.encode.tokenizer_files import LITERALS, SPECIAL_ROLES, TokenizerError, as_tokens, read_json, reading
+from deepstack_jax.data.encode.tokenizer_files import (
+    LITERALS,
+    SPECIAL_ROLES,
+    TokenizerError,
+    as_tokens,
+    read_optional_json,
+    reading,
+)
 
 _HIDING = [chr(code) for code in range(0xFDD0, 0xFDF0)]  # characters that Unicode keeps out of texts
 _UNHIDE = {ord(character): "\ufffd" for character in _HIDING}
@@ -28,7 +35,7 @@ class HFTokenizer:
         self.file = Path(path) / "tokenizer.json" if Path(path).is_dir() else Path(path)
         if not self.file.is_file():
             raise FileNotFoundError(f"no {self.file}; expected tokenizer.json or a folder that holds it")
-        self._config = read_json(self.file.parent / "tokenizer_config.json")
+        self._config = read_optional_json(self.file.parent / "tokenizer_config.json")
         with reading(self.file):
             self._fast = _fast(self.file.read_text("utf-8"))
             self._read()

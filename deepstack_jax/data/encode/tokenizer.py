@@ -16,7 +16,7 @@ import numpy as np
 from deepstack_jax.data.encode.fast_tokenizer import HFTokenizer
 from deepstack_jax.data.encode.fast_tokenizer import train_bpe as train_bpe
 from deepstack_jax.data.encode.sentencepiece_tokenizer import SentencePieceTokenizer
-from deepstack_jax.data.encode.tokenizer_files import LITERALS, read_json
+from deepstack_jax.data.encode.tokenizer_files import LITERALS, read_optional_json
 
 
 @runtime_checkable
@@ -122,7 +122,7 @@ def load_tokenizer(spec: str) -> Tokenizer:
         return SentencePieceTokenizer(path.parent if path.name == "tokenizer.model" else path)
     if path.is_file() or (path / "tokenizer.json").is_file():
         return HFTokenizer(path)
-    run = read_json(path / "config.json").get("data")
+    run = read_optional_json(path / "config.json").get("data")
     if isinstance(run, dict) and run.get("tokenizer"):
         return load_tokenizer(run["tokenizer"])
     raise FileNotFoundError(

@@ -73,8 +73,8 @@ def to_row(row: pa.Table | pa.RecordBatch, most: int | None) -> dict[str, Any]:
             raise
         except _UNDECODABLE as error:
             if name in needed_keys():
-                raise RecordError(f"cannot be decoded ({one_line(error)}); fetch or write the file again") from error
-            warnings.warn(f"column {name:.80} has values that cannot be carried along ({one_line(error)})", stacklevel=2)
+                raise RecordError(f"cannot be decoded ({short_reason(error)}); fetch or write the file again") from error
+            warnings.warn(f"column {name:.80} has values that cannot be carried along ({short_reason(error)})", stacklevel=2)
     return values
 
 
@@ -177,5 +177,5 @@ def _as_pairs(kind: pa.MapType, key: pa.DataType | None = None, item: pa.DataTyp
     return pa.list_(pa.struct([("key", key or kind.key_type), ("value", item or kind.item_type)]))
 
 
-def one_line(error: Exception) -> str:
+def short_reason(error: Exception) -> str:
     return " ".join(str(error).split())[:200]

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 from deepstack_jax.config import LIMITS, LimitsConfig
 from deepstack_jax.data.example import SourceError
 from deepstack_jax.data.formats import files
-from deepstack_jax.data.formats.columns import VALUE_BYTES, carried, one_line, scanned, settled, to_row, warn_of
+from deepstack_jax.data.formats.columns import VALUE_BYTES, carried, scanned, settled, short_reason, to_row, warn_of
 from deepstack_jax.data.formats.footers import ColumnChunk, decompressed_bytes, messages_of, read_chunks
 from deepstack_jax.data.formats.styles import IMAGE_KEYS, RecordError, check_columns, needed_keys
 
@@ -135,7 +135,7 @@ class ParquetRecords:
             if isinstance(error, OSError) and error.errno:
                 raise SourceError(f"cannot read {path} any more: {error.strerror}; put it back and start again") from error
             raise RecordError(
-                f"row group {number} cannot be read ({one_line(error)}); fetch or write the file again"
+                f"row group {number} cannot be read ({short_reason(error)}); fetch or write the file again"
             ) from error
         if len(table) != footer.rows[number]:
             raise RecordError(f"row group {number} has {len(table)} rows of {footer.rows[number]}; fetch or write it again")
@@ -151,7 +151,9 @@ class ParquetRecords:
             if needed == self._columns or (isinstance(error, OSError) and error.errno):
                 raise
             table = parquet.read_row_group(number, columns=needed)  # it may have been a column that nobody needs
-            warn_of(self.path, [name for name in self._columns if name not in needed], f"cannot be read ({one_line(error)})")
+            warn_of(
+                self.path, [name for name in self._columns if name not in needed], f"cannot be read ({short_reason(error)})"
+            )
             return table
 
     def _read_steps(self, parquet: pq.ParquetFile, number: int, step: int) -> pa.Table:
@@ -348,4 +350,4 @@ def _failure(path: str, error: Exception) -> SourceError:
     """What to say of a file that cannot be read; pyarrow's own OSError is about the content and carries no number."""
     if isinstance(error, OSError) and error.errno:
         return SourceError(f"cannot read {path}: {error.strerror}; check the path")
-    return SourceError(f"{path} is damaged, cut short or of another format ({one_line(error)}); fetch or write it again")
+    return SourceError(f"{path} is damaged, cut short or of another format ({short_reason(error)}); fetch or write it again")

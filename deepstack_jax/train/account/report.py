@@ -123,7 +123,7 @@ def report(workdir: Path, console: Console) -> TimeSpent:
     console.print(
         f"{workdir}: {spent.steps} steps, {plural(spent.attempts, 'attempt')}, goodput {spent.goodput:.1%}", soft_wrap=True
     )
-    console.print(describe(spent))
+    console.print(time_table(spent))
     folder = workdir / "report"
     folder.mkdir(exist_ok=True)
     for name, figure in (("time.png", draw_time(spent)), ("curves.png", draw_curves(metrics))):
@@ -133,7 +133,7 @@ def report(workdir: Path, console: Console) -> TimeSpent:
     return spent
 
 
-def describe(spent: TimeSpent) -> Table:
+def time_table(spent: TimeSpent) -> Table:
     """Seconds and shares by kind."""
     total = sum(spent.seconds.values())
     table = Table("time", "seconds", "share")

@@ -33,8 +33,8 @@ from deepstack_jax.train.checkpoint.checksums import algorithm_of, checksums, ch
 from deepstack_jax.train.checkpoint.reading import (
     CheckpointError,
     UnreadableError,
+    cause_line,
     check_links,
-    one_line,
     read_or_damage,
 )
 from deepstack_jax.types import PyTree, TrainState
@@ -148,7 +148,7 @@ class Checkpoints:
             self._manager.save(step, args=ocp.args.Composite(**items), force=True)
         except Exception as error:  # a full disk comes as OSError, ValueError or XlaRuntimeError, by the place it strikes
             self._judge(earlier)
-            self._failed(step, one_line(error))
+            self._failed(step, cause_line(error))
             return
         written = self._reader.submit(self._wait_for_files, self._manager)
         self._pending = Pending(step, written, self._reader.submit(self._read_back, written, step))
@@ -169,7 +169,7 @@ class Checkpoints:
             try:
                 self._manager.delete(int(old))
             except OSError as error:  # it is in the way of nothing but room
-                log.warning("checkpoint %s cannot be deleted now: %s", old, one_line(error))
+                log.warning("checkpoint %s cannot be deleted now: %s", old, cause_line(error))
             self._good.remove(int(old))
 
     def _judge(self, saved: Pending | None) -> bool:
@@ -206,7 +206,7 @@ class Checkpoints:
         try:
             self._manager.close()
         except Exception as error:  # whatever a full or broken disk raises
-            log.warning("a checkpoint could not be written (%s; %s)", one_line(error), self._free())
+            log.warning("a checkpoint could not be written (%s; %s)", cause_line(error), self._free())
 
     def restore(self, abstract: TrainState, step: int | None = None) -> tuple[TrainState, dict[str, Any]] | None:
         """Newest usable checkpoint as (state, data state), or None if there is none at all.
@@ -278,7 +278,7 @@ class Checkpoints:
         try:
             manager.wait_until_finished()
         except Exception as error:  # whatever a full or broken disk raises
-            return one_line(error)
+            return cause_line(error)
         return ""
 
     def _read_back(self, written: Future[str], step: int) -> str:
@@ -294,7 +294,7 @@ class Checkpoints:
         try:
             found, problem = read_or_damage(f"checkpoint {step} in {self._directory}", compare)
         except Exception as error:  # no damage; the files are written, and the run can go on
-            return _UNREAD + one_line(error)
+            return _UNREAD + cause_line(error)
         return found or problem
 
     def _failed(self, step: int, reason: str) -> None:
@@ -310,7 +310,7 @@ class Checkpoints:
         try:
             self._manager.close()
         except Exception as error:  # the same failure once more
-            log.info("closing after a failed save: %s", one_line(error))
+            log.info("closing after a failed save: %s", cause_line(error))
         for left in (self._directory / str(step), *self._directory.glob(f"{step}.orbax-checkpoint-tmp*")):
             shutil.rmtree(left, ignore_errors=True)
         self._manager = self._open()

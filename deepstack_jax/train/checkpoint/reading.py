@@ -58,7 +58,7 @@ def read_or_damage(
             result = read()
         except Exception as error:  # tensorstore, orbax and json each raise their own kinds
             failure = error.with_traceback(None)  # whose frames may hold what memory lacks
-        mine = "" if failure is None else one_line(failure) if is_damage(failure) else f"{_NOW}{one_line(failure)}"
+        mine = "" if failure is None else cause_line(failure) if is_damage(failure) else f"{_NOW}{cause_line(failure)}"
         said = [text for text in agree(mine) if text]
         passing = [text.removeprefix(_NOW) for text in said if text.startswith(_NOW)]
         if not passing:
@@ -76,7 +76,7 @@ def read_or_damage(
     raise AssertionError("the last try returns or raises")
 
 
-def read_json(file: Path) -> dict[str, Any]:
+def read_workdir_json(file: Path) -> dict[str, Any]:
     """The object in a JSON file of a workdir.
 
     Raises:
@@ -114,6 +114,6 @@ def saved_steps(workdir: Path) -> list[int]:
     return sorted(int(name) for name in names or () if name.isascii() and name.isdigit())
 
 
-def one_line(error: BaseException) -> str:
+def cause_line(error: BaseException) -> str:
     """In one line; of a long chain of causes the beginning and the end, where the first cause stands."""
     return cut((str(error).splitlines() or [type(error).__name__])[0])

@@ -20,12 +20,12 @@ from deepstack_jax.train.checkpoint.reading import (
     CheckpointError,
     UnreadableError,
     check_links,
-    read_json,
     read_or_damage,
+    read_workdir_json,
     saved_steps,
 )
 from deepstack_jax.train.core.optimizer import flatten, unflatten
-from deepstack_jax.weights.checkpoint_files import read_json as read_any_json
+from deepstack_jax.weights.checkpoint_files import read_model_json
 from deepstack_jax.weights.names import Foreign, NameTable, to_theirs
 from deepstack_jax.weights.stored_tensor import StoredTensor
 
@@ -35,7 +35,7 @@ log = logging.getLogger(__name__)
 def is_workdir(folder: str | Path) -> bool:
     """Whether the folder is a training run's: our configuration, which has no model_type, and checkpoints."""
     file = Path(folder).expanduser() / "config.json"
-    return (file.parent / "checkpoints").is_dir() and file.is_file() and "model_type" not in read_any_json(file)
+    return (file.parent / "checkpoints").is_dir() and file.is_file() and "model_type" not in read_model_json(file)
 
 
 def restore_params(workdir: Path, only: tuple[str, ...] = ("",)) -> tuple[int, Config, dict[str, np.ndarray]]:
@@ -49,7 +49,7 @@ def restore_params(workdir: Path, only: tuple[str, ...] = ("",)) -> tuple[int, C
       CheckpointError: there is no checkpoint that can be read whole; or (UnreadableError) storage fails now; or a link leads
         out of one.
     """
-    config = from_stored(read_json(workdir / "config.json"))
+    config = from_stored(read_workdir_json(workdir / "config.json"))
     shapes = {path: leaf.shape for path, leaf in NameTable(config).leaves.items() if path.startswith(only)}
     problems = []
     for step in reversed(saved_steps(workdir)):
@@ -126,7 +126,7 @@ def config_of(workdir: Path) -> Config:
       WeightsError: it cannot be used.
     """
     try:
-        return from_stored(read_json(workdir / "config.json"))
+        return from_stored(read_workdir_json(workdir / "config.json"))
     except UnreadableError:
         raise
     except ValueError as error:

@@ -52,13 +52,13 @@ def loop(run: Run, state: TrainState, stop: Callable[[], bool]) -> TrainState:
                 trace.after(step, numbers)
                 log.add(step, batch.tokens.shape[1], numbers)
                 if step % train.log_every == 0 or step == run.steps:
-                    show(progress, step, log.write())
+                    show_progress(progress, step, log.write())
                 if every and step % every == 0 and step < run.steps:
                     evaluate(run, log, state, step)
                 if step % train.checkpoint_every == 0 and step < run.steps:
                     save(run, log, state, step)
             if log.waiting:
-                show(progress, step, log.write())
+                show_progress(progress, step, log.write())
         except (NotFiniteError, QuarantineError, SourceError) as error:
             # All hosts meet the first two alike. What a single one of several meets cannot be saved: that takes them all.
             if step > first and (jax.process_count() == 1 or not isinstance(error, SourceError)):
@@ -71,7 +71,7 @@ def loop(run: Run, state: TrainState, stop: Callable[[], bool]) -> TrainState:
     return state
 
 
-def show(progress: Progress, step: int, values: Mapping[str, float]) -> None:
+def show_progress(progress: Progress, step: int, values: Mapping[str, float]) -> None:
     progress.show(step, log_line(values), values.get("seconds_per_step"))
 
 

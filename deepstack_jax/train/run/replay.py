@@ -26,7 +26,7 @@ from deepstack_jax.parallel.rules import use_mesh
 from deepstack_jax.printing import REDACTED, Console
 from deepstack_jax.train.checkpoint.init_weights import first_state
 from deepstack_jax.train.checkpoint.manager import Checkpoints
-from deepstack_jax.train.checkpoint.reading import CheckpointError, UnreadableError, read_json
+from deepstack_jax.train.checkpoint.reading import CheckpointError, UnreadableError, read_workdir_json
 from deepstack_jax.train.core.optimizer import flatten, split, unflatten
 from deepstack_jax.train.core.program import Program, build_program
 from deepstack_jax.train.core.step import token_loss
@@ -139,7 +139,7 @@ def replay_file(file: Path, given: Config | None, console: Console) -> None:
     """
     workdir = file.absolute().parents[1]
     try:
-        config = from_stored(read_json(workdir / "config.json"))
+        config = from_stored(read_workdir_json(workdir / "config.json"))
     except UnreadableError:
         raise
     except CheckpointError as error:
@@ -194,11 +194,11 @@ def replay(file: Path, program: Program, stream: TrainingStream, checkpoints: Ch
     batch = put_batch(program.mesh, delivered.batch)
     findings = examine(program, state, batch)
     _, numbers = step(state, batch)
-    console.print(describe(bundle, findings, delivered.batch, numbers), soft_wrap=True)
+    console.print(describe_findings(bundle, findings, delivered.batch, numbers), soft_wrap=True)
     return findings
 
 
-def describe(bundle: Bundle, findings: Findings, batch: Batch, numbers: Mapping[str, Any]) -> str:
+def describe_findings(bundle: Bundle, findings: Findings, batch: Batch, numbers: Mapping[str, Any]) -> str:
     """The findings as lines of text."""
     again = f"step {bundle.step}: loss {float(numbers['loss'])}, gradient norm {float(numbers['grad_norm'])}"
     lines = [f"{again}; recorded {bundle.loss}, {bundle.grad_norm}"]

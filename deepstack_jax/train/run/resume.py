@@ -11,7 +11,7 @@ from typing import Any
 from deepstack_jax.config import SAME_EXAMPLES, Config, TrainConfig, differences, on_resume
 from deepstack_jax.data.fingerprint import UNUSABLE
 from deepstack_jax.train.checkpoint.manager import bytes_of
-from deepstack_jax.train.checkpoint.reading import CheckpointError, UnreadableError, one_line, read_json, saved_steps
+from deepstack_jax.train.checkpoint.reading import CheckpointError, UnreadableError, cause_line, read_workdir_json, saved_steps
 from deepstack_jax.types import PyTree
 
 
@@ -47,7 +47,7 @@ def check_same_run(config: Config, workdir: Path) -> list[str]:
     if not stored.exists():
         return []
     try:
-        changed = differences(config, read_json(stored))
+        changed = differences(config, read_workdir_json(stored))
     except UnreadableError:
         raise
     except CheckpointError as error:
@@ -95,18 +95,18 @@ def data_changes(config: Config, workdir: Path, now: dict[str, Any], texts: Call
         raise
     except (CheckpointError, TypeError, AttributeError, KeyError) as error:
         raise CheckpointError(
-            f"{workdir}/manifest.json is damaged ({one_line(error)}), which tells what data the run began with; if that "
+            f"{workdir}/manifest.json is damaged ({cause_line(error)}), which tells what data the run began with; if that "
             "is the same, delete the file and run the same command again: it is written again"
         ) from error
 
 
 def _data_changes(config: Config, workdir: Path, now: dict[str, Any], texts: Callable[[], str]) -> list[str]:
-    changed = differences(config, read_json(workdir / "config.json"))
+    changed = differences(config, read_workdir_json(workdir / "config.json"))
     moved = [f"{key}: {changed[key][1]!r} there, {changed[key][0]!r} now" for key in changed if on_resume(key) == SAME_EXAMPLES]
     manifest = workdir / "manifest.json"
     if not manifest.exists():
         manifest = workdir / "checkpoints" / str(saved_steps(workdir)[-1]) / "about" / "metadata"  # which has the same
-    before = read_json(manifest).get("data", {}) if manifest.exists() else {}
+    before = read_workdir_json(manifest).get("data", {}) if manifest.exists() else {}
     found = []
     if before.get("rows", now["rows"]) != now["rows"]:
         found.append(f"{before['rows']:,} rows there, {now['rows']:,} now")

@@ -1,4 +1,4 @@
-"""The parts of a run, put together."""
+"""`Run`, what the loop needs, put together before it begins."""
 
 from __future__ import annotations
 
