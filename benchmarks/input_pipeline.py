@@ -152,7 +152,7 @@ def image_files(folder: Path, flag: str) -> list[Path]:
     known = Image.registered_extensions()
     files = sorted(path.resolve() for path in folder.iterdir() if path.suffix.lower() in known) if folder.is_dir() else []
     if not files:
-        got = "holds no images" if folder.is_dir() else "is no folder"
+        got = "holds no images" if folder.is_dir() else "is not a folder"
         raise BenchmarkError(f"{folder} {got}, expected a folder of image files; name another with --{flag}=DIR")
     return [files[len(files) * number // MOST_FILES] for number in range(MOST_FILES)] if len(files) > MOST_FILES else files
 
@@ -195,7 +195,7 @@ def measure_folders(folders: dict[str, list[Path]], authors: str) -> tuple[str, 
     if authors:
         found = shutil.which(authors)
         if found is None:
-            raise BenchmarkError(f"--authors={authors} is no program, expected a Python interpreter; give its path")
+            raise BenchmarkError(f"--authors={authors} is not a program, expected a Python interpreter; give its path")
         interpreters["authors"] = os.path.abspath(found)
     else:
         del interpreters["authors"]

@@ -52,9 +52,9 @@ DIFFERENCES = """## Where we differ on purpose
 | a real `<unk>` is taken for padding | it is a token | `test_tokenize.py` |
 | a "tokenization mismatch" blanks a sample's labels | labels come from character offsets | `test_tokenize.py` |
 | template v0 learns an answer before the first question | it is dropped, as in all templates | `test_conversation.py` |
-| a template's own mark in the words (` ASSISTANT: `) moves labels | they stand on the answer | `test_tokenize.py` |
+| a template's own mark in the words (` ASSISTANT: `) moves labels | they are on the answer | `test_tokenize.py` |
 | an HD folder's `deepstack_sampling` changes nothing | it is heeded in a run of ours; its export warns | `test_weights.py` |
-| template v0: labels slide by one token a turn | labels stand on the answer | `test_tokenize.py` |
+| template v0: labels slide by one token a turn | labels are on the answer | `test_tokenize.py` |
 | the loss is a mean over each device's tokens | over the tokens of the global batch | `test_step.py` |
 | `mm_vision_tower_lr` is ignored | the tower has a group of its own in the optimizer's table | `test_optimizer.py` |
 

@@ -24,12 +24,12 @@ def write_sets(root: Path, sets: Mapping[str, SetConfig], rows: int) -> None:
     """Write all files of a mixture: `rows` rows in all, and at least one for every folder that a set takes images from.
 
     Raises:
-      ValueError: a set is no JSON file.
+      ValueError: a set is not a JSON file.
     """
     by_file: dict[str, list[dict]] = {}
     for name, entry in sets.items():
         if not entry.file.endswith(".json"):
-            raise ValueError(f"set {name}: {entry.file} is no .json file, and others are not written here")
+            raise ValueError(f"set {name}: {entry.file} is not a .json file, and others are not written here")
         places = entry.keep_images or (f"{name}/",)
         for number in range(max(len(places), rows // len(sets))):
             image = places[number % len(places)]

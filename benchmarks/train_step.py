@@ -80,7 +80,7 @@ def batch_of(config: Config) -> Batch:
 
 
 def measure(step: Callable[[], float]) -> tuple[list[float], float]:
-    """(losses of the first steps, median seconds of those behind them)."""
+    """(losses of the first steps, median seconds of those after them)."""
     losses, seconds = [], []
     for _ in range(CHECKED + STEPS):
         began = time.perf_counter()

@@ -1,4 +1,4 @@
-"""LLaVA-NeXT, the baseline of DeepStack-HD: up to 4 cells of the image behind the global view, as a longer sequence.
+"""LLaVA-NeXT, the baseline of DeepStack-HD: up to 4 cells of the image after the global view, as a longer sequence.
 
   python -m deepstack_jax.train --config=configs/llava_next.py:pretrain --config.data.root=DIR \
     --workdir=runs/llava_next-7b-pretrain

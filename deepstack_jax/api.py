@@ -77,7 +77,7 @@ class LMM:
         Args:
           images: of one prompt, a list of paths, PIL images, u8[y, x, 3] arrays or encoded bytes, or None; of several prompts,
             a list of such lists, or None.
-          prompt: the user's words. With as many `<image>` as images, each stands where the words put it; without any, the
+          prompt: the user's words. With as many `<image>` as images, each is where the words put it; without any, the
             images come first.
           batch_size: prompts that are answered at once; what is said does not depend on it.
           options: max_new_tokens=64, temperature=0.0, top_p=1.0, top_k=0, stop=(), seed=0, template=None, exif="apply"; see
@@ -134,7 +134,7 @@ class LMM:
         """Scores of the next token at every position, for the official code's inputs; needs no tokenizer.
 
         Args:
-          input_ids: int[B, T0] with -200 where an image stands, padded on either side.
+          input_ids: int[B, T0] with -200 where an image is, padded on either side.
           images: one list of PIL images per row, [] for a row of text.
           attention_mask: int or bool[B, T0], 0 = padding. Without it the runs of the pad id at both ends of a row are padding,
             and any other is a token.
@@ -188,7 +188,7 @@ def load(
 
 @flags_as({name: f"convert's --{name}" for name in ("tower", "base", "projector")})
 def load_in_verb(path: str, dtype: str | None) -> LMM:
-    """As `load`, for a verb that is given a folder alone: `convert` is named where it needs more than that."""
+    """As `load`, for a verb that gets a folder alone: `convert` is named where it needs more than that."""
     return _load(path, dtype)
 
 
@@ -222,7 +222,7 @@ def save_hf(lmm: LMM, folder: str | PathLike[str], *, dtype: str = "", force: bo
       dtype: float32 | bfloat16 | float16 of the file; "" = as loaded.
 
     Raises:
-      WeightsError: something else stands there, or the model has no such form; nothing is left behind.
+      WeightsError: something else is there, or the model has no such form; nothing is left over.
       ConfigError: an argument of the wrong type.
     """
     if not isinstance(lmm, LMM) or not isinstance(folder, str | PathLike):
@@ -249,7 +249,7 @@ def _warn_of_template(tokenizer: Tokenizer, template: str) -> None:
     if template in TEMPLATES and lacks(template):
         fitting = sorted(name for name in TEMPLATES if TEMPLATES[name].end.strip().startswith("<") and not lacks(name))
         warnings.warn(
-            f"the template is taken to be {template!r}, but its end of turn, {TEMPLATES[template].end.strip()}, is no token "
+            f"the template is taken to be {template!r}, but its end of turn, {TEMPLATES[template].end.strip()}, is not a token "
             f"of the tokenizer; that one has those of: {', '.join(fitting) or 'no template here'}; choose with template=NAME",
             stacklevel=3,
         )

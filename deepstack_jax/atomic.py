@@ -20,7 +20,7 @@ SCRATCH = ".part-"
 def whole_file(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
     """A file to write to (and to seek and read), which takes the place of `path` at once when the block ends without an error.
 
-    Whenever the machine stops, the old file is there or the new one. Until then it stands beside it under a name that nobody
+    Whenever the machine stops, the old file is there or the new one. Until then it is beside it under a name that nobody
     else has: neither another process, nor a user's file, nor a link that was laid there.
 
     Raises:

@@ -34,7 +34,7 @@ class Batch(NamedTuple):
     """One global (or per-host) batch with static shapes; a pytree of numpy or jax arrays.
 
     `visual_index` is the only source of visual positions: the merge into the sequence and every injection read it.
-    Each entry 0..M-1 stands at most once in a row of `visual_index`.
+    Each entry 0..M-1 is at most once in a row of `visual_index`.
     """
 
     tokens: AnyArray  # i32[B, T] token ids; 0 under a visual token and in the padding
@@ -45,8 +45,8 @@ class Batch(NamedTuple):
     pixels: AnyArray  # u8[B, C, y, x, 3] crop slots shared by all images of the row
     token_source: AnyArray  # i32[B, M] encoded token (crop * P + patch) of each visual token, or ZERO, NEWLINE
     stack_source: AnyArray  # i32[B, J, M] the same for each injected group
-    visual_index: AnyArray  # i32[B, T] which of the M stands here, TEXT = -1
-    example_id: AnyArray  # i64[B, G] rows of the source; -1 = none
+    visual_index: AnyArray  # i32[B, T] which of the M is here, TEXT = -1
+    example_id: AnyArray  # i64[B, G] records of the source; -1 = none
 
 
 class BatchShape(NamedTuple):
@@ -93,6 +93,6 @@ def check_batch(batch: Batch, patches: int) -> None:
     for row, index in enumerate(batch.visual_index):
         placed = index[index >= 0]
         if np.unique(placed).size != placed.size:
-            raise ValueError(f"row {row}: a visual token stands at two positions; every visual token is placed at most once")
+            raise ValueError(f"row {row}: a visual token is at two positions; every visual token is placed at most once")
     if np.any(batch.loss_weights[batch.segment_ids == 0]):
         raise ValueError("loss_weights are not zero in the padding")

@@ -85,7 +85,7 @@ def parse_config() -> Config:
     if source is None:
         raise ConfigError("--config is missing; e.g. --config=configs/demo.py")
     if not isinstance(source, ConfigDict):
-        raise ConfigError(f"--config: get_config returned {quote(source)}, expected a ConfigDict as of default_config()")
+        raise ConfigError(f"--config: get_config returned {quote(source)}, expected a ConfigDict like that of default_config()")
     return build_config(source)
 
 
@@ -259,7 +259,7 @@ def run(
             _fail(f"cannot write{where}: {error.strerror}; make room and run the same command again")
         if error.errno not in _FAILING:
             raise
-        _fail(f"cannot read or write{where}: {error.strerror}; run the same command again when that is mended")
+        _fail(f"cannot read or write{where}: {error.strerror}; run the same command again when that is fixed")
     except MemoryError as error:
         _fail(f"out of memory: {str(error) or 'this process was given no more'}; {needs_less_memory}")
     except (RuntimeError, ValueError) as error:  # by the place that it strikes
@@ -305,6 +305,6 @@ def _fail(*problems: str) -> NoReturn:
     """Say what is wrong, in a line each, and exit."""
     lines = [one_line(problem.replace("\\n", " ")) for problem in problems]
     if len(lines) > 1:
-        lines = ["more than one thing is amiss; each with what to do:", *lines]
+        lines = ["more than one thing is wrong; each with what to do:", *lines]
     print("error: " + "\n  ".join(lines), file=sys.stderr)
     sys.exit(EXIT_ERROR)

@@ -1,6 +1,6 @@
 """What jax, XLA, tensorstore and gloo say in words alone, where nothing else tells one of their errors from another.
 
-All such texts stand here; tests/unit/test_jax_messages.py holds each of them against the versions that are installed.
+All such texts are here; tests/unit/test_jax_messages.py holds each of them against the versions that are installed.
 """
 
 from __future__ import annotations

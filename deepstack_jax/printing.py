@@ -36,7 +36,7 @@ _BAR = re.compile(r"(?:\r|\n|\x1b\[A)+|\r[^\r\n\x1b]*")  # all that the progress
 REDACTED = "***"
 """In place of what only the user's command should hold."""
 
-# These three take time in proportion to the text, whatever stands in it: no part of them can begin again within its own match.
+# These three take time in proportion to the text, whatever is in it: no part of them can begin again within its own match.
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]{0,31}://(?:[^\s@/?#<>,]*@)?[^\s'\"<>]+")  # a password may hold quotes
 # A name and a password, which may hold slashes; in place of the colon's port.
 _PASSWORD = re.compile(r"[^/?#:]*:(?!\d{1,5}(?:[/?#]|$))[^?#]*@")
@@ -131,7 +131,7 @@ def plural(count: int, noun: str, many: str = "") -> str:
 class Console(rich.console.Console):
     """Rich's, which takes no text for markup and lets no control character through, tables and bars included.
 
-    The title of a table stands on a line of its own, so that no path in it is broken, and long cells are folded, not cut.
+    The title of a table has a line of its own, so that no path in it is broken, and long cells are folded, not cut.
     """
 
     def __init__(self, **settings: Any) -> None:
@@ -180,7 +180,7 @@ class _Guarded:
 
 
 class _Lasting(io.FileIO):
-    """What cannot be written is dropped: a reader that has gone, or a full disk, is no reason to end a run."""
+    """What cannot be written is dropped: a reader that has gone, or a full disk, is not a reason to end a run."""
 
     failed = False
 

@@ -1,4 +1,4 @@
-"""Signals that end a run once its state is saved, and the exit codes that say so."""
+"""Remembers the signals that stop a run: train/run/loop.py saves its state, train/run/train.py exits with the code."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Pytree structs that pass between rooms, besides the Batch."""
+"""Pytree structs that pass between packages, besides the Batch."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ HostOrDevice = jax.Array | np.ndarray  # where a function may be called outside 
 
 
 class KVCache(NamedTuple):
-    """Keys and values of every layer. Slots fill from the left; a row's padding leaves invalid slots behind."""
+    """Keys and values of every layer. Slots fill from the left; a row's padding leaves invalid slots after them."""
 
     keys: Float[Array, "L B S K H"]
     values: Float[Array, "L B S K H"]

@@ -41,7 +41,7 @@ need_tool() {
   $DRY_RUN || command -v "$1" >/dev/null || die "$1 is not on PATH; $2"
 }
 
-# parse_flags "flag=VARIABLE ..." "switch=VARIABLE=VALUE ..." ARGUMENTS...: sets the variables; what stands behind -- becomes TRAIN.
+# parse_flags "flag=VARIABLE ..." "switch=VARIABLE=VALUE ..." ARGUMENTS...: sets the variables; what comes after -- becomes TRAIN.
 parse_flags() {
   local flags=" $1 " switches=" dry-run=DRY_RUN=true $2 " name found
   shift 2

@@ -72,7 +72,7 @@ stop_all() {
   KILLER=$!
 }
 
-# ended NUMBER CODE: also end the data workers that it left behind, which would keep the output open.
+# ended NUMBER CODE: also end the data workers that it left over, which would keep the output open.
 ended() {
   kill -s TERM -- "-${PIDS[$1]}" 2>/dev/null || true
   unset "PIDS[$1]"

@@ -10,7 +10,7 @@
 #   install   copy HEAD of this repository to every worker and install it
 #   run       start train on every worker
 #   tail      follow the log of worker 0, or of --worker=N
-#   watch     until the run is done, or the slice deleted; after a preemption make the slice anew and go on from the last checkpoint
+#   watch     until the run is done, or the slice deleted; after a preemption make the slice again and go on from the last checkpoint
 #   status    state of the slice and exit code, or `running`, of every worker
 #   stop      SIGTERM to every worker: the state is saved
 #   delete    give the slice back; it costs until then
@@ -243,7 +243,7 @@ watch() {
       done) echo "$NAME is done; launch/tpu_vm.sh delete gives the slice back" && return ;;
       stopped) echo "$NAME was stopped by hand; launch/tpu_vm.sh run goes on, delete gives the slice back" && exit "$EXIT_PREEMPTED" ;;
       waiting) echo "$(date +%T) $NAME waits for its chips" ;;
-      missing) [[ $NEXT == request ]] || die "$NAME was deleted, or is not in $ZONE; launch/tpu_vm.sh up makes it anew" ;;
+      missing) [[ $NEXT == request ]] || die "$NAME was deleted, or is not in $ZONE; launch/tpu_vm.sh up makes it again" ;;
       again | preempted)
         ((++restarts <= MAX_RESTARTS)) || die "$NAME was stopped more than $MAX_RESTARTS times; --max-restarts allows more"
         echo "$(date +%T) $NAME: $condition; restart $restarts of $MAX_RESTARTS"

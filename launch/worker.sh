@@ -14,7 +14,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 REPOSITORY=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 readonly RUN=$HOME/run MOUNT=/gcs UV=$HOME/.local/uv KEY=/usr/share/keyrings/cloud.google.asc
 readonly GCSFUSE=3.11.2 # as Google's own package source has it, whose key signs it
-readonly BOOT=/proc/sys/kernel/random/boot_id # another after every start of the machine, when process ids begin anew
+readonly BOOT=/proc/sys/kernel/random/boot_id # another after every start of the machine, when process ids begin again
 readonly BUCKET=$HOME/bucket                  # name of the one to mount
 readonly WAIT=(-o DPkg::Lock::Timeout=600)    # for the updates that a new machine begins with
 UNLESS_RUNNING=false

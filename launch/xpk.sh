@@ -49,7 +49,7 @@ xpk_type() {
 }
 
 # XPK runs --command in a subshell and sends its SIGTERM there: `exec` puts train in its place. It ends a run on exit codes other than
-# 42, 127 to 255 and those named. The command stands in the Pod's own, where Kubernetes fills in variables before any shell.
+# 42, 127 to 255 and those named. The command is in the Pod's own, where Kubernetes fills in variables before any shell.
 create() {
   local options=(--workload="$NAME" --tpu-type="$(xpk_type)" --num-slices="$SLICES" --docker-image="$IMAGE" --priority="$PRIORITY")
   options+=(--max-restarts="$MAX_RESTARTS" --restart-on-exit-codes="$EXIT_PREEMPTED")

@@ -58,7 +58,7 @@ class ImageInput:
     stack: np.ndarray
 
     def uses(self, layers: Sequence[Layer], patches: int) -> tuple[np.ndarray, np.ndarray]:
-        """What becomes of every encoded token: bool[views, P] whether it stands in the sequence, and bool[K, views, P] at which
+        """What becomes of every encoded token: bool[views, P] whether it is in the sequence, and bool[K, views, P] at which
         of K layers it is added.
         """
         used = np.zeros((1 + len(layers), len(self.pixels) * patches), bool)
@@ -74,7 +74,7 @@ class ModelInput:
 
     Attributes:
       example: what the source gave.
-      tokens: i32[n] token ids; meaningless where an image stands.
+      tokens: i32[n] token ids; meaningless where an image is.
       supervised: bool[n] tokens that the loss asks for.
       image_of: i64[n] number of the image that a token belongs to, -1 for text.
       images: in the order of the sequence.
@@ -133,7 +133,7 @@ def _read_back(example: Example, config: Config) -> ModelInput:
     return ModelInput(
         example=example,
         tokens=batch.tokens[0, :length],
-        supervised=np.concatenate([[False], batch.loss_weights[0, : length - 1] > 0]),  # the weight stands one before its token
+        supervised=np.concatenate([[False], batch.loss_weights[0, : length - 1] > 0]),  # the weight is one before its token
         image_of=np.where(visual >= 0, np.searchsorted(visual_ends, visual, side="right"), -1),
         images=tuple(images),
         row_length=batch.tokens.shape[1],

@@ -35,7 +35,7 @@ def render_page(
       found: what the statistics are over.
       cards: the samples, in order.
       charts: name -> theme ("light", "dark") -> PNG.
-      rows: of the source in all.
+      rows: records of the source in all.
     """
     bad = quarantined(found, cards)
     environment = jinja2.Environment(
@@ -94,10 +94,10 @@ def method(config: Config) -> str:
     """What happens to an image under this configuration, in one or two sentences."""
     layers, stack, image = injecting_layers(config), config.deepstack, config.image
     first = {
-        "global": "The tokens of the global view stand in the sequence",
+        "global": "The tokens of the global view are in the sequence",
         "zero": "The sequence holds exact zeros in the places of the global view's tokens",
-        "crops": "The tokens of all crops stand in the sequence, one group after the other",
-        "global_crops": "The tokens of the global view and of all crops stand in the sequence",
+        "crops": "The tokens of all crops are in the sequence, one group after the other",
+        "global_crops": "The tokens of the global view and of all crops are in the sequence",
     }[stack.sequence]
     if image.kind.mosaic:
         first += ", after them those of the cells" if image.kind.upsampled else ", after them those of the crops"

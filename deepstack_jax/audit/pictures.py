@@ -39,7 +39,7 @@ class Sheet:
       name: what it shows.
       index: i64[rows, cols] the views.
       pixels: u8[Y, X, 3].
-      sequence: bool[R, Q] tokens that stand in the sequence.
+      sequence: bool[R, Q] tokens that are in the sequence.
       injected: bool[K, R, Q] tokens that are added at each layer.
       crop: side of a view in pixels.
       token: side of a token in pixels; a view's last pixels belong to none where it does not divide.
@@ -114,7 +114,7 @@ def assemble(parts: np.ndarray, index: np.ndarray) -> np.ndarray:
 
 
 def paint(sheet: Sheet, colours: np.ndarray, strength: float = TINT) -> np.ndarray:
-    """The sheet u8[Y, X, 3] with every token in the colour of its layer, in stripes where it has several; what stands in the
+    """The sheet u8[Y, X, 3] with every token in the colour of its layer, in stripes where it has several; what is in the
     sequence alone stays as it is, what is not used turns gray.
     """
     rows, cols = sheet.owners(0), sheet.owners(1)

@@ -15,7 +15,7 @@ from deepstack_jax.data.encode.templates import Template
 from deepstack_jax.data.encode.tokenizer import Tokenizer
 from deepstack_jax.data.encode.tokenizer_check import known_ids
 
-_HALF_CHARACTER = "\ufffd"  # how a tokenizer shows bytes that are no character, or not yet
+_HALF_CHARACTER = "\ufffd"  # how a tokenizer shows bytes that are not a character, or not yet
 _CONTEXT = 8  # tokens before a token that tell whether its text starts with a space
 _MARK = re.compile(r"<[^<>\s]+>|\[/?[A-Z_]+\]")  # what a template may write that is a special token: <|end|>, [/INST]
 

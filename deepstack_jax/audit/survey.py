@@ -31,7 +31,7 @@ class Measured:
     size: ExampleSize
     supervised: int  # tokens that the loss asks for
     grids: tuple[Grid | None, ...]  # per image
-    remarks: tuple[str, ...]  # `encode.REMARKS` that hold, one for each image or text
+    remarks: tuple[str, ...]  # `encoder.REMARKS` that hold, one for each image or text
     origin: str  # see `origin_of`
 
 
@@ -40,7 +40,7 @@ class Survey:
     """Many examples, measured in the order of training.
 
     Attributes:
-      rows: rows of the source that were looked at, in order.
+      rows: records of the source that were looked at, in order.
       usable: sizes and shares of those that a run can use.
       bad: the others.
     """
@@ -89,7 +89,7 @@ def choose_rows(source: Source, config: Config, count: int, seed: int | None) ->
 
 
 def survey(source: Source, config: Config, rows: Sequence[int], console: Console) -> Survey:
-    """Measure rows of a source; one that cannot be used is put down with its reason and never stops the survey.
+    """Measure records of a source; one that cannot be used is put down with its reason and never stops the survey.
 
     Raises:
       SourceError: the source as a whole cannot be read.
@@ -116,7 +116,7 @@ def measure_sample(example: Example, encoder: Encoder) -> Measured:
 
 
 def padded_efficiency(sizes: np.ndarray, config: Config) -> float:
-    """Share of token slots that are no padding, 0..1, with one example per row and batches padded to their bucket."""
+    """Share of token slots that are not padding, 0..1, with one example per row and batches padded to their bucket."""
     batch, slots = config.train.batch_size, 0
     for start in range(0, len(sizes), batch):
         part = sizes[start : start + batch, 0]

@@ -27,7 +27,7 @@ def check_config(config: Config) -> None:
             re.compile(pattern)
         except (re.error, RecursionError, OverflowError) as error:
             raise ConfigError(
-                f"config.optimizer.table holds {quote(pattern)}, which is no regular expression: {error}"
+                f"config.optimizer.table holds {quote(pattern)}, which is not a regular expression: {error}"
             ) from error
         if name != "frozen" and name not in config.optimizer.groups:
             near = nearest(name, (*config.optimizer.groups, "frozen"))
@@ -154,7 +154,7 @@ def _check_image(config: Config) -> None:
         )
     if image.kind.upsampled and "crops" in stack.sequence:
         raise ConfigError(
-            f"config.deepstack.sequence={stack.sequence!r} with config.image.mode={image.mode!r}, whose cells stand there "
+            f"config.deepstack.sequence={stack.sequence!r} with config.image.mode={image.mode!r}, whose cells are there "
             "already; use config.deepstack.sequence='global'"
         )
     if image.kind.grids == "pinpoints":
@@ -242,7 +242,7 @@ def _check_vision_injection(config: Config) -> None:
     last = vision.layers + vision.post_layers - 1
     if stack.vision_start >= vision.layers and vision.post_layers == 0:
         raise ConfigError(
-            f"config.deepstack.vision_start {stack.vision_start} lies behind the tower's {vision.layers} layers; lower it, or "
+            f"config.deepstack.vision_start {stack.vision_start} lies after the tower's {vision.layers} layers; lower it, or "
             "add layers with config.vision.post_layers=5"
         )
     if stack.vision_start > last:
@@ -250,7 +250,7 @@ def _check_vision_injection(config: Config) -> None:
     unused = config.groups - sum(group >= 0 for group in config.vision_schedule)
     if unused:
         warnings.warn(
-            f"{unused} of {config.groups} maps fall behind the tower layer whose input is the feature ({vision.layers_run}), "
+            f"{unused} of {config.groups} maps fall after the tower layer whose input is the feature ({vision.layers_run}), "
             f"never used (config.deepstack.vision_start {stack.vision_start})",
             stacklevel=4,
         )

@@ -57,7 +57,7 @@ class Range:
 
 @dataclass(frozen=True)
 class OneOf:
-    """Valid names that are registered at run time, or that another room lists."""
+    """Valid names that are registered at run time, or that another package lists."""
 
     names: Collection[str]
 
@@ -69,7 +69,7 @@ class ByArchitecture:
     classes: dict[str, type]
 
     def class_for(self, plain: Any, values: dict[str, Any]) -> Any:
-        """The class of the architecture that is given or the default; `plain` where there is none such."""
+        """The class of the given architecture, or else of the default; `plain` where there is none."""
         name = values.get("architecture", plain().architecture)
         return self.classes.get(name, plain) if isinstance(name, str) else plain
 
@@ -90,7 +90,7 @@ Seed = Annotated[int, Range(0, "a whole number from 0 to 4294967295", 2**32 - 1)
 
 
 class ConfigValue(NamedTuple):
-    """A value of a configuration that is no section, or an item of a list in it."""
+    """A value of a configuration that is not a section, or an item of a list in it."""
 
     key: str  # dotted, without "config."
     value: Any

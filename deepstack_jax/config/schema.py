@@ -112,9 +112,9 @@ class DecoderConfig:
 
 @dataclass(frozen=True)
 class DeepStackConfig:
-    """What stands in the sequence, what is injected, and where (paper sections 3.2, 3.3 and 4.3)."""
+    """What is in the sequence, what is injected, and where (paper sections 3.2, 3.3 and 4.3)."""
 
-    sequence: Annotated[str, OneOf(SEQUENCES)] = "global"  # what stands among the words, zero for tokens of exact zeros
+    sequence: Annotated[str, OneOf(SEQUENCES)] = "global"  # what is among the words, zero for tokens of exact zeros
     stack: Annotated[str, OneOf(STACKS)] = "crops"  # what is injected
     # How the crops' tokens become groups: every h-th row and w-th column, every h*w-th token, or a crop each
     sampling: Annotated[str, OneOf(SAMPLINGS)] = "2d"
@@ -299,7 +299,7 @@ class Config:
     def vision_schedule(self) -> tuple[int, ...]:
         """DeepStack-V: the group added at the input of each tower layer, or -1; empty where nothing enters the tower.
 
-        The feature is the input of layer `vision.layers_run`; what would enter behind that is left out.
+        The feature is the input of layer `vision.layers_run`; what would enter after that is left out.
         """
         if self.deepstack.into != "vision":
             return ()

@@ -77,7 +77,7 @@ def _open(path: str, limits: LimitsConfig) -> "Records | records.ShardSource":
 
 
 def _absence(path: str) -> str:
-    """That nothing is at the path, or what is there instead; OSError where it is no file."""
+    """That nothing is at the path, or what is there instead; OSError where it is not a file."""
     try:
         files.size(path)
     except (FileNotFoundError, NotADirectoryError) as error:  # may name what is there, composed otherwise

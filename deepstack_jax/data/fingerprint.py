@@ -28,7 +28,7 @@ LOOKED_AT = 64  # records, spread over the source: of one on a network, or drawn
 COMPARED = 1024  # rows, spread over any other source, whose tokens and images must be the same when a run goes on
 READ_WHOLE = 2 << 30  # bytes of data files that are read to the last for their digest; of larger ones parts
 _PARTS, _PART_BYTES, _READ_BYTES = 256, 64 << 10, 1 << 20
-UNUSABLE = "-"  # in place of a digest, of what cannot be used: mended since, it is no other data
+UNUSABLE = "-"  # in place of a digest, of what cannot be used: fixed since, it is still the same data
 
 
 class NamedImages(NamedTuple):

@@ -1,7 +1,7 @@
 """Grain pipelines from a source to batches. What is in a batch is a pure function of its number (`data/order/batches.py`).
 
 Shuffle, repeat, packing and batching are index arithmetic, done before any worker process: so the batch with number n is
-the same for every number of workers and hosts, a run resumes at the byte where it stopped, and no example is seen twice in an
+the same for every number of workers and hosts, a run resumes with exactly the next batch, and no example is seen twice in an
 epoch.
 """
 
@@ -36,13 +36,13 @@ from deepstack_jax.printing import redacted
 
 @dataclass(frozen=True)
 class ExampleLoader:
-    """Loads rows of the source into the form that batches are put together from."""
+    """Loads records of the source into the form that batches are put together from."""
 
     source: Source
     encoder: Encoder
 
     def load(self, index: int) -> EncodedExample | BadExample:
-        """The training form of row `index` of the source, or why it cannot be used."""
+        """The training form of record `index` of the source, or why it cannot be used."""
         try:
             example = self.source[index]
         except ExampleError as error:
@@ -54,7 +54,7 @@ class ExampleLoader:
 class BatchLoader:
     """Number of a batch -> one host's part of it. Runs in the workers.
 
-    `sizes` i32[rows of the source, 3] is what the schedule was made from, if it was made from lengths.
+    `sizes` i32[records of the source, 3] is what the schedule was made from, if it was made from lengths.
     """
 
     examples: ExampleLoader
@@ -64,7 +64,7 @@ class BatchLoader:
     processes: int
 
     def rows(self, number: int) -> tuple[list[list[int]], int | None]:
-        """The rows of the source in each row of this host's part, and the longest example of all hosts' parts."""
+        """The records of the source in each row of this host's part, and the longest example of all hosts' parts."""
         step = self.schedule.step(number)
         share = self.schedule.rows // self.processes
         return step.rows[self.process * share : (self.process + 1) * share], step.longest
@@ -145,7 +145,7 @@ class TrainingStream(Iterator[HostBatch]):
         return self.schedule.describe() if isinstance(self.schedule, PackedBatches) else None
 
     def indices(self, number: int) -> list[int]:
-        """Rows of the source in this host's part of batch `number`, in order."""
+        """Records of the source in this host's part of batch `number`, in order."""
         return [index for row in self._make.rows(number)[0] for index in row]
 
     def examples(self, number: int) -> list[int]:

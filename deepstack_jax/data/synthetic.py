@@ -120,7 +120,7 @@ class DocumentPages:
         Returns:
           An `Example` with one image `u8[128, 128, 3]`. `info` holds "kinds" ("fine" or "coarse" per question) and
           `i64[4, 4]` arrays over (box row, box column): "digits" 0..9, "shades" 0..3, and "corners" 0..3, the 16x16
-          quadrant (row-major) the digit stands in, or -1 where it fills the box ("legible").
+          quadrant (row-major) the digit is in, or -1 where it fills the box ("legible").
 
         Raises:
           IndexError: outside 0..length-1.

@@ -89,7 +89,7 @@ class EvaluationRequest:
       origin: tells these rows from others.
       rows: how many of them are asked.
       options, batch_size: how.
-      bad: rows that are known to be no questions for any model.
+      bad: rows that are known not to be questions for any model.
     """
 
     task: Task
@@ -155,7 +155,7 @@ def open_evaluation(given: dict[str, Any], console: Console) -> EvaluationReques
         rows = rows or (None if cli.names_config() else config.evaluation.examples)
     options = Options(max_new_tokens=given["max_new_tokens"] or max_new_tokens, template=given["template"])
     if options.template is not None:
-        find_template(options.template)  # a wrong name is no fault of the rows
+        find_template(options.template)  # a wrong name is not the rows' fault
     rows = min(len(source), rows or len(source))
     origin = {"root": config.data.root, "files": describe_files(config.data, "validation", source)}
     origin |= describe_options(config.data, "validation", source, 0)
@@ -203,7 +203,7 @@ def ask_all(
     done = {(one.row, one.turn) for one in predictions} | {(one.index, one.turn) for one in checkpoint.refusals}
     seen, never = {row for row, _ in done}, {example.index for example in bad}
     reached = max(seen, default=0)
-    unread = sorted({*range(reached)} - seen - never)  # could not be read then: they may be mended
+    unread = sorted({*range(reached)} - seen - never)  # could not be read then: they may be fixed
     if done:
         console.print(f"goes on after {plural(len(done), 'question')} answered before, in {checkpoint.file}", soft_wrap=True)
     leave_out(checkpoint.refusals, bad, evaluation, console)
@@ -221,7 +221,7 @@ def ask_all(
     for remark, count in remarks.items():
         console.print(f"{remark}: {count:,}", soft_wrap=True)
     if not predictions:
-        raise SourceError(f"none of the {evaluation.rows} rows could be asked, expected at least one; mend them")
+        raise SourceError(f"none of the {evaluation.rows} rows could be asked, expected at least one; fix them")
     return sorted(predictions, key=lambda one: (one.row, one.turn)), bad
 
 
@@ -237,7 +237,7 @@ def leave_out(more: Sequence[BadExample], bad: list[BadExample], evaluation: Eva
     rows = len({example.index for example in bad})
     if rows > evaluation.config.data.max_bad_fraction * evaluation.rows:
         raise SourceError(
-            f"{rows} of {plural(evaluation.rows, 'row')} cannot be asked, the last one: {bad[-1].reason}; mend them (image "
+            f"{rows} of {plural(evaluation.rows, 'row')} cannot be asked, the last one: {bad[-1].reason}; fix them (image "
             "paths start at --images=DIR), or the score would be of another set"
         )
 

@@ -83,7 +83,7 @@ def _prompts(
     done: Container[tuple[int, int]],
     remarks: Counter[str] | None,
 ) -> Iterator[_Asked | Refusal | BadExample]:
-    template = find_template(options.template or answerer.template)  # a wrong name is no fault of the rows
+    template = find_template(options.template or answerer.template)  # a wrong name is not the rows' fault
 
     def prompts_of(example: Example) -> list[_Asked | Refusal]:
         images = answerer.cut_images(example.images, options)

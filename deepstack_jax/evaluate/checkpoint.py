@@ -39,11 +39,11 @@ class EvalCheckpoint:
         self.refusals = [Refusal(**one) for one in before if "prediction" not in one]
 
     def add(self, batch: Sequence[Prediction | BadExample]) -> None:
-        """Append a batch, rows that could not be read left out: they may be mended by the next attempt."""
+        """Append a batch, rows that could not be read left out: they may be fixed by the next attempt."""
         if kept := [asdict(one) for one in batch if isinstance(one, Prediction | Refusal)]:
             self._lines.append({"batch": kept})
 
     def remove(self) -> None:
-        """The answers stand elsewhere now."""
+        """The answers are elsewhere now."""
         if self.file is not None:
             self.file.unlink(missing_ok=True)

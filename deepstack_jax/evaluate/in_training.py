@@ -88,7 +88,7 @@ class TrainingEvaluation:
         self._name(bad)
         if problem := self._too_many(len(bad), rows):
             if starts:
-                raise SourceError(f"{problem}, the last one: {bad[-1].reason}; mend them, or allow more")
+                raise SourceError(f"{problem}, the last one: {bad[-1].reason}; fix them, or allow more")
             console.print(f"warning: {problem}; loss and scores will be of the others", soft_wrap=True)
         if starts and is_first_host():
             with console.status(f"looking for them among {plural(len(self.train), 'training row')}"):
@@ -129,7 +129,7 @@ class TrainingEvaluation:
         known = self._stored(file) if is_first_host() else {}
         done = (known.get("steps"), known.get("evaluation")) == (facts["steps"], evaluation)
         if self.held_out is not None and ("scores" not in known or self._too_many(known["bad_examples"], known["rows"])):
-            done = False  # written by an earlier version, or rows may be mended by now
+            done = False  # written by an earlier version, or rows may be fixed by now
         if broadcast_str("done" if done else ""):
             self._console.print(table_of(known))
             return
@@ -165,14 +165,14 @@ class TrainingEvaluation:
     def _left_out(self, bad: Iterable[BadExample]) -> list[BadExample]:
         """Rows that could not be used, each with the first reason; told when first met, with a warning if they are many.
 
-        By now they are no reason to end a run: `check` has looked at all of them before it began.
+        By now they are not a reason to end a run: `check` has looked at all of them before it began.
         """
         assert self.held_out is not None, "who left them out"
         reasons: dict[int, BadExample] = {}
         for example in bad:
             reasons.setdefault(example.index, example)
         if self._name(reasons.values()) and (problem := self._too_many(len(reasons), self.held_out.rows)):
-            others = "loss and scores are of the others; once they are mended, the same command evaluates again"
+            others = "loss and scores are of the others; once they are fixed, the same command evaluates again"
             self._console.print(f"warning: {problem}; {others}", soft_wrap=True)
         return list(reasons.values())
 
@@ -215,7 +215,7 @@ def overlap_line(held_out: Source, rows: int, train: Source) -> str:
         return ""
     part = "" if overlap.looked_at >= len(train) else f" (the first {overlap.looked_at:,} of {len(train):,} were looked at)"
     return (
-        f"{len(overlap.rows)} of {plural(rows, 'held-out row')} also stand among the training rows{part}, as the same row or "
+        f"{len(overlap.rows)} of {plural(rows, 'held-out row')} are also among the training rows{part}, as the same row or "
         f"the same question about the same image, the first: {label(overlap.first)}; scores on them tell what was remembered: "
         "hold others out with --config.data.validation=FILE"
     )

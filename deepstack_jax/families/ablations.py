@@ -10,7 +10,7 @@ from deepstack_jax.config import Config
 from deepstack_jax.errors import WeightsError, nearest
 from deepstack_jax.printing import quote
 
-# What stands in the sequence and what is injected; an official folder has at most one of these.
+# What is in the sequence and what is injected; an official folder has at most one of these.
 _STACKS = {
     "dummy_local": ("global", "dummy"),
     "only_global_features": ("zero", "global"),
@@ -26,7 +26,7 @@ _POST_ENCODER = 5  # layers that upstream puts after a tower whose own layers al
 
 
 def ablation_text(values: Mapping[str, Any]) -> str:
-    """The official string of a config.json, "" where it has none; WeightsError where it is no string."""
+    """The official string of a config.json, "" where it has none; WeightsError where it is not a string."""
     text = values.get("deepstack_args_for_ablation") or ""
     if not isinstance(text, str):
         raise WeightsError(

@@ -28,7 +28,7 @@ class Row(NamedTuple):
     ours: str  # "/"-joined path in the parameter tree
     theirs: str  # in an official checkpoint; `{}` is the beginning of a layer's names, whose layers we stack along axis 0
     layout: str  # same | linear | flat | patches: how the tensor is turned; each is a bijection
-    sizes: str  # of one layer, in letters, e.g. "D | N H"; the bar stands between a kernel's inputs and outputs
+    sizes: str  # of one layer, in letters, e.g. "D | N H"; the bar is between a kernel's inputs and outputs
 
 
 class Names(NamedTuple):

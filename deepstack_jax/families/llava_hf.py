@@ -103,7 +103,7 @@ def to_llava_hf(config: Config, image_token: int, dtype: str = "float32") -> dic
       image_token: id that stands for an image; embeddings and head have a row more than the model's vocabulary for it.
 
     Raises:
-      WeightsError: the model is no LLaVA baseline, or one that transformers computes otherwise.
+      WeightsError: the model is not a LLaVA baseline, or one that transformers computes otherwise.
     """
     image, decoder = config.image, config.decoder
     next_ = image.mode == "anyres"

@@ -63,7 +63,7 @@ def from_official(values: Mapping[str, Any], tower: Mapping[str, Any] | None, pr
     expect(values, "mm_resampler_type")
     if tower is None:
         raise WeightsError(
-            f"config.json: mm_vision_tower is {quote(values.get('mm_vision_tower'))}, which is no folder here; put the "
+            f"config.json: mm_vision_tower is {quote(values.get('mm_vision_tower'))}, which is not a folder here; put the "
             "tower's folder beside config.json under that name, or name it with --tower=DIR"
         )
     family = official_types()[values["model_type"]]

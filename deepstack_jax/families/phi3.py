@@ -41,7 +41,7 @@ class Phi3(Llama):
     kernels = _KERNEL_NAMES
 
     def own_keys(self, decoder: DecoderConfig) -> dict[str, Any]:
-        """The context before it was extended stands outside of rope_scaling."""
+        """The context before it was extended is outside of rope_scaling."""
         original = decoder.rope.original_positions or decoder.max_positions
         return {"original_max_position_embeddings": original, "sliding_window": decoder.sliding_window or None}
 

@@ -20,7 +20,7 @@ _PROCESSOR_KEYS = (
     *("do_normalize", "image_mean", "image_std", "do_convert_rgb", "return_tensors", "data_format", "input_data_format"),
 )
 _CLASS = re.compile(r"(\w+?)(?:ImageProcessor|FeatureExtractor)(?:Fast|Pil)?")
-# The processors that can stand before each kind of model; the last one where none is named.
+# The processors that each kind of model can have; the last one where none is named.
 _KINDS = {"official": ("CLIP",), "llava": ("CLIP", "Llava"), "llava_next": ("LlavaNext",)}
 
 
@@ -34,7 +34,7 @@ def image_values(values: Mapping[str, Any], size: int, mode: str, model: str) ->
 
     Args:
       values: the processor's settings. size: side of the tower's picture in pixels. mode: of our ImageConfig.
-      model: official | llava | llava_next: what the processor stands before.
+      model: official | llava | llava_next: what the processor is for.
 
     Raises:
       WeightsError: a setting that gives other pixels than can be made here; it is named.
@@ -46,7 +46,7 @@ def image_values(values: Mapping[str, Any], size: int, mode: str, model: str) ->
         expect({"do_resize": flag(values, "do_resize", True)}, "do_resize", True, move="only resized images fit the tower")
     crops = flag(values, "do_center_crop", True)
     if mode == "square" and not crops:
-        raise WeightsError(f"{_FILE}: do_center_crop is False, expected True or do_pad: the rest is no square for the tower")
+        raise WeightsError(f"{_FILE}: do_center_crop is False, expected True or do_pad: the rest is not a square for the tower")
     sides = _sides(values, "size", size)
     if sides not in ((size,), (size, size)) or (mode == "square" and sides == (size, size)):
         wanted = f"{{'shortest_edge': {size}}}" if mode == "square" else f"the tower's {size}"

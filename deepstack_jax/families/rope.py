@@ -60,7 +60,7 @@ def rope_from(get: Mapping[str, Any], refused: Collection[str] = ("yarn",)) -> R
 
 
 def _inside(values: Mapping[str, Any]) -> dict[str, int]:
-    """The original context; Phi-3's own stands outside of its rope_scaling, and goes before."""
+    """The original context; Phi-3's own is outside of its rope_scaling, and takes precedence."""
     return {_ORIGINAL: number(values, _ORIGINAL)} if _ORIGINAL in values else {}
 
 

@@ -160,7 +160,7 @@ def chat(lmm: LMM, images: list[CutImage], options: Options) -> int:
                 except ImageError as error:
                     note(f"error: {error}")
             case _ if command.startswith("/"):
-                note(f"{command} is no command; use /image FILE, /clear or /exit")
+                note(f"{command} is not a command; use /image FILE, /clear or /exit")
             case _:
                 if answer_turn(talk, line, waiting):
                     waiting = []

@@ -61,7 +61,7 @@ def prefill(
       params: the parameter tree.
       batch: right-padded prompts, one segment per row; a blank row is done at once.
       sampling: of each row.
-      stop_ids: tokens that end a row; they are no part of its answer.
+      stop_ids: tokens that end a row; they are not part of its answer.
       room: most tokens that will be made.
     """
     rows, length = batch.tokens.shape

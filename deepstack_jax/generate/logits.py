@@ -1,4 +1,4 @@
-"""Scores of every next token for the official code's own inputs: token ids with -200 where an image stands."""
+"""Scores of every next token for the official code's own inputs: token ids with -200 where an image is."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def next_token_logits(
     if not allowed[mask].all():
         bad = int(ids[mask & ~allowed][0])
         raise RequestError(
-            f"input_ids holds {bad}, expected 0..{config.decoder.vocab_size - 1}, or {IMAGE_TOKEN} where an image stands"
+            f"input_ids holds {bad}, expected 0..{config.decoder.vocab_size - 1}, or {IMAGE_TOKEN} where an image is"
         )
     rows = _rows(ids, mask, images, config, exif)
     lengths = [row.length for row in rows]

@@ -121,7 +121,7 @@ def encode_turns(
 
 
 def example(ids: np.ndarray, images: Sequence[CutImage]) -> EncodedExample:
-    """Token ids i32[n], IMAGE_TOKEN where an image stands, with the images."""
+    """Token ids i32[n], IMAGE_TOKEN where an image is, with the images."""
     pixels, layouts = tuple(cut.pixels for cut in images), tuple(cut.layout for cut in images)
     return EncodedExample(-1, ids.astype(np.int32), np.zeros(ids.size, bool), pixels, layouts)
 

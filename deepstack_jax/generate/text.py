@@ -8,14 +8,14 @@ from deepstack_jax.data.encode.templates import Template
 from deepstack_jax.data.encode.tokenizer import Tokenizer
 from deepstack_jax.data.encode.tokenizer_check import known_ids
 
-_HALF_CHARACTER = "\ufffd"  # how a tokenizer shows bytes that are no character, or not yet
+_HALF_CHARACTER = "\ufffd"  # how a tokenizer shows bytes that are not a character, or not yet
 
 
 def end_of_turn(template: Template, tokenizer: Tokenizer) -> tuple[list[int], tuple[str, ...]]:
     """Token ids and strings that end an answer: the end of text, and the end of turn that the template teaches.
 
     An end of turn that is one token is known by its id, one that shows in the text (as "###", whose tokens depend on what
-    stands before it) by the text.
+    comes before it) by the text.
     """
     end = (template.prompting or template).end
     end = end.strip() or end

@@ -17,7 +17,7 @@ class ImageMode:
         alone).
       fill: how the image fills the global view: "stretch", "pad" (squared with the mean colour) or "centre" (the shorter side
         resized, the centre cut).
-      mosaic: whether the crops' tokens stand in the sequence, row by row of the whole picture, and not in the stack.
+      mosaic: whether the crops' tokens are in the sequence, row by row of the whole picture, and not in the stack.
       upsampled: whether every view is seen again in upsampled crops, which make the stack.
       letterbox: whether its crops always keep the image's aspect.
     """

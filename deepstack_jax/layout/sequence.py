@@ -1,4 +1,4 @@
-"""From one image's crop grid to index arrays: which encoded tokens stand in the sequence, which are injected with them.
+"""From one image's crop grid to index arrays: which encoded tokens are in the sequence, which are injected with them.
 
 View 0 of an image is the global one, the next are its crops, row-major; for DeepStack-HD there follow the upsampled crops of
 the global view and of every cell. Entries count encoded tokens from the image's first view: view * P + token; `place` moves
@@ -27,7 +27,7 @@ MERGES = ("flat", "spatial", "spatial_unpad")
 class VisualLayout:
     """Index arrays of one image."""
 
-    tokens: np.ndarray  # i32[m] what stands in the sequence
+    tokens: np.ndarray  # i32[m] what is in the sequence
     stack: np.ndarray  # i32[J, m] what is added to it, group by group
     views: int  # crop slots the image takes, the global view included
 

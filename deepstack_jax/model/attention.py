@@ -46,7 +46,7 @@ class AttentionFn(Protocol):
 def dot_product(q: Array, k: Array, v: Array, mask: AttentionMask) -> Array:
     """The portable kernel: XLA's own fusion on every backend, the mask made where it is used.
 
-    Heads stand before tokens in every product. `jax.nn.dot_product_attention` puts them after, and its gradient takes 1.1 to
+    Heads come before tokens in every product. `jax.nn.dot_product_attention` puts them after, and its gradient takes 1.1 to
     1.7 times as long on a CPU, in transposes.
     """
     visible = causal_segment_mask(mask.segment_ids, mask.positions, mask.window) if isinstance(mask, Segments) else mask
@@ -150,7 +150,7 @@ def rotary_angles(table: RotaryTable, positions: Int[HostOrDevice, "B T"], last:
 
 
 def last_positions(positions: Int[HostOrDevice, "B T"], segment_ids: Int[HostOrDevice, "B T"]) -> Int[Array, "B T"]:
-    """The last position of the segment at each token; a segment's tokens stand side by side."""
+    """The last position of the segment at each token; a segment's tokens are side by side."""
     positions, segment_ids = jnp.asarray(positions), jnp.asarray(segment_ids)
     length = positions.shape[1]
     ends = jnp.pad(segment_ids[:, 1:] != segment_ids[:, :-1], ((0, 0), (0, 1)), constant_values=True)

@@ -49,7 +49,7 @@ class LayerCall(NamedTuple):
       x: hidden states. layer_inject: the stack of groups, None where nothing is injected.
       group: i32[], of the stack, that is added here; -1 = none. layer: i32[], its number.
       cache: keys and values of all layers, None in training. filled: i32[], slots of the cache in use.
-      visual_index, rotary, mask: where visual tokens stand, rotary angles, what each token attends to; the same for all layers.
+      visual_index, rotary, mask: where visual tokens are, rotary angles, what each token attends to; the same for all layers.
     """
 
     x: Float[Array, "B T D"]
@@ -200,7 +200,7 @@ class Decoder(nn.Module):
           rotary: cosine and sine at each token's position.
           mask: what each token attends to, as segments, or as a mask over S keys: T without a cache, else the cache's slots.
           layer_inject: the stack, or None: then nothing is injected (text only, baselines, decoding after prefill).
-          index: where visual tokens stand; needed with `layer_inject`.
+          index: where visual tokens are; needed with `layer_inject`.
           cache: keys and values so far; this call's T tokens are written at slots `filled`..`filled` + T.
         """
         cfg = self.config

@@ -110,7 +110,7 @@ class DeepStack(nn.Module):
         return take_rows(table, tokens.reshape(1, -1), self.dtype, (None, "vocab", "embed")).reshape(*tokens.shape, -1)
 
     def visual_tokens(self, batch: Batch) -> tuple[Float[Array, "B M D"], Float[Array, "J B M D"] | None]:
-        """What stands in the sequence, and the stack of groups that is injected (None if the batch has no group)."""
+        """What is in the sequence, and the stack of groups that is injected (None if the batch has no group)."""
         features = self.encode(batch.pixels)
         rows, groups, visual = batch.stack_source.shape
         source = jnp.concatenate([batch.token_source[:, None], batch.stack_source], axis=1)
@@ -127,7 +127,7 @@ class DeepStack(nn.Module):
         return tokens[:, 0], stack if groups else None
 
     def inputs(self, batch: Batch) -> tuple[Float[Array, "B T D"], Float[Array, "J B M D"] | None, VisualIndex | None]:
-        """Input embeddings with the visual tokens in place, the stack, and where its tokens stand (None in a batch of text)."""
+        """Input embeddings with the visual tokens in place, the stack, and where its tokens are (None in a batch of text)."""
         text = self.embed_tokens(batch.tokens)
         if batch.token_source.shape[1] == 0:
             return text, None, None

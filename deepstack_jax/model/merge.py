@@ -1,7 +1,7 @@
 """Visual tokens into the sequence and into the layers, both by the one `visual_index`.
 
 Upstream adds a group with a slice per sample (`custom_llama.py`); here the add is a gather over the sequence. Its transpose is
-written as a gather too: a visual token stands at one position at most, so no scatter is needed in either direction.
+written as a gather too: a visual token is at one position at most, so no scatter is needed in either direction.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ STACK_AXES = (None, "batch", None, "stack_embed")
 
 
 class VisualIndex(NamedTuple):
-    """Where visual tokens stand, read both ways."""
+    """Where visual tokens are, read both ways."""
 
-    tokens: Int[Array, "B T"]  # which visual token stands at t, -1 = text
-    positions: Int[Array, "B M"]  # where visual token m stands, -1 = nowhere
+    tokens: Int[Array, "B T"]  # which visual token is at t, -1 = text
+    positions: Int[Array, "B M"]  # where visual token m is, -1 = nowhere
 
 
 def invert_visual_index(visual_index: Int[HostOrDevice, "B T"], visual: int) -> VisualIndex:
@@ -63,7 +63,7 @@ spread.defvjp(_spread_forward, _spread_backward)
 
 
 def merge(text: Float[Array, "B T D"], visual: Float[Array, "B M D"], index: VisualIndex) -> Float[Array, "B T D"]:
-    """The input embeddings: the visual token where one stands, the text embedding elsewhere."""
+    """The input embeddings: the visual token where there is one, the text embedding elsewhere."""
     return jnp.where((index.tokens >= 0)[..., None], spread(visual, index).astype(text.dtype), text)
 
 

@@ -222,7 +222,7 @@ def _padding(rows: int, slots: int, shards: tuple[int, int]) -> tuple[int, int]:
 
 
 def _after_class_token(rows: int, images: int, tokens: int, prefix: int) -> VisualIndex:
-    """Where the patch tokens of each global view stand when the views, CLS first, are joined to one sequence."""
+    """Where the patch tokens of each global view are when the views, CLS first, are joined to one sequence."""
     visual = np.full((images, tokens), -1, np.int32)
     visual[:, prefix:] = np.arange(images * (tokens - prefix)).reshape(images, -1)
     position = np.arange(images * tokens, dtype=np.int32).reshape(images, tokens)[:, prefix:]

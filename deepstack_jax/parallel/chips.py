@@ -21,7 +21,7 @@ class Chip(NamedTuple):
 # Keyed by jax's `device_kind`.
 #
 # TPUs: cloud.google.com/tpu/docs, a page per version; they print the links' both directions together ("bidirectional"), half of
-# which stands here, and the data center's network per chip or per pod.
+# which is listed here, and the data center's network per chip or per pod.
 # GPUs: the makers' data sheets and NVIDIA's white papers of Ampere (GA102) and Ada: dense bf16 products that add up in float32
 # (half of what is printed "with sparsity"), links one direction: NVLink, Infinity Fabric, else PCIe 4.0 x16. Memory is what the
 # driver shows. FLOP/s and bandwidths of A100, H100, H200, L40S, L4, MI300X and RTX 3090 were compared with copies of the data

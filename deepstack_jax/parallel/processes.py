@@ -220,7 +220,7 @@ def _to_bind(address: str) -> str:
             f"--coordinator_address={address}: process 0 cannot listen on port {port} ({error}); choose a free one for all"
         ) from error
     warnings.warn(
-        f"--coordinator_address={address}: {host} is no address that this machine has for others, so process 0 listens on "
+        f"--coordinator_address={address}: {host} is not an address that this machine has for others, so process 0 listens on "
         "all of its own; let nobody else reach the port",
         stacklevel=2,
     )

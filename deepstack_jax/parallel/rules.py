@@ -15,7 +15,7 @@ from deepstack_jax.errors import ConfigError
 
 BATCH_AXES = ("data", "fsdp")
 ALL_AXES = (*BATCH_AXES, "tensor")
-# Parameters and what is computed from them. A name that stands twice in an array counts the first time.
+# Parameters and what is computed from them. A name that occurs twice in an array counts the first time.
 RULES = (
     ("batch", BATCH_AXES),
     ("crops", ALL_AXES),  # the tower is small and crops are many: each device encodes whole crops

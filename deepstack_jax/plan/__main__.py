@@ -76,7 +76,7 @@ def main() -> int:
         if math.isnan(flag.value):  # which absl's bounds let through
             raise ConfigError(f"--{flag.name}=nan, expected a number")
     if wrong := [size for size in BATCH_SIZES.value if not re.fullmatch(r"0*[1-9]\d{0,6}", size)]:
-        raise ConfigError(f"--batch_sizes: {quote(wrong[0])} is no whole number from 1 to 9,999,999; e.g. 128,256")
+        raise ConfigError(f"--batch_sizes: {quote(wrong[0])} is not a whole number from 1 to 9,999,999; e.g. 128,256")
     jax.config.update("jax_enable_compilation_cache", False)  # the time to compile is part of the plan
     machine = open_machine(TOPOLOGY.value, SLICES.value)
     wanted = Wanted(EXAMPLES.value, PER_ROW.value)
@@ -104,7 +104,7 @@ def main() -> int:
         if not plan.fits():
             try:
                 searched = search(plan)
-            except ConfigError as error:  # there is nothing else to try, but the plan stands
+            except ConfigError as error:  # there is nothing else to try, but the plan is valid
                 progress.print(f"warning: {error}", soft_wrap=True)
     print_plan(plan, searched, out)
     return cli.EXIT_DONE if plan.fits(MARGIN.value if SEARCH.value else 0.0) else EXIT_DOES_NOT_FIT

@@ -57,7 +57,7 @@ class Collective:
 
 
 class _Found(NamedTuple):
-    """A collective as it stands in one computation."""
+    """A collective as one computation has it."""
 
     channel: str
     kind: str

@@ -120,7 +120,7 @@ def with_shape(name: str) -> str:
     if int(found[2]) not in sizes:
         known = ", ".join(f"{found[1]}-{size}" for size in sizes)
         raise ConfigError(
-            f"--topology={name} is no slice of {found[1]}; known: {known}; for another shape e.g. {examples()[0]}"
+            f"--topology={name} is not a slice of {found[1]}; known: {known}; for another shape e.g. {examples()[0]}"
         )
     return sizes[int(found[2])]
 

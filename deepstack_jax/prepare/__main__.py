@@ -61,7 +61,7 @@ FLAGS = (
     cli.Flag(flags.DEFINE_string, "out", "", "Folder for the shards."),
     cli.Flag(flags.DEFINE_string, "split", "", "train, validation or both."),
     cli.Flag(flags.DEFINE_integer, "workers", None, "Processes that read and decode.", lower_bound=1),
-    cli.Flag(flags.DEFINE_integer, "shard_rows", 1000, "Rows of the source in a shard.", lower_bound=1),
+    cli.Flag(flags.DEFINE_integer, "shard_rows", 1000, "Records of the source in a shard.", lower_bound=1),
     cli.Flag(flags.DEFINE_bool, "force", False, "Start over."),
     cli.Flag(flags.DEFINE_bool, "dry-run", False, "Look and write nothing."),
     cli.Flag(flags.DEFINE_bool, "decode", False, "With --dry-run: decode every image."),
@@ -273,7 +273,7 @@ def dry_run(splits: Sequence[Split], data: DataConfig, workers: int, console: Co
         console.print(f"{out}: about {decimal(needed)} are needed, {decimal(free_bytes(out))} are free", soft_wrap=True)
         check_space(out, work)
     if problems:
-        raise SourceError(f"{'; '.join(problems)}; mend them, or allow more")
+        raise SourceError(f"{'; '.join(problems)}; fix them, or allow more")
     return cli.EXIT_DONE
 
 

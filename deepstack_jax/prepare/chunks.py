@@ -96,7 +96,7 @@ def read_checked(job: Job, row: int) -> tuple[Example, bytes]:
     """Example `row` as a shard holds it, and its record.
 
     Raises:
-      ExampleError: it is no usable conversation, cannot be stored, fails the check, or an image of it does not decode.
+      ExampleError: it is not a usable conversation, cannot be stored, fails the check, or an image of it does not decode.
       SourceError: the source as a whole is lost.
     """
     original = job.source[row]
@@ -108,7 +108,7 @@ def read_checked(job: Job, row: int) -> tuple[Example, bytes]:
         except ImageError as error:
             where = f"image {named}" if isinstance(named, str) else "an embedded image"
             why = str(error).partition(": ")[2]  # after the name of what was read, which is nameless bytes here
-            raise ExampleError(f"{original.name}: cannot read {where}: {why}; mend or remove it", original.name) from error
+            raise ExampleError(f"{original.name}: cannot read {where}: {why}; fix or remove it", original.name) from error
     try:
         job.check(stored)
     except SourceError:
@@ -148,7 +148,7 @@ def shard_bytes(rows: int, shards: int, per_row: float) -> int:
 
 
 def chunk_paths(folder: str | os.PathLike[str], number: int) -> tuple[Path, Path]:
-    """Where the shard of a chunk stands, and what is known of it."""
+    """Where the shard of a chunk is, and what is known of it."""
     shard = Path(folder) / f"shard-{number:05d}{SUFFIX}"
     return shard, shard.with_suffix(".json")
 

@@ -62,7 +62,7 @@ class ShardFolder:
                 self._sweep()
         except OSError as error:
             os.close(self._lock)
-            raise SourceError(f"cannot use {path}: {error.strerror}; mend that, or name another --out") from error
+            raise SourceError(f"cannot use {path}: {error.strerror}; fix that, or name another --out") from error
         except BaseException:
             os.close(self._lock)
             raise
@@ -87,7 +87,7 @@ class ShardFolder:
         """Write `bad.jsonl` and then `manifest.json`: the folder is done.
 
         Args:
-          rows: of the source.
+          rows: records of the source.
           max_bad_fraction: share of them that may be left out.
 
         Raises:
@@ -103,7 +103,7 @@ class ShardFolder:
         problem = too_many_bad(bad, rows, max_bad_fraction)
         if problem:
             raise SourceError(
-                f"{problem}; all of them with reasons: {report}; mend them and run the same command, which makes only their "
+                f"{problem}; all of them with reasons: {report}; fix them and run the same command, which makes only their "
                 "shards again, or allow more"
             )
         source = self._options | {"left_out": [entry.row for entry in bad]}
@@ -112,7 +112,7 @@ class ShardFolder:
         self._sweep()
 
     def _ours(self) -> Iterable[Path]:
-        """What stands there of an unfinished or finished set, but for what the folder is about and the manifest."""
+        """What is there of an unfinished or finished set, but for what the folder is about and the manifest."""
         return *self.path.glob(f"shard-*{SUFFIX}"), *self.path.glob("shard-*.json"), self.path / BAD, self.path / _JOURNAL
 
     def _begun(self) -> bool:

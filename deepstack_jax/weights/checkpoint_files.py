@@ -110,7 +110,7 @@ def open_weight_files(files: Iterable[Path]) -> list[tuple[str, StoredTensor]]:
 
 
 def _no_number(text: str) -> Any:
-    raise ValueError(f"{text} is no number of JSON")
+    raise ValueError(f"{text} is not a number of JSON")
 
 
 def read_model_json(file: Path) -> dict[str, Any]:
@@ -127,7 +127,7 @@ def read_model_json(file: Path) -> dict[str, Any]:
     except OSError as error:
         raise WeightsError(f"no readable {file}: {error.strerror}; give a checkpoint folder with its config.json") from error
     except (ValueError, RecursionError) as error:
-        raise WeightsError(f"{file} is no JSON ({' '.join(str(error).split())[:200]}); download it again") from error
+        raise WeightsError(f"{file} is not JSON ({' '.join(str(error).split())[:200]}); download it again") from error
     if not isinstance(value, dict):
         raise WeightsError(f"{file} holds a {type(value).__name__}, expected an object; download it again")
     return value

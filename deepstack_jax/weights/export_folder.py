@@ -1,4 +1,4 @@
-"""The folder that an export is written to: what may stand there, and how the whole export takes its place at once."""
+"""The folder that an export is written to: what may be there, and how the whole export takes its place at once."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def whole_export(folder: Path, sources: Iterable[str | Path], *, force: bool) ->
       sources: files and folders that the export is made from, which a replaced folder must be apart from.
 
     Raises:
-      WeightsError: something else stands there. OSError: it cannot be written.
+      WeightsError: something else is there. OSError: it cannot be written.
     """
     _check(folder, [Path(source).expanduser() for source in sources], force)
     folder = folder.resolve()  # else `old/../old` would lead nowhere as soon as `old` is moved aside
@@ -84,7 +84,7 @@ def _check_ours(at: Path, folder: Path) -> None:
     """Refuse to delete what no export has; those of earlier versions have no mark, and some have a file that only we write."""
     if not (at / MARK).is_file() and not (at / BEYOND_FILE).is_file():
         raise WeightsError(
-            f"{folder} is no export of deepstack_jax (it has no {MARK}) and is not replaced; choose another folder"
+            f"{folder} is not an export of deepstack_jax (it has no {MARK}) and is not replaced; choose another folder"
         )
     for path in sorted(at.rglob("*")):
         name = path.relative_to(at).as_posix()

@@ -147,7 +147,7 @@ def _place(leaf: StoredLeaf, sharding: Sharding | None) -> jax.Array:
             return blocks[str(index)]
 
         array = jax.make_array_from_callback(leaf.shape, sharding, block)
-    return array.block_until_ready()  # or the host's copies of several leaves would stand side by side
+    return array.block_until_ready()  # or the host's copies of several leaves would exist side by side
 
 
 def absent_leaves(tensors: Collection[str], config: Config) -> tuple[str, ...]:

@@ -19,7 +19,7 @@ from deepstack_jax.families.forms import model_names
 
 
 class TensorPiece(NamedTuple):
-    """Where one layer of a parameter stands: rows `start` to `stop` of the tensor `name`."""
+    """Where one layer of a parameter is stored: rows `start` to `stop` of the tensor `name`."""
 
     name: str
     start: int

@@ -174,7 +174,7 @@ def find_folder(path: str | Path) -> Path:
         return fetched
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise WeightsError(f"{name} is no folder, and not to be had from the hub ({reason}); give a folder") from error
+        raise WeightsError(f"{name} is not a folder, and cannot be fetched from the hub ({reason}); give a folder") from error
 
 
 def _say_what_is_fetched(name: str) -> None:
@@ -325,7 +325,7 @@ def _named(files: Iterable[Path], official_name: Callable[[str], str | None]) ->
         found[official] = tensor
     if twice:
         raise WeightsError(
-            f"{len(twice)} tensors stand in the folder twice: {'; '.join(twice)}. Files of two checkpoints may be mixed: "
+            f"{len(twice)} tensors are in the folder twice: {'; '.join(twice)}. Files of two checkpoints may be mixed: "
             "keep those of one, with their index"
         )
     return found

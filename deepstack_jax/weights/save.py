@@ -76,7 +76,7 @@ def save_checkpoint(
     """Write config.json, the weights in safetensors, the vision tower's own folder and the tokenizer.
 
     Everything is written beside the folder and renamed at the end, so that there is never half a checkpoint. One tensor
-    stands in memory at a time beyond `leaves`.
+    is in memory at a time beyond `leaves`.
 
     Args:
       leaves: parameters by "/"-joined path. folder: must not exist or be empty, or with `force` be an earlier export, to which
@@ -246,7 +246,7 @@ def write_safetensors(file: Path, outs: list[Out], dtype: str, progress: Callabl
                 raise WeightsError(f"{out.name} has values beyond float16's 65504; use --dtype=bfloat16 or float32")
             opened.write(cast.reshape(-1).view(np.uint8).data)
             progress(cast.nbytes)
-            del array, cast  # or they would stand beside the next one
+            del array, cast  # or they would still be there beside the next one
 
 
 def _write_tower(outs: list[Out], values: Mapping[str, Any], pixels: Mapping[str, Any], folder: Path, dtype: str) -> None:

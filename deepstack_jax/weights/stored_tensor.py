@@ -1,6 +1,6 @@
 """Tensors on disk: which there are in a safetensors file, without reading them, and each one's bytes when asked for.
 
-A tensor is mapped into memory when it is read and let go with the array, so that a checkpoint never stands in memory whole.
+A tensor is mapped into memory when it is read and let go with the array, so that a checkpoint is never in memory whole.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def open_safetensors(file: Path) -> dict[str, StoredTensor]:
     """The tensors of a safetensors file, by name.
 
     Raises:
-      WeightsError: the file is cut off, is no safetensors file, or holds numbers of a kind that is not read here.
+      WeightsError: the file is cut off, is not a safetensors file, or holds numbers of a kind that is not read here.
     """
     try:
         with safe_open(file, "numpy"):  # checks that shapes and places fit each other and the file, without gap or overlap
@@ -72,7 +72,7 @@ def open_safetensors(file: Path) -> dict[str, StoredTensor]:
             header = json.loads(opened.read(length), object_pairs_hook=_once)
     except (SafetensorError, OSError, ValueError) as error:
         raise WeightsError(
-            f"{file} is no whole safetensors file ({' '.join(str(error).split())[:200]}); copy or download it again"
+            f"{file} is not a whole safetensors file ({' '.join(str(error).split())[:200]}); copy or download it again"
         ) from error
     header.pop("__metadata__", None)
     return {name: _described(file, name, entry, 8 + length) for name, entry in header.items()}
@@ -82,7 +82,7 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """An object of JSON, whose keys must all differ: of two tensors under one name neither can be trusted."""
     found = dict(pairs)
     if len(found) < len(pairs):
-        raise ValueError("a name stands there twice")
+        raise ValueError("a name is there twice")
     return found
 
 

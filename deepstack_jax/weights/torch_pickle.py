@@ -67,7 +67,7 @@ def open_bin(file: Path) -> dict[str, StoredTensor]:
     """
     if not zipfile.is_zipfile(file):
         raise WeightsError(
-            f"{file} is no zip archive (torch.save before version 1.6, or cut off) and is not read; where torch is installed: "
+            f"{file} is not a zip archive (torch.save before version 1.6, or cut off) and is not read; torch can convert it: "
             f"python -c \"import torch; torch.save(torch.load('{file}', weights_only=True), '{file}')\""
         )
     try:
@@ -83,7 +83,7 @@ def open_bin(file: Path) -> dict[str, StoredTensor]:
         raise
     except Exception as error:  # a hostile or damaged file fails in its own ways; none of them ran foreign code
         raise WeightsError(
-            f"{file} is no readable file of tensors ({type(error).__name__}: {str(error)[:200]}); download it again"
+            f"{file} is not a readable file of tensors ({type(error).__name__}: {str(error)[:200]}); download it again"
         ) from error
 
 
@@ -168,7 +168,7 @@ class _Machine:
             self._top(1)
             _expected(dict, self._stack[-1])
         elif code not in ("PROTO", "FRAME", "STOP"):
-            raise ValueError(f"opcode {code} stands in no file of torch.save")
+            raise ValueError(f"opcode {code} is in no file of torch.save")
 
     def _top(self, count: int) -> list[Any]:
         at = len(self._stack) - count
@@ -186,7 +186,7 @@ class _Machine:
         into = _expected(dict, self._stack[-1])
         for key, value in zip(items[::2], items[1::2], strict=True):
             if _expected(str, key) in into:
-                raise ValueError("a name stands there twice")
+                raise ValueError("a name is there twice")
             into[key] = value
 
     def _named(self, parts: list[Any]) -> _Global:
@@ -220,7 +220,7 @@ def _tensor(file: Path, archive: zipfile.ZipFile, root: str, made: _Call) -> Sto
     tag, kind, key, _, count = _expected(_Stored, storage).pid
     dtype = _STORAGES.get(_expected(_Global, kind).name.removeprefix("torch."))
     numbers = [_expected(int, number) for number in (offset, count, *_expected(tuple, size), *_expected(tuple, stride))]
-    unsaid = any(rest[2:])  # after whether it is trained, and hooks: that the numbers stand there negated
+    unsaid = any(rest[2:])  # after whether it is trained, and hooks: that the numbers are stored negated
     if tag != "storage" or dtype is None or len(size) != len(stride) or len(size) > 8 or unsaid:
         raise ValueError("a storage or a tensor of an unknown kind")
     start, nbytes = _place(file, archive, f"{root}data/{_expected(str, key)}")

@@ -48,7 +48,7 @@ def config_of(variant: str, dtype: str, accumulation: int = 1) -> Config:
 
 
 def batch_of(variant: str, packed: bool) -> Batch:
-    """Rows of hundreds of tokens, two segments or one; one word stands at most places of all rows, over 1,000 times."""
+    """Rows of hundreds of tokens, two segments or one; one word is at most places of all rows, over 1,000 times."""
     config = config_of(variant, "float32")
     grids = [(2, 2)] if variant == "V" else [(2, 2), (1, 2), (2, 1), (1, 3)]
     rows = []

@@ -23,7 +23,7 @@ from deepstack_jax.train.core import program as program_module
 from tests.e2e.verb import REPOSITORY
 from tests.unit.tiny import tiny_config
 
-B, T, N, K, H = 2, 200, 4, 2, 64  # T is no multiple of the 128 that a TPU's block holds
+B, T, N, K, H = 2, 200, 4, 2, 64  # T is not a multiple of the 128 that a TPU's block holds
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ def inputs():
 
 
 def attended(attend, inputs, window, dtype):
-    """Outputs at tokens that are no padding, and the gradients of a sum that weighs them all differently."""
+    """Outputs at tokens that are not padding, and the gradients of a sum that weighs them all differently."""
     q, k, v, segments, positions = inputs
     weights = jnp.asarray(np.random.default_rng(1).normal(size=q.shape) * (segments > 0)[..., None, None])
 

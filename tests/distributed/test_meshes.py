@@ -46,7 +46,7 @@ def test_the_steps_compared_are_no_idle_ones():
         (first, _), (second, _) = on_one_device(variant)
         moved = {path: np.abs(second[path] - leaf).max() for path, leaf in first.items() if path.startswith(".params")}
         still = [path for path, size in moved.items() if size < 1e-3]
-        # A bias on keys changes no attention weight; nothing is computed behind the post norm.
+        # A bias on keys changes no attention weight; nothing is computed after the post norm.
         assert all("['k']['bias']" in path or "post_norm" in path for path in still), still
         idle = ("post_norm", "k/bias")
         moments = [np.abs(m).max() for path, m in first.items() if ".mu" in path and not any(name in path for name in idle)]

@@ -63,7 +63,7 @@ def of_text(document: str, text: str) -> Iterator[Block]:
 
 
 def unfenced(text: str) -> list[str]:
-    """Lines that stand as code without a fence, by their indentation, and look like a command."""
+    """Lines that are code without a fence, by their indentation, and look like a command."""
     return [line for line in FENCE.sub("", text).splitlines() if line.startswith("    ") and COMMAND.match(line)]
 
 

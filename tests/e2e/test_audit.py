@@ -34,7 +34,7 @@ def test_demo_pages(tmp_path):
 def test_receipts_with_bad_ones_among_them(tmp_path):
     root = draw_receipts(tmp_path / "data", train=6, validation=1)
     rows = json.loads((root / "train.json").read_text())
-    (root / "images" / "train1.jpg").write_bytes((root / "images" / "train1.jpg").read_bytes()[:3000])  # cut behind its header
+    (root / "images" / "train1.jpg").write_bytes((root / "images" / "train1.jpg").read_bytes()[:3000])  # cut after its header
     (root / "images" / "train2.jpg").unlink()
     rows[3]["conversations"].pop()
     del rows[4]["image"]
@@ -57,7 +57,7 @@ def test_receipts_with_bad_ones_among_them(tmp_path):
     [
         (
             ("--config=configs/receipts.py", "--config.data.root=/nowhere", "--config.data.tokenizer="),
-            "error: more than one thing is amiss; each with what to do:\n"
+            "error: more than one thing is wrong; each with what to do:\n"
             "  config.data.tokenizer is empty: give a folder with tokenizer.model with --config.data.tokenizer=DIR\n"
             "  train data: /nowhere/train.json does not exist",
         ),

@@ -67,7 +67,7 @@ def test_a_bad_step_is_skipped_kept_and_replayed(run):
     assert again.returncode == 0, again.stderr
     assert writing.exists(), "a replay leaves a run that goes on alone"
     assert f"walked to from step {BAD - 1}" in again.stdout
-    assert f"row 0: loss nan; rows of the source: {examples[BAD - 1][0]}\n" in again.stdout
+    assert f"row 0: loss nan; records of the source: {examples[BAD - 1][0]}\n" in again.stdout
     assert "row 1" not in again.stdout
     assert re.search(r"gradients that are not finite, of \d+: embed/embedding, .* and \d+ more\n", again.stdout)
     assert "parameters that are not finite" not in again.stdout

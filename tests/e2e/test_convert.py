@@ -82,7 +82,7 @@ def test_force_replaces_an_export_and_nothing_else(tmp_path):
     (mine / "notes.txt").write_text("years of work")
     before = contents(tmp_path)
     for target, message in (
-        (mine, "is no export of deepstack_jax"),
+        (mine, "is not an export of deepstack_jax"),
         (hf, "overlaps with"),
         (hf.parent, "overlaps with"),
         (REPOSITORY, "is or holds the working directory"),

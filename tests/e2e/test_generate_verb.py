@@ -74,7 +74,7 @@ def test_a_conversation_through_a_pipe(model, expected):
     assert done.stdout == f"{shown}\n{shown}\n"
     for part in ("comes with the next question", "1 <image> placeholder for 0 images", "cannot read image nowhere.png"):
         assert part in done.stderr
-    assert "/bogus is no command; use /image FILE, /clear or /exit" in done.stderr
+    assert "/bogus is not a command; use /image FILE, /clear or /exit" in done.stderr
 
 
 def test_ctrl_c_stops_the_answer_and_ctrl_d_ends(model):

@@ -1,4 +1,4 @@
-"""A run that an earlier version began, killed behind its fourth of eight steps, its third without a finite loss."""
+"""A run that an earlier version began, killed after its fourth of eight steps, its third without a finite loss."""
 
 from __future__ import annotations
 

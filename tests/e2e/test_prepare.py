@@ -164,7 +164,7 @@ def test_bad_rows_dry_run_report_and_mending(drawn, tmp_path):
     image = root / "images"
     (image / "train1.jpg").unlink()
     sound = (image / "train6.jpg").read_bytes()
-    (image / "train6.jpg").write_bytes(sound[:3000])  # cut behind its header
+    (image / "train6.jpg").write_bytes(sound[:3000])  # cut after its header
     before = contents(tmp_path)
 
     decoded = prepare(root, out, "--shard_rows=4", "--dry-run", "--decode", "--split=train")

@@ -32,7 +32,7 @@ RECIPES = (
 
 @dataclass(frozen=True)
 class Chain:
-    """What a chain left behind, and what it printed."""
+    """What a chain left, and what it printed."""
 
     name: str
     workdir: Path

@@ -321,7 +321,7 @@ def test_malformed_json(precious, tmp_path):
     text = (root / "train.json").read_text().splitlines()
     text[3] = text[3].replace('"image":', '"image"')
     (root / "train.json").write_text("\n".join(text))
-    refused("configs/receipts.py", precious, {"data.root": root}, ["train.json line 4 ", "'train1'", "malformed JSON", "mend"])
+    refused("configs/receipts.py", precious, {"data.root": root}, ["train.json line 4 ", "'train1'", "malformed JSON", "; fix"])
 
 
 def test_unwritable_workdir(tmp_path):

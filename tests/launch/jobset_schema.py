@@ -146,15 +146,15 @@ def problems(value: Any, schema: Schema, place: str = "") -> list[str]:
             return [] if isinstance(value, str) and re.fullmatch(pattern, value) else [f"{place}: {value!r} is not {pattern}"]
         case Number(least, most):
             fits = type(value) is int and least <= value <= most
-            return [] if fits else [f"{place}: {value!r} is no whole number from {least} to {most}"]
+            return [] if fits else [f"{place}: {value!r} is not a whole number from {least} to {most}"]
         case type():
-            return [] if type(value) is schema else [f"{place}: {value!r} is no {schema.__name__}"]
+            return [] if type(value) is schema else [f"{place}: {value!r} is not a {schema.__name__}"]
         case [item]:
             if type(value) is not list:
-                return [f"{place}: {value!r} is no list"]
+                return [f"{place}: {value!r} is not a list"]
             return [line for index, entry in enumerate(value) for line in problems(entry, item, f"{place}[{index}]")]
     if type(value) is not dict:
-        return [f"{place}: {value!r} is no mapping"]
+        return [f"{place}: {value!r} is not a mapping"]
     if isinstance(schema, MapOf):
         wrong = [f"{place}.{key}: no such key is allowed" for key in value if not re.fullmatch(schema.keys, key)]
         return wrong + [line for key, entry in value.items() for line in problems(entry, schema.values, f"{place}.{key}")]

@@ -106,7 +106,7 @@ class Slice:
         return subprocess.run(command, capture_output=True, text=True, env=self.environment, timeout=SECONDS, check=False)
 
     def calls(self) -> list[str]:
-        """Calls that change something, the archive's name and what stands in all of them left out."""
+        """Calls that change something, the archive's name and what is in all of them left out."""
         calls = [call for call in self.tools.calls() if call.startswith("gcloud ")]
         archive = [word for call in calls for word in call.split() if word.endswith(".tar.gz") and "/tmp" in word]
         calls = [call.removeprefix("gcloud compute tpus ").removesuffix(f" {WHERE}") for call in calls]
@@ -264,7 +264,7 @@ def test_a_lost_worker_is_no_failure_of_those_that_miss_it(tpu):
 def test_a_slice_that_is_gone_is_not_rented_again(tpu):
     done = tpu.run("watch")
     assert done.returncode == 1
-    assert done.stderr == "error: a was deleted, or is not in z; launch/tpu_vm.sh up makes it anew\n"
+    assert done.stderr == "error: a was deleted, or is not in z; launch/tpu_vm.sh up makes it again\n"
     assert tpu.calls() == []
 
 

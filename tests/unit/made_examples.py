@@ -57,5 +57,5 @@ def draw(seed: int) -> bytes:
 
 
 def turns_of(conversations: list[dict[str, str]]) -> tuple[Message, ...]:
-    """The messages of LLaVA's `conversations`, as they stand there."""
+    """The messages of LLaVA's `conversations`, as they are there."""
     return tuple(Message(turn["from"], turn["value"]) for turn in conversations)

@@ -414,7 +414,7 @@ def test_page_marks_what_is_supervised_and_nothing_else(mixed):
     assert "image 2: 16 visual tokens" in page.text
     assert "Say <image>." in page.text  # a word where there is no image
     assert "Text only: no image." in page.text
-    # An end of turn that is learnt must look it: the label of a special token would hide the mark behind it.
+    # An end of turn that is learnt must look it: the label of a special token would hide the mark after it.
     assert re.search(r"\nmark \.label \{ background: none;", html)
 
 

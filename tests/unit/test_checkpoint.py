@@ -345,7 +345,7 @@ def test_another_configuration_is_refused_and_listed(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(stored))
     with pytest.raises(CheckpointError, match=r"decoder\.layers: 7 there, 32 now") as caught:
         check_same_run(Config(), tmp_path)
-    assert "log_every" not in str(caught.value), "how often to log is no part of what is computed"
+    assert "log_every" not in str(caught.value), "how often to log is not part of what is computed"
 
 
 def test_harmless_differences_are_listed_and_accepted(tmp_path):
@@ -413,7 +413,7 @@ def test_the_quarantine_counts_each_example_once_and_stops_past_its_share(tmp_pa
     first, second, third = (BadExample(index, f"id{index}", f"reason {index}") for index in (5, 9, 11))
     assert quarantine.add((first,)) == 1
     assert quarantine.add((first, second)) == 2
-    assert Quarantine(tmp_path, 0.01, 200).add((second,)) == 1, "what was mended since does not count again"
+    assert Quarantine(tmp_path, 0.01, 200).add((second,)) == 1, "what was fixed since does not count again"
     quarantine.check(quarantine.add(()), seen=16)
     with pytest.raises(QuarantineError, match=r"3 of 200 .* reason 11"):
         quarantine.check(quarantine.add((third,)), seen=24)

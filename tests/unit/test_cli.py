@@ -31,7 +31,7 @@ def ending(body: str, **environment: str) -> subprocess.CompletedProcess[str]:
         ),
         (
             "raise OSError(errno.EIO, 'Input/output error', 'runs/a/metrics.jsonl')",
-            "cannot read or write runs/a/metrics.jsonl: Input/output error; run the same command again when that is mended",
+            "cannot read or write runs/a/metrics.jsonl: Input/output error; run the same command again when that is fixed",
         ),
         ("raise MemoryError", "out of memory: this process was given no more; use a machine with more"),
         ("raise OSError(errno.EDQUOT, 'Disk quota exceeded')", "cannot write: Disk quota exceeded; make room and run the same"),
@@ -88,9 +88,9 @@ def test_output_that_the_terminal_cannot_encode_is_no_end():
 
 @pytest.mark.parametrize("uri", ["data:image/png;base64," + "QUJD" * 16_000, "two words " * 9000])
 def test_an_error_quotes_little_and_keeps_its_next_move(uri):
-    done = ending(f"""raise cli.ConfigError("row 7: image '{uri}' is no file; give a path")""")
+    done = ending(f"""raise cli.ConfigError("row 7: image '{uri}' is not a file; give a path")""")
     assert done.stderr.startswith("error: row 7: image '")
-    assert done.stderr.endswith("' is no file; give a path\n")
+    assert done.stderr.endswith("' is not a file; give a path\n")
     assert len(done.stderr) < 400
 
 

@@ -202,7 +202,10 @@ IMPOSSIBLE = [
     ),
     ({"image.num_crops": 900, "image.size": 4096}, "visual tokens in its 901 groups, expected at most 16,777,216; lower image"),
     ({"train.batch_size": 2**24, "image.size": 512}, "GB of pixels, expected at most 1,100; lower batch_size, data.max_images"),
-    ({"optimizer.table": (("(", "default"),)}, "config.optimizer.table holds '(', which is no regular expression: missing )"),
+    (
+        {"optimizer.table": (("(", "default"),)},
+        "config.optimizer.table holds '(', which is not a regular expression: missing )",
+    ),
     ({"profile.steps": "9" * 5000 + ":1"}, "99:1', expected FIRST:LAST from step 1 on, as 10:15"),
     ({"data.train": "a\0b"}, "config.data.train got 'a\\x00b', expected text without a null character"),
     ({"image.size": 10}, "image.size 10 is not divisible by config.vision.patch_size 4; nearest valid: 8"),

@@ -64,7 +64,7 @@ def test_a_folder_with_a_file_that_no_export_writes_stays(old, added):
 
 def test_a_folder_that_only_looks_like_an_export_stays(old):
     (old / MARK).unlink()
-    refused(old, "is no export of deepstack_jax")
+    refused(old, "is not an export of deepstack_jax")
 
 
 def test_an_export_of_an_earlier_version_is_known_by_the_file_that_only_we_write(old):
@@ -114,7 +114,7 @@ def test_home_the_working_directory_and_all_above_them_stay(old, monkeypatch, tm
     (tmp_path / "empty").mkdir()
     for where in (old, old / "clip", tmp_path / "empty"):
         monkeypatch.chdir(where)
-        refused(where, "is or holds the working directory|is no export")
+        refused(where, "is or holds the working directory|is not an export")
         refused(old, "is or holds the working directory") if where != tmp_path / "empty" else None
     monkeypatch.chdir("/")
     monkeypatch.setattr("os.path.ismount", lambda path: Path(path) == old)
@@ -176,7 +176,7 @@ def test_save_hf_replaces_an_export_and_neither_its_own_tokenizer_nor_anything_e
     assert (tmp_path / "out" / MARK).is_file()
     with pytest.raises(WeightsError, match=r"is not empty; choose another folder, or replace it with force=True$"):
         lmm.save_hf(tmp_path / "out")
-    with pytest.raises(WeightsError, match="is no export of deepstack_jax"):
+    with pytest.raises(WeightsError, match="is not an export of deepstack_jax"):
         lmm.save_hf(tmp_path / "hf", force=True)
     save_checkpoint(
         stored_leaves(found.tensors, found.config), found.config, tmp_path / "hf" / "inside", sources=[tmp_path / "hf"]

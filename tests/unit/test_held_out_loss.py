@@ -105,7 +105,7 @@ def checked(bad: tuple[int, ...], allowed: float, starts: bool) -> tuple[Any, st
 def test_more_than_allowed_stop_a_start_after_all_were_named():
     error, printed = checked((0, 2, 6), 0.25, starts=True)
     assert isinstance(error, SourceError)
-    for part in ("3 of 8 held-out rows cannot be used", "config.data.max_bad_fraction=0.25", "row 6 is refused", "mend them"):
+    for part in ("3 of 8 held-out rows cannot be used", "config.data.max_bad_fraction=0.25", "row 6 is refused", "fix them"):
         assert part in str(error)
     assert printed.count("is left out") == 3
 
@@ -166,7 +166,7 @@ def test_a_run_whose_rows_are_bad_has_results_all_the_same_and_new_ones_once_the
     assert (results["bad_examples"], results["questions"], results["validation_loss"]) == (3, 5, 2.0)
     results = end((6,))
     assert (results["bad_examples"], results["questions"]) == (1, 7)
-    assert end(())["questions"] == 7, "they are there: as many as are allowed are no reason to evaluate again"
+    assert end(())["questions"] == 7, "they are there: as many as are allowed are not a reason to evaluate again"
 
 
 def test_hard_ids_reach_every_file_and_no_terminal(tmp_path):

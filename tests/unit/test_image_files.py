@@ -263,7 +263,7 @@ def test_more_than_8_bits_are_scaled_by_the_full_range_of_their_type(name):
     image, remarks = read_image(source, IGNORE)
     assert (image.mode, remarks) == ("L", (DEEP,))
     assert read_header(source, IGNORE).remarks == (DEEP,)
-    off_by = 1 if name in ("tiff_16_signed", "tiff_16_signed_big_endian", "pgm_10") else 0  # its steps are no multiples of ours
+    off_by = 1 if name in ("tiff_16_signed", "tiff_16_signed_big_endian", "pgm_10") else 0  # steps not multiples of ours
     np.testing.assert_allclose(np.asarray(image).astype(int), RAMP, atol=off_by)
 
 
@@ -406,7 +406,7 @@ def test_a_broken_block_leaves_the_image_as_it_is(block):
     stored = noise()
     content = encoded(stored, "PNG")
     chunk = struct.pack(">I", len(block)) + b"eXIf" + block + struct.pack(">I", zlib.crc32(b"eXIf" + block))
-    for place in (33, len(content) - 12):  # behind the header, before the end
+    for place in (33, len(content) - 12):  # after the header, before the end
         image, remarks = read_image(content[:place] + chunk + content[place:], APPLY)
         np.testing.assert_array_equal(np.asarray(image), np.asarray(stored))
         assert remarks == ()

@@ -69,7 +69,7 @@ def test_what_a_refused_step_would_take(message, gib):
 
 @pytest.mark.parametrize("text", LOST_PROCESS)
 def test_a_lost_process(text):
-    """Gloo's and jax's own words stand in jaxlib; those of the operating system change with no version."""
+    """Gloo's and jax's own words are in jaxlib; those of the operating system change with no version."""
     system = text in (os.strerror(errno.ECONNRESET), os.strerror(errno.EPIPE))
     assert system or text == NCCL or stands_in(binary_of("jaxlib", "libjax_common.so"), text)
     assert is_lost_process(jax.errors.JaxRuntimeError(f"UNKNOWN: Gloo AllGather failed: {text}"))

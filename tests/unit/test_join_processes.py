@@ -176,7 +176,7 @@ def test_which_address_is_listened_on(host, found, bound, connected, monkeypatch
     if bound:
         join_processes(f"{host}:1234", 2, 0)
     else:
-        with pytest.warns(UserWarning, match=f"{host} is no address that this machine has for others"):
+        with pytest.warns(UserWarning, match=f"{host} is not an address that this machine has for others"):
             join_processes(f"{host}:1234", 2, 0)
     assert said["coordinator_bind_address"] == f"{bound or '0.0.0.0'}:1234"
 

@@ -154,7 +154,7 @@ def test_hd_by_its_definition(grid, crops):
     assert layout.tokens.size == PATCHES + grid[0] * SIDE * (grid[1] * SIDE + 1)
 
     def stacked(group: int, view: int, y: int, x: int) -> int:
-        y, x = y * up + group // up, x * up + group % up  # where the token stands in the view's own upsampled picture
+        y, x = y * up + group // up, x * up + group % up  # where the token is in the view's own upsampled picture
         crop = (1 + cells) + view * up**2 + (y // SIDE) * up + x // SIDE
         return crop * PATCHES + (y % SIDE) * SIDE + x % SIDE
 
@@ -370,7 +370,7 @@ def test_check_batch_accepts_good_batches(config):
         ("stack_source", (0, 1, 2), -3, "stack_source spans -3"),
         ("visual_index", (0, 2), 12, r"visual_index reaches 12, expected -1\.\.11"),
         ("visual_index", (0, 2), -2, "visual_index"),
-        ("visual_index", (0, 2), 3, "row 0: a visual token stands at two positions"),
+        ("visual_index", (0, 2), 3, "row 0: a visual token is at two positions"),
         ("loss_weights", (0, 31), 1.0, "loss_weights are not zero in the padding"),
     ],
 )

@@ -113,7 +113,7 @@ def test_an_index_is_made_once_per_source_and_configuration(cache, monkeypatch):
         assert len(measured) == 2 + number, changes
     length_index(MadeExamples(40, changed=(0,)), make_config().data_spec)
     assert len(measured) == 2 + len(others)
-    assert len(list((cache / "lengths").iterdir())) == len(measured), "parts are left behind"
+    assert len(list((cache / "lengths").iterdir())) == len(measured), "parts are left over"
 
 
 def test_the_name_of_an_index_is_the_same_in_another_process():

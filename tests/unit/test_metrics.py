@@ -39,13 +39,13 @@ def wandb(monkeypatch):
 
 def test_quarantine_quotes_little_of_a_strangers_data(tmp_path):
     uri = "data:image/png;base64," + "QUJD" * 16_000
-    bad = BadExample(3, f"id\n{uri}", f"image {uri} is no file; give a path below the image root")
+    bad = BadExample(3, f"id\n{uri}", f"image {uri} is not a file; give a path below the image root")
     Quarantine(tmp_path, 1.0, 9).add((bad,))
     (line,) = (tmp_path / "quarantine.jsonl").read_text().splitlines()
     assert len(line) < 800
     said = json.loads(line)
     assert said["name"].startswith("id\\ndata:image"), "as it is shown, on one line"
-    assert said["reason"].endswith("QUJD is no file; give a path below the image root")
+    assert said["reason"].endswith("QUJD is not a file; give a path below the image root")
 
 
 def test_weights_and_biases_sees_the_numbers_and_one_run_over_all_attempts(tmp_path, wandb):

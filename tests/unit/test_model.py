@@ -62,7 +62,7 @@ def tokens_of(params, batch):
 
 
 def close(a, b, batch, tolerance=1e-5):
-    """Equal where there is a token; what stands in the padding is nobody's business."""
+    """Equal where there is a token; what is in the padding is nobody's business."""
     real = np.asarray(batch.segment_ids) > 0
     assert real.any()
     np.testing.assert_allclose(np.asarray(a)[real], np.asarray(b)[real], atol=tolerance)
@@ -172,7 +172,7 @@ def test_the_gradient_of_the_stack_reaches_every_group_of_the_row_and_no_other(b
 
 @pytest.mark.quick
 def test_a_row_is_not_changed_by_its_neighbours(batch, params, forward):
-    """Text-only rows stand before, between and after rows with images: upstream would shift their stacks."""
+    """Text-only rows come before, between and after rows with images: upstream would shift their stacks."""
     together = forward(params, batch)
     for row in range(8):
         alone = only_rows(batch, row)

@@ -135,7 +135,7 @@ BAD = [
     (TRL | {"messages": [*TRL["messages"], ANSWER]}, "turn 2: got 'gpt', expected 'human'; turns alternate"),
     (LLAVA | {"conversations": {"from": ["human"], "value": ["<image>", "x"]}}, "columns of turns that differ in length"),
     (LLAVA | {"conversations": {"from": "human", "value": "<image>"}}, "has no conversations; expected"),
-    (LLAVA | {"image": "https://example.com/x.jpg"}, "is no path under the image root .*; put it there"),
+    (LLAVA | {"image": "https://example.com/x.jpg"}, "is not a path under the image root .*; put it there"),
 ]
 
 
@@ -156,7 +156,7 @@ def test_a_path_needs_an_image_root_and_bytes_do_not():
     "name", ["../x", "a/../../x", "/x", "%2e%2e/x", "a/%2E%2E/%2e%2e/x", "x.jpg::file:///etc/passwd", "x?y", "gs://x/y"]
 )
 def test_no_name_leads_out_of_a_root_behind_a_url(name):
-    with pytest.raises(RecordError, match=r"leaves the image root gs://b|is no path under the image root gs://b"):
+    with pytest.raises(RecordError, match=r"leaves the image root gs://b|is not a path under the image root gs://b"):
         to_example(LLAVA | {"image": name}, 0, "gs://bucket/images")
     assert to_example(LLAVA | {"image": "a b/%41.jpg"}, 0, "gs://bucket/images").images == ("gs://bucket/images/a b/%41.jpg",)
 

@@ -52,7 +52,7 @@ def test_a_parameter_left_over_is_an_error_that_names_it():
 
 @pytest.mark.parametrize("table", [(("hed", "frozen"), (".*", "a")), ((".*", "a"), ("head", "frozen"))])
 def test_a_row_that_matches_nothing_is_an_error(table):
-    """A misspelt row, or one behind a row that takes everything."""
+    """A misspelt row, or one after a row that takes everything."""
     idle = next(pattern for pattern, _ in table if pattern != ".*")
     with pytest.raises(ConfigError, match=rf"rows \['{idle}'\] match no parameter; parameters are e\.g\. embed/embedding"):
         assign_groups(PATHS, table)
@@ -105,11 +105,13 @@ def test_muon_knows_inputs_and_outputs_of_every_kernel(demo):
 
 def test_muon_refuses_what_is_no_matrix(demo):
     _, shapes, _ = demo
-    with pytest.raises(ConfigError, match="layers/norm/scale to a Muon group, but it is no matrix; send it to an adamw group"):
+    with pytest.raises(
+        ConfigError, match="layers/norm/scale to a Muon group, but it is not a matrix; send it to an adamw group"
+    ):
         matrix_axes("layers/norm/scale", 1)
     groups = dict.fromkeys(shapes, "all")
     config = OptimizerConfig(groups={"all": OptimizerGroup("muon")})
-    with pytest.raises(ConfigError, match="is no matrix"):
+    with pytest.raises(ConfigError, match="is not a matrix"):
         jax.eval_shape(make_optimizer(config, groups, optax.constant_schedule(1.0)).init, shapes)
 
 

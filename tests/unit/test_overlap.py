@@ -96,11 +96,10 @@ def test_it_ends_in_time_and_says_what_it_has_looked_at(folder, monkeypatch):
     held_out = write(folder / "val.json", [row(str(number), "", f"{number}?", "yes") for number in (0, 700, 1800)])
     overlap = find_overlap(held_out, 3, train, seconds=-1.0)
     assert (overlap.rows, overlap.looked_at) == ([0, 1], 999)
-    assert "3 of 3 held-out rows also stand among the training rows, as" in overlap_line(held_out, 3, train)
+    assert "3 of 3 held-out rows are also among the training rows, as" in overlap_line(held_out, 3, train)
     monkeypatch.setattr("deepstack_jax.evaluate.in_training.find_overlap", lambda *_: overlap)
-    assert (
-        "2 of 3 held-out rows also stand among the training rows (the first 999 of 2,500 were looked at), as the same row"
-        in (said := overlap_line(held_out, 3, train))
+    assert "2 of 3 held-out rows are also among the training rows (the first 999 of 2,500 were looked at), as the same row" in (
+        said := overlap_line(held_out, 3, train)
     )
     assert "the first: 0; scores on them tell what was remembered" in said
 

@@ -261,7 +261,7 @@ VARIANTS = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:.*maps fall behind the tower layer")
+@pytest.mark.filterwarnings("ignore:.*maps fall after the tower layer")
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_packed_equals_unpacked_for_every_example(variant):
     config = tiny_config(TINY | VARIANTS[variant])

@@ -334,7 +334,7 @@ def test_a_machine_that_is_not_there_names_those_that_are():
     for name, meant in (("L40S", "L40S"), ("RTX 4090", "RTX4090")):
         with pytest.raises(ConfigError, match=f"--topology={name} is unknown; e.g. gpu:1x{meant}$"):
             open_machine(name)
-    with pytest.raises(ConfigError, match=r"--topology=v5p-100 is no slice of v5p; known: v5p-8, v5p-16, .*v5p-128"):
+    with pytest.raises(ConfigError, match=r"--topology=v5p-100 is not a slice of v5p; known: v5p-8, v5p-16, .*v5p-128"):
         open_machine("v5p-100")
 
 

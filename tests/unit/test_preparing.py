@@ -131,7 +131,7 @@ def test_too_many_bad_rows_stop_it_after_the_report_and_mended_ones_cost_their_s
     message = rf"2 of 10 records cannot be used, .*=0\.15 allows 1; the first: row 0 is refused; .*{folder}/bad\.jsonl"
     with pytest.raises(SourceError, match=message) as caught:
         make(folder, bad, limit=0.15)
-    assert "mend them and run the same command" in str(caught.value)
+    assert "fix them and run the same command" in str(caught.value)
     assert len((folder / "bad.jsonl").read_text().splitlines()) == 2
     assert not (folder / "manifest.json").exists()
     with pytest.raises(SourceError, match="2 of 10 records"):
@@ -334,7 +334,7 @@ def test_a_row_is_checked_as_it_is_stored():
     assert isinstance(page.images[0], bytes)
     np.testing.assert_array_equal(np.asarray(open_image(page.images[0]).convert("RGB")), pages[1].images[0])
     assert decode_example(record, 1).images == page.images
-    with pytest.raises(ExampleError, match=r"made7: cannot read an embedded image: .*; mend or remove it"):
+    with pytest.raises(ExampleError, match=r"made7: cannot read an embedded image: .*; fix or remove it"):
         read_checked(Job(MadeExamples(ROWS, broken=(7,)), 4), 7)
 
 

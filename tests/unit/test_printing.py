@@ -91,7 +91,7 @@ DATA_URI = "data:image/png;base64," + "QUJD" * 20_000
     ids=["uri", "words", "dict", "list", "numbers"],
 )
 def test_a_line_carries_little_of_the_data_and_all_of_our_words(data):
-    ending = " is no file; expected a path below the run's image root; mend the row's 'image' key"
+    ending = " is not a file; expected a path below the run's image root; fix the row's 'image' key"
     line = one_line(f"row 3: the image {data}{ending}")
     assert line.startswith("row 3: the image ")
     assert line.endswith(ending)

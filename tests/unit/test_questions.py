@@ -103,7 +103,7 @@ def asked_with(
 
 
 def asked_of(source: Source, config: Config) -> tuple[dict[int, list[list[int]]], list[BadExample]]:
-    """For each row the gray of the pictures that stand in the batch for each of its questions; and what could not be asked."""
+    """For each row the gray of the pictures that are in the batch for each of its questions; and what could not be asked."""
     seen: list[list[int]] = []
 
     def decode(batch: Batch) -> np.ndarray:
@@ -173,7 +173,7 @@ ENDS = {"v0": " red\n### Human: and", "plain": " red\nand", "v1": " red", "chatm
 
 @pytest.mark.parametrize("template", ENDS)
 def test_an_answer_ends_before_the_templates_end_of_turn(template, source):
-    """Under "v0" that is "###" and under "chatml" "<|im_end|>", which are no token of their own here."""
+    """Under "v0" that is "###" and under "chatml" "<|im_end|>", which are not a token of their own here."""
     config = tiny_config(SETTINGS | {"data.template": template, "data.max_length": 512})
     said = load_tokenizer("bytes").encode(ENDS[template])[0]
     predictions, _ = asked_with(lambda batch: np.tile(said, (len(batch.tokens), 1)), source, config)

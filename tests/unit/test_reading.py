@@ -360,7 +360,7 @@ def test_links_to_whole_checkpoints_and_within_them_are_followed(saved, tmp_path
 def test_a_bundle_holds_numbers(content, tmp_path):
     file = tmp_path / "step-3.json"
     file.write_text(content)
-    with pytest.raises(ReplayError, match="is no replay bundle"):
+    with pytest.raises(ReplayError, match="is not a replay bundle"):
         read_bundle(file)
 
 

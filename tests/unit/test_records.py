@@ -332,12 +332,12 @@ def test_a_shard_that_is_a_link_out_of_its_folder_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ("{", r"manifest\.json is no JSON"),
+        ("{", r"manifest\.json is not JSON"),
         ("[]", r"says format, version \(None, None\), expected \('deepstack_jax examples', 1\)"),
         ({"version": 2}, r"says format, version \('deepstack_jax examples', 2\)"),
         ({"rows": 19}, "lists 20 records in shards and 19 in all"),
         ({"shards": [{"file": "a"}]}, "lacks or misnames an entry"),
-        ("[" * 100_000, r"manifest\.json is no JSON"),
+        ("[" * 100_000, r"manifest\.json is not JSON"),
         ({"shards": [{"file": "shard-00000.array_record", "rows": 20.0, "bytes": 1, "sha256": ""}]}, "with 20.0 records"),
         ({"shards": [{"file": "shard-00000.array_record", "rows": 20, "bytes": -1, "sha256": ""}]}, "20 records, -1 bytes"),
         ({"shards": [{"file": "..", "rows": 20, "bytes": 1, "sha256": ""}]}, "lacks or misnames an entry"),

@@ -133,7 +133,7 @@ def test_a_run_without_such_rows_says_nothing(tmp_path):
 
 def test_the_audit_counts_them_by_headers_alone(folder):
     config = config_of(folder)
-    for name in (folder / "images").iterdir():  # behind the header, where nobody looks
+    for name in (folder / "images").iterdir():  # after the header, where nobody looks
         content = name.read_bytes()
         name.write_bytes(content[: content.index(b"IDAT") + 8] + bytes(20))
     source = open_source(config.data, "train")

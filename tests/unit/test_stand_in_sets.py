@@ -35,7 +35,7 @@ def test_a_mixture_opens_over_them_with_every_set_and_every_image_there(name, ta
 
 
 def test_a_set_of_another_kind_is_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"set a: b\.parquet is no \.json file"):
+    with pytest.raises(ValueError, match=r"set a: b\.parquet is not a \.json file"):
         write_sets(tmp_path, {"a": SetConfig(file="b.parquet")}, rows=2)
 
 

@@ -124,7 +124,7 @@ def test_frozen_parameters_stay_equal_to_the_byte_and_all_others_move(step, para
     state, _ = request.getfixturevalue(step)
     assert int(state.step) == 1
     before, after = flatten(params), flatten(state.params)
-    # post_norm is part of the checkpoint only: no feature is taken behind it.
+    # post_norm is part of the checkpoint only: no feature is taken after it.
     for path, group in groups.items():
         same = np.asarray(before[path]).tobytes() == np.asarray(after[path]).tobytes()
         idle = path.startswith("vision_tower/post_norm")

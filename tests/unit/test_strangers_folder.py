@@ -93,14 +93,14 @@ def test_a_kind_of_model_that_is_no_word_and_a_tokenizer_of_a_million_words_are_
 @pytest.mark.parametrize("name", ["deepstack_jax.json", "config.json", "generation_config.json"])
 def test_json_that_is_none_is_one_line(name, text, folder):
     (folder / name).write_bytes(text.encode("latin-1"))
-    with pytest.raises(WeightsError, match=r"is no JSON \(|holds a int|holds a list") as caught:
+    with pytest.raises(WeightsError, match=r"is not JSON \(|holds a int|holds a list") as caught:
         open_checkpoint(folder)
     assert len(str(caught.value)) < 500
 
 
 def test_what_never_ends_is_not_read(folder):
     (folder / "generation_config.json").symlink_to("/dev/zero")
-    with pytest.raises(WeightsError, match=r"generation_config\.json is no JSON \(no file of at most") as caught:
+    with pytest.raises(WeightsError, match=r"generation_config\.json is not JSON \(no file of at most") as caught:
         read_model_json(folder / "generation_config.json")
     os.mkfifo(folder / "processor_config.json")
     with pytest.raises(WeightsError, match="no file of at most"):
@@ -216,7 +216,7 @@ def test_a_template_whose_end_the_tokenizer_lacks_is_warned_of(end, fitting, fol
         assert said == []
     else:
         assert len(said) == 1
-        assert "taken to be 'v1', but its end of turn, </s>, is no token of the tokenizer" in said[0]
+        assert "taken to be 'v1', but its end of turn, </s>, is not a token of the tokenizer" in said[0]
         assert f"has those of: {fitting}; choose with template=NAME" in said[0]
 
 

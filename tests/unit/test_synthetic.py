@@ -26,7 +26,7 @@ from deepstack_jax.data.synthetic import (
 CELLS = 16  # 2x2 cells along a box
 
 
-# Where a glyph may stand in a box of the checker style.
+# Where a glyph may be in a box of the checker style.
 PLACES = len(digit_tiles("checker")[1])
 
 

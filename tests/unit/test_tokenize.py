@@ -316,11 +316,11 @@ def test_phi3_has_its_own_end_of_turn():
 
 def test_a_damaged_model_file_is_named(tmp_path):
     (tmp_path / "tokenizer.model").write_bytes(b"version https://git-lfs.github.com/spec/v1")
-    with pytest.raises(ValueError, match=r"tokenizer\.model is no sentencepiece model: .*; download it again"):
+    with pytest.raises(ValueError, match=r"tokenizer\.model is not a sentencepiece model: .*; download it again"):
         load_tokenizer(str(tmp_path))
     (tmp_path / "tokenizer.model").write_bytes(b"")  # a model, but without a piece
-    with pytest.raises(ValueError, match=r"tokenizer\.model is no whole sentencepiece model: .*; download it again"):
+    with pytest.raises(ValueError, match=r"tokenizer\.model is not a whole sentencepiece model: .*; download it again"):
         load_tokenizer(str(tmp_path))
     (tmp_path / "tokenizer_config.json").write_text("{")
-    with pytest.raises(ValueError, match=r"tokenizer_config\.json is no JSON \(.*\); download it again"):
+    with pytest.raises(ValueError, match=r"tokenizer_config\.json is not JSON \(.*\); download it again"):
         load_tokenizer(str(tmp_path))

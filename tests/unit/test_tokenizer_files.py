@@ -182,7 +182,7 @@ def test_the_post_processor_alone_decides_on_the_bos(said, processed, tmp_path):
 @pytest.mark.parametrize("kind", ["byte_level", "as_llama"])
 @pytest.mark.parametrize("answer", [" 12", "\n12", "12", "  \n 12", ""])
 def test_a_token_that_swallows_white_space_is_not_trained_for_it(odd, kind, answer):
-    """The assistant's mark takes the line end behind it, and whatever white space an answer begins with."""
+    """The assistant's mark takes the line end after it, and whatever white space an answer begins with."""
     tokenizer = odd[kind]
     rendered = render([Message("human", "the total"), Message("gpt", answer)], TEMPLATES["phi3_instruct"])
     encoded = encode_conversation(rendered, tokenizer)
@@ -334,7 +334,7 @@ def test_what_the_library_quotes_of_a_model_stays_on_the_line(tmp_path):
     model = sentencepiece_model_pb2.ModelProto.FromString((folder / "tokenizer.model").read_bytes())
     model.pieces[10].piece = "\r\n\x1b[2J" + "x" * 5000
     (folder / "tokenizer.model").write_bytes(model.SerializeToString())
-    with pytest.raises(ValueError, match="no whole sentencepiece model") as caught:
+    with pytest.raises(ValueError, match="not a whole sentencepiece model") as caught:
         load_tokenizer(str(folder))
     said = str(caught.value)
     assert said.isprintable()
@@ -346,7 +346,7 @@ def test_a_configuration_that_is_no_object_is_one_line(content, tmp_path):
     llama, fast = edited_folder("llama_legacy_true", tmp_path / "a"), byte_level(tmp_path / "b")
     for folder in (llama, fast):
         (folder / "tokenizer_config.json").write_text(content)
-        with pytest.raises(ValueError, match=r"tokenizer_config\.json (is no JSON|holds a)") as caught:
+        with pytest.raises(ValueError, match=r"tokenizer_config\.json (is not JSON|holds a)") as caught:
             load_tokenizer(str(folder))
         assert len(str(caught.value)) < 500
 

@@ -253,7 +253,7 @@ def test_plain_configurations_build_the_plain_model():
         ({"deepstack.into": "vision"}, r"image\.grid is 'best', set it to 'square'"),
         (VISION | {"deepstack.sampling": "1d"}, "set it to '2d'"),
         (VISION | {"image.num_crops": 5}, r"num_crops is 5, set it to 4"),
-        (VISION | {"deepstack.vision_start": 3}, r"behind the tower's 3 layers; lower it, or add layers with .*post_layers=5"),
+        (VISION | {"deepstack.vision_start": 3}, r"after the tower's 3 layers; lower it, or add layers with .*post_layers=5"),
         (VISION | {"deepstack.vision_start": 9, "vision.post_layers": 5}, "beyond the last layer 7; lower it"),
         ({"deepstack.high_res": "view"}, r"set config\.image\.mode='deepstack' and config\.image\.grid='square'"),
         ({"image.mode": "hd", "deepstack.pool": 2}, "averages the tokens of single crops"),
@@ -262,7 +262,7 @@ def test_plain_configurations_build_the_plain_model():
         ({"image.mode": "anyres", "deepstack.stack": "none"}, r"pinpoints: anyres needs at least one pinpoint"),
         (
             {"image.mode": "hd", "deepstack.sequence": "crops", "deepstack.stack": "none"},
-            "whose cells stand there already",
+            "whose cells are there already",
         ),
         ({"decoder.rope.scaling": "longrope"}, r"short_factor has 0 entries, expected head_dim / 2 = 4"),
         ({"decoder.rope.scaling": "llama3"}, "original_positions is 0"),

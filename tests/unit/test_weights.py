@@ -78,7 +78,7 @@ def same(ours, theirs) -> None:
 
 
 def other_sizes(name: str) -> Config:
-    """The golden's model with grouped heads, and for DeepStack-V with layers behind the tower."""
+    """The golden's model with grouped heads, and for DeepStack-V with layers after the tower."""
     config = open_config(name)
     decoder = dataclasses.replace(config.decoder, kv_heads=2, mlp=40)
     if config.deepstack.into == "vision":
@@ -317,7 +317,7 @@ def test_the_tower_inside_wins_and_one_outside_is_found_beside_or_above(folder, 
     shutil.move(tmp_path / "clip", folder / "clip")
     same(read(open_checkpoint(folder)), outside)
     shutil.move(folder / "clip", tmp_path / "elsewhere")
-    with pytest.raises(WeightsError, match=r"mm_vision_tower is 'clip', which is no folder here; put .*--tower=DIR"):
+    with pytest.raises(WeightsError, match=r"mm_vision_tower is 'clip', which is not a folder here; put .*--tower=DIR"):
         open_checkpoint(folder)
     with pytest.raises(WeightsError, match=r"or name it with tower=DIR"):
         dsx.load(folder)
@@ -389,7 +389,7 @@ def test_a_tensor_in_two_files_is_an_error_that_names_both(folder):
     tensors = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors")
     save_file({"lm_head.weight": tensors["lm_head.weight"]}, folder / "model-00002-of-00002.safetensors")
-    with pytest.raises(WeightsError, match=r"1 tensors stand .* twice: lm_head\.weight in model-00001\S* and model-00002"):
+    with pytest.raises(WeightsError, match=r"1 tensors are .* twice: lm_head\.weight in model-00001\S* and model-00002"):
         open_checkpoint(folder)
 
 
@@ -473,7 +473,9 @@ def test_hub_ids_are_found_in_the_cache(tmp_path, monkeypatch):
     change(tmp_path / "hub" / "models--org--model" / "snapshots" / "abc", drop=[TOWER])
     change_config(tmp_path / "hub" / "models--org--model" / "snapshots" / "abc", mm_vision_tower="openai/tiny")
     same(read(open_checkpoint("org/model")), read(open_checkpoint(hf)))
-    with pytest.raises(WeightsError, match=r"org/absent is no folder, and not to be had from the hub \(.*\); give a folder"):
+    with pytest.raises(
+        WeightsError, match=r"org/absent is not a folder, and cannot be fetched from the hub \(.*\); give a folder"
+    ):
         open_checkpoint("org/absent")
 
 

@@ -156,16 +156,16 @@ def test_a_missing_shard_is_named(tmp_path):
 @pytest.mark.parametrize("keep", [4, 100, 5000])
 def test_a_file_that_is_cut_off_is_refused(keep, tmp_path):
     (tmp_path / "model.safetensors").write_bytes(WEIGHTS.read_bytes()[:keep])
-    with pytest.raises(WeightsError, match=r"no whole safetensors file .* copy or download it again"):
+    with pytest.raises(WeightsError, match=r"not a whole safetensors file .* copy or download it again"):
         open_safetensors(tmp_path / "model.safetensors")
 
 
 @pytest.mark.parametrize(
     ("header", "reason"),
     [
-        ('{"a": ENTRY, "a": ENTRY}', "a name stands there twice"),
-        ("[" * 50000, "no whole safetensors file"),
-        ('{"a": [1]}', "no whole safetensors file"),
+        ('{"a": ENTRY, "a": ENTRY}', "a name is there twice"),
+        ("[" * 50000, "not a whole safetensors file"),
+        ('{"a": [1]}', "not a whole safetensors file"),
     ],
 )
 def test_a_header_that_says_nothing_sure_is_refused(header, reason, tmp_path):
@@ -256,7 +256,7 @@ def test_other_pickles_are_refused(tmp_path):
         with pytest.raises(WeightsError, match=r"more than named tensors; save model\.state_dict\(\) alone"):
             open_bin(tmp_path / "other.bin")
     write_archive(tmp_path / "torn.bin", pickle.dumps({"a": 1})[:-3], {})
-    with pytest.raises(WeightsError, match="no readable file of tensors"):
+    with pytest.raises(WeightsError, match="not a readable file of tensors"):
         open_bin(tmp_path / "torn.bin")
 
 
@@ -297,7 +297,7 @@ def test_no_opcode_changes_what_a_storage_is(change, tmp_path):
 
 
 def test_numbers_that_stand_there_negated_are_refused(tmp_path):
-    """torch saves a lazily negated tensor as the plain one with a note behind its hooks."""
+    """torch saves a lazily negated tensor as the plain one with a note after its hooks."""
     for note, fine in ((b"}", True), (b"}X\x03\x00\x00\x00neg\x88s", False)):
         write_archive(tmp_path / "a.bin", _attack(b"").replace(b")Rt", b")R" + note + b"t"), {"0": bytes(16)})
         if fine:
@@ -311,7 +311,7 @@ def test_a_storage_is_a_member_of_its_own_archive(tmp_path):
     write_archive(
         tmp_path / "a.bin", _attack(b"").replace(b"X\x01\x00\x00\x000", b"X\x05\x00\x00\x00../..", 1), {"0": bytes(16)}
     )
-    with pytest.raises(WeightsError, match="no readable file of tensors"):
+    with pytest.raises(WeightsError, match="not a readable file of tensors"):
         open_bin(tmp_path / "a.bin")
     write_archive(tmp_path / "b.bin", _attack(b""), {"0": bytes(12)})
     with pytest.raises(WeightsError, match="a tensor reaches beyond its storage"):

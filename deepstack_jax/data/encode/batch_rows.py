@@ -27,12 +27,12 @@ class ExampleSize(NamedTuple):
 class EncodedExample:
     """One example, tokenised and cut into crops, not yet placed."""
 
-    index: int  # row of the source
-    ids: np.ndarray  # i32[n], IMAGE_TOKEN where an image stands
+    index: int  # record of the source
+    ids: np.ndarray  # i32[n], IMAGE_TOKEN where an image is
     supervised: np.ndarray  # bool[n], tokens that the loss asks for
     pixels: tuple[np.ndarray, ...]  # per image: u8[views, y, x, 3]
     layouts: tuple[VisualLayout, ...]  # per image
-    remarks: tuple[str, ...] = ()  # `encode.REMARKS` that hold, one for each image or text
+    remarks: tuple[str, ...] = ()  # `encoder.REMARKS` that hold, one for each image or text
 
     @property
     def length(self) -> int:
@@ -128,7 +128,7 @@ class HostBatch(NamedTuple):
     batch: Batch
     bad: tuple[BadExample, ...]
     examples: int  # that were due in this part, bad ones included
-    remarks: tuple[tuple[int, tuple[str, ...]], ...] = ()  # row of the source, and what was done to it (`encode.REMARKS`)
+    remarks: tuple[tuple[int, tuple[str, ...]], ...] = ()  # record of the source, and what was done to it (`encoder.REMARKS`)
 
 
 def collate(examples: Sequence[EncodedExample | BadExample], spec: DataSpec, longest: int | None = None) -> HostBatch:

@@ -72,7 +72,7 @@ class HFTokenizer:
                         f"{self.file}: adds {front[:8]} before a text; expected at most a BOS; edit its post_processor"
                     )
                 return front[0] if front else None
-        raise TokenizerError(f"{self.file}: reads every text as nothing; it is no tokenizer for words, download it again")
+        raise TokenizerError(f"{self.file}: reads every text as nothing; it is not a tokenizer for words, download it again")
 
     def _role(self, role: str, *names: str) -> int:
         for name in (*(token["content"] for token in as_tokens(self._config.get(role))), *names):

@@ -20,7 +20,7 @@ CONTROL = "texts whose words hold control tokens such as </s>, read as letters; 
 
 @dataclass(frozen=True)
 class EncodedText:
-    ids: np.ndarray  # i32[n], IMAGE_TOKEN where an image stands
+    ids: np.ndarray  # i32[n], IMAGE_TOKEN where an image is
     supervised: np.ndarray  # bool[n]
     remarks: tuple[str, ...] = ()  # CONTROL, if it holds
 

@@ -146,7 +146,7 @@ class SentencePieceTokenizer:
         return ids, spans
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Text without special tokens; added tokens that are not special stand alone, with spaces around them."""
+        """Text without special tokens; added tokens that are not special are set apart, with spaces around them."""
         with reading(self.folder, "turn tokens into a text"):
             return self._decode(ids)
 
@@ -170,7 +170,7 @@ def _processor(model_file: Path, *, dummy_prefix: bool, added: Iterable[str]) ->
     try:
         model = sentencepiece_model_pb2.ModelProto.FromString(model_file.read_bytes())  # pyright: ignore[reportAttributeAccessIssue]
     except DecodeError as error:
-        raise TokenizerError(f"{model_file} is no sentencepiece model: {label(error)}; download it again") from error
+        raise TokenizerError(f"{model_file} is not a sentencepiece model: {label(error)}; download it again") from error
     model.normalizer_spec.add_dummy_prefix = model.normalizer_spec.add_dummy_prefix and dummy_prefix
     added = set(added)
     for piece in model.pieces:  # added tokens are cut out of the text before; what of them is left there is to be read as text
@@ -179,7 +179,7 @@ def _processor(model_file: Path, *, dummy_prefix: bool, added: Iterable[str]) ->
     try:
         return sentencepiece.SentencePieceProcessor(model_proto=model.SerializeToString())
     except RuntimeError as error:  # its own way of saying that pieces are missing
-        raise TokenizerError(f"{model_file} is no whole sentencepiece model: {label(error)}; download it again") from error
+        raise TokenizerError(f"{model_file} is not a whole sentencepiece model: {label(error)}; download it again") from error
 
 
 def _llama_config(folder: Path) -> tuple[dict[str, Any], dict[int, dict[str, Any]]]:

@@ -48,7 +48,7 @@ def _sizes_and_grids(example: Example, spec: DataSpec) -> tuple[list[tuple[int, 
 
 
 def example_check(spec: DataSpec) -> tuple[Callable[[Example], object], dict[str, Any]]:
-    """What every example must stand, which is what a run asks of it, and the settings that this depends on.
+    """The checks that every example must pass, as in a run, and the settings that this depends on.
 
     Where the tokenizer is not on this machine, a warning says that lengths are not looked at.
     """

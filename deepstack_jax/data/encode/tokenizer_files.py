@@ -26,7 +26,7 @@ def reading(path: Path, use: str = "be read as a tokenizer") -> Iterator[None]:
         yield
     except (TokenizerError, OSError, MemoryError, KeyboardInterrupt, SystemExit):
         raise
-    except BaseException as error:  # panics of the Rust library are no Exceptions
+    except BaseException as error:  # panics of the Rust library are not Exceptions
         reason = label(f"{type(error).__name__}: {error}", 200)
         raise TokenizerError(
             f"{path} cannot {use} ({reason}); it is damaged, or newer than tokenizers "
@@ -39,7 +39,7 @@ def read_optional_json(file: Path) -> dict[str, Any]:
     try:
         found = json.loads(file.read_text("utf-8")) if file.is_file() else {}
     except (ValueError, RecursionError) as error:
-        raise TokenizerError(f"{file} is no JSON ({error}); download it again") from error
+        raise TokenizerError(f"{file} is not JSON ({error}); download it again") from error
     if not isinstance(found, dict):
         raise TokenizerError(f"{file} holds a {type(found).__name__}, expected a JSON object; download it again")
     return _without_nulls(found)

@@ -79,7 +79,7 @@ def to_row(row: pa.Table | pa.RecordBatch, most: int | None) -> dict[str, Any]:
 
 
 def scanned(batch: pa.RecordBatch, limits: LimitsConfig, *, mapped: bool) -> Iterator[object]:
-    """The rows of a batch, some at once; None in place of one that cannot be decoded. `mapped`: as it stands in a file."""
+    """The rows of a batch, some at once; None in place of one that cannot be decoded. `mapped`: as it is stored in a file."""
     for start in range(0, len(batch), _SCANNED_ROWS):
         part = batch.slice(start, _SCANNED_ROWS)
         try:

@@ -28,7 +28,7 @@ class Records(Protocol):
         ...
 
     def read(self, index: int) -> object:
-        """Row `index` as it stands; RecordError where it alone is damaged, SourceError where the container is."""
+        """Record `index` as it is stored; RecordError where it alone is damaged, SourceError where the container is."""
         ...
 
     def scan(self) -> Iterator[object]:
@@ -47,7 +47,7 @@ class FileSource:
       image_root: absolute folder or URL that image paths start from; "" = every image is embedded.
 
     Raises:
-      SourceError: the image root is no folder.
+      SourceError: the image root is not a folder.
     """
 
     def __init__(self, rows: Records, image_root: str) -> None:
@@ -73,7 +73,7 @@ class FileSource:
 
         Raises:
           IndexError: outside 0..len-1.
-          ExampleError: when this row is not a usable conversation; says which row, what is wrong and how to mend it.
+          ExampleError: when this row is not a usable conversation; says which row, what is wrong and how to fix it.
           SourceError: when the container changed or vanished since it was opened.
         """
         index = operator.index(index)

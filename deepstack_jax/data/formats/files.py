@@ -1,7 +1,7 @@
 """Files by path or URL. Local ones go through the operating system, others (gs://, s3://, memory://) through fsspec, by ranges.
 
 Whatever goes wrong, here or in a backend of fsspec, is an OSError whose `strerror` is one line to show. Only files are read: a
-FIFO, a device or a socket that stands where one is expected is refused, since reading it might never end.
+FIFO, a device or a socket where one is expected is refused, since reading it might never end.
 """
 
 import contextlib
@@ -66,7 +66,7 @@ def held(folder: str, name: str) -> str:
     """The path of what a file of a folder says to be in the folder by `name`.
 
     Raises:
-      OSError: it is no plain name, or a link that leads out: whoever wrote the folder would choose what is read here.
+      OSError: it is not a plain name, or a link that leads out: whoever wrote the folder would choose what is read here.
     """
     path = under(folder, name)
     if name in ("", ".", "..") or any(mark in name for mark in ("/", "\\", "\0", "::", "?", "#")):
@@ -211,7 +211,7 @@ def local_copy(path: str) -> str:
 
 
 def _checked(path: str) -> os.stat_result:
-    """What the system knows of a local file; OSError where there is none, or something that is no file."""
+    """What the system knows of a local file; OSError where there is none, or something that is not a file."""
     try:
         found = os.stat(path)
     except FileNotFoundError as error:

@@ -20,14 +20,14 @@ class ColumnChunk(NamedTuple):
 
     values: int  # nulls included
     bytes: int  # not compressed
-    delta: bool  # whether texts stand there as what distinguishes each from the one before it
+    delta: bool  # whether texts are stored as what distinguishes each from the one before it
 
 
 def read_chunks(path: str) -> list[list[ColumnChunk]]:
     """Of every row group its chunks, in the order of the leaves.
 
     Raises:
-      ValueError: it is no footer, or is beyond all sense; OSError where the file cannot be read.
+      ValueError: it is not a footer, or is beyond all sense; OSError where the file cannot be read.
     """
     size = files.size(path)
     if size < 2 * _END:
@@ -114,7 +114,7 @@ class _Flat:
         return int.from_bytes(self._data[at : at + width], "little", signed=width > 2)
 
     def field(self, table: int, which: int) -> int:
-        """Where a field of a table stands; 0 where it is absent."""
+        """Where a field of a table is; 0 where it is absent."""
         vtable = table - self.number(table, 4)
         offset = self.number(vtable + 4 + 2 * which, 2) if 4 + 2 * which < self.number(vtable, 2) else 0
         return table + offset if offset else 0
@@ -123,7 +123,7 @@ class _Flat:
         return at + self.number(at, 4)
 
     def structs(self, table: int, which: int, width: int) -> range:
-        """Where the structs of a list stand."""
+        """Where the structs of a list are."""
         if not self.field(table, which):
             return range(0)
         first = self.followed(self.field(table, which))

@@ -51,7 +51,7 @@ class ImageHeader(NamedTuple):
 
     Attributes:
       size_wh: (width, height) as `open_image` gives it.
-      turn: how it is turned upright; None where it stands so, or is left as it is.
+      turn: how it is turned upright; None where it is upright, or is left as it is.
       remarks: DEEP and TURNED, if they hold.
     """
 
@@ -100,7 +100,7 @@ def image_size(source: ImageLike, data: DataConfig = DEFAULTS) -> tuple[int, int
 
 
 def read_header(source: ImageLike, data: DataConfig) -> ImageHeader:
-    """As `image_size`, with the remarks; of a PNG the whole file is passed through, for EXIF that stands at its end."""
+    """As `image_size`, with the remarks; of a PNG the whole file is passed through, for EXIF at its end."""
     with _errors_of(source, data.max_pixels), _opened(source, data.max_pixels) as (image, file):
         return _look(image, file, data.max_pixels, data.exif)
 
@@ -192,7 +192,7 @@ def _look(image: Image.Image, file: IO[bytes] | None, max_pixels: int, exif: str
 
 
 def _raw_mode(args: object) -> str:
-    """How the samples stand in the file, in Pillow's words."""
+    """How the samples are stored in the file, in Pillow's words."""
     return str(args[0] if isinstance(args, tuple) and args else args)
 
 
@@ -210,7 +210,7 @@ def _orientation(image: Image.Image, file: IO[bytes] | None) -> int:
 
 
 def _late_exif(file: IO[bytes]) -> bytes | None:
-    """The EXIF block that stands after the pixels of a PNG, where some programs write it."""
+    """The EXIF block after the pixels of a PNG, where some programs write it."""
     here = file.tell()
     try:
         file.seek(8)

@@ -1,4 +1,4 @@
-"""Rows of a JSON array or of JSON lines by random access: one pass finds where each row stands, reading is a range."""
+"""Records of a JSON array or of JSON lines by random access: one pass finds where each record is, reading is a range."""
 
 import codecs
 import json
@@ -32,7 +32,7 @@ _DECODER = json.JSONDecoder(parse_int=_integer)
 
 
 class JsonRecords:
-    """Rows of a JSON file (one array; or one object per line where the name ends in .jsonl), by random access.
+    """Records of a JSON file (one array; or one object per line where the name ends in .jsonl), by random access.
 
     Only the place of each row is kept in memory (12 bytes a row); a row is read and parsed when asked for, so the object is
     cheap to send to worker processes.
@@ -62,7 +62,7 @@ class JsonRecords:
         return len(self._starts)
 
     def place(self, index: int) -> str:
-        """Where row `index` stands, for messages."""
+        """Where record `index` is, for messages."""
         return f"{self.path} record {index}"
 
     def read(self, index: int) -> object:
@@ -119,7 +119,7 @@ def _row_spans(path: str, file: IO[bytes], most: int) -> Iterator[tuple[int, int
         last_id = "no good record before it" if last is None else f"last good id {quote(_name_of(path, last, rows - 1))}"
         line, column = _line_and_column(path, error.offset)
         where = f"{path} line {line} column {column}"
-        raise SourceError(f"{where}: {error} (at record {rows}, {last_id}); mend the file there or write it again") from None
+        raise SourceError(f"{where}: {error} (at record {rows}, {last_id}); fix the file there or write it again") from None
 
 
 class _SyntaxError(ValueError):
@@ -131,18 +131,18 @@ class _SyntaxError(ValueError):
 
 
 def _json_failure(error: ValueError | RecursionError, start: int = 0) -> tuple[int, str]:
-    """Position and reason; nesting too deep has no position, so `start` stands for it."""
+    """Position and reason; nesting too deep has no position, so `start` is given for it."""
     return (error.pos, error.msg) if isinstance(error, json.JSONDecodeError) else (start, str(error))
 
 
 def _too_long(most: int, offset: int) -> _SyntaxError:
     return _SyntaxError(
-        f"a record of more than config.data.limits.text_bytes={most:,}, which may be raised if it is no slip", offset
+        f"a record of more than config.data.limits.text_bytes={most:,}, which may be raised if it is not a slip", offset
     )
 
 
 def _line_spans(file: IO[bytes], most: int) -> Iterator[tuple[int, int]]:
-    """Rows of a JSON-lines file; blank lines are no rows."""
+    """Records of a JSON-lines file; blank lines are not records."""
     offset, is_first = file.tell(), True
     while line := file.readline(most + 1):
         if len(line) > most:
@@ -163,7 +163,7 @@ def _line_spans(file: IO[bytes], most: int) -> Iterator[tuple[int, int]]:
 
 
 def _array_spans(file: IO[bytes], most: int) -> Iterator[tuple[int, int]]:
-    """Rows of a file that is one JSON array."""
+    """Records of a file that is one JSON array."""
     scan = _Scanner(file, most)
     if scan.peek() != "[":
         raise _SyntaxError(

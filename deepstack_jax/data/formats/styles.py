@@ -1,6 +1,6 @@
-"""Rows of the field's data sets, told apart by their keys, into one `Example`; placeholders are made to agree with images.
+"""Records of the field's data sets, told apart by their keys, into one `Example`; placeholders are made to agree with images.
 
-| key | style | images | where they stand |
+| key | style | images | where they are |
 |---|---|---|---|
 | `conversations` | LLaVA: [{"from": "human" or "gpt", "value": text}] | `image` or `images` | at `<image>` in the text |
 | `messages` | TRL: [{"role", "content": text or parts}] | `images` or `image` | image parts, else before the first question |
@@ -31,7 +31,7 @@ class RecordError(UserError):
 
 
 def to_example(row: object, index: int, image_root: str) -> Example:
-    """The Example of a parsed row of any style.
+    """The Example of a parsed record of any style.
 
     Args:
       row: as JSON, parquet or arrow give it: a dict; images as a path, encoded bytes or {"bytes", "path"}, one or a list.
@@ -39,7 +39,7 @@ def to_example(row: object, index: int, image_root: str) -> Example:
       image_root: absolute folder or URL that image paths start from; "" = there is none.
 
     Raises:
-      RecordError, ConversationError: it is no conversation, or its images and placeholders differ in number, so that
+      RecordError, ConversationError: it is not a conversation, or its images and placeholders differ in number, so that
           nothing tells which image belongs where.
     """
     if not isinstance(row, dict):
@@ -53,7 +53,7 @@ def to_example(row: object, index: int, image_root: str) -> Example:
 
 
 def check_messages(messages: tuple[Message, ...], images: int) -> None:
-    """Refuse what is no conversation about so many images, whatever it was read from; RecordError or ConversationError."""
+    """Refuse what is not a conversation about so many images, whatever it was read from; RecordError or ConversationError."""
     if not messages:
         raise RecordError("has no turns; expected a question and an answer")
     for number, message in enumerate(messages):
@@ -156,7 +156,7 @@ def _image(value: object, root: str) -> str | bytes:
     if any(map(_escapes, read_as)):
         raise RecordError(f"image {value!r:.200} leaves the image root {root}; make it a path relative to the root")
     if files.is_url(value) or (files.is_url(root) and any(mark in value for mark in ("::", "?", "#"))):
-        raise RecordError(f"image {value!r:.200} is no path under the image root {root}; put it there and name its path")
+        raise RecordError(f"image {value!r:.200} is not a path under the image root {root}; put it there and name its path")
     return files.under(root, posixpath.normpath(value))
 
 
@@ -225,7 +225,7 @@ def _cauldron(turns: object, images: int) -> tuple[Message, ...]:
     for number, turn in enumerate(turns):
         for key, role in _ROLES.items():
             if not isinstance(turn.get(key), str):
-                raise RecordError(f"texts {number}: {key} is {_kind(turn.get(key))}, expected a text; mend or remove the turn")
+                raise RecordError(f"texts {number}: {key} is {_kind(turn.get(key))}, expected a text; fix or remove the turn")
             messages.append(Message(role, turn[key]))
     return _images_first(messages, images)
 
@@ -262,7 +262,7 @@ def _check_order(messages: tuple[Message, ...]) -> None:
 
 
 def _check_placeholders(messages: tuple[Message, ...], images: int) -> None:
-    """One `<image>` per image: with any other count there is no telling which image belongs where."""
+    """One `<image>` per image: with any other count nothing tells which image belongs where."""
     spoken = messages[1:] if messages[0].role == "gpt" else messages  # templates drop a leading answer, and an image in it
     found = sum(message.text.count(IMAGE_MARK) for message in spoken)
     if found != images:

@@ -1,4 +1,4 @@
-"""Rows of parquet files, and of arrow files as Hugging Face `datasets` writes them, by random access."""
+"""Records of parquet files, and of arrow files as Hugging Face `datasets` writes them, by random access."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -23,7 +23,7 @@ _BATCH_ROWS, _STEP_ROWS = 1 << 16, 64  # read at once where texts are dictionari
 
 
 class ParquetRecords:
-    """Rows of parquet files, read by row group.
+    """Records of parquet files, read by row group.
 
     A shuffled reader decodes a row group for a row: fast as long as row groups are small (`datasets` writes 100 rows with
     images). Only the place of each row group is kept in memory.
@@ -34,7 +34,7 @@ class ParquetRecords:
       limits: what a row, and a row group, may take.
 
     Raises:
-      SourceError: a file cannot be read, is no parquet or cut short, lacks the columns of every row style, has others than
+      SourceError: a file cannot be read, is not parquet or is cut short, lacks the columns of every row style, has others than
           the first file, has a row group beyond the limit, or all are empty.
     """
 
@@ -167,7 +167,7 @@ class ParquetRecords:
 
 
 class ArrowRecords:
-    """Rows of arrow IPC files (streams, as `datasets` writes them, or files), mapped into memory: read without copying.
+    """Records of arrow IPC files (streams, as `datasets` writes them, or files), mapped into memory: read without copying.
 
     Args:
       path: what the user named, for messages.
@@ -175,7 +175,7 @@ class ArrowRecords:
       limits: what a row may take.
 
     Raises:
-      SourceError: a file cannot be read, is no arrow or cut short, lacks the columns of every row style, or all are empty.
+      SourceError: a file cannot be read, is not arrow or is cut short, lacks the columns of every row style, or all are empty.
     """
 
     def __init__(self, path: str, parts: Sequence[str], limits: LimitsConfig = LIMITS) -> None:
@@ -217,7 +217,7 @@ class ArrowRecords:
         raise IndexError(index)
 
     def read(self, index: int) -> object:
-        """Row `index` as a dict; RecordError where its bytes are no valid data, or more than the limit."""
+        """Row `index` as a dict; RecordError where its bytes are not valid data, or more than the limit."""
         batch = int(np.searchsorted(self._starts, index, side="right")) - 1
         return to_row(self._flat[batch].slice(index - int(self._starts[batch]), 1), self._limits.row_bytes)
 
@@ -279,8 +279,8 @@ def _sizes(group: Sequence[ColumnChunk], leaves: Sequence[Any], names: Sequence[
 
 
 def _open_parquet(path: str, texts: Sequence[str] = ()) -> pq.ParquetFile:
-    """Texts come as a dictionary: one that stands in the file once, and is meant a million times, is in memory once."""
-    files.size(path)  # refuses what is no file
+    """Texts come as a dictionary: one that is in the file once, and is meant a million times, is in memory once."""
+    files.size(path)  # refuses what is not a file
     opened = files.open_binary(path, _FOOTER_BYTES) if files.is_url(path) else path
     return pq.ParquetFile(opened, read_dictionary=list(texts) or None)
 
@@ -295,7 +295,7 @@ def _is_short(field: pa.Field) -> bool:
 def _map_arrow(path: str, copy: str, most: int) -> list[pa.RecordBatch]:
     """The record batches of a file, of their columns those that are carried; none of their bytes are read yet."""
     try:
-        files.size(copy)  # refuses what is no file
+        files.size(copy)  # refuses what is not a file
         schema, batches = _read_arrow(path, pa.memory_map(copy), most)
         problem = check_columns(schema.names)
         if problem:

@@ -1,4 +1,4 @@
-"""Which rows of the source make up which global batch, padded or packed: pure functions of the batch's number.
+"""Which records of the source make up which global batch, padded or packed: pure functions of the batch's number.
 
 A batch is the same for every number of hosts and workers: they only divide it. Epochs follow each other without a seam, and
 within one no place of the order is taken twice or left out.
@@ -25,7 +25,7 @@ _KEPT_EPOCHS = 2
 class BatchPlan(NamedTuple):
     """What a global batch is made of."""
 
-    rows: list[list[int]]  # per row of the batch, rows of the source; [] = a blank row
+    rows: list[list[int]]  # per row of the batch, records of the source; [] = a blank row
     longest: int | None  # sequence positions of the longest, where that is known beforehand
 
 
@@ -61,7 +61,7 @@ class PaddedBatches:
     Args:
       order: of the examples.
       batch_size: rows of a global batch.
-      sizes: i32[rows of the source, 3] (see `ExampleSize`) where hosts must agree on the length of a batch, else None.
+      sizes: i32[records of the source, 3] (see `ExampleSize`) where hosts must agree on the length of a batch, else None.
     """
 
     def __init__(self, order: EpochOrder, batch_size: int, sizes: np.ndarray | None = None) -> None:
@@ -104,7 +104,7 @@ class PackedBatches:
 
     Args:
       order: of the examples.
-      sizes: i32[rows of the source, 3] (see `ExampleSize`).
+      sizes: i32[records of the source, 3] (see `ExampleSize`).
       limits, window: see `pack`.
       batch_size: examples per step, on average.
       divisor: rows of a step are a multiple of it, so that devices, hosts and micro-batches divide them.

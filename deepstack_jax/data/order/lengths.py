@@ -128,7 +128,7 @@ def _measured(chunks: Iterable[range], source: Source, encoder: Encoder, workers
 def _key(source: Source, spec: DataSpec) -> str:
     """Names the index by all that it depends on: rows, tokenizer, template, and how images become tokens.
 
-    Of the rows, what a source keeps of them (where each one stands) and a few texts are looked at; an example whose size turns
+    Of the rows, what a source keeps of them (where each one is) and a few texts are looked at; an example whose size turns
     out to be another one all the same is noticed when it is put into its row.
     """
     data, layout = spec.data, spec.layout

@@ -32,7 +32,7 @@ _ROUNDED_ROWS, _ROUNDED_TOLERANCE = 500, 0.10  # what rounding to thousands expl
 
 @dataclass(frozen=True)
 class EpochOrder:
-    """Which row stands at which place of which epoch: computed when asked for, nothing is stored.
+    """Which record is at which place of which epoch: computed when asked for, nothing is stored.
 
     Each set is an endless stream that goes through its rows again and again, in a fixed order of its own; an epoch takes
     the next round(size * repeat) rows of every stream and shuffles them all together. So a repeat of 2 gives every row
@@ -103,7 +103,7 @@ class EpochOrder:
 
 
 def epoch_order(source: Source, seed: int, shuffle: bool) -> EpochOrder:
-    """The order of any source's rows; one that is no mixture is gone through once per epoch."""
+    """The order of any source's rows; one that is not a mixture is gone through once per epoch."""
     if isinstance(source, Mixture):
         return EpochOrder(source.sizes, source.repeats, seed, shuffle)
     return EpochOrder((len(source),), (1.0,), seed, shuffle)

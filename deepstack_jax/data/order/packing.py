@@ -1,7 +1,7 @@
 """Which examples share a row: a plan made from lengths before anything is decoded, a pure function of order, room and window.
 
 Attention keeps the examples of a row apart by their segments, and positions restart at each, so that an example gives the same
-loss wherever it stands (unlike plain concatenation, where it sees its neighbour).
+loss wherever it is (unlike plain concatenation, where it sees its neighbour).
 """
 
 from __future__ import annotations

@@ -46,14 +46,14 @@ def decode_example(record: bytes, index: int) -> Example:
     Nothing but the record is read: an image is the encoded bytes in it, never the name of a file.
 
     Raises:
-      RecordError, ConversationError: it is no usable conversation, as a row of a file would be refused.
-      ValueError, TypeError, ...: it is no record.
+      RecordError, ConversationError: it is not a usable conversation, as a record of a file would be refused.
+      ValueError, TypeError, ...: it is not a record.
     """
     name, messages, images, info = _unpack(record)
     if not isinstance(name, str) or not isinstance(messages, list) or not isinstance(images, list):
         raise ValueError("expected name, messages, images and info")
     if not isinstance(info, dict) or not all(isinstance(key, str) for key in info):
-        raise ValueError("its info is no dict with texts as keys")
+        raise ValueError("its info is not a dict with texts as keys")
     for image in images:
         if not isinstance(image, bytes):
             raise RecordError(

@@ -139,7 +139,7 @@ def read_manifest(folder: str) -> dict[str, Any]:
         message = f"cannot read {path}: {error.strerror}; a folder without it is not finished, prepare it again"
         raise SourceError(message) from error
     except ValueError as error:
-        raise SourceError(f"{path} is no JSON ({error}); fetch it again, or prepare the folder again") from error
+        raise SourceError(f"{path} is not JSON ({error}); fetch it again, or prepare the folder again") from error
     found = (manifest.get("format"), manifest.get("version")) if isinstance(manifest, dict) else (None, None)
     if found != (FORMAT, VERSION):
         raise SourceError(f"{path} says format, version {found}, expected {(FORMAT, VERSION)}; prepare it with this release")
@@ -212,7 +212,7 @@ def _refuse(folder: str, problems: list[str]) -> None:
 
 
 def count_records(path: str) -> int:
-    """Rows of a local shard by its footer; 0 where that cannot be read, _COMPRESSED where a record might be of any size."""
+    """Records of a local shard by its footer; 0 where that cannot be read, _COMPRESSED where a record might be of any size."""
     reader = ArrayRecordReader(path, options=_READER_OPTIONS, file_reader_buffer_size=32768)
     try:
         if reader.ok() and "uncompressed" not in str(reader.writer_options_string()):

@@ -55,7 +55,7 @@ class Info(NamedTuple):
 class Pending(NamedTuple):
     """A checkpoint on its way; both futures give what is wrong with it, "" if nothing. Those of other hosts know nothing.
 
-    What `read_back` gives begins with _UNREAD where the files could not be read then, which is no damage.
+    What `read_back` gives begins with _UNREAD where the files could not be read then, which is not damage.
     """
 
     step: int

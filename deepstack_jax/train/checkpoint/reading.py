@@ -1,4 +1,4 @@
-"""Reading what runs have left: damage, which no further try mends, apart from storage or memory that fails just now."""
+"""Reading checkpoints: retries transient failures, reports damage at once."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ PAUSES = (1.0, 3.0, 10.0)
 
 # How the bytes of a damaged file fail in json, orbax and tensorstore; its DATA_LOSS and NOT_FOUND come as ValueErrors.
 _UNDECODABLE = (ValueError, LookupError, TypeError, AttributeError, EOFError, RecursionError, OSError)
-_NOW = "now: "  # before what a host says of a failure that is no damage
+_NOW = "now: "  # before what a host says of a failure that is not damage
 
 
 class CheckpointError(UserError):
@@ -115,5 +115,5 @@ def saved_steps(workdir: Path) -> list[int]:
 
 
 def cause_line(error: BaseException) -> str:
-    """In one line; of a long chain of causes the beginning and the end, where the first cause stands."""
+    """In one line; of a long chain of causes the beginning and the end, which has the first cause."""
     return cut((str(error).splitlines() or [type(error).__name__])[0])

@@ -79,7 +79,7 @@ def _read(folder: Path, shapes: dict[str, tuple[int, ...]]) -> dict[str, np.ndar
         if problem := damage({name: expected.get(name, -1) for name in found}, found):
             raise CheckpointError(problem)
     leaves = flatten(stored.pop("params"))
-    for path in leaves:  # one by one, so that no more than one array stands there twice
+    for path in leaves:  # one by one, so that no more than one array is there twice
         leaves[path] = leaves[path].astype(np.float32, copy=False)
     return leaves
 

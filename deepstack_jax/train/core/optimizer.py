@@ -69,7 +69,7 @@ def matrix_axes(path: str, ndim: int) -> MuonDimensionNumbers:
     """
     if not path.endswith("/kernel"):
         raise ConfigError(
-            f"config.optimizer.table sends {path} to a Muon group, but it is no matrix; send it to an adamw group"
+            f"config.optimizer.table sends {path} to a Muon group, but it is not a matrix; send it to an adamw group"
         )
     first = 1 if _STACKED.search(path) else 0
     inputs = 2 if _TWO_INPUTS.search(path) else 1

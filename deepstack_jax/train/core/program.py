@@ -88,7 +88,7 @@ class Program:
         return new_state(params, self.groups, self.optimizer, self.config.train.frozen_dtype)
 
     def jit_begin(self) -> jax.stages.Wrapped:
-        """`begin` under jit: the parameters' buffers become the state's, beside which they would stand a second time."""
+        """`begin` under jit: the parameters' buffers become the state's, beside which they would exist a second time."""
         return jax.jit(self.begin, donate_argnums=0, out_shardings=self.shardings)
 
     def jit_step(self) -> jax.stages.Wrapped:

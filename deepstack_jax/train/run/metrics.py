@@ -1,4 +1,4 @@
-"""What a run leaves behind to read: metrics.jsonl, TensorBoard curves, and the quarantine list."""
+"""What a run leaves to read: metrics.jsonl, TensorBoard curves, and the quarantine list."""
 
 from __future__ import annotations
 
@@ -95,8 +95,8 @@ class Quarantine:
     Args:
       workdir: where the list is kept.
       max_fraction: share of the examples seen so far that may be bad; judged as if at least GRACE had been seen, or the whole
-        source where it is smaller, so that one bad image in the first batch is no catastrophe.
-      examples: rows of the source.
+        source where it is smaller, so that one bad image in the first batch is not a catastrophe.
+      examples: records of the source.
       host: number of this process; each keeps a list of its own, that of the first is quarantine.jsonl.
     """
 
@@ -105,7 +105,7 @@ class Quarantine:
     def __init__(self, workdir: Path, max_fraction: float, examples: int, host: int = 0) -> None:
         self._path = workdir / ("quarantine.jsonl" if host == 0 else f"quarantine-{host}.jsonl")
         self._max_fraction, self._grace = max_fraction, min(self.GRACE, examples)
-        self._bad: set[int] = set()  # of this attempt: what was mended since the last one no longer counts
+        self._bad: set[int] = set()  # of this attempt: what was fixed since the last one no longer counts
         self._known: set[int] = set()
         self._last = ""
         self._lines = Lines(self._path)

@@ -49,7 +49,7 @@ class Bundle(NamedTuple):
     """What is known of a bad step."""
 
     step: int  # the first step of a run is 1
-    examples: list[int]  # rows of the source, of all hosts
+    examples: list[int]  # records of the source, of all hosts
     checkpoint: int  # the newest before it; 0 = the run's beginning
     loss: float
     grad_norm: float
@@ -82,7 +82,7 @@ def read_bundle(file: Path) -> Bundle:
         return bundle._replace(loss=float(bundle.loss), grad_norm=float(bundle.grad_norm))
     except (OSError, TypeError, ValueError) as error:
         there = ", ".join(path.name for path in sorted(file.parent.glob("step-*.json"))) or "none"
-        raise ReplayError(f"--replay={file} is no replay bundle ({error}); bundles in {file.parent}: {there}") from error
+        raise ReplayError(f"--replay={file} is not a replay bundle ({error}); bundles in {file.parent}: {there}") from error
 
 
 class Findings(NamedTuple):
@@ -205,7 +205,7 @@ def describe_findings(bundle: Bundle, findings: Findings, batch: Batch, numbers:
     for row, loss in enumerate(findings.losses):
         if not math.isfinite(loss):
             members = [int(index) for index in batch.example_id[row] if index >= 0]
-            lines.append(f"row {row}: loss {loss}; rows of the source: {', '.join(map(str, members))}")
+            lines.append(f"row {row}: loss {loss}; records of the source: {', '.join(map(str, members))}")
     gradients = f"gradients that are not finite, of {findings.trainable}"
     for what, names in ((gradients, findings.gradients), ("parameters that are not finite", findings.parameters)):
         if names:

@@ -65,7 +65,7 @@ def check_same_data(config: Config, workdir: Path, now: dict[str, Any], texts: C
     """Refuse to go on with other data than the run was begun with, at the same place or another.
 
     Args:
-      now: see `describe_data`; that of the run stands in its manifest.
+      now: see `describe_data`; that of the run is in its manifest.
       texts: see `describe_texts`; asked for where the manifest is of an earlier version.
 
     Returns:
@@ -137,7 +137,7 @@ def _is_changed(theirs: str | None, ours: str, files_before: str, files_now: str
 def _changed_rows(before: str, now: str) -> Iterator[str]:
     """Rows that both looked at and that are others by now.
 
-    Not what could not be used and was mended since, nor images that cannot be read now: those are the quarantine's business.
+    Not what could not be used and was fixed since, nor images that cannot be read now: those are the quarantine's business.
     """
     theirs, ours = ({row: (tokens, images) for row, tokens, images in _parts(side)} for side in (before, now))
     both = [row for row in ours if row in theirs]
