@@ -37,8 +37,8 @@ def open_files(path: str, images: str, limits: LimitsConfig = LIMITS) -> Metadat
           - a folder of parquet files, or with them in `data/`; FOLDER/SPLIT where file names tell splits apart;
           - a folder written by `datasets.save_to_disk`; FOLDER/SPLIT of a DatasetDict;
           - a folder of ArrayRecord shards with manifest.json, as `prepare` writes it.
-      images: local folder or URL that image paths in the rows start from; "" where all images are embedded.
-      limits: what its rows may take.
+      images: local folder or URL that image paths in the records start from; "" where all images are embedded.
+      limits: what its records may take.
 
     Returns:
       Random access, cheap to pickle. Records may be of any style that `data/formats/styles.py` knows.

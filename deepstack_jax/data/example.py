@@ -30,12 +30,12 @@ class Example:
     """One conversation with its images, as a source gives it: nothing decoded, templated or tokenised yet.
 
     Attributes:
-      index: row number in its source; becomes `Batch.example_id`.
-      name: the id the user knows (a row's "id"), for messages.
+      index: record number in its source; becomes `Batch.example_id`.
+      name: the id the user knows (a record's "id"), for messages.
       images: in the order of the `<image>` placeholders; each an absolute path, encoded bytes, or decoded pixels
           (`u8[y, x, 3]` or a PIL image).
       messages: the turns, in order.
-      info: what a source knows beyond that: a row's other keys ("data_source"), or "kinds", one per question-answer turn.
+      info: what a source knows beyond that: a record's other keys ("data_source"), or "kinds", one per question-answer turn.
     """
 
     index: int
@@ -46,12 +46,12 @@ class Example:
 
 
 class RecordMetadata(NamedTuple):
-    """What can be known of a row without reading its images.
+    """What can be known of a record without reading its images.
 
     Attributes:
       name: as of its Example.
-      images: paths relative to the image root, as the row names them but without "./"; embedded images have none.
-      data_source: the row's "data_source"; "" where it has none.
+      images: paths relative to the image root, as the record names them but without "./"; embedded images have none.
+      data_source: the record's "data_source"; "" where it has none.
     """
 
     name: str
@@ -72,11 +72,11 @@ class MetadataSource(Source, Protocol):
     """A source that can be looked over quickly, and whose images may be missing."""
 
     def metadata(self) -> Iterator[RecordMetadata]:
-        """Of every row in order, unusable ones included, so that their numbers fit; no image is read."""
+        """Of every record in order, unusable ones included, so that their numbers fit; no image is read."""
         ...
 
     def missing_images(self, rows: int) -> list[str]:
-        """Image files that the first `rows` rows name and that do not exist, each once, in order."""
+        """Image files that the first `rows` records name and that do not exist, each once, in order."""
         ...
 
 
@@ -88,7 +88,7 @@ class SourceError(UserError):
 
 
 class ExampleError(SourceError):
-    """One row that cannot be used, the others can; `name` is its id, for a quarantine list."""
+    """One record that cannot be used, the others can; `name` is its id, for a quarantine list."""
 
     def __init__(self, message: str, name: str) -> None:
         super().__init__(message)

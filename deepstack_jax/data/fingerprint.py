@@ -25,14 +25,14 @@ from deepstack_jax.data.shards.reader import SUFFIX
 from deepstack_jax.printing import redacted
 
 LOOKED_AT = 64  # records, spread over the source: of one on a network, or drawn; the only ones of earlier versions
-COMPARED = 1024  # rows, spread over any other source, whose tokens and images must be the same when a run goes on
+COMPARED = 1024  # records, spread over any other source, whose tokens and images must be the same when a run goes on
 READ_WHOLE = 2 << 30  # bytes of data files that are read to the last for their digest; of larger ones parts
 _PARTS, _PART_BYTES, _READ_BYTES = 256, 64 << 10, 1 << 20
 UNUSABLE = "-"  # in place of a digest, of what cannot be used: fixed since, it is still the same data
 
 
 class NamedImages(NamedTuple):
-    """The images that the rows of a source name by a path.
+    """The images that the records of a source name by a path.
 
     Attributes:
       named: as often as they are named.
@@ -71,9 +71,9 @@ def _named(data: DataConfig, split: str, source: Source) -> dict[str, str]:
 
 
 def describe_data(spec: DataSpec, sources: Mapping[str, Source]) -> dict[str, Any]:
-    """What is compared when a run goes on, by split: files, digests of their bytes, and how many rows the training data has.
+    """What is compared when a run goes on, by split: files, digests of their bytes, and how many records the training data has.
 
-    And of some of its rows tokens and images, as "ROW:DIGEST:DIGEST" each; images as encoded bytes.
+    And of some of its records tokens and images, as "ROW:DIGEST:DIGEST" each; images as encoded bytes.
     """
     known = {split: describe_files(spec.data, split, source) for split, source in sources.items()}
     contents = {
@@ -140,7 +140,7 @@ def _digest(path: str) -> str:
 
 
 def describe_texts(spec: DataSpec, source: Source) -> str:
-    """What earlier versions kept in place of `looked_at`: a digest of some rows as tokens."""
+    """What earlier versions kept in place of `looked_at`: a digest of some records as tokens."""
     encoder, seen = Encoder(spec), hashlib.sha256()
     for row in np.unique(_spread(source, LOOKED_AT)):
         try:

@@ -35,7 +35,7 @@ def open_source(data: DataConfig, split: str) -> Source:
 
 
 def check_images(source: Source, data: DataConfig, limit: int = 1000) -> None:
-    """Stop before compilation if more images are missing than the run would tolerate; looks at the first `limit` rows.
+    """Stop before compilation if more images are missing than the run would tolerate; looks at the first `limit` records.
 
     Raises:
       SourceError: with the first missing path and the flag that points to the image root.

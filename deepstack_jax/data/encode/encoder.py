@@ -26,7 +26,7 @@ Made = TypeVar("Made")
 
 
 def try_row(source: Source, index: int, use: Callable[[Example], Made]) -> Made | BadExample:
-    """What `use` makes of row `index`, or why it cannot, by the row's id: also where the source as a whole cannot be read.
+    """What `use` makes of record `index`, or why it cannot, by its id: also where the source as a whole cannot be read.
 
     Raises:
       OverlongError: from `use`.

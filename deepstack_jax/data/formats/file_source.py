@@ -13,7 +13,7 @@ from deepstack_jax.printing import quote
 
 
 class Records(Protocol):
-    """A container of rows by random access, cheap to pickle: `JsonRecords`, `ParquetRecords` or `ArrowRecords`.
+    """A container of records by random access, cheap to pickle: `JsonRecords`, `ParquetRecords` or `ArrowRecords`.
 
     Attributes:
       path: file, folder or pattern that the user named.
@@ -24,7 +24,7 @@ class Records(Protocol):
     def __len__(self) -> int: ...
 
     def place(self, index: int) -> str:
-        """File and row, for messages."""
+        """File and record, for messages."""
         ...
 
     def read(self, index: int) -> object:
@@ -32,7 +32,7 @@ class Records(Protocol):
         ...
 
     def scan(self) -> Iterator[object]:
-        """All rows in order, or the few columns of them that an outline needs; None for one that cannot be read."""
+        """All records in order, or the few columns of them that an outline needs; None for one that cannot be read."""
         ...
 
 
@@ -73,7 +73,7 @@ class FileSource:
 
         Raises:
           IndexError: outside 0..len-1.
-          ExampleError: when this row is not a usable conversation; says which row, what is wrong and how to fix it.
+          ExampleError: when this record is not a usable conversation; says which record, what is wrong and how to fix it.
           SourceError: when the container changed or vanished since it was opened.
         """
         index = operator.index(index)
@@ -89,7 +89,7 @@ class FileSource:
             raise ExampleError(f"{self.rows.place(index)} (id {quote(name)}): {error}", name) from error.__cause__
 
     def metadata(self) -> Iterator[RecordMetadata]:
-        """Name, image paths and data_source of every row, in one pass over the container.
+        """Name, image paths and data_source of every record, in one pass over the container.
 
         Raises:
           SourceError: when the container changed or vanished since it was opened.
@@ -103,10 +103,10 @@ class FileSource:
             ) from error
 
     def missing_images(self, rows: int) -> list[str]:
-        """Image files named by the first `rows` rows that do not exist, each once, in order.
+        """Image files named by the first `rows` records that do not exist, each once, in order.
 
         Looks at names only; a file that exists may still not decode. Records that are unusable are left to the reader of the
-        rows, who counts them.
+        records, who counts them.
         """
         wanted: dict[str, None] = {}
         for outline in islice(self.metadata(), rows):

@@ -34,15 +34,15 @@ _DECODER = json.JSONDecoder(parse_int=_integer)
 class JsonRecords:
     """Records of a JSON file (one array; or one object per line where the name ends in .jsonl), by random access.
 
-    Only the place of each row is kept in memory (12 bytes a row); a row is read and parsed when asked for, so the object is
+    Only the place of each record is kept in memory (12 bytes); it is read and parsed when asked for, so the object is
     cheap to send to worker processes.
 
     Args:
       path: the JSON file, a local path or a URL.
-      limits: what a row may take. Without a bound one missing quote, or a file without line ends, would be loaded whole.
+      limits: what a record may take. Without a bound one missing quote, or a file without line ends, would be loaded whole.
 
     Raises:
-      SourceError: when the file cannot be read, is not JSON (line, column, last good id), holds no array or no rows.
+      SourceError: when the file cannot be read, is not JSON (line, column, last good id), holds no array or no records.
     """
 
     def __init__(self, path: str, limits: LimitsConfig = LIMITS) -> None:
@@ -81,7 +81,7 @@ class JsonRecords:
         return self._parse(data)
 
     def scan(self) -> Iterator[object]:
-        """All rows in order, read in one go; None in place of one that cannot be read."""
+        """All records in order, read in one go; None in place of one that cannot be read."""
         with files.open_binary(self.path) as file:
             for start, length in zip(self._starts.tolist(), self._lengths.tolist(), strict=True):
                 file.seek(start)
@@ -102,7 +102,7 @@ class JsonRecords:
 
 
 def _row_spans(path: str, file: IO[bytes], most: int) -> Iterator[tuple[int, int]]:
-    """(byte offset, byte length) of every row; raises `SourceError` at the first place that is not JSON."""
+    """(byte offset, byte length) of every record; raises `SourceError` at the first place that is not JSON."""
     rows, last = 0, None
     head = file.read(4)
     if head.startswith((_GZIP, _ZSTD)):
@@ -189,7 +189,7 @@ class _Scanner:
     """Walks JSON text through a window, so that a large file is never in memory as a whole.
 
     Bytes are read as Latin-1: one character per byte, so positions are byte offsets, and JSON's syntax, all ASCII, is
-    untouched. The strings inside come out garbled; rows are decoded properly when they are read.
+    untouched. The strings inside come out garbled; records are decoded properly when they are read.
     """
 
     def __init__(self, file: IO[bytes], most: int) -> None:
@@ -236,7 +236,7 @@ class _Scanner:
     def _read_on(self) -> bool:
         """Drop the text already walked and add as much as is still needed; False at the end of the file."""
         pending = len(self._text) - self.position
-        more = self._file.read(max(_WINDOW_BYTES, pending))  # doubling keeps one very long row linear
+        more = self._file.read(max(_WINDOW_BYTES, pending))  # doubling keeps one very long record linear
         if more:
             self._base += self.position
             self._text = self._text[self.position :] + more.decode("latin-1")

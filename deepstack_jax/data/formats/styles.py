@@ -27,7 +27,7 @@ _ROLES = {"user": "human", "assistant": "gpt"}
 
 
 class RecordError(UserError):
-    """What is wrong with a row, without its place; the source adds file, row and id."""
+    """What is wrong with a record, without its place; the source adds file, record and id."""
 
 
 def to_example(row: object, index: int, image_root: str) -> Example:
@@ -66,7 +66,7 @@ def check_messages(messages: tuple[Message, ...], images: int) -> None:
 
 
 def to_metadata(row: object, index: int) -> RecordMetadata:
-    """The RecordMetadata of a row, or of the few columns of it that were read; paths that no row may have are left out."""
+    """The RecordMetadata of a record, or of the few columns of it that were read; paths that none may have are left out."""
     if not isinstance(row, dict):
         return RecordMetadata(record_name(row, index), (), "")
     try:
@@ -88,7 +88,7 @@ def record_name(row: object, index: int) -> str:
 
 
 def check_columns(columns: list[str]) -> str:
-    """What is wrong with the columns of a table, as the end of a sentence; "" where its rows can be conversations."""
+    """What is wrong with the columns of a table, as the end of a sentence; "" where its records can be conversations."""
     twice = [name for name in needed_keys() if columns.count(name) > 1]
     if twice:
         return f"has the column {twice[0]} {columns.count(twice[0])} times, expected once; rename or remove the others"
@@ -98,7 +98,7 @@ def check_columns(columns: list[str]) -> str:
 
 
 def needed_keys() -> tuple[str, ...]:
-    """What of a row decides what is trained on, or how it is chosen and named; everything else is carried along."""
+    """What of a record decides what is trained on, or how it is chosen and named; everything else is carried along."""
     return ("id", "data_source", *IMAGE_KEYS, *_READERS)
 
 
@@ -124,7 +124,7 @@ def _turns(value: object) -> object:
 
 
 def _image_values(row: dict[str, Any]) -> list[Any]:
-    """What the row gives for each image, unread."""
+    """What the record gives for each image, unread."""
     given = [key for key in IMAGE_KEYS if row.get(key) is not None and row[key] != []]
     if len(given) > 1:
         raise RecordError("has image and images, expected one of them; remove the other")
@@ -238,7 +238,7 @@ _READERS: dict[str, Callable[[Any, int], tuple[Message, ...]]] = {
 
 
 def _images_first(messages: list[Message], images: int) -> tuple[Message, ...]:
-    """All images in front of the first question, where the style has no placeholders and the row none of its own."""
+    """All images in front of the first question, where the style has no placeholders and the record none of its own."""
     first = next((number for number, message in enumerate(messages) if message.role == "human"), None)
     if first is None or any(IMAGE_MARK in message.text for message in messages):
         return tuple(messages)

@@ -1,4 +1,4 @@
-"""Which rows of a file each set of a mixture takes: filters over image paths and `data_source`, looked up once and cached."""
+"""Which records of a file each set of a mixture takes: filters over image paths and `data_source`, looked up once and kept."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from deepstack_jax.data.formats.files import glob
 from deepstack_jax.printing import Console, label
 
 TEXT_ROWS = "<text>"
-"""Stands for the image path of a row that names no image file, so that filters can tell such rows: text, or embedded images."""
+"""Stands for the image path of a record without an image file, so that filters can tell these: text, or embedded images."""
 
 _FORMAT = 1  # of the cached files; a change of it makes old ones unread
 
@@ -32,9 +32,9 @@ class RowFilter:
     """What of a file a set takes. Empty = no condition; all that are given must hold.
 
     Attributes:
-      keep_images: beginnings of image paths, relative to the image root; a row passes with one image under one of them.
-      drop_images: the same; a row with one image under one of them is not wanted, and not missed either.
-      keep_sources: values of the rows' "data_source".
+      keep_images: beginnings of image paths, relative to the image root; a record passes with one image under one of them.
+      drop_images: the same; a record with one image under one of them is not wanted, and not missed either.
+      keep_sources: values of the records' "data_source".
     """
 
     keep_images: tuple[str, ...] = ()
@@ -47,11 +47,11 @@ class RowFilter:
         return not (self.keep_images or self.drop_images or self.keep_sources)
 
     def drops(self, outline: RecordMetadata) -> bool:
-        """Whether the row is named as not wanted."""
+        """Whether the record is named as not wanted."""
         return any(name.startswith(self.drop_images) for name in outline.images or (TEXT_ROWS,))
 
     def keeps(self, outline: RecordMetadata) -> bool:
-        """Whether the row meets the conditions to be kept; `drops` is another question."""
+        """Whether the record meets the conditions to be kept; `drops` is another question."""
         if self.keep_sources and outline.data_source not in self.keep_sources:
             return False
         return not self.keep_images or any(name.startswith(self.keep_images) for name in outline.images or (TEXT_ROWS,))
@@ -59,13 +59,13 @@ class RowFilter:
 
 @dataclass(frozen=True)
 class Selection:
-    """The rows of one file that each filter takes, and what the file holds besides.
+    """The records of one file that each filter takes, and what the file holds besides.
 
     Attributes:
-      rows: i32[n] per filter, row numbers of the file in ascending order.
-      left: rows that no filter takes and none drops, by the first two folders of their image, or their data_source.
-      shared: rows that more than one filter takes.
-      data_sources: rows of every "data_source" of the file; "" = the row names none. Empty where no filter asked.
+      rows: i32[n] per filter, record numbers of the file in ascending order.
+      left: records that no filter takes and none drops, by the first two folders of their image, or their data_source.
+      shared: records that more than one filter takes.
+      data_sources: records of every "data_source" of the file; "" = the record names none. Empty where no filter asked.
     """
 
     rows: tuple[np.ndarray, ...]
@@ -75,7 +75,7 @@ class Selection:
 
 
 def select(path: str, source: MetadataSource, filters: Sequence[RowFilter], cache: str) -> Selection:
-    """The rows that each filter takes of the file at `path`, which `source` is opened on.
+    """The records that each filter takes of the file at `path`, which `source` is opened on.
 
     A file is looked through once, in one pass for all filters; the answer is kept in the folder `cache` under the file's
     version (path, size, time of the last change) and the filters.
@@ -95,7 +95,7 @@ def select(path: str, source: MetadataSource, filters: Sequence[RowFilter], cach
 
 
 def scan(source: MetadataSource, filters: Sequence[RowFilter], name: str) -> Selection:
-    """One pass over the metadata of a file. A row that cannot be read has no images, so it goes with the text-only ones."""
+    """One pass over the metadata of a file. A record that cannot be read has no images, so it goes with the text-only ones."""
     takers: list[list[int]] = [[] for _ in filters]
     left: Counter[str] = Counter()
     data_sources: Counter[str] = Counter()

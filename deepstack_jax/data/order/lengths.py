@@ -25,14 +25,14 @@ from deepstack_jax.data.formats import files
 from deepstack_jax.data.workers import process_pool
 from deepstack_jax.printing import Console
 
-CHUNK = 512  # rows measured between two saves: a second or two, which is also how long Ctrl-C takes
+CHUNK = 512  # records measured between two saves: a second or two, which is also how long Ctrl-C takes
 UNKNOWN = ExampleSize()  # of an example that cannot be used: it takes a place among a row's examples, and no room
 
 _VERSION = 1  # of what the numbers mean
 
 
 def measure_rows(rows: range, source: Source, encoder: Encoder) -> np.ndarray:
-    """Sizes i32[n, 3] of some rows of a source; UNKNOWN where an example cannot be used.
+    """Sizes i32[n, 3] of some records of a source; UNKNOWN where an example cannot be used.
 
     Raises:
       SourceError: the source as a whole cannot be read, or an example is too long and the configuration says to stop then.
@@ -44,13 +44,13 @@ def measure_rows(rows: range, source: Source, encoder: Encoder) -> np.ndarray:
 def length_index(source: Source, spec: DataSpec, console: Console | None = None) -> np.ndarray:
     """Sizes i32[rows, 3] (see `ExampleSize`) of every example of a source, from the cache where they are known.
 
-    Measuring is spread over `config.data.workers` processes and saved every CHUNK rows: stopped, it goes on from there.
+    Measuring is spread over `config.data.workers` processes and saved every CHUNK records: stopped, it goes on from there.
 
     Args:
-      console: where progress is shown while many rows are measured; the standard error stream if None.
+      console: where progress is shown while many records are measured; the standard error stream if None.
 
     Raises:
-      SourceError: the source cannot be read, the cache cannot be written, or more of the rows than
+      SourceError: the source cannot be read, the cache cannot be written, or more of the records than
         `config.data.max_bad_fraction` cannot be used: the run would find out later, one batch at a time.
     """
     file = Path(files.cache_folder()) / "lengths" / f"{_key(source, spec)}.npy"
@@ -69,7 +69,7 @@ def length_index(source: Source, spec: DataSpec, console: Console | None = None)
 
 
 def too_many_bad(sizes: np.ndarray, source: Source, encoder: Encoder) -> str:
-    """What to say, with the first reasons, where more rows than `config.data.max_bad_fraction` cannot be used; else ""."""
+    """What to say, with the first reasons, where more records than `config.data.max_bad_fraction` cannot be used; else ""."""
     bad = np.flatnonzero(sizes[:, 0] == 0)
     allowed = encoder.spec.data.max_bad_fraction
     if len(bad) <= allowed * len(sizes):
@@ -77,7 +77,7 @@ def too_many_bad(sizes: np.ndarray, source: Source, encoder: Encoder) -> str:
     again = {row: _measure(row, source, encoder) for row in bad[:3].tolist()}
     reasons = "; ".join(why if isinstance(why, str) else f"record {row} can be used by now" for row, why in again.items())
     return (
-        f"{len(bad)} of {len(sizes)} examples cannot be used, more than config.data.max_bad_fraction={allowed}; mend them, "
+        f"{len(bad)} of {len(sizes)} examples cannot be used, more than config.data.max_bad_fraction={allowed}; fix them, "
         f"or allow more; the first: {reasons}"
     )
 
@@ -126,9 +126,9 @@ def _measured(chunks: Iterable[range], source: Source, encoder: Encoder, workers
 
 
 def _key(source: Source, spec: DataSpec) -> str:
-    """Names the index by all that it depends on: rows, tokenizer, template, and how images become tokens.
+    """Names the index by all that it depends on: records, tokenizer, template, and how images become tokens.
 
-    Of the rows, what a source keeps of them (where each one is) and a few texts are looked at; an example whose size turns
+    Of the records, what a source keeps of them (where each one is) and a few texts are looked at; an example whose size turns
     out to be another one all the same is noticed when it is put into its row.
     """
     data, layout = spec.data, spec.layout
@@ -174,7 +174,7 @@ def _part(folder: Path, chunk: range) -> Path:
 
 
 def _load(file: Path, rows: int) -> np.ndarray | None:
-    """Stored sizes; None where there are none, or not of so many rows."""
+    """Stored sizes; None where there are none, or not of so many records."""
     try:
         sizes = np.load(file)
     except (OSError, ValueError, EOFError):

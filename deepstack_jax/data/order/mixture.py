@@ -25,7 +25,7 @@ from deepstack_jax.data.order.filters import TEXT_ROWS, RowFilter, Selection, se
 from deepstack_jax.errors import ConfigError
 
 _COLUMNS = ("set", "file", "found", "expected", "paper", "repeat", "per epoch", "")
-SHUFFLE_ROUNDS = 8  # with Grain's usual 4, rows that are neighbours in the file still lie at preferred distances
+SHUFFLE_ROUNDS = 8  # with Grain's usual 4, records that are neighbours in the file still lie at preferred distances
 _EXACT_TOLERANCE = 0.01
 _ROUNDED_ROWS, _ROUNDED_TOLERANCE = 500, 0.10  # what rounding to thousands explains
 
@@ -34,18 +34,18 @@ _ROUNDED_ROWS, _ROUNDED_TOLERANCE = 500, 0.10  # what rounding to thousands expl
 class EpochOrder:
     """Which record is at which place of which epoch: computed when asked for, nothing is stored.
 
-    Each set is an endless stream that goes through its rows again and again, in a fixed order of its own; an epoch takes
-    the next round(size * repeat) rows of every stream and shuffles them all together. So a repeat of 2 gives every row
-    twice per epoch, 0.5 one half of the rows and in the next epoch the other half, 1.5 all of them and one half again.
+    Each set is an endless stream that goes through its records again and again, in a fixed order of its own; an epoch takes
+    the next round(size * repeat) records of every stream and shuffles them all together. So a repeat of 2 gives every record
+    twice per epoch, 0.5 one half of the records and in the next epoch the other half, 1.5 all of them and one half again.
 
     Args:
-      sizes: rows of each set; a global record number counts through the sets, one after the other.
+      sizes: records of each set; a global record number counts through the sets, one after the other.
       repeats: how often an epoch goes through each set, above 0.
       seed: of the shuffle, at least 0.
       shuffle: False goes through the sets one after the other, in the order of their records.
 
     Raises:
-      ValueError: a set that would give no row, as nobody would notice that it is never seen.
+      ValueError: a set that would give no record, as nobody would notice that it is never seen.
     """
 
     sizes: tuple[int, ...]
@@ -71,7 +71,7 @@ class EpochOrder:
         return sum(self.counts)
 
     def __call__(self, epoch: int, positions: ArrayLike) -> np.ndarray:
-        """The global rows, i64 in the shape of `positions`, at these places (0..len-1) of the epoch (from 0).
+        """The global records, i64 in the shape of `positions`, at these places (0..len-1) of the epoch (from 0).
 
         Raises:
           IndexError: a place outside the epoch.
@@ -103,20 +103,20 @@ class EpochOrder:
 
 
 def epoch_order(source: Source, seed: int, shuffle: bool) -> EpochOrder:
-    """The order of any source's rows; one that is not a mixture is gone through once per epoch."""
+    """The order of any source's records; one that is not a mixture is gone through once per epoch."""
     if isinstance(source, Mixture):
         return EpochOrder(source.sizes, source.repeats, seed, shuffle)
     return EpochOrder((len(source),), (1.0,), seed, shuffle)
 
 
 def row_choice(entry: SetConfig) -> dict[str, Any]:
-    """What of a set's config decides which rows it takes; the rest is expectation and description."""
+    """What of a set's config decides which records it takes; the rest is expectation and description."""
     return {key: getattr(entry, key) for key in ("file", "images", "keep_images", "drop_images", "keep_sources")}
 
 
 @dataclass(frozen=True)
 class MixturePart:
-    """One set of a mixture: the rows i32[n] that it takes of its source, and what its config says."""
+    """One set of a mixture: the records i32[n] that it takes of its source, and what its config says."""
 
     name: str
     source: MetadataSource
@@ -127,7 +127,7 @@ class MixturePart:
 class Mixture:
     """Several sets as one source, by random access: their records one after the other, each once.
 
-    How often an epoch goes through a set is the business of `epoch_order`. Examples carry the number of their row in the
+    How often an epoch goes through a set is the business of `epoch_order`. Examples carry the number of their record in the
     mixture, and the name of their set in `info["set"]`.
     """
 
@@ -154,16 +154,16 @@ class Mixture:
         return replace(example, index=index, info={**example.info, "set": part.name})
 
     def metadata(self) -> Iterator[RecordMetadata]:
-        """Of every row, in order; no image is read."""
+        """Of every record, in order; no image is read."""
         for part in self.parts:
             mine = np.zeros(len(part.source), bool)
             mine[part.rows] = True
             yield from compress(part.source.metadata(), mine)
 
     def missing_images(self, rows: int) -> list[str]:
-        """Image files that do not exist, each once, among about `rows` rows, spread evenly over every set.
+        """Image files that do not exist, each once, among about `rows` records, spread evenly over every set.
 
-        Unlike a single file's first rows, these show a set whose images were never fetched, or only in part.
+        Unlike a single file's first records, these show a set whose images were never fetched, or only in part.
         """
         wanted: dict[str, None] = {}
         for part in self.parts:
@@ -172,7 +172,7 @@ class Mixture:
                 try:
                     images = part.source[int(row)].images
                 except ExampleError:
-                    continue  # left to the reader of the rows, who counts them
+                    continue  # left to the reader of the records, who counts them
                 wanted.update((image, None) for image in images if isinstance(image, str))
         return files.missing(wanted)
 
@@ -198,11 +198,11 @@ def open_mixture(
       sets: by name.
       root: folder or URL that files and image roots start from.
       open_files: path and image root -> source.
-      cache: folder where the rows that filters take are kept; "" = the package's cache folder.
+      cache: folder where the records that filters take are kept; "" = the package's cache folder.
 
     Raises:
       ConfigError: files or image folders are missing: all are named at once, with where to get them.
-      SourceError: a file cannot be read, or a set has no rows; going on would train on another mixture than asked for.
+      SourceError: a file cannot be read, or a set has no records; going on would train on another mixture than asked for.
     """
     _check_present(sets, root)
     chosen: dict[str, tuple[MetadataSource, np.ndarray]] = {}
@@ -225,7 +225,7 @@ def open_mixture(
 
 
 def unexpected_count(part: MixturePart) -> str:
-    """What is wrong with the number of a set's rows, in a line; "" where it is as expected, or nothing is known of it."""
+    """What is wrong with the number of a set's records, in a line; "" where it is as expected, or nothing is known of it."""
     found, expected, exact = len(part.rows), part.config.rows, part.config.exact
     off = abs(found - expected)
     allowed = _EXACT_TOLERANCE * expected if exact else min(_ROUNDED_ROWS, _ROUNDED_TOLERANCE * expected)
@@ -239,7 +239,7 @@ def unexpected_count(part: MixturePart) -> str:
 
 
 def describe_mixture(mixture: Mixture) -> Table:
-    """Found against expected rows, per set and in all; "paper" is what the paper prints, "per epoch" what training sees."""
+    """Found against expected records, per set and in all; "paper" is what the paper prints, "per epoch" what training sees."""
     configs = [part.config for part in mixture.parts]
     counts = epoch_order(mixture, 0, False).counts
     rows = []
@@ -338,7 +338,7 @@ def _contents(selection: Selection) -> str:
 
 
 def _listed(counts: Mapping[str, int], limit: int = 20) -> str:
-    """Names with their numbers of rows, the most frequent first."""
+    """Names with their numbers of records, the most frequent first."""
     ordered = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
     more = [f"and {len(ordered) - limit} more"] if len(ordered) > limit else []
     return ", ".join([*(f"{name!r} {count:,}" for name, count in ordered[:limit]), *more])

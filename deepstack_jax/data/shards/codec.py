@@ -23,7 +23,7 @@ _TUPLE, _ARRAY = 1, 2  # msgpack extensions
 
 
 def encode_example(example: Example) -> bytes:
-    """One record: msgpack of name, messages, images (files as they are, pixels as PNG) and info; without the row number."""
+    """One record: msgpack of name, messages, images (files as they are, pixels as PNG) and info; without the record number."""
     try:
         check_messages(example.messages, len(example.images))
         images = [_image_bytes(image) for image in example.images]
@@ -41,7 +41,7 @@ def encode_example(example: Example) -> bytes:
 
 
 def decode_example(record: bytes, index: int) -> Example:
-    """The example of a record, as row `index`.
+    """The example of a stored record, as record `index` of the source.
 
     Nothing but the record is read: an image is the encoded bytes in it, never the name of a file.
 

@@ -25,7 +25,7 @@ SUFFIX = ".array_record"
 FORMAT = "deepstack_jax examples"
 VERSION = 1
 
-_READER_OPTIONS = "readahead_buffer_size:0"  # rows are asked for in any order
+_READER_OPTIONS = "readahead_buffer_size:0"  # records are asked for in any order
 _COMPRESSED = -1
 _SHARD_NAME = re.compile(r"shard-\d{5,9}" + re.escape(SUFFIX))
 
@@ -50,7 +50,7 @@ class ShardSource:
       limits: what a record may take.
 
     Raises:
-      SourceError: no manifest or none of ours, a shard missing, cut short or with another number of rows than the manifest
+      SourceError: no manifest or none of ours, a shard missing, cut short or with another number of records than the manifest
           says: all of them are named. Content is not compared; `verify` does.
     """
 
@@ -183,7 +183,7 @@ def verify(folder: str) -> dict[str, Any]:
 
 
 def _problems(folder: str, shards: list[Shard]) -> list[str]:
-    """What is wrong with the shards by size and, on this machine, by number of rows; each begins with the file's name."""
+    """What is wrong with the shards by size and, on this machine, by number of records; each begins with the file's name."""
 
     def look(path: str) -> int | str:
         try:
