@@ -44,7 +44,7 @@ class Flag:
 
     Args:
       define: one of absl's `DEFINE_...`, or what takes the same.
-      bounds: what `define` takes besides, as lower_bound or enum_values.
+      bounds: what else `define` takes, as lower_bound or enum_values.
     """
 
     def __init__(self, define: Callable[..., Any], name: str, default: Any, meaning: str, **bounds: Any) -> None:

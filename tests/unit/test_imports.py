@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[2] / "deepstack_jax"
-# Every room and the rooms it may import from. A verb (the `__main__` of a room, or convert.py) may import from all of them.
+# Every package and those it may import from. A verb (the `__main__` of a package, or convert.py) may import from all of them.
 ALLOWED = {
     "batch": set(),
     "printing": set(),
@@ -41,7 +41,7 @@ ALLOWED |= {
 }
 ALLOWED["audit"] = {"batch", "config", "data", "layout"}  # a page about data: nothing builds on it
 ALLOWED["prepare"] = {"batch", "atomic", "config", "data", "layout"}
-# Within data: its rooms, and the files beside them that a room may ask for. The other files beside them put rooms together.
+# Within data: its packages, and the files beside them that these may import. The other files beside them join the packages.
 DATA = {"example": set(), "workers": {"example"}, "formats": {"example"}, "shards": {"example", "formats"}}
 DATA |= {"encode": {"example", "formats"}, "order": {"example", "workers", "formats", "encode"}}
 FILES = sorted(PACKAGE.rglob("*.py"))
@@ -86,7 +86,7 @@ def test_imports_go_one_way(file):
         return
     rooms = {name.split(".")[1] for name in names}
     rooms -= {here, "__version__", "printing", "errors"}  # these two are for everybody
-    assert here in ALLOWED, f"{here} is a new room: give it a place in the table above"
+    assert here in ALLOWED, f"{here} is a new package: give it a place in the table above"
     assert rooms <= ALLOWED[here], f"{here} imports {sorted(rooms - ALLOWED[here])}"
 
 

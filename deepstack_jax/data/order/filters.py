@@ -59,7 +59,7 @@ class RowFilter:
 
 @dataclass(frozen=True)
 class Selection:
-    """The records of one file that each filter takes, and what the file holds besides.
+    """The records of one file that each filter takes, and what else the file holds.
 
     Attributes:
       rows: i32[n] per filter, record numbers of the file in ascending order.

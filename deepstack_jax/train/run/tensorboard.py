@@ -24,7 +24,7 @@ FLUSH_SECONDS = 30
 class TensorBoardWriter:
     """Writes curves, texts and pictures where TensorBoard finds them, until that fails: then a warning, and nothing more.
 
-    tensorboardX' own SummaryWriter writes in a thread. A full disk ends that thread, whereupon its queue fills and the run
+    tensorboardX' own SummaryWriter writes in a thread. A full disk ends that thread, then its queue fills and the run
     waits for ever; so events are written here, at once.
 
     Args:
