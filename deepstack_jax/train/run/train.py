@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 from rich.table import Table
@@ -43,6 +43,7 @@ from deepstack_jax.types import PyTree, TrainState
 _ENDINGS = {EXIT_DONE: "done", EXIT_PREEMPTED: "preempted"}  # as journal.jsonl has them
 
 
+@runtime_checkable
 class Evaluation(Protocol):
     """Held-out data of a run, and what is asked of the model about it: `evaluate/in_training.py` in the train verb."""
 
