@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import math
 import multiprocessing
 import multiprocessing.process
@@ -16,6 +17,8 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from typing import Any
+
+from grain.multiprocessing import SharedMemoryArray
 
 from deepstack_jax.config import DataConfig
 from deepstack_jax.data.example import SourceError
@@ -107,6 +110,17 @@ def check_shared_memory(data: DataConfig, batch: int) -> None:
             f"{SHARED_MEMORY} has {free / 1e6:,.1f} MB free; the batches of config.data.workers={data.workers} processes, of "
             f"{batch / 1e6:,.1f} MB each, take {needed / 1e6:,.1f} MB of it: {_WAY_OUT}"
         )
+
+
+def free_shared_memory() -> None:
+    """Give back the memory of the batches that nobody holds any more; called once, after the last one.
+
+    Grain does it in a thread, and what is left to do when Python exits stays undone, with a warning of leaked objects. jax
+    lets go of arrays that it was lent only when Python collects garbage.
+    """
+    gc.collect()
+    if (deleting := SharedMemoryArray._del_thread_pool) is not None:
+        deleting.apply(int)  # one thread, in order: done when everything before it is
 
 
 def worker_failure(error: Exception) -> str:

@@ -1,6 +1,9 @@
 """The shared memory of worker processes: looked at before a run begins, named where it or a worker gave out."""
 
 import errno
+import os
+import subprocess
+import sys
 from collections import namedtuple
 
 import pytest
@@ -70,6 +73,34 @@ def test_why_workers_were_lost(error, said, monkeypatch):
     monkeypatch.setattr(TrainingStream, "_dataset", fail)
     with pytest.raises(SourceError, match=said):
         next(stream)
+
+
+SLOWLY_FREED = """
+import time
+from multiprocessing.shared_memory import SharedMemory
+from deepstack_jax.data.pipeline import TrainingStream
+from deepstack_jax.data.workers import free_shared_memory
+from tests.unit.test_pipeline import SOURCE, make_config
+
+stream = TrainingStream(SOURCE, make_config("padded", data__workers=1).data_spec)
+batch = next(stream)
+unlink = SharedMemory.unlink
+SharedMemory.unlink = lambda memory: (time.sleep(0.05), unlink(memory))
+batch = [batch]
+batch.append(batch)  # a cycle, as jax makes them: only a collection of garbage ends it
+del batch
+stream.close()
+free_shared_memory()
+
+"""
+
+
+def test_no_shared_memory_outlives_the_last_batch():
+    """Python's resource tracker would warn of leaked objects after the last line that a run prints."""
+    done = subprocess.run(
+        [sys.executable, "-c", SLOWLY_FREED], env=os.environ | {"JAX_PLATFORMS": "cpu"}, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_other_errors_stay_what_they_are():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Iterable
 from contextlib import ExitStack
 from functools import partial
@@ -19,6 +18,7 @@ from deepstack_jax.data.fingerprint import describe_data, describe_texts
 from deepstack_jax.data.open import check_images
 from deepstack_jax.data.order.mixture import Mixture, describe_mixture
 from deepstack_jax.data.pipeline import TrainingStream
+from deepstack_jax.data.workers import free_shared_memory
 from deepstack_jax.parallel.distributed import PreemptionSync, is_first_host
 from deepstack_jax.parallel.mesh import make_mesh
 from deepstack_jax.parallel.rules import use_mesh
@@ -131,9 +131,8 @@ def run_to_end(run: Run, state: TrainState, evaluation: Evaluation, parameters: 
     """
     stop = StopSignals(leave_sigterm=jax.process_count() > 1)
     with ExitStack() as closing:
-        # Last comes first, each whatever the others raise. jax lets go of host arrays that it was lent when Python collects
-        # garbage: the last batch, in memory shared with the workers, would outlive the run.
-        for close in (gc.collect, run.checkpoints.close, run.metrics.close, run.stream.close):
+        # Last comes first, each whatever the others raise.
+        for close in (free_shared_memory, run.checkpoints.close, run.metrics.close, run.stream.close):
             closing.callback(close)
         with use_mesh(run.mesh):
             sync = PreemptionSync(lambda: stop.received)
