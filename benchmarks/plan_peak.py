@@ -40,7 +40,7 @@ def main() -> int:
     machine = open_machine("here")
     plan = make_plan(config, machine, Wanted())
     program = build_program(config, make_mesh(config.mesh), steps=10)
-    batch = empty_batch(config.batch_shape(plan.load.rows, plan.load.length))
+    batch = empty_batch(config.data_spec.batch_shape(plan.load.rows, plan.load.length))
     with use_mesh(program.mesh):
         state, placed = first_state(program), put_batch(program.mesh, batch)
         step, metrics = program.jit_step(), None

@@ -149,7 +149,7 @@ def theirs(config: Config, batch: Batch, folder: Path) -> tuple[list[float], flo
 
         return hook
 
-    for layer, number in enumerate(config.schedule):
+    for layer, number in enumerate(config.deepstack.decoder_schedule(config.decoder.layers, config.layout.groups)):
         if number >= 0:
             decoder.model.layers[layer].register_forward_pre_hook(add_group(number))
 
@@ -158,7 +158,7 @@ def theirs(config: Config, batch: Batch, folder: Path) -> tuple[list[float], flo
         with torch.no_grad():
             features = tower((pixels / 255 - mean) / std, output_hidden_states=True).hidden_states[-1][:, 1:]
         tokens = projector(features).reshape(len(rows), -1, cfg.width)
-        groups[:] = [tokens[rows, given["stack_source"][:, number]] for number in range(config.groups)]
+        groups[:] = [tokens[rows, given["stack_source"][:, number]] for number in range(config.layout.groups)]
         embeds = decoder.model.embed_tokens(given["tokens"]).clone()
         embeds[visual] = tokens[rows, given["token_source"]].flatten(0, 1)
         logits = decoder(inputs_embeds=embeds, use_cache=False).logits

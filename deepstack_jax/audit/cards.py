@@ -72,7 +72,7 @@ def make_card(number: int, sample: ModelInput | BadExample, config: Config, toke
         ("of them visual", f"{visual:,}"),
         ("supervised", f"{supervised:,} ({supervised / length:.1%})"),
         *([("cut from its end", f"{sample.cut:,} tokens")] if sample.cut else []),
-        ("crop slots", f"{sum(len(image.pixels) for image in sample.images)} of {config.crop_slots}"),
+        ("crop slots", f"{sum(len(image.pixels) for image in sample.images)} of {config.data_spec.crop_slots}"),
         ("padding alone in its row", f"{sample.row_length - length:,} of {sample.row_length:,}"),
     ]
     cards = []

@@ -35,7 +35,9 @@ class Layer(NamedTuple):
 
 def injecting_layers(config: Config) -> tuple[Layer, ...]:
     """The layers that get a group, in order; none for a baseline."""
-    kind, schedule = ("vision layer", config.vision_schedule) if config.vision_schedule else ("layer", config.schedule)
+    stack, groups = config.deepstack, config.layout.groups
+    schedule = stack.tower_schedule(config.vision, groups) or stack.decoder_schedule(config.decoder.layers, groups)
+    kind = "vision layer" if stack.into == "vision" else "layer"
     return tuple(Layer(kind, number, group) for number, group in enumerate(schedule) if group >= 0)
 
 

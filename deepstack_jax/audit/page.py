@@ -118,7 +118,7 @@ def layer_tags(config: Config) -> list[Tag]:
     layers = injecting_layers(config)
     colours = [hex_code(colour) for colour in pictures.layer_colours(len(layers))]
     tags = [Tag(code, f"{layer.name}, group {layer.group}") for layer, code in zip(layers, colours, strict=True)]
-    lost = sorted(set(range(config.groups)) - {layer.group for layer in layers})
+    lost = sorted(set(range(config.layout.groups)) - {layer.group for layer in layers})
     if lost:
         tags.append(Tag("", f"never added, past the last layer: group {', '.join(map(str, lost))}"))
     return tags

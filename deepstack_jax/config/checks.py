@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Iterator
 
 from deepstack_jax.config.fields import leaves
-from deepstack_jax.config.schema import Config
+from deepstack_jax.config.schema import Config, OptimizerConfig, RopeConfig
 from deepstack_jax.errors import ConfigError, nearest
 from deepstack_jax.layout.grid import anyres_grids
 from deepstack_jax.printing import label, plural, quote
@@ -18,37 +18,39 @@ PARAMETERS, TOKENS, BYTES, CROPS = 10**13, 2**24, 2**40, 1024
 
 
 def check_config(config: Config) -> None:
-    """Refuse what cannot run, each with the numbers that clash and the next move."""
-    for leaf in leaves(config, Config):
-        if problem := leaf.problem():
-            raise ConfigError(problem)
-    for pattern, name in config.optimizer.table:
+    """Refuse what cannot run, with the numbers that clash and the next move."""
+    for problem in _problems(config):
+        raise ConfigError(problem)
+
+
+def _problems(config: Config) -> Iterator[str]:
+    """A message for everything that is wrong. A check may rely on those before it, so all but the first may mislead."""
+    yield from filter(None, (leaf.problem() for leaf in leaves(config, Config)))
+    yield from _in_optimizer(config.optimizer)
+    yield from _in_image(config)
+    yield from _in_products(config)
+    yield from _in_data(config)
+    yield from _in_sizes(config)
+    yield from _in_train(config)
+    yield from _in_rope(config.decoder.rope, config.decoder.head_dim // 2)
+    yield from _in_deepstack(config)
+    if config.deepstack.into == "vision":
+        yield from _in_vision_injection(config)
+
+
+def _in_optimizer(optimizer: OptimizerConfig) -> Iterator[str]:
+    for pattern, name in optimizer.table:
         try:
             re.compile(pattern)
         except (re.error, RecursionError, OverflowError) as error:
-            raise ConfigError(
-                f"config.optimizer.table holds {quote(pattern)}, which is not a regular expression: {error}"
-            ) from error
-        if name != "frozen" and name not in config.optimizer.groups:
-            near = nearest(name, (*config.optimizer.groups, "frozen"))
-            raise ConfigError(f"config.optimizer.table sends {quote(pattern)} to {quote(name)}; {near}")
-    _check_image(config)
-    for problem in _too_large(config):
-        raise ConfigError(problem)
-    _check_sets(config)
-    _check_sizes(config)
-    _check_train(config)
-    if config.data.packing.enabled:
-        _check_packing(config)
-    _check_rope(config)
-    _check_deepstack(config)
-    if config.deepstack.into == "vision":
-        _check_vision_injection(config)
+            yield f"config.optimizer.table holds {quote(pattern)}, which is not a regular expression: {error}"
+        if name not in (valid := {*optimizer.groups, "frozen"}):
+            yield f"config.optimizer.table sends {quote(pattern)} to {quote(name)}; {nearest(name, valid)}"
 
 
-def _too_large(config: Config) -> Iterator[str]:
-    """A message for every product of sizes, each possible by itself, that no machine could hold."""
-    image, vision, decoder = config.image, config.vision, config.decoder
+def _in_products(config: Config) -> Iterator[str]:
+    """Products of sizes, each possible by itself, that no machine could hold."""
+    image, vision, decoder, layout = config.image, config.vision, config.decoder, config.layout
     heads = 2 * (decoder.heads + decoder.kv_heads) * decoder.head_dim
     layers = vision.layers + vision.post_layers
     sizes = {
@@ -59,13 +61,13 @@ def _too_large(config: Config) -> Iterator[str]:
     for section, size in sizes.items():
         if size > PARAMETERS:
             yield f"config.{section} has {size:.1e} parameters, expected at most {PARAMETERS:.0e}; lower its layers or widths"
-    views = config.views_per_image
-    tokens = views * config.patch_side**2 * (1 + config.groups)
+    views = layout.max_views
+    tokens = views * config.patch_side**2 * (1 + layout.groups)
     pixels = config.train.batch_size * config.data.max_images * views * image.size**2 * 3
     if tokens > TOKENS:
         yield (
             f"config.image (size {image.size}, num_crops {image.num_crops}) with config.vision.patch_size {vision.patch_size} "
-            f"gives an image {tokens:,} visual tokens in its {1 + config.groups} groups, expected at most {TOKENS:,}; lower "
+            f"gives an image {tokens:,} visual tokens in its {1 + layout.groups} groups, expected at most {TOKENS:,}; lower "
             "image.size or num_crops"
         )
     if image.kind.grids == "pinpoints" and views > 1 + CROPS:
@@ -78,7 +80,7 @@ def _too_large(config: Config) -> Iterator[str]:
         )
 
 
-def _check_sizes(config: Config) -> None:
+def _in_sizes(config: Config) -> Iterator[str]:
     image, vision, decoder, data, train = config.image, config.vision, config.decoder, config.data, config.train
     divisible = (
         ("image.size", image.size, "vision.patch_size", vision.patch_size),
@@ -90,142 +92,131 @@ def _check_sizes(config: Config) -> None:
     for name, value, by, divisor in divisible:
         if value % divisor:
             near = max(1, value // divisor) * divisor
-            raise ConfigError(f"config.{name} {value} is not divisible by config.{by} {divisor}; nearest valid: {near}")
+            yield f"config.{name} {value} is not divisible by config.{by} {divisor}; nearest valid: {near}"
     if decoder.head_dim % 2:
-        raise ConfigError(
-            f"config.decoder.head_dim {decoder.head_dim} is odd; rotary positions turn pairs, choose an even number"
-        )
+        yield f"config.decoder.head_dim {decoder.head_dim} is odd; rotary positions turn pairs, choose an even number"
     if not -vision.layers - 1 <= vision.feature_layer <= vision.layers:
-        raise ConfigError(f"config.vision.feature_layer {vision.feature_layer} is outside a tower of {vision.layers} layers")
+        yield f"config.vision.feature_layer {vision.feature_layer} is outside a tower of {vision.layers} layers"
     if any(bucket > data.max_length for bucket in data.buckets):
-        raise ConfigError(f"config.data.buckets {quote(data.buckets)} go beyond config.data.max_length {data.max_length}")
-    needed = config.visual_tokens_per_image * data.max_images
-    if needed >= data.max_length:
-        raise ConfigError(
-            f"{plural(data.max_images, 'image')} of {config.visual_tokens_per_image} tokens take {needed} positions; raise "
+        yield f"config.data.buckets {quote(data.buckets)} go beyond config.data.max_length {data.max_length}"
+    each = config.layout.max_tokens
+    if (needed := each * data.max_images) >= data.max_length:
+        yield (
+            f"{plural(data.max_images, 'image')} of {each} tokens take {needed} positions; raise "
             f"config.data.max_length {data.max_length} above {needed}"
         )
 
 
-def _check_train(config: Config) -> None:
+def _in_train(config: Config) -> Iterator[str]:
     """How long a run lasts, what it keeps and what it records."""
     train, steps = config.train, config.profile.steps
     if train.steps < 0 or (train.steps == 0 and not 0 < train.epochs < math.inf):
-        raise ConfigError(
-            f"config.train.steps {train.steps} with epochs {train.epochs} trains nothing; set one of them above 0"
-        )
+        yield f"config.train.steps {train.steps} with epochs {train.epochs} trains nothing; set one of them above 0"
     if train.keep_best and not config.evaluation.every:
-        raise ConfigError(
-            f"config.train.keep_best {train.keep_best} needs a held-out loss to tell the best by; set config.evaluation.every"
-        )
+        yield f"config.train.keep_best {train.keep_best} needs a held-out loss to tell the best by; set config.evaluation.every"
     if steps and not (
         re.fullmatch(r"\d{1,10}:\d{1,10}", steps, re.ASCII) and 0 < int(steps.split(":")[0]) <= int(steps.split(":")[1])
     ):
-        raise ConfigError(f"config.profile.steps got {quote(steps)}, expected FIRST:LAST from step 1 on, as 10:15")
+        yield f"config.profile.steps got {quote(steps)}, expected FIRST:LAST from step 1 on, as 10:15"
 
 
-def _check_packing(config: Config) -> None:
-    """Rows of several examples have one length, and room for any single example."""
+def _in_data(config: Config) -> Iterator[str]:
+    """The sets of a mixture, as far as is seen before a file is opened; rows of several examples, which have one length."""
     data, packing = config.data, config.data.packing
-    if data.buckets:
-        raise ConfigError(
+    for name, entry in data.sets.items():
+        where, beginning = f"config.data.sets.{label(name)}", "the beginning of a path below the image root, as 'coco/'"
+        if not entry.file:
+            yield f"{where}.file is empty; name the file or folder of its rows, relative to config.data.root"
+        paths = {"keep_images": entry.keep_images, "drop_images": entry.drop_images}
+        for key, value in ((key, value) for key, values in paths.items() for value in values):
+            if not value or value.startswith(("/", "./")):
+                yield f"{where}.{key} holds {quote(value)}, expected {beginning}"
+        if "" in entry.keep_sources:
+            yield f"{where}.keep_sources holds '', expected a data_source"
+    if packing.enabled and data.buckets:
+        yield (
             f"config.data.buckets {quote(data.buckets)} with packing, whose rows are all {data.max_length} long; set buckets=()"
         )
-    if packing.max_images < data.max_images:
-        raise ConfigError(
+    if packing.enabled and packing.max_images < data.max_images:
+        yield (
             f"config.data.packing.max_images {packing.max_images} is below config.data.max_images {data.max_images}: an "
             f"example could need more than a row has; use at least {data.max_images}"
         )
 
 
-def _check_image(config: Config) -> None:
+def _in_image(config: Config) -> Iterator[str]:
     """The image mode, and what of the method it can carry."""
     image, stack = config.image, config.deepstack
-    wants_crops = "crops" in stack.stack or "crops" in stack.sequence
     fewest = 1 if image.grid == "square" else 2
     if image.kind.stacks_crops and image.num_crops < fewest:
-        raise ConfigError(
-            f"config.image.num_crops {image.num_crops} leaves no crop grid; use {fewest} or more, or config.image.mode='pad'"
-        )
-    if wants_crops and not image.kind.stacks_crops:
-        raise ConfigError(
+        yield f"config.image.num_crops {image.num_crops} leaves no crop grid; use {fewest} or more, or config.image.mode='pad'"
+    if ("crops" in stack.stack or "crops" in stack.sequence) and not image.kind.stacks_crops:
+        yield (
             f"config.deepstack (sequence={stack.sequence!r}, stack={stack.stack!r}) needs crops, but config.image.mode="
             f"{image.mode!r} makes none; use config.image.mode='deepstack' or config.deepstack.stack='none'"
         )
     if image.kind.upsampled and "crops" in stack.sequence:
-        raise ConfigError(
+        yield (
             f"config.deepstack.sequence={stack.sequence!r} with config.image.mode={image.mode!r}, whose cells are there "
             "already; use config.deepstack.sequence='global'"
         )
     if image.kind.grids == "pinpoints":
         if stack.stack != "none" or stack.sequence != "global":
-            raise ConfigError(
+            yield (
                 f"config.image.mode={image.mode!r} is LLaVA-NeXT, which injects nothing; got sequence={stack.sequence!r}, "
                 f"stack={stack.stack!r}; set config.deepstack.stack='none', or use config.image.mode='hd'"
             )
         try:
             anyres_grids(image.pinpoints, image.size)
         except ValueError as error:
-            raise ConfigError(f"config.image.pinpoints: {error}") from error
+            yield f"config.image.pinpoints: {error}"
     fixed_grid = image.kind.stacks_crops and not image.kind.upsampled and image.grid == "square"
     if stack.high_res == "view" and not fixed_grid:
-        raise ConfigError(
+        yield (
             "config.deepstack.high_res='view' joins the crops of one square grid; set config.image.mode='deepstack' and "
             "config.image.grid='square'"
         )
     if stack.pool > 1 and (image.kind.mosaic or stack.high_res == "view"):
-        raise ConfigError(
+        yield (
             f"config.deepstack.pool {stack.pool} averages the tokens of single crops; it goes with config.image.mode "
             "'deepstack', 'pad' or 'square' and config.deepstack.high_res='crops'"
         )
     if config.patch_side < stack.pool:
-        raise ConfigError(f"config.deepstack.pool {stack.pool} is larger than the {config.patch_side} tokens of a crop's side")
+        yield f"config.deepstack.pool {stack.pool} is larger than the {config.patch_side} tokens of a crop's side"
 
 
-def _check_sets(config: Config) -> None:
-    """The sets of a mixture: what can be seen to be wrong before a file is opened."""
-    for name, entry in config.data.sets.items():
-        where = f"config.data.sets.{label(name)}"
-        if not entry.file:
-            raise ConfigError(f"{where}.file is empty; name the file or folder of its rows, relative to config.data.root")
-        for key in ("keep_images", "drop_images", "keep_sources"):
-            for value in getattr(entry, key):
-                if not value or (key != "keep_sources" and value.startswith(("/", "./"))):
-                    expected = (
-                        "a data_source" if key == "keep_sources" else "the beginning of a path below the image root, as 'coco/'"
-                    )
-                    raise ConfigError(f"{where}.{key} holds {quote(value)}, expected {expected}")
+def _in_rope(rope: RopeConfig, half: int) -> Iterator[str]:
+    """Scaled rotary positions need their numbers.
 
-
-def _check_rope(config: Config) -> None:
-    """Scaled rotary positions need their numbers."""
-    rope, half = config.decoder.rope, config.decoder.head_dim // 2
+    Args:
+      half: of the width of a head, the angles.
+    """
     if rope.scaling in ("longrope", "yarn"):
         for name, factors in (("short_factor", rope.short_factor), ("long_factor", rope.long_factor)):
             if len(factors) != half:
-                raise ConfigError(
+                yield (
                     f"config.decoder.rope.{name} has {len(factors)} entries, expected head_dim / 2 = {half} for "
                     f"scaling {rope.scaling!r}"
                 )
             if not all(0 < factor < math.inf for factor in factors):
-                raise ConfigError(f"config.decoder.rope.{name} holds {min(factors)}, expected numbers above 0")
+                yield f"config.decoder.rope.{name} holds {min(factors)}, expected numbers above 0"
     if rope.scaling == "llama3" and not 0 < rope.low_freq_factor < rope.high_freq_factor:
-        raise ConfigError(
+        yield (
             f"config.decoder.rope.low_freq_factor {rope.low_freq_factor} and high_freq_factor {rope.high_freq_factor}: "
             "expected numbers above 0, the second above the first"
         )
     if rope.scaling in ("longrope", "yarn", "llama3") and rope.original_positions < 2:
-        raise ConfigError(
+        yield (
             f"config.decoder.rope.original_positions is {rope.original_positions}; scaling {rope.scaling!r} needs the context "
             "length that the weights had before it was extended"
         )
     if rope.scaling in ("linear", "llama3") and not rope.factor >= 1:
-        raise ConfigError(f"config.decoder.rope.factor {rope.factor} shortens the context; expected at least 1")
+        yield f"config.decoder.rope.factor {rope.factor} shortens the context; expected at least 1"
 
 
-def _check_vision_injection(config: Config) -> None:
+def _in_vision_injection(config: Config) -> Iterator[str]:
     """DeepStack-V (paper section 3.3): a fixed square of crops enters the tower, nothing enters the decoder."""
-    image, stack, vision = config.image, config.deepstack, config.vision
+    image, stack, vision, groups = config.image, config.deepstack, config.vision, config.layout.groups
     wanted = {
         "image.mode": (image.mode, "deepstack"),
         "image.grid": (image.grid, "square"),
@@ -238,53 +229,45 @@ def _check_vision_injection(config: Config) -> None:
     }
     wrong = [f"config.{key} is {got!r}, set it to {want!r}" for key, (got, want) in wanted.items() if got != want]
     if wrong:
-        raise ConfigError(f"config.deepstack.into='vision' needs a fixed square of crops: {'; '.join(wrong)}")
+        yield f"config.deepstack.into='vision' needs a fixed square of crops: {'; '.join(wrong)}"
     last = vision.layers + vision.post_layers - 1
     if stack.vision_start >= vision.layers and vision.post_layers == 0:
-        raise ConfigError(
+        yield (
             f"config.deepstack.vision_start {stack.vision_start} lies after the tower's {vision.layers} layers; lower it, or "
             "add layers with config.vision.post_layers=5"
         )
     if stack.vision_start > last:
-        raise ConfigError(f"config.deepstack.vision_start {stack.vision_start} is beyond the last layer {last}; lower it")
-    unused = config.groups - sum(group >= 0 for group in config.vision_schedule)
-    if unused:
+        yield f"config.deepstack.vision_start {stack.vision_start} is beyond the last layer {last}; lower it"
+    if unused := groups - sum(group >= 0 for group in stack.tower_schedule(vision, groups)):
         warnings.warn(
-            f"{unused} of {config.groups} maps fall after the tower layer whose input is the feature ({vision.layers_run}), "
+            f"{unused} of {groups} maps fall after the tower layer whose input is the feature ({vision.layers_run}), "
             f"never used (config.deepstack.vision_start {stack.vision_start})",
-            stacklevel=4,
+            stacklevel=5,
         )
 
 
-def _check_deepstack(config: Config) -> None:
-    decoder, stack = config.decoder, config.deepstack
+def _in_deepstack(config: Config) -> Iterator[str]:
+    layers, stack, groups = config.decoder.layers, config.deepstack, config.layout.groups
     if "crops" in stack.sequence and stack.stack != "none":
-        raise ConfigError(
-            f"config.deepstack.sequence={stack.sequence!r} already holds the crops; set config.deepstack.stack='none'"
-        )
+        yield f"config.deepstack.sequence={stack.sequence!r} already holds the crops; set config.deepstack.stack='none'"
     if stack.schedule:
-        if len(stack.schedule) != decoder.layers:
-            raise ConfigError(
-                f"config.deepstack.schedule names {len(stack.schedule)} layers, config.decoder.layers is {decoder.layers}"
-            )
-        if max(stack.schedule) >= config.groups or min(stack.schedule) < -1:
-            raise ConfigError(
-                f"config.deepstack.schedule {quote(stack.schedule)} goes beyond the groups 0..{config.groups - 1}"
-            )
+        if len(stack.schedule) != layers:
+            yield f"config.deepstack.schedule names {len(stack.schedule)} layers, config.decoder.layers is {layers}"
+        if max(stack.schedule) >= groups or min(stack.schedule) < -1:
+            yield f"config.deepstack.schedule {quote(stack.schedule)} goes beyond the groups 0..{groups - 1}"
         return
     if stack.start < 0:
-        raise ConfigError(f"config.deepstack.start {stack.start} is negative; the first layer is 0")
+        yield f"config.deepstack.start {stack.start} is negative; the first layer is 0"
     if stack.into == "vision":
         return
-    if config.groups and stack.start >= decoder.layers:
-        raise ConfigError(
-            f"config.deepstack.start {stack.start} lies beyond the {decoder.layers} decoder layers 0..{decoder.layers - 1}; "
+    if groups and stack.start >= layers:
+        yield (
+            f"config.deepstack.start {stack.start} lies beyond the {layers} decoder layers 0..{layers - 1}; "
             "nothing would be injected; lower it, or set config.deepstack.stack='none'"
         )
-    used = sum(group >= 0 for group in config.schedule)
-    if used < config.groups:
+    if unused := groups - sum(group >= 0 for group in stack.decoder_schedule(layers, groups)):
         warnings.warn(
-            f"{config.groups - used} of {config.groups} groups fall past the last of {decoder.layers} layers, never used "
+            f"{unused} of {groups} groups fall past the last of {layers} layers, never used "
             f"(config.deepstack.start {stack.start}, interval {stack.interval})",
-            stacklevel=4,
+            stacklevel=5,
         )

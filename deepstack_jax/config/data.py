@@ -42,6 +42,11 @@ class ImageConfig:
         """What the mode says of grids, views and tokens."""
         return MODES[self.mode]
 
+    @property
+    def newline(self) -> bool:
+        """Whether the model has an `image_newline`."""
+        return self.kind.newline(self.merge)
+
 
 @dataclass(frozen=True)
 class SyntheticConfig:
@@ -154,6 +159,11 @@ class DataSpec:
         if not packing.enabled:
             return most
         return max(most, min(packing.max_images, self.data.max_length // self.layout.max_tokens))
+
+    @property
+    def crop_slots(self) -> int:
+        """C, crops that a training row has room for, global views included."""
+        return self.images_per_row * self.layout.max_views
 
     def batch_shape(self, rows: int, length: int) -> BatchShape:
         """Static sizes of a training batch of `rows` rows padded to `length`."""

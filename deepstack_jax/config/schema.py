@@ -6,18 +6,8 @@ import math
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
-from deepstack_jax.batch import BatchShape
 from deepstack_jax.config.data import DataConfig, DataSpec, ImageConfig
-from deepstack_jax.config.fields import (
-    MAY_CHANGE,
-    NOT_NEGATIVE,
-    ByArchitecture,
-    OneOf,
-    Range,
-    Seed,
-    count,
-    positive,
-)
+from deepstack_jax.config.fields import MAY_CHANGE, NOT_NEGATIVE, ByArchitecture, OneOf, Range, Seed, count, positive
 from deepstack_jax.layout.sequence import SEQUENCES, STACKS, LayoutSpec
 from deepstack_jax.layout.stack import SAMPLINGS, layer_schedule
 
@@ -129,6 +119,31 @@ class DeepStackConfig:
     # What the groups come from; view: one large picture under interpolated positions (`hires_local`)
     high_res: Literal["crops", "view"] = "crops"
 
+    def layout(self, image: ImageConfig, patch_side: int) -> LayoutSpec:
+        """Where every visual token of an image goes, whose crops have patch_side**2 patches each."""
+        grids = image.kind.possible_grids(
+            image.num_crops, square=image.grid == "square", pinpoints=image.pinpoints, size=image.size
+        )
+        side = patch_side // self.pool
+        return LayoutSpec(image.mode, side, image.num_crops, grids, self.sampling, self.sequence, self.stack, image.merge)
+
+    def decoder_schedule(self, layers: int, groups: int) -> tuple[int, ...]:
+        """The group injected at the input of each of the decoder's layers, or -1."""
+        if self.schedule:
+            return self.schedule
+        return layer_schedule(layers, 0 if self.into == "vision" else groups, self.start, self.interval)
+
+    def tower_schedule(self, vision: VisionConfig, groups: int) -> tuple[int, ...]:
+        """DeepStack-V: the group added at the input of each tower layer, or -1; empty where nothing enters the tower.
+
+        The feature is the input of layer `vision.layers_run`; what would enter after that is left out.
+        """
+        if self.into != "vision":
+            return ()
+        start = vision.layers // 2 if self.vision_start < 0 else self.vision_start
+        schedule = layer_schedule(vision.layers + vision.post_layers, groups, start, 1)
+        return tuple(group if layer <= vision.layers_run else -1 for layer, group in enumerate(schedule))
+
 
 @dataclass(frozen=True)
 class OptimizerGroup:
@@ -239,11 +254,6 @@ class Config:
     profile: Annotated[ProfileConfig, MAY_CHANGE] = field(default_factory=ProfileConfig)
 
     @property
-    def dtype(self) -> str:
-        """dtype of activations."""
-        return self.train.compute_dtype
-
-    @property
     def patch_side(self) -> int:
         """Patches along a side of a crop."""
         return self.image.size // self.vision.patch_size
@@ -251,12 +261,7 @@ class Config:
     @property
     def layout(self) -> LayoutSpec:
         """Where every visual token of an image goes."""
-        image, stack = self.image, self.deepstack
-        grids = image.kind.possible_grids(
-            image.num_crops, square=image.grid == "square", pinpoints=image.pinpoints, size=image.size
-        )
-        side = self.patch_side // stack.pool
-        return LayoutSpec(image.mode, side, image.num_crops, grids, stack.sampling, stack.sequence, stack.stack, image.merge)
+        return self.deepstack.layout(self.image, self.patch_side)
 
     @property
     def data_spec(self) -> DataSpec:
@@ -264,58 +269,3 @@ class Config:
         return DataSpec(
             self.data, self.image, self.layout, self.decoder.vocab_size, self.train.batch_size, self.train.accumulation
         )
-
-    @property
-    def groups(self) -> int:
-        """J, the groups of the injected stack."""
-        return self.layout.groups
-
-    @property
-    def visual_tokens_per_image(self) -> int:
-        """Most sequence positions that one image takes."""
-        return self.layout.max_tokens
-
-    @property
-    def views_per_image(self) -> int:
-        """Most crop slots that one image takes."""
-        return self.layout.max_views
-
-    @property
-    def images_per_row(self) -> int:
-        """Images that a training row has room for."""
-        return self.data_spec.images_per_row
-
-    @property
-    def crop_slots(self) -> int:
-        """C, crops that a training row has room for, global views included."""
-        return self.images_per_row * self.views_per_image
-
-    @property
-    def newline(self) -> bool:
-        """Whether the model has an `image_newline`: upstream makes one where a mosaic may want it."""
-        return self.image.kind.newline(self.image.merge)
-
-    @property
-    def vision_schedule(self) -> tuple[int, ...]:
-        """DeepStack-V: the group added at the input of each tower layer, or -1; empty where nothing enters the tower.
-
-        The feature is the input of layer `vision.layers_run`; what would enter after that is left out.
-        """
-        if self.deepstack.into != "vision":
-            return ()
-        layers, start = self.vision.layers + self.vision.post_layers, self.deepstack.vision_start
-        schedule = layer_schedule(layers, self.groups, self.vision.layers // 2 if start < 0 else start, 1)
-        return tuple(group if layer <= self.vision.layers_run else -1 for layer, group in enumerate(schedule))
-
-    @property
-    def schedule(self) -> tuple[int, ...]:
-        """The group injected at the input of each decoder layer, or -1."""
-        if self.deepstack.schedule:
-            return self.deepstack.schedule
-        if self.deepstack.into == "vision":
-            return (-1,) * self.decoder.layers
-        return layer_schedule(self.decoder.layers, self.groups, self.deepstack.start, self.deepstack.interval)
-
-    def batch_shape(self, rows: int, length: int) -> BatchShape:
-        """Static sizes of a training batch of `rows` rows padded to `length`."""
-        return self.data_spec.batch_shape(rows, length)

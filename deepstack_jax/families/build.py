@@ -21,7 +21,7 @@ def build_model(config: Config, attend: AttentionFn = dot_product, keep_inputs: 
       keep_inputs: also give back the input of every decoder layer.
       more: further fields of DeepStack, such as `crop_shards`.
     """
-    stack, views, dtype = config.deepstack, config.views_per_image, jnp.dtype(config.train.compute_dtype)
+    stack, views, dtype = config.deepstack, config.layout.max_views, jnp.dtype(config.train.compute_dtype)
     tower, shards = tower_of(config), more.get("crop_shards", (1, 1))
     settings = {
         "vision_tower": tower.build(config, attend=attend, dtype=dtype, crop_shards=shards),
@@ -31,12 +31,13 @@ def build_model(config: Config, attend: AttentionFn = dot_product, keep_inputs: 
         "project": config.projector,
         "decoder": config.decoder,
         "dtype": dtype,
-        "newline": config.newline,
+        "newline": config.image.newline,
         "taps": tuple(Tap(*tap) for tap in tower.taps(config)),
         **more,
     }
     if stack.into == "vision":
-        return DeepStackV(**settings, vision_schedule=config.vision_schedule, views=views)
+        schedule = stack.tower_schedule(config.vision, config.layout.groups)
+        return DeepStackV(**settings, vision_schedule=schedule, views=views)
     if stack.pool > 1:
         return PooledDeepStack(**settings, pool=stack.pool)
     if stack.high_res == "view":

@@ -122,7 +122,7 @@ def model_names(config: Config) -> Iterator[Names]:
     yield tower_of(config).names(config)
     yield from projector_names(config)
     yield decoder_of(config).names(config)
-    if config.newline:
+    if config.image.newline:
         yield Names((Row("image_newline", NEWLINE, "same", "D"),), {"D": config.decoder.width})
 
 

@@ -68,7 +68,8 @@ class Llama(DecoderFamily):
         """The decoder of `model/decoder.py`."""
         from deepstack_jax.model.decoder import Decoder  # here, since jax is not for who reads a configuration
 
-        return Decoder(config.decoder, config.schedule, **settings)
+        schedule = config.deepstack.decoder_schedule(config.decoder.layers, config.layout.groups)
+        return Decoder(config.decoder, schedule, **settings)
 
     def names(self, config: Config) -> Names:
         """Rows of a decoder with a head of its own, or without one where the embeddings are the head."""

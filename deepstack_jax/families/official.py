@@ -89,7 +89,7 @@ def from_official(values: Mapping[str, Any], tower: Mapping[str, Any] | None, pr
 
 def with_data(config: Config, length: Any, template: str) -> Config:
     """With template and length; a tokenizer's round 10**30 for "no limit" becomes the model's own."""
-    needed = config.visual_tokens_per_image
+    needed = config.layout.max_tokens
     if type(length) is not int or not needed < length <= 2**24:
         length = max(config.decoder.max_positions, math.ceil((needed + 1) / 1024) * 1024)
     return dataclasses.replace(config, data=DataConfig(template=template, max_length=length))

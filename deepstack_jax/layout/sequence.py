@@ -40,7 +40,7 @@ class VisualLayout:
 
 @dataclass(frozen=True)
 class LayoutSpec:
-    """How images of a run are laid out; `Config.layout` builds it.
+    """How images of a run are laid out; `DeepStackConfig.layout` builds it.
 
     Attributes:
       mode: one of MODES, as `ImageConfig.mode`.

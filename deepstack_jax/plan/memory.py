@@ -87,12 +87,12 @@ def _tower_saved(program: Program, local: float) -> float:
     tokens = config.patch_side**2 + tower.prefix_tokens(cfg)
     # Where nothing is recomputed, scores several times over too, in float32.
     each = tower.layer(cfg).kept + 8 * cfg.heads * tokens if config.decoder.remat == "none" else cfg.width
-    return local * config.crop_slots / program.mesh.shape["tensor"] * tokens * cfg.layers_run * each
+    return local * config.data_spec.crop_slots / program.mesh.shape["tensor"] * tokens * cfg.layers_run * each
 
 
 def _stack(config: Config, local: float) -> float:
     """Elements of the groups that are injected, over all devices along tensor: in decoder width, or in the tower's own."""
-    shape = config.batch_shape(1, config.data.max_length)
+    shape = config.data_spec.batch_shape(1, config.data.max_length)
     width = config.vision.width if config.deepstack.into == "vision" else config.decoder.width
     return local * shape.groups * shape.visual * width
 
@@ -110,5 +110,5 @@ def _working(program: Program, local: float, length: int) -> float:
     chunk = min(config.train.loss_chunk, length)
     logits = 3 * 4 * rows * chunk * cfg.vocab_size / tensor + 2 * width * cfg.width * cfg.vocab_size / tensor
     patches = config.patch_side**2
-    features = width * rows * config.crop_slots * patches * config.vision.width / tensor
+    features = width * rows * config.data_spec.crop_slots * patches * config.vision.width / tensor
     return max(scores + products + weights, logits) + features

@@ -133,8 +133,8 @@ def plan_load(config: Config, mesh: Mesh, hosts: int, wanted: Wanted) -> Load:
 
 def assumed_per_row(config: Config) -> float:
     """Examples that a packed row holds, if each has one image and so many text tokens."""
-    each = config.visual_tokens_per_image + ASSUMED_TEXT
-    return max(1.0, min(config.data.max_length / each, config.images_per_row, config.data.packing.max_examples))
+    each = config.layout.max_tokens + ASSUMED_TEXT
+    return max(1.0, min(config.data.max_length / each, config.data_spec.images_per_row, config.data.packing.max_examples))
 
 
 def known_examples(config: Config) -> int:

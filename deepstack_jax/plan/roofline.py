@@ -143,5 +143,5 @@ def _tower_traffic(config: Config, local: float, tensor: int, width: int) -> flo
     """The same of the vision tower's forward pass, beside which its backward pass is left out."""
     cfg, tower = config.vision, tower_of(config)
     tokens, each = config.patch_side**2 + tower.prefix_tokens(cfg), tower.layer(cfg).traffic
-    crops = local * config.crop_slots / tensor  # which lie over all devices
+    crops = local * config.data_spec.crop_slots / tensor  # which lie over all devices
     return crops * cfg.layers_run * (tokens * each * width + cfg.heads * tokens**2 * 12)

@@ -143,7 +143,7 @@ def _tower(config: Config, rows: int) -> Iterator[_Product]:
             again = remat and not row.ours.endswith(f"/{family.last_kernel}/kernel")
             yield _Product("tower", row.ours, 2 * tokens * size, 2 * tokens * size, again, _TOWER + 1)
         else:
-            flops = 2.0 * rows * config.crop_slots * config.patch_side**2 * size
+            flops = 2.0 * rows * config.data_spec.crop_slots * config.patch_side**2 * size
             yield _Product("tower", row.ours, flops, flops, 0, _TOWER)
     attention = 4 * squares * vision.width
     yield _Product("tower", "", attention, attention, remat, _TOWER + 1)
@@ -152,22 +152,22 @@ def _tower(config: Config, rows: int) -> Iterator[_Product]:
 def _encoded(config: Config, rows: int) -> Iterator[tuple[int, int, int]]:
     """(sequences, tokens of each, layers that they run through) of the tower."""
     run, patches, prefix = config.vision.layers_run, config.patch_side**2, tower_of(config).prefix_tokens(config.vision)
-    slots, images = rows * config.crop_slots, rows * config.images_per_row
+    slots, images = rows * config.data_spec.crop_slots, rows * config.data_spec.images_per_row
     if config.deepstack.into == "vision":  # all views to the first injection, the global views from there
-        schedule = config.vision_schedule
+        schedule = config.deepstack.tower_schedule(config.vision, config.layout.groups)
         first = schedule.index(0) if 0 in schedule else run
         yield slots, patches + prefix, first
         yield images, patches + prefix, run - first
     elif config.deepstack.high_res == "view":  # an image's crops are one large picture
         yield images, patches + prefix, run
-        yield images, (config.views_per_image - 1) * patches + prefix, run
+        yield images, (config.layout.max_views - 1) * patches + prefix, run
     else:
         yield slots, patches + prefix, run
 
 
 def _projectors(config: Config, rows: int) -> Iterator[_Product]:
     """On the tokens that are used, one by one of the sequence and of every group; recomputed as a layer is."""
-    shape = config.batch_shape(rows, config.data.max_length)
+    shape = config.data_spec.batch_shape(rows, config.data.max_length)
     taps = tower_of(config).taps(config) or ((0, 0),) * (1 if config.deepstack.into == "vision" else 1 + shape.groups)
     for projector, names in enumerate(projector_names(config)):
         tokens = rows * shape.visual * sum(tap[1] == projector for tap in taps)

@@ -104,7 +104,7 @@ def open_checkpoint(
     if run is not None:
         check_against(run, stored, bare=bare)
         config = run
-        if _NEWLINE in tensors and not run.newline:
+        if _NEWLINE in tensors and not run.image.newline:
             warnings.warn(
                 f"{folder} has an image_newline, which config.image.mode={run.image.mode!r} does not use", stacklevel=2
             )

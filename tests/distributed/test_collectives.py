@@ -60,7 +60,7 @@ def largest_layer(program):
 def test_a_device_gathers_one_layer_and_one_group_at_a_time(variant, mesh):
     config, (data, fsdp, tensor) = config_of(variant), MESHES[mesh]
     program = program_of(config, (data, fsdp, tensor))
-    shape, rows = config.batch_shape(MANY[variant], LENGTH), MANY[variant] // (data * fsdp)
+    shape, rows = config.data_spec.batch_shape(MANY[variant], LENGTH), MANY[variant] // (data * fsdp)
     width = config.vision.width if variant == "V" else config.decoder.width
     group, layer = rows * shape.visual * width, max(largest_layer(program))
     found = collectives(program, MANY[variant])
@@ -91,7 +91,7 @@ def test_the_stack_lies_over_batch_and_width(mesh):
     with use_mesh(program.mesh):
         run = jax.jit(lambda params, batch: program.model.apply({"params": params}, batch, method="inputs"))
         merged, stack, _ = run(params, put_batch(program.mesh, batches("L")[0]))
-    shape, width = config.batch_shape(ROWS, LENGTH), config.decoder.width
+    shape, width = config.data_spec.batch_shape(ROWS, LENGTH), config.decoder.width
     assert stack.shape == (shape.groups, ROWS, shape.visual, width)
     part = (shape.groups, ROWS // (data * fsdp), shape.visual, width // tensor)
     assert stack.sharding.shard_shape(stack.shape) == part

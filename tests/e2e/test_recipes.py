@@ -96,7 +96,7 @@ def test_stage_2_starts_from_stage_1_and_trains_what_the_recipe_says(chain):
         assert (0.07 < tower / rest < 0.13) if tuned else tower == 0
         assert all(change[path] > 0 for path in ("projector/fc1/kernel", "embed/embedding", "head/kernel"))
         printed = {"language": "2e-05"} | ({"vision": "2e-06"} if tuned else {"frozen": "-"})
-        assert groups(chain.printed, number) == printed | ({"newline": "2e-05"} if config.newline else {})
+        assert groups(chain.printed, number) == printed | ({"newline": "2e-05"} if config.image.newline else {})
 
 
 def groups(printed: str, number: int) -> dict[str, str]:

@@ -17,6 +17,7 @@ from deepstack_jax.config import Config, build_config, to_dict
 from deepstack_jax.config.fields import choices, leaves
 from deepstack_jax.errors import ConfigError
 from tests.fuzz.watch import is_one_line
+from tests.unit.tiny import decoder_schedule, tower_schedule
 
 MEMORY = 50e6  # bytes that checking may take
 
@@ -74,10 +75,10 @@ def check(build, *arguments: Any) -> None:
         tracemalloc.start()
         try:
             config = build(*arguments)
-            assert config.crop_slots * config.image.size**2 * 3 < 2**40
-            assert len(config.schedule) == config.decoder.layers
-            assert len(config.vision_schedule) <= 2 * 4096
-            assert config.batch_shape(1, config.data.max_length)
+            assert config.data_spec.crop_slots * config.image.size**2 * 3 < 2**40
+            assert len(decoder_schedule(config)) == config.decoder.layers
+            assert len(tower_schedule(config)) <= 2 * 4096
+            assert config.data_spec.batch_shape(1, config.data.max_length)
         except ConfigError as error:
             is_one_line(error)
         finally:

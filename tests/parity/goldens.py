@@ -104,7 +104,7 @@ def build_batch(case: Case, rows: list[int] | None = None) -> Batch:
     a, spec, images = case.arrays, case.config.layout, open_images()
     rows = list(range(len(a["input_ids"]))) if rows is None else rows
     length = a["labels_expanded"].shape[1]
-    batch = empty_batch(case.config.batch_shape(len(rows), length))
+    batch = empty_batch(case.config.data_spec.batch_shape(len(rows), length))
     for at, row in enumerate(rows):
         size_wh = images[row].size
         grid = image_grid(size_wh, case.config.image)

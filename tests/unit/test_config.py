@@ -15,7 +15,7 @@ from deepstack_jax.cli import writable_folder
 from deepstack_jax.config import Config, build_config, check_config, default_config, differences, to_dict
 from deepstack_jax.config.fields import Range, choices, leaves
 from deepstack_jax.errors import ConfigError, nearest
-from tests.unit.tiny import TINY, tiny_config
+from tests.unit.tiny import TINY, decoder_schedule, tiny_config
 
 pytestmark = pytest.mark.quick
 
@@ -267,7 +267,7 @@ def test_what_is_just_possible_is_accepted():
 def test_groups_past_the_last_layer_are_warned_of(start, interval, lost):
     with pytest.warns(UserWarning, match=f"{lost} of 4 groups fall past the last of 5 layers"):
         config = tiny_config({"deepstack.start": start, "deepstack.interval": interval})
-    assert sum(group >= 0 for group in config.schedule) == 4 - lost
+    assert sum(group >= 0 for group in decoder_schedule(config)) == 4 - lost
 
 
 def test_check_config_sees_a_hand_made_config_too():
@@ -283,12 +283,12 @@ def test_nearest():
 
 def test_derived_sizes():
     config = tiny_config()
-    assert (config.patch_side, config.groups, config.visual_tokens_per_image, config.crop_slots) == (2, 4, 4, 15)
-    assert config.schedule == (-1, 0, 1, 2, 3)
-    assert config.batch_shape(6, 24) == (6, 24, 15, 8, 12, 4, 1)
+    assert (config.patch_side, config.layout.groups, config.layout.max_tokens, config.data_spec.crop_slots) == (2, 4, 4, 15)
+    assert decoder_schedule(config) == (-1, 0, 1, 2, 3)
+    assert config.data_spec.batch_shape(6, 24) == (6, 24, 15, 8, 12, 4, 1)
     pad = tiny_config({"image.mode": "pad", "deepstack.stack": "none"})
-    assert (pad.crop_slots, pad.groups, pad.schedule) == (3, 0, (-1,) * 5)
-    assert tiny_config({"deepstack.schedule": (3, -1, 0, -1, 3)}).schedule == (3, -1, 0, -1, 3)
+    assert (pad.data_spec.crop_slots, pad.layout.groups, decoder_schedule(pad)) == (3, 0, (-1,) * 5)
+    assert decoder_schedule(tiny_config({"deepstack.schedule": (3, -1, 0, -1, 3)})) == (3, -1, 0, -1, 3)
 
 
 def test_differences_name_dotted_keys_with_both_values():

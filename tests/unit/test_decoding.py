@@ -25,7 +25,7 @@ GRIDS = ([(2, 2)], [], [(1, 2), (2, 1), (1, 3)], [(2, 1)])
 
 def prompts(rows, length):
     """One prompt per row, of different lengths, right padded to `length`."""
-    batch = empty_batch(CONFIG.batch_shape(len(rows), length))
+    batch = empty_batch(CONFIG.data_spec.batch_shape(len(rows), length))
     for at, row in enumerate(rows):
         place_example(batch, at, example(CONFIG, 20 + row, GRIDS[row], words=row + 1, answer=0), Cursor(), 4)
     return batch
@@ -245,7 +245,7 @@ def test_stop_ids_are_padded(batch, params):
 
 
 def test_an_empty_row_gives_no_token(batch, params):
-    blank = empty_batch(CONFIG.batch_shape(4, PROMPT))
+    blank = empty_batch(CONFIG.data_spec.batch_shape(4, PROMPT))
     answers = greedy(MODEL, params, blank, max_new_tokens=NEW, stop_ids=(NEVER,))
     assert (np.asarray(answers) == NO_TOKEN).all()
 

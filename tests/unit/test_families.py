@@ -42,7 +42,7 @@ from deepstack_jax.train.flops import step_flops
 from deepstack_jax.train.run.train import train
 from deepstack_jax.weights.names import NameTable
 from tests.unit.test_planning import CHIP
-from tests.unit.tiny import TINY, example, make_batch
+from tests.unit.tiny import TINY, decoder_schedule, example, make_batch
 
 PACKAGE = Path(__file__).parents[2] / "deepstack_jax"
 STEPS = 30
@@ -67,7 +67,7 @@ class BareTower(Clip):
         return 0
 
     def taps(self, config):
-        return ((0, 0), (0, 0), (1, 1), *((0, 0),) * (config.groups - 2))
+        return ((0, 0), (0, 0), (1, 1), *((0, 0),) * (config.layout.groups - 2))
 
     def names(self, config):
         names = super().names(config)
@@ -107,7 +107,7 @@ class TiedFamily(Llama):
     defaults = {"tied": {"rms_norm_eps": 1e-5, "rope_theta": 10000.0}}  # noqa: RUF012
 
     def build(self, config, **settings):
-        return Decoder(config.decoder, config.schedule, block=BiasedBlock, **settings)
+        return Decoder(config.decoder, decoder_schedule(config), block=BiasedBlock, **settings)
 
     def names(self, config):
         names, biases = super().names(config), []

@@ -43,7 +43,7 @@ def test_full_size(changes, decoder):
     source.update_from_flattened_dict(changes)
     config = build_config(source)
     model = build_model(config)
-    shape = config.batch_shape(2, config.data.max_length)
+    shape = config.data_spec.batch_shape(2, config.data.max_length)
     b, t, c, size, m, j, g = shape
     assert (c, j) == ((25, 4) if config.image.mode == "hd" else (5, 4))
     assert m == (2976 if config.image.mode == "hd" else 576)
@@ -57,7 +57,7 @@ def test_full_size(changes, decoder):
     counts = {name: sum(leaf.size for leaf in jax.tree.leaves(tree)) for name, tree in variables["params"].items()}
     assert counts.pop("vision_tower") == TOWER
     assert counts.pop("projector") == projector
-    assert counts.pop("image_newline", 0) == (width if config.newline else 0)
+    assert counts.pop("image_newline", 0) == (width if config.image.newline else 0)
     assert sum(counts.values()) == decoder
 
     output = jax.eval_shape(model.apply, variables, batch)
@@ -69,5 +69,5 @@ def test_full_size(changes, decoder):
 def test_the_default_configuration_is_vicuna_7b_with_clip_l():
     config = build_config(default_config())
     assert config == Config()
-    assert config.schedule == (-1, 0, 1, 2, 3) + (-1,) * 27
-    assert config.visual_tokens_per_image == 576
+    assert config.deepstack.decoder_schedule(32, config.layout.groups) == (-1, 0, 1, 2, 3) + (-1,) * 27
+    assert config.layout.max_tokens == 576

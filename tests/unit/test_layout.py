@@ -285,9 +285,9 @@ def test_targets_and_weights_stay_in_their_segment(parts):
 
 
 def test_blank_example_keeps_only_its_id(config):
-    batch = empty_batch(config.batch_shape(1, 16))
+    batch = empty_batch(config.data_spec.batch_shape(1, 16))
     blank_example(batch, 0, 0, 77)
-    untouched = empty_batch(config.batch_shape(1, 16))
+    untouched = empty_batch(config.data_spec.batch_shape(1, 16))
     assert batch.example_id.tolist() == [[77]]
     for name, ours, theirs in zip(Batch._fields[:-1], batch, untouched, strict=False):
         np.testing.assert_array_equal(ours, theirs, err_msg=name)
@@ -325,7 +325,7 @@ def one_image_short(config):
     ],
 )
 def test_what_does_not_fit_is_refused_before_anything_is_written(config, make, message):
-    shape = config.batch_shape(1, 32)._replace(examples=2)
+    shape = config.data_spec.batch_shape(1, 32)._replace(examples=2)
     batch = empty_batch(shape)
     one, cursor = make(config)
     with pytest.raises(ValueError, match=message):
@@ -351,7 +351,7 @@ def one_group(whole):
 def test_pixels_and_groups_that_contradict_the_layout_are_refused(config, change, message):
     """Numpy would broadcast one view over all slots of the image, or one group over all layers, without a word."""
     whole = example(config, 5, [(1, 2)])
-    batch = empty_batch(config.batch_shape(1, 32))
+    batch = empty_batch(config.data_spec.batch_shape(1, 32))
     with pytest.raises(ValueError, match=message):
         place_example(batch, 0, EncodedExample(5, whole.ids, whole.supervised, *change(whole)), Cursor(), PATCHES)
 

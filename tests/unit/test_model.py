@@ -126,7 +126,7 @@ def test_a_stack_of_zeros_is_the_same_model_without_injection(batch, params, for
 def test_a_model_without_a_stack_is_the_baseline(batch, params, forward):
     """J = 0, as LLaVA-1.5 is configured: the same numbers as J = 4 groups of zeros."""
     config = tiny_config({"deepstack.stack": "none"})
-    assert config.groups == 0
+    assert config.layout.groups == 0
     baseline = jax.jit(build_model(config).apply)({"params": params}, batch._replace(stack_source=batch.stack_source[:, :0]))
     zero = forward(params, batch._replace(stack_source=np.full_like(batch.stack_source, ZERO)))
     chex.assert_trees_all_close(baseline.hidden, zero, atol=1e-6)

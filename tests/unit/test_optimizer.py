@@ -62,7 +62,7 @@ def test_a_row_that_matches_nothing_is_an_error(table):
 def demo():
     """The demo's config, abstract flat parameters and groups."""
     config = build_config(importlib.import_module("configs.demo").get_config())
-    batch = empty_batch(config.batch_shape(1, config.data.max_length))
+    batch = empty_batch(config.data_spec.batch_shape(1, config.data.max_length))
     shapes = flatten(nn.unbox(jax.eval_shape(build_model(config).init, jax.random.key(0), batch)["params"]))
     return config, shapes, assign_groups(list(shapes), config.optimizer.table)
 

@@ -316,12 +316,12 @@ def test_an_unusable_example_is_blank_in_its_place_and_the_others_stay_where_the
 
 def test_shapes_and_room_come_from_the_configuration():
     config = tiny_config(TINY)
-    assert config.batch_shape(3, 96) == (3, 96, 15, 8, 12, 4, 6)
+    assert config.data_spec.batch_shape(3, 96) == (3, 96, 15, 8, 12, 4, 6)
     assert config.data_spec.padded_shape(3, 96) == (3, 96, 10, 8, 8, 4, 1)
     assert RowCapacity.of(config.data_spec) == (96, 15, 12, 6)
-    assert tiny_config(TINY | {"data.packing.max_images": 100}).images_per_row == 96 // 4
+    assert tiny_config(TINY | {"data.packing.max_images": 100}).data_spec.images_per_row == 96 // 4
     plain = tiny_config(TINY | {"data.packing.enabled": False})
-    assert plain.batch_shape(3, 96) == plain.data_spec.padded_shape(3, 96) == config.data_spec.padded_shape(3, 96)
+    assert plain.data_spec.batch_shape(3, 96) == plain.data_spec.padded_shape(3, 96) == config.data_spec.padded_shape(3, 96)
 
 
 def test_packing_that_cannot_work_is_refused():

@@ -16,6 +16,7 @@ from deepstack_jax.families.build import build_model
 from deepstack_jax.train.checkpoint.init_weights import find_weights
 from deepstack_jax.train.core.optimizer import assign_groups, describe_groups, flatten
 from deepstack_jax.weights.names import NameTable
+from tests.unit.tiny import decoder_schedule, tower_schedule
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 STAGES = ("pretrain", "finetune")
@@ -46,10 +47,10 @@ def test_every_recipe_builds_and_its_table_covers_every_parameter(name, words):
     groups = assign_groups(list(leaves), config.optimizer.table)
     trained = {path.split("/")[0] for path, group in groups.items() if group != "frozen"}
     tuned = name in ("deepstack_v", "deepstack_hd", "llava_next") or "encoder" in words
-    language = {"embed", "head", "layers", "projector"} | ({"image_newline"} if config.newline else set())
+    language = {"embed", "head", "layers", "projector"} | ({"image_newline"} if config.image.newline else set())
     assert trained == ({"projector"} if "pretrain" in words else language | ({"vision_tower"} if tuned else set()))
     rates = {group: config.optimizer.groups[group].lr for group in set(groups.values()) - {"frozen"}}
-    stage2 = {"language": 2e-5} | ({"vision": 2e-6} if tuned else {}) | ({"newline": 2e-5} if config.newline else {})
+    stage2 = {"language": 2e-5} | ({"vision": 2e-6} if tuned else {}) | ({"newline": 2e-5} if config.image.newline else {})
     assert rates == ({"projector": 1e-3} if "pretrain" in words else stage2)
     optimizer = config.optimizer
     assert (optimizer.schedule.kind, optimizer.schedule.warmup, optimizer.schedule.final) == ("cosine", 0.03, 0.0)
@@ -68,16 +69,22 @@ def test_tiny_changes_sizes_and_data_and_nothing_else(name, words):
     assert {"vision.layers", "decoder.width", "decoder.layers", "data.max_length", "train.batch_size"} <= changed.keys()
     assert not [key for key in changed if key.startswith(("vision.feature", "decoder.arch"))]
     assert tiny.layout.grids == full.layout.grids
-    assert (tiny.groups, tiny.newline, tiny.views_per_image) == (full.groups, full.newline, full.views_per_image)
-    assert [group for group in tiny.schedule if group >= 0] == [group for group in full.schedule if group >= 0]
-    assert tiny.schedule[:5] == full.schedule[:5]
-    assert tiny.vision_schedule[-4:] == full.vision_schedule[-4:]
+    assert (tiny.layout.groups, tiny.image.newline, tiny.layout.max_views) == (
+        full.layout.groups,
+        full.image.newline,
+        full.layout.max_views,
+    )
+    assert [group for group in decoder_schedule(tiny) if group >= 0] == [
+        group for group in decoder_schedule(full) if group >= 0
+    ]
+    assert decoder_schedule(tiny)[:5] == decoder_schedule(full)[:5]
+    assert tower_schedule(tiny)[-4:] == tower_schedule(full)[-4:]
 
 
 @pytest.mark.parametrize("name", WORDS)
 def test_the_full_size_model_has_the_parameters_of_the_table(name):
     config = recipe(name, WORDS[name][-1])
-    batch = empty_batch(config.batch_shape(1, config.data.max_length))
+    batch = empty_batch(config.data_spec.batch_shape(1, config.data.max_length))
     shapes = nn.unbox(jax.eval_shape(build_model(config).init, jax.random.key(0), batch)["params"])
     flat = flatten(shapes)
     assert {path: leaf.shape for path, leaf in flat.items()} == {p: leaf.shape for p, leaf in NameTable(config).leaves.items()}
@@ -90,11 +97,11 @@ def test_the_full_size_model_has_the_parameters_of_the_table(name):
 
 def test_the_numbers_of_the_method():
     deepstack, v, hd = recipe("llava15"), recipe("deepstack_v"), recipe("deepstack_hd")
-    assert deepstack.schedule == (-1, 0, 1, 2, 3) + (-1,) * 27
+    assert decoder_schedule(deepstack) == (-1, 0, 1, 2, 3) + (-1,) * 27
     assert (deepstack.data.max_length, hd.data.max_length) == (2048, 4096)
-    assert v.vision_schedule == (-1,) * 20 + (0, 1, 2, 3)
-    assert set(v.schedule) == {-1}
-    assert (hd.visual_tokens_per_image, hd.views_per_image, hd.crop_slots) == (2976, 25, 25)
+    assert tower_schedule(v) == (-1,) * 20 + (0, 1, 2, 3)
+    assert set(decoder_schedule(v)) == {-1}
+    assert (hd.layout.max_tokens, hd.layout.max_views, hd.data_spec.crop_slots) == (2976, 25, 25)
     assert [recipe(name, words).image.mode for name in ("llava15", "llava15_baseline", "llava_next") for words in STAGES] == [
         *("deepstack", "deepstack", "square", "pad", "square", "anyres")
     ]

@@ -205,7 +205,7 @@ def test_accumulation_changes_nothing(batch, descent):
 
 
 def test_a_batch_without_a_supervised_token_changes_nothing(descent):
-    blank = empty_batch(CONFIG.batch_shape(8, 20))
+    blank = empty_batch(CONFIG.data_spec.batch_shape(8, 20))
     before, after, metrics = descent(blank._replace(example_id=blank.example_id.astype(np.int32)), 1)
     chex.assert_trees_all_equal(after, before)
     assert float(metrics["loss"]) == float(metrics["supervised_tokens"]) == 0.0

@@ -12,7 +12,7 @@ from deepstack_jax.model.attention import causal_segment_mask, dot_product, last
 from deepstack_jax.model.deepstack import DeepStack
 from deepstack_jax.model.variants import DeepStackV, HighResDeepStack, PooledDeepStack
 from deepstack_jax.model.vision import EncoderLayer, _bicubic, interpolate_positions
-from tests.unit.tiny import example, make_batch, model_params, tiny_config
+from tests.unit.tiny import example, make_batch, model_params, tiny_config, tower_schedule
 
 SQUARE = {"image.grid": "square"}
 VISION = SQUARE | {"deepstack.into": "vision"}
@@ -59,7 +59,7 @@ def test_deepstack_v_equals_a_loop_over_layers_and_images(start, post, enters):
     """One image at a time: all five views up to layer k, then the dilated crops' tokens onto the global view's."""
     config, model, params, batch = build(VISION | {"deepstack.vision_start": start, "vision.post_layers": post})
     assert isinstance(model, DeepStackV)
-    assert [layer for layer, group in enumerate(config.vision_schedule) if group >= 0] == enters
+    assert [layer for layer, group in enumerate(tower_schedule(config)) if group >= 0] == enters
     features = apply(model, params, batch, method="visual_tokens")[0]
     scaled = batch.pixels.astype(np.float32) * (1 / 255)
     pixels = (scaled - np.array(config.image.mean, np.float32)) / np.array(config.image.std, np.float32)
@@ -105,7 +105,7 @@ def test_only_the_first_crop_of_an_image_changed_changes_that_image_alone(change
     first = int(np.flatnonzero(batch.visual_index[1] >= 0)[0])
     np.testing.assert_array_equal(ours[1, :first], theirs[1, :first])
     assert np.abs(ours[1, first:] - theirs[1, first:]).max() > 1e-3
-    assert config.newline == ("image_newline" in params)
+    assert config.image.newline == ("image_newline" in params)
 
 
 def test_pooled_tokens_by_their_definition():
@@ -113,7 +113,7 @@ def test_pooled_tokens_by_their_definition():
     changes = {"image.size": 20, "deepstack.pool": 2}
     config, model, params, batch = build(changes)
     assert isinstance(model, PooledDeepStack)
-    assert (config.patch_side, config.layout.side, config.visual_tokens_per_image) == (5, 2, 4)
+    assert (config.patch_side, config.layout.side, config.layout.max_tokens) == (5, 2, 4)
     (features,) = apply(model, params, batch.pixels, method="encode")
     projected = np.asarray(apply(model, params, features, method=lambda model, x: model.projector(x)))
     squares = projected.reshape(3, -1, 5, 5, 32)[:, :, :4, :4].reshape(3, -1, 2, 2, 2, 2, 32).mean(axis=(3, 5))

@@ -132,7 +132,7 @@ def test_import_then_export_is_the_same_folder(name, tmp_path):
 @pytest.mark.parametrize("name", ["l_2d", "phi", "v", "hd"])
 def test_the_table_has_the_models_own_parameters_and_every_layout_is_a_bijection(name, tmp_path):
     config = other_sizes(name)
-    batch = empty_batch(config.batch_shape(1, config.data.max_length))
+    batch = empty_batch(config.data_spec.batch_shape(1, config.data.max_length))
     shapes = nn.unbox(jax.eval_shape(build_model(config).init, jax.random.key(0), batch))["params"]
     table = NameTable(config)
     ours = {path: leaf.shape for path, leaf in traverse_util.flatten_dict(shapes, sep="/").items()}

@@ -74,7 +74,7 @@ def test_official_synonyms_and_values_that_upstream_does_not_look_at():
     assert (pooled.deepstack.sampling, pooled.deepstack.pool) == ("2d", 2)
     assert to_hf(pooled) == golden(deepstack_sampling="2d_scaledown")
     newline = from_hf(golden(mm_patch_merge_type="spatial_unpad"), TOWER)
-    assert newline.newline
+    assert newline.image.newline
     assert to_hf(newline)["mm_patch_merge_type"] == "spatial_unpad"
     with pytest.warns(UserWarning, match="deepstack_start_id is 6, after the last of 6 layers: nothing is injected"):
         nothing = from_hf(golden(deepstack_start_id=6), TOWER)
@@ -124,7 +124,7 @@ def test_projectors_both_ways(kind, layers):
 def test_single_views_may_be_averaged(aspect):
     text = {"image_aspect_ratio": aspect, "deepstack_args_for_ablation": "scaledown_clip"}
     config = from_hf(golden(**text), TOWER)
-    assert (config.deepstack.pool, config.deepstack.stack, config.visual_tokens_per_image) == (2, "none", 4)
+    assert (config.deepstack.pool, config.deepstack.stack, config.layout.max_tokens) == (2, "none", 4)
     assert to_hf(config) == golden(**text)
     plain = from_hf(golden(image_aspect_ratio=aspect, deepstack_args_for_ablation="dummy_local"), TOWER)
     assert (plain.deepstack.pool, plain.deepstack.stack) == (1, "none"), "upstream looks at no other name here"
@@ -133,13 +133,13 @@ def test_single_views_may_be_averaged(aspect):
 @pytest.mark.parametrize("kind", ["llava", "llava_mistral", "llava_llama"])
 def test_baselines(kind):
     config = from_hf(golden("llava15", model_type=kind, deepstack_args_for_ablation=...), TOWER)
-    assert (config.image.mode, config.deepstack.stack, config.groups) == ("pad", "none", 0)
+    assert (config.image.mode, config.deepstack.stack, config.layout.groups) == ("pad", "none", 0)
     assert from_hf(golden("llava15", image_aspect_ratio=..., model_type=kind), TOWER).image.mode == "square"
     listed = from_hf(golden("llava_next", model_type=kind), TOWER)
     text = str([tuple(pair) for pair in golden("llava_next")["image_grid_pinpoints"]])
     assert from_hf(golden("llava_next", image_grid_pinpoints=text, model_type=kind), TOWER) == listed
     assert listed.image.pinpoints[0] == (28, 56)
-    assert (listed.image.merge, listed.newline) == ("spatial_unpad", True)
+    assert (listed.image.merge, listed.image.newline) == ("spatial_unpad", True)
     assert config.decoder.sliding_window == (4096 if kind == "llava_mistral" else 0)
 
 

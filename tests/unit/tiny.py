@@ -46,6 +46,16 @@ TINY = {
 BOS, FIRST_WORD = 1, 3
 
 
+def decoder_schedule(config: Config) -> tuple[int, ...]:
+    """The group that enters each layer of the decoder, or -1."""
+    return config.deepstack.decoder_schedule(config.decoder.layers, config.layout.groups)
+
+
+def tower_schedule(config: Config) -> tuple[int, ...]:
+    """The same of the vision tower; empty where nothing enters it."""
+    return config.deepstack.tower_schedule(config.vision, config.layout.groups)
+
+
 def tiny_config(overrides: dict[str, Any] | None = None) -> Config:
     """The tiny model, with dotted keys changed."""
     config = default_config()
@@ -75,7 +85,7 @@ def example(
 
 def make_batch(config: Config, rows: Sequence[Sequence[EncodedExample]], length: int = 32, pad_left: int = 0) -> Batch:
     """Every row's examples as segments of that row, with `pad_left` positions of padding before the first."""
-    shape: BatchShape = config.batch_shape(len(rows), length)._replace(examples=2)
+    shape: BatchShape = config.data_spec.batch_shape(len(rows), length)._replace(examples=2)
     batch = empty_batch(shape)
     for row, examples in enumerate(rows):
         cursor = Cursor(token=pad_left)

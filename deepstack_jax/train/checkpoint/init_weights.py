@@ -96,7 +96,7 @@ def _open_run(workdir: str, run: Config) -> StoredModel:
     folder = Path(workdir).expanduser()
     config, tensors = config_of(folder), run_tensors(folder)
     check_against(run, config)
-    if not run.newline:
+    if not run.image.newline:
         tensors.pop(NEWLINE, None)
     return StoredModel(folder, run, tensors, config.data.tokenizer, config.data.template, "", (), {})
 

@@ -74,7 +74,7 @@ class Program:
 
     def abstract_batch(self, rows: int, length: int) -> Batch:
         """The same of a global batch of `rows` rows of `length` positions; ids as the device sees them (i32)."""
-        shape = self.config.batch_shape(1, length)  # one row is made, not a batch of pixels
+        shape = self.config.data_spec.batch_shape(1, length)  # one row is made, not a batch of pixels
         place = batch_sharding(self.mesh)
 
         def describe(array: np.ndarray) -> jax.ShapeDtypeStruct:
@@ -106,7 +106,7 @@ def build_program(config: Config, mesh: Mesh, steps: int) -> Program:
     kernel = kernel_for(mesh.devices.flat[0].platform, config.train.compute_dtype, config.decoder.head_dim)
     attention = attention_for(kernel, mesh, packed=config.data.packing.enabled)
     model = build_model(config, attention, crop_shards=crop_shards(mesh))
-    sample = empty_batch(config.batch_shape(1, config.data.max_length))
+    sample = empty_batch(config.data_spec.batch_shape(1, config.data.max_length))
     boxed = jax.eval_shape(model.init, jax.random.key(config.seed), sample)["params"]
     shapes = nn.unbox(boxed)
     sizes = {path: int(np.prod(leaf.shape)) for path, leaf in flatten(shapes).items()}
