@@ -98,9 +98,10 @@ class Answerer:
     def new_text(self, options: Options) -> AnswerText:
         """What collects the tokens of an answer, up to a stop string or the end of the turn."""
         assert self.tokenizer is not None, "`encode` comes first"
-        return AnswerText(self.tokenizer, (*self._ends(options)[1], *options.stops))
+        return AnswerText(self.tokenizer, (*self.ends_of(options)[1], *options.stops))
 
-    def _ends(self, options: Options) -> tuple[list[int], tuple[str, ...]]:
+    def ends_of(self, options: Options) -> tuple[list[int], tuple[str, ...]]:
+        """Ids and strings that end an answer, but for the options' own."""
         assert self.tokenizer is not None, "`encode` comes first"
         ids, strings = end_of_turn(find_template(options.template or self.template), self.tokenizer)
         return sorted({*ids, *self.ends}), strings
@@ -114,7 +115,7 @@ class Answerer:
             self.params,
             pad_prompts(prompts, self.config, rows=len(sampling.seed)),
             sampling,
-            stop_ids=self._ends(options)[0],
+            stop_ids=self.ends_of(options)[0],
             max_new_tokens=options.max_new_tokens,
             room=bucket(options.max_new_tokens),
             every=every,

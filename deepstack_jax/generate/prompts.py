@@ -126,27 +126,43 @@ def example(ids: np.ndarray, images: Sequence[CutImage]) -> EncodedExample:
     return EncodedExample(-1, ids.astype(np.int32), np.zeros(ids.size, bool), pixels, layouts)
 
 
-def check_context(length: int, max_new_tokens: int, config: Config, name: str = "the prompt") -> None:
+def check_context(length: int, max_new_tokens: int, config: Config, name: str = "the prompt", most: int | None = None) -> None:
     """Raise RequestError where prompt and answer do not fit the context that the weights were trained for.
 
-    `length` counts the prompt's tokens with its images. Positions beyond the context give noise that looks like words.
+    `length` counts the prompt's tokens with its images. Positions beyond the context give noise that looks like words. `most`
+    is a smaller context that there is room for, as in a server.
     """
-    context = config.decoder.max_positions
+    context = config.decoder.max_positions if most is None else most
     if length + max_new_tokens <= context:
         return
     shorten = "shorten the prompt or give fewer images"
     move = f"lower max_new_tokens to {context - length}, or shorten the prompt" if length < context else shorten
+    whose = "model" if most is None else "server"
     answer = f" and the answer up to {max_new_tokens}" if max_new_tokens else ""
-    raise RequestError(f"{name} takes {length} tokens with its images{answer}, the context of this model is {context}; {move}")
+    raise RequestError(
+        f"{name} takes {length} tokens with its images{answer}, the context of this {whose} is {context}; {move}"
+    )
 
 
-def pad_prompts(examples: Sequence[EncodedExample], config: Config, *, rows: int | None = None) -> Batch:
-    """One prompt per row, right padded to a bucket; rows beyond the prompts (to `rows`) stay blank.
+class PromptShape(NamedTuple):
+    """What of prompts decides which program reads them."""
 
-    Crop slots and visual tokens are counted by the image-richest prompt: text alone costs nothing in the vision tower.
+    length: int  # tokens of a row, images and padding included
+    images: int  # that a row has room for
+
+
+def pad_prompts(
+    examples: Sequence[EncodedExample], config: Config, *, rows: int | None = None, shape: PromptShape | None = None
+) -> Batch:
+    """One prompt per row, right padded; rows beyond the prompts (to `rows`) stay blank.
+
+    Without `shape` the length is a bucket, and crop slots and visual tokens are counted by the image-richest prompt: text alone
+    costs nothing in the vision tower.
     """
-    spec, images = config.data_spec, max(len(one.layouts) for one in examples)
-    shape = spec.padded_shape(rows or len(examples), bucket(max(one.length for one in examples)))
-    shape = shape._replace(crops=images * spec.layout.max_views, visual=images * spec.layout.max_tokens)
-    batch = fill(shape, [[(one, ExampleSize())] for one in examples], spec.layout.patches).batch
+    if shape is None:
+        shape = PromptShape(bucket(max(one.length for one in examples)), max(len(one.layouts) for one in examples))
+    spec = config.data_spec
+    sizes = spec.padded_shape(rows or len(examples), shape.length)
+    sizes = sizes._replace(crops=shape.images * spec.layout.max_views, visual=shape.images * spec.layout.max_tokens)
+    batch = fill(sizes, [[(one, ExampleSize())] for one in examples], spec.layout.patches).batch
     return batch._replace(example_id=batch.example_id.astype(np.int32))

@@ -30,14 +30,15 @@ def greedy_sampling(rows: int) -> Sampling:
     return Sampling(np.zeros(rows, np.float32), np.ones(rows, np.float32), np.zeros(rows, np.int32), np.zeros(rows, np.int32))
 
 
-def choose(logits: Float[Array, "B V"], sampling: Sampling, step: Int[HostOrDevice, ""]) -> Int[Array, " B"]:
-    """The next token of every row; `step` counts the tokens of its answer before it."""
+def choose(logits: Float[Array, "B V"], sampling: Sampling, step: Int[HostOrDevice, "*B"]) -> Int[Array, " B"]:
+    """The next token of every row; `step` counts the tokens of its answer before it, one number for all rows or one each."""
     likeliest = jnp.argmax(logits, axis=-1).astype(jnp.int32)
     temperature = jnp.asarray(sampling.temperature)
 
     def draw() -> Array:
         scores = filter_logits(logits / jnp.where(temperature > 0, temperature, 1)[:, None], sampling.top_k, sampling.top_p)
-        keys = jax.vmap(lambda seed: jax.random.fold_in(jax.random.key(seed), step))(jnp.asarray(sampling.seed))
+        steps = jnp.broadcast_to(step, temperature.shape)
+        keys = jax.vmap(lambda seed, at: jax.random.fold_in(jax.random.key(seed), at))(jnp.asarray(sampling.seed), steps)
         drawn = jax.vmap(jax.random.categorical)(keys, scores).astype(jnp.int32)
         return jnp.where(temperature > 0, drawn, likeliest)
 

@@ -39,7 +39,8 @@ ALLOWED |= {
     "api": _BELOW,
     "cli": {"config", "atomic", "jax_messages", "stop_signals"},
 }
-ALLOWED["audit"] = {"batch", "config", "data", "layout"}  # a page about data: nothing builds on it
+ALLOWED["audit"] = {"batch", "config", "data", "layout"}  # a page about data
+ALLOWED["serve"] = _BELOW | {"audit"}  # whose pictures its page shows
 ALLOWED["prepare"] = {"batch", "atomic", "config", "data", "layout"}
 # Within data: its packages, and the files beside them that these may import. The other files beside them join the packages.
 DATA = {"example": set(), "workers": {"example"}, "formats": {"example"}, "shards": {"example", "formats"}}
