@@ -12,7 +12,7 @@ from typing import Any, Literal, TypeVar
 from ml_collections import ConfigDict
 
 from deepstack_jax.config.checks import check_config
-from deepstack_jax.config.fields import MAY_CHANGE, SAME_EXAMPLES, ByArchitecture, find, hints, unwrap
+from deepstack_jax.config.fields import MAY_CHANGE, SAME_EXAMPLES, by_architecture, find, hints, unwrap
 from deepstack_jax.config.schema import SECTIONS, Config, DecoderConfig, VisionConfig
 from deepstack_jax.config.upgrade import SCHEMA, upgrade
 from deepstack_jax.errors import ConfigError, nearest
@@ -110,8 +110,9 @@ def _convert(value: Any, hint: Any, path: str) -> Any:
     if isinstance(kind, type) and dataclasses.is_dataclass(kind):
         if not isinstance(value, dict):
             raise ConfigError(f"{path} got {quote(value)}, expected the keys of {kind.__name__}")
-        chooser = next((mark for mark in marks if isinstance(mark, ByArchitecture)), None)
-        return _build(chooser.class_for(kind, value) if chooser else kind, value, path)
+        classes, default = by_architecture(marks), typing.cast(Any, kind)
+        name = value.get("architecture", default.architecture) if classes else ""
+        return _build(classes.get(name, kind) if isinstance(name, str) else kind, value, path)
     if origin is dict:
         if not isinstance(value, dict):
             raise ConfigError(f"{path} got {quote(value)}, expected a dict of {args[1].__name__}")

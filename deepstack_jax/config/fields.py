@@ -62,18 +62,6 @@ class OneOf:
     names: Collection[str]
 
 
-@dataclass(frozen=True)
-class ByArchitecture:
-    """A section whose class is chosen by its key `architecture`."""
-
-    classes: dict[str, type]
-
-    def class_for(self, plain: Any, values: dict[str, Any]) -> Any:
-        """The class of the given architecture, or else of the default; `plain` where there is none."""
-        name = values.get("architecture", plain().architecture)
-        return self.classes.get(name, plain) if isinstance(name, str) else plain
-
-
 def positive(most: float | None = None) -> Range:
     """Numbers above 0."""
     return Range(0, "a number above 0", most, above=True)
@@ -119,6 +107,11 @@ def unwrap(hint: Any) -> tuple[Any, tuple[Any, ...]]:
     return (hint.__origin__, hint.__metadata__) if typing.get_origin(hint) is Annotated else (hint, ())
 
 
+def by_architecture(marks: tuple[Any, ...]) -> dict[str, type]:
+    """Classes of a section by its key `architecture`, which chooses one: the mark that is a dict; empty for others."""
+    return next((mark for mark in marks if isinstance(mark, dict)), {})
+
+
 def choices(kind: Any, marks: tuple[Any, ...]) -> tuple[str, ...]:
     """Valid values of a key that has a choice, () for others."""
     listed = next((tuple(mark.names) for mark in marks if isinstance(mark, OneOf)), ())
@@ -150,18 +143,17 @@ def find(cls: type, key: str) -> tuple[Any, tuple[Any, ...]]:
     """
     kind, marks, path = cls, (), ""
     for name in key.split("."):
-        architectures = next((mark.classes for mark in marks if isinstance(mark, ByArchitecture)), {})
         if typing.get_origin(kind) is dict:
             inner = typing.get_args(kind)[1]
         elif dataclasses.is_dataclass(kind):
-            valid = {k: v for one in (*architectures.values(), kind) for k, v in hints(typing.cast(type, one)).items()}
+            valid = {k: v for one in (*by_architecture(marks).values(), kind) for k, v in hints(typing.cast(type, one)).items()}
             if name not in valid:
                 raise ConfigError(f"unknown key config{path}.{label(name)}; {nearest(name, valid)}")
             inner = valid[name]
         else:
             raise ConfigError(f"unknown key config{path}.{label(name)}; config{path} is a value, which has no keys")
         kind, more = unwrap(inner)
-        marks, path = (*(m for m in marks if not isinstance(m, ByArchitecture)), *more), f"{path}.{label(name)}"
+        marks, path = (*(mark for mark in marks if not isinstance(mark, dict)), *more), f"{path}.{label(name)}"
     return kind, marks
 
 

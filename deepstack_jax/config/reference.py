@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from deepstack_jax.config.build import on_resume
-from deepstack_jax.config.fields import MAY_CHANGE, SAME_EXAMPLES, ByArchitecture, hints, meanings, unwrap, valid_values
+from deepstack_jax.config.fields import MAY_CHANGE, SAME_EXAMPLES, by_architecture, hints, meanings, unwrap, valid_values
 from deepstack_jax.config.schema import Config
 from deepstack_jax.printing import cut
 
@@ -48,8 +48,7 @@ def _sections(section: Any, name: str, *, all_defaults: bool) -> Iterator[Sectio
         kind, marks = unwrap(hint)
         if dataclasses.is_dataclass(value):
             inner += _sections(value, path, all_defaults=all_defaults)
-            classes = next((mark.classes for mark in marks if isinstance(mark, ByArchitecture)), {})
-            for architecture, cls in classes.items() if all_defaults else ():
+            for architecture, cls in by_architecture(marks).items() if all_defaults else ():
                 added = [_key(path, key, cls(architecture=architecture)) for key in hints(cls) if key not in hints(kind)]
                 inner += [Section(path, f"With {path}.architecture={architecture} also:", added)] if added else []
         elif typing.get_origin(kind) is dict:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 from deepstack_jax.config.data import DataConfig, DataSpec, ImageConfig
-from deepstack_jax.config.fields import MAY_CHANGE, NOT_NEGATIVE, ByArchitecture, OneOf, Range, Seed, count, positive
+from deepstack_jax.config.fields import MAY_CHANGE, NOT_NEGATIVE, OneOf, Range, Seed, count, positive
 from deepstack_jax.layout.sequence import SEQUENCES, STACKS, LayoutSpec
 from deepstack_jax.layout.stack import SAMPLINGS, layer_schedule
 
@@ -242,9 +242,9 @@ class Config:
     name: Annotated[str, MAY_CHANGE] = "deepstack"  # name that logs show
     seed: Seed = 0  # seed of fresh parameters
     image: ImageConfig = field(default_factory=ImageConfig)
-    vision: Annotated[VisionConfig, ByArchitecture(SECTIONS["vision"])] = field(default_factory=VisionConfig)
+    vision: Annotated[VisionConfig, SECTIONS["vision"]] = field(default_factory=VisionConfig)
     projector: ProjectorConfig = field(default_factory=ProjectorConfig)
-    decoder: Annotated[DecoderConfig, ByArchitecture(SECTIONS["decoder"])] = field(default_factory=DecoderConfig)
+    decoder: Annotated[DecoderConfig, SECTIONS["decoder"]] = field(default_factory=DecoderConfig)
     deepstack: DeepStackConfig = field(default_factory=DeepStackConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
