@@ -18,8 +18,6 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from typing import Any
 
-from grain.multiprocessing import SharedMemoryArray
-
 from deepstack_jax.config import DataConfig
 from deepstack_jax.data.example import SourceError
 from deepstack_jax.errors import ConfigError
@@ -118,6 +116,8 @@ def free_shared_memory() -> None:
     Grain does it in a thread, and what is left to do when Python exits stays undone, with a warning of leaked objects. jax
     lets go of arrays that it was lent only when Python collects garbage.
     """
+    from grain.multiprocessing import SharedMemoryArray  # here, since it imports jax, which workers do without
+
     gc.collect()
     if (deleting := SharedMemoryArray._del_thread_pool) is not None:
         deleting.apply(int)  # one thread, in order: done when everything before it is

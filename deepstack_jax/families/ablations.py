@@ -80,9 +80,8 @@ def pooled_baseline(text: str) -> dict[str, Any]:
       WeightsError: an unknown name, or one that makes upstream's tower fail on single views.
     """
     flags = [flag for flag in text.split("+") if flag]
-    for flag in flags:
-        if flag == "deepstack_vit":
-            raise WeightsError(f"deepstack_args_for_ablation got {quote(text)}, which needs image_aspect_ratio 'deepstack'")
+    if "deepstack_vit" in flags:
+        raise WeightsError(f"deepstack_args_for_ablation got {quote(text)}, which needs image_aspect_ratio 'deepstack'")
     ablations_from("+".join(flag for flag in flags if flag != _POOLED), 0)
     return {"pool": 2} if _POOLED in flags else {}
 

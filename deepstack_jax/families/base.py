@@ -43,16 +43,17 @@ class LayerTerms(NamedTuple):
     """What one layer costs beside its matrix products: elements for each token, and along the tensor axis the part of a device.
 
     Attributes:
-      kept: of the backward pass where nothing is recomputed. products: those of its products with weights.
-      working: alive at once while the layer runs, gradients included. traffic: read and written in one pass.
+      kept: of the backward pass where nothing is recomputed. traffic: read and written in one pass.
+      products: of `kept`, those of its products with weights.
+      working: alive at once while the layer runs, gradients included.
       kernels: elements of its weights, not for each token.
     """
 
     kept: float
-    products: float
-    working: float
     traffic: float
-    kernels: float
+    products: float = 0
+    working: float = 0
+    kernels: float = 0
 
 
 class Family:

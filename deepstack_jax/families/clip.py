@@ -64,11 +64,7 @@ class Clip(TowerFamily):
                 for ours, theirs in (("pre_norm", "pre_layrnorm"), ("post_norm", "post_layernorm"))
                 for leaf, name in both
             ),
-            *(
-                Row(f"{block}/norm{at}/{leaf}", f"{{}}layer_norm{at}.{name}", "same", "E")
-                for at in (1, 2)
-                for leaf, name in both
-            ),
+            *(Row(f"{block}/norm{n}/{leaf}", f"{{}}layer_norm{n}.{name}", "same", "E") for n in (1, 2) for leaf, name in both),
             *(
                 row
                 for ours, theirs, sizes in _KERNELS
@@ -138,13 +134,7 @@ class Clip(TowerFamily):
 
     def layer(self, vision: VisionConfig) -> LayerTerms:
         """Costs of one layer, each picture whole on one device; `kept` is from the compilation of 7B V for v5p."""
-        return LayerTerms(
-            kept=18 * vision.width + 6 * vision.mlp,
-            products=0,
-            working=0,
-            traffic=12 * vision.width + 4 * vision.mlp,
-            kernels=0,
-        )
+        return LayerTerms(kept=18 * vision.width + 6 * vision.mlp, traffic=12 * vision.width + 4 * vision.mlp)
 
 
-CLIP = register(Clip())
+register(Clip())

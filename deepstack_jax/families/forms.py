@@ -7,6 +7,7 @@ tower, or a projector alone. Each asks the families of the two parts for what is
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -15,7 +16,7 @@ from deepstack_jax.config.checks import check_config
 from deepstack_jax.errors import WeightsError, nearest
 from deepstack_jax.families.base import Names, Row, decoder_of, language_models, tower_of
 from deepstack_jax.families.llava_hf import MODEL_TYPES, NAMES, from_llava_hf, is_llava_hf
-from deepstack_jax.families.official import from_official, keep_verbatim, official_types, to_official, tower_to_hf
+from deepstack_jax.families.official import VERBATIM_KEYS, from_official, official_types, to_official, tower_to_hf
 from deepstack_jax.families.processor import preprocessor_to_hf
 from deepstack_jax.families.values import present, word
 from deepstack_jax.printing import quote
@@ -81,9 +82,25 @@ def to_hf(config: Config, passthrough: Mapping[str, Any] | None = None, dtype: s
     Raises:
       WeightsError: the official code has no such model.
     """
-    values, tower, pixels = to_official(config, passthrough or {}, dtype), tower_to_hf(config), preprocessor_to_hf(config)
-    worded = keep_verbatim(values, passthrough or {}, lambda values: from_hf(values, tower, pixels))
-    return dict(sorted(worded.items()))
+    values, passthrough = to_official(config, passthrough or {}, dtype), passthrough or {}
+    tower, pixels = tower_to_hf(config), preprocessor_to_hf(config)
+
+    def config_of(values: Mapping[str, Any]) -> Config | None:
+        with warnings.catch_warnings(action="ignore"):
+            try:
+                return from_hf(values, tower, pixels)
+            except WeightsError:
+                return None
+
+    # The words of the folder that the model came from, where they still say the same: the order of ablations, "inconsistent"
+    # for "anyres_unpad", any start after the last layer, what upstream does not look at (an HD folder's sampling).
+    wanted = [key for key in VERBATIM_KEYS if key in values and passthrough.get(key, values[key]) != values[key]]
+    meant = config_of(values) if wanted else None
+    for key in wanted:
+        worded = values | {key: passthrough[key]}
+        if meant is not None and config_of(worded) == meant:
+            values = worded
+    return dict(sorted(values.items()))
 
 
 def may_say(key: str, value: Any) -> bool:

@@ -40,12 +40,7 @@ KERNEL_NAMES = {
 _DEFAULTS = {
     "llama": COMMON | {"intermediate_size": 11008},
     "mistral": COMMON
-    | {
-        "intermediate_size": 14336,
-        "max_position_embeddings": 131072,
-        "num_key_value_heads": 8,
-        "sliding_window": 4096,
-    },
+    | {"intermediate_size": 14336, "max_position_embeddings": 131072, "num_key_value_heads": 8, "sliding_window": 4096},
 }
 _OFFICIAL = {"deepstack_llama": "llama", "llava_llama": "llama", "llava": "llama", "llava_mistral": "mistral"}
 _PASSTHROUGH = {"eos_token_id": 2, "pad_token_id": 0, "pretraining_tp": 1}
@@ -148,11 +143,8 @@ class Llama(DecoderFamily):
     def official_type(self, decoder: DecoderConfig, baseline: bool) -> tuple[str, str]:
         """LLaVA's for a baseline, else DeepStack's, which knows no window."""
         if baseline:
-            return (
-                ("llava_mistral", "LlavaMistralForCausalLM")
-                if decoder.sliding_window
-                else ("llava_llama", "LlavaLlamaForCausalLM")
-            )
+            mistral, llama = ("llava_mistral", "LlavaMistralForCausalLM"), ("llava_llama", "LlavaLlamaForCausalLM")
+            return mistral if decoder.sliding_window else llama
         if decoder.sliding_window:
             raise WeightsError(
                 f"config.decoder.sliding_window {decoder.sliding_window} over LLaMA has no official DeepStack form"
@@ -174,4 +166,4 @@ class Llama(DecoderFamily):
         )
 
 
-LLAMA = register(Llama())
+register(Llama())

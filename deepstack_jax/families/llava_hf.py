@@ -10,8 +10,9 @@ from deepstack_jax.config import Config, DeepStackConfig, ImageConfig
 from deepstack_jax.errors import WeightsError
 from deepstack_jax.families.base import TOWER, decoder_of, language_models, tower_from
 from deepstack_jax.families.official import is_baseline, tower_to_hf, with_data
-from deepstack_jax.families.processor import check_pinpoints, image_values, pads, pinpoints_from, preprocessor_to_hf, resample
+from deepstack_jax.families.processor import RESAMPLE, check_pinpoints, image_values, pads, pinpoints_from, preprocessor_to_hf
 from deepstack_jax.families.values import OTHER, expect, section, word
+from deepstack_jax.layout.modes import MODES
 from deepstack_jax.printing import quote
 
 MODEL_TYPES = ("llava", "llava_next")  # with a text_config
@@ -57,13 +58,8 @@ def llava_hf_name(official: str) -> str:
 
 def from_llava_hf(values: Mapping[str, Any], preprocessor: Mapping[str, Any]) -> Config:
     """The Config of a `llava-hf` folder; see `forms.from_hf`."""
-    text, inner, model, known = (
-        section(values, "text_config"),
-        section(values, "vision_config"),
-        values["model_type"],
-        language_models(),
-    )
-    kind = word(text, "model_type", "llama")
+    text, inner = section(values, "text_config"), section(values, "vision_config")
+    model, known, kind = values["model_type"], language_models(), word(text, "model_type", "llama")
     if kind not in known:
         raise WeightsError(f"config.json: text_config has model_type {quote(kind)}, expected {', '.join(known)}; {OTHER}")
     expect(values, "vision_feature_select_strategy", "default")
@@ -75,8 +71,8 @@ def from_llava_hf(values: Mapping[str, Any], preprocessor: Mapping[str, Any]) ->
     layer = values.get("vision_feature_layer", -2)
     if type(layer) is not int:
         raise WeightsError(f"config.json: vision_feature_layer is {quote(layer)}, expected one layer such as -2; {OTHER}")
-    mode = "anyres" if model == "llava_next" else "pad" if pads(preprocessor) else "square"
-    image: dict[str, Any] = {"mode": mode, "size": size, **image_values(preprocessor, size, mode, model)}
+    mode = MODES["anyres" if model == "llava_next" else "pad" if pads(preprocessor) else "square"]
+    image: dict[str, Any] = {"mode": mode.name, "size": size, **image_values(preprocessor, size, mode, model)}
     if model == "llava_next":
         pairs = values.get("image_grid_pinpoints") or _PINPOINTS
         check_pinpoints(preprocessor, pairs)
@@ -106,7 +102,7 @@ def to_llava_hf(config: Config, image_token: int, dtype: str = "float32") -> dic
       WeightsError: the model is not a LLaVA baseline, or one that transformers computes otherwise.
     """
     image, decoder = config.image, config.decoder
-    next_ = image.mode == "anyres"
+    next_ = image.kind.grids == "pinpoints"
     if config.projector.layers != 2:
         raise WeightsError(f"a projector of {config.projector.layers} layers has no llava-hf form; use --format=official")
     if not is_baseline(config) or (next_ and image.merge != "spatial_unpad") or (image.merge != "flat" and not next_):
@@ -138,9 +134,9 @@ def to_llava_hf(config: Config, image_token: int, dtype: str = "float32") -> dic
 def llava_processor_to_hf(config: Config) -> dict[str, Any]:
     """preprocessor_config.json of a `llava-hf` folder."""
     image = config.image
-    next_ = image.mode == "anyres"
+    next_ = image.kind.grids == "pinpoints"
     kind = "LlavaNextImageProcessor" if next_ else "LlavaImageProcessor"
-    own = {"do_pad": image.mode == "pad", "image_processor_type": kind, "resample": resample(image.global_filter)}
+    own = {"do_pad": image.kind.fill == "pad", "image_processor_type": kind, "resample": RESAMPLE[image.global_filter]}
     return preprocessor_to_hf(config) | own | (_pinpoints_to(image) if next_ else {})
 
 

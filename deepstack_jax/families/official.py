@@ -7,7 +7,7 @@ import difflib
 import math
 import re
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from deepstack_jax.config import Config, DataConfig, DeepStackConfig, ImageConfig, ProjectorConfig
@@ -16,6 +16,7 @@ from deepstack_jax.families.ablations import ablation_text, ablations_from, abla
 from deepstack_jax.families.base import DECODERS, DecoderFamily, decoder_of, tower_from, tower_of
 from deepstack_jax.families.processor import image_values, pinpoints_from
 from deepstack_jax.families.values import expect, flag, number, word
+from deepstack_jax.layout.modes import MODES
 from deepstack_jax.layout.sequence import MERGES
 from deepstack_jax.printing import quote
 
@@ -23,15 +24,8 @@ TOWER_FOLDER = "clip"
 VERSION = "4.39.3"  # of transformers, whose form these files have: the one that the official code runs on
 # Keys of config.json that our Config does not describe and an export writes again.
 PASSTHROUGH_KEYS = (
-    "attention_dropout",
-    "bos_token_id",
-    "embd_pdrop",
-    "eos_token_id",
-    "initializer_range",
-    "pad_token_id",
-    "pretraining_tp",
-    "resid_pdrop",
-    "use_cache",
+    *("attention_dropout", "bos_token_id", "embd_pdrop", "eos_token_id", "initializer_range"),
+    *("pad_token_id", "pretraining_tp", "resid_pdrop", "use_cache"),
 )
 # Keys that can say the same in several ways; an export keeps the folder's own words where they still say the same.
 VERBATIM_KEYS = ("deepstack_args_for_ablation", "deepstack_start_id", "deepstack_sampling", "image_grid_pinpoints")
@@ -72,11 +66,12 @@ def from_official(values: Mapping[str, Any], tower: Mapping[str, Any] | None, pr
     expect(values, "mm_hidden_size", vision.width, move="the tower is another one than the projector was trained on")
     decoder = family.from_hf(values, family.official[values["model_type"]])
     parts = _deepstack(values, vision.layers) if values.get("image_aspect_ratio") == "deepstack" else _baseline(values)
-    if values["model_type"].startswith("deepstack") and parts["image"]["mode"] in ("pad", "square"):
+    mode = MODES[parts["image"]["mode"]]
+    if values["model_type"].startswith("deepstack") and mode.single:
         parts["deepstack"] |= pooled_baseline(ablation_text(values))
     if parts["deepstack"].get("start", 0) >= decoder.layers:  # upstream then injects nothing
         parts["deepstack"] = _never_injected(parts["deepstack"], decoder.layers)
-    image = ImageConfig(size=size, **image_values(preprocessor, size, parts["image"]["mode"], "official"), **parts["image"])
+    image = ImageConfig(size=size, **image_values(preprocessor, size, mode, "official"), **parts["image"])
     config = Config(
         image=image,
         vision=dataclasses.replace(vision, feature_layer=layer, **parts["vision"]),
@@ -139,7 +134,7 @@ def _deepstack(values: Mapping[str, Any], tower_layers: int) -> dict[str, dict[s
     stack["start"] = number(counts, "deepstack_start_id", above=-1)
     stack["interval"] = number(counts, "deepstack_interval")
     sampling = _choice({"deepstack_sampling": "2d"} | dict(values), "deepstack_sampling", "", *_SAMPLINGS)
-    if image["mode"] == "deepstack" and stack.get("into") != "vision":  # elsewhere upstream does not look at it
+    if not MODES[image["mode"]].upsampled and stack.get("into") != "vision":  # elsewhere upstream does not look at it
         stack |= {"sampling": "2d", "pool": 2} if sampling == "2d_scaledown" else {"sampling": sampling}
     return parts
 
@@ -148,7 +143,7 @@ def _baseline(values: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """Image values of LLaVA-1.5 and LLaVA-NeXT."""
     aspect = _choice(values, "image_aspect_ratio", "square", "deepstack", "pad", "anyres", "square")
     image: dict[str, Any] = {"mode": aspect, "merge": _choice(values, "mm_patch_merge_type", "flat", *MERGES)}
-    if aspect == "anyres":
+    if MODES[aspect].grids == "pinpoints":
         image["pinpoints"] = pinpoints_from(values.get("image_grid_pinpoints"))
     return {"image": image, "deepstack": {"stack": "none"}, "vision": {}}
 
@@ -180,35 +175,6 @@ def to_official(config: Config, passthrough: Mapping[str, Any], dtype: str) -> d
     if not kind.startswith("llava"):
         values |= _stack_keys(config)
     return values | {"model_type": kind, "architectures": [architecture]}
-
-
-def keep_verbatim(
-    values: dict[str, Any], passthrough: Mapping[str, Any], meaning: Callable[[Mapping[str, Any]], Config]
-) -> dict[str, Any]:
-    """Keys that can say the same in several ways, in the words of the folder that the model came from.
-
-    Several ways: the order of ablations, "inconsistent" for "anyres_unpad", any start after the last layer, what upstream
-    does not look at (an HD folder's sampling). A model that was changed since has its own words.
-
-    Args:
-      meaning: the Config of a config.json.
-    """
-
-    def config_of(values: Mapping[str, Any]) -> Config | None:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            try:
-                return meaning(values)
-            except WeightsError:
-                return None
-
-    wanted = [key for key in VERBATIM_KEYS if key in values and passthrough.get(key, values[key]) != values[key]]
-    meant = config_of(values) if wanted else None
-    for key in wanted:
-        worded = values | {key: passthrough[key]}
-        if meant is not None and config_of(worded) == meant:
-            values = worded
-    return values
 
 
 def _multimodal(config: Config) -> dict[str, Any]:

@@ -54,4 +54,4 @@ class Phi3(Llama):
         return "deepstack_phi", "DeepstackPhiForCausalLM"
 
 
-PHI3 = register(Phi3())
+register(Phi3())

@@ -10,9 +10,10 @@ from typing import Any
 from deepstack_jax.config import CLIP_MEAN, CLIP_STD, Config
 from deepstack_jax.errors import WeightsError
 from deepstack_jax.families.values import expect, flag, number, real
+from deepstack_jax.layout.modes import ImageMode
 from deepstack_jax.printing import quote
 
-_RESAMPLE = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3, "box": 4}  # Pillow's numbers
+RESAMPLE = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3, "box": 4}  # Pillow's numbers
 _FILE = "preprocessor_config.json"
 # What the image processor of transformers 4.39 writes about itself.
 _PROCESSOR_KEYS = (
@@ -29,11 +30,11 @@ def pads(values: Mapping[str, Any]) -> bool:
     return flag(values, "do_pad", False) and _class_of(values, "llava") == "Llava"
 
 
-def image_values(values: Mapping[str, Any], size: int, mode: str, model: str) -> dict[str, Any]:
+def image_values(values: Mapping[str, Any], size: int, mode: ImageMode, model: str) -> dict[str, Any]:
     """Mean, deviation and resizing filters, as keys of ImageConfig.
 
     Args:
-      values: the processor's settings. size: side of the tower's picture in pixels. mode: of our ImageConfig.
+      values: the processor's settings. size: side of the tower's picture in pixels.
       model: official | llava | llava_next: what the processor is for.
 
     Raises:
@@ -41,21 +42,21 @@ def image_values(values: Mapping[str, Any], size: int, mode: str, model: str) ->
     """
     _class_of(values, model)
     expect(values, "use_square_size", False, move=f"remove it from {_FILE}")
-    whole = mode in ("pad", "square")  # else the views are cut to the tower's size first, and the processor finds them so
-    if whole:
+    if mode.single:  # else the views are cut to the tower's size first, and the processor finds them so
         expect({"do_resize": flag(values, "do_resize", True)}, "do_resize", True, move="only resized images fit the tower")
-    crops = flag(values, "do_center_crop", True)
-    if mode == "square" and not crops:
+    crops, cut = flag(values, "do_center_crop", True), mode.fill == "centre"
+    if cut and not crops:
         raise WeightsError(f"{_FILE}: do_center_crop is False, expected True or do_pad: the rest is not a square for the tower")
     sides = _sides(values, "size", size)
-    if sides not in ((size,), (size, size)) or (mode == "square" and sides == (size, size)):
-        wanted = f"{{'shortest_edge': {size}}}" if mode == "square" else f"the tower's {size}"
-        raise WeightsError(f"{_FILE}: size is {quote(values['size'])}, expected {wanted}; take the tower's own file")
+    if sides not in ((size,), (size, size)) or (cut and sides == (size, size)):
+        raise _wrong("size", values["size"], f"{{'shortest_edge': {size}}}" if cut else f"the tower's {size}")
     if (crops or model == "llava_next") and _sides(values, "crop_size", size) not in ((size,), (size, size)):
-        raise WeightsError(
-            f"{_FILE}: crop_size is {quote(values['crop_size'])}, expected the tower's {size}; take its own file"
-        )
-    return _numbers(values, mode) | _filters(values, mode, model)
+        raise _wrong("crop_size", values["crop_size"], f"the tower's {size}")
+    return _numbers(values, mode.fill == "pad") | _filters(values, mode, model)
+
+
+def _wrong(key: str, value: Any, wanted: str) -> WeightsError:
+    return WeightsError(f"{_FILE}: {key} is {quote(value)}, expected {wanted}; take the tower's own file")
 
 
 def _class_of(values: Mapping[str, Any], model: str) -> str:
@@ -76,16 +77,16 @@ def _sides(values: Mapping[str, Any], key: str, default: int) -> tuple[Any, ...]
     return tuple(value) if isinstance(value, list) else (value,)
 
 
-def _numbers(values: Mapping[str, Any], mode: str) -> dict[str, Any]:
+def _numbers(values: Mapping[str, Any], pads: bool) -> dict[str, Any]:
     """x * factor, less the mean, over the deviation, as the mean and deviation of x / 255."""
     mean, std = _three(values, "image_mean") or CLIP_MEAN, _three(values, "image_std") or CLIP_STD
     factor = real(values, "rescale_factor", 1 / 255) if flag(values, "do_rescale", True) else 1.0
     normal = flag(values, "do_normalize", True)
     if factor <= 0:
-        raise WeightsError(f"{_FILE}: rescale_factor is {factor}, expected a number above 0; take the tower's own file")
-    if mode == "pad" and not 0 <= min(mean) <= max(mean) <= 1:
+        raise _wrong("rescale_factor", factor, "a number above 0")
+    if pads and not 0 <= min(mean) <= max(mean) <= 1:
         raise WeightsError(f"{_FILE}: image_mean is {mean}, expected shares from 0 to 1: do_pad fills with that colour")
-    if mode == "pad" and not (factor == 1 / 255 and normal):
+    if pads and not (factor == 1 / 255 and normal):
         raise WeightsError(
             f"{_FILE}: do_rescale, rescale_factor or do_normalize is changed, where the image is padded with image_mean; "
             "expected those of CLIP; choose a checkpoint without it"
@@ -100,20 +101,18 @@ def _three(values: Mapping[str, Any], key: str) -> tuple[float, ...]:
     three = [value] * 3 if isinstance(value, int | float) else value
     fits = isinstance(three, list) and all(type(n) in (int, float) and abs(n) < 1e6 for n in three)
     if not fits or (key in values and (len(three) != 3 or (key == "image_std" and not min(three) > 0))):
-        above = " above 0" if key == "image_std" else ""
-        raise WeightsError(f"{_FILE}: {key} is {quote(value)}, expected three numbers{above}; take the tower's own file")
+        raise _wrong(key, value, "three numbers above 0" if key == "image_std" else "three numbers")
     return tuple(map(float, three))
 
 
-def _filters(values: Mapping[str, Any], mode: str, model: str) -> dict[str, str]:
+def _filters(values: Mapping[str, Any], mode: ImageMode, model: str) -> dict[str, str]:
     """The filter of what the processor itself resizes; the official code cuts crops by Pillow's bicubic before it."""
-    official = model == "official" and mode not in ("pad", "square")
-    names = {3: "bicubic"} if official else {value: name for name, value in _RESAMPLE.items()}
-    resample = values.get("resample", _RESAMPLE["bicubic"])
+    official = model == "official" and not mode.single
+    names = {3: "bicubic"} if official else {value: name for name, value in RESAMPLE.items()}
+    resample = values.get("resample", RESAMPLE["bicubic"])
     if type(resample) is not int or resample not in names:
-        wanted = ", ".join(f"{value} ({name})" for value, name in names.items())
-        raise WeightsError(f"{_FILE}: resample is {quote(resample)}, expected {wanted}; take the tower's own file")
-    keys = () if official else ("global_filter", "crop_filter") if mode == "anyres" else ("global_filter",)
+        raise _wrong("resample", resample, ", ".join(f"{value} ({name})" for value, name in names.items()))
+    keys = () if official else ("global_filter",) if mode.single else ("global_filter", "crop_filter")
     return dict.fromkeys(keys, names[resample])
 
 
@@ -145,11 +144,6 @@ def check_pinpoints(values: Mapping[str, Any], pairs: Any) -> None:
         )
 
 
-def resample(name: str) -> int:
-    """Pillow's number of a filter."""
-    return _RESAMPLE[name]
-
-
 def preprocessor_to_hf(config: Config) -> dict[str, Any]:
     """preprocessor_config.json of the vision tower: CLIP's resizing, crop and normalisation."""
     size = config.image.size
@@ -164,7 +158,7 @@ def preprocessor_to_hf(config: Config) -> dict[str, Any]:
         "image_mean": list(config.image.mean),
         "image_processor_type": "CLIPImageProcessor",
         "image_std": list(config.image.std),
-        "resample": _RESAMPLE[config.image.global_filter if config.image.kind.single else "bicubic"],
+        "resample": RESAMPLE[config.image.global_filter if config.image.kind.single else "bicubic"],
         "rescale_factor": 1 / 255,
         "size": {"shortest_edge": size},
     }

@@ -16,12 +16,8 @@ from deepstack_jax.weights.stored_tensor import BEYOND_FILE
 
 MARK = ".deepstack_jax_export"  # in every export: a later one may take its place
 TOKENIZER_FILES = (
-    "tokenizer.model",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "generation_config.json",
+    *("tokenizer.model", "tokenizer.json", "tokenizer_config.json"),
+    *("special_tokens_map.json", "added_tokens.json", "generation_config.json"),
 )
 _WRITTEN = {MARK, BEYOND_FILE, "config.json", "preprocessor_config.json", "model.safetensors.index.json", *TOKENIZER_FILES}
 _WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
@@ -43,9 +39,10 @@ def whole_export(folder: Path, sources: Iterable[str | Path], *, force: bool) ->
     _check(folder, [Path(source).expanduser() for source in sources], force)
     folder = folder.resolve()  # else `old/../old` would lead nowhere as soon as `old` is moved aside
     folder.parent.mkdir(parents=True, exist_ok=True)
-    scratch, aside = (Path(tempfile.mkdtemp(prefix=f".{part}-", dir=folder.parent)) for part in ("export", "replaced"))
+    beside = Path(tempfile.mkdtemp(prefix=".export-", dir=folder.parent))
+    scratch, aside = beside / "new", beside / "replaced"
     try:
-        scratch.chmod(0o777 & ~_umask())
+        scratch.mkdir()
         (scratch / MARK).write_text(
             "Written by deepstack_jax; a later export with --force or force=True may replace this folder.\n"
         )
@@ -53,8 +50,8 @@ def whole_export(folder: Path, sources: Iterable[str | Path], *, force: bool) ->
         _swap(scratch, folder, aside, force=force)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-        if folder.is_dir():  # else what was there could not be put back: better two folders than none
-            shutil.rmtree(aside, ignore_errors=True)
+        if folder.is_dir() or not aside.exists():  # else what was there could not be put back: better two folders than none
+            shutil.rmtree(beside, ignore_errors=True)
 
 
 def _check(folder: Path, sources: list[Path], force: bool) -> None:
@@ -66,7 +63,7 @@ def _check(folder: Path, sources: list[Path], force: bool) -> None:
         raise WeightsError(f"{folder} is a file; name a folder that is new or empty")
     real = folder.resolve()
     for name, taken in (("the working directory", Path.cwd()), ("your home", Path.home()), ("the whole disk", Path("/"))):
-        if _holds(real, taken.resolve()):
+        if taken.resolve().is_relative_to(real):
             raise WeightsError(f"{folder} is or holds {name}; name a folder that is new or empty")
     if os.path.ismount(folder):
         raise WeightsError(f"{folder} is a mount point and cannot be replaced; name a folder inside")
@@ -75,7 +72,7 @@ def _check(folder: Path, sources: list[Path], force: bool) -> None:
     if not force:
         raise WeightsError(f"{folder} is not empty; choose another folder, or replace it with --force")
     for source in sources:
-        if source.exists() and (_holds(real, source.resolve()) or _holds(source.resolve(), real)):
+        if source.exists() and (source.resolve().is_relative_to(real) or real.is_relative_to(source.resolve())):
             raise WeightsError(f"{folder} overlaps with {source}, which the export is made from; choose another folder")
     _check_ours(folder, folder)
 
@@ -95,10 +92,6 @@ def _check_ours(at: Path, folder: Path) -> None:
             )
 
 
-def _holds(outer: Path, inner: Path) -> bool:
-    return inner == outer or outer in inner.parents
-
-
 def _swap(scratch: Path, folder: Path, aside: Path, *, force: bool) -> None:
     """What is replaced is moved aside first, looked at once more, and deleted last."""
     if not force or not folder.exists() or not any(folder.iterdir()):
@@ -113,7 +106,6 @@ def _swap(scratch: Path, folder: Path, aside: Path, *, force: bool) -> None:
         raise
 
 
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+def has_tokenizer(folder: Path) -> bool:
+    """Whether the folder holds a tokenizer that can be read."""
+    return any((folder / file).exists() for file in ("tokenizer.model", "tokenizer.json"))

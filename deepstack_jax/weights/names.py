@@ -9,7 +9,8 @@ no second table.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -80,6 +81,16 @@ class NameTable:
         start = before.shape[0]
         self.tensors[name] = Foreign((start + shape[0], *shape[1:]), (*before.parts, (path, layer)))
         return TensorPiece(name, start, start + shape[0])
+
+    def theirs(self, name: str, leaves: Mapping[str, Any]) -> np.ndarray:
+        """The official tensor `name`, made of parameters by path: arrays, or what gives layers and blocks like one."""
+        shape, parts = self.tensors[name]
+        rows = []
+        for path, layer in parts:
+            leaf = self.leaves[path]
+            index = layer if leaf.stacked else tuple(slice(None) for _ in leaf.shape)
+            rows.append(to_theirs(np.asarray(leaves[path][index]), leaf, shape))
+        return rows[0] if len(rows) == 1 else np.concatenate(rows)
 
 
 def to_ours(tensor: np.ndarray, layout: str, shape: tuple[int, ...]) -> np.ndarray:

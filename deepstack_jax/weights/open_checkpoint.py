@@ -20,18 +20,17 @@ from ml_collections import ConfigDict
 from deepstack_jax.config import Config, build_config, to_dict
 from deepstack_jax.errors import WeightsError
 from deepstack_jax.families.base import TOWER, decoder_from, language_models, tower_family, tower_from
-from deepstack_jax.families.forms import BUFFERS, canonical, check_against, from_hf, may_say
+from deepstack_jax.families.forms import BUFFERS, NEWLINE, canonical, check_against, from_hf, may_say
 from deepstack_jax.families.llava_hf import is_llava_hf
 from deepstack_jax.families.official import PASSTHROUGH_KEYS, VERBATIM_KEYS, tower_to_hf
 from deepstack_jax.families.values import section, word
 from deepstack_jax.printing import quote
 from deepstack_jax.weights.checkpoint_files import open_weight_files, processor_of, read_model_json, weight_files
+from deepstack_jax.weights.export_folder import has_tokenizer
 from deepstack_jax.weights.stored_tensor import BEYOND_FILE, StoredTensor
 
-PROJECTOR_FILE = "mm_projector.bin"
 # Towers whose sizes are the defaults of our Config: a checkpoint with one of them inside needs no second folder.
 _DEFAULT_TOWERS = ("openai/clip-vit-large-patch14-336",)
-_NEWLINE = "model.image_newline"
 _FILES = (".safetensors", ".bin", ".json", ".pt", ".pth", ".ckpt", ".gguf", ".zip", ".tar", ".gz")  # ends of no hub id
 
 
@@ -104,11 +103,10 @@ def open_checkpoint(
     if run is not None:
         check_against(run, stored, bare=bare)
         config = run
-        if _NEWLINE in tensors and not run.image.newline:
-            warnings.warn(
-                f"{folder} has an image_newline, which config.image.mode={run.image.mode!r} does not use", stacklevel=2
-            )
-            del tensors[_NEWLINE]
+        if NEWLINE in tensors and not run.image.newline:
+            mode = f"config.image.mode={run.image.mode!r}"
+            warnings.warn(f"{folder} has an image_newline, which {mode} does not use", stacklevel=2)
+            del tensors[NEWLINE]
     return StoredModel(
         path=folder,
         config=config,
@@ -165,7 +163,10 @@ def find_folder(path: str | Path) -> Path:
             return cached
         except WeightsError:  # only a part of it was ever fetched
             pass
-    _say_what_is_fetched(name)
+    if not huggingface_hub.is_offline_mode():
+        token = "with your token" if huggingface_hub.get_token() else "without a token"
+        place = f"{hub.ENDPOINT}/{name} into {hub.HF_HUB_CACHE}"
+        warnings.warn(f"there is no folder {name}: fetching {place}, {token}", stacklevel=2)
     try:
         rest = ["*.json", "*.model", "*.txt", "mm_projector.bin"]
         fetched = Path(huggingface_hub.snapshot_download(name, allow_patterns=[*rest, "*.safetensors"]))
@@ -175,13 +176,6 @@ def find_folder(path: str | Path) -> Path:
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise WeightsError(f"{name} is not a folder, and cannot be fetched from the hub ({reason}); give a folder") from error
-
-
-def _say_what_is_fetched(name: str) -> None:
-    if not huggingface_hub.is_offline_mode():
-        token = "with your token" if huggingface_hub.get_token() else "without a token"
-        place = f"{hub.ENDPOINT}/{name} into {hub.HF_HUB_CACHE}"
-        warnings.warn(f"there is no folder {name}: fetching {place}, {token}", stacklevel=3)
 
 
 def _cached(name: str) -> Path | None:
@@ -210,11 +204,6 @@ def find_tower(name: str, beside: Path, must: bool = False) -> Path | None:
     if found is None and re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         found = _cached(name)
     return found if found is not None and os.path.isfile(found / "config.json") else None
-
-
-def has_tokenizer(folder: Path) -> bool:
-    """Whether the folder holds a tokenizer that can be read."""
-    return any((folder / file).exists() for file in ("tokenizer.model", "tokenizer.json"))
 
 
 def _describe(
@@ -281,7 +270,7 @@ def _collect(
     folder: Path, values: Mapping[str, Any], base: Path | None, tower: Path | None, projector: str
 ) -> dict[str, StoredTensor]:
     """All tensors by official name: the folder's own, then what the others add."""
-    own = folder / PROJECTOR_FILE
+    own = folder / "mm_projector.bin"
     try:
         files = weight_files(folder, word(values, "transformers_weights"))
     except WeightsError:

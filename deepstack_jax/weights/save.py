@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import math
 import re
 import shutil
 import warnings
@@ -13,6 +15,7 @@ from typing import Any, NamedTuple, Protocol
 import ml_dtypes
 import numpy as np
 from huggingface_hub import constants as hub
+from huggingface_hub import split_state_dict_into_shards_factory
 
 from deepstack_jax.atomic import write_json
 from deepstack_jax.config import Config, differences, to_dict
@@ -22,8 +25,8 @@ from deepstack_jax.families.forms import FORMATS, from_hf, may_say, to_hf
 from deepstack_jax.families.llava_hf import llava_hf_name, llava_processor_to_hf, to_llava_hf
 from deepstack_jax.families.official import TOWER_FOLDER, tower_to_hf
 from deepstack_jax.families.processor import preprocessor_to_hf
-from deepstack_jax.weights.export_folder import TOKENIZER_FILES, whole_export
-from deepstack_jax.weights.names import NameTable, to_theirs
+from deepstack_jax.weights.export_folder import TOKENIZER_FILES, has_tokenizer, whole_export
+from deepstack_jax.weights.names import NameTable
 from deepstack_jax.weights.stored_tensor import BEYOND_FILE, copy_into
 
 DTYPES = {
@@ -48,6 +51,10 @@ class Out(NamedTuple):
     name: str
     shape: tuple[int, ...]
     make: Callable[[], np.ndarray]
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
 
 
 class Written(NamedTuple):
@@ -104,8 +111,12 @@ def save_checkpoint(
             files = write_shards(outs, scratch, dtype, size, progress)
             write_json(scratch / "config.json", values)
             if form == "official":
-                tower = tower_to_hf(config, passthrough, dtype)
-                _write_tower(outs, tower, preprocessor_to_hf(config), scratch / TOWER_FOLDER, dtype)
+                tower = scratch / TOWER_FOLDER  # which the official loader opens first; the layers after it stay with the model
+                tower.mkdir()
+                inside = [out._replace(name=out.name.removeprefix(TOWER)) for out in outs if out.name.startswith(TOWER)]
+                write_safetensors(tower / "model.safetensors", inside, dtype, lambda nbytes: None)
+                write_json(tower / "config.json", tower_to_hf(config, passthrough, dtype))
+                write_json(tower / "preprocessor_config.json", preprocessor_to_hf(config))
             else:
                 write_json(scratch / "preprocessor_config.json", llava_processor_to_hf(config))
             beyond = _beyond(config, values, dtype) if form == "official" else {}
@@ -115,7 +126,7 @@ def save_checkpoint(
             _copy_tokenizer(tokenizer_folder, scratch)
     except OSError as error:
         raise WeightsError(f"cannot write {folder}: {error.strerror or error}; choose another folder") from error
-    parameters = sum(int(np.prod(out.shape)) for out in outs)
+    parameters = sum(out.size for out in outs)
     return Written(len(outs), parameters, parameters * DTYPES[dtype][1].itemsize, files)
 
 
@@ -139,9 +150,8 @@ def _beyond(config: Config, values: Mapping[str, Any], dtype: str) -> dict[str, 
     told = from_hf(values, tower_to_hf(config, dtype=dtype), preprocessor_to_hf(config))
     ours = {key: pair[0] for key, pair in differences(config, to_dict(told)).items()}
     if config.data.tokenizer.startswith("words:@"):  # a path of this machine says nothing elsewhere
-        ours["data.tokenizer"] = "words:" + " ".join(
-            Path(config.data.tokenizer.removeprefix("words:@")).read_text("utf-8").split()
-        )
+        words = Path(config.data.tokenizer.removeprefix("words:@")).read_text("utf-8")
+        ours["data.tokenizer"] = "words:" + " ".join(words.split())
     return {key: value for key, value in ours.items() if may_say(key, value)}
 
 
@@ -171,24 +181,14 @@ def _tensors(leaves: Mapping[str, LeafLike], config: Config, form: str) -> Itera
             f"{len(wrong)} parameters do not fit the configuration: {'; '.join(wrong)}; use the run's own config"
         )
 
-    def part(path: str, layer: int, shape: tuple[int, ...]) -> np.ndarray:
-        leaf = table.leaves[path]
-        whole = tuple(slice(None) for _ in leaf.shape)
-        return to_theirs(np.asarray(leaves[path][layer if leaf.stacked else whole]), leaf, shape)
-
-    for name, foreign in table.tensors.items():
-
-        def make(parts: tuple[tuple[str, int], ...] = foreign.parts, shape: tuple[int, ...] = foreign.shape) -> np.ndarray:
-            made = [part(path, layer, shape) for path, layer in parts]
-            return made[0] if len(made) == 1 else np.concatenate(made)
-
+    for name, (shape, _) in table.tensors.items():
+        make = functools.partial(table.theirs, name, leaves)
         if form == "official":
-            yield Out(name, foreign.shape, make)
+            yield Out(name, shape, make)
         elif name in (EMBEDDINGS, HEAD):
-            rows, width = foreign.shape
-            yield Out(llava_hf_name(name), (rows + 1, width), lambda make=make: _with_image_row(make()))
+            yield Out(llava_hf_name(name), (shape[0] + 1, shape[1]), lambda make=make: _with_image_row(make()))
         else:
-            yield Out(llava_hf_name(name), foreign.shape, make)
+            yield Out(llava_hf_name(name), shape, make)
 
 
 def _with_image_row(table: np.ndarray) -> np.ndarray:
@@ -198,27 +198,19 @@ def _with_image_row(table: np.ndarray) -> np.ndarray:
 
 def write_shards(outs: list[Out], folder: Path, dtype: str, size: int, progress: Callable[[int], None]) -> int:
     """Write tensors into one file, or into several of at most `size` bytes with an index; returns how many."""
-    itemsize = DTYPES[dtype][1].itemsize
-    shards: list[list[Out]] = [[]]
-    held = 0
-    for out in outs:
-        nbytes = int(np.prod(out.shape)) * itemsize
-        if shards[-1] and held + nbytes > size:
-            shards.append([])
-            held = 0
-        shards[-1].append(out)
-        held += nbytes
-    if len(shards) == 1:
-        write_safetensors(folder / "model.safetensors", shards[0], dtype, progress)
-        return 1
-    weight_map = {}
-    for number, shard in enumerate(shards, 1):
-        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        write_safetensors(folder / file, shard, dtype, progress)
-        weight_map |= {out.name: file for out in shard}
-    total = sum(int(np.prod(out.shape)) for out in outs) * itemsize
-    write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map})
-    return len(shards)
+    named = {out.name: out for out in outs}
+    split = split_state_dict_into_shards_factory(
+        named,
+        get_storage_size=lambda out: out.size * DTYPES[dtype][1].itemsize,
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=size,
+    )
+    for file, names in split.filename_to_tensors.items():
+        write_safetensors(folder / file, [named[name] for name in names], dtype, progress)
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        write_json(folder / "model.safetensors.index.json", index)
+    return len(split.filename_to_tensors)
 
 
 def write_safetensors(file: Path, outs: list[Out], dtype: str, progress: Callable[[int], None]) -> None:
@@ -231,7 +223,7 @@ def write_safetensors(file: Path, outs: list[Out], dtype: str, progress: Callabl
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for out in outs:
-        start, end = end, end + int(np.prod(out.shape)) * kind.itemsize
+        start, end = end, end + out.size * kind.itemsize
         header[out.name] = {"dtype": code, "shape": list(out.shape), "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
@@ -249,29 +241,14 @@ def write_safetensors(file: Path, outs: list[Out], dtype: str, progress: Callabl
             del array, cast  # or they would still be there beside the next one
 
 
-def _write_tower(outs: list[Out], values: Mapping[str, Any], pixels: Mapping[str, Any], folder: Path, dtype: str) -> None:
-    """The vision tower's own folder, which the official loader opens first; the layers after it stay with the model."""
-    folder.mkdir()
-    tower = [out._replace(name=out.name.removeprefix(TOWER)) for out in outs if out.name.startswith(TOWER)]
-    write_safetensors(folder / "model.safetensors", tower, dtype, lambda nbytes: None)
-    write_json(folder / "config.json", values)
-    write_json(folder / "preprocessor_config.json", pixels)
-
-
 def _copy_tokenizer(source: str, folder: Path) -> None:
     if not source:
         return
-    files = [Path(source).expanduser() / name for name in TOKENIZER_FILES]
-    present = [file for file in files if file.is_file()]
-    if not any(file.name in ("tokenizer.model", "tokenizer.json") for file in present):
+    if not has_tokenizer(Path(source).expanduser()):
         raise WeightsError(f"no tokenizer.model and no tokenizer.json in {source}; give the tokenizer's folder, or none")
     at = Path(source).expanduser().resolve()
-    allowed = (
-        at,
-        at.parent.parent / "blobs",
-        Path(hub.HF_HUB_CACHE).resolve(),
-    )  # where the hub's links lead
-    for file in present:
+    allowed = (at, at.parent.parent / "blobs", Path(hub.HF_HUB_CACHE).resolve())  # where the hub's links lead
+    for file in (at / name for name in TOKENIZER_FILES if (at / name).is_file()):
         if not any(file.resolve().is_relative_to(place) for place in allowed):
             raise WeightsError(
                 f"{file} is a link out of its folder, and what it leads to is not copied; put the file itself there"

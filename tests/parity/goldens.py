@@ -22,7 +22,7 @@ from deepstack_jax.data.encode.image import image_grid, make_views
 from deepstack_jax.families.build import build_model
 from deepstack_jax.model.deepstack import DeepStack
 from deepstack_jax.weights import load as weights
-from deepstack_jax.weights.names import NameTable, to_theirs
+from deepstack_jax.weights.names import NameTable
 from deepstack_jax.weights.open_checkpoint import StoredModel, open_checkpoint
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -84,14 +84,8 @@ def load_params(case: Case) -> dict:
 def official_names(case: Case, tree: dict) -> dict[str, np.ndarray]:
     """A tree like the parameters (say, their gradients) under the official names and shapes, by the exporter's table."""
     leaves = {"/".join(path): np.asarray(leaf) for path, leaf in traverse_util.flatten_dict(tree).items()}
-    table, named = NameTable(case.config), {}
-    for name, foreign in table.tensors.items():
-        parts = []
-        for path, layer in foreign.parts:
-            leaf = table.leaves[path]
-            parts.append(to_theirs(leaves[path][layer] if leaf.stacked else leaves[path], leaf, foreign.shape))
-        named[name] = np.concatenate(parts)
-    return named
+    table = NameTable(case.config)
+    return {name: table.theirs(name, leaves) for name in table.tensors}
 
 
 def open_images() -> list[Image.Image]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
@@ -26,7 +26,7 @@ from deepstack_jax.train.checkpoint.reading import (
 )
 from deepstack_jax.train.core.optimizer import flatten, unflatten
 from deepstack_jax.weights.checkpoint_files import read_model_json
-from deepstack_jax.weights.names import Foreign, NameTable, to_theirs
+from deepstack_jax.weights.names import NameTable
 from deepstack_jax.weights.stored_tensor import StoredTensor
 
 log = logging.getLogger(__name__)
@@ -102,18 +102,8 @@ def run_tensors(workdir: str | Path, only: tuple[str, ...] = ("",)) -> dict[str,
     def leaves() -> Mapping[str, np.ndarray]:
         return restore_params(folder, only)[2]
 
-    def reader(foreign: Foreign) -> Callable[[], np.ndarray]:
-        def read() -> np.ndarray:
-            made = []
-            for path, layer in foreign.parts:
-                leaf = table.leaves[path]
-                made.append(to_theirs(leaves()[path][layer] if leaf.stacked else leaves()[path], leaf, foreign.shape))
-            return made[0] if len(made) == 1 else np.concatenate(made)
-
-        return read
-
     return {
-        name: StoredTensor(folder, np.dtype(np.float32), foreign.shape, reader(foreign))
+        name: StoredTensor(folder, np.dtype(np.float32), foreign.shape, lambda name=name: table.theirs(name, leaves()))
         for name, foreign in table.tensors.items()
         if all(path.startswith(only) for path, _ in foreign.parts)
     }
