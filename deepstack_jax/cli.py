@@ -21,7 +21,7 @@ from typing import Any, NoReturn
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from deepstack_jax.config import Config, build_config, default_config
+from deepstack_jax.config import Config, build_config, default_config, left_open
 from deepstack_jax.config.fields import find
 from deepstack_jax.config.reference import as_text
 from deepstack_jax.errors import ConfigError, UserError
@@ -75,18 +75,23 @@ def names_config() -> bool:
     return any(re.match(r"--?config(=|$)", word) for word in sys.argv[1:])
 
 
-def parse_config() -> Config:
-    """The checked Config of the parsed flags.
+def parse_config(workdir: Path | None = None, weights: str = "") -> Config:
+    """The checked Config of the parsed flags; what it leaves to the weights is filled in, as `fill_config` says.
 
     Raises:
-      ConfigError: no --config, or what `build_config` refuses.
+      ConfigError: no --config, or what `fill_config` or `build_config` refuse.
     """
     source = flags.FLAGS["config"].value
     if source is None:
         raise ConfigError("--config is missing; e.g. --config=configs/demo.py")
     if not isinstance(source, ConfigDict):
         raise ConfigError(f"--config: get_config returned {quote(source)}, expected a ConfigDict like that of default_config()")
-    return build_config(source)
+    values = source.to_dict()
+    if left_open(values):
+        from deepstack_jax.train.checkpoint.fill_config import fill_config  # late: with jax
+
+        values = fill_config(values, workdir, weights)
+    return build_config(values)
 
 
 def parse_flags(table: Iterable[Flag] = ()) -> None:

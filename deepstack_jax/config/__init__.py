@@ -19,6 +19,7 @@ from deepstack_jax.config.data import (
     SyntheticConfig,
 )
 from deepstack_jax.config.fields import MAY_CHANGE, SAME_EXAMPLES
+from deepstack_jax.config.from_weights import config_from_weights, filled_in, left_open
 from deepstack_jax.config.schema import (
     Config,
     DecoderConfig,

@@ -141,7 +141,7 @@ def open_evaluation(given: dict[str, Any], console: Console) -> EvaluationReques
             "give either --data=FILE with --images=DIR, or --config=FILE whose validation data is asked, or neither with the "
             "workdir of a training run as --model"
         )
-    config = cli.parse_config() if cli.names_config() else with_changes(given["model"] if own else None)
+    config = cli.parse_config(weights=given["model"]) if cli.names_config() else with_changes(given["model"] if own else None)
     max_new_tokens, batch_size, rows = config.evaluation.max_new_tokens, config.evaluation.batch_size, given["limit"]
     if given["data"] is not None:
         data = replace(config.data, source="files", root="", validation=files.absolute(given["data"]), images=given["images"])

@@ -111,19 +111,28 @@ def may_say(key: str, value: Any) -> bool:
     return key == "data.template" or (key.startswith(_SECTIONS) and not runs)
 
 
+def keys_of_weights(config: Config, *, bare: bool = False) -> list[tuple[str, str]]:
+    """(section, key) of all in which a run has to be as its weights are.
+
+    Args:
+      bare: they are a bare tower and a bare language model, which say nothing about the feature layer.
+    """
+    keys = [("image", "size"), *(() if bare else (("vision", "feature_layer"), ("projector", "layers")))]
+    for name, section in (("vision", config.vision), ("decoder", config.decoder)):
+        keys += [(name, field.name) for field in dataclasses.fields(section) if field.name not in _NOT_OF_THE_WEIGHTS]
+    return keys
+
+
 def check_against(run: Config, stored: Config, *, bare: bool = False) -> None:
     """Refuse weights of other sizes than a run's model has.
 
     Args:
-      run: the run's configuration. stored: the checkpoint's.
-      bare: the checkpoint is a bare tower and a bare language model, which say nothing about the feature layer.
+      run: the run's configuration. stored: the checkpoint's. bare: see `keys_of_weights`.
 
     Raises:
       WeightsError: lists every key that differs, both values.
     """
-    keys = [("image", "size"), *(() if bare else (("vision", "feature_layer"), ("projector", "layers")))]
-    for name, section in (("vision", run.vision), ("decoder", run.decoder)):
-        keys += [(name, field.name) for field in dataclasses.fields(section) if field.name not in _NOT_OF_THE_WEIGHTS]
+    keys = keys_of_weights(run, bare=bare)
     ours, theirs = dataclasses.asdict(run), dataclasses.asdict(stored)
     differing = [
         f"config.{section}.{name} is {ours[section][name]}, the weights have {theirs[section].get(name)}"

@@ -70,7 +70,7 @@ def main() -> int:
         given = None if flags.FLAGS["config"].value is None else cli.parse_config()
         replay_file(Path(asked["replay"]), given, console)
         return cli.EXIT_DONE
-    config = cli.parse_config()
+    config = cli.parse_config(asked["workdir"] and Path(asked["workdir"]).expanduser())
     if not asked["workdir"]:
         raise ConfigError("--workdir is missing; e.g. --workdir=runs/demo")
     workdir = cli.writable_folder(asked["workdir"], "workdir")

@@ -22,7 +22,8 @@ from deepstack_jax.errors import WeightsError
 from deepstack_jax.families.base import TOWER, decoder_from, language_models, tower_family, tower_from
 from deepstack_jax.families.forms import BUFFERS, NEWLINE, canonical, check_against, from_hf, may_say
 from deepstack_jax.families.llava_hf import is_llava_hf
-from deepstack_jax.families.official import PASSTHROUGH_KEYS, VERBATIM_KEYS, tower_to_hf
+from deepstack_jax.families.official import PASSTHROUGH_KEYS, VERBATIM_KEYS, tower_to_hf, with_data
+from deepstack_jax.families.processor import image_values
 from deepstack_jax.families.values import section, word
 from deepstack_jax.printing import quote
 from deepstack_jax.weights.checkpoint_files import open_weight_files, processor_of, read_model_json, weight_files
@@ -47,6 +48,7 @@ class StoredModel:
       tower: folder of its vision tower, or "".
       ends: ids that end an answer besides the tokenizer's own, as generation_config.json (or else config.json) has them.
       passthrough: keys of its config.json that our Config does not describe, for an export.
+      bare: whether it is a bare language model, on which `config` builds what a run or a recipe says.
     """
 
     path: Path
@@ -57,10 +59,17 @@ class StoredModel:
     tower: str
     ends: tuple[int, ...]
     passthrough: Mapping[str, Any]
+    bare: bool = False
 
 
 def open_checkpoint(
-    path: str | Path, *, tower: str = "", base: str = "", projector: str = "", run: Config | None = None
+    path: str | Path,
+    *,
+    tower: str = "",
+    base: str = "",
+    projector: str = "",
+    run: Config | None = None,
+    recipe: Config | None = None,
 ) -> StoredModel:
     """Find everything that belongs to a checkpoint; reads its JSON files and the tables of its weight files.
 
@@ -72,7 +81,8 @@ def open_checkpoint(
       tower: folder or hub id of the vision tower, in place of config.json's mm_vision_tower.
       base: folder or hub id of the language model under a folder that holds a projector alone (LLaVA's stage 1).
       projector: an mm_projector.bin, in place of the one in the folder.
-      run: a run's configuration: it says what is computed; the sizes must agree. A bare language model needs one.
+      run: a run's configuration: it says what is computed; the sizes must agree.
+      recipe: where there is no run, what is built on a bare language model, which needs one of them.
 
     Raises:
       WeightsError: something is missing, ambiguous, or of a kind that is not read here.
@@ -93,7 +103,7 @@ def open_checkpoint(
     tower_folder = None if inner and not tower else find_tower(tower or named, folder, bool(tower))
     base_folder = find_folder(base) if base else None
     tensors = _collect(folder, values, base_folder, tower_folder, projector)
-    stored = _describe(folder, values, tower_folder, tensors, run)
+    stored = _describe(folder, values, tower_folder, tensors, run or recipe)
     if base_folder is not None:
         _check_base(base_folder, stored)
     config = _with_beyond(stored, folder)
@@ -116,6 +126,7 @@ def open_checkpoint(
         tower=str(tower_folder or ""),
         ends=_ends(folder, values),
         passthrough=passthrough,
+        bare=bare,
     )
 
 
@@ -225,13 +236,13 @@ def _describe(
         )
     vision, size = tower_from(tower_json)
     kind = values["model_type"]
-    return dataclasses.replace(
+    built = dataclasses.replace(
         run,
         vision=dataclasses.replace(vision, feature_layer=run.vision.feature_layer, post_layers=run.vision.post_layers),
-        image=dataclasses.replace(run.image, size=size),
+        image=dataclasses.replace(run.image, size=size, **image_values(pixels, size, run.image.mode, "official")),
         decoder=decoder_from(values, kind),
-        data=dataclasses.replace(run.data, template=language_models()[kind].template),
     )
+    return with_data(built, built.decoder.max_positions, language_models()[kind].template)
 
 
 def _with_beyond(stored: Config, folder: Path) -> Config:

@@ -13,7 +13,7 @@ from pathlib import Path
 import jax
 from flax import linen as nn
 
-from deepstack_jax.config import Config
+from deepstack_jax.config import Config, TrainConfig
 from deepstack_jax.errors import WeightsError, fetch_command, flags_as
 from deepstack_jax.families.forms import check_against
 from deepstack_jax.train.checkpoint.restore_params import config_of, is_workdir, run_tensors
@@ -28,7 +28,7 @@ PROJECTOR = ("projector/", "image_newline")  # beginnings of the paths that stag
 NEWLINE = "model.image_newline"
 
 # What `convert` has as a flag.
-_OURS = {"tower": "--config.train.tower", "projector": "--config.train.projector", "base": "--config.train.weights"}
+WEIGHT_FLAGS = {"tower": "--config.train.tower", "projector": "--config.train.projector", "base": "--config.train.weights"}
 
 
 def open_start(config: Config) -> StoredModel:
@@ -39,12 +39,12 @@ def open_start(config: Config) -> StoredModel:
     """
     train = config.train
     whole, stage1 = is_workdir(train.weights), bool(train.projector) and is_workdir(train.projector)
-    _check_there(config, tower=not whole)
+    check_there(train, tower=not whole)
     if whole:
         found = _open_run(train.weights, config)
     else:
         projector = "" if stage1 else train.projector
-        with flags_as(_OURS):
+        with flags_as(WEIGHT_FLAGS):
             found = open_checkpoint(train.weights, tower=train.tower, projector=projector, run=config)
     if not stage1:
         return found
@@ -85,7 +85,7 @@ def find_weights(config: Config) -> StoredModel:
     Raises:
       WeightsError: it is missing, of other sizes, or lacks tensors that only a trained model has.
     """
-    with flags_as(_OURS):
+    with flags_as(WEIGHT_FLAGS):
         found = open_start(config)
         stored_leaves(found.tensors, config, fresh=dict.fromkeys(absent_leaves(found.tensors, config)))
     return found
@@ -101,9 +101,8 @@ def _open_run(workdir: str, run: Config) -> StoredModel:
     return StoredModel(folder, run, tensors, config.data.tokenizer, config.data.template, "", (), {})
 
 
-def _check_there(config: Config, *, tower: bool) -> None:
+def check_there(train: TrainConfig, *, tower: bool) -> None:
     """All paths that lead nowhere, said at once, each with what to fetch and its flag."""
-    train = config.train
     problems = []
     for key, path in (("weights", train.weights), ("tower", train.tower if tower else "")):
         fetch = fetch_command(path)

@@ -1,0 +1,73 @@
+"""A configuration that leaves keys to the weights, with what the weights say: JSON files and tables are read, no arrays."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from deepstack_jax.config import Config, TrainConfig, filled_in, left_open
+from deepstack_jax.errors import ConfigError, flags_as
+from deepstack_jax.families.forms import keys_of_weights
+from deepstack_jax.train.checkpoint.init_weights import WEIGHT_FLAGS, check_there
+from deepstack_jax.train.checkpoint.reading import saved_steps
+from deepstack_jax.train.checkpoint.restore_params import config_of, is_workdir
+from deepstack_jax.weights.open_checkpoint import StoredModel, open_checkpoint
+
+LENGTH = 2048  # positions of a row, unless images need more or the weights were trained with less
+ROOM_FOR_TEXT = 1024  # positions beside an example's images
+
+
+def fill_config(values: Mapping[str, Any], workdir: Path | None = None, weights: str = "") -> Mapping[str, Any]:
+    """The values of a configuration, with those that are left to the weights.
+
+    Args:
+      values: as a configuration file and flags give them, None where a key is left open.
+      workdir: of the run. One that has begun knows all that it was begun with: the weights need not be there any more.
+      weights: a folder of weights or a workdir, where `train.weights` names none.
+
+    Raises:
+      ConfigError: no weights are named, something of them is missing, or a given value contradicts them.
+    """
+    if not left_open(values):
+        return values
+    if workdir is not None and saved_steps(workdir):
+        return filled_in(values, config_of(workdir), (), str(workdir))
+    train = values["train"]
+    name = train["weights"] or weights
+    if not name:
+        raise ConfigError(
+            "config.train.weights is empty, and this configuration takes its sizes from there; name the folder of the "
+            "checkpoint with --config.train.weights=DIR"
+        )
+    whole = is_workdir(name)
+    check_there(TrainConfig(weights=name, tower=train["tower"], projector=train["projector"]), tower=not whole)
+    if whole:
+        known, bare = config_of(Path(name).expanduser()), False
+    else:
+        projector = "" if is_workdir(train["projector"]) else train["projector"]
+        with flags_as(WEIGHT_FLAGS):
+            found = open_checkpoint(name, tower=train["tower"], projector=projector, recipe=Config())
+        known, bare = _described(found, values["data"]["max_images"]), found.bare
+    sizes = [".".join(key) for key in keys_of_weights(known, bare=bare)]
+    return filled_in(values, known, sizes, name)
+
+
+def _described(found: StoredModel, images: int) -> Config:
+    """The Config of a folder, with its tokenizer, and rows no longer than training needs.
+
+    Args:
+      images: that an example may have.
+    """
+    config = found.config
+    needed = images * config.layout.max_tokens + ROOM_FOR_TEXT
+    length = max(LENGTH, 1 << (needed - 1).bit_length())
+    data = dataclasses.replace(
+        config.data,
+        template=found.template,
+        tokenizer=os.path.abspath(found.tokenizer) if found.tokenizer else config.data.tokenizer,
+        max_length=min(length, max(config.data.max_length, needed - ROOM_FOR_TEXT + 1)),
+    )
+    return dataclasses.replace(config, data=data)
