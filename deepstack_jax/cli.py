@@ -21,7 +21,7 @@ from typing import Any, NoReturn
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from deepstack_jax.config import Config, build_config, default_config, left_open
+from deepstack_jax.config import Config, build_config, default_config, filled_in, left_open
 from deepstack_jax.config.fields import find
 from deepstack_jax.config.reference import as_text
 from deepstack_jax.errors import ConfigError, UserError
@@ -123,8 +123,13 @@ def parse_flags(table: Iterable[Flag] = ()) -> None:
 
 
 def _print_keys() -> int:
-    """What `--config.help` asks for."""
-    print(as_text(parse_config() if names_config() else None))
+    """What `--config.help` asks for; keys that are left to weights, where none are named, are shown to be so."""
+    source = flags.FLAGS["config"].value if names_config() else None
+    values = source.to_dict() if isinstance(source, ConfigDict) else {}
+    if (unknown := left_open(values)) and not values["train"]["weights"]:
+        print(as_text(build_config(filled_in(values, Config())), unknown))
+    else:
+        print(as_text(parse_config() if names_config() else None))
     return EXIT_DONE
 
 
@@ -245,7 +250,7 @@ def run(
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr, force=True)
     logging.getLogger().handlers[0].addFilter(_is_for_the_user)
     logging.getLogger().handlers[0].setFormatter(_OneLine("%(levelname)s: %(message)s"))
-    warnings.showwarning = lambda message, *_: print(f"warning: {one_line(str(message))}", file=sys.stderr)
+    warnings.showwarning = _show_once()
     sys.unraisablehook = _unraisable
     if any(arg in ("--help", "-h", "-help") for arg in sys.argv[1:]):
         print(usage.strip())
@@ -276,6 +281,18 @@ def run(
         print("stopped", file=sys.stderr)
         code = EXIT_INTERRUPTED
     sys.exit(code)
+
+
+def _show_once() -> Callable[..., None]:
+    """How warnings are shown: in one line, and once, from wherever they come."""
+    shown = set[str]()
+
+    def show(message: Warning | str, *_: Any) -> None:
+        if (line := one_line(str(message))) not in shown:
+            shown.add(line)
+            print(f"warning: {line}", file=sys.stderr)
+
+    return show
 
 
 class _OneLine(logging.Formatter):

@@ -125,8 +125,6 @@ def _convert(value: Any, hint: Any, path: str) -> Any:
             raise ConfigError(f"{path} got {len(value)} values, expected {len(items)}")
         return tuple(_convert(item, inner, f"{path}[{i}]") for i, (item, inner) in enumerate(zip(value, items, strict=True)))
     kind = str if origin is Literal else kind
-    if value is None:
-        raise ConfigError(f"{path} is left to the weights, and nobody has looked them up; give it a value")
     if not isinstance(value, (int, float) if kind is float else kind) or (kind is not bool and isinstance(value, bool)):
         raise ConfigError(f"{path} got {quote(value)} ({type(value).__name__}), expected {kind.__name__}")
     if kind is str and "\0" in value:

@@ -16,18 +16,20 @@ from typing import Any
 from ml_collections import ConfigDict, config_dict
 
 from deepstack_jax.config.build import default_config, to_dict
-from deepstack_jax.config.fields import ByArchitecture, hints, unwrap
+from deepstack_jax.config.fields import by_architecture, hints, unwrap
 from deepstack_jax.config.schema import Config
 from deepstack_jax.errors import ConfigError
+from deepstack_jax.layout.modes import MODES
 from deepstack_jax.printing import quote
 
 _SECTIONS = ("image", "vision", "projector", "decoder", "deepstack")
 _DATA = ("template", "tokenizer", "max_length")
+_NAMED = ("data.sets", "optimizer.groups")  # whose keys are names of the user's choice
 
 
 def config_from_weights() -> ConfigDict:
     """All defaults as a ConfigDict, but for what weights say of themselves: model, images, template, tokenizer and length."""
-    config = default_config()
+    config: Any = default_config()
     for section in _SECTIONS:
         config[section] = _left_open(hints(Config)[section])
     for key in _DATA:
@@ -37,10 +39,15 @@ def config_from_weights() -> ConfigDict:
 
 def left_open(values: Mapping[str, Any]) -> list[str]:
     """Dotted keys of a configuration's values that are left to the weights."""
-    return [key for key, value in _flat(values) if value is None]
+    return [key for key, value in _flat(values) if value is None and _may_be_open(key)]
 
 
-def filled_in(values: Mapping[str, Any], known: Config, sizes: Collection[str], weights: str) -> dict[str, Any]:
+def _may_be_open(key: str) -> bool:
+    section, _, name = key.partition(".")
+    return section in _SECTIONS or (section == "data" and name in _DATA)
+
+
+def filled_in(values: Mapping[str, Any], known: Config, sizes: Collection[str] = (), weights: str = "") -> dict[str, Any]:
     """The values with those left open as the weights have them.
 
     Args:
@@ -52,34 +59,39 @@ def filled_in(values: Mapping[str, Any], known: Config, sizes: Collection[str], 
       ConfigError: values that contradict the weights, each named.
     """
     stored = dict(_flat(to_dict(known)))
-    given = {key: value for key, value in _flat(values) if value is not None}
-    wrong = {key: given[key] for key in sizes if key in given and key in stored and not _same(given[key], stored[key])}
+    wrong = [
+        f"config.{key} got {quote(value)}, {weights} has {quote(stored[key])}; leave --config.{key} out, and the weights say it"
+        for key, value in _flat(values)
+        if value is not None and key in stored and _plain(value) != _plain(stored[key])
+        if any(key == size or key.startswith(f"{size}.") for size in sizes)
+    ]
     if wrong:
-        raise ConfigError(
-            *(
-                f"config.{key} got {quote(value)}, {weights} has {quote(stored[key])}; leave --config.{key} out, and the "
-                "weights say it"
-                for key, value in wrong.items()
-            )
-        )
+        raise ConfigError(*wrong)
     found: dict[str, Any] = {}
     for key, value in _flat(values):
-        if value is None and key not in stored:
+        is_open = value is None and _may_be_open(key)
+        if is_open and key not in stored:
             continue  # of another architecture than that of the weights
         *sections, name = key.split(".")
         place = found
         for section in sections:
             place = place.setdefault(section, {})
-        place[name] = stored[key] if value is None else value
+        place[name] = stored[key] if is_open else value
+    mode, stack = found["image"]["mode"], found["deepstack"]
+    unused = stack["stack"] == "none" and stack["sequence"] == "global" and values["deepstack"]["stack"] is None
+    if mode != known.image.mode and mode in MODES and MODES[mode].stacks_crops and unused:
+        raise ConfigError(
+            f"config.image.mode got {quote(mode)}, whose crops {weights} does not use, since its config.deepstack.stack is "
+            "'none'; add --config.deepstack.stack=crops"
+        )
     return found
 
 
 def _left_open(hint: Any) -> ConfigDict:
     """A section, every key of every architecture of it open."""
     kind, marks = unwrap(hint)
-    architectures = next((mark.classes.values() for mark in marks if isinstance(mark, ByArchitecture)), ())
-    section = ConfigDict()
-    for name, inner in {k: v for cls in (*architectures, kind) for k, v in hints(cls).items()}.items():
+    section: Any = ConfigDict()
+    for name, inner in {k: v for cls in (*by_architecture(marks).values(), kind) for k, v in hints(cls).items()}.items():
         nested = dataclasses.is_dataclass(unwrap(inner)[0])
         section[name] = _left_open(inner) if nested else config_dict.placeholder(_kind(inner))
     return section
@@ -102,9 +114,5 @@ def _flat(values: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]
             yield name, value
 
 
-_NAMED = ("data.sets", "optimizer.groups")
-
-
-def _same(ours: Any, theirs: Any) -> bool:
-    both = [tuple(side) if isinstance(side, list | tuple) else side for side in (ours, theirs)]
-    return both[0] == both[1]
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value

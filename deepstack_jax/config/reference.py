@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import typing
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any, NamedTuple
 
 from deepstack_jax.config.build import on_resume
@@ -69,13 +69,18 @@ def _key(section: str, field: str, values: Any) -> Key:
     return Key(name, cut(repr(getattr(values, field)), 100), valid, meaning, resume)
 
 
-def as_text(config: Config | None = None) -> str:
-    """The reference as `--config.help` prints it, by flags."""
+def as_text(config: Config | None = None, left_open: Collection[str] = ()) -> str:
+    """The reference as `--config.help` prints it, by flags.
+
+    Args:
+      left_open: keys whose values the weights will say.
+    """
     blocks = []
     for section in reference(config):
         lines = [section.name and f"{section.name}: {' '.join(section.meaning.split())}"]
         for key in section.keys:
-            lines += [f"  --config.{key.name}={key.value}", f"      {key.meaning} [{key.valid}]"]
+            value = "(what the weights say)" if key.name in left_open else key.value
+            lines += [f"  --config.{key.name}={value}", f"      {key.meaning} [{key.valid}]"]
         blocks.append("\n".join(filter(None, lines)))
     return "\n\n".join(blocks)
 

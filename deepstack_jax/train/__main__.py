@@ -20,6 +20,7 @@ from deepstack_jax.train.run.train import train
 USAGE = """
 Train a DeepStack model; run the same command again to go on where it stopped.
 
+  python -m deepstack_jax.train --config=finetune.py --config.train.weights=DIR --config.data.train=mine.json --workdir=runs/a
   python -m deepstack_jax.train --config=configs/demo.py --workdir=runs/demo/deepstack
   python -m deepstack_jax.train --config=configs/receipts.py --config.data.root=DIR --workdir=runs/receipts
   python -m deepstack_jax.train --config=configs/demo.py:baseline --config.train.steps=100 --workdir=runs/short

@@ -64,16 +64,17 @@ def _run(request: dict[str, Any]) -> int:
 
 
 def _only_flags() -> None:
-    """A verb reads its flags, the configuration is built and checked, and that is all."""
+    """A verb reads its flags, the configuration is built and checked, and that is all; weights are those of the defaults."""
     from absl import flags
 
     from deepstack_jax import cli
+    from deepstack_jax.config import Config, build_config, filled_in
 
     run = cli.run
 
     def read() -> int:
         if "config" in flags.FLAGS and flags.FLAGS["config"].value is not None:
-            cli.parse_config()
+            build_config(filled_in(flags.FLAGS["config"].value.to_dict(), Config()))
         return cli.EXIT_DONE
 
     cli.run = lambda _, *rest: run(read, *rest)

@@ -37,7 +37,7 @@ ALLOWED |= {
     "evaluate": _BELOW,
     "plan": _BELOW | {"evaluate"},
     "api": _BELOW,
-    "cli": {"config", "atomic", "jax_messages", "stop_signals"},
+    "cli": {"config", "atomic", "jax_messages", "stop_signals", "train"},
 }
 ALLOWED["audit"] = {"batch", "config", "data", "layout"}  # a page about data
 ALLOWED["serve"] = _BELOW | {"audit"}  # whose pictures its page shows

@@ -34,7 +34,7 @@ def fill_config(values: Mapping[str, Any], workdir: Path | None = None, weights:
     if not left_open(values):
         return values
     if workdir is not None and saved_steps(workdir):
-        return filled_in(values, config_of(workdir), (), str(workdir))
+        return filled_in(values, config_of(workdir))
     train = values["train"]
     name = train["weights"] or weights
     if not name:
