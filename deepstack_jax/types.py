@@ -10,6 +10,8 @@ from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
 PyTree = Any
+LORA = ("lora_a", "lora_b", "lora_scale")
+"""Parameters of an adapter, beside the kernel that it adds to."""
 HostOrDevice = jax.Array | np.ndarray  # where a function may be called outside jit with a batch fresh from the pipeline
 
 
@@ -28,7 +30,7 @@ class TrainState:
     """All that a step changes."""
 
     step: Int[Array, ""]  # batches consumed
-    params: PyTree  # float32 masters; frozen ones in `train.frozen_dtype`
+    params: PyTree  # float32 masters; frozen ones in `Program.frozen_dtype`
     opt_state: PyTree
     bad_steps: Int[Array, ""]  # of the batches consumed, those whose loss or gradient was not finite: nothing was updated
     bad_in_a_row: Int[Array, ""]  # the latest of them that follow each other without a good one

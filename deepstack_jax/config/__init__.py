@@ -25,6 +25,7 @@ from deepstack_jax.config.schema import (
     DecoderConfig,
     DeepStackConfig,
     EvaluationConfig,
+    LoraConfig,
     MeshConfig,
     OptimizerConfig,
     OptimizerGroup,

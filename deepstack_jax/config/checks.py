@@ -46,6 +46,9 @@ def _in_optimizer(optimizer: OptimizerConfig) -> Iterator[str]:
             yield f"config.optimizer.table holds {quote(pattern)}, which is not a regular expression: {error}"
         if name not in (valid := {*optimizer.groups, "frozen"}):
             yield f"config.optimizer.table sends {quote(pattern)} to {quote(name)}; {nearest(name, valid)}"
+    for name, group in optimizer.groups.items():
+        if group.lora and group.algorithm != "adamw":
+            yield f"config.optimizer.groups.{label(name)} has lora=True with algorithm={group.algorithm!r}, expected 'adamw'"
 
 
 def _in_products(config: Config) -> Iterator[str]:

@@ -156,6 +156,7 @@ class OptimizerGroup:
     eps: Annotated[float, NOT_NEGATIVE] = 1e-8  # added to the root of the second moment
     weight_decay: Annotated[float, NOT_NEGATIVE] = 0.0  # share of a parameter that a step takes away, times the learning rate
     moment_dtype: Literal["float32", "bfloat16"] = "float32"  # dtype of the first moment; the second is float32
+    lora: bool = False  # True trains adapters of the group's kernels (see `lora`), and the kernels stay as they are
 
 
 @dataclass(frozen=True)
@@ -183,6 +184,22 @@ class OptimizerConfig:
 
 
 @dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank adapters (arXiv 2106.09685) of the kernels whose `optimizer.groups` entry says `lora`."""
+
+    rank: Annotated[int, positive(2**16)] = 64  # r, width between the two maps of an adapter
+    alpha: Annotated[float, positive()] = 128.0  # what an adapter says is multiplied by alpha / rank
+    rank_stabilised: bool = False  # by alpha / sqrt(rank) instead (arXiv 2312.03732)
+    # Dtype of the base, which is all that does not train, where anything has adapters
+    base_dtype: Literal["float32", "bfloat16"] = "bfloat16"
+
+    @property
+    def scale(self) -> float:
+        """What an adapter says is multiplied by this."""
+        return self.alpha / (math.sqrt(self.rank) if self.rank_stabilised else self.rank)
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """The loop."""
 
@@ -198,7 +215,7 @@ class TrainConfig:
     keep_best: Annotated[int, count(), MAY_CHANGE] = 0  # so many of the lowest held-out loss stay too, saved at an evaluation
     max_bad_steps: Annotated[int, positive(), MAY_CHANGE] = 10  # steps without a finite loss, in a row; then the run stops
     compute_dtype: Literal["float32", "bfloat16"] = "bfloat16"  # dtype of activations; parameters are float32
-    # Dtype of parameters that do not train; bfloat16 halves their memory
+    # Dtype of parameters that do not train, where nothing has adapters; bfloat16 halves their memory
     frozen_dtype: Literal["float32", "bfloat16"] = "float32"
     # What to do where a run goes on and its data changed
     changed_data: Annotated[Literal["refuse", "accept"], MAY_CHANGE] = "refuse"
@@ -248,6 +265,7 @@ class Config:
     deepstack: DeepStackConfig = field(default_factory=DeepStackConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     evaluation: Annotated[EvaluationConfig, MAY_CHANGE] = field(default_factory=EvaluationConfig)
     mesh: Annotated[MeshConfig, MAY_CHANGE] = field(default_factory=MeshConfig)

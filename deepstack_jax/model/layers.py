@@ -13,7 +13,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from deepstack_jax.types import HostOrDevice
+from deepstack_jax.types import LORA, HostOrDevice
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
@@ -112,6 +112,9 @@ def product(x: Float[Array, "*B D"], kernel: Float[Array, "D V"], *, out: DTypeL
 class Linear(nn.Module):
     """y[..., *out] = x[..., *in] @ kernel[*in, *out] (+ bias[*out]), the kernel drawn from N(0, scale / fan_in).
 
+    Where the parameters have an adapter beside the kernel (LoRA), it is added: lora_scale * (x @ lora_a[*in, r]) @
+    lora_b[r, *out]. Parameters that are drawn here have none.
+
     `flax.linen.DenseGeneral` would do, but it reshapes its freshly drawn kernel under the wrong logical axes once axis rules
     are active, and it adds up the gradients of kernel and bias in the dtype of the product.
     """
@@ -132,7 +135,14 @@ class Linear(nn.Module):
         draw = nn.initializers.variance_scaling(self.scale, "fan_in", "normal", in_axis=ins, out_axis=outs)
         draw = draw if self.std is None else nn.initializers.normal(self.std)
         kernel = self.param("kernel", nn.with_logical_partitioning(draw, self.axes), shape, jnp.float32)
-        y: Array = checkpoint_name(_product(self.inputs, self.out or self.dtype, x.astype(self.dtype), kernel), PRODUCT)
+        x, out = x.astype(self.dtype), self.out or self.dtype
+        y: Array = _product(self.inputs, out, x, kernel)
+        if self.has_variable("params", LORA[0]):
+            a, b, scale = (self.get_variable("params", name) for name in LORA)
+            low = checkpoint_name(_product(self.inputs, self.dtype, x, a), PRODUCT)
+            added: Array = _product(1, out, low, b)
+            y = (y.astype(jnp.float32) + scale * added.astype(jnp.float32)).astype(out)
+        y = checkpoint_name(y, PRODUCT)
         if self.use_bias:
             zeros = nn.with_logical_partitioning(nn.initializers.zeros, self.axes[self.inputs :])
             bias = self.param("bias", zeros, self.features, jnp.float32)

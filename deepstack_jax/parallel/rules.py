@@ -32,6 +32,7 @@ RULES = (
     ("vision_mlp", "tensor"),
     ("vocab", "tensor"),
     ("head_dim", None),
+    ("rank", None),
     ("patch_pixels", None),
     ("layers", None),
     ("vision_layers", None),

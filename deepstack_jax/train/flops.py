@@ -15,6 +15,8 @@ from deepstack_jax.config import Config
 from deepstack_jax.families.base import Names, Row, decoder_of, tower_of
 from deepstack_jax.families.forms import projector_names
 from deepstack_jax.train.core.optimizer import FROZEN
+from deepstack_jax.weights.adapters import adapter_paths
+from deepstack_jax.weights.names import NameTable
 
 
 @dataclass(frozen=True)
@@ -95,6 +97,7 @@ def step_flops(
         _attention(config, every if squares is None else float(squares), every, masked),
         _head(config, rows, length),
     ]
+    products = list(_with_adapters(config, groups, products))
     first = min((_stage(config, path) for path, group in groups.items() if group != FROZEN), default=_UNUSED)
     parts = {product.part: [0.0, 0.0, 0.0] for product in products}
     for product in products:
@@ -107,6 +110,23 @@ def step_flops(
         sums[1] += product.forward * backward
         sums[2] += product.executed * (1 + backward + again)
     return Flops(tuple(Part(name, *sums) for name, sums in parts.items()))
+
+
+def _with_adapters(config: Config, groups: dict[str, str], products: list[_Product]) -> Iterator[_Product]:
+    """The products, each before the two of its kernel's adapter, through whose second a gradient always flows."""
+    table = NameTable(config).leaves
+    for product in products:
+        yield product
+        a, b, _ = adapter_paths(product.kernel)
+        if a in groups:
+            leaf = table[product.kernel]
+            for path, share, below in (
+                (a, config.lora.rank / math.prod(leaf.layer_shape[leaf.inputs :]), product.below),
+                (b, config.lora.rank / math.prod(leaf.layer_shape[: leaf.inputs]), _UNUSED + 1),
+            ):
+                yield product._replace(
+                    kernel=path, forward=product.forward * share, executed=product.executed * share, below=below
+                )
 
 
 # In the order of the forward pass; a gradient flows through the input of a product where something of a stage before trains.

@@ -17,6 +17,7 @@ from deepstack_jax.train.core.optimizer import flatten
 from deepstack_jax.train.core.program import Program, build_program
 from deepstack_jax.train.core.state import new_state
 from deepstack_jax.types import TrainState
+from tests.unit.lora import LORA
 from tests.unit.tiny import draw_params, example, make_batch, tiny_config
 
 ROWS, LENGTH = 16, 48
@@ -47,6 +48,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "V": {"image.grid": "square", "deepstack.into": "vision", "deepstack.vision_start": 1},
     "HD": {"image.mode": "hd", "image.merge": "spatial_unpad", "data.max_images": 1},
 }
+ADAPTED: dict[str, dict[str, Any]] = {"LoRA": LORA}  # most of such a model does not move
 MESHES = {
     "dp8": (8, 1, 1),
     "fsdp8": (1, 8, 1),
@@ -60,7 +62,7 @@ MESHES = {
 
 
 def config_of(variant: str, accumulation: int = 1) -> Config:
-    return tiny_config(DIVISIBLE | VARIANTS[variant] | {"train.accumulation": accumulation})
+    return tiny_config(DIVISIBLE | (VARIANTS | ADAPTED)[variant] | {"train.accumulation": accumulation})
 
 
 def program_of(config: Config, sizes: tuple[int, int, int]) -> Program:

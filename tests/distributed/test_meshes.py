@@ -12,7 +12,7 @@ from deepstack_jax.generate.decoding import greedy
 from deepstack_jax.parallel.distributed import put_batch
 from deepstack_jax.parallel.rules import use_mesh
 from deepstack_jax.train.checkpoint.manager import Checkpoints
-from tests.distributed.cases import MESHES, VARIANTS, batches, config_of, parameters, program_of, start, two_steps
+from tests.distributed.cases import ADAPTED, MESHES, VARIANTS, batches, config_of, parameters, program_of, start, two_steps
 from tests.unit.tiny import example, make_batch
 
 
@@ -56,14 +56,20 @@ def test_the_steps_compared_are_no_idle_ones():
 
 @pytest.mark.parametrize(
     ("variant", "mesh", "accumulation"),
-    [("L", "dp2xfsdp2xtp2", 2), ("L", "tp8", 1), ("V", "dp4xtp2", 1), ("HD", "fsdp4xtp2", 1)],
+    [
+        ("L", "dp2xfsdp2xtp2", 2),
+        ("L", "tp8", 1),
+        ("V", "dp4xtp2", 1),
+        ("HD", "fsdp4xtp2", 1),
+        ("LoRA", "dp2xfsdp2xtp2", 2),
+    ],
 )
 def test_two_steps_equal_those_of_one_device(variant, mesh, accumulation):
     same(variant, MESHES[mesh], accumulation)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", [*VARIANTS, *ADAPTED])
 @pytest.mark.parametrize(("mesh", "accumulation"), [*((mesh, 1) for mesh in MESHES), ("fsdp8", 2), ("dp2xfsdp2xtp2", 2)])
 def test_two_steps_equal_those_of_one_device_everywhere(mesh, accumulation, variant):
     same(variant, MESHES[mesh], accumulation)

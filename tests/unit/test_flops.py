@@ -11,6 +11,7 @@ from deepstack_jax.parallel.rules import use_mesh
 from deepstack_jax.train.core.optimizer import FROZEN
 from deepstack_jax.train.core.program import Program, build_program
 from deepstack_jax.train.flops import Flops, step_flops
+from tests.unit.lora import LORA
 from tests.unit.tiny import tiny_config
 
 # Wide enough that the matrix products outweigh the rest, which only XLA counts.
@@ -37,6 +38,8 @@ CASES = {
     "some kernels": {
         "optimizer.table": (("attention/[qv]/", "default"), ("vision_tower/positions", "default"), (".*", FROZEN))
     },
+    "LoRA": LORA | {"lora.rank": 16},
+    "LoRA of the decoder": LORA | {"lora.rank": 16, "optimizer.table": (("^layers/.*kernel$", "adapters"), (".*", FROZEN))},
     "V": {"image.grid": "square", "deepstack.into": "vision", "deepstack.vision_start": 0},
     "HD": {"image.mode": "hd", "image.merge": "spatial_unpad", "data.max_length": 128, "data.max_images": 1},
     "one large view": {"image.grid": "square", "deepstack.high_res": "view"},

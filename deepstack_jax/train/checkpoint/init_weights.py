@@ -11,15 +11,15 @@ import os
 from pathlib import Path
 
 import jax
-from flax import linen as nn
 
 from deepstack_jax.config import Config, TrainConfig
 from deepstack_jax.errors import WeightsError, fetch_command, flags_as
 from deepstack_jax.families.forms import check_against
 from deepstack_jax.train.checkpoint.restore_params import config_of, is_workdir, run_tensors
-from deepstack_jax.train.core.optimizer import flatten
+from deepstack_jax.train.core.optimizer import flatten, unflatten
 from deepstack_jax.train.core.program import Program
-from deepstack_jax.types import PyTree, TrainState
+from deepstack_jax.types import TrainState
+from deepstack_jax.weights.adapters import is_adapter
 from deepstack_jax.weights.load import absent_leaves, load_params, stored_leaves
 from deepstack_jax.weights.names import NameTable
 from deepstack_jax.weights.open_checkpoint import StoredModel, open_checkpoint
@@ -54,29 +54,26 @@ def open_start(config: Config) -> StoredModel:
 
 
 def first_state(program: Program) -> TrainState:
-    """Parameters drawn from the seed, or read from `train.weights`, and a fresh optimizer, born where they belong.
-
-    Drawn values do not depend on the mesh: jax's random bits are the same under any sharding.
-    """
+    """Parameters drawn from the seed, or read from `train.weights`, and a fresh optimizer, born where they belong."""
     config, shardings = program.config, program.shardings
-
-    def draw_params(key: jax.Array) -> PyTree:
-        return nn.unbox(program.model.init(key, program.sample))["params"]
-
     key = jax.random.key(config.seed)
     if not config.train.weights:
-        return jax.jit(lambda key: program.begin(draw_params(key)), out_shardings=shardings)(key)
+        return jax.jit(lambda key: program.begin(program.draw(key)), out_shardings=shardings)(key)
     found = find_weights(config)
     fresh = {}
     if absent := absent_leaves(found.tensors, config):
 
         def draw_absent(key: jax.Array) -> dict[str, jax.Array]:
-            drawn = flatten(draw_params(key))
+            drawn = flatten(program.draw(key))
             return {path: drawn[path] for path in absent}
 
         fresh = jax.device_get(jax.jit(draw_absent)(key))
     kinds = {path: leaf.dtype for path, leaf in flatten(program.abstract_state().params).items()}
-    return program.jit_begin()(load_params(found.tensors, config, kinds, shardings.params, fresh))
+    params = flatten(load_params(found.tensors, config, kinds, shardings.params, fresh))
+    if program.adapted:
+        places = {path: place for path, place in flatten(shardings.params).items() if is_adapter(path)}
+        params |= jax.jit(program.draw_adapters, out_shardings=places)(key)
+    return program.jit_begin()(unflatten(params))
 
 
 def find_weights(config: Config) -> StoredModel:

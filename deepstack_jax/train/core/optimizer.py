@@ -14,6 +14,7 @@ from optax.contrib import MuonDimensionNumbers, muon
 
 from deepstack_jax.config import OptimizerConfig, OptimizerGroup, ScheduleConfig
 from deepstack_jax.errors import ConfigError
+from deepstack_jax.weights.adapters import adapter_paths
 
 FROZEN = "frozen"
 # Parameters stacked over layers carry that axis first; Muon orthogonalises each layer's matrix by itself.
@@ -60,6 +61,27 @@ def assign_groups(paths: list[str], table: tuple[tuple[str, str], ...]) -> dict[
     if idle:
         raise ConfigError(f"config.optimizer.table rows {idle} match no parameter; parameters are e.g. {', '.join(paths[:4])}")
     return groups
+
+
+def adapt_groups(groups: dict[str, str], config: OptimizerConfig) -> tuple[dict[str, str], tuple[str, ...]]:
+    """Groups with the adapters in them, and the kernels that have one: such a kernel is frozen, its adapter in its group.
+
+    Raises:
+      ConfigError: a group of adapters has parameters that are no kernels of linear maps.
+    """
+    lora = {name for name, group in config.groups.items() if group.lora}
+    adapted = tuple(path for path, group in groups.items() if group in lora)
+    wrong = [path for path in adapted if not path.endswith("/kernel")]
+    if wrong:
+        raise ConfigError(
+            f"config.optimizer.table sends {', '.join(wrong)} to {groups[wrong[0]]!r}, a group with lora=True, but only "
+            "kernels have adapters; let the pattern end in /kernel$, and a later row send the rest elsewhere, e.g. to 'frozen'"
+        )
+    groups = dict(groups)
+    for path in adapted:
+        a, b, scale = adapter_paths(path)
+        groups |= {a: groups[path], b: groups[path], scale: FROZEN, path: FROZEN}
+    return groups, adapted
 
 
 def matrix_axes(path: str, ndim: int) -> MuonDimensionNumbers:

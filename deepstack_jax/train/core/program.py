@@ -21,10 +21,11 @@ from deepstack_jax.model.deepstack import DeepStack
 from deepstack_jax.parallel.kernels import Kernel, attention_for, kernel_for
 from deepstack_jax.parallel.mesh import check_model_fits
 from deepstack_jax.parallel.rules import batch_sharding, crop_shards, param_shardings, replicated
-from deepstack_jax.train.core.optimizer import assign_groups, flatten, make_optimizer, make_schedule
+from deepstack_jax.train.core.optimizer import adapt_groups, assign_groups, flatten, make_optimizer, make_schedule, unflatten
 from deepstack_jax.train.core.state import abstract_state, new_state, state_shardings
 from deepstack_jax.train.core.step import LossSums, ModelFns, StepFn, make_loss, make_train_step
 from deepstack_jax.types import PyTree, TrainState
+from deepstack_jax.weights.adapters import boxed_adapters, fresh_adapters
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,7 @@ class Program:
       shapes: the abstract parameters.
       sizes: elements of every parameter, by path.
       groups: optimizer group of every parameter, or "frozen".
+      adapted: kernels that have a LoRA adapter, which trains in their place.
       shardings: of every leaf of the state.
       functions: the model as functions of parameters.
       loss: (params, batch) -> LossSums.
@@ -51,12 +53,18 @@ class Program:
     shapes: PyTree
     sizes: dict[str, int]
     groups: dict[str, str]
+    adapted: tuple[str, ...]
     schedule: optax.Schedule
     optimizer: optax.GradientTransformation
     shardings: TrainState
     functions: ModelFns
     loss: Callable[[PyTree, Batch], LossSums]
     step: StepFn
+
+    @property
+    def frozen_dtype(self) -> str:
+        """Of what does not train."""
+        return self.config.lora.base_dtype if self.adapted else self.config.train.frozen_dtype
 
     @property
     def scores_exist(self) -> bool:
@@ -70,7 +78,7 @@ class Program:
 
     def abstract_state(self) -> TrainState:
         """Shapes, dtypes and shardings of the state: what a checkpoint is restored to and a step is compiled for."""
-        return abstract_state(self.shapes, self.shardings, self.groups, self.optimizer, self.config.train.frozen_dtype)
+        return abstract_state(self.shapes, self.shardings, self.groups, self.optimizer, self.frozen_dtype)
 
     def abstract_batch(self, rows: int, length: int) -> Batch:
         """The same of a global batch of `rows` rows of `length` positions; ids as the device sees them (i32)."""
@@ -83,9 +91,18 @@ class Program:
 
         return Batch(*map(describe, empty_batch(shape)))
 
+    def draw(self, key: jax.Array) -> PyTree:
+        """Parameters drawn from a seed. They do not depend on the mesh: jax's random bits are the same under any sharding."""
+        params = flatten(nn.unbox(self.model.init(key, self.sample))["params"])
+        return unflatten(params | self.draw_adapters(key))
+
+    def draw_adapters(self, key: jax.Array) -> dict[str, jax.Array]:
+        """Adapters that change nothing yet, by path; none where nothing is adapted."""
+        return fresh_adapters(self.adapted, self.config, key)
+
     def begin(self, params: PyTree) -> TrainState:
         """The state before the first step."""
-        return new_state(params, self.groups, self.optimizer, self.config.train.frozen_dtype)
+        return new_state(params, self.groups, self.optimizer, self.frozen_dtype)
 
     def jit_begin(self) -> jax.stages.Wrapped:
         """`begin` under jit: the parameters' buffers become the state's, beside which they would exist a second time."""
@@ -107,10 +124,11 @@ def build_program(config: Config, mesh: Mesh, steps: int) -> Program:
     attention = attention_for(kernel, mesh, packed=config.data.packing.enabled)
     model = build_model(config, attention, crop_shards=crop_shards(mesh))
     sample = empty_batch(config.data_spec.batch_shape(1, config.data.max_length))
-    boxed = jax.eval_shape(model.init, jax.random.key(config.seed), sample)["params"]
+    drawn = flatten(jax.eval_shape(model.init, jax.random.key(config.seed), sample)["params"])
+    groups, adapted = adapt_groups(assign_groups(list(drawn), config.optimizer.table), config.optimizer)
+    boxed = unflatten(drawn | boxed_adapters({path: drawn[path] for path in adapted}, config))
     shapes = nn.unbox(boxed)
     sizes = {path: int(np.prod(leaf.shape)) for path, leaf in flatten(shapes).items()}
-    groups = assign_groups(list(sizes), config.optimizer.table)
     schedule = make_schedule(config.optimizer.schedule, steps)
     optimizer = make_optimizer(config.optimizer, groups, schedule)
     functions = ModelFns(
@@ -127,6 +145,7 @@ def build_program(config: Config, mesh: Mesh, steps: int) -> Program:
         shapes=shapes,
         sizes=sizes,
         groups=groups,
+        adapted=adapted,
         schedule=schedule,
         optimizer=optimizer,
         shardings=state_shardings(mesh, param_shardings(mesh, boxed), shapes, groups, optimizer),

@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from deepstack_jax.parallel.rules import replicated
 from deepstack_jax.train.core.optimizer import split, unflatten
 from deepstack_jax.types import PyTree, TrainState
+from deepstack_jax.weights.adapters import is_adapter
 
 
 def new_state(
@@ -19,7 +20,7 @@ def new_state(
 ) -> TrainState:
     """The state before the first step; only trainable parameters have optimizer state."""
     trainable, frozen = split(params, groups)
-    frozen = {path: leaf.astype(frozen_dtype) for path, leaf in frozen.items()}
+    frozen = {path: leaf if is_adapter(path) else leaf.astype(frozen_dtype) for path, leaf in frozen.items()}
     step, bad_steps, bad_in_a_row = (jnp.zeros((), jnp.int32) for _ in range(3))  # no two may share a buffer: it is donated
     return TrainState(
         step=step,

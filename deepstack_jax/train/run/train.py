@@ -39,6 +39,8 @@ from deepstack_jax.train.run.metrics import MetricsLog, Quarantine, seconds_per_
 from deepstack_jax.train.run.resume import check_disk_space, check_same_data, check_same_run
 from deepstack_jax.train.run.run import Run
 from deepstack_jax.types import PyTree, TrainState
+from deepstack_jax.weights.adapters import adapter_paths
+from deepstack_jax.weights.names import NameTable
 
 _ENDINGS = {EXIT_DONE: "done", EXIT_PREEMPTED: "preempted"}  # as journal.jsonl has them
 
@@ -93,6 +95,8 @@ def train(config: Config, workdir: Path, console: Console, evaluation: Evaluatio
             console.print(table)
     program = build_program(config, mesh, steps)
     console.print(describe_run(program, steps))
+    if program.adapted:
+        console.print(describe_adapters(program))
     if warning := check_disk_space(workdir, program.abstract_state(), config.train, steps):
         console.print(f"warning: {warning}", soft_wrap=True)
     checkpoints = Checkpoints(workdir, config.train)
@@ -196,6 +200,21 @@ def describe_run(program: Program, steps: int) -> Table:
     table = Table("group", "optimizer", "lr", "tensors", "parameters", title=title)
     for name, kind, lr, tensors, parameters in describe_groups(config.optimizer, program.groups, sizes):
         table.add_row(name, kind, lr, str(tensors), f"{parameters:,}")
+    return table
+
+
+def describe_adapters(program: Program) -> Table:
+    """The kernels that have adapters, and how large those are."""
+    lora, kernels, table = (
+        program.config.lora,
+        NameTable(program.config).leaves,
+        Table("adapted", "group", "kernels", "parameters"),
+    )
+    table.title = f"LoRA of rank {lora.rank}, scale {lora.scale:g}, over a base in {lora.base_dtype}"
+    for path in program.adapted:
+        a, b, _ = adapter_paths(path)
+        added = program.sizes[a] + program.sizes[b]
+        table.add_row(path, program.groups[a], str(len(kernels[path].pieces)), f"{added:,}")
     return table
 
 
