@@ -14,7 +14,7 @@ from deepstack_jax.audit.charts import draw_charts
 from deepstack_jax.audit.inputs import model_input
 from deepstack_jax.audit.page import quarantined, render_page
 from deepstack_jax.audit.survey import choose_rows, survey
-from deepstack_jax.data.encode.tokenizer_check import open_tokenizer
+from deepstack_jax.data.encode.tokenizer import open_tokenizer
 from deepstack_jax.data.open import open_source
 from deepstack_jax.errors import try_all
 from deepstack_jax.printing import Console, plural

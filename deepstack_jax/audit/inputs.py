@@ -12,7 +12,7 @@ import numpy as np
 
 from deepstack_jax.config import Config
 from deepstack_jax.data.encode.batch_rows import collate
-from deepstack_jax.data.encode.encoder import Encoder, OverlongError
+from deepstack_jax.data.encode.encoder import Encoder, OverlongError, try_record
 from deepstack_jax.data.encode.image import image_grid
 from deepstack_jax.data.example import BadExample, Example, ExampleError, Source
 from deepstack_jax.data.formats.image_files import image_size
@@ -99,16 +99,14 @@ def use_row(source: Source, index: int, use: Callable[[Example], Made]) -> Made 
     Raises:
       SourceError: the source as a whole cannot be read.
     """
-    try:
-        example = source[index]
-    except ExampleError as error:
-        return BadExample(index, error.name, str(error))
-    try:
-        return use(example)
-    except OverlongError as error:
-        return BadExample(index, example.name, f"{error}; the run would stop here")
-    except ValueError as error:
-        return BadExample(index, example.name, str(error))
+
+    def judged(example: Example) -> Made:
+        try:
+            return use(example)
+        except OverlongError as error:
+            raise ExampleError(f"{error}; the run would stop here", example.name) from error
+
+    return try_record(source, index, judged)
 
 
 def model_input(source: Source, index: int, config: Config) -> ModelInput | BadExample:

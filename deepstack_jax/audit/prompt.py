@@ -12,8 +12,7 @@ import numpy as np
 from deepstack_jax.audit.inputs import ModelInput
 from deepstack_jax.batch import NEWLINE, ZERO
 from deepstack_jax.data.encode.templates import Template
-from deepstack_jax.data.encode.tokenizer import Tokenizer
-from deepstack_jax.data.encode.tokenizer_check import known_ids
+from deepstack_jax.data.encode.tokenizer import Tokenizer, known_ids
 
 _HALF_CHARACTER = "\ufffd"  # how a tokenizer shows bytes that are not a character, or not yet
 _CONTEXT = 8  # tokens before a token that tell whether its text starts with a space

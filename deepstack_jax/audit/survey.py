@@ -15,7 +15,7 @@ from deepstack_jax.audit.inputs import use_row
 from deepstack_jax.config import Config
 from deepstack_jax.data.encode.batch_rows import ExampleSize
 from deepstack_jax.data.encode.encoder import REMARKS, Encoder
-from deepstack_jax.data.encode.image import image_grid
+from deepstack_jax.data.encode.sizes import fit_text
 from deepstack_jax.data.example import BadExample, Example, Source
 from deepstack_jax.data.formats.image_files import read_header
 from deepstack_jax.data.order.mixture import epoch_order
@@ -103,16 +103,11 @@ def survey(source: Source, config: Config, rows: Sequence[int], console: Console
 
 def measure_sample(example: Example, encoder: Encoder) -> Measured:
     """Sizes and supervised tokens of an example, its images known by their headers; raises ValueError if it cannot be used."""
-    spec, layout = encoder.spec, encoder.spec.layout
     whole = encoder.text(example)
-    looks = [read_header(source, spec.data) for source in example.images]
-    sizes = [look.size_wh for look in looks]
-    grids = tuple(image_grid(size, spec.image) for size in sizes)
-    visual = [layout.token_count(grid, size) for grid, size in zip(grids, sizes, strict=True)]
-    text = encoder.fit(example, whole, visual)
-    size = ExampleSize(text.ids.size - len(visual) + sum(visual), sum(map(layout.views, grids)), sum(visual))
+    looks = [read_header(source, encoder.spec.data) for source in example.images]
+    text, grids, size = fit_text(example, encoder, whole, [look.size_wh for look in looks])
     remarks = (*chain.from_iterable(look.remarks for look in looks), *text.remarks)
-    return Measured(size, int(text.supervised[1:].sum()), grids, remarks, origin_of(example))
+    return Measured(size, int(text.supervised[1:].sum()), tuple(grids), remarks, origin_of(example))
 
 
 def padded_efficiency(sizes: np.ndarray, config: Config) -> float:

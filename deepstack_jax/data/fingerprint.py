@@ -6,11 +6,11 @@ import hashlib
 import json
 import os
 import posixpath
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict
 from datetime import UTC, datetime
 from itertools import compress
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from fsspec.core import url_to_fs
@@ -29,18 +29,6 @@ COMPARED = 1024  # records, spread over any other source, whose tokens and image
 READ_WHOLE = 2 << 30  # bytes of data files that are read to the last for their digest; of larger ones parts
 _PARTS, _PART_BYTES, _READ_BYTES = 256, 64 << 10, 1 << 20
 UNUSABLE = "-"  # in place of a digest, of what cannot be used: fixed since, it is still the same data
-
-
-class NamedImages(NamedTuple):
-    """The images that the records of a source name by a path.
-
-    Attributes:
-      named: as often as they are named.
-      missing: those that do not exist, each once, in order.
-    """
-
-    named: int
-    missing: list[str]
 
 
 def describe_options(data: DataConfig, split: str, source: Source, shard_rows: int) -> dict[str, Any]:
@@ -94,10 +82,9 @@ def _look_at(spec: DataSpec, source: Source) -> str:
         try:
             example = source[row]
             tokens = _short_digest(encoder.text(example).ids.tolist())
-            if all(isinstance(image, str | bytes) for image in example.images):  # others are drawn from the configuration
-                images = _short_digest(
-                    [files.read_bytes(image) if isinstance(image, str) else image for image in example.images]
-                )
+            contents = [files.read_bytes(image) if isinstance(image, str) else image for image in example.images]
+            if all(isinstance(image, bytes) for image in contents):  # others are drawn from the configuration
+                images = _short_digest(contents)
         except (ValueError, OSError):  # what cannot be used is the quarantine's business
             pass
         seen.append(f"{row}:{tokens}:{images}")
@@ -151,20 +138,14 @@ def describe_texts(spec: DataSpec, source: Source) -> str:
     return seen.hexdigest()[:16]
 
 
-def named_images(source: Source) -> NamedImages:
-    """Looks whether every image is there that the source names; opens none of them."""
-    count, wanted = 0, {}
-    for path in _image_paths(source):
-        count += 1
-        wanted[path] = None
-    return NamedImages(count, files.missing(wanted))
-
-
-def _image_paths(source: Source) -> Iterator[str]:
+def named_images(source: Source) -> tuple[int, list[str]]:
+    """How often records name an image by a path, and those that do not exist, each once, in order; opens none of them."""
+    paths = []
     for container, taken in containers(source):
         if isinstance(container, FileSource) and container.image_root:
             for record in compress(container.metadata(), taken):
-                yield from (files.under(container.image_root, name) for name in record.images)
+                paths += [files.under(container.image_root, name) for name in record.images]
+    return len(paths), files.missing(dict.fromkeys(paths))
 
 
 def _behind(path: str) -> tuple[Any, list[str]]:

@@ -50,20 +50,17 @@ def find_overlap(held_out: Source, rows: int, train: Source, seconds: float = SE
         names[row], pictures[row] = example.name, _pictures(example)
         for text in _texts(example):
             known.setdefault(text, []).append(row)
-    wanted_names, paths = (
-        set(names.values()),
-        {path for images in pictures.values() for path in images if isinstance(path, str)},
-    )
+    wanted, paths = set(names.values()), {path for images in pictures.values() for path in images if isinstance(path, str)}
     found, looked_at, ends = set[int](), 0, time.monotonic() + seconds
     for source, taken in parts:
         root = source.image_root if isinstance(source, FileSource) else ""
         for place, outline in enumerate(source.metadata()):
+            if not taken[place]:
+                continue
             if looked_at % _LOOK == _LOOK - 1 and time.monotonic() > ends:
                 break
-            looked_at += bool(taken[place])
-            if not taken[place] or (
-                outline.name not in wanted_names and not any(files.under(root, name) in paths for name in outline.images)
-            ):
+            looked_at += 1
+            if outline.name not in wanted and not any(files.under(root, name) in paths for name in outline.images):
                 continue
             try:
                 example = source[place]

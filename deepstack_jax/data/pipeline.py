@@ -22,8 +22,8 @@ from rich.table import Table
 
 from deepstack_jax.config import DataSpec
 from deepstack_jax.data.encode.batch_rows import EncodedExample, ExampleSize, HostBatch, collate, fill
-from deepstack_jax.data.encode.encoder import Encoder
-from deepstack_jax.data.example import BadExample, ExampleError, Source, SourceError
+from deepstack_jax.data.encode.encoder import Encoder, try_record
+from deepstack_jax.data.example import BadExample, Source, SourceError
 from deepstack_jax.data.formats import files
 from deepstack_jax.data.order.batches import BatchOrder, PackedBatches, PaddedBatches
 from deepstack_jax.data.order.lengths import length_index
@@ -35,29 +35,14 @@ from deepstack_jax.printing import redacted
 
 
 @dataclass(frozen=True)
-class ExampleLoader:
-    """Loads records of the source into the form that batches are put together from."""
-
-    source: Source
-    encoder: Encoder
-
-    def load(self, index: int) -> EncodedExample | BadExample:
-        """The training form of record `index` of the source, or why it cannot be used."""
-        try:
-            example = self.source[index]
-        except ExampleError as error:
-            return BadExample(index, error.name, str(error))
-        return self.encoder(example)
-
-
-@dataclass(frozen=True)
 class BatchLoader:
     """Number of a batch -> one host's part of it. Runs in the workers.
 
     `sizes` i32[records of the source, 3] is what the schedule was made from, if it was made from lengths.
     """
 
-    examples: ExampleLoader
+    source: Source
+    encoder: Encoder
     schedule: BatchOrder
     sizes: np.ndarray | None
     process: int
@@ -71,7 +56,7 @@ class BatchLoader:
 
     def __call__(self, number: int) -> HostBatch:
         rows, longest = self.rows(int(number))
-        spec = self.examples.encoder.spec
+        spec = self.encoder.spec
         loaded = [[self._load(index) for index in row] for row in rows]
         if not spec.data.packing.enabled:
             return collate([example for [(example, _)] in loaded], spec, longest)
@@ -79,7 +64,7 @@ class BatchLoader:
 
     def _load(self, index: int) -> tuple[EncodedExample | BadExample, ExampleSize]:
         """An example and the room that is kept for it. One that needs another is blank: packs are never made again."""
-        example = self.examples.load(index)
+        example = try_record(self.source, index, self.encoder.encode)
         if self.sizes is None:
             return example, ExampleSize()
         planned = ExampleSize(*map(int, self.sizes[index]))
@@ -108,8 +93,8 @@ class TrainingStream(Iterator[HostBatch]):
     `state()` is that of the batches handed out, not of those decoded ahead.
 
     Raises:
-      ConfigError, SourceError: lengths cannot be measured, see `order/lengths.py`; the batch size cannot be reached; or worker
-        processes would not have the shared memory that they need.
+      ConfigError, SourceError: lengths cannot be measured, the batch size cannot be reached, or worker processes would not
+        have the shared memory that they need.
     """
 
     def __init__(self, source: Source, spec: DataSpec, *, process: int = 0, processes: int = 1, devices: int = 1) -> None:
@@ -134,7 +119,7 @@ class TrainingStream(Iterator[HostBatch]):
             )
         shape = spec.batch_shape(self.rows // processes, data.max_length)
         check_shared_memory(data, shape.rows * shape.crops * shape.crop_size**2 * 3)  # pixels, next to which the rest is small
-        self._make = BatchLoader(ExampleLoader(source, Encoder(spec)), self.schedule, sizes, process, processes)
+        self._make = BatchLoader(source, Encoder(spec), self.schedule, sizes, process, processes)
 
     def steps(self, epochs: float) -> int:
         """Batches that go through the data so often; the same with and without packing within 2%."""
@@ -216,11 +201,6 @@ class TrainingStream(Iterator[HostBatch]):
         if not flags.FLAGS.is_parsed():  # Grain asks for flags of its own; from Python nobody has parsed any
             flags.FLAGS.mark_as_parsed()
         inner = batches.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=1))
-        options = grain.MultiprocessingOptions(
-            num_workers=data.workers, per_worker_buffer_size=max(1, data.prefetch // data.workers)
-        )
-        return inner.mp_prefetch(options, _start_worker)
-
-
-def _start_worker(worker: int, workers: int) -> None:
-    ignore_signals_exit_with_parent()
+        ahead = max(1, data.prefetch // data.workers)
+        options = grain.MultiprocessingOptions(num_workers=data.workers, per_worker_buffer_size=ahead)
+        return inner.mp_prefetch(options, ignore_signals_exit_with_parent)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import gc
-import math
 import multiprocessing
 import multiprocessing.process
 import os
@@ -30,10 +29,11 @@ _WAY_OUT = (
 _LOST = re.compile(r"Worker process was terminated unexpectedly with exit code (-?\d+)")  # Grain's words
 
 
-def ignore_signals_exit_with_parent() -> None:
+def ignore_signals_exit_with_parent(*_: object) -> None:
     """A terminal and a job scheduler signal every process of a run: its workers go on, so that it can save and end them.
 
-    They end by themselves when the run was killed; without that they would wait for it forever.
+    They end by themselves when the run was killed; without that they would wait for it forever. What Grain gives every worker
+    (its number, and how many there are) is not looked at.
     """
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
@@ -103,7 +103,11 @@ def check_shared_memory(data: DataConfig, batch: int) -> None:
     """
     # Each worker's queue is full where training is slower than reading, and one batch more is made; two are in use.
     needed = batch * (data.workers * (max(1, data.prefetch // data.workers) + 1) + 2) if data.workers else 0
-    if needed > (free := _free()):
+    try:
+        free = shutil.disk_usage(SHARED_MEMORY).free
+    except OSError:  # a system that has it elsewhere
+        return
+    if needed > free:
         raise ConfigError(
             f"{SHARED_MEMORY} has {free / 1e6:,.1f} MB free; the batches of config.data.workers={data.workers} processes, of "
             f"{batch / 1e6:,.1f} MB each, take {needed / 1e6:,.1f} MB of it: {_WAY_OUT}"
@@ -132,10 +136,3 @@ def worker_failure(error: Exception) -> str:
     if number == signal.SIGKILL:
         return "a worker process was killed, perhaps for want of memory; lower config.data.workers or config.data.prefetch"
     return f"a worker process ended with exit code {-number}; its own output says why" if found else ""
-
-
-def _free() -> float:
-    try:
-        return shutil.disk_usage(SHARED_MEMORY).free
-    except OSError:  # a system that has it elsewhere
-        return math.inf

@@ -16,11 +16,10 @@ from deepstack_jax import cli
 from deepstack_jax.api import DTYPES, LMM, load_in_verb
 from deepstack_jax.atomic import write_json, write_lines
 from deepstack_jax.config import Config, build_config, from_stored, to_dict
-from deepstack_jax.data.containers import MissingError, open_files
 from deepstack_jax.data.example import BadExample, SourceError
 from deepstack_jax.data.fingerprint import describe_files, describe_options
 from deepstack_jax.data.formats import files
-from deepstack_jax.data.open import open_source
+from deepstack_jax.data.open import MissingError, open_files, open_source
 from deepstack_jax.errors import ConfigError
 from deepstack_jax.evaluate.ask import ask
 from deepstack_jax.evaluate.checkpoint import EvalCheckpoint

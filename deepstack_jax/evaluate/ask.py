@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from deepstack_jax.data.encode.batch_rows import EncodedExample
-from deepstack_jax.data.encode.encoder import try_row
+from deepstack_jax.data.encode.encoder import try_record
 from deepstack_jax.data.example import BadExample, Example
 from deepstack_jax.evaluate.questions import Question
 from deepstack_jax.evaluate.tasks import Prediction, Task
@@ -93,7 +93,7 @@ def _prompts(
         return [_encode(question, answerer, options) for question in questions]
 
     for row in rows:
-        found = try_row(task.source, row, prompts_of)
+        found = try_record(task.source, row, prompts_of, lost=True)
         yield from [found] if isinstance(found, BadExample) else found
 
 

@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from deepstack_jax.batch import Batch
 from deepstack_jax.config import Config
 from deepstack_jax.data.encode.batch_rows import EncodedExample, HostBatch, collate
-from deepstack_jax.data.encode.encoder import Encoder, try_row
+from deepstack_jax.data.encode.encoder import Encoder, try_record
 from deepstack_jax.data.encode.tokenizer import load_tokenizer
 from deepstack_jax.data.example import BadExample, Source
 from deepstack_jax.evaluate.ask import ask
@@ -162,7 +162,8 @@ class HeldOut:
         encoder, rows = Encoder(uninterrupted(self._config).data_spec), self._rows_per_host()
         for first in range(0, self.rows, rows * self._slice.count):
             begin = first + self._slice.index * rows
-            examples = [try_row(self.task.source, index, encoder) for index in range(begin, min(self.rows, begin + rows))]
+            places = range(begin, min(self.rows, begin + rows))
+            examples = [try_record(self.task.source, index, encoder.encode, lost=True) for index in places]
             yield fill_batch(examples, rows, self._config)
 
 

@@ -15,7 +15,7 @@ from PIL import Image
 
 from deepstack_jax.atomic import write_json, write_lines
 from deepstack_jax.config import Config, DataConfig
-from deepstack_jax.data.encode.encoder import Encoder, try_row
+from deepstack_jax.data.encode.encoder import Encoder, try_record
 from deepstack_jax.data.encode.sizes import encoded_tokens, measure
 from deepstack_jax.data.example import BadExample, Example, Source, SourceError
 from deepstack_jax.data.formats.image_files import read_image
@@ -245,7 +245,7 @@ def thumbnail(source: Source, index: int, data: DataConfig) -> np.ndarray | None
         picture.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS)
         return np.asarray(picture)
 
-    drawn = try_row(source, index, draw)
+    drawn = try_record(source, index, draw, lost=True)
     return None if isinstance(drawn, BadExample) else drawn
 
 
@@ -257,7 +257,10 @@ def first_sizes(source: Source, config: Config) -> dict[str, int]:
     spec = uninterrupted(config).data_spec
     order, encoder = epoch_order(source, config.data.seed, config.data.shuffle), Encoder(spec)
     rows = order(0, np.arange(min(config.train.batch_size, len(order)))).tolist()
-    found = [try_row(source, row, lambda one: (measure(one, encoder).tokens, encoded_tokens(one, spec))) for row in rows]
+    found = [
+        try_record(source, row, lambda one: (measure(one, encoder).tokens, encoded_tokens(one, spec)), lost=True)
+        for row in rows
+    ]
     usable = [sizes for sizes in found if not isinstance(sizes, BadExample)]
     longest, visual = (max(sizes, default=0) for sizes in zip(*usable, strict=True)) if usable else (0, 0)
     return {"context_length": spec.padded_length(longest), "visual_tokens": visual}

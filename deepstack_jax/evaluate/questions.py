@@ -11,7 +11,7 @@ import numpy as np
 
 from deepstack_jax.config import Config, DataConfig
 from deepstack_jax.data.encode.batch_rows import EncodedExample
-from deepstack_jax.data.encode.encoder import Encoder, try_row
+from deepstack_jax.data.encode.encoder import Encoder, try_record
 from deepstack_jax.data.encode.sizes import header_layouts, measure
 from deepstack_jax.data.encode.templates import Template, get_template, images_to_front, render
 from deepstack_jax.data.encode.tokenizer import load_tokenizer
@@ -141,4 +141,4 @@ def check_questions(source: Source, rows: range, data: DataConfig) -> list[BadEx
 
 
 def _bad(source: Source, rows: range, check: Callable[[Example], BadExample | None]) -> list[BadExample]:
-    return [bad for row in rows if (bad := try_row(source, row, check)) is not None]
+    return [bad for row in rows if (bad := try_record(source, row, check, lost=True)) is not None]

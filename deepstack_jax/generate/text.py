@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from deepstack_jax.data.encode.templates import Template
-from deepstack_jax.data.encode.tokenizer import Tokenizer
-from deepstack_jax.data.encode.tokenizer_check import known_ids
+from deepstack_jax.data.encode.tokenizer import Tokenizer, known_ids
 
 _HALF_CHARACTER = "\ufffd"  # how a tokenizer shows bytes that are not a character, or not yet
 

@@ -75,10 +75,8 @@ class Split:
     """One folder of shards to make.
 
     Attributes:
-      name: train or validation.
-      job: without a folder in a dry run that names no --out.
-      per_row: estimated bytes of a shard that an example takes.
-      options, inputs: see `ShardFolder`.
+      name: train or validation. job: without a folder in a dry run that names no --out.
+      per_row: estimated bytes of a shard that an example takes. options, inputs: see `ShardFolder`.
     """
 
     name: str
@@ -105,9 +103,8 @@ def main() -> int:
     if not asked.out and not look:
         raise ConfigError("--out is missing; e.g. --out=shards, or look first with --dry-run")
     if files.is_url(asked.out):
-        raise ConfigError(
-            f"--out={asked.out} is a URL; write to a local folder and copy it there: training reads shards from URLs"
-        )
+        what = f"--out={asked.out} is a URL"
+        raise ConfigError(f"{what}; write to a local folder and copy it there: training reads shards from URLs")
     if asked.decode and not look:
         raise ConfigError("--decode belongs to --dry-run; without it every image is decoded anyway")
     max_pixels = config.data.max_pixels if asked.decode or not look else 0
@@ -117,11 +114,7 @@ def main() -> int:
 
 
 def chosen_splits(config: Config) -> list[str]:
-    """The splits to prepare.
-
-    Raises:
-      ConfigError: an unknown one, or one that the configuration does not name.
-    """
+    """The splits to prepare; one that the configuration does not name is refused when it is opened."""
     asked, data = flags.FLAGS.split, config.data
     if asked not in ("", "both", *SPLITS):
         raise ConfigError(f"--split got {asked!r}, expected train, validation or both")
@@ -129,7 +122,7 @@ def chosen_splits(config: Config) -> list[str]:
     named += ["validation"] if data.validation or data.source == "pages" else []
     if not asked and named:
         return named
-    return list(SPLITS) if asked in ("", "both") else [asked]  # what is not named is said when it is opened
+    return list(SPLITS) if asked in ("", "both") else [asked]
 
 
 def open_split(config: Config, name: str, out: str, shard_rows: int, max_pixels: int, console: Console) -> Split:
@@ -239,9 +232,7 @@ def dry_run(splits: Sequence[Split], data: DataConfig, workers: int, console: Co
     from deepstack_jax.data.fingerprint import named_images  # late: see `open_split`
 
     stop, table = StopSignals(), new_table("Dry run, nothing is written", _LOOKED)
-    notes: list[str] = []
-    problems: list[str] = []
-    work = []
+    notes, problems, work = list[str](), list[str](), []
     for split in splits:
         job, left, finished = split.job, range(split.job.chunks), False
         if os.path.isdir(job.folder):
@@ -250,8 +241,8 @@ def dry_run(splits: Sequence[Split], data: DataConfig, workers: int, console: Co
                 left = [] if finished else [number for number in left if number not in folder.chunks]
         work.append((split, left))
         with console.status(f"looking for the images of {split.name}"):
-            images = named_images(job.source)
-        notes += listed(f"{split.name}: missing", images.missing)
+            named, missing = named_images(job.source)
+        notes += listed(f"{split.name}: missing", missing)
         chunks: list[ShardChunk] = []
         looks = replace(job, shard_rows=min(job.shard_rows, _LOOKED_ROWS), folder="")
         with progress(split.name, looks, range(looks.chunks), console) as looked:
@@ -262,31 +253,22 @@ def dry_run(splits: Sequence[Split], data: DataConfig, workers: int, console: Co
         notes += listed(f"{split.name}: unusable", [entry.reason for entry in bad])
         problem = "" if finished else too_many_bad(bad, len(job.source), data.max_bad_fraction)
         problems += [f"{split.name}: {problem}"] if problem else []
-        cells = [split.name, *(f"{number:,}" for number in (len(job.source), len(bad), images.named, len(images.missing)))]
+        cells = [split.name, *(f"{number:,}" for number in (len(job.source), len(bad), named, len(missing)))]
         table.add_row(*cells, f"~{decimal(split.bytes_of(range(job.chunks)))}", f"{job.chunks:,}")
     stop.release()
     console.print(table)
     for note in notes:
         console.print(note, soft_wrap=True)
     if flags.FLAGS.out:
-        out, needed = check_place(flags.FLAGS.out), sum(split.bytes_of(numbers) for split, numbers in work)
+        out, needed = files.absolute(flags.FLAGS.out), sum(split.bytes_of(numbers) for split, numbers in work)
+        place = existing(out)
+        if not os.path.isdir(place) or not os.access(place, os.W_OK | os.X_OK):
+            raise ConfigError(f"cannot write to {place}; choose another folder with --out=DIR")
         console.print(f"{out}: about {decimal(needed)} are needed, {decimal(free_bytes(out))} are free", soft_wrap=True)
         check_space(out, work)
     if problems:
         raise SourceError(f"{'; '.join(problems)}; fix them, or allow more")
     return cli.EXIT_DONE
-
-
-def check_place(out: str) -> str:
-    """The absolute path of a folder that can be made or written to.
-
-    Raises:
-      ConfigError: it cannot.
-    """
-    place = existing(files.absolute(out))
-    if not os.path.isdir(place) or not os.access(place, os.W_OK | os.X_OK):
-        raise ConfigError(f"cannot write to {place}; choose another folder with --out=DIR")
-    return files.absolute(out)
 
 
 def verify_all(out: str, console: Console) -> int:
@@ -296,7 +278,9 @@ def verify_all(out: str, console: Console) -> int:
       SourceError: naming what is missing or has other content.
     """
     out = files.absolute(out)
-    folders = [folder for folder in (out, *(files.under(out, name) for name in SPLITS)) if is_prepared(folder)]
+    places = (out, *(files.under(out, name) for name in SPLITS))
+    begun = (MANIFEST, IDENTITY)  # of a run that finished there, or began
+    folders = [place for place in places if any(files.is_file(files.under(place, name)) for name in begun)]
     if not folders:
         raise ConfigError(f"--verify={out} holds no {MANIFEST}, nor do {' and '.join(SPLITS)} in it; give the --out of a run")
     table = new_table(out, _SUMMARY)
@@ -308,11 +292,6 @@ def verify_all(out: str, console: Console) -> int:
     console.print(table)
     console.print("every byte is as the manifest says")
     return cli.EXIT_DONE
-
-
-def is_prepared(folder: str) -> bool:
-    """Whether a run finished or began there."""
-    return any(files.is_file(files.under(folder, name)) for name in (MANIFEST, IDENTITY))
 
 
 def check_space(out: str, work: Sequence[tuple[Split, Sequence[int]]]) -> None:
@@ -361,9 +340,9 @@ def new_table(title: str, columns: Sequence[str]) -> Table:
 
 def folder_cells(name: str, manifest: dict[str, Any]) -> list[str]:
     """Cells of the table for a finished folder."""
-    left_out = len(manifest["source"]["left_out"]) if "left_out" in manifest["source"] else 0
-    numbers = [manifest["rows"], left_out, manifest["images"], None, len(manifest["shards"])]
-    return [name, *(decimal(manifest["bytes"]) if number is None else f"{number:,}" for number in numbers)]
+    rows, images, source = manifest["rows"], manifest["images"], manifest["source"]
+    left_out = len(source["left_out"]) if "left_out" in source else 0
+    return [name, f"{rows:,}", f"{left_out:,}", f"{images:,}", decimal(manifest["bytes"]), f"{len(manifest['shards']):,}"]
 
 
 def listed(title: str, lines: Sequence[str]) -> list[str]:

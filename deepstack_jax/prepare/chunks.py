@@ -11,6 +11,7 @@ import multiprocessing
 import os
 import tempfile
 import warnings
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, wait
 from dataclasses import dataclass
@@ -49,19 +50,12 @@ class Bad(NamedTuple):
 
 
 class ShardChunk(NamedTuple):
-    """What became of the examples of one chunk; written beside its shard.
-
-    Attributes:
-      number: of the chunk and its shard.
-      images: in the good examples.
-      bad: the other ones.
-      shard: None where nothing was written.
-    """
+    """What became of the examples of one chunk; written beside its shard."""
 
     number: int
-    images: int
+    images: int  # in the good examples
     bad: tuple[Bad, ...]
-    shard: Shard | None
+    shard: Shard | None  # None where nothing was written
 
 
 @dataclass(frozen=True)
@@ -147,18 +141,15 @@ def shard_bytes(rows: int, shards: int, per_row: float) -> int:
     return round(rows * per_row) + shards * _SHARD_BYTES
 
 
-def chunk_paths(folder: str | os.PathLike[str], number: int) -> tuple[Path, Path]:
-    """Where the shard of a chunk is, and what is known of it."""
-    shard = Path(folder) / f"shard-{number:05d}{SUFFIX}"
-    return shard, shard.with_suffix(".json")
+def shard_path(folder: str | os.PathLike[str], number: int) -> Path:
+    """Where the shard of a chunk is; what is known of it lies beside it, as .json."""
+    return Path(folder) / f"shard-{number:05d}{SUFFIX}"
 
 
 def make_chunk(job: Job, number: int, tick: Callable[[], None]) -> ShardChunk:
     """Check the examples of a chunk and write its shard, named once it is whole and its `ShardChunk` lies beside it.
 
     Args:
-      job: what to make.
-      number: of the chunk.
       tick: called after every example; what it raises ends the chunk without a trace.
 
     Raises:
@@ -181,16 +172,15 @@ def make_chunk(job: Job, number: int, tick: Callable[[], None]) -> ShardChunk:
             tick()
 
     if not job.folder:
-        for _ in good():
-            pass
+        deque(good(), maxlen=0)
         return ShardChunk(number, images, tuple(bad), None)
-    path, beside = chunk_paths(job.folder, number)
+    path = shard_path(job.folder, number)
     try:
         with tempfile.TemporaryDirectory(dir=job.folder, prefix=SCRATCH) as scratch:
             shard = write_shard(Path(scratch) / "shard", path.name, good())
             chunk = ShardChunk(number, images, tuple(bad), shard)
             path.unlink(missing_ok=True)  # of an earlier attempt: never beside what is said of this one
-            write_whole(beside, json.dumps(chunk))
+            write_whole(path.with_suffix(".json"), json.dumps(chunk))
             if shard:
                 os.replace(Path(scratch) / "shard", path)
     except (OSError, RuntimeError) as error:  # array_record has RuntimeErrors alone
@@ -210,12 +200,10 @@ def make_chunks(
     """Make chunks in worker processes, until all are made or `stopped` says so; what is half made then is dropped.
 
     Args:
-      job: what to make.
       numbers: of the chunks.
       workers: processes, at least 1.
       take: called here with every chunk made, in the order in which they end.
-      looked: called here about five times a second with the number of examples looked at.
-      stopped: asked as often.
+      looked: called here about five times a second with the number of examples looked at; `stopped` is asked as often.
 
     Raises:
       DiskError, SourceError: of the first chunk that fails; the others are dropped.

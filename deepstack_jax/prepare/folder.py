@@ -19,7 +19,7 @@ from deepstack_jax.atomic import SCRATCH, write_whole
 from deepstack_jax.data.example import ExampleError, SourceError
 from deepstack_jax.data.shards.reader import MANIFEST, SUFFIX, Shard, ShardSource
 from deepstack_jax.data.shards.writer import manifest_of
-from deepstack_jax.prepare.chunks import Bad, Job, ShardChunk, chunk_paths, read_checked
+from deepstack_jax.prepare.chunks import Bad, Job, ShardChunk, read_checked, shard_path
 
 BAD, IDENTITY = "bad.jsonl", "prepare.json"
 _JOURNAL = "journal.jsonl"  # where earlier releases kept what is known of the finished shards
@@ -174,7 +174,7 @@ class ShardFolder:
             try:
                 number, images, bad, shard = json.loads(beside.read_bytes())
                 chunk = ShardChunk(number, images, tuple(Bad(*entry) for entry in bad), shard and Shard(*shard))
-                path = chunk_paths(self.path, number)[0]
+                path = shard_path(self.path, number)
             except (ValueError, TypeError):  # damaged: it is made again
                 continue
             if not chunk.shard or (path.exists() and path.stat().st_size == chunk.shard.bytes):

@@ -115,7 +115,7 @@ def test_python_blocks_use_names_that_there_are(block):
 
 @pytest.mark.parametrize("block", named("json"))
 def test_json_blocks_are_rows_that_are_read(block, tmp_path):
-    from deepstack_jax.data.containers import open_files
+    from deepstack_jax.data.open import open_files
 
     (tmp_path / "train.json").write_text(block.text)
     source = open_files(str(tmp_path / "train.json"), str(tmp_path))

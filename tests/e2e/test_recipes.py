@@ -12,8 +12,8 @@ import pytest
 
 import deepstack_jax as dsx
 from benchmarks.tiny_recipe import CHAINS, HELD_OUT, Run, load_recipe
-from deepstack_jax.data.containers import open_files
 from deepstack_jax.data.encode.tokenizer import load_tokenizer
+from deepstack_jax.data.open import open_files
 from deepstack_jax.train.checkpoint.init_weights import open_start
 from deepstack_jax.train.checkpoint.restore_params import restore_params
 from deepstack_jax.train.core.optimizer import flatten

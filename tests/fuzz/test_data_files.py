@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deepstack_jax.data.containers import open_files
 from deepstack_jax.data.example import Example, ExampleError, SourceError
 from deepstack_jax.data.formats.footers import read_chunks
+from deepstack_jax.data.open import open_files
 from deepstack_jax.data.shards.codec import decode_example, encode_example
 from deepstack_jax.data.shards.reader import ShardSource
 from deepstack_jax.printing import one_line

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from deepstack_jax.api import LMM
-from deepstack_jax.data.containers import open_files
 from deepstack_jax.data.encode.tokenizer import load_tokenizer
+from deepstack_jax.data.open import open_files
 from deepstack_jax.evaluate.ask import _Asked, _prompts
 from deepstack_jax.evaluate.held_out import HeldOut, run_options
 from deepstack_jax.evaluate.questions import check_questions, check_rows

@@ -8,10 +8,10 @@ from PIL import Image
 
 from configs.receipts import get_config
 from deepstack_jax.config import build_config
-from deepstack_jax.data.containers import open_files
 from deepstack_jax.data.encode.batch_rows import EncodedExample
-from deepstack_jax.data.encode.encoder import Encoder
-from deepstack_jax.data.example import BadExample, ExampleError
+from deepstack_jax.data.encode.encoder import Encoder, try_record
+from deepstack_jax.data.example import BadExample
+from deepstack_jax.data.open import open_files
 
 REAL = Path(__file__).parents[3] / "shared" / "data" / "receipts"
 
@@ -77,13 +77,7 @@ ASKED = [ask("What?"), {"from": "gpt", "value": "That."}]
 def trained(folder: Path) -> tuple[EncodedExample | BadExample, EncodedExample | BadExample]:
     """What becomes of both rows of the data file on their way into a batch."""
     source, encoder = open_files(str(folder / "data.json"), str(folder)), Encoder(build_config(get_config()).data_spec)
-    results = []
-    for index in range(2):
-        try:
-            results.append(encoder(source[index]))
-        except ExampleError as error:
-            results.append(BadExample(index, error.name, str(error)))
-    return results[0], results[1]
+    return try_record(source, 0, encoder.encode), try_record(source, 1, encoder.encode)
 
 
 @pytest.mark.parametrize("damage", IMAGE_DAMAGE)

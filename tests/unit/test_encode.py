@@ -6,8 +6,7 @@ import pytest
 import tokenizers
 from tokenizers import models, pre_tokenizers
 
-from deepstack_jax.data.encode.tokenizer import HFTokenizer
-from deepstack_jax.data.encode.tokenizer_check import check_end_of_turn
+from deepstack_jax.data.encode.tokenizer import HFTokenizer, check_end_of_turn
 
 
 def test_an_end_of_turn_that_is_the_unknown_token_is_refused(tmp_path):

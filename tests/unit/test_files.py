@@ -11,13 +11,13 @@ import fsspec
 import pytest
 from PIL import Image
 
-from deepstack_jax.data.containers import open_files
 from deepstack_jax.data.encode.image import ImageError, open_image
 from deepstack_jax.data.example import ExampleError, SourceError
 from deepstack_jax.data.formats import files
 from deepstack_jax.data.formats import json_records as json_rows
 from deepstack_jax.data.formats.file_source import FileSource
 from deepstack_jax.data.formats.image_files import image_size
+from deepstack_jax.data.open import open_files
 
 
 @pytest.fixture

@@ -12,8 +12,8 @@ import pytest
 
 from deepstack_jax.batch import Batch
 from deepstack_jax.config import Config
-from deepstack_jax.data.containers import open_files
 from deepstack_jax.data.example import SourceError
+from deepstack_jax.data.open import open_files
 from deepstack_jax.evaluate.held_out import HeldOut
 from deepstack_jax.evaluate.in_training import TrainingEvaluation
 from deepstack_jax.families.build import build_model

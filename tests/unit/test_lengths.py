@@ -17,7 +17,7 @@ from PIL import Image
 
 from deepstack_jax.config import Config
 from deepstack_jax.data.encode.batch_rows import EncodedExample
-from deepstack_jax.data.encode.encoder import Encoder, OverlongError
+from deepstack_jax.data.encode.encoder import Encoder, OverlongError, try_record
 from deepstack_jax.data.encode.image import ImageError, open_image
 from deepstack_jax.data.encode.labels import IMAGE_TOKEN, EncodedText
 from deepstack_jax.data.encode.sizes import measure
@@ -215,7 +215,8 @@ def long_example(messages: tuple[Message, ...] = (Message("human", QUESTION), Me
 
 
 def encoded(policy: str, length: int, example: Example | None = None) -> EncodedExample | BadExample:
-    return Encoder(make_config({"data.overlong": policy, "data.max_length": length}).data_spec)(example or long_example())
+    encoder = Encoder(make_config({"data.overlong": policy, "data.max_length": length}).data_spec)
+    return try_record([example or long_example()], 0, encoder.encode)
 
 
 def test_an_overlong_example_is_dropped_cut_or_stops_the_run():

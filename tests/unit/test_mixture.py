@@ -20,8 +20,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deepstack_jax.config import SetConfig, build_config, default_config
-from deepstack_jax.data.containers import open_files
 from deepstack_jax.data.example import ExampleError, MetadataSource, SourceError
+from deepstack_jax.data.open import open_files
 from deepstack_jax.data.order import filters as selection
 from deepstack_jax.data.order.mixture import EpochOrder, Mixture, describe_mixture, epoch_order, open_mixture, unexpected_count
 from deepstack_jax.errors import ConfigError

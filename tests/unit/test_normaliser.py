@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from deepstack_jax.data.containers import open_files
 from deepstack_jax.data.encode.templates import get_template, images_to_front, render
 from deepstack_jax.data.example import IMAGE_MARK, ExampleError, Message, RecordMetadata
 from deepstack_jax.data.formats.file_source import FileSource
 from deepstack_jax.data.formats.styles import RecordError, to_example, to_metadata
+from deepstack_jax.data.open import open_files
 
 ROOT = "/images"
 TURNS = (Message("human", "<image>\nWhat?"), Message("gpt", "This."))

@@ -12,8 +12,8 @@ import pytest
 from PIL import Image
 
 from deepstack_jax.config import SetConfig
-from deepstack_jax.data.containers import open_files
 from deepstack_jax.data.example import MetadataSource
+from deepstack_jax.data.open import open_files
 from deepstack_jax.data.order.mixture import Mixture, MixturePart
 from deepstack_jax.data.overlap import find_overlap
 from deepstack_jax.evaluate.in_training import overlap_line

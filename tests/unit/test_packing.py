@@ -16,7 +16,7 @@ from deepstack_jax.data.order.batches import PackedBatches, PaddedBatches
 from deepstack_jax.data.order.lengths import measure_rows
 from deepstack_jax.data.order.mixture import EpochOrder
 from deepstack_jax.data.order.packing import RowCapacity, describe_packs, pack
-from deepstack_jax.data.pipeline import BatchLoader, ExampleLoader
+from deepstack_jax.data.pipeline import BatchLoader
 from deepstack_jax.errors import ConfigError
 from deepstack_jax.printing import Console
 from tests.unit.made_examples import MadeExamples
@@ -227,7 +227,7 @@ def stepper(config: Config, source: MadeExamples, measured: MadeExamples | None 
     sizes = measure_rows(range(len(source)), measured or source, Encoder(config.data_spec))
     order = EpochOrder((len(source),), (1.0,), 0)
     schedule = PackedBatches(order, sizes, RowCapacity.of(config.data_spec), 16, 6)
-    return BatchLoader(ExampleLoader(source, Encoder(config.data_spec)), schedule, sizes, 0, 1)
+    return BatchLoader(source, Encoder(config.data_spec), schedule, sizes, 0, 1)
 
 
 def segments(batch: Batch, patches: int) -> dict[int, list[np.ndarray]]:
@@ -276,7 +276,7 @@ def test_packed_equals_unpacked_for_every_example(variant):
         together |= segments(delivered.batch, config.layout.patches)
     assert len(together) >= 25
     order = PaddedBatches(EpochOrder((30,), (1.0,), 0), 30)
-    padded = BatchLoader(ExampleLoader(source, Encoder(alone.data_spec)), order, None, 0, 1)
+    padded = BatchLoader(source, Encoder(alone.data_spec), order, None, 0, 1)
     apart = segments(padded(0).batch, alone.layout.patches)
     for index, arrays in together.items():
         for ours, theirs in zip(arrays, apart[index], strict=True):

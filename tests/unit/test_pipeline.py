@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from deepstack_jax.batch import Batch
 from deepstack_jax.config import Config
 from deepstack_jax.data.encode.batch_rows import HostBatch, collate
-from deepstack_jax.data.encode.encoder import OverlongError
+from deepstack_jax.data.encode.encoder import Encoder, OverlongError, try_record
 from deepstack_jax.data.example import SourceError
 from deepstack_jax.data.pipeline import TrainingStream
 from deepstack_jax.errors import ConfigError
@@ -218,9 +218,8 @@ def test_what_must_stop_the_run_comes_out_of_the_workers(workers):
 
 
 def test_an_example_alone_in_a_row_is_padded_to_its_bucket():
-    maker = TrainingStream(SOURCE, make_config("buckets").data_spec)._make.examples
-    examples = [maker.load(index) for index in (0, 7, 1)]
     config = make_config("buckets")
+    examples = [try_record(SOURCE, index, Encoder(config.data_spec).encode) for index in (0, 7, 1)]
     assert collate(examples, config.data_spec).batch.tokens.shape == (3, 32)
     assert collate(examples, config.data_spec, longest=33).batch.tokens.shape == (3, 64)
     assert collate(examples, config.data_spec, longest=90).batch.tokens.shape == (3, 96)

@@ -9,11 +9,10 @@ from PIL import Image
 
 from configs.receipts import get_config
 from deepstack_jax.config import build_config
-from deepstack_jax.data.encode.encoder import Encoder
+from deepstack_jax.data.encode.encoder import Encoder, try_record
 from deepstack_jax.data.encode.sizes import example_check
 from deepstack_jax.data.example import BadExample
 from deepstack_jax.data.open import open_source
-from deepstack_jax.data.pipeline import ExampleLoader
 from deepstack_jax.prepare.chunks import Job, make_chunk
 
 
@@ -54,8 +53,8 @@ def test_prepare_leaves_out_what_training_would(tmp_path):
     source = open_source(config.data, "train")
     check, asked = example_check(config.data_spec)
     chunk = make_chunk(Job(source, 8, "", check, 10_000), 0, lambda: None)
-    loader = ExampleLoader(source, Encoder(config.data_spec))
-    trained = [row for row in range(8) if isinstance(loader.load(row), BadExample)]
+    encoder = Encoder(config.data_spec)
+    trained = [row for row in range(8) if isinstance(try_record(source, row, encoder.encode), BadExample)]
     assert [bad.row for bad in chunk.bad] == trained == [1, 2, 3, 4, 5, 6]
     reasons = {bad.id: bad.reason for bad in chunk.bad}
     assert "config.data.max_images" in reasons["two images"]

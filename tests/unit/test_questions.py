@@ -13,11 +13,11 @@ from PIL import Image
 from deepstack_jax.api import LMM
 from deepstack_jax.batch import Batch
 from deepstack_jax.config import Config, DataConfig
-from deepstack_jax.data.containers import open_files
 from deepstack_jax.data.encode.encoder import OverlongError
 from deepstack_jax.data.encode.templates import TEMPLATES, get_template
 from deepstack_jax.data.encode.tokenizer import load_tokenizer
 from deepstack_jax.data.example import BadExample, Source
+from deepstack_jax.data.open import open_files
 from deepstack_jax.evaluate.ask import _Asked, _prompts, ask
 from deepstack_jax.evaluate.held_out import HeldOut, RunAnswerer, fill_batch, run_options
 from deepstack_jax.evaluate.questions import check_questions, check_rows, uninterrupted

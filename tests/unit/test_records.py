@@ -19,9 +19,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from deepstack_jax.config import LimitsConfig
-from deepstack_jax.data.containers import open_files
 from deepstack_jax.data.example import Example, ExampleError, Message, RecordMetadata, SourceError
 from deepstack_jax.data.formats import files
+from deepstack_jax.data.open import open_files
 from deepstack_jax.data.shards import codec as record_codec
 from deepstack_jax.data.shards import writer
 from deepstack_jax.data.shards.codec import decode_example, encode_example

@@ -15,10 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deepstack_jax.config import LimitsConfig
-from deepstack_jax.data.containers import MissingError, open_files
 from deepstack_jax.data.example import Example, ExampleError, Message, RecordMetadata, SourceError
 from deepstack_jax.data.formats import json_records as json_rows
 from deepstack_jax.data.formats.file_source import FileSource
+from deepstack_jax.data.open import MissingError, open_files
 
 
 def row(name: object = "a", image: object = "x.jpg", question: str = "<image>\nWhat?", answer: str = "This.") -> dict:

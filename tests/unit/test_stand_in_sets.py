@@ -9,7 +9,7 @@ from PIL import Image
 
 from benchmarks.stand_in_sets import TEXT, write_file, write_sets
 from deepstack_jax.config import SetConfig
-from deepstack_jax.data.containers import open_files
+from deepstack_jax.data.open import open_files
 from deepstack_jax.data.order.mixture import open_mixture
 
 MIXTURES = Path(__file__).parents[2] / "configs" / "mixtures"

@@ -15,10 +15,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from deepstack_jax.config import LimitsConfig
-from deepstack_jax.data.containers import MissingError, open_files
 from deepstack_jax.data.example import ExampleError, Message, RecordMetadata, SourceError
 from deepstack_jax.data.formats import tables
 from deepstack_jax.data.formats.file_source import FileSource
+from deepstack_jax.data.open import MissingError, open_files
 from deepstack_jax.data.shards.codec import decode_example, encode_example
 
 HF_IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])

@@ -17,10 +17,10 @@ from deepstack_jax.data.encode.tokenizer import (
     HFTokenizer,
     SentencePieceTokenizer,
     WordTokenizer,
+    check_end_of_turn,
     load_tokenizer,
     train_bpe,
 )
-from deepstack_jax.data.encode.tokenizer_check import check_end_of_turn
 from deepstack_jax.data.example import ConversationError, Message
 from tests.unit.made_examples import turns_of
 

@@ -15,8 +15,14 @@ from transformers import PreTrainedTokenizerFast
 from deepstack_jax.config import Config, DataConfig
 from deepstack_jax.data.encode.labels import CONTROL, encode_conversation, encode_with_images
 from deepstack_jax.data.encode.templates import TEMPLATES, render
-from deepstack_jax.data.encode.tokenizer import HFTokenizer, SentencePieceTokenizer, WordTokenizer, load_tokenizer, train_bpe
-from deepstack_jax.data.encode.tokenizer_check import open_tokenizer
+from deepstack_jax.data.encode.tokenizer import (
+    HFTokenizer,
+    SentencePieceTokenizer,
+    WordTokenizer,
+    load_tokenizer,
+    open_tokenizer,
+    train_bpe,
+)
 from deepstack_jax.data.example import Message
 from deepstack_jax.errors import ConfigError
 from tests.unit.test_tokenize import TOKENIZERS, edited_folder

@@ -25,11 +25,14 @@ REMARKS = (DEEP, TURNED, CONTROL)
 Made = TypeVar("Made")
 
 
-def try_row(source: Source, index: int, use: Callable[[Example], Made]) -> Made | BadExample:
-    """What `use` makes of record `index`, or why it cannot, by its id: also where the source as a whole cannot be read.
+def try_record(source: Source, index: int, use: Callable[[Example], Made], *, lost: bool = False) -> Made | BadExample:
+    """What `use` makes of record `index`, or why it cannot, by its id.
+
+    Args:
+      lost: go on also where the source as a whole cannot be read.
 
     Raises:
-      OverlongError: from `use`.
+      OverlongError: from `use`. SourceError, OSError: the source as a whole cannot be read.
     """
     name = f"record {index}"
     try:
@@ -41,6 +44,8 @@ def try_row(source: Source, index: int, use: Callable[[Example], Made]) -> Made 
     except ExampleError as error:
         return BadExample(index, error.name, str(error))
     except (ValueError, OSError) as error:
+        if isinstance(error, SourceError | OSError) and not lost:
+            raise
         return BadExample(index, name, str(error))
 
 
@@ -54,21 +59,12 @@ class Encoder:
 
     spec: DataSpec
 
-    def __call__(self, example: Example) -> EncodedExample | BadExample:
-        """The training form of an example; everything that is wrong with it comes back as BadExample with the reason.
+    def encode(self, example: Example) -> EncodedExample:
+        """The training form of an example.
 
         Raises:
-          OverlongError: it is longer than a row, and the configuration says to stop then.
+          ValueError: it cannot be used. OverlongError: it is longer than a row, and the configuration says to stop then.
         """
-        try:
-            return self.encode(example)
-        except OverlongError:
-            raise
-        except ValueError as error:
-            return BadExample(example.index, example.name, str(error))
-
-    def encode(self, example: Example) -> EncodedExample:
-        """Like the call, but raises ValueError on an example that cannot be used."""
         text = self.text(example)
         pixels, layouts, remarks = self.images(example)
         text = self.fit(example, text, [layout.tokens.size for layout in layouts])
@@ -82,7 +78,11 @@ class Encoder:
 
     def rendered(self, example: Example) -> Rendered:
         """The text of an example, not tokenised; ValueError where it has too many images or does not fit the template."""
-        self.check_images(example)
+        many, room = len(example.images), self.spec.data.max_images
+        if many > room:  # said before any image is decoded
+            raise ExampleError(
+                f"{example.name}: {many} images, a row has room for {room}; raise config.data.max_images", example.name
+            )
         template = get_template(self.spec.data.template)
         return render(images_to_front(example.messages, template) if example.images else example.messages, template)
 
@@ -114,15 +114,6 @@ class Encoder:
         if not text.supervised[1:kept].any():
             raise ExampleError(f"{problem}, and no answer begins before the cut; raise config.data.max_length", example.name)
         return EncodedText(text.ids[:kept], text.supervised[:kept], text.remarks)
-
-    def check_images(self, example: Example) -> None:
-        """Refuse what the row has no room for before any image is decoded."""
-        room = self.spec.data.max_images
-        if len(example.images) > room:
-            raise ExampleError(
-                f"{example.name}: {len(example.images)} images, a row has room for {room}; raise config.data.max_images",
-                example.name,
-            )
 
     def images(self, example: Example) -> tuple[tuple[np.ndarray, ...], tuple[VisualLayout, ...], list[str]]:
         """The views u8[n, y, x, 3] and the layout of every image, and remarks; ImageError where one cannot be read."""

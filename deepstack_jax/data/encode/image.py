@@ -20,13 +20,7 @@ SCRATCH_PIXELS = 2**25  # bounds the scratch image of a very long, thin picture
 # of one large block raises its limits (mallopt(3), the dynamic mmap threshold) to 62 MiB kept for reuse, for the whole process.
 np.empty(31 * 2**20, np.uint8)
 
-FILTERS = {
-    "bicubic": Image.Resampling.BICUBIC,
-    "bilinear": Image.Resampling.BILINEAR,
-    "lanczos": Image.Resampling.LANCZOS,
-    "box": Image.Resampling.BOX,
-    "nearest": Image.Resampling.NEAREST,
-}
+FILTERS = {name: Image.Resampling[name.upper()] for name in ("bicubic", "bilinear", "lanczos", "box", "nearest")}
 
 
 @dataclass(frozen=True)
@@ -69,9 +63,8 @@ def make_views(image: Image.Image, spec: "ImageConfig") -> Views:
       ValueError: an unknown mode, grid, fit or filter, or an image without pixels.
     """
     if 0 in image.size:
-        raise ValueError(
-            f"image of {image.width}x{image.height} has no pixels; read files with open_image, which names such a file"
-        )
+        size = f"{image.width}x{image.height}"
+        raise ValueError(f"image of {size} has no pixels; read files with open_image, which names such a file")
     if image.mode not in ("RGB", "L"):
         image = image.convert("RGB")
     size, crop_filter, global_filter = spec.size, _filter(spec.crop_filter), _filter(spec.global_filter)

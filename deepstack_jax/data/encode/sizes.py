@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -14,7 +14,8 @@ from deepstack_jax.config import DataSpec
 from deepstack_jax.data.encode.batch_rows import ExampleSize
 from deepstack_jax.data.encode.encoder import Encoder
 from deepstack_jax.data.encode.image import image_grid
-from deepstack_jax.data.encode.tokenizer_check import open_tokenizer
+from deepstack_jax.data.encode.labels import EncodedText
+from deepstack_jax.data.encode.tokenizer import open_tokenizer
 from deepstack_jax.data.example import Example
 from deepstack_jax.data.formats.image_files import image_size
 from deepstack_jax.errors import ConfigError
@@ -24,27 +25,30 @@ from deepstack_jax.layout.sequence import VisualLayout
 
 def measure(example: Example, encoder: Encoder) -> ExampleSize:
     """The size of `encoder.encode(example)`, images known by their headers only; raises ValueError as that does."""
-    text, layout = encoder.text(example), encoder.spec.layout
-    sizes, grids = _sizes_and_grids(example, encoder.spec)
+    text = encoder.text(example)
+    return fit_text(example, encoder, text, [image_size(source, encoder.spec.data) for source in example.images])[2]
+
+
+def fit_text(
+    example: Example, encoder: Encoder, text: EncodedText, sizes: Sequence[tuple[int, int]]
+) -> tuple[EncodedText, list[Grid | None], ExampleSize]:
+    """What a row has room for of an example's text, beside images of these (width, height); their grids, and the whole size."""
+    layout, grids = encoder.spec.layout, [image_grid(size, encoder.spec.image) for size in sizes]
     visual = [layout.token_count(grid, size) for grid, size in zip(grids, sizes, strict=True)]
     text = encoder.fit(example, text, visual)
-    return ExampleSize(text.ids.size - len(visual) + sum(visual), sum(map(layout.views, grids)), sum(visual))
+    return text, grids, ExampleSize(text.ids.size - len(visual) + sum(visual), sum(map(layout.views, grids)), sum(visual))
 
 
 def header_layouts(example: Example, spec: DataSpec) -> list[VisualLayout]:
     """The layout of every image, known by its header; ImageError where one has none."""
-    return [spec.layout.layout(grid, size) for size, grid in zip(*_sizes_and_grids(example, spec), strict=True)]
+    sizes = [image_size(source, spec.data) for source in example.images]
+    return [spec.layout.layout(image_grid(size, spec.image), size) for size in sizes]
 
 
 def encoded_tokens(example: Example, spec: DataSpec) -> int:
     """Distinct encoded tokens that an example gives the model, in the sequence or injected."""
     sources = [np.append(layout.tokens, layout.stack) for layout in header_layouts(example, spec)]
     return sum(np.unique(source[source >= 0]).size for source in sources)
-
-
-def _sizes_and_grids(example: Example, spec: DataSpec) -> tuple[list[tuple[int, int]], list[Grid | None]]:
-    sizes = [image_size(source, spec.data) for source in example.images]
-    return sizes, [image_grid(size, spec.image) for size in sizes]
 
 
 def example_check(spec: DataSpec) -> tuple[Callable[[Example], object], dict[str, Any]]:

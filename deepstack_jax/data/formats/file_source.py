@@ -37,10 +37,10 @@ class Records(Protocol):
 
 
 class FileSource:
-    """Examples of a container, by random access; images are named and not opened, except those at a URL.
+    """Examples of a container, by random access.
 
-    A path on this machine stays a path in `Example.images`; an image under a root that is a URL is fetched and comes as its
-    encoded bytes, since what decodes images knows no network.
+    An image that a record names is a path in `Example.images`, not opened; under a root that is a URL it is fetched and comes
+    as its encoded bytes, since what decodes images knows no network.
 
     Args:
       rows: the container.
@@ -56,9 +56,8 @@ class FileSource:
             # A web server need not list its folders: there, missing images show when they are looked for.
             known = not image_root or image_root.startswith(("http://", "https://")) or files.is_folder(image_root)
         except OSError as error:
-            raise SourceError(
-                f"cannot reach image root {image_root}: {error.strerror}; check the URL and your access"
-            ) from error
+            message = f"cannot reach image root {image_root}: {error.strerror}; check the URL and your access"
+            raise SourceError(message) from error
         if not known:
             raise SourceError(f"image root {image_root} is not a folder; give the folder that the image paths start from")
 
@@ -98,9 +97,8 @@ class FileSource:
             for index, row in enumerate(self.rows.scan()):
                 yield to_metadata(row, index)
         except OSError as error:
-            raise SourceError(
-                f"cannot read {self.rows.path} any more: {error.strerror}; put it back and start again"
-            ) from error
+            message = f"cannot read {self.rows.path} any more: {error.strerror}; put it back and start again"
+            raise SourceError(message) from error
 
     def missing_images(self, rows: int) -> list[str]:
         """Image files named by the first `rows` records that do not exist, each once, in order.

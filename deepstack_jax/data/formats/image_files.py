@@ -183,17 +183,13 @@ def _look(image: Image.Image, file: IO[bytes] | None, max_pixels: int, exif: str
     if width * height > max_pixels:
         limit = f"max_pixels={max_pixels} (config.data.max_pixels)"
         raise ImageError(f"{width}x{height} is more than {limit}; scale it down, or raise the limit")
-    cut = isinstance(image, ImageFile.ImageFile) and image.tile and _DEEP.match(_raw_mode(image.tile[0].args))
+    args: object = image.tile[0].args if isinstance(image, ImageFile.ImageFile) and image.tile else ""
+    cut = _DEEP.match(str(args[0] if isinstance(args, tuple) and args else args))  # how samples are stored, in Pillow's words
     remarks = (DEEP,) if cut or image.mode.startswith(("I", "F")) else ()
     orientation = _orientation(image, file)
     if orientation == 1 or exif != "apply":
         return ImageHeader(image.size, None, remarks if orientation == 1 else (*remarks, TURNED))
     return ImageHeader((height, width) if orientation >= 5 else image.size, TURNS[orientation], remarks)
-
-
-def _raw_mode(args: object) -> str:
-    """How the samples are stored in the file, in Pillow's words."""
-    return str(args[0] if isinstance(args, tuple) and args else args)
 
 
 def _orientation(image: Image.Image, file: IO[bytes] | None) -> int:

@@ -45,8 +45,8 @@ def to_example(row: object, index: int, image_root: str) -> Example:
     if not isinstance(row, dict):
         raise RecordError(f"is {_kind(row)}, expected an object with id, image and conversations")
     style = _style(row)
-    images = _images(row, image_root)
-    messages = _READERS[style](_turns(row[style]), len(images))
+    images = tuple(_image(value, image_root) for value in _image_values(row))
+    messages = tuple(_READERS[style](_turns(row[style], style), len(images)))
     check_messages(messages, len(images))
     info = {key: value for key, value in row.items() if value is not None and key not in ("id", *IMAGE_KEYS, style)}
     return Example(index, record_name(row, index), images, messages, info)
@@ -61,8 +61,17 @@ def check_messages(messages: tuple[Message, ...], images: int) -> None:
             raise RecordError(f"turn {number}: got {message!r:.120}, expected a human or gpt and its text")
         if _LONE_SURROGATE.search(message.text):
             raise RecordError(f"turn {number} holds half a surrogate pair, which no tokenizer can encode; remove it")
-    _check_order(messages)
-    _check_placeholders(messages, images)
+    for number, (before, message) in enumerate(pairwise(messages), 1):  # which speaker may end it, the use decides
+        if message.role == before.role:
+            expected = "human" if message.role == "gpt" else "gpt"
+            raise RecordError(f"turn {number}: got {message.role!r}, expected {expected!r}; turns alternate, join them")
+    spoken = messages[1:] if messages[0].role == "gpt" else messages  # templates drop a leading answer, and an image in it
+    found = sum(message.text.count(IMAGE_MARK) for message in spoken)
+    if found != images:  # nothing would tell which image belongs where
+        mend = "name the missing images" if found > images else f"put one {IMAGE_MARK} per image into a human turn"
+        raise RecordError(
+            f"has {found} {IMAGE_MARK} for {plural(images, 'image')}, expected {images}; {mend} or remove the surplus"
+        )
 
 
 def to_metadata(row: object, index: int) -> RecordMetadata:
@@ -112,15 +121,17 @@ def _style(row: dict[str, Any]) -> str:
     return found[0]
 
 
-def _turns(value: object) -> object:
-    """Turns one by one, where `datasets` stored them column by column: {"from": [...], "value": [...]}, its old `Sequence`."""
-    if not isinstance(value, dict) or not all(isinstance(column, list) for column in value.values()):
-        return value
-    if len({len(column) for column in value.values()}) > 1:
-        raise RecordError(
-            f"has columns of turns that differ in length ({label(', '.join(map(str, value)))}); write the table again"
-        )
-    return [dict(zip(value, turn, strict=True)) for turn in zip(*value.values(), strict=True)]
+def _turns(value: object, style: str) -> list[dict[str, Any]]:
+    """Turns one by one, also where `datasets` stored them column by column: {"from": [...], "value": [...]}."""
+    if isinstance(value, dict) and all(isinstance(column, list) for column in value.values()):
+        if len({len(column) for column in value.values()}) > 1:
+            raise RecordError(
+                f"has columns of turns that differ in length ({label(', '.join(map(str, value)))}); write the table again"
+            )
+        value = [dict(zip(value, turn, strict=True)) for turn in zip(*value.values(), strict=True)]
+    if not isinstance(value, list) or not value or not all(isinstance(turn, dict) for turn in value):
+        raise RecordError(f"has no {style}; expected {_EXPECTED[style]}")
+    return value
 
 
 def _image_values(row: dict[str, Any]) -> list[Any]:
@@ -130,10 +141,6 @@ def _image_values(row: dict[str, Any]) -> list[Any]:
         raise RecordError("has image and images, expected one of them; remove the other")
     value = row[given[0]] if given else []
     return value if isinstance(value, list) else [value]
-
-
-def _images(row: dict[str, Any], root: str) -> tuple[str | bytes, ...]:
-    return tuple(_image(value, root) for value in _image_values(row))
 
 
 def _image(value: object, root: str) -> str | bytes:
@@ -164,9 +171,7 @@ def _escapes(name: str) -> bool:
     return posixpath.isabs(name) or posixpath.normpath(name).split("/")[0] == ".."
 
 
-def _llava(turns: object, _images: int) -> tuple[Message, ...]:
-    if not isinstance(turns, list) or not turns or not all(isinstance(turn, dict) for turn in turns):
-        raise RecordError('has no conversations; expected [{"from": "human", "value": ...}, {"from": "gpt", "value": ...}]')
+def _llava(turns: list[dict[str, Any]], _images: int) -> list[Message]:
     for number, turn in enumerate(turns):
         role, text = turn.get("from"), turn.get("value")
         if role == "system":
@@ -174,12 +179,10 @@ def _llava(turns: object, _images: int) -> tuple[Message, ...]:
         if role not in ("human", "gpt") or not isinstance(text, str):
             expected = "{'from': 'human' or 'gpt', 'value': text}"
             raise RecordError(f"turn {number}: got {turn!r:.120}; expected {expected}")
-    return tuple(Message(turn["from"], turn["value"]) for turn in turns)
+    return [Message(turn["from"], turn["value"]) for turn in turns]
 
 
-def _trl(turns: object, images: int) -> tuple[Message, ...]:
-    if not isinstance(turns, list) or not turns or not all(isinstance(turn, dict) for turn in turns):
-        raise RecordError('has no messages; expected [{"role": "user", "content": ...}, {"role": "assistant", "content": ...}]')
+def _trl(turns: list[dict[str, Any]], images: int) -> list[Message]:
     messages = []
     for number, turn in enumerate(turns):
         role = turn.get("role")
@@ -188,9 +191,7 @@ def _trl(turns: object, images: int) -> tuple[Message, ...]:
         if role not in _ROLES:
             raise RecordError(f"turn {number}: role is {role!r:.40}, expected 'user' or 'assistant'; remove or rename the turn")
         messages.append(Message(_ROLES[role], _content(turn.get("content"), number, images)))
-    if all(isinstance(turn["content"], str) for turn in turns):
-        return _images_first(messages, images)
-    return tuple(messages)
+    return _images_first(messages, images) if all(isinstance(turn["content"], str) for turn in turns) else messages
 
 
 def _content(content: object, turn: int, images: int) -> str:
@@ -218,9 +219,7 @@ def _content(content: object, turn: int, images: int) -> str:
     return "".join(pieces)
 
 
-def _cauldron(turns: object, images: int) -> tuple[Message, ...]:
-    if not isinstance(turns, list) or not turns or not all(isinstance(turn, dict) for turn in turns):
-        raise RecordError('has no texts; expected [{"user": ..., "assistant": ...}]')
+def _cauldron(turns: list[dict[str, Any]], images: int) -> list[Message]:
     messages = []
     for number, turn in enumerate(turns):
         for key, role in _ROLES.items():
@@ -230,20 +229,24 @@ def _cauldron(turns: object, images: int) -> tuple[Message, ...]:
     return _images_first(messages, images)
 
 
-_READERS: dict[str, Callable[[Any, int], tuple[Message, ...]]] = {
+_READERS: dict[str, Callable[[list[dict[str, Any]], int], list[Message]]] = {
     "conversations": _llava,
     "messages": _trl,
     "texts": _cauldron,
 }
+_EXPECTED = {
+    "conversations": '[{"from": "human", "value": ...}, {"from": "gpt", "value": ...}]',
+    "messages": '[{"role": "user", "content": ...}, {"role": "assistant", "content": ...}]',
+    "texts": '[{"user": ..., "assistant": ...}]',
+}
 
 
-def _images_first(messages: list[Message], images: int) -> tuple[Message, ...]:
+def _images_first(messages: list[Message], images: int) -> list[Message]:
     """All images in front of the first question, where the style has no placeholders and the record none of its own."""
     first = next((number for number, message in enumerate(messages) if message.role == "human"), None)
-    if first is None or any(IMAGE_MARK in message.text for message in messages):
-        return tuple(messages)
-    messages[first] = Message("human", f"{IMAGE_MARK}\n" * images + messages[first].text)
-    return tuple(messages)
+    if first is not None and not any(IMAGE_MARK in message.text for message in messages):
+        messages[first] = Message("human", f"{IMAGE_MARK}\n" * images + messages[first].text)
+    return messages
 
 
 def _system_turn(number: int) -> RecordError:
@@ -251,25 +254,6 @@ def _system_turn(number: int) -> RecordError:
         f"turn {number} is a system prompt, but every template holds its own (data.template); remove the turn, or put its "
         "words into the first question"
     )
-
-
-def _check_order(messages: tuple[Message, ...]) -> None:
-    """Speakers alternate, whatever the template: told here, it is known before a run. Which one may end it, the use decides."""
-    for number, (before, message) in enumerate(pairwise(messages), 1):
-        if message.role == before.role:
-            expected = "human" if message.role == "gpt" else "gpt"
-            raise RecordError(f"turn {number}: got {message.role!r}, expected {expected!r}; turns alternate, join them")
-
-
-def _check_placeholders(messages: tuple[Message, ...], images: int) -> None:
-    """One `<image>` per image: with any other count nothing tells which image belongs where."""
-    spoken = messages[1:] if messages[0].role == "gpt" else messages  # templates drop a leading answer, and an image in it
-    found = sum(message.text.count(IMAGE_MARK) for message in spoken)
-    if found != images:
-        mend = "name the missing images" if found > images else f"put one {IMAGE_MARK} per image into a human turn"
-        raise RecordError(
-            f"has {found} {IMAGE_MARK} for {plural(images, 'image')}, expected {images}; {mend} or remove the surplus"
-        )
 
 
 def _kind(value: object) -> str:

@@ -46,12 +46,11 @@ class ParquetRecords:
             if footer.columns.keys() != first.columns.keys():
                 theirs = sorted(footer.columns.keys() ^ first.columns.keys())
                 raise SourceError(f"{part} and {self._parts[0]} differ in the columns {theirs}; name files of one table")
-        problem = check_columns(list(first.names))
-        if problem:
+        if problem := check_columns(list(first.names)):
             raise SourceError(f"{path} {problem}")
-        self._columns = carried(path, {name: column.type for name, column in first.columns.items()})
+        self._columns = carried(path, first.columns)
         self._check_groups()
-        self._outlined = [name for name in self._columns if first.columns[name].short]
+        self._outlined = [name for name in self._columns if _is_short(name, first.columns[name])]
         rows = [(part, group, count) for part, footer in enumerate(self._footers) for group, count in enumerate(footer.rows)]
         self._groups = np.array([(part, group) for part, group, _ in rows], np.int32).reshape(-1, 2)
         self._starts = _starts(path, [count for *_, count in rows])
@@ -134,9 +133,8 @@ class ParquetRecords:
         except (pa.ArrowException, OSError) as error:
             if isinstance(error, OSError) and error.errno:
                 raise SourceError(f"cannot read {path} any more: {error.strerror}; put it back and start again") from error
-            raise RecordError(
-                f"row group {number} cannot be read ({short_reason(error)}); fetch or write the file again"
-            ) from error
+            reason = f"row group {number} cannot be read ({short_reason(error)}); fetch or write the file again"
+            raise RecordError(reason) from error
         if len(table) != footer.rows[number]:
             raise RecordError(f"row group {number} has {len(table)} rows of {footer.rows[number]}; fetch or write it again")
         return table
@@ -151,9 +149,8 @@ class ParquetRecords:
             if needed == self._columns or (isinstance(error, OSError) and error.errno):
                 raise
             table = parquet.read_row_group(number, columns=needed)  # it may have been a column that nobody needs
-            warn_of(
-                self.path, [name for name in self._columns if name not in needed], f"cannot be read ({short_reason(error)})"
-            )
+            others = [name for name in self._columns if name not in needed]
+            warn_of(self.path, others, f"cannot be read ({short_reason(error)})")
             return table
 
     def _read_steps(self, parquet: pq.ParquetFile, number: int, step: int) -> pa.Table:
@@ -187,9 +184,8 @@ class ArrowRecords:
         self._map()
 
     def _map(self) -> None:
-        self._batches = [
-            _map_arrow(part, copy, self._limits.group_bytes) for part, copy in zip(self._parts, self._copies, strict=True)
-        ]
+        most = self._limits.group_bytes
+        self._batches = [_map_arrow(part, copy, most) for part, copy in zip(self._parts, self._copies, strict=True)]
         self._flat = [batch for batches in self._batches for batch in batches]
         self._starts = _starts(self.path, [len(batch) for batch in self._flat])
 
@@ -224,15 +220,8 @@ class ArrowRecords:
     def scan(self) -> Iterator[object]:
         """All rows in order, only the columns that are short and that an outline needs."""
         for batch in self._flat:
-            names = [field.name for field in batch.schema if _is_short(field)]
+            names = [field.name for field in batch.schema if _is_short(field.name, field.type)]
             yield from scanned(batch.select(names), self._limits, mapped=True) if names else ({} for _ in range(len(batch)))
-
-
-class _Column(NamedTuple):
-    """A column of a parquet file."""
-
-    type: pa.DataType
-    short: bool  # whether an outline reads it
 
 
 class _Footer(NamedTuple):
@@ -240,7 +229,7 @@ class _Footer(NamedTuple):
 
     rows: list[int]  # of each row group
     sizes: list[dict[str, int]]  # of each row group: column -> bytes in memory at most, its texts once for all their uses
-    columns: dict[str, _Column]
+    columns: dict[str, pa.DataType]
     names: tuple[str, ...]  # of the columns, as often as they are there
     texts: tuple[str, ...]  # paths of the leaves that are read as dictionaries
     step: int  # rows that may be read at once
@@ -252,7 +241,7 @@ def _read_footer(path: str) -> _Footer:
         chunks = read_chunks(path)
         with _open_parquet(path) as parquet:
             metadata, schema = parquet.metadata, parquet.schema_arrow
-            columns = {field.name: _Column(field.type, _is_short(field)) for field in schema}
+            columns = {field.name: field.type for field in schema}
             leaves = [parquet.schema.column(number) for number in range(metadata.num_columns)]
             delta = {leaf.path for group in chunks for chunk, leaf in zip(group, leaves, strict=False) if chunk.delta}
             held = [leaf.path for leaf in leaves if leaf.physical_type == "BYTE_ARRAY" and leaf.logical_type.type != "DECIMAL"]
@@ -285,11 +274,11 @@ def _open_parquet(path: str, texts: Sequence[str] = ()) -> pq.ParquetFile:
     return pq.ParquetFile(opened, read_dictionary=list(texts) or None)
 
 
-def _is_short(field: pa.Field) -> bool:
+def _is_short(name: str, kind: pa.DataType) -> bool:
     """Whether an outline reads this column: the id, the data_source, and images that are paths."""
-    kind = field.type.value_type if pa.types.is_list(field.type) or pa.types.is_large_list(field.type) else field.type
-    is_text = pa.types.is_string(kind) or pa.types.is_large_string(kind)
-    return field.name in ("id", "data_source") or (field.name in IMAGE_KEYS and is_text)
+    inner = kind.value_type if pa.types.is_list(kind) or pa.types.is_large_list(kind) else kind
+    is_text = pa.types.is_string(inner) or pa.types.is_large_string(inner)
+    return name in ("id", "data_source") or (name in IMAGE_KEYS and is_text)
 
 
 def _map_arrow(path: str, copy: str, most: int) -> list[pa.RecordBatch]:
@@ -297,8 +286,7 @@ def _map_arrow(path: str, copy: str, most: int) -> list[pa.RecordBatch]:
     try:
         files.size(copy)  # refuses what is not a file
         schema, batches = _read_arrow(path, pa.memory_map(copy), most)
-        problem = check_columns(schema.names)
-        if problem:
+        if problem := check_columns(schema.names):
             raise SourceError(f"{path} {problem}")
         names = carried(path, {field.name: field.type for field in schema})
     except SourceError:

@@ -41,11 +41,6 @@ class RowFilter:
     drop_images: tuple[str, ...] = ()
     keep_sources: tuple[str, ...] = ()
 
-    @property
-    def takes_all(self) -> bool:
-        """Whether there is nothing to look at."""
-        return not (self.keep_images or self.drop_images or self.keep_sources)
-
     def drops(self, outline: RecordMetadata) -> bool:
         """Whether the record is named as not wanted."""
         return any(name.startswith(self.drop_images) for name in outline.images or (TEXT_ROWS,))
@@ -80,7 +75,7 @@ def select(path: str, source: MetadataSource, filters: Sequence[RowFilter], cach
     A file is looked through once, in one pass for all filters; the answer is kept in the folder `cache` under the file's
     version (path, size, time of the last change) and the filters.
     """
-    if all(condition.takes_all for condition in filters):
+    if all(condition == RowFilter() for condition in filters):
         every = np.arange(len(source), dtype=np.int32)
         return Selection((every,) * len(filters), {}, len(source) if len(filters) > 1 else 0, {})
     key = _key(path, filters)
@@ -89,8 +84,11 @@ def select(path: str, source: MetadataSource, filters: Sequence[RowFilter], cach
     if found is None:
         found = scan(source, filters, os.path.basename(path.rstrip("/")))
         if key:
+            rest = json.dumps({"left": found.left, "shared": found.shared, "data_sources": found.data_sources})
             with contextlib.suppress(OSError):  # a cache that cannot be written costs the next start a pass, nothing else
-                _save(found, kept)
+                os.makedirs(os.path.dirname(kept), exist_ok=True)
+                with whole_file(kept) as file:
+                    np.savez(file, *found.rows, rest=np.array(rest))
     return found
 
 
@@ -100,16 +98,9 @@ def scan(source: MetadataSource, filters: Sequence[RowFilter], name: str) -> Sel
     left: Counter[str] = Counter()
     data_sources: Counter[str] = Counter()
     shared = 0
-    title = f"filtering {escape(label(name))}"
-    metadata = track(
-        source.metadata(),
-        title,
-        len(source),
-        console=Console(stderr=True),
-        transient=True,
-        update_period=0.5,
-    )
-    for row, outline in enumerate(metadata):
+    title, console = f"filtering {escape(label(name))}", Console(stderr=True)
+    shown = track(source.metadata(), title, len(source), console=console, transient=True, update_period=0.5)
+    for row, outline in enumerate(shown):
         data_sources[outline.data_source] += 1
         taken, dropped = 0, False
         for condition, rows in zip(filters, takers, strict=True):
@@ -120,14 +111,9 @@ def scan(source: MetadataSource, filters: Sequence[RowFilter], name: str) -> Sel
                 taken += 1
         shared += taken > 1
         if not taken and not dropped:
-            left[_label(outline)] += 1
+            folder = "/".join([*outline.images[0].split("/")[:-1][:2], ""]) if outline.images else ""
+            left[folder if outline.images else outline.data_source or TEXT_ROWS] += 1
     return Selection(tuple(np.array(rows, np.int32) for rows in takers), left, shared, data_sources)
-
-
-def _label(outline: RecordMetadata) -> str:
-    if outline.images:
-        return "/".join([*outline.images[0].split("/")[:-1][:2], ""])
-    return outline.data_source or TEXT_ROWS
 
 
 def _key(path: str, filters: Sequence[RowFilter]) -> str:
@@ -143,13 +129,6 @@ def _key(path: str, filters: Sequence[RowFilter]) -> str:
     return hashlib.sha256(described.encode()).hexdigest()[:32]
 
 
-def _save(selection: Selection, path: str) -> None:
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    rest = json.dumps({"left": selection.left, "shared": selection.shared, "data_sources": selection.data_sources})
-    with whole_file(path) as file:
-        np.savez(file, *selection.rows, rest=np.array(rest))
-
-
 def _load(path: str, filters: int) -> Selection | None:
     """None where there is nothing, or nothing whole."""
     try:
@@ -158,4 +137,4 @@ def _load(path: str, filters: int) -> Selection | None:
             rows = tuple(stored[f"arr_{number}"] for number in range(filters))
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         return None
-    return Selection(rows, rest["left"], rest["shared"], rest["data_sources"])
+    return Selection(rows, **rest)

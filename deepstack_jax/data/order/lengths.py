@@ -18,9 +18,9 @@ from rich.progress import Progress
 from deepstack_jax.atomic import whole_file
 from deepstack_jax.config import DataSpec
 from deepstack_jax.data.encode.batch_rows import ExampleSize
-from deepstack_jax.data.encode.encoder import Encoder
+from deepstack_jax.data.encode.encoder import Encoder, try_record
 from deepstack_jax.data.encode.sizes import measure
-from deepstack_jax.data.example import ExampleError, Source, SourceError
+from deepstack_jax.data.example import BadExample, ExampleError, Source, SourceError
 from deepstack_jax.data.formats import files
 from deepstack_jax.data.workers import process_pool
 from deepstack_jax.printing import Console
@@ -29,6 +29,15 @@ CHUNK = 512  # records measured between two saves: a second or two, which is als
 UNKNOWN = ExampleSize()  # of an example that cannot be used: it takes a place among a row's examples, and no room
 
 _VERSION = 1  # of what the numbers mean
+_DATA_KEYS = (
+    "template",
+    "max_length",
+    "max_images",
+    "overlong",
+    "max_pixels",
+    "exif",
+    "control_tokens",
+)  # that sizes depend on
 
 
 def measure_rows(rows: range, source: Source, encoder: Encoder) -> np.ndarray:
@@ -37,8 +46,8 @@ def measure_rows(rows: range, source: Source, encoder: Encoder) -> np.ndarray:
     Raises:
       SourceError: the source as a whole cannot be read, or an example is too long and the configuration says to stop then.
     """
-    sizes = [UNKNOWN if isinstance(size := _measure(row, source, encoder), str) else size for row in rows]
-    return np.array(sizes, np.int32).reshape(-1, 3)
+    found = [try_record(source, row, partial(measure, encoder=encoder)) for row in rows]
+    return np.array([UNKNOWN if isinstance(size, BadExample) else size for size in found], np.int32).reshape(-1, 3)
 
 
 def length_index(source: Source, spec: DataSpec, console: Console | None = None) -> np.ndarray:
@@ -74,31 +83,21 @@ def too_many_bad(sizes: np.ndarray, source: Source, encoder: Encoder) -> str:
     allowed = encoder.spec.data.max_bad_fraction
     if len(bad) <= allowed * len(sizes):
         return ""
-    again = {row: _measure(row, source, encoder) for row in bad[:3].tolist()}
-    reasons = "; ".join(why if isinstance(why, str) else f"record {row} can be used by now" for row, why in again.items())
+    again = {row: try_record(source, row, partial(measure, encoder=encoder)) for row in bad[:3].tolist()}
+    found = [one.reason if isinstance(one, BadExample) else f"record {row} can be used by now" for row, one in again.items()]
+    reasons = "; ".join(found)
     return (
         f"{len(bad)} of {len(sizes)} examples cannot be used, more than config.data.max_bad_fraction={allowed}; fix them, "
         f"or allow more; the first: {reasons}"
     )
 
 
-def _measure(row: int, source: Source, encoder: Encoder) -> ExampleSize | str:
-    """The size of an example, or why it cannot be used; SourceError as `measure_rows`."""
-    try:
-        return measure(source[row], encoder)
-    except ExampleError as error:
-        return str(error)
-    except SourceError:
-        raise
-    except ValueError as error:
-        return str(error)
-
-
 def _measure_all(source: Source, encoder: Encoder, folder: Path, console: Console) -> np.ndarray:
     """Measure chunk by chunk; chunks that an earlier attempt left in `folder` are taken over."""
     rows = len(source)
     chunks = [range(start, min(start + CHUNK, rows)) for start in range(0, rows, CHUNK)]
-    found = {chunk: _load(_part(folder, chunk), len(chunk)) for chunk in chunks}
+    files_of = {chunk: folder / f"{chunk.start:09d}.npy" for chunk in chunks}
+    found = {chunk: _load(files_of[chunk], len(chunk)) for chunk in chunks}
     parts = {chunk: sizes for chunk, sizes in found.items() if sizes is not None}
     missing = [chunk for chunk in chunks if chunk not in parts]
     workers = min(encoder.spec.data.workers, len(missing) // 4)  # a process starts as slowly as a few chunks are measured
@@ -106,7 +105,7 @@ def _measure_all(source: Source, encoder: Encoder, folder: Path, console: Consol
         task = progress.add_task("measuring examples", total=rows, completed=sum(map(len, chunks)) - sum(map(len, missing)))
         for chunk, sizes in zip(missing, _measured(missing, source, encoder, workers), strict=True):
             parts[chunk] = sizes
-            _save(_part(folder, chunk), sizes)
+            _save(files_of[chunk], sizes)
             progress.advance(task, len(chunk))
     return np.concatenate([parts[chunk] for chunk in chunks])
 
@@ -138,15 +137,7 @@ def _key(source: Source, spec: DataSpec) -> str:
         "source": hashlib.sha256(pickle.dumps(source, protocol=4)).hexdigest(),
         "rows": [_text_of(source, int(row)) for row in looked_at],
         "tokenizer": _tokenizer_version(data.tokenizer),
-        "data": [
-            data.template,
-            data.max_length,
-            data.max_images,
-            data.overlong,
-            data.max_pixels,
-            data.exif,
-            data.control_tokens,
-        ],
+        "data": [getattr(data, key) for key in _DATA_KEYS],
         "image": asdict(spec.image),
         "layout": asdict(layout),
     }
@@ -167,10 +158,6 @@ def _tokenizer_version(spec: str) -> str:
     found = sorted(path.glob("*token*")) if os.path.isdir(path) else [Path(spec.removeprefix("words:@"))]  # words: no name
     stats = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in found if os.path.isfile(file)]
     return repr((spec, stats))
-
-
-def _part(folder: Path, chunk: range) -> Path:
-    return folder / f"{chunk.start:09d}.npy"
 
 
 def _load(file: Path, rows: int) -> np.ndarray | None:

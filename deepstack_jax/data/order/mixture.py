@@ -195,7 +195,6 @@ def open_mixture(
     """The mixture of `sets`, each file opened once, with a warning for everything that is not as the sets say.
 
     Args:
-      sets: by name.
       root: folder or URL that files and image roots start from.
       open_files: path and image root -> source.
       cache: folder where the records that filters take are kept; "" = the package's cache folder.
@@ -205,21 +204,28 @@ def open_mixture(
       SourceError: a file cannot be read, or a set has no records; going on would train on another mixture than asked for.
     """
     _check_present(sets, root)
+    by_file: dict[tuple[str, str], list[str]] = {}
+    for name, entry in sets.items():
+        by_file.setdefault((entry.file, entry.images), []).append(name)
     chosen: dict[str, tuple[MetadataSource, np.ndarray]] = {}
-    for (file, images), names in _by_file(sets).items():
+    for (file, images), names in by_file.items():
         path = files.join(root, file)
         source = open_files(path, files.join(root, images))
         filters = [RowFilter(sets[name].keep_images, sets[name].drop_images, sets[name].keep_sources) for name in names]
         selection = select(path, source, filters, cache or files.cache_folder())
         for name, rows in zip(names, selection.rows, strict=True):
             if not len(rows):
-                raise SourceError(f"set {name} takes none of the {len(source)} records of {path}; {_contents(selection)}")
+                left, data_sources = _listed(selection.left) or "nothing", _listed(selection.data_sources)
+                raise SourceError(
+                    f"set {name} takes none of the {len(source)} records of {path}; left over, by image folder or data_source: "
+                    f"{left}; every data_source: {data_sources}; correct its keep_images, drop_images or keep_sources "
+                    f"({TEXT_ROWS!r} names records without an image file)"
+                )
             chosen[name] = (source, rows)
         _warn_of_rows(path, names, filters, selection)
     parts = [MixturePart(name, *chosen[name], config) for name, config in sets.items()]
     for part in parts:
-        problem = unexpected_count(part)
-        if problem:
+        if problem := unexpected_count(part):
             warnings.warn(f"set {part.name}: {problem}", stacklevel=2)
     return Mixture(parts)
 
@@ -260,14 +266,6 @@ def describe_mixture(mixture: Mixture) -> Table:
     for row in rows:
         table.add_row(*(row[column] for column in used), end_section=row is rows[-2])
     return table
-
-
-def _by_file(sets: Mapping[str, SetConfig]) -> dict[tuple[str, str], list[str]]:
-    """Names of the sets that share a file and its image root."""
-    shared: dict[tuple[str, str], list[str]] = {}
-    for name, entry in sets.items():
-        shared.setdefault((entry.file, entry.images), []).append(name)
-    return shared
 
 
 def _check_present(sets: Mapping[str, SetConfig], root: str) -> None:
@@ -326,15 +324,6 @@ def _warn_of_rows(path: str, names: Sequence[str], filters: Sequence[RowFilter],
                 f"{_listed(selection.data_sources)}; correct config.data.sets.{name}.keep_sources",
                 stacklevel=3,
             )
-
-
-def _contents(selection: Selection) -> str:
-    """What a file holds, for somebody whose filter found nothing."""
-    left, data_sources = _listed(selection.left) or "nothing", _listed(selection.data_sources)
-    return (
-        f"left over, by image folder or data_source: {left}; every data_source: {data_sources}; correct its keep_images, "
-        f"drop_images or keep_sources ({TEXT_ROWS!r} names records without an image file)"
-    )
 
 
 def _listed(counts: Mapping[str, int], limit: int = 20) -> str:

@@ -7,8 +7,7 @@ from functools import partial
 from jax.sharding import Mesh
 
 from deepstack_jax.config import Config
-from deepstack_jax.data.encode.tokenizer import Tokenizer
-from deepstack_jax.data.encode.tokenizer_check import open_tokenizer
+from deepstack_jax.data.encode.tokenizer import Tokenizer, open_tokenizer
 from deepstack_jax.data.example import Source
 from deepstack_jax.data.open import open_source
 from deepstack_jax.data.pipeline import TrainingStream
