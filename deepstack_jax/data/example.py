@@ -27,36 +27,23 @@ class Message:
 
 @dataclass(frozen=True)
 class Example:
-    """One conversation with its images, as a source gives it: nothing decoded, templated or tokenised yet.
+    """One conversation with its images, as a source gives it: nothing decoded, templated or tokenised yet."""
 
-    Attributes:
-      index: record number in its source; becomes `Batch.example_id`.
-      name: the id the user knows (a record's "id"), for messages.
-      images: in the order of the `<image>` placeholders; each an absolute path, encoded bytes, or decoded pixels
-          (`u8[y, x, 3]` or a PIL image).
-      messages: the turns, in order.
-      info: what a source knows beyond that: a record's other keys ("data_source"), or "kinds", one per question-answer turn.
-    """
-
-    index: int
-    name: str
+    index: int  # record number in its source; becomes `Batch.example_id`
+    name: str  # the id the user knows (a record's "id"), for messages
+    # In the order of the `<image>` placeholders: absolute paths, encoded bytes, or decoded pixels (`u8[y, x, 3]` or PIL's).
     images: tuple[str | bytes | np.ndarray | Image.Image, ...]
     messages: tuple[Message, ...]
+    # What a source knows beyond that: a record's other keys ("data_source"), or "kinds", one per question-answer turn.
     info: Mapping[str, Any] = field(default_factory=dict)
 
 
 class RecordMetadata(NamedTuple):
-    """What can be known of a record without reading its images.
+    """What can be known of a record without reading its images."""
 
-    Attributes:
-      name: as of its Example.
-      images: paths relative to the image root, as the record names them but without "./"; embedded images have none.
-      data_source: the record's "data_source"; "" where it has none.
-    """
-
-    name: str
-    images: tuple[str, ...]
-    data_source: str
+    name: str  # as of its Example
+    images: tuple[str, ...]  # relative to the image root, as the record names them but without "./"; embedded ones have none
+    data_source: str  # the record's; "" where it has none
 
 
 @runtime_checkable

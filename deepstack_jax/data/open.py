@@ -38,8 +38,7 @@ def open_source(data: DataConfig, split: str) -> Source:
     """The source of the "train" or "validation" split; the training split is a mixture where the config names sets and no file.
 
     Raises:
-      ConfigError: no file is configured, or nothing is there; the message names the flag that points to it.
-      SourceError: what is there cannot be read as examples.
+      ConfigError: no file is configured, or nothing is there. SourceError: what is there cannot be read as examples.
     """
     if data.source == "pages":
         pages = data.synthetic
@@ -57,11 +56,7 @@ def open_source(data: DataConfig, split: str) -> Source:
 
 
 def check_images(source: Source, data: DataConfig, limit: int = 1000) -> None:
-    """Stop before compilation if more images are missing than the run would tolerate; looks at the first `limit` records.
-
-    Raises:
-      SourceError: with the first missing path and the flag that points to the image root.
-    """
+    """Stop (SourceError) before compilation if more images are missing of the first `limit` records than the run tolerates."""
     if not isinstance(source, MetadataSource):
         return
     missing = source.missing_images(limit)

@@ -17,17 +17,11 @@ _LOOK = 1000  # rows between two looks at the clock
 
 
 class Overlap(NamedTuple):
-    """What was found.
+    """What was found."""
 
-    Attributes:
-      rows: numbers of the held-out rows.
-      first: id of the first of them.
-      looked_at: training rows that were compared.
-    """
-
-    rows: list[int]
-    first: str
-    looked_at: int
+    rows: list[int]  # numbers of the held-out rows
+    first: str  # id of the first of them
+    looked_at: int  # training rows that were compared
 
 
 def find_overlap(held_out: Source, rows: int, train: Source, seconds: float = SECONDS) -> Overlap:

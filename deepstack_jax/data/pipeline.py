@@ -138,18 +138,11 @@ class TrainingStream(Iterator[HostBatch]):
         return [index for row in self.schedule.step(number).rows for index in row]
 
     def state(self, unused: int = 0) -> dict[str, Any]:
-        """Where the next batch begins, and what the order was computed from; the same on every host.
-
-        The last `unused` batches that were handed out come again.
-        """
+        """Where the next batch begins, the last `unused` ones to come again, and what the order depends on."""
         return {**self.schedule.place(self._next - unused), "order": self._fingerprint()}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Go on from a saved state.
-
-        Raises:
-          ConfigError: the data or its order are not those of the saved run; going on would repeat and miss examples.
-        """
+        """Go on from a saved state; ConfigError where data or order are others: it would repeat and miss examples."""
         ours, theirs = self._fingerprint(), state["order"]
         if theirs != ours:
             keys = [*ours, *(key for key in theirs if key not in ours)]

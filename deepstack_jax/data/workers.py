@@ -56,12 +56,8 @@ def process_pool(workers: int, call: Callable[[Any], Any], lost: str) -> Iterato
     """Worker processes that end with the block; yields what hands an item to them, for the `call(item)` of its future.
 
     Args:
-      workers: at least 1.
       call: sent to every process once, when it starts.
-      lost: what to say when one was killed.
-
-    Raises:
-      SourceError: one was killed.
+      lost: what a SourceError says when one was killed.
     """
     # Spawned, not forked: the caller may have threads, and a forked copy of a locked lock stays locked.
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start_worker, (call,)) as pool:
@@ -93,14 +89,7 @@ def _work(item: Any) -> Any:
 
 
 def check_shared_memory(data: DataConfig, batch: int) -> None:
-    """Look whether all batches that are on their way at once fit: the kernel ends a worker that writes beyond.
-
-    Args:
-      batch: bytes of one.
-
-    Raises:
-      ConfigError: they do not; with the ways out.
-    """
+    """Refuse more batches on their way at once than fit, of so many bytes: the kernel ends a worker that writes beyond."""
     # Each worker's queue is full where training is slower than reading, and one batch more is made; two are in use.
     needed = batch * (data.workers * (max(1, data.prefetch // data.workers) + 1) + 2) if data.workers else 0
     try:

@@ -38,8 +38,7 @@ def ablation_text(values: Mapping[str, Any]) -> str:
 def ablations_from(text: str, tower_layers: int) -> dict[str, dict[str, Any]]:
     """Config values, by section ("image", "deepstack", "vision"), of an official string.
 
-    Raises:
-      WeightsError: an unknown or refused name (upstream would silently run the plain model), or two that exclude each other.
+    WeightsError for an unknown or refused name (upstream would silently run the plain model), or two that exclude each other.
     """
     image: dict[str, Any] = {}
     deepstack: dict[str, Any] = {}
@@ -74,11 +73,7 @@ def ablations_from(text: str, tower_layers: int) -> dict[str, dict[str, Any]]:
 
 
 def pooled_baseline(text: str) -> dict[str, Any]:
-    """DeepStack values of an official string in a folder that injects nothing: upstream then looks at one name alone.
-
-    Raises:
-      WeightsError: an unknown name, or one that makes upstream's tower fail on single views.
-    """
+    """DeepStack values of an official string in a folder that injects nothing: upstream looks at one name alone then."""
     flags = [flag for flag in text.split("+") if flag]
     if "deepstack_vit" in flags:
         raise WeightsError(f"deepstack_args_for_ablation got {quote(text)}, which needs image_aspect_ratio 'deepstack'")
@@ -87,11 +82,7 @@ def pooled_baseline(text: str) -> dict[str, Any]:
 
 
 def ablations_to(config: Config) -> str:
-    """The official string of a configuration.
-
-    Raises:
-      WeightsError: the official code has no such combination.
-    """
+    """The official string of a configuration; WeightsError where the official code has no such combination."""
     image, stack = config.image, config.deepstack
     flags = []
     if image.kind.single:

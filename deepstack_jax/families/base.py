@@ -40,54 +40,32 @@ class Names(NamedTuple):
 
 
 class LayerTerms(NamedTuple):
-    """What one layer costs beside its matrix products: elements for each token, and along the tensor axis the part of a device.
+    """Costs of a layer beside its matrix products: elements for each token; along the tensor axis the part of a device."""
 
-    Attributes:
-      kept: of the backward pass where nothing is recomputed. traffic: read and written in one pass.
-      products: of `kept`, those of its products with weights.
-      working: alive at once while the layer runs, gradients included.
-      kernels: elements of its weights, not for each token.
-    """
-
-    kept: float
-    traffic: float
-    products: float = 0
-    working: float = 0
-    kernels: float = 0
+    kept: float  # of the backward pass where nothing is recomputed
+    traffic: float  # read and written in one pass
+    products: float = 0  # of `kept`, those of its products with weights
+    working: float = 0  # alive at once while the layer runs, gradients included
+    kernels: float = 0  # elements of its weights, not for each token
 
 
 class Family:
-    """What towers and decoders have in common.
+    """What towers and decoders have in common."""
 
-    Attributes:
-      architecture: the value of `config.vision.architecture` or `config.decoder.architecture` that chooses it.
-      section: class of its keys in the configuration.
-      model_types: of the config.json that it reads.
-      last_kernel: path, within a layer, of the kernel whose product a recomputed layer does not compute again.
-    """
-
-    architecture: str
-    section: type
-    model_types: tuple[str, ...]
-    last_kernel: str
+    architecture: str  # the value of `config.vision.architecture` or `config.decoder.architecture` that chooses it
+    section: type  # class of its keys in the configuration
+    model_types: tuple[str, ...]  # of the config.json that it reads
+    last_kernel: str  # path, within a layer, of the kernel whose product a recomputed layer does not compute again
 
 
 class TowerFamily(Family):
-    """A vision tower: pixels to patch features.
-
-    Attributes:
-      unused: beginnings of the parameters that no feature depends on.
-    """
+    """A vision tower: pixels to patch features."""
 
     section: type[VisionConfig] = VisionConfig
-    unused: tuple[str, ...] = ("vision_tower/post_norm/",)
+    unused: tuple[str, ...] = ("vision_tower/post_norm/",)  # beginnings of the parameters that no feature depends on
 
     def build(self, config: Config, **settings: Any) -> nn.Module:
-        """The flax module, of the interface of `model/vision.py`'s VisionTower: its features are what `taps` counts.
-
-        Args:
-          settings: attend, dtype, crop_shards.
-        """
+        """The flax module, of the interface of `model/vision.py`'s VisionTower, with `attend`, `dtype` and `crop_shards`."""
         raise NotImplementedError
 
     def prefix_tokens(self, vision: VisionConfig) -> int:
@@ -120,25 +98,15 @@ class TowerFamily(Family):
 
 
 class DecoderFamily(Family):
-    """A language model.
-
-    Attributes:
-      template: of the conversations that such a model is usually trained with.
-      official: model_type of an official folder -> that of the language model alone.
-      passthrough: what an official config.json says beside the sizes where nothing else is known.
-    """
+    """A language model."""
 
     section: type[DecoderConfig] = DecoderConfig
-    template: str
-    official: Mapping[str, str]
-    passthrough: Mapping[str, Any]
+    template: str  # of the conversations that such a model is usually trained with
+    official: Mapping[str, str]  # model_type of an official folder -> that of the language model alone
+    passthrough: Mapping[str, Any]  # what an official config.json says beside the sizes where nothing else is known
 
     def build(self, config: Config, **settings: Any) -> nn.Module:
-        """The flax module, of the interface of `model/decoder.py`'s Decoder.
-
-        Args:
-          settings: attend, dtype, keep_inputs.
-        """
+        """The flax module, of the interface of `model/decoder.py`'s Decoder, with `attend`, `dtype` and `keep_inputs`."""
         raise NotImplementedError
 
     def names(self, config: Config) -> Names:
@@ -158,11 +126,7 @@ class DecoderFamily(Family):
         return self.model_types[0]
 
     def official_type(self, decoder: DecoderConfig, baseline: bool) -> tuple[str, str]:
-        """model_type and class of an official folder; `baseline`: of LLaVA, where nothing is injected.
-
-        Raises:
-          WeightsError: there is no such official model.
-        """
+        """model_type and class of an official folder, or a WeightsError; `baseline`: of LLaVA, where nothing is injected."""
         raise NotImplementedError
 
     def layer(self, decoder: DecoderConfig, tensor: int) -> LayerTerms:
@@ -199,29 +163,17 @@ def language_models() -> dict[str, DecoderFamily]:
 
 
 def decoder_from(values: Mapping[str, Any], model_type: str) -> DecoderConfig:
-    """The decoder of a config.json, or of its text_config.
-
-    Raises:
-      WeightsError: a size is missing or a number it cannot be, or the model computes something that is not implemented.
-    """
+    """The decoder of a config.json, or of its text_config; WeightsError where it cannot be built here."""
     return language_models()[model_type].from_hf(present(values), model_type)
 
 
 def tower_from(values: Mapping[str, Any]) -> tuple[VisionConfig, int]:
-    """A tower's config.json as VisionConfig and its picture size in pixels.
-
-    Raises:
-      WeightsError: no tower that is known here.
-    """
+    """A tower's config.json as VisionConfig and its picture size in pixels; WeightsError where it cannot be built here."""
     return tower_family(values).from_hf(present(values))
 
 
 def tower_family(values: Mapping[str, Any]) -> TowerFamily:
-    """The family of a tower's config.json.
-
-    Raises:
-      WeightsError: none is known that reads it.
-    """
+    """The family of a tower's config.json; WeightsError where none is known that reads it."""
     kind = word(present(values), "model_type")
     known = {name: family for family in TOWERS.values() for name in family.model_types}
     if kind not in known:

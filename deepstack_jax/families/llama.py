@@ -107,11 +107,7 @@ class Llama(DecoderFamily):
         )
 
     def to_hf(self, decoder: DecoderConfig) -> dict[str, Any]:
-        """The keys of config.json that describe the decoder.
-
-        Raises:
-          WeightsError: the heads have a width that the official code cannot have.
-        """
+        """The keys of config.json that describe the decoder; WeightsError where no official code has such heads."""
         if decoder.head_dim * decoder.heads != decoder.width:
             raise WeightsError(
                 f"config.decoder has {decoder.heads} heads of {decoder.head_dim} in a width of {decoder.width}; the official "

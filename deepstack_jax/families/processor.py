@@ -117,11 +117,7 @@ def _filters(values: Mapping[str, Any], mode: ImageMode, model: str) -> dict[str
 
 
 def pinpoints_from(value: Any, where: str = "config.json") -> tuple[tuple[int, int], ...]:
-    """image_grid_pinpoints, a list of pairs or its text.
-
-    Raises:
-      WeightsError: it is neither.
-    """
+    """image_grid_pinpoints, a list of pairs or its text; WeightsError where it is neither."""
     try:
         pairs: Any = ast.literal_eval(value) if isinstance(value, str) and len(value) < 10_000 else value
         found = tuple((first, second) for first, second in pairs)

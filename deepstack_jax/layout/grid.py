@@ -12,11 +12,7 @@ Grid = tuple[int, int]  # (rows, cols)
 
 @lru_cache
 def candidate_grids(num_crops: int) -> tuple[Grid, ...]:
-    """Every grid of at most `num_crops` cells but 1x1, columns outer and rows inner: `best_grid` lets the first of equals win.
-
-    Raises:
-        ValueError: `num_crops` is below 2, where no grid is left.
-    """
+    """Every grid of at most `num_crops` cells but 1x1, columns outer, rows inner: `best_grid` lets the first of equals win."""
     if num_crops < 2:
         raise ValueError(
             f"num_crops is {num_crops}, but a crop grid needs at least 2; use mode 'square' for one view per image"
@@ -26,11 +22,7 @@ def candidate_grids(num_crops: int) -> tuple[Grid, ...]:
 
 
 def square_grid(num_crops: int) -> Grid:
-    """The largest square grid of at most `num_crops` cells, whatever the image's shape (upstream's `2xsample`).
-
-    Raises:
-        ValueError: `num_crops` is below 1.
-    """
+    """The largest square grid of at most `num_crops` cells, whatever the image's shape (upstream's `2xsample`)."""
     if num_crops < 1:
         raise ValueError(f"num_crops is {num_crops}, but a square grid needs at least 1")
     return (math.isqrt(num_crops), math.isqrt(num_crops))

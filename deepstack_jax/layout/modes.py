@@ -10,24 +10,16 @@ from deepstack_jax.layout.grid import Grid, anyres_grids, candidate_grids, squar
 
 @dataclass(frozen=True)
 class ImageMode:
-    """One value of `config.image.mode`.
-
-    Attributes:
-      grids: where its crop grids come from: "num_crops" (all of at most so many cells), "pinpoints", or "" (the global view
-        alone).
-      fill: how the image fills the global view: "stretch", "pad" (squared with the mean colour) or "centre" (the shorter side
-        resized, the centre cut).
-      mosaic: whether the crops' tokens are in the sequence, row by row of the whole picture, and not in the stack.
-      upsampled: whether every view is seen again in upsampled crops, which make the stack.
-      letterbox: whether its crops always keep the image's aspect.
-    """
+    """One value of `config.image.mode`."""
 
     name: str
-    grids: str
-    fill: str
-    mosaic: bool = False
-    upsampled: bool = False
-    letterbox: bool = False
+    grids: str  # where its crop grids come from: "num_crops" (all of so many cells), "pinpoints", or "" (the global view alone)
+    fill: (
+        str  # of the global view: "stretch", "pad" (squared with the mean colour), "centre" (shorter side resized, centre cut)
+    )
+    mosaic: bool = False  # the crops' tokens are in the sequence, row by row of the whole picture, and not in the stack
+    upsampled: bool = False  # every view is seen again in upsampled crops, which make the stack
+    letterbox: bool = False  # its crops always keep the image's aspect
 
     @property
     def single(self) -> bool:

@@ -72,17 +72,12 @@ FLAGS = (
 
 @dataclass(frozen=True)
 class Split:
-    """One folder of shards to make.
+    """One folder of shards to make."""
 
-    Attributes:
-      name: train or validation. job: without a folder in a dry run that names no --out.
-      per_row: estimated bytes of a shard that an example takes. options, inputs: see `ShardFolder`.
-    """
-
-    name: str
-    job: Job
-    per_row: float
-    options: dict[str, Any]
+    name: str  # train or validation
+    job: Job  # without a folder in a dry run that names no --out
+    per_row: float  # estimated bytes of a shard that an example takes
+    options: dict[str, Any]  # see `ShardFolder`
     inputs: dict[str, str]
 
     def bytes_of(self, numbers: Iterable[int]) -> int:
@@ -202,8 +197,7 @@ def write(
 ) -> None:
     """Make the shards that are left, and the manifest unless the run is stopped.
 
-    Raises:
-      SourceError: the disk does not take them, saying how much room they need; or too many examples are bad.
+    SourceError where the disk does not take them, saying how much room they need, or too many examples are bad.
     """
     job = split.job
     if folder.chunks:
@@ -224,11 +218,7 @@ def write(
 
 
 def dry_run(splits: Sequence[Split], data: DataConfig, workers: int, console: Console) -> int:
-    """Read every example, report on every split and write nothing.
-
-    Raises:
-      SourceError, ConfigError: what the run itself would raise.
-    """
+    """Read every example, report on every split and write nothing; raises what the run itself would."""
     from deepstack_jax.data.fingerprint import named_images  # late: see `open_split`
 
     stop, table = StopSignals(), new_table("Dry run, nothing is written", _LOOKED)
@@ -272,11 +262,7 @@ def dry_run(splits: Sequence[Split], data: DataConfig, workers: int, console: Co
 
 
 def verify_all(out: str, console: Console) -> int:
-    """Compare every byte of a folder of shards, or of the splits below it.
-
-    Raises:
-      SourceError: naming what is missing or has other content.
-    """
+    """Compare every byte of a folder of shards, or of the splits below it; SourceError names what differs."""
     out = files.absolute(out)
     places = (out, *(files.under(out, name) for name in SPLITS))
     begun = (MANIFEST, IDENTITY)  # of a run that finished there, or began

@@ -60,21 +60,13 @@ class ShardChunk(NamedTuple):
 
 @dataclass(frozen=True)
 class Job:
-    """What to make shards of.
+    """What to make shards of."""
 
-    Attributes:
-      source: random access, cheap to pickle.
-      shard_rows: examples of a chunk.
-      folder: an existing local folder for the shards; "" = look at the examples and write nothing.
-      check: what else an example must pass; raises ValueError where a run could not use it.
-      max_pixels: of the largest image that is decoded; 0 = look no further into any than `check` does.
-    """
-
-    source: Source
-    shard_rows: int
-    folder: str = ""
-    check: Callable[[Example], object] = id
-    max_pixels: int = DataConfig.max_pixels
+    source: Source  # random access, cheap to pickle
+    shard_rows: int  # examples of a chunk
+    folder: str = ""  # an existing local one for the shards; "" = look at the examples and write nothing
+    check: Callable[[Example], object] = id  # what else an example must pass; ValueError where a run could not use it
+    max_pixels: int = DataConfig.max_pixels  # of the largest image that is decoded; 0 = look no further than `check` does
 
     @property
     def chunks(self) -> int:
@@ -90,8 +82,7 @@ def read_checked(job: Job, row: int) -> tuple[Example, bytes]:
     """Example `row` as a shard holds it, and its record.
 
     Raises:
-      ExampleError: it is not a usable conversation, cannot be stored, fails the check, or an image of it does not decode.
-      SourceError: the source as a whole is lost.
+      ExampleError: a run could not use it, or it cannot be stored. SourceError: the source as a whole is lost.
     """
     original = job.source[row]
     record = encode_example(original)
@@ -115,8 +106,7 @@ def read_checked(job: Job, row: int) -> tuple[Example, bytes]:
 def record_bytes(source: Source) -> float:
     """About how many bytes of a shard an example takes, from some drawn from the source.
 
-    Raises:
-      SourceError: none of them can be used, and there are more: known before a long run fails at its end.
+    SourceError where none of them can be used, and there are more: known before a long run fails at its end.
     """
     rows: Sequence[int] = range(len(source))
     if len(rows) > _RUNS * _RUN:  # short runs: of a table, or over a network, single ones cost a block each
@@ -149,12 +139,8 @@ def shard_path(folder: str | os.PathLike[str], number: int) -> Path:
 def make_chunk(job: Job, number: int, tick: Callable[[], None]) -> ShardChunk:
     """Check the examples of a chunk and write its shard, named once it is whole and its `ShardChunk` lies beside it.
 
-    Args:
-      tick: called after every example; what it raises ends the chunk without a trace.
-
-    Raises:
-      DiskError: the shard cannot be written; nothing of it is left.
-      SourceError: the source is lost.
+    `tick` is called after every example; what it raises ends the chunk without a trace, as does a DiskError where the shard
+    cannot be written.
     """
     bad: list[Bad] = []
     images = 0

@@ -97,11 +97,7 @@ def _indexed(index: Path) -> list[Path]:
 
 
 def open_weight_files(files: Iterable[Path]) -> list[tuple[str, StoredTensor]]:
-    """(name, tensor) of everything in the files, a name that two of them hold twice.
-
-    Raises:
-      WeightsError: a file cannot be read.
-    """
+    """(name, tensor) of everything in the files, a name that two of them hold twice."""
     found: list[tuple[str, StoredTensor]] = []
     for file in files:
         opened = open_safetensors(file) if file.suffix == ".safetensors" else open_bin(file)
@@ -114,11 +110,7 @@ def _no_number(text: str) -> Any:
 
 
 def read_model_json(file: Path) -> dict[str, Any]:
-    """The object in a JSON file, without the keys that are null; see `present`.
-
-    Raises:
-      WeightsError: there is no such file, or it holds something else.
-    """
+    """The object in a JSON file, without the keys that are null (see `present`); WeightsError where there is none."""
     try:
         about = file.stat()
         if not stat.S_ISREG(about.st_mode) or about.st_size > _MAX_JSON:  # a pipe would never end, a device neither

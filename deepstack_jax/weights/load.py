@@ -163,13 +163,10 @@ def absent_leaves(tensors: Collection[str], config: Config) -> tuple[str, ...]:
 
 
 def check_tensors(shapes: Mapping[str, tuple[int, ...]], table: NameTable, drawn: Collection[str] = ()) -> None:
-    """Refuse tensors that are not exactly those of the table.
+    """Refuse tensors that are not exactly those of the table; the WeightsError lists what is missing, unknown or misshapen.
 
     Args:
       shapes: of the tensors there are, by official name. drawn: paths that need not be there.
-
-    Raises:
-      WeightsError: lists what is missing, unknown or misshapen, and guesses why.
     """
     missing = [n for n, t in table.tensors.items() if n not in shapes and not all(path in drawn for path, _ in t.parts)]
     unknown = [name for name in shapes if name not in table.tensors]

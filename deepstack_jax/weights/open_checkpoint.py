@@ -37,29 +37,17 @@ _FILES = (".safetensors", ".bin", ".json", ".pt", ".pth", ".ckpt", ".gguf", ".zi
 
 @dataclass(frozen=True)
 class StoredModel:
-    """A model on disk, found and described, not yet read.
+    """A model on disk, found and described, not yet read."""
 
-    Attributes:
-      path: its folder.
-      config: what it computes.
-      tensors: by official name; `load_params(checkpoint.tensors, checkpoint.config)` reads them.
-      tokenizer: folder with the tokenizer's files, or "".
-      template: the conversation template that such a model is trained with.
-      tower: folder of its vision tower, or "".
-      ends: ids that end an answer besides the tokenizer's own, as generation_config.json (or else config.json) has them.
-      passthrough: keys of its config.json that our Config does not describe, for an export.
-      bare: whether it is a bare language model, on which `config` builds what a run or a recipe says.
-    """
-
-    path: Path
-    config: Config
-    tensors: Mapping[str, StoredTensor]
-    tokenizer: str
-    template: str
-    tower: str
-    ends: tuple[int, ...]
-    passthrough: Mapping[str, Any]
-    bare: bool = False
+    path: Path  # its folder
+    config: Config  # what it computes
+    tensors: Mapping[str, StoredTensor]  # by official name; `load_params(checkpoint.tensors, checkpoint.config)` reads them
+    tokenizer: str  # folder with the tokenizer's files, or ""
+    template: str  # of the conversations that such a model is trained with
+    tower: str  # folder of its vision tower, or ""
+    ends: tuple[int, ...]  # ids that end an answer besides the tokenizer's own (generation_config.json, or else config.json)
+    passthrough: Mapping[str, Any]  # keys of its config.json that our Config does not describe, for an export
+    bare: bool = False  # whether it is a bare language model, on which `config` builds what a run or a recipe says
 
 
 def open_checkpoint(
@@ -152,11 +140,7 @@ def _ends(folder: Path, values: Mapping[str, Any]) -> tuple[int, ...]:
 
 
 def find_folder(path: str | Path) -> Path:
-    """The folder that a path or a hub id means; what is fetched is said first, and what looks like a path is never asked for.
-
-    Raises:
-      WeightsError: neither is there.
-    """
+    """The folder of a path or hub id; what is fetched is said first, and what looks like a path is never asked for."""
     folder = Path(path).expanduser()
     if os.path.isdir(folder):  # unlike Path.is_dir, says no to a name that is too long
         return folder
@@ -309,11 +293,7 @@ def _naming(values: Mapping[str, Any]) -> Callable[[str], str | None]:
 
 
 def _named(files: Iterable[Path], official_name: Callable[[str], str | None]) -> dict[str, StoredTensor]:
-    """Tensors of some files by the official name that `official_name` gives to each; None leaves one out.
-
-    Raises:
-      WeightsError: two of them are the same parameter; all such are listed.
-    """
+    """Tensors by the name that `official_name` gives to each, None leaving one out; WeightsError lists those there twice."""
     found: dict[str, StoredTensor] = {}
     twice = []
     for name, tensor in open_weight_files(files):

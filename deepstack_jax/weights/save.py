@@ -156,11 +156,7 @@ def _beyond(config: Config, values: Mapping[str, Any], dtype: str) -> dict[str, 
 
 
 def shard_size(text: str) -> int:
-    """Bytes of "5GB", "500MB" or a plain number.
-
-    Raises:
-      WeightsError: it is none.
-    """
+    """Bytes of "5GB", "500MB" or a plain number; WeightsError where it is none."""
     match = re.fullmatch(r"(\d+)\s*([KMG]B)?", str(text).strip(), re.IGNORECASE)
     if not match or int(match[1]) == 0:
         raise WeightsError(f"--max_shard got {text!r}, expected a size such as 5GB or 500MB")
@@ -214,11 +210,7 @@ def write_shards(outs: list[Out], folder: Path, dtype: str, size: int, progress:
 
 
 def write_safetensors(file: Path, outs: list[Out], dtype: str, progress: Callable[[int], None]) -> None:
-    """One file, one tensor in memory at a time; the library's own writer wants all of them at once.
-
-    Raises:
-      WeightsError: a finite value does not fit the dtype.
-    """
+    """One file, one tensor in memory at a time; the library's own writer wants all of them at once."""
     code, kind = DTYPES[dtype]
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0

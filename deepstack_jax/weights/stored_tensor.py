@@ -59,11 +59,7 @@ def map_bytes(file: Path, offset: int, dtype: np.dtype, count: int) -> np.ndarra
 
 
 def open_safetensors(file: Path) -> dict[str, StoredTensor]:
-    """The tensors of a safetensors file, by name.
-
-    Raises:
-      WeightsError: the file is cut off, is not a safetensors file, or holds numbers of a kind that is not read here.
-    """
+    """The tensors of a safetensors file, by name; WeightsError where it is not a whole one, of numbers that are read here."""
     try:
         with safe_open(file, "numpy"):  # checks that shapes and places fit each other and the file, without gap or overlap
             pass

@@ -62,8 +62,7 @@ class _Stored(NamedTuple):
 def open_bin(file: Path) -> dict[str, StoredTensor]:
     """The tensors of a .bin file, by name.
 
-    Raises:
-      WeightsError: the file is of the older, unzipped kind, damaged, holds more than named tensors, or asks for code to run.
+    WeightsError where it is of the older, unzipped kind, damaged, holds more than named tensors, or asks for code to run.
     """
     if not zipfile.is_zipfile(file):
         raise WeightsError(

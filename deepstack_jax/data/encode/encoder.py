@@ -26,13 +26,10 @@ Made = TypeVar("Made")
 
 
 def try_record(source: Source, index: int, use: Callable[[Example], Made], *, lost: bool = False) -> Made | BadExample:
-    """What `use` makes of record `index`, or why it cannot, by its id.
+    """What `use` makes of record `index`, or why it cannot, by its id; raises OverlongError from `use`.
 
     Args:
-      lost: go on also where the source as a whole cannot be read.
-
-    Raises:
-      OverlongError: from `use`. SourceError, OSError: the source as a whole cannot be read.
+      lost: go on also where the source as a whole cannot be read, which raises SourceError or OSError else.
     """
     name = f"record {index}"
     try:
@@ -60,11 +57,7 @@ class Encoder:
     spec: DataSpec
 
     def encode(self, example: Example) -> EncodedExample:
-        """The training form of an example.
-
-        Raises:
-          ValueError: it cannot be used. OverlongError: it is longer than a row, and the configuration says to stop then.
-        """
+        """The training form of an example; ValueError where it cannot be used, OverlongError where a run stops for it."""
         text = self.text(example)
         pixels, layouts, remarks = self.images(example)
         text = self.fit(example, text, [layout.tokens.size for layout in layouts])

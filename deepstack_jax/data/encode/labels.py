@@ -1,7 +1,7 @@
-"""Conversations to token ids, and from the characters of the rendered text to the tokens that are trained.
+"""Conversations to token ids, and which tokens are trained.
 
-Which tokens are trained is read off the characters of the rendered conversation, never off token counts, so that no
-tokenizer, template or answer can shift the labels ("tokenization mismatch" upstream, which blanks the sample).
+That is read off the characters of the rendered conversation, never off token counts, so that no tokenizer, template or answer
+can shift the labels ("tokenization mismatch" upstream, which blanks the sample).
 """
 
 import unicodedata

@@ -10,16 +10,11 @@ from deepstack_jax.printing import plural
 
 @dataclass(frozen=True)
 class Rendered:
-    """Prompt text and half-open character spans of it.
-
-    Attributes:
-      spans: what is trained: every answer with its end of turn.
-      words: what the turns themselves say; all else is the template's.
-    """
+    """Prompt text and half-open character spans of it."""
 
     text: str
-    spans: tuple[tuple[int, int], ...]
-    words: tuple[tuple[int, int], ...] = ()
+    spans: tuple[tuple[int, int], ...]  # what is trained: every answer with its end of turn
+    words: tuple[tuple[int, int], ...] = ()  # what the turns themselves say; all else is the template's
 
 
 @dataclass(frozen=True)

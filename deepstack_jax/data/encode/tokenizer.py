@@ -1,7 +1,4 @@
-"""Tokenizers: text to token ids with character offsets, and back.
-
-SentencePiece models as LLaMA's, any tokenizer.json, and two without files: bytes and words.
-"""
+"""Tokenizers: text to token ids with character offsets, and back; those without files: bytes and words."""
 
 import collections
 import difflib
@@ -76,11 +73,7 @@ class ByteTokenizer:
 
 
 class WordTokenizer:
-    """A closed vocabulary: id 3 + i is `words[i]`, and white space separates words. There is no BOS.
-
-    Raises:
-      ValueError: a word is repeated, empty, or holds white space; or a text holds an unknown word.
-    """
+    """A closed vocabulary: id 3 + i is `words[i]`, white space separates words, no BOS; ValueError for any other word."""
 
     pad_id, bos_id, eos_id = 0, None, 2
     control_tokens: Mapping[int, str] = ByteTokenizer.control_tokens
@@ -154,12 +147,9 @@ def open_tokenizer(spec: DataSpec) -> Tokenizer:
 
 
 def check_end_of_turn(template: str, tokenizer: Tokenizer) -> None:
-    """Refuse a template whose end of turn is a special token that the tokenizer does not have.
+    """Refuse (ValueError) a template whose end of turn is a special token that the tokenizer does not have.
 
     Spelt out in pieces it would be learnt as text, and an answer would never end at the token that stops it.
-
-    Raises:
-      ConversationError: no such template. ValueError: the end of turn is not one token.
     """
     end = get_template(template).end.strip()
     if not re.fullmatch(r"<[^<>\s]+>", end):

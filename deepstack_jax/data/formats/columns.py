@@ -1,6 +1,5 @@
 """Columns of tables as Python values: which are carried, as what, and how much they take before they are made.
 
-Of the columns that nobody needs those are carried along that can be: dates and decimals as text, the rest with a warning not.
 Strangers' files are read too: nothing is made before its size is known, and no offset is followed before it is checked.
 """
 
@@ -23,11 +22,7 @@ _UNDECODABLE = (pa.ArrowException, ValueError, OverflowError)
 
 
 def carried(path: str, columns: Mapping[str, pa.DataType]) -> list[str]:
-    """Names of the columns that are read; a warning names the others.
-
-    Raises:
-      SourceError: among them is one that the rows need.
-    """
+    """Names of the columns that are read; a warning names the others, a SourceError one that the rows need."""
     others = {name: kind for name, kind in columns.items() if _plain(kind) is None}
     for name in needed_keys():
         if name in others:
@@ -53,11 +48,7 @@ def settled(table: pa.Table, most: int) -> pa.Table | None:
 
 
 def to_row(row: pa.Table | pa.RecordBatch, most: int | None) -> dict[str, Any]:
-    """A table of one row as Python values; `most` None where it is settled.
-
-    Raises:
-      RecordError: a value that is needed cannot be decoded, or all take more than `most` bytes.
-    """
+    """A table of one row as Python values, RecordError where they take more than `most` bytes; `most` None: it is settled."""
     values, size = {}, 0
     for name, column in zip(row.schema.names, row.columns, strict=True):
         try:

@@ -43,11 +43,7 @@ class FileSource:
     as its encoded bytes, since what decodes images knows no network.
 
     Args:
-      rows: the container.
-      image_root: absolute folder or URL that image paths start from; "" = every image is embedded.
-
-    Raises:
-      SourceError: the image root is not a folder.
+      image_root: absolute folder or URL that image paths start from, else a SourceError; "" = every image is embedded.
     """
 
     def __init__(self, rows: Records, image_root: str) -> None:
@@ -68,12 +64,10 @@ class FileSource:
         return f"{type(self.rows).__name__}({self.rows.path.rstrip('/').split('/')[-1]!r}, records={len(self)})"
 
     def __getitem__(self, index: SupportsIndex) -> Example:
-        """Row `index`.
+        """Record `index`.
 
         Raises:
-          IndexError: outside 0..len-1.
-          ExampleError: when this record is not a usable conversation; says which record, what is wrong and how to fix it.
-          SourceError: when the container changed or vanished since it was opened.
+          ExampleError: it is not a usable conversation. SourceError: the container changed or vanished since it was opened.
         """
         index = operator.index(index)
         if not 0 <= index < len(self):
@@ -88,11 +82,7 @@ class FileSource:
             raise ExampleError(f"{self.rows.place(index)} (id {quote(name)}): {error}", name) from error.__cause__
 
     def metadata(self) -> Iterator[RecordMetadata]:
-        """Name, image paths and data_source of every record, in one pass over the container.
-
-        Raises:
-          SourceError: when the container changed or vanished since it was opened.
-        """
+        """Name, image paths and data_source of every record, in one pass; SourceError where the container is lost."""
         try:
             for index, row in enumerate(self.rows.scan()):
                 yield to_metadata(row, index)
@@ -101,11 +91,7 @@ class FileSource:
             raise SourceError(message) from error
 
     def missing_images(self, rows: int) -> list[str]:
-        """Image files named by the first `rows` records that do not exist, each once, in order.
-
-        Looks at names only; a file that exists may still not decode. Records that are unusable are left to the reader of the
-        records, who counts them.
-        """
+        """Image files named by the first `rows` records that do not exist, each once, in order; none is opened."""
         wanted: dict[str, None] = {}
         for outline in islice(self.metadata(), rows):
             wanted.update((files.under(self.image_root, name), None) for name in outline.images if self.image_root)

@@ -65,8 +65,7 @@ def join(root: str, name: str) -> str:
 def held(folder: str, name: str) -> str:
     """The path of what a file of a folder says to be in the folder by `name`.
 
-    Raises:
-      OSError: it is not a plain name, or a link that leads out: whoever wrote the folder would choose what is read here.
+    OSError where that is no plain name, or a link that leads out: whoever wrote the folder would choose what is read here.
     """
     path = under(folder, name)
     if name in ("", ".", "..") or any(mark in name for mark in ("/", "\\", "\0", "::", "?", "#")):

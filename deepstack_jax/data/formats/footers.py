@@ -24,11 +24,7 @@ class ColumnChunk(NamedTuple):
 
 
 def read_chunks(path: str) -> list[list[ColumnChunk]]:
-    """Of every row group its chunks, in the order of the leaves.
-
-    Raises:
-      ValueError: it is not a footer, or is beyond all sense; OSError where the file cannot be read.
-    """
+    """Of every row group its chunks, in the order of the leaves; ValueError where that is no footer, or beyond sense."""
     size = files.size(path)
     if size < 2 * _END:
         raise ValueError(f"a file of {size} bytes holds no footer")

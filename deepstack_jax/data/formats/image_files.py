@@ -47,17 +47,11 @@ class ImageError(UserError):
 
 
 class ImageHeader(NamedTuple):
-    """What a header says of an image.
+    """What a header says of an image."""
 
-    Attributes:
-      size_wh: (width, height) as `open_image` gives it.
-      turn: how it is turned upright; None where it is upright, or is left as it is.
-      remarks: DEEP and TURNED, if they hold.
-    """
-
-    size_wh: tuple[int, int]
-    turn: Image.Transpose | None
-    remarks: tuple[str, ...]
+    size_wh: tuple[int, int]  # as `open_image` gives it
+    turn: Image.Transpose | None  # how it is turned upright; None where it is upright, or is left as it is
+    remarks: tuple[str, ...]  # DEEP and TURNED, if they hold
 
 
 ImageLike = str | os.PathLike | bytes | Image.Image | np.ndarray
@@ -90,11 +84,7 @@ def read_image(source: ImageLike, data: DataConfig) -> tuple[Image.Image, tuple[
 
 
 def image_size(source: ImageLike, data: DataConfig = DEFAULTS) -> tuple[int, int]:
-    """(width, height) of what `read_image` would give, read from the image's header.
-
-    Raises:
-      ImageError: there is no such header. An image that is damaged after it still has a size.
-    """
+    """(width, height) of what `read_image` would give, by the header alone; ImageError where there is none."""
     with _errors_of(source, data.max_pixels), _opened(source, data.max_pixels) as (image, file):
         return _look(image, file if data.exif == "apply" else None, data.max_pixels, data.exif).size_wh
 
@@ -223,8 +213,7 @@ def _late_exif(file: IO[bytes]) -> bytes | None:
 def _gray(image: Image.Image) -> Image.Image:
     """Gray of more than 8 bits as 8 bits, scaled by the full range of its type; below zero is black, as in signed types.
 
-    Raises:
-      ImageError: of the values nothing would be left but black or white: they are of another range.
+    ImageError where nothing would be left but black or white: such values are of another range.
     """
     values, top = _values(image)
     gray = np.empty(values.shape, np.uint8)

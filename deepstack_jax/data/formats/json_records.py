@@ -66,12 +66,7 @@ class JsonRecords:
         return f"{self.path} record {index}"
 
     def read(self, index: int) -> object:
-        """Row `index`, parsed.
-
-        Raises:
-          RecordError: bytes that are not UTF-8.
-          SourceError: the file changed or vanished since it was opened: the offsets would point anywhere.
-        """
+        """Record `index`, parsed; RecordError where it is not UTF-8, SourceError where the file changed since it was opened."""
         start, length = int(self._starts[index]), int(self._lengths[index])
         try:
             data = files.read_range(self.path, start, length, self._size)

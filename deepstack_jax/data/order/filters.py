@@ -29,17 +29,11 @@ _FORMAT = 1  # of the cached files; a change of it makes old ones unread
 
 @dataclass(frozen=True)
 class RowFilter:
-    """What of a file a set takes. Empty = no condition; all that are given must hold.
+    """What of a file a set takes. Empty = no condition; all that are given must hold."""
 
-    Attributes:
-      keep_images: beginnings of image paths, relative to the image root; a record passes with one image under one of them.
-      drop_images: the same; a record with one image under one of them is not wanted, and not missed either.
-      keep_sources: values of the records' "data_source".
-    """
-
-    keep_images: tuple[str, ...] = ()
-    drop_images: tuple[str, ...] = ()
-    keep_sources: tuple[str, ...] = ()
+    keep_images: tuple[str, ...] = ()  # beginnings of paths below the image root; one image under one of them is enough
+    drop_images: tuple[str, ...] = ()  # the same; such a record is not wanted, and not missed either
+    keep_sources: tuple[str, ...] = ()  # values of the records' "data_source"
 
     def drops(self, outline: RecordMetadata) -> bool:
         """Whether the record is named as not wanted."""
@@ -54,19 +48,12 @@ class RowFilter:
 
 @dataclass(frozen=True)
 class Selection:
-    """The records of one file that each filter takes, and what else the file holds.
+    """The records of one file that each filter takes, and what else the file holds."""
 
-    Attributes:
-      rows: i32[n] per filter, record numbers of the file in ascending order.
-      left: records that no filter takes and none drops, by the first two folders of their image, or their data_source.
-      shared: records that more than one filter takes.
-      data_sources: records of every "data_source" of the file; "" = the record names none. Empty where no filter asked.
-    """
-
-    rows: tuple[np.ndarray, ...]
-    left: Mapping[str, int]
-    shared: int
-    data_sources: Mapping[str, int]
+    rows: tuple[np.ndarray, ...]  # i32[n] per filter, record numbers of the file in ascending order
+    left: Mapping[str, int]  # that no filter takes and none drops, by the first two folders of their image, or data_source
+    shared: int  # records that more than one filter takes
+    data_sources: Mapping[str, int]  # records of every "data_source"; "" = none is named. Empty where no filter asked.
 
 
 def select(path: str, source: MetadataSource, filters: Sequence[RowFilter], cache: str) -> Selection:

@@ -41,11 +41,7 @@ _DATA_KEYS = (
 
 
 def measure_rows(rows: range, source: Source, encoder: Encoder) -> np.ndarray:
-    """Sizes i32[n, 3] of some records of a source; UNKNOWN where an example cannot be used.
-
-    Raises:
-      SourceError: the source as a whole cannot be read, or an example is too long and the configuration says to stop then.
-    """
+    """Sizes i32[n, 3] of some records of a source; UNKNOWN where an example cannot be used. Raises as `try_record`."""
     found = [try_record(source, row, partial(measure, encoder=encoder)) for row in rows]
     return np.array([UNKNOWN if isinstance(size, BadExample) else size for size in found], np.int32).reshape(-1, 3)
 
@@ -54,9 +50,6 @@ def length_index(source: Source, spec: DataSpec, console: Console | None = None)
     """Sizes i32[rows, 3] (see `ExampleSize`) of every example of a source, from the cache where they are known.
 
     Measuring is spread over `config.data.workers` processes and saved every CHUNK records: stopped, it goes on from there.
-
-    Args:
-      console: where progress is shown while many records are measured; the standard error stream if None.
 
     Raises:
       SourceError: the source cannot be read, the cache cannot be written, or more of the records than
@@ -170,11 +163,7 @@ def _load(file: Path, rows: int) -> np.ndarray | None:
 
 
 def _save(file: Path, sizes: np.ndarray) -> None:
-    """Write whole or not at all, also where several hosts write the same file at once.
-
-    Raises:
-      SourceError: it cannot be written; a start that measures everything again each time would be found out late.
-    """
+    """Write whole or not at all, also where several hosts write the same file at once; SourceError where it cannot be."""
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         with whole_file(file) as out:

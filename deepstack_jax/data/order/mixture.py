@@ -71,11 +71,7 @@ class EpochOrder:
         return sum(self.counts)
 
     def __call__(self, epoch: int, positions: ArrayLike) -> np.ndarray:
-        """The global records, i64 in the shape of `positions`, at these places (0..len-1) of the epoch (from 0).
-
-        Raises:
-          IndexError: a place outside the epoch.
-        """
+        """The global records, i64 in the shape of `positions`, at these places (0..len-1) of the epoch (from 0)."""
         asked = np.asarray(positions, np.int64)
         places = asked.ravel()
         if places.size and not 0 <= places.min() <= places.max() < len(self):

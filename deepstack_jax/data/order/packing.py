@@ -33,15 +33,10 @@ class RowCapacity(NamedTuple):
 
 @dataclass(frozen=True)
 class Packs:
-    """The packs of an epoch by random access: pack p holds the members from starts[p] to starts[p + 1].
+    """The packs of an epoch by random access: pack p holds the members from starts[p] to starts[p + 1]."""
 
-    Attributes:
-      members: i64[n], every example of the epoch once.
-      starts: i64[packs + 1].
-    """
-
-    members: np.ndarray
-    starts: np.ndarray
+    members: np.ndarray  # i64[n], every example of the epoch once
+    starts: np.ndarray  # i64[packs + 1]
 
     def __len__(self) -> int:
         return len(self.starts) - 1
@@ -195,13 +190,7 @@ class _Waiting:
 
 
 def describe_packs(packs: Packs, sizes: np.ndarray, limits: RowCapacity, rows: int, filled: float) -> Table:
-    """How well an epoch's packs use what a step computes.
-
-    Args:
-      packs, sizes, limits: as for `pack`.
-      rows: rows of a step.
-      filled: those of them that hold a pack, on average.
-    """
+    """How well an epoch's packs use what a step of `rows` rows computes, of which `filled` hold a pack on average."""
     tokens, crops, visual = packs.fill(sizes).tolist()
     examples, useful = np.diff(packs.starts), tokens / (len(packs) * limits.tokens)
     unknown = int((sizes[packs.members, 0] == 0).sum())

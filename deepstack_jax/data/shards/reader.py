@@ -1,7 +1,4 @@
-"""Examples from a folder of ArrayRecord shards with their images inside, which training reads fastest.
-
-A folder holds `shard-00000.array_record`, ... and `manifest.json`, which is written last: a folder without it is not finished.
-"""
+"""Examples from a folder of ArrayRecord shards, whose `manifest.json` is written last: without it a folder is not finished."""
 
 import bisect
 import hashlib
@@ -73,7 +70,6 @@ class ShardSource:
         """Example `index`.
 
         Raises:
-          IndexError: outside 0..len-1.
           ExampleError: the record is damaged, no usable conversation, or beyond the limit; the others may be whole.
           SourceError: its shard vanished or changed since the folder was opened.
         """
@@ -165,11 +161,7 @@ def _check_shard(shard: Shard) -> None:
 
 
 def verify(folder: str) -> dict[str, Any]:
-    """Read every byte of a folder and compare it with the manifest, which is returned.
-
-    Raises:
-      SourceError: naming every shard that is missing, cut short or has other content; training on it would not repeat.
-    """
+    """Read every byte of a folder and compare it with its manifest, which is returned; SourceError names all that differs."""
     folder = files.absolute(folder)
     manifest = read_manifest(folder)
     shards = [Shard(**shard) for shard in manifest["shards"]]

@@ -1,7 +1,4 @@
-"""Writing records into a shard.
-
-Shards are uncompressed with one record per chunk (images are compressed already), so the same examples give the same bytes.
-"""
+"""Writing shards: uncompressed, one record per chunk (images are compressed already): equal examples give equal bytes."""
 
 import errno
 import os
@@ -17,12 +14,10 @@ _OPTIONS = "group_size:1,uncompressed"
 
 
 def write_shard(path: Path, name: str, records: Iterable[bytes]) -> Shard | None:
-    """Write records into a new file, to the disk.
+    """Write records into a new file, to the disk; no file is made without records.
 
     Args:
-      path: of the file.
       name: that it will have in the manifest.
-      records: at least one, or no file is made.
 
     Returns:
       What the manifest says of it; None without records.
@@ -49,13 +44,7 @@ def write_shard(path: Path, name: str, records: Iterable[bytes]) -> Shard | None
 
 
 def manifest_of(shards: Sequence[Shard], source: Mapping[str, Any], images: int) -> dict[str, Any]:
-    """What the manifest of a finished folder says.
-
-    Args:
-      shards: in their order.
-      source: what the examples were made from; anything that JSON can hold.
-      images: in all examples.
-    """
+    """What the manifest of a finished folder says; `source`: what the examples were made from, as JSON can hold it."""
     return {
         "format": FORMAT,
         "version": VERSION,
