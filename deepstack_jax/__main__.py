@@ -12,6 +12,7 @@ VERBS = {
     "train": "train a model, or go on with a run where it stopped",
     "evaluate": "answer a held-out set and score the answers",
     "generate": "ask a model about images, once or in a conversation",
+    "serve": "answer many over HTTP, by the OpenAI chat API and on a page",
     "convert": "write a run or a checkpoint as a folder that the official code, LLaVA or transformers loads",
     "prepare": "write the data of a configuration as shards with the images inside",
     "audit": "look at what the model will see, before a run",

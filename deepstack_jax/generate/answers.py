@@ -48,6 +48,19 @@ class Answerer:
     template: str
     ends: tuple[int, ...] = ()  # ids that end an answer besides the tokenizer's and the template's
 
+    def needed_tokenizer(self) -> Tokenizer:
+        """The tokenizer.
+
+        Raises:
+          RequestError: there is none.
+        """
+        if self.tokenizer is None:
+            raise RequestError(
+                "this checkpoint has no tokenizer, so it cannot read a prompt; put tokenizer.model or tokenizer.json into its "
+                "folder, or use `logits`, which takes token ids"
+            )
+        return self.tokenizer
+
     def answers(self, conversations: Sequence[Sequence[Turn]], options: Options, batch_size: int) -> list[Answer]:
         """One answer per conversation, `batch_size` at a time; all are checked before the first is computed.
 
@@ -68,13 +81,9 @@ class Answerer:
         Raises:
           RequestError: the model cannot be asked this. ImageError: an image cannot be read.
         """
-        if self.tokenizer is None:
-            raise RequestError(
-                "this checkpoint has no tokenizer, so it cannot read a prompt; put tokenizer.model or tokenizer.json into its "
-                "folder, or use `logits`, which takes token ids"
-            )
+        tokenizer = self.needed_tokenizer()
         template = find_template(options.template or self.template)
-        encoded = encode_turns(turns, self.config, self.tokenizer, template, options.exif, placed=placed)
+        encoded = encode_turns(turns, self.config, tokenizer, template, options.exif, placed=placed)
         check_context(encoded.length, options.max_new_tokens, self.config)
         return encoded
 
@@ -97,13 +106,11 @@ class Answerer:
 
     def new_text(self, options: Options) -> AnswerText:
         """What collects the tokens of an answer, up to a stop string or the end of the turn."""
-        assert self.tokenizer is not None, "`encode` comes first"
-        return AnswerText(self.tokenizer, (*self.ends_of(options)[1], *options.stops))
+        return AnswerText(self.needed_tokenizer(), (*self.ends_of(options)[1], *options.stops))
 
     def ends_of(self, options: Options) -> tuple[list[int], tuple[str, ...]]:
         """Ids and strings that end an answer, but for the options' own."""
-        assert self.tokenizer is not None, "`encode` comes first"
-        ids, strings = end_of_turn(find_template(options.template or self.template), self.tokenizer)
+        ids, strings = end_of_turn(find_template(options.template or self.template), self.needed_tokenizer())
         return sorted({*ids, *self.ends}), strings
 
     def _decode(

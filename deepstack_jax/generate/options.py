@@ -36,8 +36,8 @@ class Options:
     """
 
     max_new_tokens: int = 64
-    temperature: float = 0.0
-    top_p: float = 1.0
+    temperature: int | float = 0.0
+    top_p: int | float = 1.0
     top_k: int = 0
     stop: str | Sequence[str] = ()
     seed: int | Sequence[int] = 0

@@ -24,6 +24,7 @@ from deepstack_jax.generate.slots import Slots, empty_slots, go_on, put
 from deepstack_jax.generate.text import AnswerText
 from deepstack_jax.printing import plural
 
+CHARACTERS = 64  # that no tokenizer has more of in a token, on average
 SHORTEST = 64  # tokens of the smallest prompt that a program is compiled for
 DEFECT = "the server failed while it answered; its log says how; ask again"
 STOPPING = "the server is stopping; ask again when it is back"
@@ -131,7 +132,8 @@ class Engine:
             if self.problem:
                 raise Failed(self.problem)
             if self._tickets >= self.limits.slots + self.limits.waiting:
-                raise Busy(f"{self._tickets:,} requests are answered or wait already; ask again in a moment")
+                many = plural(self._tickets, "request is answered or waits", "requests are answered or wait")
+                raise Busy(f"the server is full: {many}; ask again in a moment")
             self._tickets += 1
             return Ticket(self)
 
@@ -145,6 +147,9 @@ class Engine:
         images, context = sum(len(turn.images) for turn in turns), self.limits.context
         if images > self.limits.images:
             raise RequestError(f"{plural(images, 'image')} in a request, expected at most {self.limits.images}; send fewer")
+        characters = sum(len(turn.words) for turn in turns)
+        if characters > CHARACTERS * context:  # or the tokenizer would read for minutes
+            raise RequestError(f"the prompt has {characters:,} characters, the context of this server is {context}; shorten it")
         options = options.replace({"template": self.template} | ({"max_new_tokens": 1} if whole else {}))
         encoded = self.answerer.encode(turns, options)
         if context < self.answerer.config.decoder.max_positions:

@@ -18,7 +18,7 @@ from typing import Any
 
 import deepstack_jax
 
-VERBS = ("train", "evaluate", "generate", "convert", "prepare", "audit", "plan")
+VERBS = ("train", "evaluate", "generate", "convert", "prepare", "audit", "plan", "serve")
 
 
 def serve() -> None:
@@ -81,8 +81,9 @@ def _only_flags() -> None:
 
 
 if __name__ == "__main__":
-    # All but the verbs, which define their flags when they are imported, and each may have one of the same name.
+    # All but the verbs, which define their flags when they are imported, and each may have one of the same name; and but for
+    # what needs an extra.
     for module in pkgutil.walk_packages(deepstack_jax.__path__, "deepstack_jax."):
-        if not module.name.endswith((".__main__", ".convert")):
+        if not module.name.endswith((".__main__", ".convert", ".serve.app")):
             importlib.import_module(module.name)
     serve()

@@ -1,0 +1,110 @@
+"""The serve verb as a user runs it: it answers as `generate` does, and a stream that it cannot finish ends in an error."""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import json
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("starlette", reason="the extra `serve` is not installed; pip install '.[dev]'")
+openai = pytest.importorskip("openai", reason="the client is not installed; pip install '.[dev]'")
+import httpx  # noqa: E402 (comes with openai)
+
+from tests.e2e.verb import ENVIRONMENT, REPOSITORY, TIMEOUT  # noqa: E402
+from tests.parity.goldens import GOLDEN, write_folder  # noqa: E402
+
+PICTURE = GOLDEN / "images" / "img0.png"
+FLAGS = ("--template=vicuna_v1", "--context=1024", "--max_images=1", "--slots=2", "--port=0")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    """The golden checkpoint "generate" with its tokenizer."""
+    folder = write_folder("generate", tmp_path_factory.mktemp("model"))
+    shutil.copytree(GOLDEN / "tokenizer" / "llama_legacy_false", folder, dirs_exist_ok=True)
+    return folder
+
+
+def command(*flags: str) -> list[str]:
+    return [sys.executable, "-m", "deepstack_jax.serve", *flags]
+
+
+@contextlib.contextmanager
+def running(model: Path) -> Iterator[tuple[subprocess.Popen[str], openai.OpenAI]]:
+    """A server that listens, and a client of it."""
+    errors = model.parent / "errors"
+    with errors.open("w") as file:
+        process = subprocess.Popen(
+            command(f"--model={model}", *FLAGS), cwd=REPOSITORY, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=file, text=True
+        )
+    try:
+        assert process.stdout is not None
+        lines = iter(process.stdout.readline, "")
+        address = next((found[1] for line in lines if (found := re.search(r"at (http://\S+)", line))), "")
+        assert address, errors.read_text()
+        yield process, openai.OpenAI(base_url=f"{address}/v1", api_key="unused", max_retries=0, timeout=TIMEOUT)
+    finally:
+        process.kill()
+        process.wait(TIMEOUT)
+
+
+def long_stream(client: openai.OpenAI):
+    """An answer of many tokens that has begun."""
+    stream = client.chat.completions.create(
+        model="hf", messages=[{"role": "user", "content": "tell"}], stream=True, temperature=1, max_tokens=900
+    )
+    pieces = iter(stream)
+    while not next(pieces).choices[0].delta.content:
+        pass
+    return pieces
+
+
+def test_it_answers_as_the_official_code_does_and_a_signal_is_told(model):
+    info = json.loads((GOLDEN / "generate" / "case.json").read_text())
+    words = info["prompt"].split("<image>\n")[1].removesuffix(" ASSISTANT:")
+    url = f"data:image/png;base64,{base64.b64encode(PICTURE.read_bytes()).decode()}"
+    content = [{"type": "text", "text": words}, {"type": "image_url", "image_url": {"url": url}}]
+    with running(model) as (process, client):
+        answer = client.chat.completions.create(model="hf", messages=[{"role": "user", "content": content}], max_tokens=12)
+        assert answer.choices[0].message.content == info["decoded"][0].strip()
+        pieces = long_stream(client)
+        process.send_signal(signal.SIGTERM)
+        with pytest.raises(openai.APIError, match="the server is stopping"):
+            list(pieces)
+        assert process.wait(TIMEOUT) == -signal.SIGTERM
+
+
+def test_killed_in_the_middle_of_a_stream_it_leaves_an_error(model):
+    with running(model) as (process, client):
+        pieces = long_stream(client)
+        process.kill()
+        with pytest.raises((openai.APIConnectionError, httpx.RemoteProtocolError, httpx.ReadError)):
+            list(pieces)
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ((), "--model is missing; e.g. --model=DIR"),
+        (
+            ("--model=nowhere", "--host=0.0.0.0"),
+            "--host=0.0.0.0 can be reached by others, who need a key: set DEEPSTACK_API_KEY",
+        ),
+        (("--model=nowhere", "--port=0"), "no folder 'nowhere'"),
+        (("--model=nowhere", "--port=70000"), "port"),
+    ],
+)
+def test_a_mistake_is_one_line(flags, expected):
+    done = subprocess.run(command(*flags), cwd=REPOSITORY, env=ENVIRONMENT, timeout=TIMEOUT, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith("error: ")
+    assert expected in done.stderr.splitlines()[-1]
