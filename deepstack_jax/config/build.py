@@ -12,7 +12,7 @@ from typing import Any, Literal, TypeVar
 from ml_collections import ConfigDict
 
 from deepstack_jax.config.checks import check_config
-from deepstack_jax.config.fields import MAY_CHANGE, SAME_EXAMPLES, by_architecture, find, hints, unwrap
+from deepstack_jax.config.fields import LENGTH, MAY_CHANGE, SAME_EXAMPLES, by_architecture, find, hints, unwrap
 from deepstack_jax.config.schema import SECTIONS, Config, DecoderConfig, VisionConfig
 from deepstack_jax.config.upgrade import SCHEMA, upgrade
 from deepstack_jax.errors import ConfigError, nearest
@@ -89,9 +89,9 @@ def differences(ours: Config, stored: dict[str, Any]) -> dict[str, tuple[Any, An
 
 
 def on_resume(key: str) -> str:
-    """`MAY_CHANGE` or `SAME_EXAMPLES` of a dotted key, "" where a run with another value would be another run."""
+    """`MAY_CHANGE`, `SAME_EXAMPLES` or `LENGTH` of a dotted key, "" where a run with another value would be another run."""
     with contextlib.suppress(ConfigError):  # a key of another release
-        return next((mark for mark in find(Config, key)[1] if mark in (MAY_CHANGE, SAME_EXAMPLES)), "")
+        return next((mark for mark in find(Config, key)[1] if mark in (MAY_CHANGE, SAME_EXAMPLES, LENGTH)), "")
     return ""
 
 

@@ -27,6 +27,8 @@ MAY_CHANGE = "may change"
 """Marks a key, or a section, that changes no result: a run may go on with another value."""
 SAME_EXAMPLES = "same examples"
 """Marks a key that may change as far as the same examples come out, token by token."""
+LENGTH = "length"
+"""Marks a key that says how long a run is: one that goes on may become longer, or shorter than it was to be."""
 
 
 @dataclass(frozen=True)

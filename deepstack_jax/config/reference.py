@@ -9,7 +9,16 @@ from collections.abc import Collection, Iterator
 from typing import Any, NamedTuple
 
 from deepstack_jax.config.build import on_resume
-from deepstack_jax.config.fields import MAY_CHANGE, SAME_EXAMPLES, by_architecture, hints, meanings, unwrap, valid_values
+from deepstack_jax.config.fields import (
+    LENGTH,
+    MAY_CHANGE,
+    SAME_EXAMPLES,
+    by_architecture,
+    hints,
+    meanings,
+    unwrap,
+    valid_values,
+)
 from deepstack_jax.config.schema import Config
 from deepstack_jax.printing import cut
 
@@ -21,7 +30,7 @@ class Key(NamedTuple):
     value: str  # the default, or what a configuration has
     valid: str
     meaning: str
-    resume: str  # what may change when a run goes on: "free", "same examples", or nothing
+    resume: str  # what may change when a run goes on: "free", "same examples", "from its step on", or nothing
 
 
 class Section(NamedTuple):
@@ -65,7 +74,7 @@ def _key(section: str, field: str, values: Any) -> Key:
     cls = type(values)
     valid, meaning = valid_values(hints(cls)[field]), meanings(cls)[field]
     name = f"{section}.{field}" if section else field
-    resume = {MAY_CHANGE: "free", SAME_EXAMPLES: "same examples"}.get(on_resume(name), "")
+    resume = {MAY_CHANGE: "free", SAME_EXAMPLES: "same examples", LENGTH: "from its step on"}.get(on_resume(name), "")
     return Key(name, cut(repr(getattr(values, field)), 100), valid, meaning, resume)
 
 

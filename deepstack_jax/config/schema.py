@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 from deepstack_jax.config.data import DataConfig, DataSpec, ImageConfig
-from deepstack_jax.config.fields import MAY_CHANGE, NOT_NEGATIVE, OneOf, Range, Seed, count, positive
+from deepstack_jax.config.fields import LENGTH, MAY_CHANGE, NOT_NEGATIVE, OneOf, Range, Seed, count, positive
 from deepstack_jax.layout.sequence import SEQUENCES, STACKS, LayoutSpec
 from deepstack_jax.layout.stack import SAMPLINGS, layer_schedule
 
@@ -203,8 +203,8 @@ class LoraConfig:
 class TrainConfig:
     """The loop."""
 
-    steps: int = 0  # optimizer steps; 0 = from `epochs`
-    epochs: float = 1.0  # times through the data
+    steps: Annotated[int, LENGTH] = 0  # optimizer steps; 0 = from `epochs`
+    epochs: Annotated[float, LENGTH] = 1.0  # times through the data
     batch_size: Annotated[int, positive(2**24)] = 128  # examples per optimizer step, over all hosts
     accumulation: Annotated[int, positive()] = 1  # micro-batches per step; the loss is normalised over all of them
     loss_chunk: Annotated[int, positive()] = 512  # positions whose logits exist at once

@@ -342,6 +342,33 @@ def test_workdir_of_another_configuration(demo):
     assert "log_every" not in line  # it changes what is shown, not what is computed
 
 
+def test_a_run_is_prolonged_with_its_moments_by_the_schedule_of_its_new_length(demo, tmp_path):
+    """Two more steps: the schedule of 10 has the highest rate until step 8, that of 8 fell from step 7 on."""
+    workdir = shutil.copytree(demo, tmp_path / "demo")
+    done = train("configs/demo.py", workdir, DEMO | {"train.steps": STEPS + 2})
+    assert done.returncode == 0, done.stderr
+    assert "goes on to step 10, begun for 8: moments are kept, learning rates are those of a schedule of 10" in done.stdout
+    rates = {record["step"]: record["lr"] for record in read_lines(workdir / "metrics.jsonl") if "loss" in record}
+    assert [rates[step] / rates[7] for step in (8, 9, 10)] == pytest.approx([0.51, 1, 0.51])
+    assert "steps: 1 of their highest at step 9, 0.51 at step 10 (it was 0.51 at step 8)" in done.stdout
+    counts = [leaf for path, leaf in saved_state(workdir).items() if path.endswith(".count")]
+    assert counts
+    assert all(count == STEPS + 2 for count in counts)
+    assert read_json(workdir / "results.json")["steps"] == read_json(workdir / "config.json")["train"]["steps"] == STEPS + 2
+    refused("configs/demo.py", workdir, DEMO, [f"{workdir} is at step 10", "give 8; give at least 10"])
+
+
+@pytest.mark.slow
+def test_a_prolonged_run_ends_at_the_bytes_of_one_of_that_length(demo, tmp_path):
+    """Until step 7 the schedules of 8 and of 9 steps are one."""
+    workdir = shutil.copytree(demo, tmp_path / "demo")
+    shutil.rmtree(workdir / "checkpoints" / str(STEPS))
+    for place in (workdir, tmp_path / "straight"):
+        done = train("configs/demo.py", place, DEMO | {"train.steps": STEPS + 1})
+        assert done.returncode == 0, done.stderr
+    assert_same_bytes(saved_state(workdir), saved_state(tmp_path / "straight"))
+
+
 def test_workdir_of_a_run_that_goes_on(precious):
     with lock_workdir(precious):
         refused("configs/demo.py", precious, DEMO, [f"another run is at work in {precious}", "--workdir"])

@@ -12,6 +12,8 @@ from deepstack_jax.config import SAME_EXAMPLES, Config, TrainConfig, differences
 from deepstack_jax.data.fingerprint import UNUSABLE
 from deepstack_jax.train.checkpoint.manager import bytes_of
 from deepstack_jax.train.checkpoint.reading import CheckpointError, UnreadableError, cause_line, read_workdir_json, saved_steps
+from deepstack_jax.train.checkpoint.restore_params import config_of
+from deepstack_jax.train.core.optimizer import make_schedule
 from deepstack_jax.types import PyTree
 
 
@@ -59,6 +61,38 @@ def check_same_run(config: Config, workdir: Path) -> list[str]:
     if fatal:
         raise CheckpointError(f"{workdir} holds a run of another configuration ({', '.join(fatal)}); choose a new --workdir")
     return list(lines.values())
+
+
+def new_length(config: Config, workdir: Path, steps: int, steps_of: Callable[[TrainConfig], int]) -> str:
+    """What a run does that goes on for another number of steps than it was begun with; "" where it is the same number.
+
+    The schedule is that of the new length, from the step on that the run is at: what it does is told by its configuration
+    alone, and it goes on after another stop as it would have without. Moments and counters are kept.
+
+    Args:
+      steps: of the whole run. steps_of: those of another `train` section, on the same data.
+
+    Raises:
+      CheckpointError: it is beyond that step.
+    """
+    saved = saved_steps(workdir)
+    if not saved or not (workdir / "config.json").exists():
+        return ""
+    before, done = steps_of(config_of(workdir).train), saved[-1]
+    if steps < done:
+        raise CheckpointError(
+            f"{workdir} is at step {done}, config.train.steps or epochs give {steps}; give at least {done}, or take it as it is"
+        )
+    if before == steps:
+        return ""
+    if done == steps:
+        return f"ends at step {steps}, begun for {before}"
+    now, then = (make_schedule(config.optimizer.schedule, length) for length in (steps, before))
+    last, first, end = float(then(done - 1)), float(now(done)), float(now(steps - 1))
+    return (
+        f"goes on to step {steps}, begun for {before}: moments are kept, learning rates are those of a schedule of {steps} "
+        f"steps: {first:.3g} of their highest at step {done + 1}, {end:.3g} at step {steps} (it was {last:.3g} at step {done})"
+    )
 
 
 def check_same_data(config: Config, workdir: Path, now: dict[str, Any], texts: Callable[[], str]) -> list[str]:

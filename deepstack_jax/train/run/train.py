@@ -12,7 +12,7 @@ import jax
 from rich.table import Table
 
 from deepstack_jax.atomic import write_json
-from deepstack_jax.config import Config, to_dict, to_stored
+from deepstack_jax.config import Config, TrainConfig, to_dict, to_stored
 from deepstack_jax.data.example import Source
 from deepstack_jax.data.fingerprint import describe_data, describe_texts
 from deepstack_jax.data.open import check_images
@@ -36,7 +36,7 @@ from deepstack_jax.train.run.inputs import open_inputs, open_stream
 from deepstack_jax.train.run.loop import loop
 from deepstack_jax.train.run.manifest import run_manifest
 from deepstack_jax.train.run.metrics import MetricsLog, Quarantine, seconds_per_step, start_wandb
-from deepstack_jax.train.run.resume import check_disk_space, check_same_data, check_same_run
+from deepstack_jax.train.run.resume import check_disk_space, check_same_data, check_same_run, new_length
 from deepstack_jax.train.run.run import Run
 from deepstack_jax.types import PyTree, TrainState
 from deepstack_jax.weights.adapters import adapter_paths
@@ -89,7 +89,9 @@ def train(config: Config, workdir: Path, console: Console, evaluation: Evaluatio
     _print_each("goes on with other examples:", check_same_data(config, workdir, data, texts), console)
     mesh = make_mesh(config.mesh)
     stream = open_stream(config, source, mesh)
-    steps = config.train.steps or stream.steps(config.train.epochs)
+    steps = steps_of(config.train, stream)
+    if change := new_length(config, workdir, steps, partial(steps_of, stream=stream)):
+        console.print(change, soft_wrap=True)
     for table in (describe_mixture(source) if isinstance(source, Mixture) else None, stream.describe()):
         if table is not None:
             console.print(table)
@@ -125,6 +127,11 @@ def train(config: Config, workdir: Path, console: Console, evaluation: Evaluatio
         about=about,
     )
     return run_to_end(run, state, evaluation, parameters=sum(program.sizes.values()))
+
+
+def steps_of(train: TrainConfig, stream: TrainingStream) -> int:
+    """Steps of a whole run on this data."""
+    return train.steps or stream.steps(train.epochs)
 
 
 def run_to_end(run: Run, state: TrainState, evaluation: Evaluation, parameters: int) -> int:
