@@ -18,7 +18,8 @@ python -m deepstack_jax.train --config=configs/demo.py --config.help
 
 A file in `configs/` changes keys of `default_config()`; a flag `--config.KEY=VALUE` changes one of the file. NAME stands for a
 name of your choice. The last column says which keys may have another value when a run goes on in its workdir: those marked
-*free*, which change no result, and *same examples*, as far as the same examples come out of them.
+*free*, which change no result; *same examples*, as far as the same examples come out of them; and *from its step on*,
+which make it longer or shorter, as the run then says.
 
 """
 

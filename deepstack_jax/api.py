@@ -17,16 +17,19 @@ from jax import numpy as jnp
 from jax.typing import DTypeLike
 
 from deepstack_jax.config import Config
+from deepstack_jax.config.words import as_repr, parts_in_words
 from deepstack_jax.data.encode.templates import TEMPLATES
 from deepstack_jax.data.encode.tokenizer import HFTokenizer, SentencePieceTokenizer, Tokenizer, load_tokenizer
+from deepstack_jax.data.formats.image_files import ImageError
 from deepstack_jax.errors import ConfigError, flags_as
 from deepstack_jax.families.build import build_model
 from deepstack_jax.generate.answers import Answer, Answerer, Chat
 from deepstack_jax.generate.logits import next_token_logits
 from deepstack_jax.generate.options import Options, RequestError
-from deepstack_jax.generate.prompts import Turn
+from deepstack_jax.generate.prompts import Turn, find_template, image_list
 from deepstack_jax.generate.text import is_one_token
 from deepstack_jax.printing import label, one_line, quote
+from deepstack_jax.train.checkpoint.reading import CheckpointError
 from deepstack_jax.train.checkpoint.restore_params import is_workdir, restore_params
 from deepstack_jax.train.core.optimizer import flatten, unflatten
 from deepstack_jax.types import PyTree
@@ -34,13 +37,13 @@ from deepstack_jax.weights.load import load_params
 from deepstack_jax.weights.open_checkpoint import find_folder, open_checkpoint
 from deepstack_jax.weights.save import save_checkpoint
 
-__all__ = ["LMM", "Answer", "Chat", "ConfigError", "Options", "RequestError", "load", "save_hf"]
+__all__ = ["LMM", "Answer", "Chat", "CheckpointError", "ImageError", "Options", "RequestError", "load", "save_hf"]
 
 DTYPES = ("float32", "bfloat16")
 UNKNOWN = 0  # id of `<unk>` in the vocabularies of LLaMA and Phi-3
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class LMM:
     """A large multimodal model, ready to answer.
 
@@ -56,27 +59,35 @@ class LMM:
     """
 
     config: Config
-    params: PyTree = field(repr=False)
-    tokenizer: Tokenizer | None = field(repr=False)
+    params: PyTree
+    tokenizer: Tokenizer | None
     template: str
     pad_id: int = 0
     tokenizer_folder: str = ""
-    passthrough: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    passthrough: Mapping[str, Any] = field(default_factory=dict)
     ends: tuple[int, ...] = ()
+
+    def __repr__(self) -> str:
+        size = sum(leaf.size for leaf in jax.tree.leaves(self.params))
+        words = {
+            **parts_in_words(self.config),
+            "parameters": f"{size:,} in {self.config.train.compute_dtype}",
+            "template": self.template,
+            "tokenizer": self.tokenizer_folder or (type(self.tokenizer).__name__ if self.tokenizer is not None else "none"),
+        }
+        return as_repr(type(self).__name__, words)
 
     @cached_property
     def answerer(self) -> Answerer:
         """What answers; it keeps the one module that all compiled programs belong to."""
         return Answerer(build_model(self.config), self.params, self.config, self.tokenizer, self.template, self.ends)
 
-    def generate(
-        self, images: Sequence[Any] | None, prompt: str | Sequence[str], *, batch_size: int = 8, **options: Any
-    ) -> Any:
+    def generate(self, images: Any, prompt: str | Sequence[str], *, batch_size: int = 8, **options: Any) -> Any:
         """Answer a prompt about images, or a list of prompts.
 
         Args:
-          images: of one prompt, a list of paths, PIL images, u8[y, x, 3] arrays or encoded bytes, or None; of several prompts,
-            a list of such lists, or None.
+          images: of one prompt, a path, PIL image, u8[y, x, 3] array or encoded bytes, a list of them, or None; of several
+            prompts, a list with one of these for each, or None.
           prompt: the user's words. With as many `<image>` as images, each is where the words put it; without any, the
             images come first.
           batch_size: prompts that are answered at once; what is said does not depend on it.
@@ -92,7 +103,7 @@ class LMM:
           ImageError: an image that cannot be read.
         """
         if isinstance(prompt, str):
-            return self.answers([(images or (), prompt)], Options().replace(options), batch_size=batch_size)[0].text
+            return self.answers([(images, prompt)], Options().replace(options), batch_size=batch_size)[0].text
         if not isinstance(prompt, list | tuple):
             raise RequestError(f"prompt is a {type(prompt).__name__}, expected a string or a list of strings")
         if not isinstance(images, list | tuple | None):
@@ -100,20 +111,20 @@ class LMM:
         given = [()] * len(prompt) if images is None else list(images)
         if len(given) != len(prompt):
             raise RequestError(f"images got {len(given)} lists for {len(prompt)} prompts; give one per prompt, [] for none")
-        pairs = [(mine or (), words) for mine, words in zip(given, prompt, strict=True)]
+        pairs = list(zip(given, prompt, strict=True))
         return [answer.text for answer in self.answers(pairs, Options().replace(options), batch_size=batch_size)]
 
-    def answers(self, prompts: Sequence[tuple[Sequence[Any], str]], options: Options, *, batch_size: int = 8) -> list[Answer]:
+    def answers(self, prompts: Sequence[tuple[Any, str]], options: Options, *, batch_size: int = 8) -> list[Answer]:
         """As `generate`, for (images, prompt) pairs, with the number of tokens of each answer."""
-        conversations = [[Turn("human", words, images)] for images, words in prompts]
+        conversations = [[Turn("human", words, image_list(images))] for images, words in prompts]
         return self.answerer.answers(conversations, options, batch_size)
 
-    def stream(self, images: Sequence[Any] | None, prompt: str, **options: Any) -> Any:
+    def stream(self, images: Any, prompt: str, **options: Any) -> Any:
         """The answer of `generate` in pieces (an iterator of str) as they are made; joined they are what `generate` returns.
 
         What `generate` raises is raised at the call, not at the first piece.
         """
-        return self.answerer.stream([Turn("human", prompt, images or ())], Options().replace(options))
+        return self.answerer.stream([Turn("human", prompt, image_list(images))], Options().replace(options))
 
     def chat(self, **options: Any) -> Chat:
         """A conversation that remembers its turns; options as of `generate`."""
@@ -126,7 +137,7 @@ class LMM:
     def logits(
         self,
         input_ids: Any,
-        images: Sequence[Sequence[Any] | None] | None = None,
+        images: Sequence[Any] | None = None,
         attention_mask: Any = None,
         *,
         exif: str = "apply",
@@ -135,7 +146,7 @@ class LMM:
 
         Args:
           input_ids: int[B, T0] with -200 where an image is, padded on either side.
-          images: one list of PIL images per row, [] for a row of text.
+          images: for every row an image or a list of them, in the forms of `generate`; [] or None for a row of text.
           attention_mask: int or bool[B, T0], 0 = padding. Without it the runs of the pad id at both ends of a row are padding,
             and any other is a token.
           exif: "apply" turns images upright as EXIF says; "ignore" takes them as they are stored, as the official code does.
@@ -168,6 +179,7 @@ def load(
     tower: str | PathLike[str] = "",
     base: str | PathLike[str] = "",
     projector: str | PathLike[str] = "",
+    template: str = "",
 ) -> LMM:
     """Read a model.
 
@@ -178,12 +190,14 @@ def load(
       tower: folder or hub id of the vision tower, in place of the one that config.json names.
       base: folder or hub id of the language model under a folder that holds a projector alone.
       projector: an mm_projector.bin, in place of the folder's.
+      template: name of the conversation template, in place of that of the run or of such checkpoints.
 
     Raises:
+      RequestError: no such template; the nearest is named.
       WeightsError, ConfigError: the folder, its config.json, weights or tokenizer do not fit together or are not known here.
       CheckpointError: a workdir without a checkpoint that can be read.
     """
-    return _load(path, dtype, tower=str(tower), base=str(base), projector=str(projector))
+    return _load(path, dtype, tower=str(tower), base=str(base), projector=str(projector), template=template)
 
 
 @flags_as({name: f"convert's --{name}" for name in ("tower", "base", "projector")})
@@ -192,7 +206,17 @@ def load_in_verb(path: str, dtype: str | None) -> LMM:
     return _load(path, dtype)
 
 
-def _load(path: str | PathLike[str], dtype: DTypeLike | None, *, tower: str = "", base: str = "", projector: str = "") -> LMM:
+def _load(
+    path: str | PathLike[str],
+    dtype: DTypeLike | None,
+    *,
+    tower: str = "",
+    base: str = "",
+    projector: str = "",
+    template: str = "",
+) -> LMM:
+    if template:
+        find_template(template)
     try:
         kind = np.dtype(dtype if dtype is not None else "float32" if jax.default_backend() == "cpu" else "bfloat16").name
     except TypeError:
@@ -201,16 +225,16 @@ def _load(path: str | PathLike[str], dtype: DTypeLike | None, *, tower: str = ""
         raise ConfigError(f"dtype got {kind}, expected {' or '.join(DTYPES)}")
     folder = find_folder(Path(path))
     if is_workdir(folder):
-        return _load_workdir(folder, kind)
+        return _load_workdir(folder, kind, template)
     found = open_checkpoint(folder, tower=tower, base=base, projector=projector)
-    config = _computing_in(found.config, kind)
+    config = _computing_in(found.config, kind, template or found.template)
     name = found.tokenizer or config.data.tokenizer
     tokenizer = _tokenizer(name, config) if name else None
-    if tokenizer is not None:
+    if tokenizer is not None and not template:
         _warn_of_template(tokenizer, found.template)
     params = load_params(found.tensors, config, np.dtype(kind))
     pad_id = UNKNOWN if tokenizer is None else tokenizer.pad_id  # upstream pads with it, whatever config.json says
-    return LMM(config, params, tokenizer, found.template, pad_id, found.tokenizer, found.passthrough, found.ends)
+    return LMM(config, params, tokenizer, config.data.template, pad_id, found.tokenizer, found.passthrough, found.ends)
 
 
 @flags_as(_ARGUMENTS)
@@ -255,9 +279,9 @@ def _warn_of_template(tokenizer: Tokenizer, template: str) -> None:
         )
 
 
-def _load_workdir(workdir: Path, kind: str) -> LMM:
+def _load_workdir(workdir: Path, kind: str, template: str) -> LMM:
     _, config, leaves = restore_params(workdir)
-    config = _computing_in(config, kind)
+    config = _computing_in(config, kind, template or config.data.template)
     tokenizer = _tokenizer(config.data.tokenizer, config)
     params = unflatten({path: jnp.asarray(leaf, kind) for path, leaf in leaves.items()})
     passthrough, files = token_ids(tokenizer), tokenizer_files(tokenizer)
@@ -277,8 +301,9 @@ def tokenizer_files(tokenizer: Tokenizer) -> str:
     return str(tokenizer.file.parent) if isinstance(tokenizer, HFTokenizer) else ""
 
 
-def _computing_in(config: Config, kind: str) -> Config:
-    return dataclasses.replace(config, train=dataclasses.replace(config.train, compute_dtype=kind))
+def _computing_in(config: Config, kind: str, template: str) -> Config:
+    train, data = dataclasses.replace(config.train, compute_dtype=kind), dataclasses.replace(config.data, template=template)
+    return dataclasses.replace(config, train=train, data=data)
 
 
 def _tokenizer(name: str, config: Config) -> Tokenizer:

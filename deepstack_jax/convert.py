@@ -15,6 +15,7 @@ from rich.table import Table
 from deepstack_jax import cli
 from deepstack_jax.api import token_ids, tokenizer_files
 from deepstack_jax.config import Config
+from deepstack_jax.config.words import parts_in_words
 from deepstack_jax.data.encode.tokenizer import load_tokenizer
 from deepstack_jax.errors import ConfigError
 from deepstack_jax.families.forms import FORMATS
@@ -143,8 +144,6 @@ def stored_dtype(checkpoint: StoredModel) -> str:
 
 def conversion_table(source: ConvertSource, target: Path, form: str, dtype: str, written: Written) -> Table:
     """What was converted into what."""
-    config = source.config
-    vision, decoder, stack, size = config.vision, config.decoder, config.deepstack, config.image.size
     table = Table(title=f"{target}", show_header=False)
     rows = {
         "from": source.what,
@@ -152,10 +151,7 @@ def conversion_table(source: ConvertSource, target: Path, form: str, dtype: str,
         "tensors": f"{written.tensors:,}",
         "parameters": f"{written.parameters:,}",
         "bytes": f"{written.nbytes:,}",
-        "vision": f"{vision.architecture}, {vision.layers} + {vision.post_layers} layers of {vision.width}, {size} px",
-        "decoder": f"{decoder.architecture}, {decoder.layers} layers of {decoder.width}, vocabulary {decoder.vocab_size:,}",
-        "image": f"{config.image.mode}, {config.image.num_crops} crops" if stack.stack != "none" else config.image.mode,
-        "deepstack": f"{stack.stack} into {stack.into}, {stack.sampling}" if stack.stack != "none" else "nothing injected",
+        **parts_in_words(source.config),
         "tokenizer": source.tokenizer or "none found, none written",
     }
     for name, value in rows.items():

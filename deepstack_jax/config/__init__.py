@@ -18,7 +18,7 @@ from deepstack_jax.config.data import (
     SetConfig,
     SyntheticConfig,
 )
-from deepstack_jax.config.fields import MAY_CHANGE, SAME_EXAMPLES
+from deepstack_jax.config.fields import LENGTH, MAY_CHANGE, SAME_EXAMPLES
 from deepstack_jax.config.from_weights import config_from_weights, filled_in, left_open
 from deepstack_jax.config.schema import (
     Config,

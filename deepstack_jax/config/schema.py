@@ -8,8 +8,10 @@ from typing import Annotated, Literal
 
 from deepstack_jax.config.data import DataConfig, DataSpec, ImageConfig
 from deepstack_jax.config.fields import LENGTH, MAY_CHANGE, NOT_NEGATIVE, OneOf, Range, Seed, count, positive
+from deepstack_jax.config.words import as_repr, parts_in_words
 from deepstack_jax.layout.sequence import SEQUENCES, STACKS, LayoutSpec
 from deepstack_jax.layout.stack import SAMPLINGS, layer_schedule
+from deepstack_jax.printing import plural
 
 SECTIONS: dict[str, dict[str, type]] = {"vision": {}, "decoder": {}}
 """Classes of the sections whose keys depend on their `architecture`, by its name; the families register theirs."""
@@ -252,7 +254,7 @@ class MeshConfig:
     tensor: int = 1  # devices with a part of every layer's width
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Config:
     """Everything a run depends on."""
 
@@ -270,6 +272,13 @@ class Config:
     evaluation: Annotated[EvaluationConfig, MAY_CHANGE] = field(default_factory=EvaluationConfig)
     mesh: Annotated[MeshConfig, MAY_CHANGE] = field(default_factory=MeshConfig)
     profile: Annotated[ProfileConfig, MAY_CHANGE] = field(default_factory=ProfileConfig)
+
+    def __repr__(self) -> str:
+        """In short: all keys are in `to_dict`."""
+        data, train = self.data, self.train
+        rows = f"template {data.template}, rows of {data.max_length}, {plural(data.max_images, 'image')} at most"
+        how = f"{train.batch_size} examples a step, {train.compute_dtype}"
+        return as_repr(f"Config {self.name}", {**parts_in_words(self), "data": rows, "train": how})
 
     @property
     def patch_side(self) -> int:

@@ -20,6 +20,7 @@ from deepstack_jax.generate.prompts import (
     cut_image,
     encode_turns,
     find_template,
+    image_list,
     pad_prompts,
 )
 from deepstack_jax.generate.sampling import Sampling
@@ -154,10 +155,10 @@ class Chat:
 
         What raises leaves the conversation as it was.
         """
-        if not isinstance(images, list | tuple):
-            raise RequestError(f"images is a {type(images).__name__}, expected a list; put a single image into a list")
-        chosen = self._options.replace(options)
-        asked = (*self.turns, Turn("human", prompt, self._answerer.cut_images(images, chosen)))
+        chosen, given = self._options.replace(options), image_list(images)
+        if not isinstance(given, list | tuple):
+            raise RequestError(f"images is a {type(images).__name__}, expected an image or a list of them")
+        asked = (*self.turns, Turn("human", prompt, self._answerer.cut_images(given, chosen)))
         return self._remember(asked, self._answerer.stream(asked, chosen))
 
     def clear(self) -> None:

@@ -14,7 +14,7 @@ from deepstack_jax.config import Config
 from deepstack_jax.data.encode.batch_rows import EncodedExample
 from deepstack_jax.data.encode.labels import IMAGE_TOKEN
 from deepstack_jax.generate.options import RequestError
-from deepstack_jax.generate.prompts import check_context, cut_image, example, pad_prompts
+from deepstack_jax.generate.prompts import check_context, cut_image, example, image_list, pad_prompts
 from deepstack_jax.model.deepstack import DeepStack
 from deepstack_jax.printing import plural
 
@@ -96,15 +96,16 @@ def _rows(ids: np.ndarray, mask: np.ndarray, images: Any, config: Config, exif: 
     if len(images) != len(ids):
         lists, rows = plural(len(images), "list"), plural(len(ids), "row")
         raise RequestError(f"images got {lists} for {rows} of input_ids; give one per row, [] for text")
+    images = [image_list(given) for given in images]
     kept = [row[real] for row, real in zip(ids, mask, strict=True)]
     for number, (row, given) in enumerate(zip(kept, images, strict=True)):
-        if given is not None and not isinstance(given, list | tuple):
+        if not isinstance(given, list | tuple):
             raise RequestError(f"images[{number}] is a {type(given).__name__}, expected a list of images, one list per row")
-        wanted, count = int((row == IMAGE_TOKEN).sum()), len(given or ())
+        wanted, count = int((row == IMAGE_TOKEN).sum()), len(given)
         if not row.size:
             raise RequestError(f"row {number} of input_ids holds nothing but padding; leave it out")
         if wanted != count:
             marks = plural(wanted, "image token")
             raise RequestError(f"row {number} has {marks} ({IMAGE_TOKEN}) and {plural(count, 'image')}; give one for each")
-    cut = [[cut_image(image, config, exif) for image in given or ()] for given in images]
+    cut = [[cut_image(image, config, exif) for image in given] for given in images]
     return [example(row, mine) for row, mine in zip(kept, cut, strict=True)]

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from os import PathLike
 from typing import Any, NamedTuple
 
 import numpy as np
+from PIL import Image
 
 from deepstack_jax.batch import Batch
 from deepstack_jax.config import Config
@@ -38,6 +40,13 @@ class Turn(NamedTuple):
     role: str  # human | gpt
     words: str
     images: Sequence[Any] = ()
+
+
+def image_list(images: Any) -> Any:
+    """The images of a prompt as a list, where one alone stands for a list of one, and None for none; else what was given."""
+    if images is None:
+        return ()
+    return [images] if isinstance(images, str | bytes | PathLike | np.ndarray | Image.Image) else images
 
 
 def bucket(size: int) -> int:
@@ -106,7 +115,7 @@ def encode_turns(
     for role, words, images in turns:
         if not isinstance(images, list | tuple) or not isinstance(words, str):
             got = f"{type(images).__name__} and {type(words).__name__}"
-            raise RequestError(f"a prompt is a list of images and a string, got {got}; put a single image into a list")
+            raise RequestError(f"a prompt is a list of images and a string, got {got}; give it so")
         if role == "human" and not placed:
             words = place_images(words, len(images), template)
         messages.append(Message(role, words))

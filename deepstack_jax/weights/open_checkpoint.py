@@ -216,7 +216,7 @@ def _describe(
     if run is None or tower_json is None:
         raise WeightsError(
             f"{folder} is a bare {values['model_type']}: what is built on it is not said; "
-            + ("give the vision tower's folder with --tower=DIR" if run is not None else "give the run's configuration with it")
+            + ("give the vision tower's folder with --tower=DIR" if run is not None else "train on it first (finetune.py)")
         )
     vision, size = tower_from(tower_json)
     kind = values["model_type"]

@@ -64,6 +64,32 @@ def test_images_in_every_form_are_the_same(lmm, together, tmp_path):
         assert lmm.generate([form], PROMPTS[1], **QUICK) == together[1]
 
 
+def test_a_single_image_is_taken_for_a_list_of_one(lmm, together, tmp_path):
+    image, prompt = IMAGES[1][0], PROMPTS[1]
+    image.save(tmp_path / "a.png")
+    for form in (image, tmp_path / "a.png", str(tmp_path / "a.png"), (tmp_path / "a.png").read_bytes(), np.asarray(image)):
+        assert lmm.answers([(form, prompt)], Options(**QUICK))[0].text == together[1]
+    assert lmm.generate(image, prompt, **QUICK) == together[1]
+    assert lmm.generate([image, image], [prompt, prompt], **QUICK) == [together[1]] * 2
+    assert "".join(lmm.stream(image, prompt, **QUICK)) == lmm.chat(**QUICK).ask(prompt, image) == together[1]
+    ids = [[1, 7, IMAGE_TOKEN, 8]]
+    np.testing.assert_array_equal(lmm.logits(ids, [image]), lmm.logits(ids, [[image]]))
+
+
+def test_a_model_shows_itself_in_ten_lines(lmm):
+    for shown in (lmm, lmm.config):
+        assert repr(shown).count("\n") < 10
+        assert "clip, " in repr(shown)
+        assert "vocabulary 259" in repr(shown)
+    assert f"{sum(leaf.size for leaf in jax.tree.leaves(lmm.params)):,} in " in repr(lmm)
+
+
+def test_errors_that_a_user_can_cause_are_there_by_name():
+    kinds = [dsx.CheckpointError, dsx.ConfigError, dsx.ImageError, dsx.RequestError, dsx.WeightsError]
+    assert all(issubclass(kind, dsx.UserError) for kind in kinds)
+    assert dsx.UserError is not Exception
+
+
 def test_a_stop_string_ends_the_answer_before_it(lmm):
     free = lmm.answers([(IMAGES[1], PROMPTS[1])], Options(max_new_tokens=24, template="direct"))[0]
     stop = next(pair for pair in (free.text[at : at + 2] for at in range(3, 20)) if free.text.index(pair) > 2)
@@ -155,7 +181,7 @@ WRONG = {
         ["row 0 has 1 image token (-200) and 0 images", "one for each"],
     ),
     "lists": ({"input_ids": [[1, 2]], "images": [[], []]}, ["images got 2 lists for 1 row of", "one per row"]),
-    "flat": ({"input_ids": [[1, IMAGE_TOKEN]], "images": IMAGES[1]}, ["images[0] is a Image", "expected a list of images"]),
+    "flat": ({"input_ids": [[1, IMAGE_TOKEN]], "images": [3]}, ["images[0] is a int", "expected a list of images"]),
     "mask": ({"input_ids": [[1, 2]], "attention_mask": [[1]]}, ["attention_mask got shape [1, 1]", "[1, 2]"]),
     "mask of scores": (
         {"input_ids": [[1, 2]], "attention_mask": [[0.0, -1e9]]},
@@ -187,7 +213,7 @@ def test_wrong_requests_say_what_to_do_before_anything_compiles(lmm):
             "unknown option 'max_tokens'; nearest valid name: 'max_new_tokens'",
         ),
         ({"images": [[]], "prompt": ["a", "b"]}, "images got 1 lists for 2 prompts"),
-        ({"images": "photo.jpg", "prompt": "hi"}, "got str and str; put a single image into a list"),
+        ({"images": 3, "prompt": "hi"}, "a prompt is a list of images and a string, got int and str"),
         ({"images": None, "prompt": "hi", "template": "v9"}, "unknown template 'v9'; nearest valid"),
         ({"images": None, "prompt": "hi" * 200}, "shorten the prompt"),
         ({"images": None, "prompt": ["hi"], "batch_size": 0}, "batch_size got 0, expected 1 or more"),
@@ -205,7 +231,7 @@ def test_importing_the_package_stays_light():
     code = "import sys, deepstack_jax as d; a = dir(d); sys.exit('jax' in sys.modules or 'load' not in a)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
     assert dsx.LMM is LMM
-    with pytest.raises(AttributeError, match="no attribute 'lod'; it has LMM, Chat, load, save_hf"):
+    with pytest.raises(AttributeError, match="no attribute 'lod'; it has LMM, Answer, Chat"):
         _ = dsx.lod
 
 
@@ -218,7 +244,7 @@ def test_importing_the_package_stays_light():
         (lambda lmm: lmm.generate(None, "x", stop=3), "stop got 3, expected a string"),
         (lambda lmm: lmm.generate(None, "x", seed="x"), "seed got 'x', expected a whole number"),
         (lambda lmm: lmm.chat().ask("x", max_tokens=3), "unknown option 'max_tokens'; nearest valid name: 'max_new_tokens'"),
-        (lambda lmm: lmm.chat().ask("x", IMAGES[1][0]), "expected a list; put a single image into a list"),
+        (lambda lmm: lmm.chat().ask("x", 3), "images is a int, expected an image or a list of them"),
         (lambda lmm: lmm.logits([[1, -200, 3], [1]], [[IMAGES[1][0]], []]), "input_ids has rows of several lengths"),
         (lambda lmm: lmm.logits([[1, -200, 3]], IMAGES[1][0]), "expected one list of images per row"),
     ],

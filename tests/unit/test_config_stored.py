@@ -8,6 +8,7 @@ from typing import Annotated
 import pytest
 
 from deepstack_jax.config import (
+    LENGTH,
     MAY_CHANGE,
     SAME_EXAMPLES,
     Config,
@@ -73,7 +74,8 @@ def test_a_renamed_key_keeps_its_value_and_a_removed_one_is_named(monkeypatch):
         (("train.max_bad_steps", "train.wandb", "train.weights", "train.tower", "train.projector"), MAY_CHANGE),
         (("train.changed_data", "evaluation.every", "mesh.fsdp", "profile.steps"), MAY_CHANGE),
         (("data.root", "data.tokenizer"), SAME_EXAMPLES),
-        (("seed", "decoder.width", "data.template", "data.seed", "train.steps", "train.batch_size", "train.loss_chunk"), ""),
+        (("train.steps", "train.epochs"), LENGTH),
+        (("seed", "decoder.width", "data.template", "data.seed", "train.batch_size", "train.loss_chunk"), ""),
         (("optimizer.groups.default.lr", "train.compute_dtype", "image.mode", "data.sets.a.repeat", "no.such.key"), ""),
     ],
 )
