@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from deepstack_jax.config import SAME_EXAMPLES, Config, TrainConfig, differences, on_resume
 from deepstack_jax.data.fingerprint import UNUSABLE
 from deepstack_jax.train.checkpoint.manager import bytes_of
@@ -88,7 +90,7 @@ def new_length(config: Config, workdir: Path, steps: int, steps_of: Callable[[Tr
     if done == steps:
         return f"ends at step {steps}, begun for {before}"
     now, then = (make_schedule(config.optimizer.schedule, length) for length in (steps, before))
-    last, first, end = float(then(done - 1)), float(now(done)), float(now(steps - 1))
+    last, first, end = (np.asarray(factor).item() for factor in (then(done - 1), now(done), now(steps - 1)))
     return (
         f"goes on to step {steps}, begun for {before}: moments are kept, learning rates are those of a schedule of {steps} "
         f"steps: {first:.3g} of their highest at step {done + 1}, {end:.3g} at step {steps} (it was {last:.3g} at step {done})"
