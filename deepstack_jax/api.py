@@ -29,10 +29,12 @@ from deepstack_jax.generate.options import Options, RequestError
 from deepstack_jax.generate.prompts import Turn, find_template, image_list
 from deepstack_jax.generate.text import is_one_token
 from deepstack_jax.printing import label, one_line, quote
+from deepstack_jax.train.checkpoint.init_weights import run_leaves
 from deepstack_jax.train.checkpoint.reading import CheckpointError
-from deepstack_jax.train.checkpoint.restore_params import is_workdir, restore_params
+from deepstack_jax.train.checkpoint.restore_params import is_workdir
 from deepstack_jax.train.core.optimizer import flatten, unflatten
 from deepstack_jax.types import PyTree
+from deepstack_jax.weights.adapters import is_adapter, merged
 from deepstack_jax.weights.load import load_params
 from deepstack_jax.weights.open_checkpoint import find_folder, open_checkpoint
 from deepstack_jax.weights.save import save_checkpoint
@@ -253,7 +255,7 @@ def save_hf(lmm: LMM, folder: str | PathLike[str], *, dtype: str = "", force: bo
         got = f"{type(lmm).__name__}, {type(folder).__name__}"
         raise ConfigError(f"save_hf got ({got}), expected a model and a folder: save_hf(lmm, 'out'), or lmm.save_hf('out')")
     save_checkpoint(
-        flatten(lmm.params),
+        merged(flatten(lmm.params), lmm.config),
         lmm.config,
         Path(folder),
         tokenizer_folder=lmm.tokenizer_folder,
@@ -280,10 +282,14 @@ def _warn_of_template(tokenizer: Tokenizer, template: str) -> None:
 
 
 def _load_workdir(workdir: Path, kind: str, template: str) -> LMM:
-    _, config, leaves = restore_params(workdir)
+    _, config, leaves = run_leaves(workdir)
     config = _computing_in(config, kind, template or config.data.template)
     tokenizer = _tokenizer(config.data.tokenizer, config)
-    params = unflatten({path: jnp.asarray(leaf, kind) for path, leaf in leaves.items()})
+    params = {}
+    for path, leaf in leaves.items():
+        whole = leaf[tuple(slice(None) for _ in leaf.shape)]
+        params[path] = jnp.asarray(whole, "float32" if is_adapter(path) else kind)
+    params = unflatten(params)
     passthrough, files = token_ids(tokenizer), tokenizer_files(tokenizer)
     return LMM(config, params, tokenizer, config.data.template, tokenizer.pad_id, files, passthrough)
 

@@ -20,7 +20,9 @@ from deepstack_jax.data.encode.tokenizer import load_tokenizer
 from deepstack_jax.errors import ConfigError
 from deepstack_jax.families.forms import FORMATS
 from deepstack_jax.printing import Console
-from deepstack_jax.train.checkpoint.restore_params import is_workdir, restore_params
+from deepstack_jax.train.checkpoint.init_weights import run_leaves
+from deepstack_jax.train.checkpoint.restore_params import is_workdir
+from deepstack_jax.weights.adapters import merged
 from deepstack_jax.weights.load import stored_leaves
 from deepstack_jax.weights.open_checkpoint import StoredModel, open_checkpoint
 from deepstack_jax.weights.save import DTYPES, LeafLike, Written, save_checkpoint
@@ -114,7 +116,7 @@ def main() -> int:
 
 def open_run(workdir: Path) -> ConvertSource:
     """The newest parameters of a run."""
-    step, config, leaves = restore_params(workdir)
+    step, config, leaves = run_leaves(workdir)
     folder, files, passthrough = config.data.tokenizer, "", {}
     if folder:
         try:
@@ -122,7 +124,7 @@ def open_run(workdir: Path) -> ConvertSource:
         except (ValueError, OSError) as error:
             raise ConfigError(f"the run's tokenizer {folder} cannot be read: {error}; put it back where it was") from error
         files, passthrough = tokenizer_files(tokenizer), token_ids(tokenizer)
-    return ConvertSource(config, leaves, "float32", files, passthrough, f"run {config.name}, step {step}")
+    return ConvertSource(config, merged(leaves, config), "float32", files, passthrough, f"run {config.name}, step {step}")
 
 
 def open_folder(given: Mapping[str, str]) -> ConvertSource:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from flax import struct
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, UInt
 
 PyTree = Any
 LORA = ("lora_a", "lora_b", "lora_scale")
@@ -34,6 +34,7 @@ class TrainState:
     opt_state: PyTree
     bad_steps: Int[Array, ""]  # of the batches consumed, those whose loss or gradient was not finite: nothing was updated
     bad_in_a_row: Int[Array, ""]  # the latest of them that follow each other without a good one
+    base: UInt[Array, ""] | None = None  # under adapters: checksum of what does not train, which no checkpoint holds
 
 
 class DecoderOutput(NamedTuple):

@@ -10,7 +10,7 @@ import shutil
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import ml_dtypes
 import numpy as np
@@ -37,6 +37,7 @@ DTYPES = {
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
+@runtime_checkable
 class LeafLike(Protocol):
     """A parameter: an array of jax or numpy, or a `StoredLeaf`."""
 

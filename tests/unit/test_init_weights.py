@@ -11,8 +11,8 @@ from deepstack_jax.config import Config, to_stored
 from deepstack_jax.data.encode.tokenizer import ByteTokenizer, load_tokenizer
 from deepstack_jax.errors import WeightsError, fetch_command
 from deepstack_jax.train.checkpoint import init_weights
-from deepstack_jax.train.checkpoint.init_weights import find_weights, open_start
-from deepstack_jax.train.checkpoint.restore_params import is_workdir, run_tensors
+from deepstack_jax.train.checkpoint.init_weights import find_weights, open_start, run_tensors
+from deepstack_jax.train.checkpoint.restore_params import is_workdir
 from deepstack_jax.weights.names import NameTable
 
 

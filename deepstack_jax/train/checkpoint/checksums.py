@@ -8,6 +8,8 @@ the same sum. Names, shapes and dtypes are compared by `mismatches`.
 
 from __future__ import annotations
 
+import zlib
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -39,6 +41,25 @@ def checksums(state: PyTree, algorithm: int = 2) -> dict[str, int]:
     """Checksum of every array, computed where it lies; only the sums come to the host."""
     sums = jax.device_get(_sums(named(state), algorithm))
     return _labelled({name: int(total) for name, total in sums.items()}, algorithm)
+
+
+def base_checksum(arrays: Mapping[str, Any]) -> Any:
+    """One checksum, u32[], of arrays of jax by name, traced or not: of their values in bfloat16, whatever they are kept in."""
+    sums = _sums({name: array.astype(jnp.bfloat16) for name, array in arrays.items()}, 2)
+    return _joined(sums)
+
+
+def base_checksum_in_memory(arrays: Mapping[str, Any]) -> int:
+    """The same of numpy arrays, or of what gives one when asked for all of its elements; one is there after the other."""
+    sums = {}
+    for name, array in arrays.items():
+        whole = array[tuple(slice(None) for _ in array.shape)]
+        sums[name] = np.full(1, _sum(whole.astype("bfloat16")), np.uint32)  # no scalar, which would warn of overflow
+    return int(_joined(sums)[0])
+
+
+def _joined(sums: Mapping[str, Any]) -> Any:
+    return sum((sums[name] * np.uint32(zlib.crc32(name.encode()) | 1) for name in sums), np.uint32(0))
 
 
 def checksums_in_memory(arrays: PyTree, algorithm: int = 2) -> dict[str, int]:

@@ -7,22 +7,30 @@ image_newline where both runs have one.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import jax
+import numpy as np
 
-from deepstack_jax.config import Config, TrainConfig
+from deepstack_jax.config import Config, MeshConfig, TrainConfig
 from deepstack_jax.errors import WeightsError, fetch_command, flags_as
 from deepstack_jax.families.forms import check_against
-from deepstack_jax.train.checkpoint.restore_params import config_of, is_workdir, run_tensors
+from deepstack_jax.parallel.mesh import make_mesh
+from deepstack_jax.train.checkpoint.checksums import base_checksum_in_memory
+from deepstack_jax.train.checkpoint.reading import saved_steps
+from deepstack_jax.train.checkpoint.restore_params import config_of, is_workdir, restore_base, restore_params
 from deepstack_jax.train.core.optimizer import flatten, unflatten
-from deepstack_jax.train.core.program import Program
+from deepstack_jax.train.core.program import Program, build_program
 from deepstack_jax.types import TrainState
-from deepstack_jax.weights.adapters import is_adapter
+from deepstack_jax.weights.adapters import is_adapter, merged
 from deepstack_jax.weights.load import absent_leaves, load_params, stored_leaves
 from deepstack_jax.weights.names import NameTable
 from deepstack_jax.weights.open_checkpoint import StoredModel, open_checkpoint
+from deepstack_jax.weights.save import LeafLike
+from deepstack_jax.weights.stored_tensor import StoredTensor
 
 PROJECTOR = ("projector/", "image_newline")  # beginnings of the paths that stage 1 trains
 NEWLINE = "model.image_newline"
@@ -60,20 +68,74 @@ def first_state(program: Program) -> TrainState:
     if not config.train.weights:
         return jax.jit(lambda key: program.begin(program.draw(key)), out_shardings=shardings)(key)
     found = find_weights(config)
-    fresh = {}
-    if absent := absent_leaves(found.tensors, config):
-
-        def draw_absent(key: jax.Array) -> dict[str, jax.Array]:
-            drawn = flatten(program.draw(key))
-            return {path: drawn[path] for path in absent}
-
-        fresh = jax.device_get(jax.jit(draw_absent)(key))
+    fresh = _draw(program, absent_leaves(found.tensors, config))
     kinds = {path: leaf.dtype for path, leaf in flatten(program.abstract_state().params).items()}
     params = flatten(load_params(found.tensors, config, kinds, shardings.params, fresh))
     if program.adapted:
         places = {path: place for path, place in flatten(shardings.params).items() if is_adapter(path)}
         params |= jax.jit(program.draw_adapters, out_shardings=places)(key)
     return program.jit_begin()(unflatten(params))
+
+
+def with_base(program: Program, saved: TrainState) -> TrainState:
+    """A state from a checkpoint; under adapters with the base that they were trained over, read or drawn again.
+
+    Raises:
+      WeightsError: what is there now is another base.
+    """
+    if saved.base is None:
+        return saved
+    begun = first_state(program)
+    _check_base(program.config, int(jax.device_get(saved.base)), int(jax.device_get(begun.base)))
+    return dataclasses.replace(saved, params=unflatten(flatten(begun.params) | flatten(saved.params)))
+
+
+def run_leaves(workdir: Path, only: tuple[str, ...] = ("",)) -> tuple[int, Config, dict[str, LeafLike]]:
+    """As `restore_params`, with the base under a run's adapters, whose parameters are read when they are asked for.
+
+    Raises:
+      WeightsError: the base is not there any more, or another one is. CheckpointError: as `restore_params`.
+    """
+    step, config, leaves = restore_params(workdir, only)
+    wanted = {path for path in NameTable(config).leaves if path.startswith(only)} - set(leaves)
+    if not wanted:
+        return step, config, dict(leaves)
+    base = _base_leaves(config)
+    _check_base(config, restore_base(workdir, step), base_checksum_in_memory(base))
+    return step, config, {**leaves, **{path: base[path] for path in wanted}}
+
+
+def _base_leaves(config: Config) -> dict[str, LeafLike]:
+    """What does not train in a run with adapters, by path."""
+    mesh = MeshConfig(1, 1, 1)
+    program = build_program(dataclasses.replace(config, mesh=mesh), make_mesh(mesh, jax.devices()[:1]), 1)
+    if not config.train.weights:
+        return dict(_draw(program, program.base))
+    found = find_weights(config)
+    absent = absent_leaves(found.tensors, config)
+    leaves = stored_leaves(found.tensors, config, fresh=dict.fromkeys(absent) | _draw(program, program.base & set(absent)))
+    return {path: leaves[path] for path in program.base}
+
+
+def _draw(program: Program, paths: Collection[str]) -> dict[str, np.ndarray]:
+    """Parameters of these paths from the run's seed, in host memory."""
+    if not paths:
+        return {}
+
+    def draw(key: jax.Array) -> dict[str, jax.Array]:
+        drawn = flatten(program.draw(key))
+        return {path: drawn[path] for path in paths}
+
+    return jax.device_get(jax.jit(draw)(jax.random.key(program.config.seed)))
+
+
+def _check_base(config: Config, trained_over: int, found: int) -> None:
+    if trained_over != found:
+        where = f"config.train.weights={config.train.weights}" if config.train.weights else f"config.seed={config.seed}"
+        raise WeightsError(
+            f"the adapters were trained over a base with checksum {trained_over:08x}, and {where} gives {found:08x}; give the "
+            "weights that the run began with"
+        )
 
 
 def find_weights(config: Config) -> StoredModel:
@@ -96,6 +158,32 @@ def _open_run(workdir: str, run: Config) -> StoredModel:
     if not run.image.newline:
         tensors.pop(NEWLINE, None)
     return StoredModel(folder, run, tensors, config.data.tokenizer, config.data.template, "", (), {})
+
+
+def run_tensors(workdir: str | Path, only: tuple[str, ...] = ("",)) -> dict[str, StoredTensor]:
+    """The newest parameters of a run as tensors by official name, read all at once when the first is asked for.
+
+    Args:
+      only: beginnings of the paths that are wanted; the rest is not read, since it may be 7B to the projector's 20M.
+
+    Raises:
+      WeightsError: the run has no checkpoint yet.
+    """
+    folder = Path(workdir).expanduser()
+    if not saved_steps(folder):
+        raise WeightsError(f"{folder} is a run without a checkpoint; let it train until it has one, or name another")
+    config = config_of(folder)
+    table = NameTable(config)
+
+    @functools.cache
+    def leaves() -> Mapping[str, LeafLike]:
+        return merged(run_leaves(folder, only)[2], config)
+
+    return {
+        name: StoredTensor(folder, np.dtype(np.float32), foreign.shape, lambda name=name: table.theirs(name, leaves()))
+        for name, foreign in table.tensors.items()
+        if all(path.startswith(only) for path, _ in foreign.parts)
+    }
 
 
 def check_there(train: TrainConfig, *, tower: bool) -> None:

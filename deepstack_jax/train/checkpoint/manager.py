@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import shutil
+from collections.abc import Collection
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import UTC, datetime
 from functools import partial
@@ -37,6 +38,7 @@ from deepstack_jax.train.checkpoint.reading import (
     check_links,
     read_or_damage,
 )
+from deepstack_jax.train.core.state import without
 from deepstack_jax.types import PyTree, TrainState
 
 log = logging.getLogger(__name__)
@@ -70,6 +72,7 @@ class Checkpoints:
       workdir: an existing folder.
       train: says which ones stay: the newest `keep`, those at every `keep_every` steps, the `keep_best` of the lowest held-out
         loss. An old one goes when a newer one was read back whole, not before.
+      base: paths of parameters that are left out, as `Program.base`; `save` is given them and `restore` does not give them.
       read_only: restores and nothing else. Otherwise what a kill left half written is removed, and so would be what another
         run is writing.
 
@@ -77,10 +80,10 @@ class Checkpoints:
       CheckpointError: what lies there cannot be read.
     """
 
-    def __init__(self, workdir: Path, train: TrainConfig, *, read_only: bool = False) -> None:
+    def __init__(self, workdir: Path, train: TrainConfig, *, base: Collection[str] = (), read_only: bool = False) -> None:
         self.workdir = workdir
         self._directory = workdir.absolute() / "checkpoints"
-        self._train, self._read_only = train, read_only
+        self._train, self._base, self._read_only = train, base, read_only
         manager, problem = read_or_damage(str(self._directory), self._open)
         if manager is None:
             raise CheckpointError(f"{self._directory} holds no checkpoints ({problem}); choose another --workdir")
@@ -125,7 +128,7 @@ class Checkpoints:
         Args:
           data: place in the data. about: configuration and versions of the run. loss: held-out, where it is known.
         """
-        step = int(jax.device_get(state.step))
+        step, state = int(jax.device_get(state.step)), without(state, self._base)
         earlier = self._pending
         reads = is_first_host() and earlier and not earlier.written.result() and not earlier.read_back.done()
         reads = reads and shutil.disk_usage(self.workdir).free > bytes_of(state)
@@ -223,6 +226,7 @@ class Checkpoints:
             weights in one are not those of this model, each of them named; or (UnreadableError) storage fails now; or a
             link leads out of one.
         """
+        abstract = without(abstract, self._base)
         steps = sorted(self._good if step is None else self._good & {step}, reverse=True)
         problems: dict[int, str] = {}
         for candidate in steps:

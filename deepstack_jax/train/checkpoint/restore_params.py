@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import logging
-from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
@@ -24,10 +22,10 @@ from deepstack_jax.train.checkpoint.reading import (
     read_workdir_json,
     saved_steps,
 )
-from deepstack_jax.train.core.optimizer import flatten, unflatten
+from deepstack_jax.train.core.optimizer import adapt_groups, assign_groups, base_paths, flatten, unflatten
+from deepstack_jax.weights.adapters import adapter_paths, adapter_shapes
 from deepstack_jax.weights.checkpoint_files import read_model_json
 from deepstack_jax.weights.names import NameTable
-from deepstack_jax.weights.stored_tensor import StoredTensor
 
 log = logging.getLogger(__name__)
 
@@ -41,6 +39,7 @@ def is_workdir(folder: str | Path) -> bool:
 def restore_params(workdir: Path, only: tuple[str, ...] = ("",)) -> tuple[int, Config, dict[str, np.ndarray]]:
     """What a run has learned so far: its newest step, its configuration and its parameters by path, in host memory.
 
+    Of a run with adapters these are the adapters and what else trained; `run_leaves` gives the base with them.
     Optimizer and data state are not read, nor parameters whose path begins with none of `only`. A damaged checkpoint is passed
     over, loudly, for the one before: one that cannot be read, or an array of which is not what its checksum says. One that was
     written before there were checksums is taken as it is.
@@ -50,7 +49,7 @@ def restore_params(workdir: Path, only: tuple[str, ...] = ("",)) -> tuple[int, C
         out of one.
     """
     config = from_stored(read_workdir_json(workdir / "config.json"))
-    shapes = {path: leaf.shape for path, leaf in NameTable(config).leaves.items() if path.startswith(only)}
+    shapes = {path: shape for path, shape in saved_shapes(config).items() if path.startswith(only)}
     problems = []
     for step in reversed(saved_steps(workdir)):
         folder = (workdir / "checkpoints" / str(step)).absolute()
@@ -63,6 +62,29 @@ def restore_params(workdir: Path, only: tuple[str, ...] = ("",)) -> tuple[int, C
     if not problems:
         raise CheckpointError(f"there is no checkpoint in {workdir}; train it first")
     raise CheckpointError(f"no checkpoint in {workdir} can be read ({'; '.join(problems)}); copy the run there again")
+
+
+def saved_shapes(config: Config) -> dict[str, tuple[int, ...]]:
+    """Shapes of the parameters that checkpoints of a run hold, by path."""
+    table = NameTable(config).leaves
+    shapes = {path: leaf.shape for path, leaf in table.items()}
+    if not any(group.lora for group in config.optimizer.groups.values()):
+        return shapes
+    groups, adapted = adapt_groups(assign_groups(list(table), config.optimizer.table), config.optimizer)
+    for path in adapted:
+        shapes |= dict(zip(adapter_paths(path), adapter_shapes(table[path], config.lora.rank), strict=True))
+    base = base_paths(groups) if adapted else ()
+    return {path: shape for path, shape in shapes.items() if path not in base}
+
+
+def restore_base(workdir: Path, step: int) -> int:
+    """Checksum of the base that the adapters of a checkpoint were trained over."""
+    folder = (workdir / "checkpoints" / str(step)).absolute()
+    scalar = {"base": jax.ShapeDtypeStruct((), np.uint32)}
+    how = {"base": ocp.RestoreArgs(restore_type=np.ndarray)}
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+        wanted = ocp.args.PyTreeRestore(item=scalar, restore_args=how, partial_restore=True)
+        return int(reader.restore(folder / "state", args=wanted)["base"])
 
 
 def _read(folder: Path, shapes: dict[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
@@ -82,31 +104,6 @@ def _read(folder: Path, shapes: dict[str, tuple[int, ...]]) -> dict[str, np.ndar
     for path in leaves:  # one by one, so that no more than one array is there twice
         leaves[path] = leaves[path].astype(np.float32, copy=False)
     return leaves
-
-
-def run_tensors(workdir: str | Path, only: tuple[str, ...] = ("",)) -> dict[str, StoredTensor]:
-    """The newest parameters of a run as tensors by official name, read all at once when the first is asked for.
-
-    Args:
-      only: beginnings of the paths that are wanted; the rest is not read, since it may be 7B to the projector's 20M.
-
-    Raises:
-      WeightsError: the run has no checkpoint yet.
-    """
-    folder = Path(workdir).expanduser()
-    if not saved_steps(folder):
-        raise WeightsError(f"{folder} is a run without a checkpoint; let it train until it has one, or name another")
-    table = NameTable(config_of(folder))
-
-    @functools.cache
-    def leaves() -> Mapping[str, np.ndarray]:
-        return restore_params(folder, only)[2]
-
-    return {
-        name: StoredTensor(folder, np.dtype(np.float32), foreign.shape, lambda name=name: table.theirs(name, leaves()))
-        for name, foreign in table.tensors.items()
-        if all(path.startswith(only) for path, _ in foreign.parts)
-    }
 
 
 def config_of(workdir: Path) -> Config:

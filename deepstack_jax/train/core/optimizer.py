@@ -14,7 +14,7 @@ from optax.contrib import MuonDimensionNumbers, muon
 
 from deepstack_jax.config import OptimizerConfig, OptimizerGroup, ScheduleConfig
 from deepstack_jax.errors import ConfigError
-from deepstack_jax.weights.adapters import adapter_paths
+from deepstack_jax.weights.adapters import adapter_paths, is_adapter
 
 FROZEN = "frozen"
 # Parameters stacked over layers carry that axis first; Muon orthogonalises each layer's matrix by itself.
@@ -82,6 +82,11 @@ def adapt_groups(groups: dict[str, str], config: OptimizerConfig) -> tuple[dict[
         a, b, scale = adapter_paths(path)
         groups |= {a: groups[path], b: groups[path], scale: FROZEN, path: FROZEN}
     return groups, adapted
+
+
+def base_paths(groups: dict[str, str]) -> frozenset[str]:
+    """What is frozen and belongs to no adapter."""
+    return frozenset(path for path, group in groups.items() if group == FROZEN and not is_adapter(path))
 
 
 def matrix_axes(path: str, ndim: int) -> MuonDimensionNumbers:

@@ -21,8 +21,17 @@ from deepstack_jax.model.deepstack import DeepStack
 from deepstack_jax.parallel.kernels import Kernel, attention_for, kernel_for
 from deepstack_jax.parallel.mesh import check_model_fits
 from deepstack_jax.parallel.rules import batch_sharding, crop_shards, param_shardings, replicated
-from deepstack_jax.train.core.optimizer import adapt_groups, assign_groups, flatten, make_optimizer, make_schedule, unflatten
-from deepstack_jax.train.core.state import abstract_state, new_state, state_shardings
+from deepstack_jax.train.checkpoint.checksums import base_checksum
+from deepstack_jax.train.core.optimizer import (
+    adapt_groups,
+    assign_groups,
+    base_paths,
+    flatten,
+    make_optimizer,
+    make_schedule,
+    unflatten,
+)
+from deepstack_jax.train.core.state import new_state, state_shardings
 from deepstack_jax.train.core.step import LossSums, ModelFns, StepFn, make_loss, make_train_step
 from deepstack_jax.types import PyTree, TrainState
 from deepstack_jax.weights.adapters import boxed_adapters, fresh_adapters
@@ -62,6 +71,11 @@ class Program:
     step: StepFn
 
     @property
+    def base(self) -> frozenset[str]:
+        """Parameters that nothing changes and no checkpoint holds: all that is frozen, where anything is adapted."""
+        return base_paths(self.groups) if self.adapted else frozenset()
+
+    @property
     def frozen_dtype(self) -> str:
         """Of what does not train."""
         return self.config.lora.base_dtype if self.adapted else self.config.train.frozen_dtype
@@ -78,7 +92,8 @@ class Program:
 
     def abstract_state(self) -> TrainState:
         """Shapes, dtypes and shardings of the state: what a checkpoint is restored to and a step is compiled for."""
-        return abstract_state(self.shapes, self.shardings, self.groups, self.optimizer, self.frozen_dtype)
+        state = jax.eval_shape(self.begin, self.shapes)
+        return jax.tree.map(lambda leaf, at: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=at), state, self.shardings)
 
     def abstract_batch(self, rows: int, length: int) -> Batch:
         """The same of a global batch of `rows` rows of `length` positions; ids as the device sees them (i32)."""
@@ -102,7 +117,9 @@ class Program:
 
     def begin(self, params: PyTree) -> TrainState:
         """The state before the first step."""
-        return new_state(params, self.groups, self.optimizer, self.frozen_dtype)
+        frozen = {path: leaf for path, leaf in flatten(params).items() if path in self.base}
+        checksum = base_checksum(frozen) if self.base else None
+        return new_state(params, self.groups, self.optimizer, self.frozen_dtype, checksum)
 
     def jit_begin(self) -> jax.stages.Wrapped:
         """`begin` under jit: the parameters' buffers become the state's, beside which they would exist a second time."""
@@ -148,7 +165,7 @@ def build_program(config: Config, mesh: Mesh, steps: int) -> Program:
         adapted=adapted,
         schedule=schedule,
         optimizer=optimizer,
-        shardings=state_shardings(mesh, param_shardings(mesh, boxed), shapes, groups, optimizer),
+        shardings=state_shardings(mesh, param_shardings(mesh, boxed), shapes, groups, optimizer, adapted=bool(adapted)),
         functions=functions,
         loss=make_loss(functions, chunk),
         step=make_train_step(functions, optimizer, groups, schedule, accumulation=accumulation, chunk=chunk),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Collection
 from typing import Any
 
 import jax
@@ -10,13 +12,17 @@ import optax
 from jax.sharding import Mesh
 
 from deepstack_jax.parallel.rules import replicated
-from deepstack_jax.train.core.optimizer import split, unflatten
+from deepstack_jax.train.core.optimizer import flatten, split, unflatten
 from deepstack_jax.types import PyTree, TrainState
 from deepstack_jax.weights.adapters import is_adapter
 
 
 def new_state(
-    params: PyTree, groups: dict[str, str], optimizer: optax.GradientTransformation, frozen_dtype: str = "float32"
+    params: PyTree,
+    groups: dict[str, str],
+    optimizer: optax.GradientTransformation,
+    frozen_dtype: str = "float32",
+    base: jax.Array | None = None,
 ) -> TrainState:
     """The state before the first step; only trainable parameters have optimizer state."""
     trainable, frozen = split(params, groups)
@@ -28,23 +34,24 @@ def new_state(
         opt_state=optimizer.init(trainable),
         bad_steps=bad_steps,
         bad_in_a_row=bad_in_a_row,
+        base=base,
     )
 
 
-def abstract_state(
-    shapes: PyTree,
-    shardings: TrainState,
-    groups: dict[str, str],
-    optimizer: optax.GradientTransformation,
-    frozen_dtype: str = "float32",
-) -> TrainState:
-    """Shapes, dtypes and shardings of the state, for restoring."""
-    state = jax.eval_shape(lambda params: new_state(params, groups, optimizer, frozen_dtype), shapes)
-    return jax.tree.map(lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), state, shardings)
+def without(state: TrainState, base: Collection[str]) -> TrainState:
+    """A state as checkpoints hold it: without the parameters of these paths."""
+    kept = {path: leaf for path, leaf in flatten(state.params).items() if path not in base}
+    return dataclasses.replace(state, params=unflatten(kept))
 
 
 def state_shardings(
-    mesh: Mesh, params: PyTree, shapes: PyTree, groups: dict[str, str], optimizer: optax.GradientTransformation
+    mesh: Mesh,
+    params: PyTree,
+    shapes: PyTree,
+    groups: dict[str, str],
+    optimizer: optax.GradientTransformation,
+    *,
+    adapted: bool = False,
 ) -> TrainState:
     """Sharding of every leaf of the state; moments lie like their parameters.
 
@@ -61,4 +68,5 @@ def state_shardings(
 
     opt_state = jax.eval_shape(optimizer.init, sizes)
     placed = jax.tree_util.tree_map_with_path(place, opt_state)
-    return TrainState(step=whole, params=params, opt_state=placed, bad_steps=whole, bad_in_a_row=whole)
+    base = whole if adapted else None
+    return TrainState(step=whole, params=params, opt_state=placed, bad_steps=whole, bad_in_a_row=whole, base=base)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -111,7 +112,8 @@ def make_train_step(
             lambda new, old: jnp.where(good, new, old), (updated, opt_state), (trainable, state.opt_state)
         )
         bad = (~good).astype(jnp.int32)
-        state = TrainState(
+        state = dataclasses.replace(
+            state,
             step=state.step + 1,
             params=unflatten({**frozen, **updated}),
             opt_state=opt_state,

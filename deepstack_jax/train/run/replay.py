@@ -24,7 +24,7 @@ from deepstack_jax.parallel.distributed import put_batch
 from deepstack_jax.parallel.mesh import make_mesh
 from deepstack_jax.parallel.rules import use_mesh
 from deepstack_jax.printing import REDACTED, Console
-from deepstack_jax.train.checkpoint.init_weights import first_state
+from deepstack_jax.train.checkpoint.init_weights import first_state, with_base
 from deepstack_jax.train.checkpoint.manager import Checkpoints
 from deepstack_jax.train.checkpoint.reading import CheckpointError, UnreadableError, read_workdir_json
 from deepstack_jax.train.core.optimizer import flatten, split, unflatten
@@ -157,7 +157,7 @@ def replay_file(file: Path, given: Config | None, console: Console) -> None:
     for difference in data_changes(config, workdir, data, partial(describe_texts, config.data_spec, source)):
         console.print(f"warning: the step may be another one: {difference}", soft_wrap=True)
     with use_mesh(mesh):
-        replay(file, program, stream, Checkpoints(workdir, config.train, read_only=True), console)
+        replay(file, program, stream, Checkpoints(workdir, config.train, base=program.base, read_only=True), console)
     stream.close()
 
 
@@ -176,7 +176,7 @@ def replay(file: Path, program: Program, stream: TrainingStream, checkpoints: Ch
         restored = checkpoints.restore(program.abstract_state(), bundle.checkpoint)
         if restored is None:
             raise ReplayError("the checkpoint that the bundle starts from is gone; the run cannot be walked to that step")
-        state, place = restored
+        state, place = with_base(program, restored[0]), restored[1]
         stream.restore(place)
     else:
         state = first_state(program)

@@ -25,11 +25,12 @@ from deepstack_jax.parallel.rules import use_mesh
 from deepstack_jax.printing import Console, plural, redacted
 from deepstack_jax.stop_signals import EXIT_DONE, EXIT_PREEMPTED, StopSignals
 from deepstack_jax.train.account.journal import Journal
-from deepstack_jax.train.checkpoint.init_weights import first_state
+from deepstack_jax.train.checkpoint.init_weights import first_state, with_base
 from deepstack_jax.train.checkpoint.manager import Checkpoints
 from deepstack_jax.train.checkpoint.reading import saved_steps
 from deepstack_jax.train.core.optimizer import describe_groups, main_learning_rate
 from deepstack_jax.train.core.program import Program, build_program
+from deepstack_jax.train.core.state import without
 from deepstack_jax.train.flops import step_flops
 from deepstack_jax.train.run.compiled import CompiledSteps
 from deepstack_jax.train.run.inputs import open_inputs, open_stream
@@ -99,9 +100,9 @@ def train(config: Config, workdir: Path, console: Console, evaluation: Evaluatio
     console.print(describe_run(program, steps))
     if program.adapted:
         console.print(describe_adapters(program))
-    if warning := check_disk_space(workdir, program.abstract_state(), config.train, steps):
+    if warning := check_disk_space(workdir, without(program.abstract_state(), program.base), config.train, steps):
         console.print(f"warning: {warning}", soft_wrap=True)
-    checkpoints = Checkpoints(workdir, config.train)
+    checkpoints = Checkpoints(workdir, config.train, base=program.base)
     state = begin_state(program, stream, checkpoints, console)
     about = write_about(config, workdir, data, journal)
     log = open_log(config, workdir, int(state.step))
@@ -173,7 +174,7 @@ def begin_state(program: Program, stream: TrainingStream, checkpoints: Checkpoin
     restored = checkpoints.restore(program.abstract_state())
     if restored is None:
         return first_state(program)
-    state, place = restored
+    state, place = with_base(program, restored[0]), restored[1]
     stream.restore(place)
     console.print(f"resumed from step {int(state.step)} in {checkpoints.workdir}")
     return state
