@@ -19,7 +19,14 @@ from jax.typing import DTypeLike
 from deepstack_jax.config import Config
 from deepstack_jax.config.words import as_repr, parts_in_words
 from deepstack_jax.data.encode.templates import TEMPLATES
-from deepstack_jax.data.encode.tokenizer import HFTokenizer, SentencePieceTokenizer, Tokenizer, load_tokenizer
+from deepstack_jax.data.encode.tokenizer import (
+    HFTokenizer,
+    SentencePieceTokenizer,
+    Tokenizer,
+    fitting_templates,
+    lacking_end_of_turn,
+    load_tokenizer,
+)
 from deepstack_jax.data.formats.image_files import ImageError
 from deepstack_jax.errors import ConfigError, flags_as
 from deepstack_jax.families.build import build_model
@@ -27,7 +34,6 @@ from deepstack_jax.generate.answers import Answer, Answerer, Chat
 from deepstack_jax.generate.logits import next_token_logits
 from deepstack_jax.generate.options import Options, RequestError
 from deepstack_jax.generate.prompts import Turn, find_template, image_list
-from deepstack_jax.generate.text import is_one_token
 from deepstack_jax.printing import label, one_line, quote
 from deepstack_jax.train.checkpoint.init_weights import run_leaves
 from deepstack_jax.train.checkpoint.reading import CheckpointError
@@ -267,15 +273,10 @@ def save_hf(lmm: LMM, folder: str | PathLike[str], *, dtype: str = "", force: bo
 
 def _warn_of_template(tokenizer: Tokenizer, template: str) -> None:
     """A template is guessed by the architecture; its end of turn then has to be a token, or no answer ends."""
-
-    def lacks(name: str) -> bool:
-        end = TEMPLATES[name].end.strip()
-        return end.startswith("<") and not is_one_token(end, tokenizer)
-
-    if template in TEMPLATES and lacks(template):
-        fitting = sorted(name for name in TEMPLATES if TEMPLATES[name].end.strip().startswith("<") and not lacks(name))
+    if template in TEMPLATES and (end := lacking_end_of_turn(template, tokenizer)):
+        fitting = fitting_templates(tokenizer)
         warnings.warn(
-            f"the template is taken to be {template!r}, but its end of turn, {TEMPLATES[template].end.strip()}, is not a token "
+            f"the template is taken to be {template!r}, but its end of turn, {end}, is not a token "
             f"of the tokenizer; that one has those of: {', '.join(fitting) or 'no template here'}; choose with template=NAME",
             stacklevel=3,
         )

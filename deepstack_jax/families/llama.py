@@ -86,7 +86,6 @@ class Llama(DecoderFamily):
         expect(values, "attention_bias", False)
         expect(values, "mlp_bias", False)
         expect(values, "hidden_act", "silu")
-        expect(values, "tie_word_embeddings", False, move="save the model with a head of its own first")
         expect(values, "partial_rotary_factor", 1.0)
         heads, width = number(get, "num_attention_heads"), number(get, "hidden_size")
         get = {"num_key_value_heads": heads, "head_dim": width // heads} | get

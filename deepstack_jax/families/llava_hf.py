@@ -65,7 +65,6 @@ def from_llava_hf(values: Mapping[str, Any], preprocessor: Mapping[str, Any]) ->
     expect(values, "vision_feature_select_strategy", "default")
     expect(values, "projector_hidden_act", "gelu")
     expect(values, "multimodal_projector_bias", True)
-    expect(values, "tie_word_embeddings", False, move="save the model with a head of its own first")
     expect(values, "use_image_newline_parameter", True)
     vision, size = tower_from({**_TOWER, **inner})
     layer = values.get("vision_feature_layer", -2)

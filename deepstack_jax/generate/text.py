@@ -26,12 +26,6 @@ def end_of_turn(template: Template, tokenizer: Tokenizer) -> tuple[list[int], tu
     return ids, (end,) if shows else ()
 
 
-def is_one_token(text: str, tokenizer: Tokenizer) -> bool:
-    """Whether a tokenizer has these characters as one token of its own."""
-    found = known_ids(text, tokenizer)
-    return len(found) == 1 and known_ids(text * 2, tokenizer) == found * 2  # twice an unknown word is one unknown word
-
-
 class AnswerText:
     """The text of one answer, growing. What `feed` and `close` return, joined, is `text` in the end.
 

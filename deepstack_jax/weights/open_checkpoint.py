@@ -19,12 +19,12 @@ from ml_collections import ConfigDict
 
 from deepstack_jax.config import Config, build_config, to_dict
 from deepstack_jax.errors import WeightsError
-from deepstack_jax.families.base import TOWER, decoder_from, language_models, tower_family, tower_from
+from deepstack_jax.families.base import EMBEDDINGS, HEAD, TOWER, decoder_from, language_models, tower_family, tower_from
 from deepstack_jax.families.forms import BUFFERS, NEWLINE, canonical, check_against, from_hf, may_say
 from deepstack_jax.families.llava_hf import is_llava_hf
 from deepstack_jax.families.official import PASSTHROUGH_KEYS, VERBATIM_KEYS, tower_to_hf, with_data
 from deepstack_jax.families.processor import image_values
-from deepstack_jax.families.values import section, word
+from deepstack_jax.families.values import flag, section, word
 from deepstack_jax.printing import quote
 from deepstack_jax.weights.checkpoint_files import open_weight_files, processor_of, read_model_json, weight_files
 from deepstack_jax.weights.export_folder import has_tokenizer
@@ -92,6 +92,11 @@ def open_checkpoint(
     base_folder = find_folder(base) if base else None
     tensors = _collect(folder, values, base_folder, tower_folder, projector)
     stored = _describe(folder, values, tower_folder, tensors, run or recipe)
+    if _is_tied(values) and not stored.decoder.tied_head and EMBEDDINGS in tensors:
+        warnings.warn(
+            f"{folder} has its embeddings as head too; here the head is a copy of them, which trains by itself", stacklevel=2
+        )
+        tensors[HEAD] = tensors[EMBEDDINGS]
     if base_folder is not None:
         _check_base(base_folder, stored)
     config = _with_beyond(stored, folder)
@@ -286,6 +291,10 @@ def _collect(
     if tower is not None and not any(name.startswith(TOWER) for name in tensors):
         tensors |= _named(weight_files(tower), tower_family(read_model_json(tower / "config.json")).official_name)
     return tensors
+
+
+def _is_tied(values: Mapping[str, Any]) -> bool:
+    return any(flag(part, "tie_word_embeddings", False) for part in (values, section(values, "text_config")))
 
 
 def _naming(values: Mapping[str, Any]) -> Callable[[str], str | None]:

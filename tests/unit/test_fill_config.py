@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from benchmarks.tiny_recipe import Run, load_recipe, write_weights
 from deepstack_jax.config import Config, build_config, config_from_weights, left_open, to_dict, to_stored
@@ -178,3 +179,25 @@ def test_keys_of_every_architecture_are_open_and_no_others():
     for family in DECODERS.values():
         assert {("decoder", field.name) for field in dataclasses.fields(family.section)} <= keys
     assert left_open({"name": None, "data": {"root": None}}) == []
+
+
+def test_embeddings_that_are_the_head_too_become_a_head_of_its_own(tmp_path):
+    tiny = load_recipe(Run("llava15", "finetune", ""))
+    write_weights(tmp_path, tiny)
+    file, said = tmp_path / "llm" / "model.safetensors", tmp_path / "llm" / "config.json"
+    tensors = load_file(file)
+    save_file({name: tensor for name, tensor in tensors.items() if name != "lm_head.weight"}, file)
+    said.write_text(json.dumps(json.loads(said.read_text()) | {"tie_word_embeddings": True}))
+    with pytest.warns(UserWarning, match="has its embeddings as head too; here the head is a copy of them"):
+        found = find_weights(filled(tmp_path / "llm", train__tower=str(tmp_path / "clip"))).tensors
+    assert (found["lm_head.weight"].read() == tensors["model.embed_tokens.weight"]).all()
+
+
+def test_a_template_whose_end_of_turn_the_tokenizer_lacks_gives_way_to_one_that_it_has(folders, tmp_path):
+    """A LLaMA usually has `v1`, whose turns end with </s>; a tokenizer with <|end|> and without </s> was made for Phi-3's."""
+    copied = shutil.copytree(folders["l_2d"], tmp_path / "hf")
+    shutil.copytree(GOLDEN / "tokenizer" / "phi3_rstrip", copied, dirs_exist_ok=True)
+    tower = {"train__tower": str(folders["l_2d"].parent / "clip")}
+    with pytest.warns(UserWarning, match="usually have config.data.template='v1', but </s> is no token of the tokenizer"):
+        assert filled(copied, **tower).data.template == "phi3_instruct"
+    assert filled(copied, **tower, data__template="mpt").data.template == "mpt"

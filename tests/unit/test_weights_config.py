@@ -310,7 +310,6 @@ def test_transformers_5_writes_rotary_positions_as_one_entry():
         ),
         ({"image_aspect_ratio": "padded"}, r"image_aspect_ratio is 'padded', expected .*nearest valid name: 'pad'"),
         ({"attention_bias": True}, "attention_bias is True"),
-        ({"tie_word_embeddings": True}, "tie_word_embeddings is True"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu', expected 'silu'"),
         ({"rope_scaling": {"type": "dynamic", "factor": 2}}, r"rope_scaling has type 'dynamic', expected linear"),
         ({"rope_scaling": {"type": "yarn"} | LONG}, r"type 'yarn', expected .*yarn for Phi-3 only"),

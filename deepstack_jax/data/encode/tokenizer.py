@@ -14,11 +14,9 @@ from deepstack_jax.config import DataSpec
 from deepstack_jax.data.encode.fast_tokenizer import HFTokenizer
 from deepstack_jax.data.encode.fast_tokenizer import train_bpe as train_bpe
 from deepstack_jax.data.encode.sentencepiece_tokenizer import SentencePieceTokenizer
-from deepstack_jax.data.encode.templates import get_template
+from deepstack_jax.data.encode.templates import TEMPLATES, get_template
 from deepstack_jax.data.encode.tokenizer_files import LITERALS, read_optional_json
 from deepstack_jax.errors import ConfigError, fetch_command
-
-_NO_TOKEN = "<|\uf8ff|>"  # of a private character, so that no tokenizer has it: what this becomes, anything unknown does
 
 
 @runtime_checkable
@@ -151,16 +149,31 @@ def check_end_of_turn(template: str, tokenizer: Tokenizer) -> None:
 
     Spelt out in pieces it would be learnt as text, and an answer would never end at the token that stops it.
     """
-    end = get_template(template).end.strip()
-    if not re.fullmatch(r"<[^<>\s]+>", end):
-        return
-    ids = known_ids(end, tokenizer)
-    if len(ids) != 1 or ids == known_ids(_NO_TOKEN, tokenizer):
+    if end := lacking_end_of_turn(template, tokenizer):
+        ids, fitting = known_ids(end, tokenizer), ", ".join(fitting_templates(tokenizer)) or "no template here"
         what = f"{len(ids)} tokens" if len(ids) != 1 else f"its unknown token ({ids[0]})"
         raise ValueError(
-            f"template {template!r} ends a turn with {end}, which the tokenizer reads as {what}, expected one "
-            "special token; choose the template that the tokenizer was made for, or add the token to it"
+            f"template {template!r} ends a turn with {end}, which the tokenizer reads as {what}, expected one special token; "
+            f"choose the template that the tokenizer was made for (it has the end of turn of {fitting}), or add the token"
         )
+
+
+def lacking_end_of_turn(template: str, tokenizer: Tokenizer) -> str:
+    """A template's end of turn where that is a special token which the tokenizer does not have, else ""."""
+    end = get_template(template).end.strip()
+    return end if re.fullmatch(r"<[^<>\s]+>", end) and not is_one_token(end, tokenizer) else ""
+
+
+def fitting_templates(tokenizer: Tokenizer) -> list[str]:
+    """Templates whose end of turn is a special token that the tokenizer has."""
+    special = {name: template.end.strip() for name, template in TEMPLATES.items() if template.end.strip().startswith("<")}
+    return sorted(name for name, end in special.items() if is_one_token(end, tokenizer))
+
+
+def is_one_token(text: str, tokenizer: Tokenizer) -> bool:
+    """Whether a tokenizer has these characters as one token of its own."""
+    found = known_ids(text, tokenizer)
+    return len(found) == 1 and known_ids(text * 2, tokenizer) == found * 2  # twice an unknown word is one unknown word
 
 
 def known_ids(text: str, tokenizer: Tokenizer) -> list[int]:

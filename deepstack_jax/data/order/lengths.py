@@ -70,6 +70,18 @@ def length_index(source: Source, spec: DataSpec, console: Console | None = None)
     return sizes
 
 
+def check_examples(source: Source, spec: DataSpec, limit: int = 64) -> None:
+    """Stop (SourceError) before compilation where half of some examples cannot be used: the data is of another kind."""
+    rows = np.unique(np.linspace(0, len(source) - 1, limit, dtype=np.int64)).tolist()
+    measured = [try_record(source, row, partial(measure, encoder=Encoder(spec))) for row in rows]
+    reasons = [one.reason for one in measured if isinstance(one, BadExample)]
+    if len(reasons) > max(spec.data.max_bad_fraction, 0.5) * len(rows):
+        raise SourceError(
+            f"{len(reasons)} of {len(rows)} examples looked at cannot be used; fix them, or choose the template that they are "
+            f"written for with --config.data.template=NAME; the first: {'; '.join(reasons[:3])}"
+        )
+
+
 def too_many_bad(sizes: np.ndarray, source: Source, encoder: Encoder) -> str:
     """What to say, with the first reasons, where more records than `config.data.max_bad_fraction` cannot be used; else ""."""
     bad = np.flatnonzero(sizes[:, 0] == 0)

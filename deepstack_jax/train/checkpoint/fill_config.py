@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from deepstack_jax.config import Config, TrainConfig, filled_in, left_open
+from deepstack_jax.data.encode.tokenizer import fitting_templates, lacking_end_of_turn, load_tokenizer
 from deepstack_jax.errors import ConfigError, flags_as
 from deepstack_jax.families.forms import keys_of_weights
 from deepstack_jax.train.checkpoint.init_weights import WEIGHT_FLAGS, check_there
@@ -18,6 +20,7 @@ from deepstack_jax.weights.open_checkpoint import StoredModel, open_checkpoint
 
 LENGTH = 2048  # positions of a row, unless images need more or the weights were trained with less
 ROOM_FOR_TEXT = 1024  # positions beside an example's images
+COMMON_TEMPLATES = ("chatml", "llama_3", "phi3_instruct", "v1")
 
 
 def fill_config(values: Mapping[str, Any], workdir: Path | None = None, weights: str = "") -> Mapping[str, Any]:
@@ -50,24 +53,44 @@ def fill_config(values: Mapping[str, Any], workdir: Path | None = None, weights:
         projector = "" if is_workdir(train["projector"]) else train["projector"]
         with flags_as(WEIGHT_FLAGS):
             found = open_checkpoint(name, tower=train["tower"], projector=projector, recipe=Config())
-        known, bare = _described(found, values["data"]["max_images"]), found.bare
+        known, bare = _described(found, values["data"]["max_images"], values["data"]["template"] is None), found.bare
     sizes = [".".join(key) for key in keys_of_weights(known, bare=bare)]
     return filled_in(values, known, sizes, name)
 
 
-def _described(found: StoredModel, images: int) -> Config:
+def _described(found: StoredModel, images: int, choose_template: bool) -> Config:
     """The Config of a folder, with its tokenizer, and rows no longer than training needs.
 
     Args:
       images: that an example may have.
+      choose_template: whether to look for another template where the tokenizer lacks the usual one's end of turn.
     """
     config = found.config
     needed = images * config.layout.max_tokens + ROOM_FOR_TEXT
     length = max(LENGTH, 1 << (needed - 1).bit_length())
     data = dataclasses.replace(
         config.data,
-        template=found.template,
+        template=_template_for(found) if choose_template else found.template,
         tokenizer=os.path.abspath(found.tokenizer) if found.tokenizer else config.data.tokenizer,
         max_length=min(length, max(config.data.max_length, needed - ROOM_FOR_TEXT + 1)),
     )
     return dataclasses.replace(config, data=data)
+
+
+def _template_for(found: StoredModel) -> str:
+    """The template that such checkpoints usually have, or a common one whose end of turn the tokenizer has, which is said."""
+    if not found.tokenizer:
+        return found.template
+    try:
+        tokenizer = load_tokenizer(found.tokenizer)
+    except (ValueError, OSError):  # which is said when it is opened
+        return found.template
+    end, fitting = lacking_end_of_turn(found.template, tokenizer), fitting_templates(tokenizer)
+    chosen = next((name for name in COMMON_TEMPLATES if end and name in fitting), found.template)
+    if chosen != found.template:
+        warnings.warn(
+            f"such checkpoints usually have config.data.template={found.template!r}, but {end} is no token of the tokenizer in "
+            f"{found.tokenizer}; taken is {chosen!r}, whose end of turn it has",
+            stacklevel=2,
+        )
+    return chosen

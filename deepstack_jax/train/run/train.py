@@ -16,6 +16,7 @@ from deepstack_jax.config import Config, TrainConfig, to_dict, to_stored
 from deepstack_jax.data.example import Source
 from deepstack_jax.data.fingerprint import describe_data, describe_texts
 from deepstack_jax.data.open import check_images
+from deepstack_jax.data.order.lengths import check_examples
 from deepstack_jax.data.order.mixture import Mixture, describe_mixture
 from deepstack_jax.data.pipeline import TrainingStream
 from deepstack_jax.data.workers import free_shared_memory
@@ -83,6 +84,8 @@ def train(config: Config, workdir: Path, console: Console, evaluation: Evaluatio
     starts = not saved_steps(workdir)
     _, source = open_inputs(config, starts=starts)
     check_images(source, config.data)
+    if starts and not config.data.packing.enabled:  # with packing all of them are measured
+        check_examples(source, config.data_spec)
     evaluation.open(source, starts=starts)
     splits = {"train": source} | ({} if evaluation.source is None else {"validation": evaluation.source})
     data = describe_data(config.data_spec, splits)
