@@ -16,7 +16,8 @@ from deepstack_jax.errors import ConfigError, WeightsError
 from deepstack_jax.families.base import DECODERS
 from deepstack_jax.train.checkpoint.fill_config import fill_config
 from deepstack_jax.train.checkpoint.init_weights import find_weights
-from deepstack_jax.train.core.optimizer import assign_groups
+from deepstack_jax.train.core.optimizer import adapt_groups, assign_groups
+from deepstack_jax.weights.adapters import is_adapter
 from deepstack_jax.weights.load import stored_leaves
 from deepstack_jax.weights.names import NameTable
 from deepstack_jax.weights.open_checkpoint import open_checkpoint
@@ -40,7 +41,7 @@ def folders(tmp_path_factory) -> dict[str, Path]:
     return made
 
 
-def values(weights: Path | str, argument: str = "full", **changes: object) -> dict[str, Any]:
+def values(weights: Path | str, argument: str = "lora", **changes: object) -> dict[str, Any]:
     """What the recipe and the flags of a command line give."""
     config = runpy.run_path(str(RECIPE))["get_config"](argument)
     config.train.weights = str(weights)
@@ -48,7 +49,7 @@ def values(weights: Path | str, argument: str = "full", **changes: object) -> di
     return config.to_dict()
 
 
-def filled(weights: Path | str, argument: str = "full", **changes: object) -> Config:
+def filled(weights: Path | str, argument: str = "lora", **changes: object) -> Config:
     return build_config(dict(fill_config(values(weights, argument, **changes))))
 
 
@@ -70,15 +71,18 @@ def test_all_that_is_left_open_is_as_the_folder_says(folders, case):
     assert find_weights(config).tensors.keys() == stored.tensors.keys()
 
 
-@pytest.mark.parametrize("argument", ["full", "projector"])
+@pytest.mark.parametrize("argument", ["lora", "full", "projector"])
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.filterwarnings("ignore:.*never used")
 def test_every_parameter_has_its_group(folders, case, argument):
     config = filled(folders[case], argument)
-    groups = assign_groups(list(NameTable(config).leaves), config.optimizer.table)
-    trained = {path.split("/")[0] for path, group in groups.items() if group != "frozen"}
-    ours = {"projector"} | ({"image_newline"} if config.image.newline else set())
-    assert trained == ours | ({"embed", "layers", "head"} if argument == "full" else set())
+    groups, adapted = adapt_groups(assign_groups(list(NameTable(config).leaves), config.optimizer.table), config.optimizer)
+    trained = {path for path, group in groups.items() if group != "frozen"}
+    whole = {"projector"} | ({"image_newline"} if config.image.newline else set())
+    whole |= {"embed", "layers", "head"} if argument == "full" else set()
+    assert {path.split("/")[0] for path in trained if not is_adapter(path)} == whole
+    kernels = {path for path in groups if path.startswith("layers/") and path.endswith("/kernel")}
+    assert set(adapted) == (kernels if argument == "lora" else set())
 
 
 @pytest.mark.parametrize("case", ["llava15", "llava_next"])
