@@ -43,21 +43,13 @@ def injecting_layers(config: Config) -> tuple[Layer, ...]:
 
 @dataclass(frozen=True)
 class ImageInput:
-    """One image's part of a batch row. Encoded tokens count from its first view: view * P + token.
+    """One image's part of a batch row. Encoded tokens count from its first view: view * P + token."""
 
-    Attributes:
-      size_wh: (width, height) of the original in pixels.
-      grid: (rows, cols) of its crops; None without crops.
-      pixels: u8[views, S, S, 3].
-      tokens: i32[m] the encoded token at every sequence position of the image, or a sentinel below 0.
-      stack: i32[J, m] the encoded token of every group that is added there, or a sentinel.
-    """
-
-    size_wh: tuple[int, int]
-    grid: Grid | None
-    pixels: np.ndarray
-    tokens: np.ndarray
-    stack: np.ndarray
+    size_wh: tuple[int, int]  # (width, height) of the original in pixels
+    grid: Grid | None  # (rows, cols) of its crops; None without crops
+    pixels: np.ndarray  # u8[views, S, S, 3]
+    tokens: np.ndarray  # i32[m] the encoded token at every sequence position of the image, or a sentinel below 0
+    stack: np.ndarray  # i32[J, m] the encoded token of every group that is added there, or a sentinel
 
     def uses(self, layers: Sequence[Layer], patches: int) -> tuple[np.ndarray, np.ndarray]:
         """What becomes of every encoded token: bool[views, P] whether it is in the sequence, and bool[K, views, P] at which
@@ -72,25 +64,15 @@ class ImageInput:
 
 @dataclass(frozen=True)
 class ModelInput:
-    """One example's row of a batch, without its padding.
+    """One example's row of a batch, without its padding."""
 
-    Attributes:
-      example: what the source gave.
-      tokens: i32[n] token ids; meaningless where an image is.
-      supervised: bool[n] tokens that the loss asks for.
-      image_of: i64[n] number of the image that a token belongs to, -1 for text.
-      images: in the order of the sequence.
-      row_length: positions of the row, padding included.
-      cut: tokens at the end of its text that the row had no room for (`config.data.overlong` "cut").
-    """
-
-    example: Example
-    tokens: np.ndarray
-    supervised: np.ndarray
-    image_of: np.ndarray
-    images: tuple[ImageInput, ...]
-    row_length: int
-    cut: int
+    example: Example  # what the source gave
+    tokens: np.ndarray  # i32[n] token ids; meaningless where an image is
+    supervised: np.ndarray  # bool[n] tokens that the loss asks for
+    image_of: np.ndarray  # i64[n] number of the image that a token belongs to, -1 for text
+    images: tuple[ImageInput, ...]  # in the order of the sequence
+    row_length: int  # positions of the row, padding included
+    cut: int  # tokens at the end of its text that the row had no room for (`config.data.overlong` "cut")
 
 
 def use_row(source: Source, index: int, use: Callable[[Example], Made]) -> Made | BadExample:

@@ -33,25 +33,15 @@ def layer_colours(count: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Sheet:
-    """Views that were cut from one picture, put together again, with what becomes of their tokens.
+    """Views that were cut from one picture, put together again, with what becomes of their tokens."""
 
-    Attributes:
-      name: what it shows.
-      index: i64[rows, cols] the views.
-      pixels: u8[Y, X, 3].
-      sequence: bool[R, Q] tokens that are in the sequence.
-      injected: bool[K, R, Q] tokens that are added at each layer.
-      crop: side of a view in pixels.
-      token: side of a token in pixels; a view's last pixels belong to none where it does not divide.
-    """
-
-    name: str
-    index: np.ndarray
-    pixels: np.ndarray
-    sequence: np.ndarray
-    injected: np.ndarray
-    crop: int
-    token: int
+    name: str  # what it shows
+    index: np.ndarray  # i64[rows, cols] the views
+    pixels: np.ndarray  # u8[Y, X, 3]
+    sequence: np.ndarray  # bool[R, Q] tokens that are in the sequence
+    injected: np.ndarray  # bool[K, R, Q] tokens that are added at each layer
+    crop: int  # side of a view in pixels
+    token: int  # side of a token in pixels; a view's last pixels belong to none where it does not divide
 
     @property
     def side(self) -> int:

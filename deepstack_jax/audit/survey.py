@@ -37,17 +37,11 @@ class Measured:
 
 @dataclass(frozen=True)
 class Survey:
-    """Many examples, measured in the order of training.
+    """Many examples, measured in the order of training."""
 
-    Attributes:
-      rows: records of the source that were looked at, in order.
-      usable: sizes and shares of those that a run can use.
-      bad: the others.
-    """
-
-    rows: tuple[int, ...]
-    usable: tuple[Measured, ...]
-    bad: tuple[BadExample, ...]
+    rows: tuple[int, ...]  # records of the source that were looked at, in order
+    usable: tuple[Measured, ...]  # sizes and shares of those that a run can use
+    bad: tuple[BadExample, ...]  # the others
 
     @property
     def sizes(self) -> np.ndarray:

@@ -79,26 +79,16 @@ LINES = 50  # of progress, off a terminal
 
 @dataclass(frozen=True)
 class EvaluationRequest:
-    """What is asked, and how.
+    """What is asked, and how."""
 
-    Attributes:
-      task: with the rows.
-      config: of the data.
-      data: its name.
-      origin: tells these rows from others.
-      rows: how many of them are asked.
-      options, batch_size: how.
-      bad: rows that are known not to be questions for any model.
-    """
-
-    task: Task
-    config: Config
-    data: str
-    origin: dict[str, Any]
-    rows: int
+    task: Task  # with the rows
+    config: Config  # of the data
+    data: str  # its name
+    origin: dict[str, Any]  # tells these rows from others
+    rows: int  # how many of them are asked
     options: Options
     batch_size: int
-    bad: tuple[BadExample, ...] = ()
+    bad: tuple[BadExample, ...] = ()  # rows that are known not to be questions for any model
 
 
 def main() -> int:

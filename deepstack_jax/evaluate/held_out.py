@@ -44,12 +44,9 @@ _BLANK = BadExample(-1, "", "")  # fills the last batch up to its static size
 
 @dataclass(frozen=True)
 class RunAnswerer(Answerer):
-    """The model of a run on its mesh: batches have the shapes of training, and a prompt must fit into a row.
+    """The model of a run on its mesh: batches have the shapes of training, and a prompt must fit into a row."""
 
-    Attributes:
-      decode: (params, this host's rows of a batch of prompts) -> i32[B, Y] tokens of those rows, NO_TOKEN after the end.
-    """
-
+    # (params, this host's rows of a batch of prompts) -> i32[B, Y] tokens of those rows, NO_TOKEN after the end
     decode: Callable[[PyTree, Batch], np.ndarray] = field(kw_only=True)
 
     def cut_images(self, images: Sequence[Any], options: Options) -> list[CutImage]:

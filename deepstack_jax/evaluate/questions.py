@@ -23,24 +23,15 @@ from deepstack_jax.generate.prompts import CutImage, Turn, encode_turns
 
 @dataclass(frozen=True)
 class Question:
-    """A prompt of a row, and what is right to say to it.
-
-    Attributes:
-      row, id: the row's number in its source, and the id that the user knows.
-      turn: which question of the row, from 0.
-      kind: group in which its scores are also averaged; "all" = none.
-      turns: the conversation up to the question, which is the last turn.
-      references: right answers.
-      problem: why it cannot be asked; "" where it can.
-    """
+    """A prompt of a row, by its number in the source, and what is right to say to it."""
 
     row: int
-    id: str
-    turn: int
-    kind: str
-    turns: tuple[Turn, ...]
-    references: tuple[str, ...]
-    problem: str = ""
+    id: str  # that the user knows
+    turn: int  # which question of the row, from 0
+    kind: str  # group in which its scores are also averaged; "all" = none
+    turns: tuple[Turn, ...]  # the conversation up to the question, which is the last turn
+    references: tuple[str, ...]  # right answers
+    problem: str = ""  # why it cannot be asked; "" where it can
 
     @property
     def words(self) -> str:

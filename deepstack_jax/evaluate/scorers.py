@@ -10,15 +10,10 @@ ANLS_THRESHOLD = 0.5
 
 @dataclass(frozen=True)
 class Scorer:
-    """A score of one answer, in 0..1; that of a data set is the mean.
+    """A score of one answer, in 0..1; that of a data set is the mean."""
 
-    Attributes:
-      score: (answer, references) -> score; the best of the references counts.
-      protocol: what exactly is computed, shown beside every number: the same name means other things elsewhere.
-    """
-
-    score: Callable[[str, Sequence[str]], float]
-    protocol: str
+    score: Callable[[str, Sequence[str]], float]  # (answer, references) -> score; the best of the references counts
+    protocol: str  # what exactly is computed, shown beside every number: the same name means other things elsewhere
 
 
 def exact_match(prediction: str, references: Sequence[str]) -> float:

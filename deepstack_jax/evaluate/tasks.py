@@ -17,24 +17,17 @@ from deepstack_jax.evaluate.scorers import SCORERS, Scorer
 
 @dataclass(frozen=True)
 class Prediction:
-    """A line of predictions.jsonl: a question, what a model said to it, and every score of that.
-
-    Attributes:
-      id, row, turn, kind, question, references: as in `Question`; `question` are its words without images.
-      prediction: the answer.
-      tokens: how many the model made for it, end of turn not counted.
-      scores: scorer -> 0..1.
-    """
+    """A line of predictions.jsonl: a question (see `Question`), what a model said to it, and every score of that."""
 
     id: str
     row: int
     turn: int
     kind: str
-    question: str
+    question: str  # its words without images
     references: list[str]
-    prediction: str
-    tokens: int
-    scores: dict[str, float]
+    prediction: str  # the answer
+    tokens: int  # how many the model made for it, end of turn not counted
+    scores: dict[str, float]  # scorer -> 0..1
 
 
 def mean_by_kind(predictions: Sequence[Prediction]) -> dict[str, dict[str, Any]]:
@@ -54,16 +47,11 @@ def mean_by_kind(predictions: Sequence[Prediction]) -> dict[str, dict[str, Any]]
 
 @dataclass(frozen=True)
 class Task:
-    """Questions with all that it takes to score their answers.
+    """Questions with all that it takes to score their answers."""
 
-    Attributes:
-      source: of the rows.
-      questions: (row, its images, template) -> its questions; a benchmark adds its suffix and its references here.
-      scorers: every answer gets the score of each.
-      aggregate: the predictions as numbers, by scorer; at least {"score": ...} of each.
-    """
-
-    source: Source
+    source: Source  # of the rows
+    # (row, its images, template) -> its questions; a benchmark adds its suffix and its references here
     questions: Callable[[Example, Sequence[Any], Template], list[Question]] = answered_turns
-    scorers: Mapping[str, Scorer] = field(default_factory=lambda: SCORERS)
+    scorers: Mapping[str, Scorer] = field(default_factory=lambda: SCORERS)  # every answer gets the score of each
+    # The predictions as numbers, by scorer; at least {"score": ...} of each
     aggregate: Callable[[Sequence[Prediction]], dict[str, dict[str, Any]]] = mean_by_kind

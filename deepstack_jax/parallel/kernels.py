@@ -52,15 +52,10 @@ def attention_for(kernel: Kernel, mesh: Mesh, *, packed: bool) -> AttentionFn:
 
 @dataclass(frozen=True)
 class SplashAttention:
-    """Pallas splash attention (jax.experimental): blocks above the diagonal or outside the window are never visited.
+    """Pallas splash attention (jax.experimental): blocks above the diagonal or outside the window are never visited."""
 
-    Attributes:
-      mesh: whose devices take rows along data and fsdp, heads along tensor.
-      interpret: emulate the kernel, on a machine without TPUs.
-    """
-
-    mesh: Mesh
-    interpret: bool = False
+    mesh: Mesh  # whose devices take rows along data and fsdp, heads along tensor
+    interpret: bool = False  # emulate the kernel, on a machine without TPUs
 
     def __call__(self, q: Array, k: Array, v: Array, mask: AttentionMask) -> Array:
         def local(q: Array, k: Array, v: Array, mask: Segments) -> Array:
@@ -118,18 +113,14 @@ def _splash(q: Array, k: Array, v: Array, segment_ids: Array, window: int, inter
 
 @dataclass(frozen=True)
 class CudnnAttention:
-    """cuDNN's flash attention through jax.
+    """cuDNN's flash attention through jax."""
 
-    Attributes:
-      mesh: whose devices take rows along data and fsdp, heads along tensor. Left to itself jax asks that q, k, v and the mask
-        happen to lie alike.
-      packed: rows hold several segments, which cuDNN is told by a mask [B, 1, T, T] added to the scores. Rows of one example,
-        padded on the right, need no mask: causality alone keeps the padding out.
-      implementation: "xla" computes from the same arguments without cuDNN, on a machine without GPUs.
-    """
-
+    # Its devices take rows along data and fsdp, heads along tensor. Left to itself jax asks that q, k, v and the mask lie alike
     mesh: Mesh
+    # Rows hold several segments, which cuDNN is told by a mask [B, 1, T, T] added to the scores. Rows of one example, padded on
+    # the right, need no mask: causality alone keeps the padding out
     packed: bool
+    # "xla" computes from the same arguments without cuDNN, on a machine without GPUs
     implementation: Literal["cudnn", "xla"] = "cudnn"
 
     def __call__(self, q: Array, k: Array, v: Array, mask: AttentionMask) -> Array:

@@ -24,26 +24,16 @@ _SHAPE = re.compile(r"\b[a-z]+(\d*)\w*\[([\d,]*)\]")  # bits of an element, none
 
 @dataclass(frozen=True)
 class Collective:
-    """One collective instruction of the program.
-
-    Attributes:
-      times: executions per step; those under a condition count as if it always held.
-      size: bytes of its result on each device.
-      moved: bytes that enter each device per execution, in a ring.
-      group: devices that take part together.
-      stride: from one of them to the next, in the order of the mesh.
-      source: the operation of the model that it belongs to.
-      across: between slices, over the data center's network; then `group` counts slices.
-    """
+    """One collective instruction of the program."""
 
     kind: str
-    times: int
-    size: int
-    moved: float
-    group: int
-    stride: int
-    source: str
-    across: bool = False
+    times: int  # executions per step; those under a condition count as if it always held
+    size: int  # bytes of its result on each device
+    moved: float  # bytes that enter each device per execution, in a ring
+    group: int  # devices that take part together
+    stride: int  # from one of them to the next, in the order of the mesh
+    source: str  # the operation of the model that it belongs to
+    across: bool = False  # between slices, over the data center's network; then `group` counts slices
 
     @property
     def total(self) -> float:

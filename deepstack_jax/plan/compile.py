@@ -16,23 +16,16 @@ from deepstack_jax.train.core.program import Program
 
 @dataclass(frozen=True)
 class Compiled:
-    """A compiled step.
-
-    Attributes:
-      arguments, outputs, aliased, temporaries, code: bytes on each device; `aliased` are outputs in the arguments' place.
-      host: bytes in the memory of each device's host, where activations are offloaded.
-      text: HLO after partitioning and scheduling.
-      seconds: to trace, lower and compile.
-    """
+    """A compiled step, with its bytes on each device."""
 
     arguments: float
     outputs: float
-    aliased: float
+    aliased: float  # of the outputs, in the place of arguments
     temporaries: float
     code: float
-    host: float
-    text: str
-    seconds: float
+    host: float  # bytes in the memory of each device's host, where activations are offloaded
+    text: str  # HLO after partitioning and scheduling
+    seconds: float  # to trace, lower and compile
 
     @property
     def total(self) -> float:

@@ -27,15 +27,10 @@ ASSUMED_TEXT = 200
 
 @dataclasses.dataclass(frozen=True)
 class Wanted:
-    """What the user says of the data, which a plan does not open.
+    """What the user says of the data, which a plan does not open."""
 
-    Attributes:
-      epoch: examples per epoch; 0 = as the configuration's sets say.
-      per_row: examples in a packed row; 0 = assumed from the lengths.
-    """
-
-    epoch: int = 0
-    per_row: float = 0.0
+    epoch: int = 0  # examples per epoch; 0 = as the configuration's sets say
+    per_row: float = 0.0  # examples in a packed row; 0 = assumed from the lengths
 
 
 def make_plan(config: Config, machine: Machine, wanted: Wanted, *, compiled: bool = True) -> Plan:

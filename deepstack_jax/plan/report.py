@@ -37,56 +37,39 @@ SOURCES = {
 
 @dataclass(frozen=True)
 class Load:
-    """What one optimizer step and the whole run consist of.
-
-    Attributes:
-      rows, length: of the global batch.
-      examples: per step, on average.
-      steps: of the run, 0 = unknown.
-      assumed: what of this is an assumption, in words; empty = nothing.
-    """
+    """What one optimizer step, of `rows` rows of `length` positions, and the whole run consist of."""
 
     rows: int
     length: int
-    examples: float
-    steps: int
-    assumed: str
+    examples: float  # per step, on average
+    steps: int  # of the run, 0 = unknown
+    assumed: str  # what of this is an assumption, in words; empty = nothing
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a configuration costs on a machine; bytes are those of each device.
-
-    Attributes:
-      kernel: of training attention.
-      source: where the sum of the memory comes from, see SOURCES.
-      memory: bytes by kind, see KINDS.
-      host_memory: bytes of the host's memory that each device's activations are offloaded to.
-      usable: bytes that a program may use, 0 = unknown.
-      roofline: None where nothing is published of the device.
-      compile_seconds: 0 = not compiled.
-    """
+    """What a configuration costs on a machine; bytes are those of each device."""
 
     name: str
     topology: str
     devices: int
     hosts: int
     mesh: dict[str, int]
-    kernel: str
+    kernel: str  # of training attention
     remat: str
     accumulation: int
     load: Load
-    source: str
-    memory: dict[str, float]
-    host_memory: float
-    usable: float
+    source: str  # where the sum of the memory comes from, see SOURCES
+    memory: dict[str, float]  # bytes by kind, see KINDS
+    host_memory: float  # bytes of the host's memory that each device's activations are offloaded to
+    usable: float  # bytes that a program may use, 0 = unknown
     parts: tuple[Part, ...]
     model_flops: float
     executed_flops: float
     collectives: tuple[Collective, ...]
-    roofline: Roofline | None
+    roofline: Roofline | None  # None where nothing is published of the device
     mfu: float | None
-    compile_seconds: float
+    compile_seconds: float  # 0 = not compiled
 
     @property
     def used(self) -> float:

@@ -24,17 +24,11 @@ ATTAINED = 0.8
 
 @dataclass(frozen=True)
 class Roofline:
-    """Seconds of a step by resource.
+    """Seconds of a step by resource."""
 
-    Attributes:
-      compute: executed FLOPs at the share of the peak that large products reach.
-      memory: traffic to and from each chip's memory, estimated.
-      links: traffic between chips at the links' published rate.
-    """
-
-    compute: float
-    memory: float
-    links: float
+    compute: float  # executed FLOPs at the share of the peak that large products reach
+    memory: float  # traffic to and from each chip's memory, estimated
+    links: float  # traffic between chips at the links' published rate
 
     @property
     def step(self) -> float:

@@ -21,17 +21,11 @@ REMAT = ("none", "dots", "block")  # not "offload", whose traffic with the host 
 
 @dataclass(frozen=True)
 class Search:
-    """What a search came to.
+    """What a search came to."""
 
-    Attributes:
-      found: what to take: compiled, or estimated where nothing is compiled; None = nothing was found that fits.
-      compiled: compilations that left too little memory free, in their order.
-      estimates: of all candidates, best first.
-    """
-
-    found: Plan | None
-    compiled: tuple[Plan, ...]
-    estimates: tuple[Plan, ...]
+    found: Plan | None  # what to take: compiled, or estimated where nothing is compiled; None = nothing was found that fits
+    compiled: tuple[Plan, ...]  # compilations that left too little memory free, in their order
+    estimates: tuple[Plan, ...]  # of all candidates, best first
 
     @property
     def least(self) -> Plan:

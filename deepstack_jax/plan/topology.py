@@ -21,17 +21,11 @@ GPUS_PER_HOST = 8
 
 
 class Slices(NamedTuple):
-    """The slices of a TPU version.
+    """The slices of a TPU version."""
 
-    Attributes:
-      chip: its name in CHIPS.
-      usable: bytes of HBM that libtpu's compiler lets a program use: it names them when one does not fit.
-      shapes: of its slices as cloud.google.com/tpu/docs lists them, smallest first.
-    """
-
-    chip: str
-    usable: float
-    shapes: tuple[str, ...]
+    chip: str  # its name in CHIPS
+    usable: float  # bytes of HBM that libtpu's compiler lets a program use: it names them when one does not fit
+    shapes: tuple[str, ...]  # of its slices as cloud.google.com/tpu/docs lists them, smallest first
 
 
 SLICES = {
@@ -68,24 +62,16 @@ GPU_SHARE = 0.92
 
 @dataclass(frozen=True)
 class Machine:
-    """Devices to plan for.
+    """Devices to plan for."""
 
-    Attributes:
-      name: as the user wrote it.
-      devices: what a mesh is made of: descriptions of TPU chips, simulated CPU devices in place of GPUs, or real devices.
-      compiler: that compiles for it: "libtpu", "here" (that of the devices here), or "" for GPUs that are not here.
-      chip: None where nothing is published of it: a CPU.
-      usable: bytes of memory that a program may use on each device; 0 = unknown.
-      slices: of which the devices are parts, joined by the data center's network.
-    """
-
-    name: str
+    name: str  # as the user wrote it
+    # What a mesh is made of: descriptions of TPU chips, simulated CPU devices in place of GPUs, or real devices
     devices: tuple[Any, ...]
     hosts: int
-    compiler: str
-    chip: Chip | None
-    usable: float
-    slices: int = 1
+    compiler: str  # that compiles for it: "libtpu", "here" (that of the devices here), or "" for GPUs that are not here
+    chip: Chip | None  # None where nothing is published of it: a CPU
+    usable: float  # bytes of memory that a program may use on each device; 0 = unknown
+    slices: int = 1  # of which the devices are parts, joined by the data center's network
 
 
 def open_machine(name: str, slices: int = 1) -> Machine:

@@ -44,19 +44,12 @@ class ReportError(UserError):
 
 
 class TimeSpent(NamedTuple):
-    """The time of a run.
+    """The time of a run."""
 
-    Attributes:
-      seconds: by kind, lost work among them.
-      attempts: starts of the program.
-      idle: seconds between attempts, in which nothing ran.
-      steps: steps that counted.
-    """
-
-    seconds: dict[str, float]
-    attempts: int
-    idle: float
-    steps: int
+    seconds: dict[str, float]  # by kind, lost work among them
+    attempts: int  # starts of the program
+    idle: float  # seconds between attempts, in which nothing ran
+    steps: int  # steps that counted
 
     @property
     def goodput(self) -> float:

@@ -86,19 +86,12 @@ def read_bundle(file: Path) -> Bundle:
 
 
 class Findings(NamedTuple):
-    """What is not finite in a step.
+    """What is not finite in a step."""
 
-    Attributes:
-      losses: mean loss of every row of the batch; a row is one example, or a pack of several.
-      gradients: names of the trainable parameters whose gradient is not finite.
-      parameters: names of the parameters that are not finite themselves.
-      trainable: number of trainable parameters.
-    """
-
-    losses: list[float]
-    gradients: list[str]
-    parameters: list[str]
-    trainable: int
+    losses: list[float]  # mean loss of every row of the batch; a row is one example, or a pack of several
+    gradients: list[str]  # names of the trainable parameters whose gradient is not finite
+    parameters: list[str]  # names of the parameters that are not finite themselves
+    trainable: int  # number of trainable parameters
 
 
 def examine(program: Program, state: TrainState, batch: Batch) -> Findings:

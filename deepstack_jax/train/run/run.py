@@ -21,35 +21,26 @@ from deepstack_jax.types import PyTree
 
 @dataclass(frozen=True)
 class Run:
-    """What the loop needs.
-
-    Attributes:
-      evaluate_every: steps from one evaluation to the next, 0 = none.
-      profile: steps to take a profile of, as FIRST:LAST; "" = none.
-      steps: of the whole run.
-      flops: (positions of a row, sum of the squared lengths of its segments) -> model FLOPs of a step.
-      learning_rate: at the schedule's top, of the group that most parameters belong to.
-      evaluate: (parameters, step) -> held-out loss, or None where there is no held-out data.
-      about: what checkpoints say of the run.
-      loss_at: held-out loss by the step that it was measured at.
-    """
+    """What the loop needs."""
 
     train: TrainConfig
     data: DataConfig
-    evaluate_every: int
-    profile: str
+    evaluate_every: int  # steps from one evaluation to the next, 0 = none
+    profile: str  # steps to take a profile of, as FIRST:LAST; "" = none
     workdir: Path
-    steps: int
+    steps: int  # of the whole run
     mesh: Mesh
     stream: TrainingStream
     step: StepFn
+    # (positions of a row, sum of the squared lengths of its segments) -> model FLOPs of a step
     flops: Callable[[int, float], float]
-    learning_rate: float
+    learning_rate: float  # at the schedule's top, of the group that most parameters belong to
+    # (parameters, step) -> held-out loss, or None where there is no held-out data
     evaluate: Callable[[PyTree, int], float | None]
     checkpoints: Checkpoints
     metrics: MetricsLog
     journal: Journal
     quarantine: Quarantine
     console: Console
-    about: dict[str, Any]
-    loss_at: dict[int, float] = field(default_factory=dict)
+    about: dict[str, Any]  # what checkpoints say of the run
+    loss_at: dict[int, float] = field(default_factory=dict)  # held-out loss by the step that it was measured at
