@@ -1,7 +1,5 @@
 """What the verbs share: flags, configuration files, one-line errors, exit codes."""
 
-from __future__ import annotations
-
 import dataclasses
 import errno
 import logging
@@ -317,7 +315,7 @@ def _is_for_the_user(record: logging.LogRecord) -> bool:
     return "/orbax/" not in record.pathname and record.name != "asyncio"
 
 
-def _unraisable(unraisable: sys.UnraisableHookArgs) -> None:
+def _unraisable(unraisable: "sys.UnraisableHookArgs") -> None:
     """As Python's own, but for what follows a save that has failed, which is said already."""
     if not is_after_failed_save(unraisable.exc_value):
         sys.__unraisablehook__(unraisable)

@@ -1,7 +1,5 @@
 """What is wrong with what the user gave, in one line that names the next move."""
 
-from __future__ import annotations
-
 import contextlib
 import difflib
 import re

@@ -3,8 +3,6 @@
 All such texts are here; tests/unit/test_jax_messages.py holds each of them against the versions that are installed.
 """
 
-from __future__ import annotations
-
 import errno
 import os
 import re

@@ -1,7 +1,5 @@
 """Files of JSON lines that a run adds to, and that are read whatever a kill or a full disk left of them."""
 
-from __future__ import annotations
-
 import json
 import logging
 from pathlib import Path

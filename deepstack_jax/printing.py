@@ -4,14 +4,12 @@ Escape sequences in an id, a file name or an answer could move the cursor, retit
 whoever looks at a log; controls of the text's direction make it read as what it is not.
 """
 
-from __future__ import annotations
-
 import io
 import os
 import re
 import reprlib
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from copy import copy
 from typing import Any, BinaryIO, TextIO, cast
 
@@ -126,6 +124,12 @@ _REPR.maxlevel = 3
 def plural(count: int, noun: str, many: str = "") -> str:
     """`1 image`, `2,000 images`."""
     return f"{count:,} {noun if count == 1 else many or noun + 's'}"
+
+
+def some(names: Sequence[str], most: int = 8) -> str:
+    """The first of many names, and how many more there are."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
 
 
 class Console(rich.console.Console):

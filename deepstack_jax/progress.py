@@ -1,8 +1,7 @@
 """How far long work is: a bar on a terminal, lines elsewhere."""
 
-from __future__ import annotations
-
 import time
+from typing import Self
 
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
@@ -29,7 +28,7 @@ class Progress:
         self._began = time.monotonic()
         self._each: float | None = None
 
-    def __enter__(self) -> Progress:
+    def __enter__(self) -> Self:
         self._bar.start()
         return self
 

@@ -1,7 +1,5 @@
 """Remembers the signals that stop a run: train/run/loop.py saves its state, train/run/train.py exits with the code."""
 
-from __future__ import annotations
-
 import os
 import signal
 import sys

@@ -1,7 +1,5 @@
 """Look at what the model will see: `python -m deepstack_jax.audit --config=configs/demo.py --n 16`."""
 
-from __future__ import annotations
-
 from functools import partial
 
 from absl import flags

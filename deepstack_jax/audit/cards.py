@@ -1,7 +1,5 @@
 """One sample as a card of the page: its pictures with captions, its counts, its prompt."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple

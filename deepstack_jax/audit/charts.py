@@ -1,7 +1,5 @@
 """The charts on top of the page, each as a PNG for light and for dark surroundings."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from io import BytesIO
 

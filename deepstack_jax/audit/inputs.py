@@ -1,7 +1,5 @@
 """One example as the model gets it: read back from the batch that the pipeline makes of it, never computed a second time."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial

@@ -1,7 +1,5 @@
 """The page: one HTML file without a reference to anything outside it."""
 
-from __future__ import annotations
-
 import base64
 from collections.abc import Mapping, Sequence
 from typing import Any

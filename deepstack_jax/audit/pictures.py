@@ -1,12 +1,11 @@
 """Views put together again, and colours over them that tell where every encoded token goes."""
 
-from __future__ import annotations
-
 import base64
 import colorsys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from io import BytesIO
+from typing import Self
 
 import numpy as np
 from PIL import Image, ImageColor, ImageDraw, ImageOps
@@ -53,7 +52,7 @@ class Sheet:
         """Tokens that reach nothing."""
         return int((~(self.sequence | self.injected.any(axis=0))).sum())
 
-    def scaled(self, factor: int) -> Sheet:
+    def scaled(self, factor: int) -> Self:
         """The same with every pixel repeated, so that a small picture can be marked finely."""
         pixels = self.pixels.repeat(factor, axis=0).repeat(factor, axis=1)
         return replace(self, pixels=pixels, crop=self.crop * factor, token=self.token * factor)

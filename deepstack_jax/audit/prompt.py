@@ -1,7 +1,5 @@
 """A sequence as text to read: every token's own characters, special tokens and images as labels, and what is supervised."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import astuple, dataclass

@@ -1,7 +1,5 @@
 """Numbers over many examples: lengths, grids, supervised tokens, and how full rows would be. No image is decoded for them."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace

@@ -1,7 +1,5 @@
 """From ml_collections' ConfigDict, or config.json, to frozen dataclasses and back."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import json
@@ -22,10 +20,7 @@ T = TypeVar("T")
 
 
 def default_config(vision: str = VisionConfig.architecture, decoder: str = DecoderConfig.architecture) -> ConfigDict:
-    """All defaults as a ConfigDict, for the files in `configs/` to change.
-
-    Args:
-      vision, decoder: the architectures, which decide what keys these two sections have.
+    """All defaults as a ConfigDict, for the files in `configs/` to change; two sections have the keys of their architectures.
 
     Raises:
       ConfigError: an architecture that nobody has registered.
@@ -69,10 +64,9 @@ def from_stored(stored: dict[str, Any]) -> Config:
 
 
 def differences(ours: Config, stored: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Keys whose values differ, as {dotted key: (ours, theirs)}; both sides as JSON would write them, without credentials.
+    """Keys whose values differ from a config.json, also one of an earlier release, as {dotted key: (ours, theirs)}.
 
-    Args:
-      stored: as in a config.json, of an earlier release too.
+    Both sides are as JSON would write them, without credentials.
     """
 
     def flatten(value: Any, path: str) -> dict[str, Any]:

@@ -1,7 +1,5 @@
 """What a configuration must satisfy before anything is built from it: choices, ranges, and combinations that cannot run."""
 
-from __future__ import annotations
-
 import math
 import re
 import warnings

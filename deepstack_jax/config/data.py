@@ -1,7 +1,5 @@
 """The keys of data and images; `schema.py` puts them into the whole."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 

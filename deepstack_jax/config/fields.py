@@ -7,8 +7,6 @@
 The comment is the key's meaning, with its unit: `docs/config.md` and `--config.help` show it.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import inspect

@@ -1,7 +1,5 @@
 """Every key with its meaning, default and valid values: what docs/config.md and `--config.help` show."""
 
-from __future__ import annotations
-
 import dataclasses
 import inspect
 import typing
@@ -42,10 +40,9 @@ class Section(NamedTuple):
 
 
 def reference(config: Config | None = None) -> Iterator[Section]:
-    """The sections in the schema's order, each before those in it.
+    """The sections in the schema's order, each before those in it, with the values of a configuration.
 
-    Args:
-      config: whose values to show; None = the defaults, and besides them the keys that single architectures add.
+    Without one these are the defaults, and besides them there are the keys that single architectures add.
     """
     yield from _sections(config or Config(), "", all_defaults=config is None)
 

@@ -1,7 +1,5 @@
 """Every key but those of data and images (`data.py`): type, choices, range, default, and the meaning beside it."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass, field
 from typing import Annotated, Literal

@@ -4,8 +4,6 @@ Every change of the schema that a default does not cover (a key renamed or remov
 UPGRADES says what became of the keys. A key that is new needs nothing: where it is missing it has its default.
 """
 
-from __future__ import annotations
-
 import copy
 import warnings
 from typing import Any

@@ -1,7 +1,5 @@
 """The one way from rows to scored answers, for a run's held-out data and for the verb alike."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Container, Iterable, Iterator
 from dataclasses import dataclass
@@ -46,7 +44,6 @@ def ask(
     batch until none has a question left.
 
     Args:
-      rows: numbers of the rows.
       done: questions that are left out, as (row, turn).
       remarks: what was done to images is counted here (`encoder.REMARKS`).
 

@@ -1,7 +1,5 @@
 """What an evaluation that was stopped has answered already, so that the same command goes on from there."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """Loss and answers of a run on its held-out data: on its mesh, in the shapes of its batches, the same on all hosts."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field

@@ -1,7 +1,5 @@
 """The held-out data of a training run: checked before it begins, asked about now and then, scored at its end."""
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Iterable

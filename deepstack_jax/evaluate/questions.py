@@ -1,7 +1,5 @@
 """Which questions a held-out row holds, and what can be known to be wrong with them before any is asked."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate

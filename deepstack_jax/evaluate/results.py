@@ -1,7 +1,5 @@
 """results.json: every score with all that it depends on; of a training run also what the run took (docs/runs.md)."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from typing import Any
 

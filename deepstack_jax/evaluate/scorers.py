@@ -1,7 +1,5 @@
 """Scores of answers against references, by their published definitions; a new one is a function and a row of `SCORERS`."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """A task: where its questions come from, how they are put, and how answers become numbers. Held-out rows are the first."""
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field

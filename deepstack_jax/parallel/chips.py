@@ -1,7 +1,5 @@
 """What one device can do, as its maker publishes it."""
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 GIB = 2**30

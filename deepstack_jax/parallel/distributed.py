@@ -3,8 +3,6 @@
 A host that decides alone leaves the others waiting for it in the next step: whatever stops, saves or skips is agreed on first.
 """
 
-from __future__ import annotations
-
 import os
 import signal
 import time

@@ -1,7 +1,5 @@
 """Attention kernels, chosen by the kind of the mesh's devices, which need not be those of this machine."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal

@@ -1,33 +1,21 @@
 """The device mesh of a run, from one laptop core to a pod, and what must divide by its axes."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
-from operator import attrgetter
 from typing import Any
 
 import jax
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
-from deepstack_jax.config import Config, MeshConfig
+from deepstack_jax.config import DecoderConfig, MeshConfig, TrainConfig, VisionConfig
 from deepstack_jax.errors import ConfigError
 
 AXES = ("data", "fsdp", "tensor")
 # What is cut along an axis of the mesh, by the rules of `rules.py`.
 CUT_BY = {
-    "fsdp": ("decoder.width", "vision.width"),
-    "tensor": (
-        "decoder.heads",
-        "decoder.kv_heads",
-        "decoder.mlp",
-        "decoder.width",
-        "decoder.vocab_size",
-        "vision.width",
-        "vision.heads",
-        "vision.mlp",
-    ),
+    "fsdp": {"decoder": ("width",), "vision": ("width",)},
+    "tensor": {"decoder": ("heads", "kv_heads", "mlp", "width", "vocab_size"), "vision": ("width", "heads", "mlp")},
 }
 
 
@@ -97,11 +85,12 @@ def across_slices(sizes: tuple[int, ...], slices: int) -> tuple[int, int, int]:
     return data, fsdp, 1
 
 
-def check_model_fits(config: Config, mesh: Mesh) -> None:
+def check_model_fits(decoder: DecoderConfig, vision: VisionConfig, mesh: Mesh) -> None:
     """Raise ConfigError where a size of the model does not divide by the mesh axis that cuts it, naming what would."""
     for axis, keys in CUT_BY.items():
         size = mesh.shape[axis]
-        values = {key: attrgetter(key)(config) for key in keys}
+        sections = {"decoder": vars(decoder), "vision": vars(vision)}
+        values = {f"{section}.{key}": sections[section][key] for section, names in keys.items() for key in names}
         wrong = [f"config.{key} {value}" for key, value in values.items() if value % size]
         if wrong:
             valid = [number for number in _divisors(math.gcd(*values.values())) if mesh.size % number == 0]
@@ -112,21 +101,16 @@ def check_model_fits(config: Config, mesh: Mesh) -> None:
             )
 
 
-def check_batch_fits(config: Config, mesh: Mesh) -> None:
-    """Raise ConfigError where a micro-batch does not split evenly over the batch axes of the mesh, and so over the hosts.
-
-    Packed rows are as many as do: see `data/order/batches.py`.
-    """
-    if config.data.packing.enabled:
-        return
+def check_batch_fits(train: TrainConfig, mesh: Mesh) -> None:
+    """Raise ConfigError where a micro-batch does not split evenly over the batch axes of the mesh, and so over the hosts."""
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
-    step = shards * config.train.accumulation
-    if config.train.batch_size % step:
-        below = config.train.batch_size // step * step
+    step = shards * train.accumulation
+    if train.batch_size % step:
+        below = train.batch_size // step * step
         near = " or ".join(str(size) for size in (below, below + step) if size)
         raise ConfigError(
-            f"config.train.batch_size {config.train.batch_size} with accumulation {config.train.accumulation} does not split "
-            f"over {shards} devices along data x fsdp; nearest valid: {near}"
+            f"config.train.batch_size {train.batch_size} with accumulation {train.accumulation} does not split over {shards} "
+            f"devices along data x fsdp; nearest valid: {near}"
         )
 
 

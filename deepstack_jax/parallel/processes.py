@@ -1,7 +1,5 @@
 """The processes of a run: found on TPU pods, SLURM and Open MPI 4 without a flag, told by flags elsewhere, or one alone."""
 
-from __future__ import annotations
-
 import errno
 import os
 import socket

@@ -1,7 +1,5 @@
 """Logical axes of parameters and activations -> axes of the mesh. The model knows the left side only."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -68,7 +66,6 @@ def param_shardings(mesh: Mesh, boxed: Any) -> Any:
     """Sharding of every parameter.
 
     Args:
-      mesh: of the run.
       boxed: the abstract tree with logical axes, as `jax.eval_shape(model.init, ...)` gives it.
 
     Raises:

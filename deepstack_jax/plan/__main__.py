@@ -1,7 +1,5 @@
 """What a run costs before the machine is rented: `python -m deepstack_jax.plan --config=... --topology=v5p:4x4x4`."""
 
-from __future__ import annotations
-
 import json
 import math
 import os

@@ -1,7 +1,5 @@
 """What the chips say to each other in a compiled step, read from its HLO text: how often, and how many bytes."""
 
-from __future__ import annotations
-
 import math
 import re
 from collections import defaultdict
@@ -59,12 +57,9 @@ class _Found(NamedTuple):
 
 
 def find_collectives(text: str) -> list[Collective]:
-    """Every collective of a compiled program, most traffic first.
+    """Every collective of a compiled program, by its HLO after partitioning (`compiled.as_text()`), most traffic first.
 
     Instructions that the compiler split into pieces, to run beside others, share a channel and count once.
-
-    Args:
-      text: `compiled.as_text()`: HLO after partitioning.
     """
     computations = dict(_computations(text))
     entry = next(name for name, (is_entry, _) in computations.items() if is_entry)

@@ -1,7 +1,5 @@
 """The train step compiled ahead of time, for devices that may not be here, and what the compiler says of it."""
 
-from __future__ import annotations
-
 import time
 from dataclasses import dataclass
 from typing import Any

@@ -1,7 +1,5 @@
 """Memory of each device by kind: the state exactly, from its shardings; what a step makes beside it, estimated."""
 
-from __future__ import annotations
-
 import math
 from typing import Any, NamedTuple
 

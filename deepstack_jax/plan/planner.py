@@ -1,7 +1,5 @@
 """From a configuration and a machine to a plan."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from fractions import Fraction
@@ -110,7 +108,6 @@ def plan_load(config: Config, mesh: Mesh, hosts: int, wanted: Wanted) -> Load:
     Raises:
       ConfigError: the batch does not split over the mesh, with the nearest valid one.
     """
-    check_batch_fits(config, mesh)
     data, train = config.data, config.train
     if data.packing.enabled:
         shards = mesh.shape["data"] * mesh.shape["fsdp"]
@@ -120,6 +117,7 @@ def plan_load(config: Config, mesh: Mesh, hosts: int, wanted: Wanted) -> Load:
         said = "as told" if wanted.per_row else "assumed; --examples_per_row=N sets it"
         assumed = f"{each:.2f} examples per packed row, {said}"
     else:
+        check_batch_fits(train, mesh)
         rows, assumed = train.batch_size, ""
     epoch = wanted.epoch or known_examples(config)
     steps = train.steps or (max(1, round(train.epochs * epoch / train.batch_size)) if epoch else 0)

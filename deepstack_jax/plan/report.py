@@ -1,7 +1,5 @@
 """A plan: what a configuration costs on a machine, as numbers for a program and as tables for a reader."""
 
-from __future__ import annotations
-
 import re
 from collections import defaultdict
 from dataclasses import asdict, dataclass

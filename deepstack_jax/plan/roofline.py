@@ -1,7 +1,5 @@
 """How long a step takes at least, by what it computes, moves through each chip's memory, and moves between the chips."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from dataclasses import dataclass
 

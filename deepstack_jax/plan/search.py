@@ -1,7 +1,5 @@
 """Which mesh, remat policy, batch size and number of micro-batches to take: all estimated, the promising ones compiled."""
 
-from __future__ import annotations
-
 import dataclasses
 import logging
 from collections.abc import Callable, Iterator, Sequence

@@ -1,7 +1,5 @@
 """Machines by name: TPU slices that the compiler knows, GPU nodes that are described only, and the devices that are here."""
 
-from __future__ import annotations
-
 import contextlib
 import importlib.util
 import math

@@ -1,7 +1,5 @@
 """Train a model: `python -m deepstack_jax.train --config=configs/demo.py --workdir=runs/demo/deepstack`."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from absl import flags
@@ -44,37 +42,33 @@ NEEDS_LESS_MEMORY = (
     "python -m deepstack_jax.plan tells what a configuration needs"
 )
 
-FLAGS = (
-    cli.Flag(flags.DEFINE_string, "workdir", None, "Folder for everything that the run writes."),
-    cli.Flag(flags.DEFINE_string, "report", None, "Print where the time of the run in this workdir went, and draw its curves."),
-    cli.Flag(flags.DEFINE_string, "replay", None, "A file of WORKDIR/replay/: do that step again."),
-    cli.Flag(
-        flags.DEFINE_string,
-        "coordinator_address",
-        None,
-        "HOST:PORT of process 0, where the processes of a run cannot find each other.",
-    ),
+PROCESSES = (
+    cli.Flag(flags.DEFINE_string, "coordinator_address", None, "HOST:PORT of process 0, where they do not find each other."),
     cli.Flag(flags.DEFINE_integer, "process_count", None, "How many processes there are; 1 = this one alone."),
     cli.Flag(flags.DEFINE_integer, "process_id", None, "Number of this process, from 0."),
+)
+FLAGS = (
+    (WORKDIR := cli.Flag(flags.DEFINE_string, "workdir", None, "Folder for everything that the run writes.")),
+    (REPORT := cli.Flag(flags.DEFINE_string, "report", None, "Where the time of the run in this workdir went, and curves.")),
+    (REPLAY := cli.Flag(flags.DEFINE_string, "replay", None, "A file of WORKDIR/replay/: do that step again.")),
+    *PROCESSES,
     cli.CONFIG,
 )
 
 
 def main() -> int:
-    asked = {name: flags.FLAGS[name].value for name in ("workdir", "report", "replay")}
-    if asked["report"]:
-        report(Path(asked["report"]), Console())
+    if REPORT.value:
+        report(Path(REPORT.value), Console())
         return cli.EXIT_DONE
-    join_processes(*(flags.FLAGS[name].value for name in ("coordinator_address", "process_count", "process_id")))
+    join_processes(*(flag.value for flag in PROCESSES))
     console = Console(quiet=not is_first_host())
-    if asked["replay"]:
-        given = None if flags.FLAGS["config"].value is None else cli.parse_config()
-        replay_file(Path(asked["replay"]), given, console)
+    if REPLAY.value:
+        replay_file(Path(REPLAY.value), None if cli.CONFIG.value is None else cli.parse_config(), console)
         return cli.EXIT_DONE
-    config = cli.parse_config(asked["workdir"] and Path(asked["workdir"]).expanduser())
-    if not asked["workdir"]:
+    config = cli.parse_config(WORKDIR.value and Path(WORKDIR.value).expanduser())
+    if not WORKDIR.value:
         raise ConfigError("--workdir is missing; e.g. --workdir=runs/demo")
-    workdir = cli.writable_folder(asked["workdir"], "workdir")
+    workdir = cli.writable_folder(WORKDIR.value, "workdir")
     with lock_workdir(workdir):
         return train(config, workdir, console, TrainingEvaluation(config, workdir, console))
 

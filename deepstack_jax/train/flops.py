@@ -4,8 +4,6 @@ Two counts: *model* FLOPs are what the mathematics asks for, *executed* ones wha
 attention scores included. Utilisation (MFU) is model FLOPs over time and peak, so recomputing never raises it.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -38,7 +36,7 @@ class Part:
 class Flops:
     """FLOPs of a step, by part."""
 
-    parts: tuple[Part, ...]
+    parts: tuple[Part, ...]  # in the order of the forward pass: tower, projector, decoder, attention, head
 
     @property
     def model(self) -> float:
@@ -76,7 +74,6 @@ def step_flops(
     Every crop slot and every position counts, filled or not: the program does not know them apart.
 
     Args:
-      config: of the run.
       groups: optimizer group of every parameter, or "frozen": a frozen kernel has no weight gradient, and one below which
         nothing trains has no backward pass at all.
       rows: of the global batch, over all its micro-batches.
@@ -85,9 +82,6 @@ def step_flops(
         causal attention is half of it.
       masked: whether the attention kernel also computes the scores that the mask hides. XLA's does; a flash kernel does not,
         and computes the others once more in the backward pass instead.
-
-    Returns:
-      Parts in the order of the forward pass: tower, projector, decoder, attention, head.
     """
     every = float(rows * length**2)
     products = [

@@ -22,17 +22,15 @@ from deepstack_jax.data.pipeline import TrainingStream
 from deepstack_jax.data.synthetic import VOCABULARY
 from deepstack_jax.parallel.mesh import make_mesh
 from deepstack_jax.printing import Console
-from deepstack_jax.train.account.journal import Journal
-from deepstack_jax.train.account.waits import DataWait
+from deepstack_jax.train.account.journal import DataWait, Journal
 from deepstack_jax.train.checkpoint.manager import Checkpoints
 from deepstack_jax.train.core.program import Program
 from deepstack_jax.train.core.state import new_state
-from deepstack_jax.train.run.log_line import padding_hint
 from deepstack_jax.train.run.loop import loop
 from deepstack_jax.train.run.metrics import MetricsLog, Quarantine, QuarantineError
 from deepstack_jax.train.run.replay import ReplayError, read_bundle, replay
 from deepstack_jax.train.run.run import Run
-from deepstack_jax.train.run.step_log import NotFiniteError
+from deepstack_jax.train.run.step_log import NotFiniteError, padding_hint
 from tests.unit.tiny import tiny_config
 
 PAGES = {

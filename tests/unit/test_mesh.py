@@ -104,26 +104,26 @@ def test_slices_lie_along_data_and_then_along_fsdp():
 
 def test_a_batch_must_split_over_the_mesh():
     mesh = make_mesh(MeshConfig(4, 2, 1))
-    check_batch_fits(tiny_config(), mesh)
+    check_batch_fits(tiny_config().train, mesh)
     for changes, nearest in (
         ({"train.batch_size": 12}, "12 with accumulation 1 does not split over 8 .*; nearest valid: 8 or 16"),
         ({"train.accumulation": 2}, "8 with accumulation 2 does not split over 8 .*; nearest valid: 16"),
     ):
         with pytest.raises(ConfigError, match=nearest):
-            check_batch_fits(tiny_config(changes), mesh)
+            check_batch_fits(tiny_config(changes).train, mesh)
 
 
 def test_sizes_of_the_model_must_divide_by_the_axis_that_cuts_them():
     config = tiny_config({"decoder.vocab_size": 64, "vision.heads": 4})
-    check_model_fits(config, make_mesh(MeshConfig(4, 1, 2)))
+    check_model_fits(config.decoder, config.vision, make_mesh(MeshConfig(4, 1, 2)))
     with pytest.raises(ConfigError, match=r"mesh.tensor 4 does not divide config.decoder.kv_heads 2; .*: 2$"):
-        check_model_fits(config, make_mesh(MeshConfig(2, 1, 4)))
+        check_model_fits(config.decoder, config.vision, make_mesh(MeshConfig(2, 1, 4)))
     with pytest.raises(ConfigError, match=r"mesh.tensor 2 does not divide config.decoder.vocab_size 61; .*on 8 devices: 1$"):
-        check_model_fits(tiny_config(), make_mesh(MeshConfig(4, 1, 2)))
+        check_model_fits(tiny_config().decoder, tiny_config().vision, make_mesh(MeshConfig(4, 1, 2)))
     with pytest.raises(
         ConfigError, match=r"mesh.fsdp 3 does not divide config.decoder.width 32, config.vision.width 16; .*: 2 or 4$"
     ):
-        check_model_fits(config, grid((4, 3, 1), 12))
+        check_model_fits(config.decoder, config.vision, grid((4, 3, 1), 12))
 
 
 @pytest.mark.parametrize(

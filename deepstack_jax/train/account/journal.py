@@ -3,15 +3,17 @@
 An attempt is one start of the program on a workdir. Times are written with every log line, so that a kill loses one interval.
 """
 
-from __future__ import annotations
-
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
+import jax
+
+from deepstack_jax.data.encode.batch_rows import HostBatch
 from deepstack_jax.json_lines import Lines, read_lines
 
 # What an attempt's time is spent on; "data" is when the devices have no batch, "step" what the loop does besides the others.
@@ -77,6 +79,34 @@ class Journal:
 
     def _append(self, record: dict[str, Any]) -> None:
         self._lines.append({"time": round(time.time(), 3), **record})
+
+
+class DataWait(AbstractContextManager):
+    """Takes batches, and counts as "data" the part of the wait in which no step was running.
+
+    The loop is a step ahead of the devices: while it waits for a batch they may still be busy for all or a part of the wait.
+    """
+
+    def __init__(self, journal: Journal) -> None:
+        self._journal = journal
+        self._watch = ThreadPoolExecutor(1, thread_name_prefix="data-wait")
+
+    def next(self, stream: Iterator[HostBatch], numbers: Any) -> HostBatch:
+        """The next batch; `numbers` are those of the last step, on the device, None before the first."""
+        began = self._journal.clock()
+        idle = self._watch.submit(self._ready_at, numbers)
+        delivered = next(stream)
+        came = self._journal.clock()
+        if idle.done():
+            self._journal.count("data", max(0.0, came - max(began, idle.result())))
+        return delivered
+
+    def _ready_at(self, numbers: Any) -> float:
+        jax.block_until_ready(numbers)
+        return self._journal.clock()
+
+    def __exit__(self, *_: object) -> None:
+        self._watch.shutdown(wait=False)
 
 
 def read_journal(workdir: Path) -> list[dict[str, Any]]:

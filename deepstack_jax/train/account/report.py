@@ -1,7 +1,5 @@
 """Where the time of a run went and how its numbers developed, from what it left in its workdir alone."""
 
-from __future__ import annotations
-
 from collections import defaultdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -65,11 +63,7 @@ class _Interval(NamedTuple):
 
 
 def add_up(records: list[dict[str, Any]]) -> TimeSpent:
-    """Add up a journal. Steps beyond the one that a later attempt resumed from were done again: their time is lost.
-
-    Args:
-      records: as `read_journal` gives them.
-    """
+    """Add up a journal. Steps beyond the one that a later attempt resumed from were done again: their time is lost."""
     intervals: list[_Interval] = []
     seconds: dict[str, float] = dict.fromkeys((*KINDS, LOST), 0.0)
     attempts, idle, place, seen = 0, 0.0, 0, None

@@ -6,8 +6,6 @@ of zeros, and two that changed places do but for one chance in some 2**31. It ca
 the same sum. Names, shapes and dtypes are compared by `mismatches`.
 """
 
-from __future__ import annotations
-
 import zlib
 from collections.abc import Mapping
 from functools import partial
@@ -19,10 +17,10 @@ import jax.numpy as jnp
 import numpy as np
 import tensorstore
 
+from deepstack_jax.printing import some
 from deepstack_jax.types import PyTree
 
 _READ_AT_ONCE = 2**28  # bytes of host memory that reading back may take
-_SHOWN = 8
 _ALGORITHM = "algorithm"  # the key of the sums that says how they were made; those from before there was a second have none
 
 
@@ -142,18 +140,12 @@ def damage(expected: dict[str, int], found: dict[str, int]) -> str:
     """Which arrays are not what was saved, as one line; "" if all are."""
     lost = [name for name in expected if name not in found]
     changed = [name for name in expected if name in found and found[name] != expected[name]]
-    parts = [
-        f"{len(names)} arrays {what}: {_some(names)}" for what, names in (("missing", lost), ("changed", changed)) if names
-    ]
+    parts = [f"{len(names)} arrays {what}: {some(names)}" for what, names in (("missing", lost), ("changed", changed)) if names]
     return "; ".join(parts)
 
 
 def mismatches(stored: PyTree, wanted: PyTree) -> list[str]:
-    """Every array that is stored and not wanted, wanted and not stored, or of another shape or dtype; one line each.
-
-    Args:
-      stored, wanted: trees whose leaves have shape and dtype.
-    """
+    """A line for every array that is stored and not wanted, wanted and not stored, or of another shape or dtype."""
     there, here = named(stored), named(wanted)
     lines = [f"{name} is missing" for name in here if name not in there]
     lines += [f"{name} is unknown" for name in there if name not in here]
@@ -166,8 +158,3 @@ def mismatches(stored: PyTree, wanted: PyTree) -> list[str]:
         elif np.dtype(theirs.dtype) != np.dtype(ours.dtype):
             lines.append(f"{name} is {theirs.dtype}, expected {ours.dtype}")
     return lines
-
-
-def _some(names: list[str]) -> str:
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return ", ".join(names[:_SHOWN]) + more

@@ -4,8 +4,6 @@ Every checkpoint holds a checksum of each of its arrays, made on the device from
 after it was written, before an older one may go, and again when a run resumes from it.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 import os

@@ -1,7 +1,5 @@
 """Reading checkpoints: retries transient failures, reports damage at once."""
 
-from __future__ import annotations
-
 import json
 import logging
 import os

@@ -136,7 +136,7 @@ def build_program(config: Config, mesh: Mesh, steps: int) -> Program:
     Raises:
       ConfigError: parameters that no group covers, or sizes that do not divide over the mesh.
     """
-    check_model_fits(config, mesh)
+    check_model_fits(config.decoder, config.vision, mesh)
     kernel = kernel_for(mesh.devices.flat[0].platform, config.train.compute_dtype, config.decoder.head_dim)
     attention = attention_for(kernel, mesh, packed=config.data.packing.enabled)
     model = build_model(config, attention, crop_shards=crop_shards(mesh))

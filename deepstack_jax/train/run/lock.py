@@ -1,7 +1,5 @@
 """One run at a time in a workdir: two would delete each other's checkpoints."""
 
-from __future__ import annotations
-
 import fcntl
 import logging
 import os

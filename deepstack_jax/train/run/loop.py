@@ -1,7 +1,5 @@
 """The loop: a batch in, a step, numbers out, until the run is done or told to stop."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Callable, Mapping
 
@@ -10,11 +8,10 @@ import jax
 from deepstack_jax.data.example import SourceError
 from deepstack_jax.parallel.distributed import put_batch
 from deepstack_jax.progress import Progress
-from deepstack_jax.train.account.waits import DataWait
-from deepstack_jax.train.run.log_line import log_line
+from deepstack_jax.train.account.journal import DataWait
 from deepstack_jax.train.run.metrics import QuarantineError
 from deepstack_jax.train.run.run import Run
-from deepstack_jax.train.run.step_log import NotFiniteError, Numbers, StepLog
+from deepstack_jax.train.run.step_log import NotFiniteError, Numbers, StepLog, log_line
 from deepstack_jax.types import TrainState
 
 

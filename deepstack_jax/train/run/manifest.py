@@ -1,7 +1,5 @@
 """What a run was made from: enough to tell two runs apart, and to do one again."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import platform

@@ -1,21 +1,29 @@
 """What a run leaves to read: metrics.jsonl, TensorBoard curves, and the quarantine list."""
 
-from __future__ import annotations
-
+import contextlib
 import importlib
 import json
+import logging
 import math
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore[reportAttributeAccessIssue] (made at run time)
+from tensorboardX.summary import image, scalar, text
 
 from deepstack_jax.atomic import write_whole
 from deepstack_jax.data.example import BadExample
 from deepstack_jax.errors import ConfigError, UserError
 from deepstack_jax.json_lines import Lines, read_lines
-from deepstack_jax.train.run.tensorboard import TensorBoardWriter
+from deepstack_jax.printing import printable
+
+log = logging.getLogger(__name__)
+
+FLUSH_SECONDS = 30  # from one writing of TensorBoard's file to the next
 
 
 class MetricsLog:
@@ -58,6 +66,70 @@ class MetricsLog:
             self._board.close()
         if self._wandb is not None:
             self._wandb.finish()
+
+
+class TensorBoardWriter:
+    """Writes curves, texts and pictures where TensorBoard finds them, until that fails: then a warning, and nothing more.
+
+    tensorboardX' own SummaryWriter writes in a thread. A full disk ends that thread, then its queue fills and the run
+    waits for ever; so events are written here, at once.
+
+    Args:
+      folder: made where it is not there.
+      resume_step: what an earlier attempt showed beyond it is not shown any more.
+    """
+
+    def __init__(self, folder: Path, resume_step: int) -> None:
+        self._folder = folder
+        self._file: EventsWriter | None = None
+        self._flush_at = 0.0
+        try:
+            folder.mkdir(exist_ok=True)
+            self._file = EventsWriter(str(folder / "events"))
+        except OSError as error:
+            self._give_up(error)
+        if resume_step:
+            self._write(Event(step=resume_step + 1, session_log=SessionLog(status=SessionLog.START)))
+
+    def scalars(self, step: int, numbers: Mapping[str, float | int]) -> None:
+        """Add a point to each curve."""
+        for name, value in numbers.items():
+            self._write(Event(step=step, summary=scalar(name, value)))
+
+    def sample(self, step: int, name: str, markdown: str, picture: np.ndarray | None) -> None:
+        """Show a text, and what it is about as u8[y, x, 3]."""
+        # Half a surrogate would end the run.
+        self._write(Event(step=step, summary=text(name, printable(markdown))))
+        if picture is not None:
+            self._write(Event(step=step, summary=image(name, picture, dataformats="HWC")))
+
+    def close(self) -> None:
+        """Write what still waits."""
+        try:
+            if self._file is not None:
+                self._file.close()
+        except OSError as error:
+            self._give_up(error)
+        self._file = None
+
+    def _write(self, event: Event) -> None:
+        if self._file is None:
+            return
+        event.wall_time = time.time()
+        try:
+            self._file.write_event(event)
+            if event.wall_time >= self._flush_at:
+                self._file.flush()
+                self._flush_at = event.wall_time + FLUSH_SECONDS
+        except OSError as error:  # what is in the file may end within an event: nothing after it would be read
+            self._give_up(error)
+
+    def _give_up(self, error: OSError) -> None:
+        log.warning("cannot write to %s: %s; TensorBoard shows no more of this attempt", self._folder, error.strerror)
+        with contextlib.suppress(OSError):  # the same once more
+            if self._file is not None:
+                self._file.close()
+        self._file = None
 
 
 def start_wandb(project: str, workdir: Path, name: str, config: dict[str, Any]) -> Any:

@@ -1,7 +1,5 @@
 """A step that gave no finite number, kept so that it can be done again: what was in it, and where to start from."""
 
-from __future__ import annotations
-
 import json
 import logging
 import math
@@ -23,22 +21,21 @@ from deepstack_jax.errors import UserError
 from deepstack_jax.parallel.distributed import put_batch
 from deepstack_jax.parallel.mesh import make_mesh
 from deepstack_jax.parallel.rules import use_mesh
-from deepstack_jax.printing import REDACTED, Console
+from deepstack_jax.printing import REDACTED, Console, some
 from deepstack_jax.train.checkpoint.init_weights import first_state, with_base
 from deepstack_jax.train.checkpoint.manager import Checkpoints
 from deepstack_jax.train.checkpoint.reading import CheckpointError, UnreadableError, read_workdir_json
 from deepstack_jax.train.core.optimizer import flatten, split, unflatten
 from deepstack_jax.train.core.program import Program, build_program
 from deepstack_jax.train.core.step import token_loss
-from deepstack_jax.train.run.inputs import open_inputs, open_stream
 from deepstack_jax.train.run.resume import check_same_run, data_changes
+from deepstack_jax.train.run.run import open_inputs, open_stream
 from deepstack_jax.types import PyTree, TrainState
 
 log = logging.getLogger(__name__)
 
 # Each bundle keeps a checkpoint from being deleted; a run that has gone bad would keep them all.
 MOST_BUNDLES = 8
-_SHOWN = 8  # names in a line
 
 
 class ReplayError(UserError):
@@ -142,7 +139,7 @@ def replay_file(file: Path, given: Config | None, console: Console) -> None:
         config = given
     elif REDACTED in str(config):
         raise ReplayError(f"{workdir}/config.json holds no credentials; give --config as the run was given it, URLs and all")
-    _, source = open_inputs(config, starts=not read_bundle(file).checkpoint)
+    source = open_inputs(config, starts=not read_bundle(file).checkpoint)
     mesh = make_mesh(config.mesh)
     stream = open_stream(config, source, mesh)
     program = build_program(config, mesh, config.train.steps or stream.steps(config.train.epochs))
@@ -156,9 +153,6 @@ def replay_file(file: Path, given: Config | None, console: Console) -> None:
 
 def replay(file: Path, program: Program, stream: TrainingStream, checkpoints: Checkpoints, console: Console) -> Findings:
     """Walk from the checkpoint that a bundle names to its step, and look into that step; writes nothing.
-
-    Args:
-      program, stream: of the run, with its own configuration.
 
     Raises:
       ReplayError: there is no such bundle, or it names a checkpoint from which its step cannot be reached.
@@ -202,8 +196,7 @@ def describe_findings(bundle: Bundle, findings: Findings, batch: Batch, numbers:
     gradients = f"gradients that are not finite, of {findings.trainable}"
     for what, names in ((gradients, findings.gradients), ("parameters that are not finite", findings.parameters)):
         if names:
-            more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-            lines.append(f"{what}: {', '.join(names[:_SHOWN])}{more}")
+            lines.append(f"{what}: {some(names)}")
     if len(lines) == 1:
         lines.append("all of it is finite here: the numbers depend on the machine or its software")
     return "\n".join(lines)

@@ -1,7 +1,5 @@
 """What is looked at before a run goes on in a workdir: that it is the same run on the same data, and that there is room."""
 
-from __future__ import annotations
-
 import math
 import shutil
 from collections.abc import Callable, Iterator
@@ -20,12 +18,7 @@ from deepstack_jax.types import PyTree
 
 
 def check_disk_space(workdir: Path, state: PyTree, train: TrainConfig, steps: int) -> str | None:
-    """A warning where the disk does not hold the checkpoints that are still to come; None where there is room.
-
-    Args:
-      state: abstract or real; its size is that of a checkpoint.
-      train: says which ones stay.
-      steps: of the whole run.
+    """A warning where the disk does not hold the checkpoints of a state that a run of `steps` makes; None where there is room.
 
     Raises:
       CheckpointError: not even the first one fits: better known now than after the first thousand steps. A run that goes on is
@@ -104,11 +97,8 @@ def check_same_data(config: Config, workdir: Path, now: dict[str, Any], texts: C
       now: see `describe_data`; that of the run is in its manifest.
       texts: see `describe_texts`; asked for where the manifest is of an earlier version.
 
-    Returns:
-      What differs, where `train.changed_data` accepts it.
-
     Raises:
-      CheckpointError: naming what differs, and the ways to go on.
+      CheckpointError: naming what differs, and the ways to go on. Where `train.changed_data` accepts it, it is returned.
     """
     found = data_changes(config, workdir, now, texts)
     if not found or config.train.changed_data == "accept":

@@ -1,25 +1,38 @@
 """The numbers of the steps: judged, printed and written at every log line, and what could not be used of the data."""
 
-from __future__ import annotations
-
 from collections import defaultdict
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import numpy as np
 
+from deepstack_jax.config import DataConfig
 from deepstack_jax.data.encode.batch_rows import HostBatch
 from deepstack_jax.data.encode.encoder import REMARKS
 from deepstack_jax.errors import UserError
 from deepstack_jax.parallel.chips import CHIPS
 from deepstack_jax.parallel.distributed import is_first_host, process_slice, sum_over_hosts
 from deepstack_jax.printing import label
-from deepstack_jax.train.run.log_line import padding_hint
 from deepstack_jax.train.run.replay import write_bundle
 from deepstack_jax.train.run.run import Run
 
 Numbers = dict[str, jax.Array]
 _WRITTEN = ("loss", "token_accuracy", "grad_norm", "lr_factor", "supervised_tokens", "bad_steps")
+# What the line shows of the numbers at hand, in this order.
+_SHOWN = (
+    ("loss", "loss {:.4f}"),
+    ("token_accuracy", "acc {:.3f}"),
+    ("lr", "lr {:.2e}"),
+    ("grad_norm", "grad {:.2f}"),
+    ("examples_per_second", "{:.1f} ex/s"),
+    ("supervised_tokens_per_second", "{:.0f} tok/s"),
+    ("tflops_per_device", "{:.3g} TFLOP/s"),
+    ("mfu", "MFU {:.1%}"),
+    ("data_wait", "data wait {:.1%}"),
+    ("padding", "padding {:.1%}"),
+)
+PADDING_HINTED = 0.7  # above it a run is told of packing and buckets
 
 
 class NotFiniteError(UserError):
@@ -27,15 +40,10 @@ class NotFiniteError(UserError):
 
 
 class StepLog:
-    """The numbers of the steps since the last log line. They stay on the device until then: no step waits for the host.
-
-    Args:
-      run: whose steps these are.
-      first: the step that this attempt goes on from.
-    """
+    """The numbers of the steps since the last log line. They stay on the device until then: no step waits for the host."""
 
     def __init__(self, run: Run, first: int) -> None:
-        self._run, self._first = run, first
+        self._run, self._first = run, first  # the step that this attempt goes on from
         self._numbers: list[tuple[int, Numbers]] = []  # on the device
         self._fetched: list[tuple[int, Any]] = []
         self._judged = first  # the last step that was
@@ -159,3 +167,28 @@ class StepLog:
     def _seen(self, step: int) -> int:
         """Examples that were due since this attempt began."""
         return (step - self._first) * self._run.train.batch_size
+
+
+def log_line(values: Mapping[str, float]) -> str:
+    """The latest numbers of a run in one line."""
+    line = " ".join(text.format(values[name]) for name, text in _SHOWN if name in values)
+    return f"{line} skipped {values['bad_steps']:.0f}" if values["bad_steps"] else line
+
+
+def padding_hint(padding: float, length: float, data: DataConfig) -> str:
+    """What to do about rows that hold little, with the numbers; "" where they are full enough, or packed already.
+
+    Args:
+      padding: share of positions that hold nothing, 0..1.
+      length: positions of a row.
+    """
+    if padding <= PADDING_HINTED or data.packing.enabled:
+        return ""
+    used = round((1 - padding) * length)
+    buckets = tuple(2**power for power in range(5, 31) if 1.25 * used < 2**power < length)
+    shorter = f', or pad to shorter lengths with --config.data.buckets="{buckets}"' if buckets else ""
+    unset = ' --config.data.buckets="()"' if data.buckets else ""
+    return (
+        f"{padding:.0%} of the positions are padding, an example has {used:,} of the {length:,.0f} of its row: pack about "
+        f"{length / max(1, used):.0f} into each with --config.data.packing.enabled=True{unset}{shorter}, in a new --workdir"
+    )

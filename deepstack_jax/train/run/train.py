@@ -1,7 +1,5 @@
 """A training run from its inputs to its scores, or from where it stopped."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from contextlib import ExitStack
 from functools import partial
@@ -33,13 +31,11 @@ from deepstack_jax.train.core.optimizer import describe_groups, main_learning_ra
 from deepstack_jax.train.core.program import Program, build_program
 from deepstack_jax.train.core.state import without
 from deepstack_jax.train.flops import step_flops
-from deepstack_jax.train.run.compiled import CompiledSteps
-from deepstack_jax.train.run.inputs import open_inputs, open_stream
 from deepstack_jax.train.run.loop import loop
 from deepstack_jax.train.run.manifest import run_manifest
 from deepstack_jax.train.run.metrics import MetricsLog, Quarantine, seconds_per_step, start_wandb
 from deepstack_jax.train.run.resume import check_disk_space, check_same_data, check_same_run, new_length
-from deepstack_jax.train.run.run import Run
+from deepstack_jax.train.run.run import CompiledSteps, Run, open_inputs, open_stream
 from deepstack_jax.types import PyTree, TrainState
 from deepstack_jax.weights.adapters import adapter_paths
 from deepstack_jax.weights.names import NameTable
@@ -69,20 +65,11 @@ class Evaluation(Protocol):
 
 
 def train(config: Config, workdir: Path, console: Console, evaluation: Evaluation) -> int:
-    """Train to the end, or until told to stop.
-
-    Args:
-      config: of the run.
-      workdir: an existing folder that no other run uses.
-      evaluation: of the held-out data.
-
-    Returns:
-      The exit code of the process.
-    """
+    """Train to the end, or until told to stop, in an existing folder that no other run uses; returns the exit code."""
     _print_each("goes on with another", check_same_run(config, workdir), console)
     journal = Journal(workdir if is_first_host() else None)
     starts = not saved_steps(workdir)
-    _, source = open_inputs(config, starts=starts)
+    source = open_inputs(config, starts=starts)
     check_images(source, config.data)
     if starts and not config.data.packing.enabled:  # with packing all of them are measured
         check_examples(source, config.data_spec)
@@ -139,11 +126,7 @@ def steps_of(train: TrainConfig, stream: TrainingStream) -> int:
 
 
 def run_to_end(run: Run, state: TrainState, evaluation: Evaluation, parameters: int) -> int:
-    """The loop and what follows it; returns the exit code.
-
-    Args:
-      parameters: of the model, for results.json.
-    """
+    """The loop and what follows it; returns the exit code. `parameters` is the model's number of them, for results.json."""
     stop = StopSignals(leave_sigterm=jax.process_count() > 1)
     with ExitStack() as closing:
         # Last comes first, each whatever the others raise.
