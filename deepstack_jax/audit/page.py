@@ -27,14 +27,7 @@ CAPTIONS = {
 def render_page(
     config: Config, found: Survey, cards: Sequence[SampleCard], charts: Mapping[str, Mapping[str, bytes]], rows: int
 ) -> str:
-    """The page as HTML.
-
-    Args:
-      found: what the statistics are over.
-      cards: the samples, in order.
-      charts: name -> theme ("light", "dark") -> PNG.
-      rows: records of the source in all.
-    """
+    """The page as HTML, of a source of `rows`: the samples' cards, charts as name -> theme ("light", "dark") -> PNG."""
     bad = quarantined(found, cards)
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("deepstack_jax.audit"),

@@ -37,12 +37,9 @@ def special_names(tokenizer: Tokenizer, template: Template) -> dict[int, str]:
 
 
 def prompt_runs(sample: ModelInput, tokenizer: Tokenizer, names: Mapping[int, str]) -> list[tuple[bool, list[PromptPiece]]]:
-    """The whole sequence in order, as runs of (supervised, pieces).
+    """The whole sequence in order, as runs of (supervised, pieces); special tokens without one of the names show their id.
 
     Joined, the texts are what the model reads: they come from the token ids, not from the conversation.
-
-    Args:
-      names: of special tokens (see `special_names`); others are shown by their id.
     """
     pieces: list[PromptPiece] = []
     before: list[int] = []

@@ -22,10 +22,6 @@ class EvalCheckpoint:
     Args:
       folder: where they are kept until it is done; None keeps none.
       key: all that the answers depend on: another model, other data or options have another file.
-
-    Attributes:
-      file: the answers so far; None without a folder.
-      predictions, refusals: those of earlier attempts.
     """
 
     def __init__(self, folder: Path | None, key: dict[str, Any] | None) -> None:

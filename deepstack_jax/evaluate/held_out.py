@@ -17,22 +17,16 @@ from deepstack_jax.data.encode.encoder import Encoder, try_record
 from deepstack_jax.data.encode.tokenizer import load_tokenizer
 from deepstack_jax.data.example import BadExample, Source
 from deepstack_jax.evaluate.ask import ask
-from deepstack_jax.evaluate.questions import check_prompt_fits, uninterrupted
+from deepstack_jax.evaluate.questions import encode_for_row, uninterrupted
 from deepstack_jax.evaluate.tasks import Prediction, Task
 from deepstack_jax.generate.answers import Answer, Answerer
 from deepstack_jax.generate.decoding import NO_TOKEN, greedy
 from deepstack_jax.generate.options import Options, RequestError
-from deepstack_jax.generate.prompts import CutImage, Turn, encode_turns, find_template
+from deepstack_jax.generate.prompts import CutImage, Turn, find_template
 from deepstack_jax.generate.text import end_of_turn
 from deepstack_jax.model.deepstack import DeepStack
-from deepstack_jax.parallel.distributed import (
-    ProcessSlice,
-    allgather_str,
-    local_rows,
-    max_over_hosts,
-    process_slice,
-    put_batch,
-)
+from deepstack_jax.parallel import distributed
+from deepstack_jax.parallel.distributed import ProcessSlice, put_batch
 from deepstack_jax.parallel.rules import batch_sharding, replicated
 from deepstack_jax.printing import plural
 from deepstack_jax.types import PyTree
@@ -56,9 +50,7 @@ class RunAnswerer(Answerer):
     def encode(self, turns: Sequence[Turn], options: Options, *, placed: bool = False) -> EncodedExample:
         """As every answerer's, checked against the room of a row."""
         assert self.tokenizer is not None, "a run has one"
-        encoded = encode_turns(turns, self.config, self.tokenizer, find_template(self.template), options.exif, placed=placed)
-        check_prompt_fits(encoded, self.config)
-        return encoded
+        return encode_for_row(turns, self.config, self.tokenizer, placed=placed)
 
     def answer_encoded(self, prompts: Sequence[EncodedExample], options: Options, batch_size: int) -> list[Answer]:
         """As every answerer's, for one batch; all hosts take part, also those without a prompt."""
@@ -78,31 +70,23 @@ def run_options(config: Config) -> Options:
 def fill_batch(examples: Sequence[EncodedExample | BadExample], rows: int, config: Config) -> HostBatch:
     """A host's rows of a batch, filled up with blank ones; all hosts take the same length."""
     longest = max((example.length for example in examples if isinstance(example, EncodedExample)), default=0)
-    filled = collate([*examples, *[_BLANK] * (rows - len(examples))], config.data_spec, max_over_hosts(longest))
+    filled = collate([*examples, *[_BLANK] * (rows - len(examples))], config.data_spec, distributed.max_over_hosts(longest))
     return filled._replace(bad=tuple(example for example in filled.bad if example is not _BLANK))
 
 
 class HeldOut:
-    """Loss and answers on held-out examples, with functions that are compiled once; the same on all hosts.
+    """Loss and answers of a run's model on held-out examples, with functions compiled once; the same on all hosts.
 
     Args:
-      source: held-out examples.
-      config: the run.
       loss: (params, batch) -> LossSums.
-      model: of the run.
-      mesh: of the run.
       decode: as `decoding.greedy`.
-
-    Attributes:
-      task: what is asked.
-      options: how it is asked.
     """
 
     def __init__(
         self, source: Source, config: Config, loss: Callable, model: DeepStack, mesh: Mesh, decode: Callable = greedy
     ) -> None:
         self.task, self.options = Task(source), run_options(config)
-        self._config, self._mesh, self._model, self._slice = config, mesh, model, process_slice(mesh)
+        self._config, self._mesh, self._model, self._slice = config, mesh, model, distributed.process_slice(mesh)
         self._tokenizer = load_tokenizer(config.data.tokenizer)
         stops = tuple(end_of_turn(find_template(config.data.template), self._tokenizer)[0])
         made = partial(decode, model, max_new_tokens=self.options.max_new_tokens, stop_ids=stops)
@@ -145,7 +129,7 @@ class HeldOut:
         return _of_all_hosts(answered, [one for one in found if isinstance(one, BadExample)], self._slice)
 
     def _decode(self, params: PyTree, batch: Batch) -> np.ndarray:
-        return local_rows(self._greedy(params, put_batch(self._mesh, batch)))
+        return distributed.local_rows(self._greedy(params, put_batch(self._mesh, batch)))
 
     def _rows_per_host(self) -> int:
         """Rows of a host's part of a batch, `evaluation.batch_size` rounded up to what splits over the mesh."""
@@ -170,7 +154,7 @@ def _of_all_hosts(
         return predictions, bad
     plain = [(one.index, one.name, one.reason) for one in bad]
     mine = [[asdict(one) for one in predictions], plain] if part.is_leader else [[], []]
-    hosts = [json.loads(text) for text in allgather_str(json.dumps(mine))]
+    hosts = [json.loads(text) for text in distributed.allgather_str(json.dumps(mine))]
     predictions = [Prediction(**one) for found, _ in hosts for one in found]
     bad = [BadExample(*one) for _, found in hosts for one in found]
     return sorted(predictions, key=lambda one: (one.row, one.turn)), sorted(bad, key=lambda one: one.index)

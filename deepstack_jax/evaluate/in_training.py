@@ -34,26 +34,16 @@ THUMBNAIL = 448  # longest side, in pixels, of a picture in the log
 
 
 class TrainingEvaluation:
-    """What `train` asks of an evaluator (`train/run/train.py` says what), by `data.validation` and the section `evaluation`.
+    """What `train` asks of an evaluator (`train/run/train.py` says what), by `data.validation` and the section `evaluation`."""
 
-    Args:
-      config: of the run.
-      workdir: where results.json and predictions.jsonl go.
-
-    Attributes:
-      source: the held-out rows; None without any.
-      held_out: what answers; None without any, and before `begin`.
-      named: rows that were left out and are known to be: each is told once.
-    """
-
-    source: Source | None = None
-    held_out: HeldOut | None = None
+    source: Source | None = None  # the held-out rows; None without any
+    held_out: HeldOut | None = None  # what answers; None without any, and before `begin`
     train: Source
     log: MetricsLog
 
     def __init__(self, config: Config, workdir: Path, console: Console) -> None:
         self._config, self._workdir, self._console = config, workdir, console
-        self.named: set[int] = set()
+        self.named: set[int] = set()  # rows that were left out and are known to be: each is told once
 
     def open(self, train: Source, *, starts: bool) -> None:
         """Open and check the held-out rows, before anything is compiled; raises as `check`."""
@@ -118,10 +108,7 @@ class TrainingEvaluation:
     def finish(self, params: PyTree, facts: dict[str, Any]) -> None:
         """Evaluate the trained model, unless that is done; write predictions.jsonl and results.json; print the scores.
 
-        All hosts take part, the first one writes.
-
-        Args:
-          facts: what results.json says besides scores; "steps" among them.
+        All hosts take part, the first one writes: with the scores `facts`, "steps" among them.
         """
         file, evaluation = self._workdir / "results.json", asdict(self._config.evaluation)
         known = self._stored(file) if is_first_host() else {}

@@ -12,7 +12,7 @@ from deepstack_jax.data.encode.batch_rows import EncodedExample
 from deepstack_jax.data.encode.encoder import Encoder, try_record
 from deepstack_jax.data.encode.sizes import header_layouts, measure
 from deepstack_jax.data.encode.templates import Template, get_template, images_to_front, render
-from deepstack_jax.data.encode.tokenizer import load_tokenizer
+from deepstack_jax.data.encode.tokenizer import Tokenizer, load_tokenizer
 from deepstack_jax.data.example import IMAGE_MARK, BadExample, ConversationError, Example, Source
 from deepstack_jax.data.formats.image_files import image_size
 from deepstack_jax.generate.options import RequestError
@@ -76,13 +76,16 @@ def _kind(example: Example, turn: int) -> str:
     return kind if isinstance(kind, str) else "all"
 
 
-def check_prompt_fits(prompt: EncodedExample, config: Config) -> None:
-    """Raise RequestError where a row of a training run has no room for the prompt, or the model none for the answer."""
+def encode_for_row(turns: Sequence[Turn], config: Config, tokenizer: Tokenizer, *, placed: bool = True) -> EncodedExample:
+    """A prompt as a row of a training run holds it; RequestError where that, or the model with the answer, has no room."""
+    data = config.data
+    prompt = encode_turns(turns, config, tokenizer, get_template(data.template), data.exif, placed=placed)
     room = min(config.data.max_length, config.decoder.max_positions - config.evaluation.max_new_tokens)
     if prompt.length > room:
         raise RequestError(
             f"a prompt of {prompt.length} tokens with its images, expected {room} at most; raise config.data.max_length"
         )
+    return prompt
 
 
 def uninterrupted(config: Config) -> Config:
@@ -108,9 +111,7 @@ def check_rows(source: Source, config: Config) -> list[BadExample]:
             try:
                 if question.problem:
                     raise RequestError(question.problem)
-                check_prompt_fits(
-                    encode_turns(question.turns, config, tokenizer, template, config.data.exif, placed=True), config
-                )
+                encode_for_row(question.turns, config, tokenizer)
             except RequestError as error:
                 return BadExample(example.index, example.name, f"turn {question.turn}: {error}")
         return None

@@ -49,18 +49,10 @@ FLAGS = (
     (SEARCH := cli.Flag(flags.DEFINE_bool, "search", False, "Recommend mesh, remat policy and micro-batches.")),
     (BATCH_SIZES := cli.Flag(flags.DEFINE_list, "batch_sizes", [], "Global batches to try.")),
     (TRIES := cli.Flag(flags.DEFINE_integer, "tries", 4, "Most compilations of a search.", lower_bound=1)),
-    (
-        MARGIN := cli.Flag(
-            flags.DEFINE_float, "margin", 0.1, "Share of the memory that stays free.", lower_bound=0.0, upper_bound=0.9
-        )
-    ),
+    (MARGIN := cli.Flag(flags.DEFINE_float, "margin", 0.1, "Share of memory left free.", lower_bound=0.0, upper_bound=0.9)),
     (ESTIMATE_ONLY := cli.Flag(flags.DEFINE_bool, "estimate_only", False, "Estimate without compiling.")),
     (EXAMPLES := cli.Flag(flags.DEFINE_integer, "examples", 0, "Examples per epoch.", lower_bound=0, upper_bound=10**12)),
-    (
-        PER_ROW := cli.Flag(
-            flags.DEFINE_float, "examples_per_row", 0.0, "Examples in a packed row.", lower_bound=0.0, upper_bound=1e6
-        )
-    ),
+    (PER_ROW := cli.Flag(flags.DEFINE_float, "examples_per_row", 0.0, "In a packed row.", lower_bound=0.0, upper_bound=1e6)),
     (JSON := cli.Flag(flags.DEFINE_bool, "json", False, "JSON on stdout.")),
     cli.CONFIG,
 )

@@ -4,8 +4,7 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -44,18 +43,6 @@ class Collective:
         return f"{self.kind} between slices" if self.across else self.kind
 
 
-class _Found(NamedTuple):
-    """A collective as one computation has it."""
-
-    channel: str
-    kind: str
-    size: int
-    group: int
-    stride: int
-    source: str
-    across: bool = False
-
-
 def find_collectives(text: str) -> list[Collective]:
     """Every collective of a compiled program, by its HLO after partitioning (`compiled.as_text()`), most traffic first.
 
@@ -67,13 +54,9 @@ def find_collectives(text: str) -> list[Collective]:
     devices = int(found[1]) if (found := re.search(r"num_partitions=(\d+)", text)) else 1
     seen: dict[str, Collective] = {}
     for name, (_, lines) in computations.items():
-        for found in _in_computation(name, lines, devices):
-            often = times[name]
-            if often and (found.channel not in seen or seen[found.channel].times < often):
-                moved = found.size * ring(found.kind, found.group)
-                seen[found.channel] = Collective(
-                    found.kind, often, found.size, moved, found.group, found.stride, found.source, found.across
-                )
+        for channel, one in _in_computation(name, lines, devices) if times[name] else ():
+            if channel not in seen or seen[channel].times < times[name]:
+                seen[channel] = replace(one, times=times[name])
     return sorted(seen.values(), key=lambda one: -one.total)
 
 
@@ -149,15 +132,15 @@ def _counter_step(condition: list[str], body: list[str]) -> int:
     return max(1, steps[0]) if steps else 1
 
 
-def _in_computation(name: str, lines: list[str], devices: int) -> Iterator[_Found]:
-    """The TPU's reduce-scatter is written as an all-reduce that its computation, by name, cuts at once."""
+def _in_computation(name: str, lines: list[str], devices: int) -> Iterator[tuple[str, Collective]]:
+    """(what the pieces of one collective share, the collective as one that runs once).
+
+    The TPU's reduce-scatter is written as an all-reduce that its computation, by name, cuts at once.
+    """
     for line in lines:
         if across := _ACROSS.search(line):
             kind = across[2].lower().replace("_", "-")
-            channel, source = _label(line)
-            yield _Found(
-                channel, kind if kind in KINDS else "collective-permute", _bytes(across[1]), _slices(line), 1, source, True
-            )
+            yield _once(line, kind if kind in KINDS else "collective-permute", _bytes(across[1]), _slices(line), 1, True)
         found = _COLLECTIVE.search(line)
         if not found:
             continue
@@ -171,13 +154,13 @@ def _in_computation(name: str, lines: list[str], devices: int) -> Iterator[_Foun
             size //= 2
         elif kind == "all-reduce" and name.startswith("all-reduce-scatter"):
             kind, size = "reduce-scatter", size // group
-        yield _Found(_label(line)[0], kind, size, group, stride, _label(line)[1])
+        yield _once(line, kind, size, group, stride)
 
 
-def _label(line: str) -> tuple[str, str]:
-    """(what the pieces of one collective share, the operation of the model)."""
+def _once(line: str, kind: str, size: int, group: int, stride: int, across: bool = False) -> tuple[str, Collective]:
     channel, source = re.search(r"channel_id=(\d+)", line), re.search(r'op_name="([^"]*)"', line)
-    return channel[1] if channel else line.split(" = ")[0], source[1] if source else ""
+    one = Collective(kind, 1, size, size * ring(kind, group), group, stride, source[1] if source else "", across)
+    return channel[1] if channel else line.split(" = ")[0], one
 
 
 def _bytes(shape: str) -> int:
