@@ -230,10 +230,7 @@ def writable_folder(path: str, flag: str) -> Path:
 
 
 def run(
-    main: Callable[[], int],
-    usage: str,
-    table: Sequence[Flag] = (),
-    needs_less_memory: str = "use a machine with more",
+    main: Callable[[], int], usage: str, table: Sequence[Flag] = (), needs_less_memory: str = "use a machine with more"
 ) -> None:
     """Parse the flags, run `main`, and exit with its code; a `UserError` becomes one line on stderr.
 

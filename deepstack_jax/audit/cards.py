@@ -130,14 +130,14 @@ def _plain(sheet: Sheet, target: int) -> Picture:
     place = "all in the sequence" if inside == tokens else f"{inside:,} in the sequence" if inside else "none in the sequence"
     views = "" if sheet.index.size == 1 else f", {sheet.index.size} views"
     caption = f"{width}×{height} px{views}, {tokens:,} tokens: {place}"
-    return Picture(_capital(sheet.name), caption, data_uri(pictures.plain(sheet, sheet.find(target))))
+    return Picture(sheet.name.capitalize(), caption, data_uri(pictures.plain(sheet, sheet.find(target))))
 
 
 def _painted(sheet: Sheet, colours: np.ndarray) -> Picture:
     injected = int(sheet.injected.any(axis=0).sum())
     told = [f"{injected:,} tokens in the colours of their layers"] if injected else []
     told += [f"{sheet.unused:,} tokens not used, gray"] if sheet.unused else []
-    title = f"{_capital(sheet.name)} by layer" if injected else f"{_capital(sheet.name)}: what is used"
+    title = f"{sheet.name.capitalize()} by layer" if injected else f"{sheet.name.capitalize()}: what is used"
     painted = pictures.fit(Image.fromarray(pictures.paint(sheet, colours)))
     return Picture(title, "; ".join(told), data_uri(painted), wide=True)
 
@@ -152,7 +152,3 @@ def _tags(image: ImageInput, layers: Sequence[Layer], colours: np.ndarray, unuse
     if unused:
         tags.append(Tag(hex_code(np.array(pictures.GRAY, np.uint8)), f"not used: {unused:,} tokens"))
     return tags
-
-
-def _capital(name: str) -> str:
-    return name[0].upper() + name[1:]

@@ -90,12 +90,7 @@ def _splash(q: Array, k: Array, v: Array, segment_ids: Array, window: int, inter
     kernel = splash.make_splash_mha(
         masks.MultiHeadMask([one] * heads),
         block_sizes=splash.BlockSizes(
-            block_q=block,
-            block_kv=block,
-            block_q_dkv=block,
-            block_kv_dkv=block,
-            block_q_dq=block,
-            block_kv_dq=block,
+            block_q=block, block_kv=block, block_q_dkv=block, block_kv_dkv=block, block_q_dq=block, block_kv_dq=block
         ),
         head_shards=1,
         q_seq_shards=1,

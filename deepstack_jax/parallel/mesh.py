@@ -1,5 +1,6 @@
 """The device mesh of a run, from one laptop core to a pod, and what must divide by its axes."""
 
+import contextlib
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -33,14 +34,13 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     sizes = _sizes(config, len(devices))
     slices = len({getattr(device, "slice_index", 0) for device in devices})
     if slices == 1:
-        try:
+        with contextlib.suppress(NotImplementedError):  # of a TPU slice of which two axes would have to share a link
             return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
-        except NotImplementedError:  # what jax says of a TPU slice of which two axes would have to share a link
-            laid = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
-            return Mesh(laid, AXES, axis_types=(AxisType.Auto,) * 3)
-    across = across_slices(sizes, slices)
-    within = tuple(size // count for size, count in zip(sizes, across, strict=True))
-    laid = mesh_utils.create_hybrid_device_mesh(within, across, devices, allow_split_physical_axes=True)
+        laid = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+    else:
+        across = across_slices(sizes, slices)
+        within = tuple(size // count for size, count in zip(sizes, across, strict=True))
+        laid = mesh_utils.create_hybrid_device_mesh(within, across, devices, allow_split_physical_axes=True)
     return Mesh(laid, AXES, axis_types=(AxisType.Auto,) * 3)
 
 

@@ -7,9 +7,9 @@ import sys
 import threading
 import traceback
 import warnings
-from dataclasses import dataclass
 from ipaddress import ip_address
 from types import TracebackType
+from typing import NamedTuple
 
 import jax
 
@@ -35,12 +35,11 @@ _STEP = ("SLURM_STEP_ID", "SLURM_STEP_NODELIST")  # outside a step SLURM_NTASKS 
 _OPEN_MPI_4 = "OMPI_MCA_orte_hnp_uri"  # the only sign by which jax knows Open MPI; 5 has none like it
 
 
-@dataclass(frozen=True)
-class _Launched:
+class _Launched(NamedTuple):
     """What a launcher says of this process."""
 
     by: str
-    count: int
+    processes: int
     number: int
     local: int  # number on its host
 
@@ -71,7 +70,7 @@ def join_processes(address: str | None = None, count: int | None = None, number:
         return
     local = None
     if count is None and number is None and (launched := _launched()):
-        count, number = launched.count, launched.number
+        count, number = launched.processes, launched.number
         local = None if "JAX_LOCAL_DEVICE_IDS" in os.environ else launched.local
     address, count, number = _checked(address, count, number)
     _connect(address, count, number, local, None if number else _to_bind(address))
@@ -144,7 +143,7 @@ def _end_unconnected(address: str | None, count: int | None, number: int | None)
 
 
 def _connect_if_detected(launched: _Launched | None) -> None:
-    if launched and launched.count == 1:
+    if launched and launched.processes == 1:
         return
     # Under MPICH and Open MPI 5 jax would find, on some hosts, SLURM's variables for the task that started the processes there.
     known = launched is None or launched.by == "SLURM" or _OPEN_MPI_4 in os.environ
@@ -152,7 +151,7 @@ def _connect_if_detected(launched: _Launched | None) -> None:
         return
     if launched:
         raise ConfigError(
-            f"{launched.by} started {launched.count} processes, which jax cannot connect by itself here; give all of them "
+            f"{launched.by} started {launched.processes} processes, which jax cannot connect by itself here; give all of them "
             "--coordinator_address=HOST:PORT with the host of the first, e.g. --coordinator_address=node0:8476; or "
             "--process_count=1 to train alone"
         )

@@ -50,14 +50,7 @@ class Roofline:
 
 
 def estimate(
-    program: Program,
-    chip: Chip,
-    flops: Flops,
-    collectives: Iterable[Collective],
-    rows: int,
-    length: int,
-    *,
-    slices: int = 1,
+    program: Program, chip: Chip, flops: Flops, collectives: Iterable[Collective], rows: int, length: int, *, slices: int = 1
 ) -> Roofline:
     """The roofline of a step of `rows` rows of `length` positions, on a mesh of so many slices of chips of a kind."""
     devices = program.mesh.size

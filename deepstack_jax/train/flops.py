@@ -61,13 +61,7 @@ class _Product(NamedTuple):
 
 
 def step_flops(
-    config: Config,
-    groups: dict[str, str],
-    rows: int,
-    length: int,
-    *,
-    squares: int | float | None = None,
-    masked: bool = True,
+    config: Config, groups: dict[str, str], rows: int, length: int, *, squares: int | float | None = None, masked: bool = True
 ) -> Flops:
     """FLOPs of one training step: its matrix products, beside which the rest, and an AdamW update, are a few thousandths.
 

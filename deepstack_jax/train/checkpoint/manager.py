@@ -17,25 +17,12 @@ from typing import Any, NamedTuple
 
 import jax
 import orbax.checkpoint as ocp
-from orbax.checkpoint.checkpoint_managers import (
-    AnyPreservationPolicy,
-    BestN,
-    CustomSteps,
-    EveryNSteps,
-    LatestN,
-    PreservationContext,
-)
+from orbax.checkpoint import checkpoint_managers as policies
 
 from deepstack_jax.config import TrainConfig
 from deepstack_jax.parallel.distributed import allgather_str, barrier, broadcast_str, is_first_host
 from deepstack_jax.train.checkpoint.checksums import algorithm_of, checksums, checksums_on_disk, damage, mismatches
-from deepstack_jax.train.checkpoint.reading import (
-    CheckpointError,
-    UnreadableError,
-    cause_line,
-    check_links,
-    read_or_damage,
-)
+from deepstack_jax.train.checkpoint.reading import CheckpointError, UnreadableError, cause_line, check_links, read_or_damage
 from deepstack_jax.train.core.state import without
 from deepstack_jax.types import PyTree, TrainState
 
@@ -96,7 +83,7 @@ class Checkpoints:
         # what it has until `settle` applies the policies: by itself it would delete with the next save, before that one is
         # verified, and a file that cannot be deleted would fail it.
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=LatestN(None),
+            preservation_policy=policies.LatestN(None),
             save_interval_steps=1,
             enable_async_checkpointing=True,
             cleanup_tmp_directories=not self._read_only,
@@ -247,11 +234,7 @@ class Checkpoints:
 
     def _read(self, step: int, abstract: TrainState) -> tuple[tuple[TrainState, dict[str, Any]] | None, str]:
         """(state, data state) of a checkpoint, or None and its damage. A host may be the only one that reads a damaged part."""
-        items = {
-            "state": ocp.args.StandardRestore(abstract),
-            "data": ocp.args.JsonRestore(),
-            "sums": ocp.args.JsonRestore(),
-        }
+        items = {"state": ocp.args.StandardRestore(abstract), "data": ocp.args.JsonRestore(), "sums": ocp.args.JsonRestore()}
         what = f"checkpoint {step} in {self._directory}"
         restore = partial(self._manager.restore, step, args=ocp.args.Composite(**items))
         restored, problem = read_or_damage(what, restore, allgather_str)
@@ -320,14 +303,14 @@ class Checkpoints:
     def _kept(self) -> set[int]:
         """Of the good checkpoints those that stay."""
         train = self._train
-        policies = [LatestN(train.keep), CustomSteps(self._pinned())]
+        wanted = [policies.LatestN(train.keep), policies.CustomSteps(self._pinned())]
         if train.keep_every:
-            policies.append(EveryNSteps(train.keep_every))
+            wanted.append(policies.EveryNSteps(train.keep_every))
         if train.keep_best:
-            best = BestN(get_metric_fn=float, reverse=True, n=train.keep_best, keep_checkpoints_without_metrics=False)
-            policies.append(best)
+            best = {"n": train.keep_best, "keep_checkpoints_without_metrics": False}
+            wanted.append(policies.BestN(get_metric_fn=float, reverse=True, **best))
         infos: Any = [Info(step, datetime.now(UTC), self._losses.get(step)) for step in sorted(self._good)]
-        stay = AnyPreservationPolicy(policies).should_preserve(infos, context=PreservationContext())
+        stay = policies.AnyPreservationPolicy(wanted).should_preserve(infos, context=policies.PreservationContext())
         return {info.step for info, stays in zip(infos, stay, strict=True) if stays}
 
     def _pinned(self) -> list[int]:
