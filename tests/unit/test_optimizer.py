@@ -11,6 +11,7 @@ import numpy as np
 import optax
 import pytest
 from flax import linen as nn
+from optax.contrib import MuonDimensionNumbers
 
 from deepstack_jax.batch import empty_batch
 from deepstack_jax.config import OptimizerConfig, OptimizerGroup, ScheduleConfig, build_config
@@ -26,6 +27,7 @@ from deepstack_jax.train.core.optimizer import (
     matrix_axes,
     unflatten,
 )
+from deepstack_jax.weights.names import NameTable
 from tests.unit.tiny import example, make_batch, tiny_config
 
 pytestmark = pytest.mark.quick
@@ -96,29 +98,29 @@ MATRICES = {
 }
 
 
+MUON = {path: MuonDimensionNumbers(*sides) for path, sides in MATRICES.items()}
+
+
 def test_muon_knows_inputs_and_outputs_of_every_kernel(demo):
-    config, shapes, groups = demo
+    config, _, groups = demo
     chosen = algorithms(config, groups)
-    ours = {path: matrix_axes(path, leaf.ndim) for path, leaf in shapes.items() if chosen[path] == "muon"}
-    assert {path: (axes.reduction_axis, axes.output_axis) for path, axes in ours.items()} == MATRICES
+    ours = matrix_axes(NameTable(config).leaves)
+    assert {path: axes for path, axes in ours.items() if chosen[path] == "muon"} == MUON
+    assert ours.keys() - MUON.keys() == {"head/kernel"}
 
 
 def test_muon_refuses_what_is_no_matrix(demo):
-    _, shapes, _ = demo
-    with pytest.raises(
-        ConfigError, match="layers/norm/scale to a Muon group, but it is not a matrix; send it to an adamw group"
-    ):
-        matrix_axes("layers/norm/scale", 1)
-    groups = dict.fromkeys(shapes, "all")
+    axes = matrix_axes(NameTable(demo[0]).leaves)
     config = OptimizerConfig(groups={"all": OptimizerGroup("muon")})
-    with pytest.raises(ConfigError, match="is not a matrix"):
-        jax.eval_shape(make_optimizer(config, groups, optax.constant_schedule(1.0)).init, shapes)
+    for path in demo[1].keys() - axes.keys():
+        with pytest.raises(ConfigError, match=f"{path} to a Muon group, but it is not a matrix; send it to an adamw group"):
+            make_optimizer(config, dict.fromkeys(["head/kernel", path], "all"), optax.constant_schedule(1.0), axes)
 
 
 def one_update(group: OptimizerGroup, gradients: Any, params: Any = None, steps: int = 1) -> Any:
     """The last of `steps` updates of one group under a constant schedule, jitted as in a run."""
     groups = dict.fromkeys(gradients, "g")
-    optimizer = make_optimizer(OptimizerConfig(groups={"g": group}, clip_norm=1e9), groups, optax.constant_schedule(1.0))
+    optimizer = make_optimizer(OptimizerConfig(groups={"g": group}, clip_norm=1e9), groups, optax.constant_schedule(1.0), MUON)
     params = params or jax.tree.map(jnp.zeros_like, gradients)
 
     @jax.jit
@@ -171,8 +173,7 @@ def test_muon_orthogonalises_each_layer_by_itself():
 
 def test_wrong_axes_would_not_pass_as_orthogonal(monkeypatch):
     """The check above can fail: with `o` taken as (heads | head_dim, width) its layers are not orthogonal."""
-    module = importlib.import_module("deepstack_jax.train.core.optimizer")
-    monkeypatch.setattr(module, "_TWO_INPUTS", module.re.compile("never"))
+    monkeypatch.setitem(MUON, "layers/layers/block/attention/o/kernel", MuonDimensionNumbers((1,), (2, 3)))
     with pytest.raises(AssertionError):
         test_muon_orthogonalises_each_layer_by_itself()
 

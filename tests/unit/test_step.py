@@ -18,10 +18,11 @@ from deepstack_jax.model import layers
 from deepstack_jax.parallel.distributed import put_batch
 from deepstack_jax.parallel.mesh import make_mesh
 from deepstack_jax.parallel.rules import param_shardings, replicated, use_mesh
-from deepstack_jax.train.core.optimizer import FROZEN, assign_groups, flatten, make_optimizer
+from deepstack_jax.train.core.optimizer import FROZEN, assign_groups, flatten, make_optimizer, matrix_axes
 from deepstack_jax.train.core.program import build_program
 from deepstack_jax.train.core.state import new_state, state_shardings
 from deepstack_jax.train.core.step import ModelFns, make_loss, make_train_step, token_loss
+from deepstack_jax.weights.names import NameTable
 from tests.unit.tiny import draw_params, example, make_batch, shapes_in, tiny_config
 
 CONFIG = tiny_config(
@@ -42,6 +43,7 @@ CONFIG = tiny_config(
     }
 )
 MODEL = build_model(CONFIG)
+AXES = matrix_axes(NameTable(CONFIG).leaves)
 FUNCTIONS = ModelFns(
     hidden=lambda params, batch: MODEL.apply({"params": params}, batch).hidden,
     logits=lambda params, hidden: MODEL.apply({"params": params}, hidden, method="logits"),
@@ -85,7 +87,7 @@ def step_of(groups, optimizer, accumulation=1, chunk=8):
 @pytest.fixture(scope="module")
 def reference(params, batch, groups):
     """One step on one device with the config's own optimizer, without accumulation."""
-    optimizer = make_optimizer(CONFIG.optimizer, groups, optax.constant_schedule(1.0))
+    optimizer = make_optimizer(CONFIG.optimizer, groups, optax.constant_schedule(1.0), AXES)
     return jax.jit(step_of(groups, optimizer))(first_state(params, groups, optimizer), batch)
 
 
@@ -213,7 +215,7 @@ def test_a_batch_without_a_supervised_token_changes_nothing(descent):
 
 def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(params, batch, groups):
     """Good, bad, bad, good: the state after it equals, to the byte, that after two good ones; only the counters tell."""
-    optimizer = make_optimizer(CONFIG.optimizer, groups, optax.constant_schedule(1.0))
+    optimizer = make_optimizer(CONFIG.optimizer, groups, optax.constant_schedule(1.0), AXES)
     step = jax.jit(step_of(groups, optimizer))
     poisoned = batch._replace(loss_weights=batch.loss_weights.copy())
     poisoned.loss_weights[3, np.flatnonzero(batch.loss_weights[3])[0]] = np.nan
@@ -264,7 +266,7 @@ def test_first_moments_in_bfloat16(boxed, params, batch, groups):
         CONFIG.optimizer,
         groups={name: dataclasses.replace(group, moment_dtype="bfloat16") for name, group in CONFIG.optimizer.groups.items()},
     )
-    optimizer = make_optimizer(config, groups, optax.constant_schedule(1.0))
+    optimizer = make_optimizer(config, groups, optax.constant_schedule(1.0), AXES)
     state = jax.eval_shape(step_of(groups, optimizer), first_state(params, groups, optimizer), batch)[0]
     dtypes = {jax.tree_util.keystr(path): leaf.dtype for path, leaf in jax.tree_util.tree_leaves_with_path(state.opt_state)}
     first = [dtype for path, dtype in dtypes.items() if ".mu" in path]
@@ -345,7 +347,7 @@ def test_sharded_step_equals_one_device(sizes, accumulation, part, boxed, params
     """`part` is what one device holds of a (5, 32, 40) kernel; the last mesh also takes its batch in two halves."""
     mesh = make_mesh(MeshConfig(*sizes))
     assert mesh.size == 8
-    optimizer = make_optimizer(CONFIG.optimizer, groups, optax.constant_schedule(1.0))
+    optimizer = make_optimizer(CONFIG.optimizer, groups, optax.constant_schedule(1.0), AXES)
     shapes = nn.unbox(boxed)
     shardings = state_shardings(mesh, param_shardings(mesh, boxed), shapes, groups, optimizer)
     state = jax.device_put(first_state(params, groups, optimizer), shardings)

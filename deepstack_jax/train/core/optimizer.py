@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -15,12 +16,9 @@ from optax.contrib import MuonDimensionNumbers, muon
 from deepstack_jax.config import OptimizerConfig, OptimizerGroup, ScheduleConfig
 from deepstack_jax.errors import ConfigError
 from deepstack_jax.weights.adapters import adapter_paths, is_adapter
+from deepstack_jax.weights.names import ParameterLeaf
 
 FROZEN = "frozen"
-# Parameters stacked over layers carry that axis first; Muon orthogonalises each layer's matrix by itself.
-_STACKED = re.compile(r"(^|/)layers/block/")
-# The output map of attention contracts heads and head_dim; every other kernel contracts one axis.
-_TWO_INPUTS = re.compile(r"(^|/)o/kernel$")
 
 
 def flatten(params: Any) -> dict[str, Any]:
@@ -89,19 +87,10 @@ def base_paths(groups: dict[str, str]) -> frozenset[str]:
     return frozenset(path for path, group in groups.items() if group == FROZEN and not is_adapter(path))
 
 
-def matrix_axes(path: str, ndim: int) -> MuonDimensionNumbers:
-    """Which axes of a kernel are its inputs and which its outputs, as Muon needs them.
-
-    Under the scan a kernel is 3-D or 4-D and a norm is 2-D, so the number of axes says nothing; the path does.
-    """
-    if not path.endswith("/kernel"):
-        raise ConfigError(
-            f"config.optimizer.table sends {path} to a Muon group, but it is not a matrix; send it to an adamw group"
-        )
-    first = 1 if _STACKED.search(path) else 0
-    inputs = 2 if _TWO_INPUTS.search(path) else 1
-    axes = tuple(range(first, ndim))
-    return MuonDimensionNumbers(axes[:inputs], axes[inputs:])
+def matrix_axes(leaves: Mapping[str, ParameterLeaf]) -> dict[str, MuonDimensionNumbers]:
+    """Which axes of every kernel are its inputs and which its outputs, as Muon needs them: each layer's matrix by itself."""
+    kernels = {path: (leaf, tuple(range(leaf.stacked, len(leaf.shape)))) for path, leaf in leaves.items() if leaf.inputs}
+    return {path: MuonDimensionNumbers(axes[: leaf.inputs], axes[leaf.inputs :]) for path, (leaf, axes) in kernels.items()}
 
 
 def make_schedule(config: ScheduleConfig, steps: int) -> optax.Schedule:
@@ -117,21 +106,43 @@ def make_schedule(config: ScheduleConfig, steps: int) -> optax.Schedule:
     return optax.join_schedules([rise, optax.constant_schedule(1.0), fall], [warmup, max(warmup, steps - tail)])
 
 
-def make_optimizer(config: OptimizerConfig, groups: dict[str, str], schedule: optax.Schedule) -> optax.GradientTransformation:
-    """The transformation over the flat dict of *trainable* parameters: clip by global norm, then each group's own update."""
+def make_optimizer(
+    config: OptimizerConfig,
+    groups: dict[str, str],
+    schedule: optax.Schedule,
+    axes: Mapping[str, MuonDimensionNumbers] = MappingProxyType({}),
+) -> optax.GradientTransformation:
+    """The transformation over the flat dict of *trainable* parameters: clip by global norm, then each group's own update.
+
+    Args:
+      axes: of every kernel, see `matrix_axes`; Muon needs them.
+
+    Raises:
+      ConfigError: nothing trains, or Muon is to train what is not a matrix.
+    """
     used = set(groups.values()) - {FROZEN}
     if not used:
         raise ConfigError("config.optimizer.table freezes every parameter; nothing would train")
+    muon_groups = {name for name in used if config.groups[name].algorithm == "muon"}
+    if wrong := [path for path, name in groups.items() if name in muon_groups and path not in axes]:
+        raise ConfigError(
+            f"config.optimizer.table sends {wrong[0]} to a Muon group, but it is not a matrix; send it to an adamw group"
+        )
     transforms: dict[Hashable, optax.GradientTransformation] = {
-        name: _group_transform(config.groups[name], schedule) for name in used
+        name: _group_transform(config.groups[name], schedule, axes) for name in used
     }
     labels = {path: group for path, group in groups.items() if group != FROZEN}
     return optax.chain(optax.clip_by_global_norm(config.clip_norm), optax.partition(transforms, labels))
 
 
-def _group_transform(group: OptimizerGroup, schedule: optax.Schedule) -> optax.GradientTransformation:
+def _group_transform(
+    group: OptimizerGroup, schedule: optax.Schedule, axes: Mapping[str, MuonDimensionNumbers]
+) -> optax.GradientTransformation:
     def learning_rate(step: Any) -> Any:
         return group.lr * schedule(step)
+
+    def axes_of(params: Any) -> Any:
+        return jax.tree_util.tree_map_with_path(lambda path, _: axes[path[0].key], params)
 
     if group.algorithm == "muon":
         return muon(
@@ -140,15 +151,13 @@ def _group_transform(group: OptimizerGroup, schedule: optax.Schedule) -> optax.G
             eps=group.eps,
             mu_dtype=group.moment_dtype,
             weight_decay=group.weight_decay,
-            muon_weight_dimension_numbers=_all_axes,
+            muon_weight_dimension_numbers=lambda params: jax.tree_util.tree_map_with_path(
+                lambda path, _: axes[path[0].key], params
+            ),
         )
     return optax.adamw(
         learning_rate, group.b1, group.b2, group.eps, mu_dtype=group.moment_dtype, weight_decay=group.weight_decay
     )
-
-
-def _all_axes(params: Any) -> Any:
-    return jax.tree_util.tree_map_with_path(lambda path, leaf: matrix_axes(path[0].key, leaf.ndim), params)
 
 
 def main_learning_rate(config: OptimizerConfig, groups: dict[str, str], sizes: dict[str, int]) -> float:

@@ -29,12 +29,14 @@ from deepstack_jax.train.core.optimizer import (
     flatten,
     make_optimizer,
     make_schedule,
+    matrix_axes,
     unflatten,
 )
 from deepstack_jax.train.core.state import new_state, state_shardings
 from deepstack_jax.train.core.step import LossSums, ModelFns, StepFn, make_loss, make_train_step
 from deepstack_jax.types import PyTree, TrainState
 from deepstack_jax.weights.adapters import boxed_adapters, fresh_adapters
+from deepstack_jax.weights.names import NameTable
 
 
 @dataclass(frozen=True)
@@ -147,7 +149,7 @@ def build_program(config: Config, mesh: Mesh, steps: int) -> Program:
     shapes = nn.unbox(boxed)
     sizes = {path: int(np.prod(leaf.shape)) for path, leaf in flatten(shapes).items()}
     schedule = make_schedule(config.optimizer.schedule, steps)
-    optimizer = make_optimizer(config.optimizer, groups, schedule)
+    optimizer = make_optimizer(config.optimizer, groups, schedule, matrix_axes(NameTable(config).leaves))
     functions = ModelFns(
         hidden=lambda params, batch: model.apply({"params": params}, batch).hidden,
         logits=lambda params, hidden: model.apply({"params": params}, hidden, method="logits"),
