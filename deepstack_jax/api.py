@@ -35,15 +35,16 @@ from deepstack_jax.generate.logits import next_token_logits
 from deepstack_jax.generate.options import Options, RequestError
 from deepstack_jax.generate.prompts import Turn, find_template, image_list
 from deepstack_jax.printing import label, one_line, quote
+from deepstack_jax.train.checkpoint.adapter import open_adapter, over_base
 from deepstack_jax.train.checkpoint.init_weights import run_leaves
 from deepstack_jax.train.checkpoint.reading import CheckpointError
 from deepstack_jax.train.checkpoint.restore_params import is_workdir
 from deepstack_jax.train.core.optimizer import flatten, unflatten
 from deepstack_jax.types import PyTree
 from deepstack_jax.weights.adapters import is_adapter, merged
-from deepstack_jax.weights.load import load_params
+from deepstack_jax.weights.load import load_params, stored_leaves
 from deepstack_jax.weights.open_checkpoint import find_folder, open_checkpoint
-from deepstack_jax.weights.save import save_checkpoint
+from deepstack_jax.weights.save import LeafLike, save_checkpoint
 
 __all__ = ["LMM", "Answer", "Chat", "CheckpointError", "ImageError", "Options", "RequestError", "load", "save_hf"]
 
@@ -174,7 +175,7 @@ class LMM:
 
 
 # What `convert` has as a flag.
-_ARGUMENTS = {name: name for name in ("tower", "base", "projector", "dtype", "format", "max_shard", "workdir")} | {
+_ARGUMENTS = {name: name for name in ("tower", "base", "projector", "adapter", "dtype", "format", "max_shard", "workdir")} | {
     "force": "force=True"
 }
 
@@ -187,6 +188,7 @@ def load(
     tower: str | PathLike[str] = "",
     base: str | PathLike[str] = "",
     projector: str | PathLike[str] = "",
+    adapter: str | PathLike[str] = "",
     template: str = "",
 ) -> LMM:
     """Read a model.
@@ -198,6 +200,8 @@ def load(
       tower: folder or hub id of the vision tower, in place of the one that config.json names.
       base: folder or hub id of the language model under a folder that holds a projector alone.
       projector: an mm_projector.bin, in place of the folder's.
+      adapter: LoRA adapters over the model: the workdir of a run that trained some, or a folder of PEFT. They stay beside the
+        kernels; `save_hf` merges them. A workdir with adapters, given as `path`, finds its base itself.
       template: name of the conversation template, in place of that of the run or of such checkpoints.
 
     Raises:
@@ -205,10 +209,11 @@ def load(
       WeightsError, ConfigError: the folder, its config.json, weights or tokenizer do not fit together or are not known here.
       CheckpointError: a workdir without a checkpoint that can be read.
     """
-    return _load(path, dtype, tower=str(tower), base=str(base), projector=str(projector), template=template)
+    others = {"tower": str(tower), "base": str(base), "projector": str(projector), "adapter": str(adapter)}
+    return _load(path, dtype, **others, template=template)
 
 
-@flags_as({name: f"convert's --{name}" for name in ("tower", "base", "projector")})
+@flags_as({name: f"convert's --{name}" for name in ("tower", "base", "projector", "adapter")})
 def load_in_verb(path: str, dtype: str | None) -> LMM:
     """As `load`, for a verb that gets a folder alone: `convert` is named where it needs more than that."""
     return _load(path, dtype)
@@ -221,6 +226,7 @@ def _load(
     tower: str = "",
     base: str = "",
     projector: str = "",
+    adapter: str = "",
     template: str = "",
 ) -> LMM:
     if template:
@@ -233,14 +239,18 @@ def _load(
         raise ConfigError(f"dtype got {kind}, expected {' or '.join(DTYPES)}")
     folder = find_folder(Path(path))
     if is_workdir(folder):
-        return _load_workdir(folder, kind, template)
+        return _load_workdir(folder, kind, template, adapter)
     found = open_checkpoint(folder, tower=tower, base=base, projector=projector)
     config = _computing_in(found.config, kind, template or found.template)
     name = found.tokenizer or config.data.tokenizer
     tokenizer = _tokenizer(name, config) if name else None
     if tokenizer is not None and not template:
         _warn_of_template(tokenizer, found.template)
-    params = load_params(found.tensors, config, np.dtype(kind))
+    if adapter:
+        leaves = stored_leaves(found.tensors, config, np.dtype(kind))
+        params = placed(over_base(leaves, open_adapter(adapter, config), folder), kind)
+    else:
+        params = load_params(found.tensors, config, np.dtype(kind))
     pad_id = UNKNOWN if tokenizer is None else tokenizer.pad_id  # upstream pads with it, whatever config.json says
     return LMM(config, params, tokenizer, config.data.template, pad_id, found.tokenizer, found.passthrough, found.ends)
 
@@ -282,15 +292,23 @@ def _warn_of_template(tokenizer: Tokenizer, template: str) -> None:
         )
 
 
-def _load_workdir(workdir: Path, kind: str, template: str) -> LMM:
+def placed(leaves: Mapping[str, LeafLike], kind: str) -> PyTree:
+    """Parameters by path as a tree on the default device, adapters in float32, all others in dtype `kind`."""
+
+    def place(path: str, leaf: LeafLike) -> jax.Array:
+        whole = leaf[tuple(slice(None) for _ in leaf.shape)]
+        return jnp.asarray(whole, "float32" if is_adapter(path) else kind)
+
+    return unflatten({path: place(path, leaf) for path, leaf in leaves.items()})
+
+
+def _load_workdir(workdir: Path, kind: str, template: str, adapter: str) -> LMM:
     _, config, leaves = run_leaves(workdir)
+    if adapter:
+        leaves = over_base(merged(leaves, config), open_adapter(adapter, config), workdir)
     config = _computing_in(config, kind, template or config.data.template)
     tokenizer = _tokenizer(config.data.tokenizer, config)
-    params = {}
-    for path, leaf in leaves.items():
-        whole = leaf[tuple(slice(None) for _ in leaf.shape)]
-        params[path] = jnp.asarray(whole, "float32" if is_adapter(path) else kind)
-    params = unflatten(params)
+    params = placed(leaves, kind)
     passthrough, files = token_ids(tokenizer), tokenizer_files(tokenizer)
     return LMM(config, params, tokenizer, config.data.template, tokenizer.pad_id, files, passthrough)
 

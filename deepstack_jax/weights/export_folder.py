@@ -19,7 +19,9 @@ TOKENIZER_FILES = (
     *("tokenizer.model", "tokenizer.json", "tokenizer_config.json"),
     *("special_tokens_map.json", "added_tokens.json", "generation_config.json"),
 )
-_WRITTEN = {MARK, BEYOND_FILE, "config.json", "preprocessor_config.json", "model.safetensors.index.json", *TOKENIZER_FILES}
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+_JSON = ("config.json", "preprocessor_config.json", "model.safetensors.index.json")
+_WRITTEN = {MARK, BEYOND_FILE, *_JSON, *ADAPTER_FILES, *TOKENIZER_FILES}
 _WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
 _IN_TOWER = ("config.json", "preprocessor_config.json", "model.safetensors")
 _TOWER = {TOWER_FOLDER, *(f"{TOWER_FOLDER}/{name}" for name in _IN_TOWER)}

@@ -208,7 +208,7 @@ def _ranges(numbers: list[int]) -> str:
 def _cause(missing: list[str], unknown: list[str], wrong: Mapping[str, tuple[int, ...]], shapes: Mapping[str, Any]) -> str:
     """What most probably happened, and what to do."""
     if any("lora_" in name for name in unknown):
-        return "These are LoRA weights: merge them into their base model (peft's merge_and_unload) and give that folder"
+        return "These are LoRA weights: give their base model, and the folder with their adapter_config.json with --adapter=DIR"
     if any(name.endswith(_QUANTISED) for name in unknown):
         return "The weights are quantised: give the folder of the full-precision model"
     if missing == ["lm_head.weight"]:

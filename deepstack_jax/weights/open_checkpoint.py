@@ -78,8 +78,7 @@ def open_checkpoint(
     folder = find_folder(path)
     if (folder / "adapter_config.json").exists():
         raise WeightsError(
-            f"{folder} holds a LoRA adapter, expected whole weights; merge it into its base model first (peft: "
-            "PeftModel.from_pretrained(...).merge_and_unload().save_pretrained(...))"
+            f"{folder} holds a LoRA adapter, expected whole weights; give its base model, and this folder with --adapter=DIR"
         )
     values = read_model_json(folder / "config.json")
     bare, inner = word(values, "model_type") in language_models(), is_llava_hf(values)

@@ -80,6 +80,7 @@ def save_checkpoint(
     force: bool = False,
     sources: Iterable[str | Path] = (),
     progress: Callable[[int], None] = lambda nbytes: None,
+    check: Callable[[Path], None] = lambda folder: None,
 ) -> Written:
     """Write config.json, the weights in safetensors, the vision tower's own folder and the tokenizer.
 
@@ -95,6 +96,7 @@ def save_checkpoint(
       passthrough: keys of config.json that our Config does not describe, as `StoredModel.passthrough`.
       sources: files and folders that the parameters come from, which are never replaced.
       progress: called with the bytes of every tensor written.
+      check: called with the whole folder, before it takes its place; it may raise.
 
     Raises:
       WeightsError: the folder is not empty, the model has no such form, parameters are missing or do not fit, or a value is
@@ -125,6 +127,7 @@ def save_checkpoint(
             if beyond:
                 write_json(scratch / BEYOND_FILE, beyond)
             _copy_tokenizer(tokenizer_folder, scratch)
+            check(scratch)
     except OSError as error:
         raise WeightsError(f"cannot write {folder}: {error.strerror or error}; choose another folder") from error
     parameters = sum(out.size for out in outs)
@@ -183,12 +186,12 @@ def _tensors(leaves: Mapping[str, LeafLike], config: Config, form: str) -> Itera
         if form == "official":
             yield Out(name, shape, make)
         elif name in (EMBEDDINGS, HEAD):
-            yield Out(llava_hf_name(name), (shape[0] + 1, shape[1]), lambda make=make: _with_image_row(make()))
+            yield Out(llava_hf_name(name), (shape[0] + 1, shape[1]), lambda make=make: with_image_row(make()))
         else:
             yield Out(llava_hf_name(name), shape, make)
 
 
-def _with_image_row(table: np.ndarray) -> np.ndarray:
+def with_image_row(table: np.ndarray) -> np.ndarray:
     """A table of words with one more, for `<image>`: their mean, whose logit is never the largest."""
     return np.concatenate([table, table.mean(axis=0, keepdims=True, dtype=np.float64).astype(table.dtype)])
 

@@ -3,9 +3,12 @@
 import signal
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+import deepstack_jax as dsx
 from tests.e2e.receipts import draw_receipts
+from tests.e2e.test_convert import convert
 from tests.e2e.verb import assert_same_bytes, read_lines, saved_state, train, train_until
 from tests.parity.goldens import write_folder
 
@@ -57,6 +60,15 @@ def test_a_killed_run_goes_on_to_the_same_bytes(config, tmp_path):
     assert last.returncode == 0, last.stderr
     assert "resumed from step " in last.stdout
     assert_same_bytes(saved_state(killed), saved_state(straight))
+    merged = convert(f"--from={killed}", f"--to={tmp_path / 'merged'}")
+    assert "logits differ by " in merged.stdout, merged.stderr
+    ids = np.array([[1, 5, 7, 9, 11, 4]])
+    expected = dsx.load(killed).logits(ids)
+    np.testing.assert_allclose(dsx.load(tmp_path / "merged").logits(ids), expected, atol=1e-5 * np.abs(expected).max())
+    alone = convert(f"--from={killed}", f"--to={tmp_path / 'adapter'}", "--format=peft")
+    assert "adapters of run finetune-full, step 12, peft, 17,312 parameters" in alone.stdout, alone.stderr
+    found = dsx.load(dsx.load(killed).config.train.weights, adapter=tmp_path / "adapter").logits(ids)
+    np.testing.assert_array_equal(found, expected)
     losses = [line["loss"] for line in read_lines(straight / "metrics.jsonl") if "loss" in line]
     assert losses[-1] < losses[0]
     assert [line["loss"] for line in read_lines(killed / "metrics.jsonl") if "loss" in line] == losses

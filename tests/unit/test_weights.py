@@ -342,7 +342,7 @@ def test_the_tower_inside_wins_and_one_outside_is_found_beside_or_above(folder, 
         ),
         (["model.mm_projector"], {}, r"4 missing: model\.mm_projector\.\{0,2\}\.weight.*--projector=FILE"),
         ([], {"model.image_newline": np.zeros(48)}, r"1 unknown: model\.image_newline.*spatial_unpad"),
-        ([], {"model.layers.0.self_attn.q_proj.lora_A.weight": np.zeros(1)}, r"LoRA weights: merge them"),
+        ([], {"model.layers.0.self_attn.q_proj.lora_A.weight": np.zeros(1)}, r"LoRA weights: give their base model"),
         (
             [],
             {"model.embed_tokens.weight": np.zeros((563, 48))},
@@ -413,7 +413,7 @@ def test_folders_that_are_no_checkpoints(folder, tmp_path):
         with pytest.raises(WeightsError, match=message):
             open_checkpoint(path)
     (folder / "adapter_config.json").write_text("{}")
-    with pytest.raises(WeightsError, match=r"LoRA adapter.*merge_and_unload"):
+    with pytest.raises(WeightsError, match=r"LoRA adapter.*give its base model, and this folder with --adapter=DIR"):
         open_checkpoint(folder)
     (folder / "adapter_config.json").unlink()
     for content in ("{", "[]"):

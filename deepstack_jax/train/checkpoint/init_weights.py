@@ -19,6 +19,7 @@ from deepstack_jax.config import Config, MeshConfig, TrainConfig
 from deepstack_jax.errors import WeightsError, fetch_command, flags_as
 from deepstack_jax.families.forms import check_against
 from deepstack_jax.parallel.mesh import make_mesh
+from deepstack_jax.train.checkpoint.adapter import check_base
 from deepstack_jax.train.checkpoint.checksums import base_checksum_in_memory
 from deepstack_jax.train.checkpoint.reading import saved_steps
 from deepstack_jax.train.checkpoint.restore_params import config_of, is_workdir, restore_base, restore_params
@@ -36,7 +37,9 @@ PROJECTOR = ("projector/", "image_newline")  # beginnings of the paths that stag
 NEWLINE = "model.image_newline"
 
 # What `convert` has as a flag.
-WEIGHT_FLAGS = {"tower": "--config.train.tower", "projector": "--config.train.projector", "base": "--config.train.weights"}
+WEIGHT_FLAGS = {"tower": "--config.train.tower", "projector": "--config.train.projector", "base": "--config.train.weights"} | {
+    "adapter": "convert's --adapter"
+}
 
 
 def open_start(config: Config) -> StoredModel:
@@ -86,7 +89,8 @@ def with_base(program: Program, saved: TrainState) -> TrainState:
     if saved.base is None:
         return saved
     begun = first_state(program)
-    _check_base(program.config, int(jax.device_get(saved.base)), int(jax.device_get(begun.base)))
+    trained_over, found = jax.device_get((saved.base, begun.base))
+    check_base(int(trained_over), int(found), _base_name(program.config))
     return dataclasses.replace(saved, params=unflatten(flatten(begun.params) | flatten(saved.params)))
 
 
@@ -101,7 +105,7 @@ def run_leaves(workdir: Path, only: tuple[str, ...] = ("",)) -> tuple[int, Confi
     if not wanted:
         return step, config, dict(leaves)
     base = _base_leaves(config)
-    _check_base(config, restore_base(workdir, step), base_checksum_in_memory(base))
+    check_base(restore_base(workdir, step), base_checksum_in_memory(base), _base_name(config))
     return step, config, {**leaves, **{path: base[path] for path in wanted}}
 
 
@@ -129,13 +133,8 @@ def _draw(program: Program, paths: Collection[str]) -> dict[str, np.ndarray]:
     return jax.device_get(jax.jit(draw)(jax.random.key(program.config.seed)))
 
 
-def _check_base(config: Config, trained_over: int, found: int) -> None:
-    if trained_over != found:
-        where = f"config.train.weights={config.train.weights}" if config.train.weights else f"config.seed={config.seed}"
-        raise WeightsError(
-            f"the adapters were trained over a base with checksum {trained_over:08x}, and {where} gives {found:08x}; give the "
-            "weights that the run began with"
-        )
+def _base_name(config: Config) -> str:
+    return f"config.train.weights={config.train.weights}" if config.train.weights else f"config.seed={config.seed}"
 
 
 def find_weights(config: Config) -> StoredModel:
