@@ -16,8 +16,8 @@ import sys
 import time
 from pathlib import Path
 
+from benchmarks.small_tokenizer import train_bpe
 from deepstack_jax.data.encode.templates import TEMPLATES
-from deepstack_jax.data.encode.tokenizer import train_bpe
 
 REPOSITORY = Path(__file__).parents[1]
 CONFIG = REPOSITORY / "configs" / "overfit.py"

@@ -1,7 +1,5 @@
 """What can be known of a source before its examples are read: options, files and their versions, images there or missing."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os
@@ -13,7 +11,6 @@ from itertools import compress
 from typing import Any
 
 import numpy as np
-from fsspec.core import url_to_fs
 
 from deepstack_jax.config import DataConfig, DataSpec
 from deepstack_jax.data.encode.encoder import Encoder
@@ -106,7 +103,7 @@ def _digest(path: str) -> str:
     """Of the bytes of a local path's files, preceded by whether all of them were read; "" of a URL, whose version is known."""
     if files.is_url(path):
         return ""
-    names = [name for name in _behind(path)[1] if os.path.isfile(name)]
+    names = [name for name in files.named_files(path)[1] if os.path.isfile(name)]
     if os.path.isdir(path):
         names = [name for name in names if name.endswith((".parquet", ".arrow", SUFFIX))]
     sizes = [os.path.getsize(name) for name in names]
@@ -148,20 +145,9 @@ def named_images(source: Source) -> tuple[int, list[str]]:
     return len(paths), files.missing(dict.fromkeys(paths))
 
 
-def _behind(path: str) -> tuple[Any, list[str]]:
-    """A file system of fsspec and the files in it that `path` names: a file, a folder, a pattern, or one split of a folder."""
-    system, inner = url_to_fs(path)
-    if any(mark in path for mark in "*?["):
-        names = system.glob(inner)
-    else:
-        there = system.exists(inner)
-        names = system.find(inner if there else posixpath.dirname(inner), maxdepth=2)
-    return system, sorted(map(str, names)) or [inner]
-
-
 def _version(path: str) -> str:
     """Changes with every file that `path` names."""
-    system, names = _behind(path)
+    system, names = files.named_files(path)
     if files.is_url(path):
         version = hashlib.sha256(json.dumps([system.ukey(name) for name in names]).encode()).hexdigest()[:16]
     else:

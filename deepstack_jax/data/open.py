@@ -1,7 +1,5 @@
 """From a configuration or a path to a source of examples: the container is told by the path, never guessed."""
 
-from __future__ import annotations
-
 import errno
 import os
 import posixpath
@@ -118,17 +116,12 @@ def _open(path: str, limits: LimitsConfig) -> Records | shards.ShardSource:
     splits = _splits(folder) if folder and files.is_folder(folder) else {}
     if split in splits:
         return _open_folder(folder, split, limits)
-    held = f"{folder} holds the splits {', '.join(splits)}" if any(splits) else f"give {_CONTAINERS}"
-    raise MissingError(f"{path} {_absence(path)}; {held}")
-
-
-def _absence(path: str) -> str:
-    """That nothing is at the path, or what is there instead; OSError where it is not a file."""
+    held, absence = f"{folder} holds the splits {', '.join(splits)}" if any(splits) else f"give {_CONTAINERS}", "does not exist"
     try:
         files.size(path)
     except (FileNotFoundError, NotADirectoryError) as error:  # may name what is there, composed otherwise
-        return str(error.strerror).replace(os.strerror(errno.ENOENT), "does not exist")
-    return "does not exist"
+        absence = str(error.strerror).replace(os.strerror(errno.ENOENT), absence)
+    raise MissingError(f"{path} {absence}; {held}")
 
 
 def _open_parts(path: str, parts: Sequence[str], limits: LimitsConfig) -> Records:
@@ -182,7 +175,9 @@ def _splits(folder: str) -> dict[str, list[str]]:
         return {name: [files.held(folder, name)] for name in map(str, names)}
     splits: dict[str, list[str]] = {}
     for part in _parquet_files(folder):
-        splits.setdefault(_split_of(posixpath.basename(part)), []).append(part)
+        name = posixpath.basename(part)
+        shard, word = _SHARD.fullmatch(name), _SPLIT_WORD.search(name)
+        splits.setdefault(shard[1] if shard else word[1] if word else "", []).append(part)
     return splits
 
 
@@ -194,12 +189,6 @@ def _parquet_files(folder: str) -> list[str]:
             if found:
                 return found
     return []
-
-
-def _split_of(name: str) -> str:
-    shard = _SHARD.fullmatch(name)
-    word = _SPLIT_WORD.search(name)
-    return shard[1] if shard else word[1] if word else ""
 
 
 def _check_shards(path: str, parts: Sequence[str]) -> None:

@@ -1,7 +1,5 @@
 """Held-out rows that are training rows too: scores on them tell what was remembered, not what was learnt."""
 
-from __future__ import annotations
-
 import hashlib
 import time
 from collections.abc import Iterator

@@ -5,8 +5,6 @@ the same for every number of workers and hosts, a run resumes with exactly the n
 epoch.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import math
@@ -25,7 +23,7 @@ from deepstack_jax.data.encode.batch_rows import EncodedExample, ExampleSize, Ho
 from deepstack_jax.data.encode.encoder import Encoder, try_record
 from deepstack_jax.data.example import BadExample, Source, SourceError
 from deepstack_jax.data.formats import files
-from deepstack_jax.data.order.batches import BatchOrder, PackedBatches, PaddedBatches
+from deepstack_jax.data.order.batches import PackedBatches, PaddedBatches
 from deepstack_jax.data.order.lengths import length_index
 from deepstack_jax.data.order.mixture import SHUFFLE_ROUNDS, epoch_order, row_choice
 from deepstack_jax.data.order.packing import RowCapacity
@@ -43,7 +41,7 @@ class BatchLoader:
 
     source: Source
     encoder: Encoder
-    schedule: BatchOrder
+    schedule: PackedBatches | PaddedBatches
     sizes: np.ndarray | None
     process: int
     processes: int
@@ -129,12 +127,8 @@ class TrainingStream(Iterator[HostBatch]):
         """How well packed rows are used; None without packing."""
         return self.schedule.describe() if isinstance(self.schedule, PackedBatches) else None
 
-    def indices(self, number: int) -> list[int]:
-        """Records of the source in this host's part of batch `number`, in order."""
-        return [index for row in self._make.rows(number)[0] for index in row]
-
     def examples(self, number: int) -> list[int]:
-        """The same of all hosts' parts."""
+        """Records of the source in batch `number`, of all hosts' parts, in order."""
         return [index for row in self.schedule.step(number).rows for index in row]
 
     def state(self, unused: int = 0) -> dict[str, Any]:

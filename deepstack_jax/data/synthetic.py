@@ -18,51 +18,28 @@ import numpy as np
 
 from deepstack_jax.data.example import Example, Message
 
-BOXES = 4
-"""Boxes along each side of the page: with the 64x64 low-res view and 16-pixel patches, one visual token per box."""
-
-BOX_PIXELS = 32
-"""Side of a box: 2x2 patches of the high-res view, one in each of the four 2d-sampled groups."""
-
+BOXES = 4  # along each side of the page: with the 64x64 low-res view and 16-pixel patches, one visual token per box
+BOX_PIXELS = 32  # side of a box: 2x2 patches of the high-res view, one in each of the four 2d-sampled groups
 PAGE_PIXELS = BOXES * BOX_PIXELS
-
-CELL = 2
-"""Side of a checker cell, the factor between page and low-res view; ink and paper differ only inside a cell."""
-
-SHADES = (104, 120, 136, 152)
-"""Gray value of each shade: near the middle, which leaves room for `AMPLITUDE` on both sides."""
-
+CELL = 2  # side of a checker cell, the factor between page and low-res view; ink and paper differ only inside a cell
+SHADES = (104, 120, 136, 152)  # gray value of each: near the middle, which leaves room for AMPLITUDE on both sides
+# Half the contrast between the two gray levels of a box: as large as the darkest and brightest shade allow with a margin,
+# since the texture is all that a patch embedding has to learn the digits from.
 AMPLITUDE = 100
-"""Half the contrast between the two gray levels of a box: as large as the darkest and brightest shade allow with a margin,
-since the texture is all that a patch embedding has to learn the digits from."""
-
-INK = 32
-"""How much darker than its shade the ink of a "legible" digit is: two shades apart, so that neither drowns the other."""
-
+INK = 32  # how much darker than its shade that of a "legible" digit is: two shades apart, so that neither drowns the other
+# Positions along each axis that a glyph may take within its area, one cell apart. With all eight that fit, the digits take
+# more steps to learn than a demo has.
 JITTER = 2
-"""Positions along each axis that a glyph may take within its area, one cell apart. With all
-eight that fit, the digits take more steps to learn than a demo has."""
-
 SHADE_WORDS = ("dark", "dim", "pale", "bright")
-
-FINE_FRACTION = 0.7
-"""Probability that a question asks for a digit; the rest keep the coarse task, which every model can learn, in the mix."""
-
+FINE_FRACTION = 0.7  # of the questions ask for a digit; the rest keep the coarse task, which every model can learn, in the mix
+# Exact match of the best constant guess, by kind: digits and shades are uniform and independent of everything else.
 CHANCE = MappingProxyType({"fine": 0.1, "coarse": 0.25})
-"""Exact match of the best constant guess, by kind: digits and shades are uniform and independent of everything else."""
-
 STYLES = ("checker", "legible")
 SPLITS = ("train", "validation")
+# One word asks for one thing of one box: a question that has to be put together from two words needs a further layer.
 QUESTION_WORDS = MappingProxyType({kind: tuple(f"{kind}?{box:02d}" for box in range(BOXES**2)) for kind in ("digit", "shade")})
-"""One word asks for one thing of one box: a question that has to be put together from two words needs a further layer."""
-
-VOCABULARY: tuple[str, ...] = (
-    *(str(digit) for digit in range(10)),
-    *SHADE_WORDS,
-    *QUESTION_WORDS["digit"],
-    *QUESTION_WORDS["shade"],
-)
-"""Every word of questions and answers; each is one token of a whitespace tokenizer."""
+# Every word of questions and answers; each is one token of a whitespace tokenizer.
+VOCABULARY: tuple[str, ...] = (*map(str, range(10)), *SHADE_WORDS, *QUESTION_WORDS["digit"], *QUESTION_WORDS["shade"])
 
 _FONT_ROWS = """
 .###. ..#.. .###. ##### ...#. ##### ..##. ##### .###. .###.
@@ -76,8 +53,7 @@ _FONT_ROWS = """
 
 _DOTS = [[[dot == "#" for dot in glyph] for glyph in row.split()] for row in _FONT_ROWS.strip().split("\n")]
 
-FONT = np.array(_DOTS).swapaxes(0, 1)
-"""bool[10, 7, 5]: the usual 5x7 matrix digits; `FONT[d, y, x]` is ink."""
+FONT = np.array(_DOTS).swapaxes(0, 1)  # bool[10, 7, 5]: the usual 5x7 matrix digits; FONT[d, y, x] is ink
 
 
 @dataclass(frozen=True)
@@ -141,12 +117,8 @@ class DocumentPages:
             name=f"page_{self.split}_{self.seed}_{index}",
             images=(draw_page(self.style, digits, shades, places),),
             messages=messages,
-            info={
-                "kinds": kinds,
-                "digits": digits.reshape(grid),
-                "shades": shades.reshape(grid),
-                "corners": corners[places].reshape(grid),
-            },
+            info={"kinds": kinds}
+            | {"digits": digits.reshape(grid), "shades": shades.reshape(grid), "corners": corners[places].reshape(grid)},
         )
 
     def _conversation(
@@ -184,11 +156,9 @@ def digit_tiles(style: str) -> tuple[np.ndarray, np.ndarray]:
     """
     cells = BOX_PIXELS // CELL
     if style == "checker":
-        dots, areas = FONT, [(y, x) for y in (0, cells // 2) for x in (0, cells // 2)]
-        area = cells // 2
+        dots, area, areas = FONT, cells // 2, [(y, x) for y in (0, cells // 2) for x in (0, cells // 2)]
     else:
-        dots, areas = FONT.repeat(2, axis=1).repeat(2, axis=2), [(0, 0)]
-        area = cells
+        dots, area, areas = FONT.repeat(2, axis=1).repeat(2, axis=2), cells, [(0, 0)]
     _, height, width = dots.shape
     jitters = [(y, x) for y in range(min(JITTER, area - height + 1)) for x in range(min(JITTER, area - width + 1))]
     paper = -1 if style == "checker" else 0

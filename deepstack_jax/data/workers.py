@@ -1,7 +1,5 @@
 """Worker processes: what each does first, and the shared memory through which their batches come."""
 
-from __future__ import annotations
-
 import errno
 import gc
 import multiprocessing

@@ -1,7 +1,5 @@
 """The official '+'-joined `deepstack_args_for_ablation` and our typed configuration, one into the other."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 from typing import Any

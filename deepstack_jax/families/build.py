@@ -1,7 +1,5 @@
 """The flax module that a configuration describes: tower and decoder of its families, in the variant that it asks for."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import jax.numpy as jnp

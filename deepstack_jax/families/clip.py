@@ -1,7 +1,5 @@
 """CLIP's vision transformer: class token, pre-norm layers with biases."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

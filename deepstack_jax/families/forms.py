@@ -4,8 +4,6 @@ A form is official (DeepStack, and the LLaVA before it) or `llava-hf`; a folder 
 tower, or a projector alone. Each asks the families of the two parts for what is theirs.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import warnings
 from collections.abc import Iterator, Mapping

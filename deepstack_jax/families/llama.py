@@ -1,7 +1,5 @@
 """LLaMA, and Mistral, which is LLaMA with a sliding window; what other decoders of this arithmetic build on."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

@@ -1,7 +1,5 @@
 """config.json and names of `llava-hf` folders, which transformers' Llava and LlavaNext load."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Mapping
 from typing import Any

@@ -1,7 +1,5 @@
 """config.json of the official DeepStack code and of the LLaVA before it, as our Config and back."""
 
-from __future__ import annotations
-
 import dataclasses
 import difflib
 import math

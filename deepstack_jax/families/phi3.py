@@ -1,7 +1,5 @@
 """Phi-3: LLaMA's arithmetic with fused tensors, scaled rotary positions and a sliding window."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from deepstack_jax.config import DecoderConfig

@@ -1,7 +1,5 @@
 """How a Hugging Face folder says that images become pixels: its image processor's settings as values of our ImageConfig."""
 
-from __future__ import annotations
-
 import ast
 import re
 from collections.abc import Mapping

@@ -1,7 +1,5 @@
 """Rotary positions as Hugging Face folders spell them, and back."""
 
-from __future__ import annotations
-
 from collections.abc import Collection, Mapping
 from typing import Any
 

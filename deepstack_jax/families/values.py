@@ -1,7 +1,5 @@
 """Values out of a stranger's config.json: each is what it must be, or a WeightsError names key, value and the next move."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The ways in which an image becomes views and tokens, one row each: what grids it may get, and what follows from that."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

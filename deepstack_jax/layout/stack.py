@@ -4,8 +4,6 @@ A group is the set of P high-resolution tokens that is added to the P global tok
 sampling is a permutation of the mosaic, so it is one index table per grid. Tokens are counted crop-major: crop * P + patch.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Write data sets as shards with their images inside: `python -m deepstack_jax.prepare --config=FILE --out=DIR`."""
 
-from __future__ import annotations
-
 import os
 import shlex
 import shutil

@@ -4,8 +4,6 @@ Chunk i is the examples i*n .. i*n+n-1 of the source in their order and becomes 
 nor an interruption shows in the bytes. Examples that cannot be used are left out of their shard and named beside it.
 """
 
-from __future__ import annotations
-
 import json
 import multiprocessing
 import os

@@ -1,7 +1,5 @@
 """LoRA adapters as parameters: which there are of a kernel, and what they are before training."""
 
-from __future__ import annotations
-
 import math
 import zlib
 from collections.abc import Iterable, Mapping

@@ -1,7 +1,5 @@
 """Reading checkpoint folders: which files hold the tensors, and which tensors those are."""
 
-from __future__ import annotations
-
 import json
 import os
 import re

@@ -1,7 +1,5 @@
 """The folder that an export is written to: what may be there, and how the whole export takes its place at once."""
 
-from __future__ import annotations
-
 import os
 import re
 import shutil

@@ -4,8 +4,6 @@ Host memory beyond the arrays that come out: on a CPU, where jax takes over the 
 checkpoint; elsewhere one parameter, or with shardings those of its parts that this host holds.
 """
 
-from __future__ import annotations
-
 import re
 import warnings
 from collections.abc import Collection, Mapping

@@ -6,8 +6,6 @@ numbers. Every layout is a bijection. Other projects' names are rewritten to the
 no second table.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple

@@ -1,7 +1,5 @@
 """Opening a checkpoint: which folders belong to it, and all of its tensors under one naming."""
 
-from __future__ import annotations
-
 import dataclasses
 import os
 import re

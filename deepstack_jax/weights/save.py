@@ -1,7 +1,5 @@
 """Writing a checkpoint folder that the official code (or transformers) loads: tensor after tensor, and whole or not at all."""
 
-from __future__ import annotations
-
 import functools
 import json
 import math

@@ -3,8 +3,6 @@
 A tensor is mapped into memory when it is read and let go with the array, so that a checkpoint is never in memory whole.
 """
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Callable

@@ -5,8 +5,6 @@ that a file may program: it calls, sets attributes and hashes what it is told to
 opcodes build lists, tuples, dictionaries with names for keys, and records of what was asked for, and nothing is called.
 """
 
-from __future__ import annotations
-
 import math
 import pickletools
 import zipfile

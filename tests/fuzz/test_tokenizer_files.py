@@ -10,8 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sentencepiece import sentencepiece_model_pb2
 
+from benchmarks.small_tokenizer import train_bpe
 from deepstack_jax.data.encode.labels import encode_with_images
-from deepstack_jax.data.encode.tokenizer import HFTokenizer, SentencePieceTokenizer, train_bpe
+from deepstack_jax.data.encode.tokenizer import HFTokenizer, SentencePieceTokenizer
 from tests.fuzz.watch import is_one_line
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "tokenizer"

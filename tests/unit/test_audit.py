@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from benchmarks.small_tokenizer import train_bpe
 from deepstack_jax.audit import pictures, survey
 from deepstack_jax.audit.cards import make_card
 from deepstack_jax.audit.charts import draw_charts
@@ -23,7 +24,7 @@ from deepstack_jax.batch import NEWLINE
 from deepstack_jax.config import Config, build_config, default_config
 from deepstack_jax.data.encode.encoder import Encoder
 from deepstack_jax.data.encode.templates import get_template, images_to_front, render
-from deepstack_jax.data.encode.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer, train_bpe
+from deepstack_jax.data.encode.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
 from deepstack_jax.data.example import BadExample, Example, ExampleError, Message
 from deepstack_jax.data.order import lengths
 from deepstack_jax.data.pipeline import TrainingStream
@@ -298,7 +299,7 @@ def test_rows_are_the_first_of_the_training_order_or_drawn_by_seed():
     config = small_config()
     source = Listed([example(index, SQUARE) for index in range(12)])
     stream = TrainingStream(source, config.data_spec)
-    order = [row for step in range(3) for row in stream.indices(step)]
+    order = [row for step in range(3) for row in stream.examples(step)]
     assert survey.choose_rows(source, config, 6, None) == order
     drawn = survey.choose_rows(source, config, 6, 1)
     assert drawn == survey.choose_rows(source, config, 6, 1) != survey.choose_rows(source, config, 6, 2)

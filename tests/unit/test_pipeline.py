@@ -78,7 +78,7 @@ def seen(delivered: Sequence[HostBatch]) -> list[int]:
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_example_comes_once_per_epoch_and_the_bad_ones_are_named(kind):
     delivered = uninterrupted(kind)
-    assert seen(delivered[:1]) == TrainingStream(SOURCE, make_config(kind).data_spec).indices(0)
+    assert seen(delivered[:1]) == TrainingStream(SOURCE, make_config(kind).data_spec).examples(0)
     examples = seen(delivered)
     assert len(examples) == sum(one.examples for one in delivered)
     for epoch in range(len(examples) // 30):

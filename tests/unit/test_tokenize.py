@@ -10,6 +10,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
+from benchmarks.small_tokenizer import train_bpe
 from deepstack_jax.data.encode.labels import IMAGE_TOKEN, encode_conversation, encode_with_images
 from deepstack_jax.data.encode.templates import TEMPLATES, get_template, images_to_front, render
 from deepstack_jax.data.encode.tokenizer import (
@@ -19,7 +20,6 @@ from deepstack_jax.data.encode.tokenizer import (
     WordTokenizer,
     check_end_of_turn,
     load_tokenizer,
-    train_bpe,
 )
 from deepstack_jax.data.example import ConversationError, Message
 from tests.unit.made_examples import turns_of

@@ -12,6 +12,7 @@ from sentencepiece import sentencepiece_model_pb2
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
+from benchmarks.small_tokenizer import train_bpe
 from deepstack_jax.config import Config, DataConfig
 from deepstack_jax.data.encode.labels import CONTROL, encode_conversation, encode_with_images
 from deepstack_jax.data.encode.templates import TEMPLATES, render
@@ -21,7 +22,6 @@ from deepstack_jax.data.encode.tokenizer import (
     WordTokenizer,
     load_tokenizer,
     open_tokenizer,
-    train_bpe,
 )
 from deepstack_jax.data.example import Message
 from deepstack_jax.errors import ConfigError

@@ -1,7 +1,5 @@
 """One Example into token ids, crops and layouts: the work of the data workers."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
@@ -19,8 +17,7 @@ from deepstack_jax.data.formats.image_files import DEEP, TURNED, read_image
 from deepstack_jax.layout.sequence import VisualLayout
 from deepstack_jax.printing import plural
 
-REMARKS = (DEEP, TURNED, CONTROL)
-"""What is done to images and words that not everybody expects: a run counts it and says it once."""
+REMARKS = (DEEP, TURNED, CONTROL)  # what not everybody expects to be done to images and words: counted, and said once
 
 Made = TypeVar("Made")
 

@@ -1,4 +1,4 @@
-"""Any tokenizer.json, through the tokenizers library, and the training of a small one."""
+"""Any tokenizer.json, through the tokenizers library."""
 
 import functools
 import itertools
@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import tokenizers
-from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 from deepstack_jax.data.encode.tokenizer_files import (
     LITERALS,
@@ -24,7 +23,7 @@ _UNHIDE = {ord(character): "\ufffd" for character in _HIDING}
 
 
 class HFTokenizer:
-    """A fast tokenizer from tokenizer.json (Llama 3, Qwen, `train_bpe`); `path` is the file or its folder.
+    """A fast tokenizer from tokenizer.json (Llama 3, Qwen); `path` is the file or its folder.
 
     BOS is what the file's own post-processor puts first, whatever tokenizer_config.json says, as in transformers. What it puts
     after a text (EOS) is left out: a template writes its own ends of turn. EOS and padding come from tokenizer_config.json, or
@@ -145,22 +144,3 @@ def _fast(text: str) -> tokenizers.Tokenizer:
     fast.no_truncation()
     fast.no_padding()
     return fast
-
-
-def train_bpe(texts: Iterable[str], vocab_size: int, path: str | Path) -> HFTokenizer:
-    """Trains a byte-level BPE on `texts` and writes `path`/tokenizer.json; equal texts give an equal file.
-
-    Ids 0, 1, 2 are <pad>, <s>, </s>, recognised anywhere in a text; BOS is added in front. At least 259 ids are needed.
-    """
-    if vocab_size < 259:
-        raise ValueError(f"vocab_size is {vocab_size}; expected at least 259: 256 bytes and 3 special tokens")
-    bpe = tokenizers.Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # pyright: ignore[reportAttributeAccessIssue]
-    bpe.decoder = decoders.ByteLevel()  # pyright: ignore[reportAttributeAccessIssue]
-    special, alphabet = ["<pad>", "<s>", "</s>"], pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
-    bpe.train_from_iterator(texts, trainer)
-    bpe.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])  # pyright: ignore[reportAttributeAccessIssue]
-    Path(path).mkdir(parents=True, exist_ok=True)
-    bpe.save(str(Path(path) / "tokenizer.json"))
-    return HFTokenizer(path)

@@ -78,24 +78,20 @@ class SentencePieceTokenizer:
 
     def encode(self, text: str, plain: Sequence[tuple[int, int]] = ()) -> tuple[np.ndarray, np.ndarray]:
         """Ids i32[n] and character offsets i32[n, 2]."""
-        with reading(self.folder, "turn a text into tokens"):
-            return self._encode(text, plain)
-
-    def _encode(self, text: str, plain: Sequence[tuple[int, int]]) -> tuple[np.ndarray, np.ndarray]:
         shift = 0
         if not self._legacy and text:
             shift = len(_UNDERLINE) if self._prefix else 0
             text = _UNDERLINE[:shift] + text.replace(_UNDERLINE, " ")
-        ids: list[int] = []
-        spans: list[tuple[int, int]] = []
-        for part, start, added in self._parts(text, {(first + shift, last + shift) for first, last in plain}):
-            if added:
-                ids.append(self._added[part]["id"])
-                spans.append((start, start + len(part)))
-            else:
-                part_ids, part_spans = self._encode_part(part)
-                ids += part_ids
-                spans += [(start + a, start + b) for a, b in part_spans]
+        ids, spans = list[int](), list[tuple[int, int]]()
+        with reading(self.folder, "turn a text into tokens"):
+            for part, start, added in self._parts(text, {(first + shift, last + shift) for first, last in plain}):
+                if added:
+                    ids.append(self._added[part]["id"])
+                    spans.append((start, start + len(part)))
+                else:
+                    part_ids, part_spans = self._encode_part(part)
+                    ids += part_ids
+                    spans += [(start + a, start + b) for a, b in part_spans]
         offsets = np.maximum(np.array(spans, np.int32).reshape(-1, 2) - np.int32(shift), 0)
         before_special = not self._legacy and len(ids) > 1 and ids[1] in self._special.values()
         first = 1 if before_special and ids[0] == self._pieces.PieceToId(_UNDERLINE) else 0
@@ -147,22 +143,19 @@ class SentencePieceTokenizer:
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text without special tokens; added tokens that are not special are set apart, with spaces around them."""
-        with reading(self.folder, "turn tokens into a text"):
-            return self._decode(ids)
-
-    def _decode(self, ids: Iterable[int]) -> str:
         skip, texts, run = set(self._special.values()), [], []
-        for id in [*map(int, ids), None]:
-            if id in skip or (id is not None and id not in self._by_id and id >= self._pieces.GetPieceSize()):
-                continue  # special, or a gap between pieces and added tokens
-            if id is not None and id not in self._by_id:
-                run.append(self._pieces.IdToPiece(id))
-                continue
-            if run and self._prefix:
-                run[0] = run[0].removeprefix(_UNDERLINE)
-            texts += [text for text in [self._pieces.DecodePieces(run)] if text] if run else []
-            texts += [] if id is None else [self._by_id[id]]
-            run = []
+        with reading(self.folder, "turn tokens into a text"):
+            for id in [*map(int, ids), None]:
+                if id in skip or (id is not None and id not in self._by_id and id >= self._pieces.GetPieceSize()):
+                    continue  # special, or a gap between pieces and added tokens
+                if id is not None and id not in self._by_id:
+                    run.append(self._pieces.IdToPiece(id))
+                    continue
+                if run and self._prefix:
+                    run[0] = run[0].removeprefix(_UNDERLINE)
+                texts += [text for text in [self._pieces.DecodePieces(run)] if text] if run else []
+                texts += [] if id is None else [self._by_id[id]]
+                run = []
         return " ".join(texts)
 
 

@@ -1,7 +1,5 @@
 """How much of a row an example takes, known from its text and the headers of its images: nothing is decoded."""
 
-from __future__ import annotations
-
 import os
 import warnings
 from collections.abc import Callable, Sequence

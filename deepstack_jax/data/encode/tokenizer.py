@@ -12,7 +12,6 @@ import numpy as np
 
 from deepstack_jax.config import DataSpec
 from deepstack_jax.data.encode.fast_tokenizer import HFTokenizer
-from deepstack_jax.data.encode.fast_tokenizer import train_bpe as train_bpe
 from deepstack_jax.data.encode.sentencepiece_tokenizer import SentencePieceTokenizer
 from deepstack_jax.data.encode.templates import TEMPLATES, get_template
 from deepstack_jax.data.encode.tokenizer_files import LITERALS, read_optional_json

@@ -4,36 +4,16 @@ import operator
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import islice
-from typing import Protocol, SupportsIndex
+from typing import SupportsIndex
 
 from deepstack_jax.data.example import ConversationError, Example, ExampleError, RecordMetadata, SourceError
 from deepstack_jax.data.formats import files
+from deepstack_jax.data.formats.json_records import JsonRecords
 from deepstack_jax.data.formats.styles import RecordError, record_name, to_example, to_metadata
+from deepstack_jax.data.formats.tables import ArrowRecords, ParquetRecords
 from deepstack_jax.printing import quote
 
-
-class Records(Protocol):
-    """A container of records by random access, cheap to pickle: `JsonRecords`, `ParquetRecords` or `ArrowRecords`.
-
-    Attributes:
-      path: file, folder or pattern that the user named.
-    """
-
-    path: str
-
-    def __len__(self) -> int: ...
-
-    def place(self, index: int) -> str:
-        """File and record, for messages."""
-        ...
-
-    def read(self, index: int) -> object:
-        """Record `index` as it is stored; RecordError where it alone is damaged, SourceError where the container is."""
-        ...
-
-    def scan(self) -> Iterator[object]:
-        """All records in order, or the few columns of them that an outline needs; None for one that cannot be read."""
-        ...
+Records = JsonRecords | ParquetRecords | ArrowRecords  # by random access, cheap to pickle
 
 
 class FileSource:

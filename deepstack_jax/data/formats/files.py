@@ -19,19 +19,14 @@ from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from glob import glob as local_glob
-from typing import IO, Any, TypeVar
+from typing import IO, Any
 
 from fsspec.core import url_to_fs
 
 from deepstack_jax.atomic import whole_file
 
-BUFFER_BYTES = 8 << 20
-"""What a stream over the network asks for at once."""
-MAX_JSON_BYTES = 256 << 20
-"""Of a JSON file that is read as a whole: a manifest, a state."""
-
-_Key = TypeVar("_Key")
-_Value = TypeVar("_Value")
+BUFFER_BYTES = 8 << 20  # what a stream over the network asks for at once
+MAX_JSON_BYTES = 256 << 20  # of a JSON file that is read as a whole: a manifest, a state
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 _LOCAL = "file://"
 _THREADS = 16  # requests under way at once; latency dominates, not bandwidth
@@ -169,12 +164,7 @@ def open_binary(path: str, buffer: int = BUFFER_BYTES) -> IO[bytes]:
 def missing(paths: Iterable[str]) -> list[str]:
     """Those of `paths` where no file is, in their order."""
     paths = list(paths)
-    if any(map(is_url, paths)):
-        with ThreadPoolExecutor(_THREADS) as pool:
-            there = list(pool.map(is_file, paths))
-    else:
-        there = list(map(os.path.isfile, paths))
-    return [path for path, found in zip(paths, there, strict=True) if not found]
+    return [path for path, found in zip(paths, in_parallel(is_file, paths), strict=True) if not found]
 
 
 def in_parallel(function: Any, paths: Iterable[str]) -> list[Any]:
@@ -228,6 +218,16 @@ def _checked(path: str) -> os.stat_result:
     return found
 
 
+def named_files(path: str) -> tuple[Any, list[str]]:
+    """A file system of fsspec and the files in it that `path` names: a file, a folder, a pattern, or one split of a folder."""
+    system, inner = url_to_fs(path)
+    if any(mark in path for mark in "*?["):
+        found = system.glob(inner)
+    else:
+        found = system.find(inner if system.exists(inner) else posixpath.dirname(inner), maxdepth=2)
+    return system, sorted(map(str, found)) or [inner]
+
+
 def _otherwise_composed(path: str) -> str:
     """The name in the last folder of `path` that exists, which reads like the one missing there; "" if there is none."""
     folder, name = os.path.split(path)
@@ -239,7 +239,7 @@ def _otherwise_composed(path: str) -> str:
     return ""
 
 
-class ProcessCache(OrderedDict[_Key, _Value]):
+class ProcessCache(OrderedDict[int, Any]):
     """What a process keeps open or decoded, with a lock; it does not travel to another process."""
 
     def __init__(self) -> None:
@@ -290,9 +290,8 @@ def _backend(path: str) -> Iterator[tuple[Any, str]]:
         number = kinds.get(type(error))
         raise OSError(number or errno.EIO, os.strerror(number) if number else _one_line(error), path) from error
     except ImportError as error:  # fsspec says which package is missing
-        raise OSError(
-            errno.EPROTONOSUPPORT, f"{_one_line(error)} (for gs:// in a clone of the repository: pip install '.[gcs]')", path
-        ) from error
+        reason = f"{_one_line(error)} (for gs:// in a clone of the repository: pip install '.[gcs]')"
+        raise OSError(errno.EPROTONOSUPPORT, reason, path) from error
     except Exception as error:  # every backend raises kinds of its own
         raise OSError(errno.EIO, _one_line(error), path) from error
 

@@ -14,8 +14,7 @@ from deepstack_jax.data.formats.columns import VALUE_BYTES, carried, scanned, se
 from deepstack_jax.data.formats.footers import ColumnChunk, decompressed_bytes, messages_of, read_chunks
 from deepstack_jax.data.formats.styles import IMAGE_KEYS, RecordError, check_columns, needed_keys
 
-_CACHE_BYTES = 128 << 20
-"""Decoded row groups that a process keeps; the one in use stays, however large it is."""
+_CACHE_BYTES = 128 << 20  # of decoded row groups that a process keeps; the one in use stays, however large it is
 _FOOTER_BYTES = 64 << 10  # fetched at once from a remote file: its footer, or the gap between two columns
 _END_OF_STREAM = b"\xff\xff\xff\xff\x00\x00\x00\x00"
 _MAX_ROWS = 2**31
@@ -54,7 +53,7 @@ class ParquetRecords:
         rows = [(part, group, count) for part, footer in enumerate(self._footers) for group, count in enumerate(footer.rows)]
         self._groups = np.array([(part, group) for part, group, _ in rows], np.int32).reshape(-1, 2)
         self._starts = _starts(path, [count for *_, count in rows])
-        self._tables: files.ProcessCache[int, tuple[pa.Table, int | None]] = files.ProcessCache()
+        self._tables = files.ProcessCache()  # of row groups: the table, and what a row of it may take
 
     def _check_groups(self) -> None:
         """Leave out the columns that nobody needs where a row group would not fit with them; refuse it where it never does."""

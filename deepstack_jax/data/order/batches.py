@@ -4,12 +4,10 @@ A batch is the same for every number of hosts and workers: they only divide it. 
 within one no place of the order is taken twice or left out.
 """
 
-from __future__ import annotations
-
 import hashlib
 import math
 from fractions import Fraction
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 from rich.table import Table
@@ -29,38 +27,11 @@ class BatchPlan(NamedTuple):
     longest: int | None  # sequence positions of the longest, where that is known beforehand
 
 
-class BatchOrder(Protocol):
-    """Global batches in an order that has no end, and the place in it that a checkpoint keeps."""
-
-    rows: int  # of every global batch
-
-    def step(self, number: int) -> BatchPlan:
-        """Batch `number`."""
-        ...
-
-    def steps(self, epochs: float) -> int:
-        """Batches that go through the data so often, at least 1."""
-        ...
-
-    def place(self, number: int) -> dict[str, int]:
-        """Where batch `number` begins."""
-        ...
-
-    def resume(self, place: dict[str, int]) -> int:
-        """The number of the batch that begins at a place; what comes before the place is not given out again."""
-        ...
-
-    def order(self) -> dict[str, Any]:
-        """What the order depends on beyond the source and the shuffle."""
-        ...
-
-
 class PaddedBatches:
     """One example per row.
 
     Args:
-      order: of the examples.
-      batch_size: rows of a global batch.
+      order: of the examples. batch_size: rows of a global batch.
       sizes: i32[records of the source, 3] (see `ExampleSize`) where hosts must agree on the length of a batch, else None.
     """
 
@@ -68,21 +39,26 @@ class PaddedBatches:
         self.rows, self._order, self._sizes = batch_size, order, sizes
 
     def step(self, number: int) -> BatchPlan:
+        """Batch `number`, of an order that has no end."""
         epochs, places = np.divmod(np.arange(number * self.rows, (number + 1) * self.rows), len(self._order))
         chosen = np.concatenate([self._order(int(epoch), places[epochs == epoch]) for epoch in np.unique(epochs)])
         longest = None if self._sizes is None else int(self._sizes[chosen, 0].max())
         return BatchPlan([[int(row)] for row in chosen], longest)
 
     def steps(self, epochs: float) -> int:
+        """Batches that go through the data so often, at least 1."""
         return max(1, round(epochs * len(self._order) / self.rows))
 
     def place(self, number: int) -> dict[str, int]:
+        """Where batch `number` begins, for a checkpoint."""
         return {"next_batch": number}
 
     def resume(self, place: dict[str, int]) -> int:
+        """The number of the batch that begins at a place; what comes before the place is not given out again."""
         return int(place["next_batch"])
 
     def order(self) -> dict[str, Any]:
+        """What the order depends on beyond the source and the shuffle."""
         return {"batch_size": self.rows}
 
 

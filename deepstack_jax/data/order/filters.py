@@ -1,7 +1,5 @@
 """Which records of a file each set of a mixture takes: filters over image paths and `data_source`, looked up once and kept."""
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import json
@@ -12,17 +10,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 import numpy as np
-from fsspec.core import url_to_fs
 from rich.markup import escape
 from rich.progress import track
 
 from deepstack_jax.atomic import whole_file
 from deepstack_jax.data.example import MetadataSource, RecordMetadata
-from deepstack_jax.data.formats.files import glob
+from deepstack_jax.data.formats.files import named_files
 from deepstack_jax.printing import Console, label
 
+# Stands for the image path of a record without an image file, so that filters can tell these: text, or embedded images.
 TEXT_ROWS = "<text>"
-"""Stands for the image path of a record without an image file, so that filters can tell these: text, or embedded images."""
 
 _FORMAT = 1  # of the cached files; a change of it makes old ones unread
 
@@ -65,17 +62,15 @@ def select(path: str, source: MetadataSource, filters: Sequence[RowFilter], cach
     if all(condition == RowFilter() for condition in filters):
         every = np.arange(len(source), dtype=np.int32)
         return Selection((every,) * len(filters), {}, len(source) if len(filters) > 1 else 0, {})
-    key = _key(path, filters)
-    kept = os.path.join(cache, "selections", f"{key}.npz")
-    found = _load(kept, len(filters)) if key else None
+    kept = os.path.join(cache, "selections", f"{_key(path, filters)}.npz")
+    found = _load(kept, len(filters))
     if found is None:
         found = scan(source, filters, os.path.basename(path.rstrip("/")))
-        if key:
-            rest = json.dumps({"left": found.left, "shared": found.shared, "data_sources": found.data_sources})
-            with contextlib.suppress(OSError):  # a cache that cannot be written costs the next start a pass, nothing else
-                os.makedirs(os.path.dirname(kept), exist_ok=True)
-                with whole_file(kept) as file:
-                    np.savez(file, *found.rows, rest=np.array(rest))
+        rest = json.dumps({"left": found.left, "shared": found.shared, "data_sources": found.data_sources})
+        with contextlib.suppress(OSError):  # a cache that cannot be written costs the next start a pass, nothing else
+            os.makedirs(os.path.dirname(kept), exist_ok=True)
+            with whole_file(kept) as file:
+                np.savez(file, *found.rows, rest=np.array(rest))
     return found
 
 
@@ -104,14 +99,9 @@ def scan(source: MetadataSource, filters: Sequence[RowFilter], name: str) -> Sel
 
 
 def _key(path: str, filters: Sequence[RowFilter]) -> str:
-    """Changes with every file of `path` (fsspec's key: name, size, times) and with every filter; "" where none is found,
-    as for one split of a folder.
-    """
-    system, inner = url_to_fs(path)
-    files = sorted(system.find(inner)) or [url_to_fs(name)[1] for name in glob(path)]
-    if not files:
-        return ""
-    versions = [(str(name), system.ukey(name)) for name in files]
+    """Changes with every file of `path` (fsspec's key: name, size, times) and with every filter."""
+    system, names = named_files(path)
+    versions = [(name, system.ukey(name)) for name in names]
     described = json.dumps([_FORMAT, path, versions, [asdict(condition) for condition in filters]])
     return hashlib.sha256(described.encode()).hexdigest()[:32]
 

@@ -1,7 +1,5 @@
 """The length index: how much of a row every example of a source takes, measured once without decoding images, and kept."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

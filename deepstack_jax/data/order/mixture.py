@@ -1,7 +1,5 @@
 """Several sets of examples as one source, and the order in which an epoch goes through them."""
 
-from __future__ import annotations
-
 import operator
 import os
 import posixpath

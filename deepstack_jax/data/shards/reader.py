@@ -57,7 +57,7 @@ class ShardSource:
         self._shards = [Shard(**shard) for shard in self.manifest["shards"]]
         _refuse(self.folder, _problems(self.folder, self._shards))
         self._ends = list(accumulate(shard.rows for shard in self._shards))
-        self._readers: files.ProcessCache[int, Any] = files.ProcessCache()
+        self._readers = files.ProcessCache()
 
     def __len__(self) -> int:
         return self._ends[-1]
