@@ -1,5 +1,7 @@
 """Convert checkpoints: `python -m deepstack_jax.convert --from=DIR --to=DIR`."""
 
+from __future__ import annotations
+
 import dataclasses
 import math
 from collections.abc import Mapping

@@ -72,7 +72,7 @@ def check_images(source: Source, data: DataConfig, limit: int = 1000) -> None:
 
 
 def open_files(path: str, images: str, limits: LimitsConfig = LIMITS) -> MetadataSource:
-    """The examples of a data file or folder.
+    """The examples of a data file or folder, by random access, cheap to pickle.
 
     Args:
       path: local path or URL (gs://, s3://, ...) of one of
@@ -82,10 +82,6 @@ def open_files(path: str, images: str, limits: LimitsConfig = LIMITS) -> Metadat
           - a folder written by `datasets.save_to_disk`; FOLDER/SPLIT of a DatasetDict;
           - a folder of ArrayRecord shards with manifest.json, as `prepare` writes it.
       images: local folder or URL that image paths in the records start from; "" where all images are embedded.
-      limits: what its records may take.
-
-    Returns:
-      Random access, cheap to pickle. Records may be of any style that `data/formats/styles.py` knows.
 
     Raises:
       MissingError: nothing is there.

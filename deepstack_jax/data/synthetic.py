@@ -58,24 +58,13 @@ FONT = np.array(_DOTS).swapaxes(0, 1)  # bool[10, 7, 5]: the usual 5x7 matrix di
 
 @dataclass(frozen=True)
 class DocumentPages:
-    """Random-access source of pages, each a pure function of (seed, split, index).
+    """Random-access source of pages, each a pure function of (seed, split, index); ValueError for arguments out of range."""
 
-    Args:
-      seed: non-negative; names the family of pages.
-      length: number of pages; any size, nothing is stored.
-      style: "checker" (digits invisible in the low-res view) or "legible" (the control, same texts).
-      questions: question-answer turns a page, 1..16.
-      split: "train" or "validation"; hashed into the random stream, so the two share no stream and no page.
-
-    Raises:
-      ValueError: for an argument outside these ranges.
-    """
-
-    seed: int
-    length: int
-    style: str = "checker"
-    questions: int = 12
-    split: str = "train"
+    seed: int  # non-negative; names the family of pages
+    length: int  # number of pages; any size, nothing is stored
+    style: str = "checker"  # digits invisible in the low-res view, or "legible" (the control, same texts)
+    questions: int = 12  # question-answer turns a page, 1..16
+    split: str = "train"  # or "validation"; hashed into the random stream, so the two share no stream and no page
 
     def __post_init__(self) -> None:
         for name, choices in (("style", STYLES), ("split", SPLITS)):
@@ -97,9 +86,6 @@ class DocumentPages:
           An `Example` with one image `u8[128, 128, 3]`. `info` holds "kinds" ("fine" or "coarse" per question) and
           `i64[4, 4]` arrays over (box row, box column): "digits" 0..9, "shades" 0..3, and "corners" 0..3, the 16x16
           quadrant (row-major) the digit is in, or -1 where it fills the box ("legible").
-
-        Raises:
-          IndexError: outside 0..length-1.
         """
         index = operator.index(index)
         if not 0 <= index < self.length:

@@ -53,9 +53,7 @@ _call: Callable[[Any], Any]
 def process_pool(workers: int, call: Callable[[Any], Any], lost: str) -> Iterator[Callable[[Any], Future]]:
     """Worker processes that end with the block; yields what hands an item to them, for the `call(item)` of its future.
 
-    Args:
-      call: sent to every process once, when it starts.
-      lost: what a SourceError says when one was killed.
+    `call` is sent to every process once, when it starts; `lost` is what a SourceError says when one was killed.
     """
     # Spawned, not forked: the caller may have threads, and a forked copy of a locked lock stays locked.
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start_worker, (call,)) as pool:

@@ -12,12 +12,9 @@ from deepstack_jax.model.variants import DeepStackV, HighResDeepStack, PooledDee
 
 
 def build_model(config: Config, attend: AttentionFn = dot_product, keep_inputs: bool = False, **more: Any) -> DeepStack:
-    """The model that a run's configuration describes.
+    """The model that a run's configuration describes; `more`: further fields of DeepStack, such as `crop_shards`.
 
-    Args:
-      attend: the attention kernel.
-      keep_inputs: also give back the input of every decoder layer.
-      more: further fields of DeepStack, such as `crop_shards`.
+    `keep_inputs`: also give back the input of every decoder layer.
     """
     stack, views, dtype = config.deepstack, config.layout.max_views, jnp.dtype(config.train.compute_dtype)
     tower, shards = tower_of(config), more.get("crop_shards", (1, 1))

@@ -71,14 +71,11 @@ def from_hf(
 
 
 def to_hf(config: Config, passthrough: Mapping[str, Any] | None = None, dtype: str = "float32") -> dict[str, Any]:
-    """The config.json of an official folder.
+    """The config.json of an official folder; WeightsError where the official code has no such model.
 
     Args:
       passthrough: keys that our Config does not describe (token ids above all), as `StoredModel.passthrough`.
       dtype: of the tensors beside it.
-
-    Raises:
-      WeightsError: the official code has no such model.
     """
     values, passthrough = to_official(config, passthrough or {}, dtype), passthrough or {}
     tower, pixels = tower_to_hf(config), preprocessor_to_hf(config)
@@ -122,14 +119,7 @@ def keys_of_weights(config: Config, *, bare: bool = False) -> list[tuple[str, st
 
 
 def check_against(run: Config, stored: Config, *, bare: bool = False) -> None:
-    """Refuse weights of other sizes than a run's model has.
-
-    Args:
-      run: the run's configuration. stored: the checkpoint's. bare: see `keys_of_weights`.
-
-    Raises:
-      WeightsError: lists every key that differs, both values.
-    """
+    """Refuse weights of other sizes than a run's model has; the WeightsError lists every key that differs, both values."""
     keys = keys_of_weights(run, bare=bare)
     ours, theirs = dataclasses.asdict(run), dataclasses.asdict(stored)
     differing = [

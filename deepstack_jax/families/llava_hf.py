@@ -90,13 +90,10 @@ def from_llava_hf(values: Mapping[str, Any], preprocessor: Mapping[str, Any]) ->
 
 
 def to_llava_hf(config: Config, image_token: int, dtype: str = "float32") -> dict[str, Any]:
-    """The config.json that transformers' Llava and LlavaNext load.
+    """The config.json that transformers' Llava and LlavaNext load; WeightsError where they compute no such model.
 
     Args:
       image_token: id that stands for an image; embeddings and head have a row more than the model's vocabulary for it.
-
-    Raises:
-      WeightsError: the model is not a LLaVA baseline, or one that transformers computes otherwise.
     """
     image, decoder = config.image, config.decoder
     next_ = image.kind.grids == "pinpoints"

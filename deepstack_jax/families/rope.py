@@ -23,11 +23,7 @@ def rope_from(get: Mapping[str, Any], refused: Collection[str] = ("yarn",)) -> R
     """Rotary positions, read as transformers 5 does: a `rope_scaling` replaces `rope_parameters`, whatever that says.
 
     Args:
-      get: config.json with its defaults filled in.
-      refused: scalings that the model does not have.
-
-    Raises:
-      WeightsError: a scaling that is not known, or numbers that do not belong to it.
+      get: config.json with its defaults filled in. refused: scalings that the model does not have, refused with a WeightsError.
     """
     given = get.get("rope_scaling") or get.get("rope_parameters") or {}
     if not isinstance(given, Mapping) or any(isinstance(value, Mapping) for value in given.values()):  # one per kind of layer

@@ -56,9 +56,6 @@ def best_grid(size_wh: tuple[int, int], candidates: Sequence[Grid], crop_size: i
         size_wh: (width, height) of the image in pixels.
         candidates: grids (rows, cols), in order of preference.
         crop_size: side of a crop in pixels.
-
-    Raises:
-        ValueError: an empty image or no candidates.
     """
     width, height = _positive(size_wh)
     if not candidates:

@@ -40,25 +40,16 @@ class VisualLayout:
 
 @dataclass(frozen=True)
 class LayoutSpec:
-    """How images of a run are laid out; `DeepStackConfig.layout` builds it.
+    """How images of a run are laid out; `DeepStackConfig.layout` builds it."""
 
-    Attributes:
-      mode: one of MODES, as `ImageConfig.mode`.
-      side: tokens along a side of a crop; P = side**2.
-      num_crops: groups of crops are filled up with exact zeros to this number, as upstream; HD: floor(sqrt(num_crops))
-        squared crops per view.
-      grids: every crop grid that an image can get; empty if there is the global view alone.
-      sampling: one of SAMPLINGS. sequence: one of SEQUENCES. stack: one of STACKS. merge: one of MERGES (anyres only).
-    """
-
-    mode: str
-    side: int
-    num_crops: int
-    grids: tuple[Grid, ...]
-    sampling: str
-    sequence: str
-    stack: str
-    merge: str
+    mode: str  # one of MODES, as `ImageConfig.mode`
+    side: int  # tokens along a side of a crop; P = side**2
+    num_crops: int  # groups of crops are filled up with exact zeros to it, as upstream; HD: squared crops per view, rounded
+    grids: tuple[Grid, ...]  # every crop grid that an image can get; empty if there is the global view alone
+    sampling: str  # one of SAMPLINGS
+    sequence: str  # one of SEQUENCES
+    stack: str  # one of STACKS
+    merge: str  # one of MERGES (anyres only)
 
     @property
     def kind(self) -> ImageMode:
@@ -113,9 +104,6 @@ class LayoutSpec:
         Args:
           grid: (rows, cols) of its crops, None if there is the global view alone.
           size_wh: (width, height) of the original image in pixels; what `spatial_unpad` cuts away depends on it.
-
-        Raises:
-          ValueError: the grid is not one of this spec, or the variant needs crops and there are none.
         """
         if grid is None and ("crops" in self.sequence or "crops" in self.stack):
             raise ValueError(
@@ -185,13 +173,7 @@ class LayoutSpec:
 def _global_and_mosaic(
     views: np.ndarray, grid: Grid, side: int, *, newline: bool, box: tuple[slice, slice] | None = None
 ) -> np.ndarray:
-    """Tokens of the global view, then of the cells row by row across the whole picture: i32[m].
-
-    Args:
-      views: i32[1 + cells, P].
-      newline: whether NEWLINE ends each row of the mosaic.
-      box: the part of the mosaic that remains.
-    """
+    """i32[m] tokens of the global view, then of the cells row by row across the picture (its part `box`); views i32[1 + cells, P]."""
     rows, cols = grid
     mosaic = views[1:].reshape(rows, cols, side, side).transpose(0, 2, 1, 3).reshape(rows * side, cols * side)
     if box is not None:

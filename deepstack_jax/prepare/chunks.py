@@ -184,8 +184,6 @@ def make_chunks(
     """Make chunks in worker processes, until all are made or `stopped` says so; what is half made then is dropped.
 
     Args:
-      numbers: of the chunks.
-      workers: processes, at least 1.
       take: called here with every chunk made, in the order in which they end.
       looked: called here about five times a second with the number of examples looked at; `stopped` is asked as often.
 

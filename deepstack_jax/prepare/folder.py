@@ -26,18 +26,13 @@ _JOURNAL = "journal.jsonl"  # where earlier releases kept what is known of the f
 
 
 class ShardFolder:
-    """The state of one folder of shards; a context manager that keeps other runs out of it.
+    """The state of one existing local folder of shards; a context manager that keeps other runs out of it.
 
     Args:
-      path: an existing local folder.
       options: what was asked for; goes into the manifest.
       inputs: versions of the files read; with `options` what must not change between a run and the one that goes on.
       force: drop what an earlier run left in the folder, finished or not.
       look: change nothing; raise what a run would raise.
-
-    Attributes:
-      chunks: the finished ones by number, whose shards are there in their full size.
-      manifest: of a folder that is finished, else None.
 
     Raises:
       SourceError: another run is at work there; or the folder holds shards of other input or options, or of unknown
@@ -56,8 +51,8 @@ class ShardFolder:
                 self._delete((path / MANIFEST, *self._ours(), path / IDENTITY))  # first the manifest: nothing is finished then
             if not (force and look):
                 self._check_identity({"options": dict(options), "inputs": dict(inputs)}, look)
-            self.manifest = None if force else self._finished()
-            self.chunks = {} if force or self.manifest else self._read()
+            self.manifest = None if force else self._finished()  # of a folder that is finished
+            self.chunks = {} if force or self.manifest else self._read()  # finished ones, whose shards have their full size
             if not look:
                 self._sweep()
         except OSError as error:
@@ -86,13 +81,8 @@ class ShardFolder:
     def finish(self, rows: int, max_bad_fraction: float) -> None:
         """Write `bad.jsonl` and then `manifest.json`: the folder is done.
 
-        Args:
-          rows: records of the source.
-          max_bad_fraction: share of them that may be left out.
-
-        Raises:
-          SourceError: more are bad, or none is good; training would go on with much less than was asked for. The report is
-              written, and finished shards are kept.
+        SourceError where more of the `rows` records than that share are bad, or all: training would go on with much less than asked
+        for. The report is written, and finished shards are kept.
         """
         chunks = [self.chunks[number] for number in sorted(self.chunks)]
         bad, shards = [entry for chunk in chunks for entry in chunk.bad], [chunk.shard for chunk in chunks if chunk.shard]

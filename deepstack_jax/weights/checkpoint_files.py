@@ -44,25 +44,18 @@ def weight_files(folder: str | Path, named: str = "") -> list[Path]:
     if there:
         others = [name for name in there[1:] if name != there[0] and not _belongs(folder / there[0], folder / name)]
         if others:
-            warnings.warn(
-                f"{folder} has weights in {there[0]} and by {', '.join(others)}; {there[0]} is read, as transformers does: "
-                "delete what is old",
-                stacklevel=2,
-            )
+            found = f"{folder} has weights in {there[0]} and by {', '.join(others)}"
+            warnings.warn(f"{found}; {there[0]} is read, as transformers does: delete what is old", stacklevel=2)
         return _indexed(folder / there[0]) if there[0].endswith(".json") else [folder / there[0]]
     for kind in ("safetensors", "bin"):
         found = [file for file in sorted(folder.glob(f"*.{kind}")) if _SHARD.fullmatch(file.name)]
         if found and len(found) == int(_SHARD.fullmatch(found[0].name)[3]):  # type: ignore[index]
             return found
     seen = sorted(file.name for file in folder.iterdir() if file.suffix in (".safetensors", ".bin"))
+    others = f" ({', '.join(seen)[:300]} are not chosen by themselves: rename those that are meant, or fetch the rest)"
     raise WeightsError(
-        f"no {' and no '.join(_WHOLE[::2])} in {folder}, nor all shards of one"
-        + (
-            f" ({', '.join(seen)[:300]} are not chosen by themselves: rename those that are meant, or fetch the rest)"
-            if seen
-            else ""
-        )
-        + "; give the folder with the weights beside their config.json"
+        f"no {' and no '.join(_WHOLE[::2])} in {folder}, nor all shards of one{others if seen else ''}; give the folder with "
+        "the weights beside their config.json"
     )
 
 

@@ -116,16 +116,10 @@ def load_params(
     shardings: PyTree | None = None,
     fresh: Mapping[str, Any] | None = None,
 ) -> PyTree:
-    """The parameter tree {"embed": {...}, ...} that `model.apply({"params": ...})` takes.
+    """The parameter tree {"embed": {...}, ...} that `model.apply({"params": ...})` takes; all else as `stored_leaves`.
 
     Args:
-      tensors: by official name.
-      dtype: of the parameters; one for all, or one for every path.
       shardings: a tree of shardings like the parameters; each device's part is read for itself. None: the default device.
-      fresh: as `stored_leaves`.
-
-    Raises:
-      WeightsError: as `stored_leaves`.
     """
     leaves = stored_leaves(tensors, config, dtype, fresh)
     places: dict[str, Any] = {} if shardings is None else traverse_util.flatten_dict(shardings, sep="/")

@@ -187,10 +187,7 @@ def find_tower(name: str, beside: Path, must: bool = False) -> Path | None:
 
     Args:
       name: a path or hub id. beside: the folder with config.json.
-      must: the user named it: then it may also lie in the working directory or on the hub.
-
-    Raises:
-      WeightsError: with `must`, it is nowhere.
+      must: the user named it: then it may also lie in the working directory or on the hub, and must be found.
     """
     if must:
         return find_folder(name)

@@ -9,8 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from deepstack_jax.batch import NEWLINE, TEXT, ZERO, Batch, BatchShape, check_batch, empty_batch
-from deepstack_jax.data.encode.batch_rows import Cursor, EncodedExample, blank_example, place_example
+from deepstack_jax.data.encode.batch_rows import Cursor, EncodedExample, ExampleSize, fill, place_example
 from deepstack_jax.data.encode.labels import IMAGE_TOKEN
+from deepstack_jax.data.example import BadExample
 from deepstack_jax.layout.grid import candidate_grids, unpad_box
 from deepstack_jax.layout.sequence import SEQUENCES, STACKS, LayoutSpec, VisualLayout
 from deepstack_jax.layout.stack import SAMPLINGS, layer_schedule
@@ -285,8 +286,8 @@ def test_targets_and_weights_stay_in_their_segment(parts):
 
 
 def test_blank_example_keeps_only_its_id(config):
-    batch = empty_batch(config.data_spec.batch_shape(1, 16))
-    blank_example(batch, 0, 0, 77)
+    shape, bad = config.data_spec.batch_shape(1, 16), BadExample(77, "seventy-seven", "broken")
+    batch = fill(shape, [[(bad, ExampleSize())]], config.layout.patches).batch
     untouched = empty_batch(config.data_spec.batch_shape(1, 16))
     assert batch.example_id.tolist() == [[77]]
     for name, ours, theirs in zip(Batch._fields[:-1], batch, untouched, strict=False):

@@ -62,9 +62,8 @@ class Cursor(NamedTuple):
 def place_example(batch: Batch, row: int, example: EncodedExample, cursor: Cursor, patches: int) -> Cursor:
     """Write one example into `batch` (in place) at the cursor, as a segment of its own; returns the cursor after it.
 
-    Raises:
-      ValueError: placeholders and images differ in number, or the example does not fit into what is left of the row.
-        Going on would shift every later image of the row onto wrong text.
+    ValueError where placeholders and images differ in number, or it does not fit into what is left of the row: going on would
+    shift every later image of the row onto wrong text.
     """
     slots = np.flatnonzero(example.ids == IMAGE_TOKEN)
     if slots.size != len(example.layouts):
@@ -101,15 +100,9 @@ def place_example(batch: Batch, row: int, example: EncodedExample, cursor: Curso
     return cursor.after(example.size)
 
 
-def blank_example(batch: Batch, row: int, segment: int, index: int) -> None:
-    """Mark the place of an example that could not be used: its id stays on record, nothing of it is trained on."""
-    batch.example_id[row, segment] = index
-
-
 def _expand(example: EncodedExample, slots: np.ndarray, first: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Tokens i32[n], supervised bool[n] and visual_index i32[n] with every placeholder replaced by its visual tokens."""
-    tokens, supervised, index = [], [], []
-    start = 0
+    tokens, supervised, index, start = [], [], [], 0
     for slot, layout in zip(slots, example.layouts, strict=True):
         visual = layout.tokens.size
         tokens += [example.ids[start:slot], np.zeros(visual, np.int32)]
@@ -134,10 +127,7 @@ class HostBatch(NamedTuple):
 def collate(examples: Sequence[EncodedExample | BadExample], spec: DataSpec, longest: int | None = None) -> HostBatch:
     """One example per row, right padded to a bucket; the place of a bad one stays blank, with its id on record.
 
-    Args:
-      examples: of the rows in order.
-      spec: of the run.
-      longest: of the examples of all hosts; None = that of `examples`.
+    `longest` is of the examples of all hosts; None = that of `examples`.
     """
     if longest is None:
         longest = max((example.length for example in examples if isinstance(example, EncodedExample)), default=0)
@@ -155,7 +145,7 @@ def fill(
         cursor = Cursor()
         for example, room in examples:
             if isinstance(example, BadExample):
-                blank_example(batch, row, cursor.segment, example.index)
+                batch.example_id[row, cursor.segment] = example.index  # it stays on record, nothing of it is trained on
                 bad.append(example)
                 cursor = cursor.after(room)
             else:

@@ -80,10 +80,7 @@ class Encoder:
         """The text that a row has room for beside `visual` visual tokens per image, by `config.data.overlong`.
 
         Only text at the end is cut, never an image: half of an image's tokens would be trained on as if they were all of it.
-
-        Raises:
-          ExampleError: the example is too long and may not be cut, or what would remain holds nothing to learn.
-          OverlongError: it is too long, and the configuration says to stop then.
+        ExampleError where it is too long and may not be cut, or nothing to learn would remain; OverlongError where a run stops.
         """
         room, policy = self.spec.data.max_length, self.spec.data.overlong
         takes, slots = np.ones(text.ids.size, np.int64), text.ids == IMAGE_TOKEN

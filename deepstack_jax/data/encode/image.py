@@ -53,14 +53,10 @@ def make_views(image: Image.Image, spec: "ImageConfig") -> Views:
 
     Args:
       image: any PIL image; RGB and L are used as they are.
-      spec: mode, crop side, grid, fit and filters.
 
     Returns:
       Views of n = 1, 1 + rows*cols, or for `hd` (1 + rows*cols) * (1 + k*k) pictures; `hd` orders them global, cells, the
-      global view's k*k crops, then those of each cell.
-
-    Raises:
-      ValueError: an unknown mode, grid, fit or filter, or an image without pixels.
+      global view's k*k crops, then those of each cell. ValueError for an image without pixels, or an unknown setting.
     """
     if 0 in image.size:
         size = f"{image.width}x{image.height}"

@@ -78,13 +78,11 @@ def encode_conversation(
 ) -> EncodedText:
     """Token ids and which of them are trained: those that overlap a supervised span.
 
-    A token without characters goes with the character that follows it. BOS and images are never trained.
+    A token without characters goes with the character that follows it. BOS and images are never trained. ConversationError
+    where nothing would be trained: such a sample only dilutes a batch and hides a broken record.
 
     Args:
       plain_words: control tokens inside the turns' words are read as text (`config.data.control_tokens`).
-
-    Raises:
-      ConversationError: nothing would be trained; such a sample only dilutes a batch and hides a broken record.
     """
     ids, offsets = encode_with_images(rendered.text, tokenizer, has_image=has_image)
     remarks = ()

@@ -160,7 +160,6 @@ def render(messages: Sequence[Message], template: Template, *, complete: bool = 
 
     Args:
       messages: alternating human and gpt turns; one leading gpt turn is dropped, as upstream does.
-      template: the text around them.
       complete: True renders a training text, which ends with an answer; False renders a generation prompt, whose last
         message is the open question, in the form that the official code prompts with.
 

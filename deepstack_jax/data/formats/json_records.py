@@ -34,15 +34,11 @@ _DECODER = json.JSONDecoder(parse_int=_integer)
 class JsonRecords:
     """Records of a JSON file (one array; or one object per line where the name ends in .jsonl), by random access.
 
-    Only the place of each record is kept in memory (12 bytes); it is read and parsed when asked for, so the object is
-    cheap to send to worker processes.
+    Only the place of each record is kept in memory (12 bytes); it is read and parsed when asked for, so the object is cheap to
+    send to worker processes. SourceError where the file is not JSON (line, column, last good id), or holds no records.
 
     Args:
-      path: the JSON file, a local path or a URL.
       limits: what a record may take. Without a bound one missing quote, or a file without line ends, would be loaded whole.
-
-    Raises:
-      SourceError: when the file cannot be read, is not JSON (line, column, last good id), holds no array or no records.
     """
 
     def __init__(self, path: str, limits: LimitsConfig = LIMITS) -> None:

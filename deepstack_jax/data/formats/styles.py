@@ -31,16 +31,14 @@ class RecordError(UserError):
 
 
 def to_example(row: object, index: int, image_root: str) -> Example:
-    """The Example of a parsed record of any style.
+    """The Example of a parsed record of any style, as record `index` of its source.
 
     Args:
       row: as JSON, parquet or arrow give it: a dict; images as a path, encoded bytes or {"bytes", "path"}, one or a list.
-      index: its number in the source.
       image_root: absolute folder or URL that image paths start from; "" = there is none.
 
     Raises:
-      RecordError, ConversationError: it is not a conversation, or its images and placeholders differ in number, so that
-          nothing tells which image belongs where.
+      RecordError, ConversationError: no conversation, or nothing tells which image belongs where.
     """
     if not isinstance(row, dict):
         raise RecordError(f"is {_kind(row)}, expected an object with id, image and conversations")

@@ -22,19 +22,14 @@ _BATCH_ROWS, _STEP_ROWS = 1 << 16, 64  # read at once where texts are dictionari
 
 
 class ParquetRecords:
-    """Records of parquet files, read by row group.
+    """Records of parquet files (`parts`, in order, of the `path` that the user named), read by row group.
 
     A shuffled reader decodes a row group for a row: fast as long as row groups are small (`datasets` writes 100 rows with
     images). Only the place of each row group is kept in memory.
 
-    Args:
-      path: what the user named, for messages.
-      parts: the files in order, local paths or URLs.
-      limits: what a row, and a row group, may take.
-
     Raises:
-      SourceError: a file cannot be read, is not parquet or is cut short, lacks the columns of every row style, has others than
-          the first file, has a row group beyond the limit, or all are empty.
+      SourceError: a file is not parquet or is cut short, lacks the columns of every row style, has others than the first file,
+        has a row group beyond the limit, or all are empty.
     """
 
     def __init__(self, path: str, parts: Sequence[str], limits: LimitsConfig = LIMITS) -> None:
@@ -82,11 +77,9 @@ class ParquetRecords:
         return f"{self._parts[part]} record {index - int(self._starts[first])}"
 
     def read(self, index: int) -> object:
-        """Row `index` as a dict.
+        """Record `index` as a dict.
 
-        Raises:
-          RecordError: its row group does not decode, or it is larger than the limit; the others may be whole.
-          SourceError: the file changed or vanished since it was opened.
+        RecordError where its row group does not decode, or it is beyond the limit; SourceError where the file changed since.
         """
         group = self._group_of(index)
         table, most = self._table(group)
@@ -165,13 +158,8 @@ class ParquetRecords:
 class ArrowRecords:
     """Records of arrow IPC files (streams, as `datasets` writes them, or files), mapped into memory: read without copying.
 
-    Args:
-      path: what the user named, for messages.
-      parts: the files in order, local paths or URLs; of a URL a copy is kept (`files.local_copy`).
-      limits: what a row may take.
-
-    Raises:
-      SourceError: a file cannot be read, is not arrow or is cut short, lacks the columns of every row style, or all are empty.
+    `parts` are the files, in order, of the `path` that the user named; of a URL a copy is kept. SourceError where one is not
+    arrow or is cut short, lacks the columns of every row style, or all are empty.
     """
 
     def __init__(self, path: str, parts: Sequence[str], limits: LimitsConfig = LIMITS) -> None:

@@ -30,9 +30,7 @@ class BatchPlan(NamedTuple):
 class PaddedBatches:
     """One example per row.
 
-    Args:
-      order: of the examples. batch_size: rows of a global batch.
-      sizes: i32[records of the source, 3] (see `ExampleSize`) where hosts must agree on the length of a batch, else None.
+    `sizes` i32[records of the source, 3] (see `ExampleSize`) where hosts must agree on the length of a batch, else None.
     """
 
     def __init__(self, order: EpochOrder, batch_size: int, sizes: np.ndarray | None = None) -> None:
@@ -76,17 +74,13 @@ def packed_rows(wanted: Fraction, divisor: int) -> tuple[int, Fraction]:
 class PackedBatches:
     """Several examples per row, as many rows per step as make the recipe's number of examples.
 
-    Batch n holds the packs from floor(n * filled) on, of all epochs' packs counted through; see `packed_rows`.
+    Batch n holds the packs from floor(n * filled) on, of all epochs' packs counted through; see `packed_rows`. ConfigError
+    where a single pack holds more examples than a step should have.
 
     Args:
-      order: of the examples.
-      sizes: i32[records of the source, 3] (see `ExampleSize`).
-      limits, window: see `pack`.
+      sizes: i32[records of the source, 3] (see `ExampleSize`). limits, window: see `pack`.
       batch_size: examples per step, on average.
       divisor: rows of a step are a multiple of it, so that devices, hosts and micro-batches divide them.
-
-    Raises:
-      ConfigError: a single pack holds more examples than a step should have.
     """
 
     def __init__(

@@ -35,21 +35,13 @@ class EpochOrder:
     Each set is an endless stream that goes through its records again and again, in a fixed order of its own; an epoch takes
     the next round(size * repeat) records of every stream and shuffles them all together. So a repeat of 2 gives every record
     twice per epoch, 0.5 one half of the records and in the next epoch the other half, 1.5 all of them and one half again.
-
-    Args:
-      sizes: records of each set; a global record number counts through the sets, one after the other.
-      repeats: how often an epoch goes through each set, above 0.
-      seed: of the shuffle, at least 0.
-      shuffle: False goes through the sets one after the other, in the order of their records.
-
-    Raises:
-      ValueError: a set that would give no record, as nobody would notice that it is never seen.
+    ValueError for a set that would give no record, as nobody would notice that it is never seen.
     """
 
-    sizes: tuple[int, ...]
-    repeats: tuple[float, ...]
-    seed: int
-    shuffle: bool = True
+    sizes: tuple[int, ...]  # records of each set; a global record number counts through the sets, one after the other
+    repeats: tuple[float, ...]  # how often an epoch goes through each set, above 0
+    seed: int  # of the shuffle, at least 0
+    shuffle: bool = True  # else the sets come one after the other, in the order of their records
 
     def __post_init__(self) -> None:
         if len(self.sizes) != len(self.repeats) or not self.sizes:
@@ -191,7 +183,7 @@ def open_mixture(
     Args:
       root: folder or URL that files and image roots start from.
       open_files: path and image root -> source.
-      cache: folder where the records that filters take are kept; "" = the package's cache folder.
+      cache: folder where the records that filters take are kept; "" = the package's.
 
     Raises:
       ConfigError: files or image folders are missing: all are named at once, with where to get them.

@@ -65,10 +65,8 @@ def pack(examples: np.ndarray, sizes: np.ndarray, limits: RowCapacity, window: i
     lengths like LLaVA's 665k, where pairs reach 97%). Text fills what is left where crop slots have run out.
 
     Args:
-      examples: i64[n], rows in the order of the epoch; a row may come several times.
-      sizes: i32[rows, 3] (see `ExampleSize`). One of size 0, which cannot be used, takes a place among a pack's examples.
-      limits: the room of a pack.
-      window: 1 or more.
+      examples: i64[n], records in the order of the epoch; one may come several times.
+      sizes: i32[records, 3] (see `ExampleSize`). One of size 0, which cannot be used, takes a place among a pack's examples.
 
     Raises:
       ValueError: an example that is larger than a pack; leaving it out would go unnoticed.

@@ -43,11 +43,8 @@ def encode_example(example: Example) -> bytes:
 def decode_example(record: bytes, index: int) -> Example:
     """The example of a stored record, as record `index` of the source.
 
-    Nothing but the record is read: an image is the encoded bytes in it, never the name of a file.
-
-    Raises:
-      RecordError, ConversationError: it is not a usable conversation, as a record of a file would be refused.
-      ValueError, TypeError, ...: it is not a record.
+    Nothing but the record is read: an image is the encoded bytes in it, never the name of a file. RecordError or
+    ConversationError where it is no usable conversation, as a record of a file; ValueError, TypeError, ... where it is none.
     """
     name, messages, images, info = _unpack(record)
     if not isinstance(name, str) or not isinstance(messages, list) or not isinstance(images, list):

@@ -37,14 +37,10 @@ class Shard(NamedTuple):
 
 
 class ShardSource:
-    """Examples of a finished folder, by random access over all shards; images come as encoded bytes.
+    """Examples of a finished folder, local or at a URL, by random access over all shards; images come as encoded bytes.
 
     Only the manifest is pickled; each process opens the shards that it reads. Of a folder at a URL, each shard that is read
     is copied once (`files.local_copy`).
-
-    Args:
-      folder: local folder or URL.
-      limits: what a record may take.
 
     Raises:
       SourceError: no manifest or none of ours, a shard missing, cut short or with another number of records than the manifest
@@ -69,9 +65,7 @@ class ShardSource:
     def __getitem__(self, index: SupportsIndex) -> Example:
         """Example `index`.
 
-        Raises:
-          ExampleError: the record is damaged, no usable conversation, or beyond the limit; the others may be whole.
-          SourceError: its shard vanished or changed since the folder was opened.
+        ExampleError where the record is damaged, no usable conversation or beyond the limit; SourceError where its shard is lost.
         """
         index = operator.index(index)
         if not 0 <= index < len(self):

@@ -16,11 +16,8 @@ _OPTIONS = "group_size:1,uncompressed"
 def write_shard(path: Path, name: str, records: Iterable[bytes]) -> Shard | None:
     """Write records into a new file, to the disk; no file is made without records.
 
-    Args:
-      name: that it will have in the manifest.
-
     Returns:
-      What the manifest says of it; None without records.
+      What the manifest says of it, by `name`; None without records.
 
     Raises:
       OSError, RuntimeError: it cannot be written; what array_record raises is of the second kind.
