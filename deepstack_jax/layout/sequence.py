@@ -173,7 +173,7 @@ class LayoutSpec:
 def _global_and_mosaic(
     views: np.ndarray, grid: Grid, side: int, *, newline: bool, box: tuple[slice, slice] | None = None
 ) -> np.ndarray:
-    """i32[m] tokens of the global view, then of the cells row by row across the picture (its part `box`); views i32[1 + cells, P]."""
+    """i32[m] tokens of the global view, then of the cells row by row across the picture (its part `box`)."""
     rows, cols = grid
     mosaic = views[1:].reshape(rows, cols, side, side).transpose(0, 2, 1, 3).reshape(rows * side, cols * side)
     if box is not None:

@@ -81,7 +81,7 @@ class ShardFolder:
     def finish(self, rows: int, max_bad_fraction: float) -> None:
         """Write `bad.jsonl` and then `manifest.json`: the folder is done.
 
-        SourceError where more of the `rows` records than that share are bad, or all: training would go on with much less than asked
+        SourceError where more of the `rows` records than that share are bad, or all: training would go on with less than asked
         for. The report is written, and finished shards are kept.
         """
         chunks = [self.chunks[number] for number in sorted(self.chunks)]

@@ -65,7 +65,7 @@ class ShardSource:
     def __getitem__(self, index: SupportsIndex) -> Example:
         """Example `index`.
 
-        ExampleError where the record is damaged, no usable conversation or beyond the limit; SourceError where its shard is lost.
+        ExampleError where the record is damaged, unusable or beyond the limit; SourceError where its shard is lost.
         """
         index = operator.index(index)
         if not 0 <= index < len(self):
