@@ -104,8 +104,7 @@ def _open(path: str, limits: LimitsConfig) -> Records | shards.ShardSource:
     if files.is_folder(path):
         return _open_folder(path, "", limits)
     if any(mark in path for mark in "*?["):
-        parts = [part for part in files.glob(path) if files.is_file(part)]
-        if not parts:
+        if not (parts := [part for part in files.glob(path) if files.is_file(part)]):
             raise MissingError(f"no file matches {path}; check the pattern and the folder before it")
         return _open_parts(path, parts, limits)
     folder, _, split = path.rpartition("/")
@@ -153,8 +152,7 @@ def _open_folder(folder: str, split: str, limits: LimitsConfig) -> Records | sha
         return shards.ShardSource(folder, limits)
     if found == ["a saved dataset"]:
         return _open_saved(folder, limits)
-    by_split = _splits(folder)
-    if not by_split:
+    if not (by_split := _splits(folder)):
         raise SourceError(f"{folder} lists no splits in dataset_dict.json, expected their names; write or copy it again")
     if not split and len(by_split) > 1:
         raise SourceError(
@@ -180,10 +178,9 @@ def _splits(folder: str) -> dict[str, list[str]]:
 def _parquet_files(folder: str) -> list[str]:
     """Parquet files of a folder, else of the `data` folder in it, where the Hugging Face hub has them."""
     for place in (folder, files.under(folder, "data")):
-        if place == folder or files.is_folder(place):
-            found = [files.under(place, name) for name in files.names(place) if name.endswith(".parquet")]
-            if found:
-                return found
+        held = files.names(place) if place == folder or files.is_folder(place) else []
+        if found := [files.under(place, name) for name in held if name.endswith(".parquet")]:
+            return found
     return []
 
 
@@ -199,8 +196,7 @@ def _check_shards(path: str, parts: Sequence[str]) -> None:
     is_pattern = not files.is_folder(path)
     for (stem, total), numbers in sets.items():
         lost = [f"{stem}-{number:05d}-of-{total}.parquet" for number in sorted(set(range(int(total))) - numbers)]
-        lost = [name for name in lost if not is_pattern or fnmatch(name, path)]
-        if lost:
+        if lost := [name for name in lost if not is_pattern or fnmatch(name, path)]:
             more = f" and {len(lost) - 3} more" if len(lost) > 3 else ""
             raise SourceError(f"{', '.join(lost[:3])}{more} missing; fetch them, or name by a pattern which files to use")
 

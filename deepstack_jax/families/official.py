@@ -102,8 +102,7 @@ def _refuse_unknown(values: Mapping[str, Any]) -> None:
 
 def _projector(values: Mapping[str, Any]) -> ProjectorConfig:
     kind = word(values, "mm_projector_type", "linear")
-    match = re.fullmatch(r"linear|mlp([1-9])x_gelu", kind)
-    if not match:
+    if not (match := re.fullmatch(r"linear|mlp([1-9])x_gelu", kind)):
         raise WeightsError(f"config.json: mm_projector_type is {quote(kind)}, expected linear or mlpNx_gelu")
     if kind == "mlp1x_gelu":  # named like a list of layers, and one nonetheless
         raise WeightsError("config.json: mm_projector_type is 'mlp1x_gelu', one layer: call it 'linear', its tensors too")

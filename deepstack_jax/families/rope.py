@@ -65,14 +65,12 @@ def _check(name: Any, scaling: Mapping[str, Any], refused: Collection[str]) -> N
             f"config.json: rope_scaling has type {quote(name)}, expected linear, llama3, su or longrope (yarn for Phi-3 only); "
             f"{nearest(name, _SCALINGS)}"
         )
-    unknown = sorted(set(scaling) - _SCALINGS[name] - {_ORIGINAL})
-    if unknown:
+    if unknown := sorted(set(scaling) - _SCALINGS[name] - {_ORIGINAL}):
         raise WeightsError(
             f"config.json: rope_scaling of type {name!r} has {', '.join(unknown)}, expected "
             f"{', '.join(sorted(_SCALINGS[name]))}; remove what changes nothing, or choose a checkpoint without it"
         )
-    missing = sorted(_SCALINGS[name] - {_ORIGINAL, "low_freq_factor", "high_freq_factor"} - set(scaling))
-    if missing:
+    if missing := sorted(_SCALINGS[name] - {_ORIGINAL, "low_freq_factor", "high_freq_factor"} - set(scaling)):
         raise WeightsError(
             f"config.json: rope_scaling of type {name!r} lacks {', '.join(missing)}; take config.json from the model's source"
         )

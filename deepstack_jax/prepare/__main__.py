@@ -134,8 +134,7 @@ def open_split(config: Config, name: str, out: str, shard_rows: int, max_pixels:
         inputs = describe_files(config.data, name, source)
     if isinstance(source, Mixture):
         console.print(describe_mixture(source))
-        uneven = [f"{part.name} ({part.config.repeat:g})" for part in source.parts if part.config.repeat != 1]
-        if uneven:
+        if uneven := [f"{part.name} ({part.config.repeat:g})" for part in source.parts if part.config.repeat != 1]:
             warnings.warn(
                 f"shards hold each record once, so training on them goes once through the sets {', '.join(uneven)}; to keep "
                 "their repeat, prepare each by itself with --config.data.train=FILE and name the folders in config.data.sets",

@@ -90,8 +90,7 @@ class ShardFolder:
         report.unlink(missing_ok=True)
         if bad:
             write_whole(report, "".join(json.dumps(entry._asdict()) + "\n" for entry in bad))
-        problem = too_many_bad(bad, rows, max_bad_fraction)
-        if problem:
+        if problem := too_many_bad(bad, rows, max_bad_fraction):
             raise SourceError(
                 f"{problem}; all of them with reasons: {report}; fix them and run the same command, which makes only their "
                 "shards again, or allow more"

@@ -205,8 +205,7 @@ def _cause(missing: list[str], unknown: list[str], wrong: Mapping[str, tuple[int
         return "The weights are quantised: give the folder of the full-precision model"
     if missing == ["lm_head.weight"]:
         return "The head seems tied to the embeddings, which is not so in this model; give a checkpoint with a head of its own"
-    vocab = [name for name in wrong if name in ("lm_head.weight", "model.embed_tokens.weight")]
-    if vocab:
+    if vocab := [name for name in wrong if name in ("lm_head.weight", "model.embed_tokens.weight")]:
         return (
             f"The embeddings have {shapes[vocab[0]][0]} rows, vocab_size in config.json is {wrong[vocab[0]][0]}: tokens "
             "were added, or the official loader resized them; set vocab_size to the rows that are there"

@@ -234,8 +234,7 @@ def _with_beyond(stored: Config, folder: Path) -> Config:
     if not file.is_file():
         return stored
     said, values = read_model_json(file), ConfigDict(to_dict(stored), convert_dict=True)
-    foreign = [key for key, value in said.items() if not may_say(key, value)]
-    if foreign:
+    if foreign := [key for key, value in said.items() if not may_say(key, value)]:
         raise WeightsError(
             f"{file} has {quote(foreign[0])}: {quote(said[foreign[0]])}, which no export writes there; delete the file to "
             "load the plain model"

@@ -71,8 +71,7 @@ def place_example(batch: Batch, row: int, example: EncodedExample, cursor: Curso
     views, expected = [len(pixels) for pixels in example.pixels], [layout.views for layout in example.layouts]
     if views != expected:
         raise ValueError(f"the images have {views} views, their layouts {expected}")
-    groups = {layout.stack.shape[0] for layout in example.layouts} - {batch.stack_source.shape[1]}
-    if groups:
+    if groups := {layout.stack.shape[0] for layout in example.layouts} - {batch.stack_source.shape[1]}:
         raise ValueError(f"layouts have {groups} groups, the batch has room for {batch.stack_source.shape[1]}")
     needs = Cursor(*example.size, 1)
     room = (batch.tokens.shape[1], batch.pixels.shape[1], batch.token_source.shape[1], batch.example_id.shape[1])

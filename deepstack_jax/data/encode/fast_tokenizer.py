@@ -94,8 +94,7 @@ class HFTokenizer:
         ids, offsets = np.array(encoding.ids, np.int32), np.array(encoding.offsets, np.int32).reshape(-1, 2)
         for at in np.flatnonzero(np.isin(ids, list(self._swallowing))):  # the white space around belongs to others
             start, end = offsets[at].tolist()
-            bare = text[start:end].strip()
-            if bare:
+            if bare := text[start:end].strip():
                 place = text.index(bare, start)
                 offsets[at] = place, place + len(bare)
         return ids, offsets

@@ -147,8 +147,7 @@ def images_to_front(messages: Sequence[Message], template: Template) -> tuple[Me
     """
 
     def move(text: str) -> str:
-        count = text.count(IMAGE_MARK)
-        if not count:
+        if not (count := text.count(IMAGE_MARK)):
             return text
         return (f"{template.image}\n" * count + text.replace(IMAGE_MARK, "").strip()).strip()
 

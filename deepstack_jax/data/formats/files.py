@@ -271,8 +271,7 @@ class _RemoteFile(io.RawIOBase):
         return self._at
 
     def readinto(self, buffer: Any, /) -> int:
-        length = min(len(buffer), max(0, self._size - self._at))
-        if length:
+        if length := min(len(buffer), max(0, self._size - self._at)):
             buffer[:length] = read_range(self._path, self._at, length, self._size)
             self._at += length
         return length

@@ -96,8 +96,7 @@ def record_name(row: object, index: int) -> str:
 
 def check_columns(columns: list[str]) -> str:
     """What is wrong with the columns of a table, as the end of a sentence; "" where its records can be conversations."""
-    twice = [name for name in needed_keys() if columns.count(name) > 1]
-    if twice:
+    if twice := [name for name in needed_keys() if columns.count(name) > 1]:
         return f"has the column {twice[0]} {columns.count(twice[0])} times, expected once; rename or remove the others"
     if set(columns) & set(_READERS):
         return ""

@@ -59,8 +59,7 @@ def length_index(source: Source, spec: DataSpec, console: Console | None = None)
         return sizes
     encoder, chunks = Encoder(spec), file.with_suffix("")
     sizes = _measure_all(source, encoder, chunks, console or Console(stderr=True))
-    problem = too_many_bad(sizes, source, encoder)
-    if not problem:
+    if not (problem := too_many_bad(sizes, source, encoder)):
         _save(file, sizes)
     shutil.rmtree(chunks, ignore_errors=True)  # after a problem, too: what could not be used is looked at again next time
     if problem:

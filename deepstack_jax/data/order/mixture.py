@@ -303,8 +303,7 @@ def _warn_of_rows(path: str, names: Sequence[str], filters: Sequence[RowFilter],
     if selection.shared:
         warnings.warn(f"{file}: {selection.shared:,} records belong to several of the sets {', '.join(names)}", stacklevel=3)
     for name, condition in zip(names, filters, strict=True):
-        unknown = [value for value in condition.keep_sources if value not in selection.data_sources]
-        if unknown:
+        if unknown := [value for value in condition.keep_sources if value not in selection.data_sources]:
             warnings.warn(
                 f"set {name}: no record of {file} has data_source {', '.join(map(repr, unknown))}; the file has "
                 f"{_listed(selection.data_sources)}; correct config.data.sets.{name}.keep_sources",

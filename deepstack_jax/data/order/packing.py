@@ -160,8 +160,7 @@ class _Waiting:
         both_fit = [(a, b) for a in least for b in least if a <= b and a + b <= crops and least[a] + least[b] <= tokens]
         for total in range(tokens, above, -1):
             for a, b in both_fit:
-                both = self._lengths[a] & (self._mirrored[b] >> (self._longest - total))
-                if not both:
+                if not (both := self._lengths[a] & (self._mirrored[b] >> (self._longest - total))):
                     continue
                 first = both.bit_length() - 1
                 one, other = (a, first), (b, total - first)
