@@ -52,13 +52,8 @@ def _in_optimizer(optimizer: OptimizerConfig) -> Iterator[str]:
 def _in_products(config: Config) -> Iterator[str]:
     """Products of sizes, each possible by itself, that no machine could hold."""
     image, vision, decoder, layout = config.image, config.vision, config.decoder, config.layout
-    heads = 2 * (decoder.heads + decoder.kv_heads) * decoder.head_dim
-    layers = vision.layers + vision.post_layers
-    sizes = {
-        "decoder": decoder.layers * decoder.width * (heads + 3 * decoder.mlp) + 2 * decoder.vocab_size * decoder.width,
-        "vision": layers * vision.width * (4 * vision.width + 2 * vision.mlp) + 3 * vision.width * vision.patch_size**2,
-        "projector": config.projector.layers * decoder.width * max(decoder.width, vision.width),
-    }
+    projector = config.projector.layers * decoder.width * max(decoder.width, vision.width)
+    sizes = {"decoder": decoder.parameters, "vision": vision.parameters, "projector": projector}
     for section, size in sizes.items():
         if size > PARAMETERS:
             yield f"config.{section} has {size:.1e} parameters, expected at most {PARAMETERS:.0e}; lower its layers or widths"

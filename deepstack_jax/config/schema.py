@@ -50,6 +50,12 @@ class VisionConfig:
             return self.layers + self.post_layers
         return self.feature_layer if self.feature_layer >= 0 else self.layers + 1 + self.feature_layer
 
+    @property
+    def parameters(self) -> int:
+        """About how many it has; a family of another arithmetic says in its own section."""
+        layers = self.layers + self.post_layers
+        return layers * self.width * (4 * self.width + 2 * self.mlp) + 3 * self.width * self.patch_size**2
+
 
 @dataclass(frozen=True)
 class ProjectorConfig:
@@ -98,6 +104,12 @@ class DecoderConfig:
 
     # Whether the embeddings are the head too: one parameter, both uses. No key: a family that can have it so makes it one.
     tied_head = False
+
+    @property
+    def parameters(self) -> int:
+        """About how many it has; a family of another arithmetic says in its own section."""
+        heads = 2 * (self.heads + self.kv_heads) * self.head_dim
+        return self.layers * self.width * (heads + 3 * self.mlp) + 2 * self.vocab_size * self.width
 
 
 @dataclass(frozen=True)
