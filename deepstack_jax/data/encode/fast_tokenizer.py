@@ -9,14 +9,7 @@ from pathlib import Path
 import numpy as np
 import tokenizers
 
-from deepstack_jax.data.encode.tokenizer_files import (
-    LITERALS,
-    SPECIAL_ROLES,
-    TokenizerError,
-    as_tokens,
-    read_optional_json,
-    reading,
-)
+from deepstack_jax.data.encode.tokenizer_files import LITERALS, SPECIAL_ROLES, TokenizerError, as_tokens, read_settings, reading
 
 _HIDING = [chr(code) for code in range(0xFDD0, 0xFDF0)]  # characters that Unicode keeps out of texts
 _UNHIDE = {ord(character): "\ufffd" for character in _HIDING}
@@ -34,7 +27,7 @@ class HFTokenizer:
         self.file = Path(path) / "tokenizer.json" if Path(path).is_dir() else Path(path)
         if not self.file.is_file():
             raise FileNotFoundError(f"no {self.file}; expected tokenizer.json or a folder that holds it")
-        self._config = read_optional_json(self.file.parent / "tokenizer_config.json")
+        self._config = read_settings(self.file.parent / "tokenizer_config.json")
         with reading(self.file):
             self._fast = _fast(self.file.read_text("utf-8"))
             self._read()

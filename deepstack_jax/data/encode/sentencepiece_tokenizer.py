@@ -11,14 +11,7 @@ import sentencepiece
 from google.protobuf.message import DecodeError
 from sentencepiece import sentencepiece_model_pb2, sentencepiece_pb2
 
-from deepstack_jax.data.encode.tokenizer_files import (
-    LITERALS,
-    SPECIAL_ROLES,
-    TokenizerError,
-    as_tokens,
-    read_optional_json,
-    reading,
-)
+from deepstack_jax.data.encode.tokenizer_files import LITERALS, SPECIAL_ROLES, TokenizerError, as_tokens, read_settings, reading
 from deepstack_jax.printing import label
 
 _UNDERLINE = "\u2581"  # sentencepiece writes a space as this character
@@ -178,13 +171,13 @@ def _processor(model_file: Path, *, dummy_prefix: bool, added: Iterable[str]) ->
 def _llama_config(folder: Path) -> tuple[dict[str, Any], dict[int, dict[str, Any]]]:
     """Tokenizer settings, and the added tokens by id, from the new form of the folder or the old one."""
     config: dict[str, Any] = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
-    config |= read_optional_json(folder / "tokenizer_config.json")
+    config |= read_settings(folder / "tokenizer_config.json")
     if "added_tokens_decoder" in config:
         stored = {int(id): as_tokens(token)[0] for id, token in config["added_tokens_decoder"].items()}
     else:
-        config |= read_optional_json(folder / "special_tokens_map.json")
+        config |= read_settings(folder / "special_tokens_map.json")
         flags = {token["content"]: token for role in SPECIAL_ROLES for token in as_tokens(config.get(role))}
-        added = read_optional_json(folder / "added_tokens.json")
+        added = read_settings(folder / "added_tokens.json")
         stored = {operator.index(id): flags.get(content, as_tokens(content)[0]) for content, id in added.items()}
     if wrong := [id for id in stored if id < 0]:
         raise TokenizerError(f"{folder}: an added token has the id {wrong[0]}, expected 0 or more; download it again")

@@ -176,7 +176,13 @@ def render(messages: Sequence[Message], template: Template, *, complete: bool = 
     turns = list(messages[dropped:])
     _check(turns, dropped, complete)
     if template.caption:
-        turns = _captioned(turns)
+        images = turns[0].text.count(IMAGE_MARK)
+        if len(turns) != 2 or not images:
+            raise ConversationError(
+                f"template 'plain' got {plural(len(turns), 'turn')} and {plural(images, 'image')} in the first; expected one "
+                f"human turn with {IMAGE_MARK} and one answer; use a chat template for other data"
+            )
+        turns[0] = Message("human", IMAGE_MARK * images)
 
     text, spans, words = "", [], []
     for number, message in enumerate(turns):
@@ -202,13 +208,3 @@ def _check(turns: Sequence[Message], dropped: int, complete: bool) -> None:
         got = f"ends with {turns[-1].role!r} at turn {len(turns) - 1 + dropped}" if turns else "has no human turn"
         need = "an answer to train on" if complete else "an open question to generate from"
         raise ConversationError(f"conversation {got}; expected its last turn to be {last!r}: {need}")
-
-
-def _captioned(turns: Sequence[Message]) -> list[Message]:
-    images = turns[0].text.count(IMAGE_MARK)
-    if len(turns) != 2 or not images:
-        raise ConversationError(
-            f"template 'plain' got {plural(len(turns), 'turn')} and {plural(images, 'image')} in the first; expected one human "
-            f"turn with {IMAGE_MARK} and one answer; use a chat template for other data"
-        )
-    return [Message("human", IMAGE_MARK * images), turns[1]]

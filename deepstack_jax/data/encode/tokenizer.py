@@ -14,7 +14,7 @@ from deepstack_jax.config import DataSpec
 from deepstack_jax.data.encode.fast_tokenizer import HFTokenizer
 from deepstack_jax.data.encode.sentencepiece_tokenizer import SentencePieceTokenizer
 from deepstack_jax.data.encode.templates import TEMPLATES, get_template
-from deepstack_jax.data.encode.tokenizer_files import LITERALS, read_optional_json
+from deepstack_jax.data.encode.tokenizer_files import LITERALS, read_settings
 from deepstack_jax.errors import ConfigError, fetch_command
 
 
@@ -117,7 +117,7 @@ def load_tokenizer(spec: str) -> Tokenizer:
         return SentencePieceTokenizer(path.parent if path.name == "tokenizer.model" else path)
     if path.is_file() or (path / "tokenizer.json").is_file():
         return HFTokenizer(path)
-    run = read_optional_json(path / "config.json").get("data")
+    run = read_settings(path / "config.json").get("data")
     if isinstance(run, dict) and run.get("tokenizer"):
         return load_tokenizer(run["tokenizer"])
     raise FileNotFoundError(

@@ -34,7 +34,7 @@ def reading(path: Path, use: str = "be read as a tokenizer") -> Iterator[None]:
         ) from error
 
 
-def read_optional_json(file: Path) -> dict[str, Any]:
+def read_settings(file: Path) -> dict[str, Any]:
     """The entries of a JSON object that are not null; none where there is no file."""
     try:
         found = json.loads(file.read_text("utf-8")) if file.is_file() else {}

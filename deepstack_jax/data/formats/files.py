@@ -77,35 +77,26 @@ def size(path: str) -> int:
     """Bytes of a file."""
     if not is_url(path):
         return _checked(path).st_size
-    with _backend(path) as (system, inner):
-        length = system.size(inner)
-        if length is None:
-            raise OSError(errno.EIO, "its size is unknown there, so it cannot be read by ranges", path)
-        return int(length)
+    if (length := _remote("size", path)) is None:
+        raise OSError(errno.EIO, "its size is unknown there, so it cannot be read by ranges", path)
+    return int(length)
 
 
 def is_file(path: str) -> bool:
     """Whether a file is there."""
-    if not is_url(path):
-        return os.path.isfile(path)
-    with _backend(path) as (system, inner):
-        return system.isfile(inner)
+    return _remote("isfile", path) if is_url(path) else os.path.isfile(path)
 
 
 def is_folder(path: str) -> bool:
     """Whether a folder is there; object stores have one wherever a name continues after the slash."""
-    if not is_url(path):
-        return os.path.isdir(path)
-    with _backend(path) as (system, inner):
-        return system.isdir(inner)
+    return _remote("isdir", path) if is_url(path) else os.path.isdir(path)
 
 
 def names(folder: str) -> list[str]:
     """Names of what lies in a folder, sorted."""
     if not is_url(folder):
         return sorted(os.listdir(folder))
-    with _backend(folder) as (system, inner):
-        return sorted({posixpath.basename(str(path).rstrip("/")) for path in system.ls(inner, detail=False)})
+    return sorted({posixpath.basename(str(path).rstrip("/")) for path in _remote("ls", folder, detail=False)})
 
 
 def glob(pattern: str) -> list[str]:
@@ -120,11 +111,10 @@ def read_bytes(path: str, most: int | None = None) -> bytes:
     """All of a file; OSError (EFBIG) where it has more than `most` bytes."""
     if most is not None and size(path) > most:
         raise OSError(errno.EFBIG, f"it has {size(path):,} bytes, more than the {most:,} allowed", path)
-    if not is_url(path):
-        with open_binary(path) as file:
-            return file.read()
-    with _backend(path) as (system, inner):
-        return system.cat_file(inner)
+    if is_url(path):
+        return _remote("cat_file", path)
+    with open_binary(path) as file:
+        return file.read()
 
 
 def read_json(path: str) -> Any:
@@ -138,8 +128,7 @@ def read_json(path: str) -> Any:
 def read_range(path: str, start: int, length: int, whole: int) -> bytes:
     """`length` bytes from `start` on of a file that had `whole` bytes when it was opened; OSError where it has no longer."""
     if is_url(path):
-        with _backend(path) as (system, inner):
-            data = system.cat_file(inner, start=start, end=start + length)
+        data = _remote("cat_file", path, start=start, end=start + length)
     else:
         _checked(path)
         with open(path, "rb", buffering=0) as file:
@@ -293,6 +282,11 @@ def _backend(path: str) -> Iterator[tuple[Any, str]]:
         raise OSError(errno.EPROTONOSUPPORT, reason, path) from error
     except Exception as error:  # every backend raises kinds of its own
         raise OSError(errno.EIO, _one_line(error), path) from error
+
+
+def _remote(method: str, path: str, **options: Any) -> Any:
+    with _backend(path) as (system, inner):
+        return getattr(system, method)(inner, **options)
 
 
 def _one_line(error: Exception) -> str:

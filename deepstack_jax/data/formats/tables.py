@@ -132,10 +132,16 @@ class ParquetRecords:
         return table
 
     def _read_group(self, parquet: pq.ParquetFile, number: int, step: int) -> pa.Table:
+        batches, size, most = [], 0, self._limits.group_bytes
         try:
-            if step < _BATCH_ROWS:
-                return self._read_steps(parquet, number, step)
-            return parquet.read_row_group(number, columns=self._columns)
+            if step == _BATCH_ROWS:
+                return parquet.read_row_group(number, columns=self._columns)
+            for batch in parquet.iter_batches(step, [number], self._columns):
+                batches.append(batch)
+                size += batch.nbytes
+                if size > most:
+                    raise RecordError(f"row group {number} takes more than config.data.limits.group_bytes={most:,}; raise that")
+            return pa.Table.from_batches(batches).combine_chunks()
         except (pa.ArrowException, OSError) as error:
             needed = [name for name in self._columns if name in needed_keys()]
             if needed == self._columns or (isinstance(error, OSError) and error.errno):
@@ -144,15 +150,6 @@ class ParquetRecords:
             others = [name for name in self._columns if name not in needed]
             warn_of(self.path, others, f"cannot be read ({short_reason(error)})")
             return table
-
-    def _read_steps(self, parquet: pq.ParquetFile, number: int, step: int) -> pa.Table:
-        batches, size, most = [], 0, self._limits.group_bytes
-        for batch in parquet.iter_batches(step, [number], self._columns):
-            batches.append(batch)
-            size += batch.nbytes
-            if size > most:
-                raise RecordError(f"row group {number} takes more than config.data.limits.group_bytes={most:,}; raise that")
-        return pa.Table.from_batches(batches).combine_chunks()
 
 
 class ArrowRecords:

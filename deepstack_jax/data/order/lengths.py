@@ -18,7 +18,7 @@ from deepstack_jax.config import DataSpec
 from deepstack_jax.data.encode.batch_rows import ExampleSize
 from deepstack_jax.data.encode.encoder import Encoder, try_record
 from deepstack_jax.data.encode.sizes import measure
-from deepstack_jax.data.example import BadExample, ExampleError, Source, SourceError
+from deepstack_jax.data.example import BadExample, Source, SourceError
 from deepstack_jax.data.formats import files
 from deepstack_jax.data.workers import process_pool
 from deepstack_jax.printing import Console
@@ -134,24 +134,17 @@ def _key(source: Source, spec: DataSpec) -> str:
     """
     data, layout = spec.data, spec.layout
     looked_at = np.unique(np.linspace(0, len(source) - 1, 64, dtype=np.int64))
+    texts = [try_record(source, int(row), lambda one: repr((one.name, len(one.images), one.messages))) for row in looked_at]
     known = {
         "version": _VERSION,
         "source": hashlib.sha256(pickle.dumps(source, protocol=4)).hexdigest(),
-        "rows": [_text_of(source, int(row)) for row in looked_at],
+        "rows": [one.reason if isinstance(one, BadExample) else one for one in texts],
         "tokenizer": _tokenizer_version(data.tokenizer),
         "data": [getattr(data, key) for key in _DATA_KEYS],
         "image": asdict(spec.image),
         "layout": asdict(layout),
     }
     return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:24]
-
-
-def _text_of(source: Source, row: int) -> str:
-    try:
-        example = source[row]
-    except ExampleError as error:
-        return str(error)
-    return repr((example.name, len(example.images), example.messages))
 
 
 def _tokenizer_version(spec: str) -> str:

@@ -135,8 +135,11 @@ def read_manifest(folder: str) -> dict[str, Any]:
         raise SourceError(f"{path} says format, version {found}, expected {(FORMAT, VERSION)}; prepare it with this release")
     try:
         shards = [Shard(**shard) for shard in manifest["shards"]]
-        for shard in shards:
-            _check_shard(shard)
+        for shard in shards:  # a name may lead nowhere else
+            if not (isinstance(shard.file, str) and _SHARD_NAME.fullmatch(shard.file) and isinstance(shard.sha256, str)):
+                raise ValueError(f"file {shard.file!r:.80}, expected shard-00000{SUFFIX} and its sha256")
+            if not all(type(number) is int and 0 < number < 2**50 for number in (shard.rows, shard.bytes)):
+                raise ValueError(f"{shard.file} with {shard.rows!r:.40} records, {shard.bytes!r:.40} bytes")
         rows = sum(shard.rows for shard in shards)
         whole = 0 < rows == manifest["rows"]
     except (KeyError, TypeError, ValueError) as error:
@@ -144,14 +147,6 @@ def read_manifest(folder: str) -> dict[str, Any]:
     if not whole:
         raise SourceError(f"{path} lists {rows} records in shards and {manifest['rows']} in all; prepare the folder again")
     return manifest
-
-
-def _check_shard(shard: Shard) -> None:
-    """Raises ValueError where an entry is not as `prepare` writes it: a name may lead nowhere else."""
-    if not (isinstance(shard.file, str) and _SHARD_NAME.fullmatch(shard.file) and isinstance(shard.sha256, str)):
-        raise ValueError(f"file {shard.file!r:.80}, expected shard-00000{SUFFIX} and its sha256")
-    if not all(type(number) is int and 0 < number < 2**50 for number in (shard.rows, shard.bytes)):
-        raise ValueError(f"{shard.file} with {shard.rows!r:.40} records, {shard.bytes!r:.40} bytes")
 
 
 def verify(folder: str) -> dict[str, Any]:
