@@ -21,7 +21,41 @@ _MAX_ROWS = 2**31
 _BATCH_ROWS, _STEP_ROWS = 1 << 16, 64  # read at once where texts are dictionaries; where each may be as long as all in the file
 
 
-class ParquetRecords:
+class _Groups:
+    """Records of files that hold them in groups: row groups, or record batches."""
+
+    path: str  # that the user named
+    _parts: tuple[str, ...]
+
+    def _count(self, counts: Sequence[Sequence[int]]) -> None:
+        """Take the number of records of every group of every file."""
+        rows = [number for part in counts for number in part]
+        if not 0 < (total := sum(rows)) <= _MAX_ROWS:
+            says = "no records" if not total else f"{total:,} records, if it is believed"
+            raise SourceError(f"{self.path} holds {says}; expected at least one conversation, at most {_MAX_ROWS:,}")
+        self._part_of = np.repeat(np.arange(len(counts)), [len(part) for part in counts])  # of every group
+        self._starts = np.concatenate([[0], np.cumsum(rows, dtype=np.int64)])  # first record of every group, and of all
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def _find(self, index: int) -> tuple[int, int]:
+        """The group of a record, and its place there; empty groups are passed over."""
+        group = int(np.searchsorted(self._starts, index, side="right")) - 1
+        return group, index - int(self._starts[group])
+
+    def _first(self, group: int) -> tuple[int, int]:
+        """The file of a group, and the first group of that file."""
+        part = int(self._part_of[group])
+        return part, int(np.searchsorted(self._part_of, part))
+
+    def place(self, index: int) -> str:
+        """The file of a record and its number there, for messages."""
+        part, first = self._first(self._find(index)[0])
+        return f"{self._parts[part]} record {index - int(self._starts[first])}"
+
+
+class ParquetRecords(_Groups):
     """Records of parquet files (`parts`, in order, of the `path` that the user named), read by row group.
 
     A shuffled reader decodes a row group for a row: fast as long as row groups are small (`datasets` writes 100 rows with
@@ -45,9 +79,7 @@ class ParquetRecords:
         self._columns = carried(path, first.columns)
         self._check_groups()
         self._outlined = [name for name in self._columns if _is_short(name, first.columns[name])]
-        rows = [(part, group, count) for part, footer in enumerate(self._footers) for group, count in enumerate(footer.rows)]
-        self._groups = np.array([(part, group) for part, group, _ in rows], np.int32).reshape(-1, 2)
-        self._starts = _starts(path, [count for *_, count in rows])
+        self._count([footer.rows for footer in self._footers])
         self._tables = files.ProcessCache()  # of row groups: the table, and what a row of it may take
 
     def _check_groups(self) -> None:
@@ -66,24 +98,14 @@ class ParquetRecords:
                     self._columns = [name for name in self._columns if name in needed_keys()]
                     warn_of(self.path, others, f"go beyond config.data.limits.group_bytes={most:,}")
 
-    def __len__(self) -> int:
-        return int(self._starts[-1])
-
-    def place(self, index: int) -> str:
-        """The file of row `index` and its row there, for messages."""
-        group = self._group_of(index)
-        part = self._groups[group, 0]
-        first = np.searchsorted(self._groups[:, 0], part)
-        return f"{self._parts[part]} record {index - int(self._starts[first])}"
-
     def read(self, index: int) -> object:
         """Record `index` as a dict.
 
         RecordError where its row group does not decode, or it is beyond the limit; SourceError where the file changed since.
         """
-        group = self._group_of(index)
+        group, row = self._find(index)
         table, most = self._table(group)
-        return to_row(table.slice(index - int(self._starts[group]), 1), most)
+        return to_row(table.slice(row, 1), most)
 
     def scan(self) -> Iterator[object]:
         """All rows in order, only the columns that are short and that an outline needs."""
@@ -98,9 +120,6 @@ class ParquetRecords:
             except (pa.ArrowException, OSError) as error:
                 raise _failure(part, error) from error
 
-    def _group_of(self, index: int) -> int:
-        return int(np.searchsorted(self._starts, index, side="right")) - 1  # empty row groups are passed over
-
     def _table(self, group: int) -> tuple[pa.Table, int | None]:
         """A row group, and what a row of it may take; None where all together take less."""
         with self._tables.lock:
@@ -114,8 +133,8 @@ class ParquetRecords:
             return self._tables[group]
 
     def _decode(self, group: int) -> pa.Table:
-        part, number = self._groups[group].tolist()
-        path, footer = self._parts[part], self._footers[part]
+        part, first = self._first(group)
+        path, footer, number = self._parts[part], self._footers[part], group - first
         try:
             size = files.size(path)
             if size != footer.size:
@@ -152,7 +171,7 @@ class ParquetRecords:
             return table
 
 
-class ArrowRecords:
+class ArrowRecords(_Groups):
     """Records of arrow IPC files (streams, as `datasets` writes them, or files), mapped into memory: read without copying.
 
     `parts` are the files, in order, of the `path` that the user named; of a URL a copy is kept. SourceError where one is not
@@ -169,9 +188,9 @@ class ArrowRecords:
 
     def _map(self) -> None:
         most = self._limits.group_bytes
-        self._batches = [_map_arrow(part, copy, most) for part, copy in zip(self._parts, self._copies, strict=True)]
-        self._flat = [batch for batches in self._batches for batch in batches]
-        self._starts = _starts(self.path, [len(batch) for batch in self._flat])
+        mapped = [_map_arrow(part, copy, most) for part, copy in zip(self._parts, self._copies, strict=True)]
+        self._batches = [batch for batches in mapped for batch in batches]
+        self._count([list(map(len, batches)) for batches in mapped])
 
     def __getstate__(self) -> dict[str, Any]:
         kept = {"path": self.path, "_parts": self._parts, "_copies": self._copies, "_limits": self._limits}
@@ -184,26 +203,14 @@ class ArrowRecords:
         if len(self) != rows:
             raise SourceError(f"{self.path} changed while in use: {len(self)} records, {rows} when opened; start again")
 
-    def __len__(self) -> int:
-        return int(self._starts[-1])
-
-    def place(self, index: int) -> str:
-        """The file of row `index` and its row there, for messages."""
-        for part, batches in zip(self._parts, self._batches, strict=True):
-            rows = sum(map(len, batches))
-            if index < rows:
-                return f"{part} record {index}"
-            index -= rows
-        raise IndexError(index)
-
     def read(self, index: int) -> object:
         """Row `index` as a dict; RecordError where its bytes are not valid data, or more than the limit."""
-        batch = int(np.searchsorted(self._starts, index, side="right")) - 1
-        return to_row(self._flat[batch].slice(index - int(self._starts[batch]), 1), self._limits.row_bytes)
+        batch, row = self._find(index)
+        return to_row(self._batches[batch].slice(row, 1), self._limits.row_bytes)
 
     def scan(self) -> Iterator[object]:
         """All rows in order, only the columns that are short and that an outline needs."""
-        for batch in self._flat:
+        for batch in self._batches:
             names = [field.name for field in batch.schema if _is_short(field.name, field.type)]
             yield from scanned(batch.select(names), self._limits, mapped=True) if names else ({} for _ in range(len(batch)))
 
@@ -307,15 +314,6 @@ def _read_arrow(path: str, source: pa.MemoryMappedFile, most: int) -> tuple[pa.S
     if file is not None and file.num_record_batches != len(batches):
         raise pa.ArrowInvalid(f"its footer lists {file.num_record_batches} batches, {len(batches)} are there")
     return reader.schema, batches
-
-
-def _starts(path: str, counts: Sequence[int]) -> np.ndarray:
-    """i64[groups + 1]: the first row of every group, and the number of all."""
-    total = sum(counts)
-    if not 0 < total <= _MAX_ROWS:
-        says = "no records" if not total else f"{total:,} records, if it is believed"
-        raise SourceError(f"{path} holds {says}; expected at least one conversation, at most {_MAX_ROWS:,}")
-    return np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
 
 
 def _failure(path: str, error: Exception) -> SourceError:
