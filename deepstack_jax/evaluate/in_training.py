@@ -68,7 +68,7 @@ class TrainingEvaluation:
           SourceError: more than `data.max_bad_fraction`: loss and scores would be of another set.
           OverlongError: one is too long, and the configuration says to stop then.
         """
-        config, console, rows = self._config, self._console, self._rows(source)
+        config, console, rows = self._config, self._console, min(self._config.evaluation.examples, len(source))
         if starts:
             check_images(source, config.data, config.evaluation.examples)
         with console.status(f"looking through {plural(rows, 'held-out row')}"):
@@ -168,9 +168,6 @@ class TrainingEvaluation:
             self._console.print(f"held-out row {one.index} ({label(one.name)}) is left out: {one.reason}", soft_wrap=True)
         self.named.update(one.index for one in new)
         return bool(new)
-
-    def _rows(self, source: Source) -> int:
-        return min(self._config.evaluation.examples, len(source))
 
     def _too_many(self, bad: int, rows: int) -> str:
         limit = self._config.data.max_bad_fraction

@@ -48,28 +48,27 @@ def find_collectives(text: str) -> list[Collective]:
 
     Instructions that the compiler split into pieces, to run beside others, share a channel and count once.
     """
-    computations = dict(_computations(text))
-    entry = next(name for name, (is_entry, _) in computations.items() if is_entry)
-    times = _executions({name: lines for name, (_, lines) in computations.items()}, entry)
+    computations, entry = _computations(text)
+    times = _executions(computations, entry)
     devices = int(found[1]) if (found := re.search(r"num_partitions=(\d+)", text)) else 1
     seen: dict[str, Collective] = {}
-    for name, (_, lines) in computations.items():
+    for name, lines in computations.items():
         for channel, one in _in_computation(name, lines, devices) if times[name] else ():
             if channel not in seen or seen[channel].times < times[name]:
                 seen[channel] = replace(one, times=times[name])
     return sorted(seen.values(), key=lambda one: -one.total)
 
 
-def _computations(text: str) -> Iterator[tuple[str, tuple[bool, list[str]]]]:
-    """(name, (whether it is the entry, lines)) of every computation."""
-    name, entry, lines = "", False, []
+def _computations(text: str) -> tuple[dict[str, list[str]], str]:
+    """The lines of every computation by its name, and the name of the entry."""
+    found, entry, lines = {}, "", []
     for line in text.splitlines():
         if header := _HEADER.match(line):
-            entry, name, lines = bool(header[1]), header[2], []
-        elif line.startswith("}"):
-            yield name, (entry, lines)
+            found[header[2]] = lines = []
+            entry = header[2] if header[1] else entry
         else:
             lines.append(line)
+    return found, entry
 
 
 def _executions(computations: dict[str, list[str]], entry: str) -> dict[str, int]:

@@ -6,7 +6,7 @@ from fractions import Fraction
 
 from jax.sharding import Mesh
 
-from deepstack_jax.config import Config
+from deepstack_jax.config import Config, DataConfig, DataSpec
 from deepstack_jax.data.order.batches import packed_rows
 from deepstack_jax.parallel.kernels import kernel_for
 from deepstack_jax.parallel.mesh import check_batch_fits, make_mesh
@@ -111,7 +111,7 @@ def plan_load(config: Config, mesh: Mesh, hosts: int, wanted: Wanted) -> Load:
     data, train = config.data, config.train
     if data.packing.enabled:
         shards = mesh.shape["data"] * mesh.shape["fsdp"]
-        each = wanted.per_row or assumed_per_row(config)
+        each = wanted.per_row or assumed_per_row(config.data_spec)
         divisor = math.lcm(shards, hosts) * train.accumulation
         rows, _ = packed_rows(Fraction(train.batch_size / each), divisor)
         said = "as told" if wanted.per_row else "assumed; --examples_per_row=N sets it"
@@ -119,20 +119,19 @@ def plan_load(config: Config, mesh: Mesh, hosts: int, wanted: Wanted) -> Load:
     else:
         check_batch_fits(train, mesh)
         rows, assumed = train.batch_size, ""
-    epoch = wanted.epoch or known_examples(config)
+    epoch = wanted.epoch or known_examples(data)
     steps = train.steps or (max(1, round(train.epochs * epoch / train.batch_size)) if epoch else 0)
     return Load(rows, data.max_length, float(train.batch_size), steps, assumed)
 
 
-def assumed_per_row(config: Config) -> float:
+def assumed_per_row(spec: DataSpec) -> float:
     """Examples that a packed row holds, if each has one image and so many text tokens."""
-    each = config.layout.max_tokens + ASSUMED_TEXT
-    return max(1.0, min(config.data.max_length / each, config.data_spec.images_per_row, config.data.packing.max_examples))
+    each = spec.layout.max_tokens + ASSUMED_TEXT
+    return max(1.0, min(spec.data.max_length / each, spec.images_per_row, spec.data.packing.max_examples))
 
 
-def known_examples(config: Config) -> int:
+def known_examples(data: DataConfig) -> int:
     """Examples per epoch that the configuration itself names; 0 = it does not."""
-    data = config.data
     if data.source == "pages":
         return data.synthetic.length
     sets = () if data.train else data.sets.values()

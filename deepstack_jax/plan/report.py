@@ -126,7 +126,7 @@ def print_tables(plan: Plan, console: Console) -> None:
         + (f" ({load.assumed})" if load.assumed else ""),
         soft_wrap=True,
     )
-    for table in (memory_table(plan), flops_table(plan), collectives_table(plan), largest_table(plan)):
+    for table in (memory_table(plan), flops_table(plan), *traffic_tables(plan)):
         if table.row_count:
             console.print(table)
     for line in time_lines(plan):
@@ -158,21 +158,15 @@ def flops_table(plan: Plan) -> Table:
     return table
 
 
-def collectives_table(plan: Plan) -> Table:
-    """What enters each device per step, by kind."""
-    sums = by_kind(plan.collectives)
-    table = Table("collective", "per step", "GB into each device")
-    for kind, (count, size) in sums.items():
-        table.add_row(kind, f"{count:,}", f"{size / 1e9:,.3f}")
-    return table
-
-
-def largest_table(plan: Plan) -> Table:
-    """The single collectives with most traffic, and where they come from."""
-    table = Table("most traffic", "times", "MB of result", "GB into each device", "belongs to")
+def traffic_tables(plan: Plan) -> tuple[Table, Table]:
+    """What enters each device per step, by kind; and the single collectives with most of it, with where they come from."""
+    kinds = Table("collective", "per step", "GB into each device")
+    for kind, (count, size) in by_kind(plan.collectives).items():
+        kinds.add_row(kind, f"{count:,}", f"{size / 1e9:,.3f}")
+    largest = Table("most traffic", "times", "MB of result", "GB into each device", "belongs to")
     for one in plan.collectives[:SHOWN]:
-        table.add_row(one.name, str(one.times), f"{one.size / 1e6:,.1f}", f"{one.total / 1e9:,.3f}", belongs_to(one.source))
-    return table
+        largest.add_row(one.name, str(one.times), f"{one.size / 1e6:,.1f}", f"{one.total / 1e9:,.3f}", belongs_to(one.source))
+    return kinds, largest
 
 
 # What jax and flax write into the path of an operation beside the names of modules: transformations, loops, calls, methods.
