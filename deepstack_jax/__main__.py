@@ -1,7 +1,5 @@
 """The verbs: `deepstack VERB FLAGS`, or `python -m deepstack_jax VERB FLAGS`, is `python -m deepstack_jax.VERB FLAGS`."""
 
-from __future__ import annotations
-
 import runpy
 import sys
 

@@ -12,8 +12,6 @@ Axis letters (annotations, einsums and docs use these):
 Grids are always `(rows, cols)`.
 """
 
-from __future__ import annotations
-
 from typing import Any, NamedTuple
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Pytree structs that pass between packages, besides the Batch."""
 
-from __future__ import annotations
-
 from typing import Any, NamedTuple
 
 import jax

@@ -1,7 +1,5 @@
 """Ask a model: `python -m deepstack_jax.generate --model=DIR --image=photo.jpg --prompt="What is written on the sign?"`."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import os

@@ -1,7 +1,5 @@
 """Questions to answers on the host's side: encode, batch, decode chunk by chunk, and turn tokens into text."""
 
-from __future__ import annotations
-
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple

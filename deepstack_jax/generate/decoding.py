@@ -4,8 +4,6 @@
 number of tokens) is an array.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple

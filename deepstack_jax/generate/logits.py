@@ -1,7 +1,5 @@
 """Scores of every next token for the official code's own inputs: token ids with -200 where an image is."""
 
-from __future__ import annotations
-
 from functools import partial
 from typing import Any
 

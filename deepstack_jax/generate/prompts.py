@@ -1,7 +1,5 @@
 """From images and words to the rows of a batch whose sizes repeat, so that a new prompt compiles nothing."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import replace
 from os import PathLike

@@ -4,8 +4,6 @@ All settings are arrays, so that changing one compiles nothing, and a row's nois
 token alone, so that a row says the same alone and in any batch.
 """
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import jax

@@ -4,8 +4,6 @@ The cache is a ring of columns: a step writes one column for all rows, and a new
 Where a key lies does not matter to attention: its rotary angle is in it, and `valid` tells which columns a row sees.
 """
 
-from __future__ import annotations
-
 from functools import partial
 from typing import Any, NamedTuple
 

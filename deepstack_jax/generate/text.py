@@ -1,7 +1,5 @@
 """Tokens of an answer into its text while they come: whole characters only, nothing of a stop string, no white space around."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 
 from deepstack_jax.data.encode.templates import Template

@@ -1,7 +1,5 @@
 """Rotary positions, masks, and the attention kernel's signature. The kernel itself is a callable handed in."""
 
-from __future__ import annotations
-
 import math
 from typing import NamedTuple, Protocol, runtime_checkable
 

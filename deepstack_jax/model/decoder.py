@@ -4,8 +4,6 @@ The scan compiles one block whatever the depth. `layer_inject` is forwarded by t
 wraps injection and block together: so the backward pass saves one hidden state per layer and never the stack.
 """
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import flax.linen as nn

@@ -1,7 +1,5 @@
 """The paper's figure 2 as code: encode, gather, project, merge, decode with injection."""
 
-from __future__ import annotations
-
 from itertools import groupby
 from typing import NamedTuple
 

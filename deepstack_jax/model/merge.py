@@ -4,8 +4,6 @@ Upstream adds a group with a slice per sample (`custom_llama.py`); here the add 
 written as a gather too: a visual token is at one position at most, so no scatter is needed in either direction.
 """
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import flax.linen as nn

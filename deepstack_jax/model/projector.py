@@ -1,7 +1,5 @@
 """The MLP between vision tower and decoder (LLaVA-1.5's `mlp2x_gelu`), shared by global view and crops."""
 
-from __future__ import annotations
-
 import flax.linen as nn
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float

@@ -1,7 +1,5 @@
 """The variants that index arrays alone cannot make, each one method of DeepStack replaced."""
 
-from __future__ import annotations
-
 import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Num

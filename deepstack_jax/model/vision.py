@@ -1,7 +1,5 @@
 """The vision transformer: pixels to patch features of the chosen hidden states."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 

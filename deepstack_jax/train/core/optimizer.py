@@ -1,7 +1,5 @@
 """Which parameter is updated how: a total regex table, one optax transformation per group, frozen parameters left out whole."""
 
-from __future__ import annotations
-
 import re
 from collections import defaultdict
 from collections.abc import Hashable, Mapping

@@ -3,8 +3,6 @@
 `train` runs it, and whoever wants to know what it costs lowers the very same step for devices that are not here.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """The training state before its first step: which leaves it has, where they lie, and where they come from."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Collection
 from typing import Any

@@ -1,7 +1,5 @@
 """The training step as a pure function: gradients of the token-weighted loss over the global batch, one optimizer update."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
