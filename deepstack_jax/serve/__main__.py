@@ -6,6 +6,7 @@ import dataclasses
 import importlib.util
 import ipaddress
 import os
+import re
 import socket
 import sys
 import time
@@ -74,6 +75,9 @@ def main() -> int:
         raise ConfigError(f"{' and '.join(missing)} is not installed; pip install '.[serve]'")
     if not given["model"]:
         raise ConfigError("--model is missing; e.g. --model=DIR with a Hugging Face folder or the workdir of a training run")
+    hosts = tuple(host.lower() for host in given["allow_urls"])
+    if wrong := [host for host in hosts if not re.fullmatch(r"[a-z0-9.-]+(:\d+)?", host)]:
+        raise ConfigError(f"--allow_urls={quote(wrong[0])[1:-1]} is no host; expected HOST or HOST:PORT, as images.example.org")
     key = given["api_key"] or os.environ.get("DEEPSTACK_API_KEY", "")
     listening = listen(given["host"], given["port"], key)
     lmm = load_in_verb(given["model"], given["dtype"])
@@ -82,7 +86,7 @@ def main() -> int:
     limits = Limits(given["slots"], given["waiting"], given["context"], given["max_images"], given["max_tokens"])
     engine = start_engine(lmm, limits, given["template"])
     name = given["name"] or Path(given["model"]).expanduser().resolve().name
-    serve(engine, listening, name, key, tuple(given["allow_urls"]), given["max_body"] << 20)
+    serve(engine, listening, name, key, hosts, given["max_body"] << 20)
     return cli.EXIT_DONE
 
 
@@ -135,19 +139,31 @@ def serve(engine: Engine, listening: socket.socket, name: str, key: str, hosts: 
 
     from deepstack_jax.serve.app import Settings, make_app
 
+    host, port = listening.getsockname()[:2]
+
     class Server(uvicorn.Server):
+        async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+            await super().startup(sockets)
+            print(f"{quote(name)} at http://{f'[{host}]' if ':' in host else host}:{port}", flush=True)
+
         def handle_exit(self, sig: int, frame: Any) -> None:
             engine.close()
             super().handle_exit(sig, frame)
 
     app = make_app(engine, Settings(name, key, hosts, body))
     most = engine.limits.slots + engine.limits.waiting + 256  # connections; those without a place are told so
+    # Idle connections are kept longer than clients keep them: closed here first, one may just be in use again.
     config = uvicorn.Config(
-        app, log_config=None, access_log=False, server_header=False, ws="none", lifespan="off", limit_concurrency=most,
+        app,
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        ws="none",
+        lifespan="off",
+        limit_concurrency=most,
+        timeout_keep_alive=75,
         timeout_graceful_shutdown=5,
-    )  # fmt: skip
-    host, port = listening.getsockname()[:2]
-    print(f"{quote(name)} at http://{f'[{host}]' if ':' in host else host}:{port}", flush=True)
+    )
     Server(config).run(sockets=[listening])
 
 

@@ -130,9 +130,8 @@ class _Api:
         self._started = int(time.time())
         self._html = resources.files("deepstack_jax.serve").joinpath("page.html").read_text("utf-8")
         self._looking = asyncio.Semaphore(2)  # a look costs as much as a question, and waits for no slot
-        read = partial(image_bytes, allowed=frozenset(settings.hosts), most=settings.body)
-        self._read = partial(read_request, model=settings.name, read_image=read)
-        self._picture = read
+        self._picture = read = partial(image_bytes, allowed=frozenset(settings.hosts), most=settings.body)
+        self._read = partial(read_request, model=settings.name, check_images=engine.check_images, read_image=read)
 
     async def page(self, _: Request) -> Response:
         return HTMLResponse(self._html, headers={"Content-Security-Policy": policy(self._html), **_CAREFUL})

@@ -144,9 +144,8 @@ class Engine:
         Raises:
           RequestError, ImageError, ConversationError: as `generate` would say it.
         """
-        images, context = sum(len(turn.images) for turn in turns), self.limits.context
-        if images > self.limits.images:
-            raise RequestError(f"{plural(images, 'image')} in a request, expected at most {self.limits.images}; send fewer")
+        self.check_images(sum(len(turn.images) for turn in turns))
+        context = self.limits.context
         characters = sum(len(turn.words) for turn in turns)
         if characters > CHARACTERS * context:  # or the tokenizer would read for minutes
             raise RequestError(f"the prompt has {characters:,} characters, the context of this server is {context}; shorten it")
@@ -157,6 +156,11 @@ class Engine:
         if whole:
             options = options.replace({"max_new_tokens": min(self.limits.answer, context - encoded.length)})
         return encoded, options
+
+    def check_images(self, count: int) -> None:
+        """Raise RequestError where a request has more than there are programs for."""
+        if count > self.limits.images:
+            raise RequestError(f"{plural(count, 'image')} in a request, expected at most {self.limits.images}; send fewer")
 
     def submit(self, ticket: Ticket, prompt: EncodedExample, options: Options, emit: Callable[[Piece | Failed], None]) -> None:
         """Begin to answer what `encode` gave."""
@@ -218,6 +222,7 @@ class Engine:
             batch = pad_prompts([ticket.prompt], self.answerer.config, shape=shape)
             (sampling,) = ticket.options.sampling(1, 1)
             first = self._prefill(row, batch, sampling, ticket.options.max_new_tokens)
+            ticket.prompt = None  # its pixels are of no more use
             self._say(row, first, ended=bool(first[0] < 0) or ticket.options.max_new_tokens == 1)
 
     def _prefill(self, row: int, batch: Batch, sampling: Sampling, most: int) -> np.ndarray:

@@ -59,11 +59,14 @@ class ChatRequest:
     usage: str
 
 
-def read_request(body: bytes, model: str, read_image: Callable[[object], bytes]) -> ChatRequest:
+def read_request(
+    body: bytes, model: str, check_images: Callable[[int], None], read_image: Callable[[object], bytes]
+) -> ChatRequest:
     """The request of POST /v1/chat/completions.
 
     Args:
       model: the only name that there is.
+      check_images: refuses a number of images by a RequestError, before any is read.
       read_image: the encoded picture that a URL means; it refuses by a UserError.
 
     Raises:
@@ -90,7 +93,13 @@ def read_request(body: bytes, model: str, read_image: Callable[[object], bytes])
         raise RequestError(str(error).replace("max_new_tokens", "".join(said))) from error
     if not isinstance(options.seed, int):
         raise RequestError(f"seed got {quote(options.seed)}, expected a whole number")
-    turns = _turns(given.get("messages"), read_image)
+    messages = given.get("messages")
+    if not isinstance(messages, list) or not messages:
+        raise RequestError(f"messages got {quote(messages)}, expected a list with at least one message")
+    contents = [message.get("content") for message in messages if isinstance(message, dict)]
+    parts = [part for content in contents if isinstance(content, list) for part in content]
+    check_images(sum(isinstance(part, dict) and part.get("type") == "image_url" for part in parts))
+    turns = _turns(messages, read_image)
     return ChatRequest(turns, options, not said, _flag(given, "stream"), _usage(given.get("stream_options", {})))
 
 
@@ -118,10 +127,8 @@ def _usage(given: Any) -> str:
     return "" if not _flag(given, "include_usage") else "all" if _flag(given, "continuous_usage_stats") else "last"
 
 
-def _turns(messages: Any, read_image: Callable[[object], bytes]) -> tuple[Turn, ...]:
+def _turns(messages: list[Any], read_image: Callable[[object], bytes]) -> tuple[Turn, ...]:
     """The conversation, a system message in front of the first question: templates have a system text of their own."""
-    if not isinstance(messages, list) or not messages:
-        raise RequestError(f"messages got {quote(messages)}, expected a list with at least one message")
     system, turns = [], []
     for number, message in enumerate(messages):
         role = message.get("role") if isinstance(message, dict) else None

@@ -24,8 +24,8 @@ SECONDS = 120  # after which a block that waits for something is given up, on a 
 
 # Programs that a block may call. `test_blocks.py` has rules for the first; nobody here knows the flags of the others.
 KNOWN = ("python", "python3", "python3.12", "pip", "uv", "hf", "make", "sbatch", "docker")
-OTHERS = ("gcloud", "gcsfuse", "kubectl", "tar", "unzip", "wget")
-SYSTEM = ("bash", "cat", "mkdir", "dirname", "basename", "sed", "awk", "head", "mktemp", "rm", "git")
+OTHERS = ("curl", "gcloud", "gcsfuse", "kubectl", "tar", "unzip", "wget")
+SYSTEM = ("bash", "cat", "mkdir", "dirname", "basename", "sed", "awk", "head", "mktemp", "rm", "git", "base64")
 
 
 @dataclass(frozen=True)
@@ -99,6 +99,7 @@ def scratch_folder(folder: Path) -> Path:
     archives = folder / "data" / "LLaVA-NeXT-Data" / "llava_next_raw_format"
     archives.mkdir(parents=True)
     (archives / "images.tar.gz").touch()
+    (folder / "photo.jpg").touch()
     (folder / ".venv" / "bin").mkdir(parents=True)
     (folder / ".venv" / "bin" / "activate").touch()
     for name in ("pip", "python"):

@@ -41,7 +41,7 @@ SHORT = {
     "audit": ("--scan=4", "--n=2"),
     "prepare": ("--workers=1",),
 }
-LEFT_OUT = re.compile(r"configs/(llava|deepstack|phi)|--replay=|deepstack_jax\.plan")
+LEFT_OUT = re.compile(r"configs/(llava|deepstack|phi)|--replay=|deepstack_jax\.(plan|serve)")
 
 
 @pytest.fixture(scope="module")

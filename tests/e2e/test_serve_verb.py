@@ -17,8 +17,6 @@ import pytest
 
 pytest.importorskip("starlette", reason="the extra `serve` is not installed; pip install '.[dev]'")
 openai = pytest.importorskip("openai", reason="the client is not installed; pip install '.[dev]'")
-import httpx  # noqa: E402 (comes with openai)
-
 from tests.e2e.verb import ENVIRONMENT, REPOSITORY, TIMEOUT  # noqa: E402
 from tests.parity.goldens import GOLDEN, write_folder  # noqa: E402
 
@@ -87,8 +85,9 @@ def test_killed_in_the_middle_of_a_stream_it_leaves_an_error(model):
     with running(model) as (process, client):
         pieces = long_stream(client)
         process.kill()
-        with pytest.raises((openai.APIConnectionError, httpx.RemoteProtocolError, httpx.ReadError)):
+        with pytest.raises(Exception, match=r".") as caught:  # of openai, or of what it sends with
             list(pieces)
+        assert caught.typename in ("APIConnectionError", "RemoteProtocolError", "ReadError")
 
 
 @pytest.mark.parametrize(
@@ -101,6 +100,10 @@ def test_killed_in_the_middle_of_a_stream_it_leaves_an_error(model):
         ),
         (("--model=nowhere", "--port=0"), "no folder 'nowhere'"),
         (("--model=nowhere", "--port=70000"), "port"),
+        (
+            ("--model=nowhere", "--allow_urls=https://a.org/"),
+            "--allow_urls=https://a.org/ is no host; expected HOST or HOST:PORT",
+        ),
     ],
 )
 def test_a_mistake_is_one_line(flags, expected):

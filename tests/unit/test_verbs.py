@@ -70,6 +70,7 @@ def test_an_installed_package_has_the_recipes(tmp_path):
     shipped = {file.relative_to(target / "deepstack_jax") for file in (target / "deepstack_jax" / "configs").rglob("*.py")}
     assert shipped == {file.relative_to(REPOSITORY) for file in (REPOSITORY / "configs").rglob("*.py")}
     assert (target / "deepstack_jax" / "audit" / "templates").is_dir()
+    assert (target / "deepstack_jax" / "serve" / "page.html").is_file()
     assert (target / "bin" / "deepstack").is_file()
     done = deepstack("audit", "--config=llava15.py:pretrain", "--config.help", cwd=tmp_path, env={"PYTHONPATH": str(target)})
     assert done.returncode == 0, done.stderr
