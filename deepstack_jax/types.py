@@ -32,7 +32,13 @@ class TrainState:
     opt_state: PyTree
     bad_steps: Int[Array, ""]  # of the batches consumed, those whose loss or gradient was not finite: nothing was updated
     bad_in_a_row: Int[Array, ""]  # the latest of them that follow each other without a good one
-    base: UInt[Array, ""] | None = None  # under adapters: checksum of what does not train, which no checkpoint holds
+
+
+@struct.dataclass
+class AdaptedState(TrainState):
+    """The same of a run with adapters; a class of its own, so that checkpoints of other runs stay what they were."""
+
+    base: UInt[Array, ""]  # checksum of what does not train, which no checkpoint holds
 
 
 class DecoderOutput(NamedTuple):

@@ -11,6 +11,7 @@ import functools
 import os
 from collections.abc import Collection, Mapping
 from pathlib import Path
+from typing import cast
 
 import jax
 import numpy as np
@@ -25,7 +26,7 @@ from deepstack_jax.train.checkpoint.reading import saved_steps
 from deepstack_jax.train.checkpoint.restore_params import config_of, is_workdir, restore_base, restore_params
 from deepstack_jax.train.core.optimizer import flatten, unflatten
 from deepstack_jax.train.core.program import Program, build_program
-from deepstack_jax.types import TrainState
+from deepstack_jax.types import AdaptedState, TrainState
 from deepstack_jax.weights.adapters import is_adapter, merged
 from deepstack_jax.weights.load import absent_leaves, load_params, stored_leaves
 from deepstack_jax.weights.names import NameTable
@@ -86,9 +87,9 @@ def with_base(program: Program, saved: TrainState) -> TrainState:
     Raises:
       WeightsError: what is there now is another base.
     """
-    if saved.base is None:
+    if not isinstance(saved, AdaptedState):
         return saved
-    begun = first_state(program)
+    begun = cast(AdaptedState, first_state(program))
     trained_over, found = jax.device_get((saved.base, begun.base))
     check_base(int(trained_over), int(found), _base_name(program.config))
     return dataclasses.replace(saved, params=unflatten(flatten(begun.params) | flatten(saved.params)))

@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 
 from deepstack_jax.parallel.rules import replicated
 from deepstack_jax.train.core.optimizer import flatten, split, unflatten
-from deepstack_jax.types import PyTree, TrainState
+from deepstack_jax.types import AdaptedState, PyTree, TrainState
 from deepstack_jax.weights.adapters import is_adapter
 
 
@@ -26,14 +26,14 @@ def new_state(
     trainable, frozen = split(params, groups)
     frozen = {path: leaf if is_adapter(path) else leaf.astype(frozen_dtype) for path, leaf in frozen.items()}
     step, bad_steps, bad_in_a_row = (jnp.zeros((), jnp.int32) for _ in range(3))  # no two may share a buffer: it is donated
-    return TrainState(
+    state = TrainState(
         step=step,
         params=unflatten({**trainable, **frozen}),
         opt_state=optimizer.init(trainable),
         bad_steps=bad_steps,
         bad_in_a_row=bad_in_a_row,
-        base=base,
     )
+    return state if base is None else AdaptedState(**vars(state), base=base)
 
 
 def without(state: TrainState, base: Collection[str]) -> TrainState:
@@ -66,5 +66,5 @@ def state_shardings(
 
     opt_state = jax.eval_shape(optimizer.init, sizes)
     placed = jax.tree_util.tree_map_with_path(place, opt_state)
-    base = whole if adapted else None
-    return TrainState(step=whole, params=params, opt_state=placed, bad_steps=whole, bad_in_a_row=whole, base=base)
+    state = TrainState(step=whole, params=params, opt_state=placed, bad_steps=whole, bad_in_a_row=whole)
+    return AdaptedState(**vars(state), base=whole) if adapted else state
