@@ -19,7 +19,7 @@ from typing import Any, NoReturn
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from deepstack_jax.config import Config, build_config, default_config, filled_in, left_open
+from deepstack_jax.config import Config, TrainConfig, build_config, default_config, filled_in, left_open
 from deepstack_jax.config.fields import find
 from deepstack_jax.config.reference import as_text
 from deepstack_jax.errors import ConfigError, UserError
@@ -73,8 +73,8 @@ def names_config() -> bool:
     return any(re.match(r"--?config(=|$)", word) for word in sys.argv[1:])
 
 
-def parse_config(workdir: Path | None = None, weights: str = "") -> Config:
-    """The checked Config of the parsed flags; what it leaves to the weights is filled in, as `fill_config` says.
+def parse_config(workdir: Path | None = None, weights: str = "", dtype: str = TrainConfig.compute_dtype) -> Config:
+    """The checked Config of the parsed flags; what it leaves open is filled in, as `fill_config` says, with its arguments.
 
     Raises:
       ConfigError: no --config, or what `fill_config` or `build_config` refuse.
@@ -88,7 +88,7 @@ def parse_config(workdir: Path | None = None, weights: str = "") -> Config:
     if left_open(values):
         from deepstack_jax.train.checkpoint.fill_config import fill_config  # late: with jax
 
-        values = fill_config(values, workdir, weights)
+        values = fill_config(values, workdir, weights, dtype)
     return build_config(values)
 
 

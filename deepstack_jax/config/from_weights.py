@@ -28,12 +28,16 @@ _NAMED = ("data.sets", "optimizer.groups")  # whose keys are names of the user's
 
 
 def config_from_weights() -> ConfigDict:
-    """All defaults as a ConfigDict, but for what weights say of themselves: model, images, template, tokenizer and length."""
+    """All defaults as a ConfigDict, but for what weights say of themselves: model, images, template, tokenizer and length.
+
+    The dtype of activations is left open too, to the device.
+    """
     config: Any = default_config()
     for section in _SECTIONS:
         config[section] = _left_open(hints(Config)[section])
     for key in _DATA:
         config.data[key] = config_dict.placeholder(_kind(hints(type(Config().data))[key]))
+    config.train.compute_dtype = config_dict.placeholder(str)
     return config
 
 
@@ -44,7 +48,7 @@ def left_open(values: Mapping[str, Any]) -> list[str]:
 
 def _may_be_open(key: str) -> bool:
     section, _, name = key.partition(".")
-    return section in _SECTIONS or (section == "data" and name in _DATA)
+    return section in _SECTIONS or (section == "data" and name in _DATA) or key == "train.compute_dtype"
 
 
 def filled_in(values: Mapping[str, Any], known: Config, sizes: Collection[str] = (), weights: str = "") -> dict[str, Any]:

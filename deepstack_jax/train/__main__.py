@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import jax
 from absl import flags
 
 from deepstack_jax import cli
@@ -63,9 +64,11 @@ def main() -> int:
     join_processes(*(flag.value for flag in PROCESSES))
     console = Console(quiet=not is_first_host())
     if REPLAY.value:
-        replay_file(Path(REPLAY.value), None if cli.CONFIG.value is None else cli.parse_config(), console)
+        given = None if cli.CONFIG.value is None else cli.parse_config(Path(REPLAY.value).parents[1])
+        replay_file(Path(REPLAY.value), given, console)
         return cli.EXIT_DONE
-    config = cli.parse_config(WORKDIR.value and Path(WORKDIR.value).expanduser())
+    dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    config = cli.parse_config(WORKDIR.value and Path(WORKDIR.value).expanduser(), dtype=dtype)
     if not WORKDIR.value:
         raise ConfigError("--workdir is missing; e.g. --workdir=runs/demo")
     workdir = cli.writable_folder(WORKDIR.value, "workdir")

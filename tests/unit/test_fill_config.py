@@ -179,7 +179,7 @@ def test_without_weights_it_says_which_flag_names_them():
 
 def test_keys_of_every_architecture_are_open_and_no_others():
     keys = {tuple(key.split(".")[:2]) for key in left_open(config_from_weights().to_dict())}
-    assert {section for section, _ in keys} == {*SECTIONS, "data"}
+    assert {section for section, _ in keys} == {*SECTIONS, "data", "train"}
     for family in DECODERS.values():
         assert {("decoder", field.name) for field in dataclasses.fields(family.section)} <= keys
     assert left_open({"name": None, "data": {"root": None}}) == []
@@ -205,3 +205,9 @@ def test_a_template_whose_end_of_turn_the_tokenizer_lacks_gives_way_to_one_that_
     with pytest.warns(UserWarning, match="usually have config.data.template='v1', but </s> is no token of the tokenizer"):
         assert filled(copied, **tower).data.template == "phi3_instruct"
     assert filled(copied, **tower, data__template="mpt").data.template == "mpt"
+
+
+def test_the_dtype_of_activations_is_left_to_the_device(folders):
+    given, kinds = values(folders["l_2d"]), ["float32", "bfloat16"]
+    assert [build_config(dict(fill_config(given, dtype=kind))).train.compute_dtype for kind in kinds] == kinds
+    assert filled(folders["l_2d"], train__compute_dtype="float32").train.compute_dtype == "float32"

@@ -23,13 +23,16 @@ ROOM_FOR_TEXT = 1024  # positions beside an example's images
 COMMON_TEMPLATES = ("chatml", "llama_3", "phi3_instruct", "v1")
 
 
-def fill_config(values: Mapping[str, Any], workdir: Path | None = None, weights: str = "") -> Mapping[str, Any]:
+def fill_config(
+    values: Mapping[str, Any], workdir: Path | None = None, weights: str = "", dtype: str = TrainConfig.compute_dtype
+) -> Mapping[str, Any]:
     """The values of a configuration, with those that are left to the weights.
 
     Args:
       values: as a configuration file and flags give them, None where a key is left open.
       workdir: of the run. One that has begun knows all that it was begun with: the weights need not be there any more.
       weights: a folder of weights or a workdir, where `train.weights` names none.
+      dtype: of activations, where they are left open.
 
     Raises:
       ConfigError: no weights are named, something of them is missing, or a given value contradicts them.
@@ -54,6 +57,7 @@ def fill_config(values: Mapping[str, Any], workdir: Path | None = None, weights:
         with flags_as(WEIGHT_FLAGS):
             found = open_checkpoint(name, tower=train["tower"], projector=projector, recipe=Config())
         known, bare = _described(found, values["data"]["max_images"], values["data"]["template"] is None), found.bare
+    known = dataclasses.replace(known, train=dataclasses.replace(known.train, compute_dtype=dtype))
     sizes = [".".join(key) for key in keys_of_weights(known, bare=bare)]
     return filled_in(values, known, sizes, name)
 
