@@ -41,6 +41,7 @@ SHORT = {
     "audit": ("--scan=4", "--n=2"),
     "prepare": ("--workers=1",),
 }
+SHORT_FINETUNE = ("--config.train.steps=2", "--config.train.batch_size=4", "--config.data.max_length=512")
 LEFT_OUT = re.compile(r"configs/(llava|deepstack|phi)|--replay=|deepstack_jax\.(plan|serve)")
 
 
@@ -105,7 +106,8 @@ def run_all(document: str, clone: Path, runner: Runner) -> list[str]:
         verb = module.removeprefix("deepstack_jax.")
         if verb != module and not LEFT_OUT.search(" ".join([module, *words])):
             whole = any(word.startswith(("--report=", "--verify=")) for word in words)
-            run(runner, clone, module, [*words, *(() if whole else SHORT.get(verb, ()))], typed)
+            more = SHORT_FINETUNE if verb == "train" and "--config=finetune.py" in words else SHORT.get(verb, ())
+            run(runner, clone, module, [*words, *(() if whole else more)], typed)
             ran.append(verb)
     return ran
 
@@ -117,7 +119,9 @@ def shown(block: Block) -> list[str]:
 
 def test_readme_and_what_takes_its_runs_further(clone, runner):
     """In the order of a reader: README, then docs/checkpoints.md, which converts README's run."""
-    assert run_all("README.md", clone, runner) == ["train", "audit", "prepare", "evaluate", "generate", "generate"]
+    tuned, rest = ["train", "generate", "convert"], ["train", "audit", "prepare", "evaluate", "generate", "generate"]
+    assert run_all("README.md", clone, runner) == tuned + rest
+    assert (clone / "exports" / "tuned" / "config.json").is_file()
     assert (clone / "runs" / "audit" / "audit.html").is_file()
     assert (clone / "shards" / "train" / "manifest.json").is_file()
     (block,) = of("README.md", "python")
@@ -132,6 +136,15 @@ def test_readme_and_what_takes_its_runs_further(clone, runner):
     shutil.rmtree(clone / "out")
     assert run_python(runner, clone, block)
     assert (clone / "out" / "clip").is_dir()
+
+
+@pytest.mark.slow
+def test_from_a_downloaded_checkpoint_to_answers(clone, runner):
+    for folder in ("runs/tuned", "exports/tuned"):
+        shutil.rmtree(clone / folder, ignore_errors=True)
+    assert run_all("docs/finetune.md", clone, runner) == ["audit", "train", "train", "generate", "evaluate", "convert"]
+    (block,) = of("docs/finetune.md", "python")
+    assert "nothing injected" in "".join(run_python(runner, clone, block))
 
 
 @pytest.mark.slow

@@ -56,6 +56,10 @@ def fill_config(
         projector = "" if is_workdir(train["projector"]) else train["projector"]
         with flags_as(WEIGHT_FLAGS):
             found = open_checkpoint(name, tower=train["tower"], projector=projector, recipe=Config())
+        if not train["projector"] and not any(".mm_projector." in tensor for tensor in found.tensors):
+            warnings.warn(
+                f"{name} holds no projector: a fresh one is drawn, which has to learn first; see docs/finetune.md", stacklevel=2
+            )
         known, bare = _described(found, values["data"]["max_images"], values["data"]["template"] is None), found.bare
     known = dataclasses.replace(known, train=dataclasses.replace(known.train, compute_dtype=dtype))
     sizes = [".".join(key) for key in keys_of_weights(known, bare=bare)]
