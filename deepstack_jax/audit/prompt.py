@@ -10,9 +10,8 @@ import numpy as np
 from deepstack_jax.audit.inputs import ModelInput
 from deepstack_jax.batch import NEWLINE, ZERO
 from deepstack_jax.data.encode.templates import Template
-from deepstack_jax.data.encode.tokenizer import Tokenizer, known_ids
+from deepstack_jax.data.encode.tokenizer import HALF_CHARACTER, Tokenizer, known_ids
 
-_HALF_CHARACTER = "\ufffd"  # how a tokenizer shows bytes that are not a character, or not yet
 _CONTEXT = 8  # tokens before a token that tell whether its text starts with a space
 _MARK = re.compile(r"<[^<>\s]+>|\[/?[A-Z_]+\]")  # what a template may write that is a special token: <|end|>, [/INST]
 
@@ -78,7 +77,7 @@ def token_texts(ids: Sequence[int], tokenizer: Tokenizer, before: Sequence[int] 
             found.append(None)
             continue
         pending.append(id)
-        if after.endswith(_HALF_CHARACTER) and number + 1 < len(ids):
+        if after.endswith(HALF_CHARACTER) and number + 1 < len(ids):
             found.append("")
             continue
         found.append(after[len(settled) :])

@@ -3,9 +3,7 @@
 from collections.abc import Iterable, Sequence
 
 from deepstack_jax.data.encode.templates import Template
-from deepstack_jax.data.encode.tokenizer import Tokenizer, known_ids
-
-_HALF_CHARACTER = "\ufffd"  # how a tokenizer shows bytes that are not a character, or not yet
+from deepstack_jax.data.encode.tokenizer import HALF_CHARACTER, Tokenizer, known_ids
 
 
 def end_of_turn(template: Template, tokenizer: Tokenizer) -> tuple[list[int], tuple[str, ...]]:
@@ -65,7 +63,7 @@ class AnswerText:
         if found:
             self.stopped, text = True, text[: min(found)]
         elif not final:
-            text = text.rstrip(_HALF_CHARACTER)
+            text = text.rstrip(HALF_CHARACTER)
             text = text[: len(text) - self._held(text)]
         visible = text.strip()
         new = visible[len(self.text) :]

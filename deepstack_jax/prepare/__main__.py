@@ -21,6 +21,7 @@ from deepstack_jax.config import Config, DataConfig
 from deepstack_jax.data.example import SourceError
 from deepstack_jax.data.formats import files
 from deepstack_jax.data.shards.reader import MANIFEST, verify
+from deepstack_jax.data.synthetic import SPLITS
 from deepstack_jax.errors import ConfigError
 from deepstack_jax.prepare.chunks import DiskError, Job, ShardChunk, make_chunks, record_bytes, shard_bytes
 from deepstack_jax.prepare.folder import BAD, IDENTITY, ShardFolder, too_many_bad
@@ -49,7 +50,6 @@ Train on them with --config.data.train=DIR/train --config.data.validation=DIR/va
 Exit codes: 0 done; 1 a mistake in the input, said in one line; 75 stopped by SIGTERM and 130 by Ctrl-C, finished shards kept.
 """
 
-SPLITS = ("train", "validation")
 _SHOWN = 10  # bad rows or missing images that a dry run names
 _LOOKED_ROWS = 100  # at once by a worker in a dry run
 _SUMMARY = ("split", "records", "bad", "images", "bytes", "shards", "seconds")

@@ -17,6 +17,8 @@ from deepstack_jax.data.encode.templates import TEMPLATES, get_template
 from deepstack_jax.data.encode.tokenizer_files import LITERALS, read_settings
 from deepstack_jax.errors import ConfigError, fetch_command
 
+HALF_CHARACTER = "\ufffd"  # how a tokenizer shows bytes that are not a character, or not yet
+
 
 @runtime_checkable
 class Tokenizer(Protocol):

@@ -6,6 +6,7 @@ import struct
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from io import BytesIO
 from typing import IO, NamedTuple
 
@@ -74,13 +75,23 @@ def open_image(source: ImageLike, *, max_pixels: int = DEFAULTS.max_pixels, exif
     Raises:
       ImageError: missing, empty, truncated, too large, or no image at all; black pixels in its place would train on noise.
     """
-    return _read(source, max_pixels, exif)[0]
+    return read_image(source, replace(DEFAULTS, max_pixels=max_pixels, exif=exif))[0]
 
 
 def read_image(source: ImageLike, data: DataConfig) -> tuple[Image.Image, tuple[str, ...]]:
     """As `open_image` under a configuration, with the remarks (DEEP, TURNED) that a run counts."""
-    image, look = _read(source, data.max_pixels, data.exif)
-    return image, look.remarks
+    with _errors_of(source, data.max_pixels):
+        with _opened(source, data.max_pixels, whole=True) as (image, file):
+            look = _look(image, file, data.max_pixels, data.exif)
+            image.load()
+        if image.mode not in ("RGB", "L"):
+            deep = image.mode.startswith(("I", "F"))
+            image = _gray(image) if deep else image.convert("L" if image.mode in ("1", "LA") else "RGB")
+        if look.turn is not None:
+            image = image.transpose(look.turn)
+            for place in _EXIF_PLACES:  # or it would be turned once more by whoever reads it again
+                image.info.pop(place, None)
+        return image, look.remarks
 
 
 def image_size(source: ImageLike, data: DataConfig = DEFAULTS) -> tuple[int, int]:
@@ -93,21 +104,6 @@ def read_header(source: ImageLike, data: DataConfig) -> ImageHeader:
     """As `image_size`, with the remarks; of a PNG the whole file is passed through, for EXIF at its end."""
     with _errors_of(source, data.max_pixels), _opened(source, data.max_pixels) as (image, file):
         return _look(image, file, data.max_pixels, data.exif)
-
-
-def _read(source: ImageLike, max_pixels: int, exif: str) -> tuple[Image.Image, ImageHeader]:
-    with _errors_of(source, max_pixels):
-        with _opened(source, max_pixels, whole=True) as (image, file):
-            look = _look(image, file, max_pixels, exif)
-            image.load()
-        if image.mode not in ("RGB", "L"):
-            deep = image.mode.startswith(("I", "F"))
-            image = _gray(image) if deep else image.convert("L" if image.mode in ("1", "LA") else "RGB")
-        if look.turn is not None:
-            image = image.transpose(look.turn)
-            for place in _EXIF_PLACES:  # or it would be turned once more by whoever reads it again
-                image.info.pop(place, None)
-        return image, look
 
 
 def _describe(source: object) -> str:
