@@ -261,7 +261,7 @@ def test_bare_clip_and_llama_start_a_run_with_or_without_a_projector(whole_clip,
     same(read(fresh_start, fresh=drawn), golden | drawn)
     with pytest.raises(WeightsError, match=r"4 missing: model\.mm_projector\..*--projector=FILE"):
         read(fresh_start)
-    with pytest.raises(WeightsError, match=r"bare llama.*give the run's configuration"):
+    with pytest.raises(WeightsError, match=r"bare llama.*train on it first"):
         open_checkpoint(tmp_path / "vicuna", tower=str(tmp_path / "clip"))
     with pytest.raises(WeightsError, match=r"vision tower's folder with --tower=DIR"):
         open_checkpoint(tmp_path / "vicuna", run=case.config)
