@@ -24,14 +24,7 @@ def _scores(model: DeepStack, params: Any, batch: Batch) -> Float[Array, "B T V"
 
 
 def next_token_logits(
-    model: DeepStack,
-    params: Any,
-    config: Config,
-    input_ids: Any,
-    images: Any,
-    attention_mask: Any,
-    pad_id: int,
-    exif: str,
+    model: DeepStack, params: Any, config: Config, input_ids: Any, images: Any, attention_mask: Any, pad_id: int, exif: str
 ) -> np.ndarray:
     """As `api.LMM.logits`, where the arguments are described."""
     ids = _array("input_ids", input_ids)

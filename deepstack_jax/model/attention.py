@@ -33,11 +33,7 @@ class AttentionFn(Protocol):
     """softmax(q k^T / sqrt(H)) v with grouped key/value heads; softmax in float32."""
 
     def __call__(
-        self,
-        q: Float[Array, "B T N H"],
-        k: Float[Array, "B S K H"],
-        v: Float[Array, "B S K H"],
-        mask: AttentionMask,
+        self, q: Float[Array, "B T N H"], k: Float[Array, "B S K H"], v: Float[Array, "B S K H"], mask: AttentionMask
     ) -> Float[Array, "B T N H"]: ...
 
 
