@@ -124,7 +124,7 @@ class Checkpoints:
         if step in self._good:
             return
         items = {
-            "state": ocp.args.StandardSave(_fields(state)),
+            "state": ocp.args.StandardSave(state),
             "sums": ocp.args.JsonSave(checksums(state)),
             "data": ocp.args.JsonSave(data),
             "about": ocp.args.JsonSave(about),
@@ -234,17 +234,13 @@ class Checkpoints:
 
     def _read(self, step: int, abstract: TrainState) -> tuple[tuple[TrainState, dict[str, Any]] | None, str]:
         """(state, data state) of a checkpoint, or None and its damage. A host may be the only one that reads a damaged part."""
-        items = {
-            "state": ocp.args.StandardRestore(_fields(abstract)),
-            "data": ocp.args.JsonRestore(),
-            "sums": ocp.args.JsonRestore(),
-        }
+        items = {"state": ocp.args.StandardRestore(abstract), "data": ocp.args.JsonRestore(), "sums": ocp.args.JsonRestore()}
         what = f"checkpoint {step} in {self._directory}"
         restore = partial(self._manager.restore, step, args=ocp.args.Composite(**items))
         restored, problem = read_or_damage(what, restore, allgather_str)
         if restored is None:
             return None, problem
-        state, sums, data = TrainState(**restored["state"]), restored["sums"], restored["data"]
+        state, sums, data = restored["state"], restored["sums"], restored["data"]
         found, problem = read_or_damage(what, lambda: damage(sums, checksums(state, algorithm_of(sums))), allgather_str)
         return (None, found or problem) if found or problem else ((state, data), "")
 
@@ -349,11 +345,6 @@ class Checkpoints:
 
     def _free(self) -> str:
         return f"{shutil.disk_usage(self.workdir).free / 1e6:,.0f} MB free"
-
-
-def _fields(state: TrainState) -> dict[str, PyTree]:
-    """A state as checkpoints hold it: without fields that it does not use, which those of earlier releases do not have."""
-    return {name: value for name, value in vars(state).items() if value is not None}
 
 
 def bytes_of(state: PyTree) -> int:
