@@ -150,12 +150,13 @@ class MergeCheck:
 
     def __init__(self, source: ConvertSource, dtype: str) -> None:
         self._kind = dtype if dtype == "float32" else "bfloat16"  # that of the activations
-        self._expected = _logits(source.leaves, source.config, self._kind)
+        self._vocabulary = source.config.decoder.vocab_size  # the folder may have a row more, for the image
+        self._expected = _logits(source.leaves, source.config, self._kind, self._vocabulary)
         self.difference = math.nan
 
     def __call__(self, folder: Path) -> None:
         stored = open_checkpoint(folder)
-        found = _logits(stored_leaves(stored.tensors, stored.config), stored.config, self._kind)
+        found = _logits(stored_leaves(stored.tensors, stored.config), stored.config, self._kind, self._vocabulary)
         found = found[:, : self._expected.shape[1]]  # of `llava-hf` without the row for images
         self.difference = float(np.linalg.norm(found - self._expected) / np.linalg.norm(self._expected))
         if not self.difference < MERGED[self._kind]:
@@ -165,11 +166,11 @@ class MergeCheck:
             )
 
 
-def _logits(leaves: Mapping[str, LeafLike], config: Config, kind: str) -> np.ndarray:
-    """f32[T, V] of some tokens and a picture of noise."""
+def _logits(leaves: Mapping[str, LeafLike], config: Config, kind: str, vocabulary: int) -> np.ndarray:
+    """f32[T, V] of some tokens, below `vocabulary`, and a picture of noise."""
     rng = np.random.default_rng(0)
     config = dataclasses.replace(config, train=dataclasses.replace(config.train, compute_dtype=kind))
-    ids = rng.integers(0, config.decoder.vocab_size, (1, 24))
+    ids = rng.integers(0, vocabulary, (1, 24))
     ids[0, 8] = IMAGE_TOKEN
     picture = rng.integers(0, 256, (480, 640, 3), dtype=np.uint8)
     model = LMM(config, placed(leaves, kind), None, config.data.template)
