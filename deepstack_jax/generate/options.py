@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -90,7 +89,7 @@ _NUMBER = (int, float, np.integer, np.floating)
 # Option -> types that it may have, what else must hold, and both in words.
 _VALID: dict[str, tuple[tuple[type, ...], Callable[[Any], bool], str]] = {
     "max_new_tokens": (_WHOLE, lambda value: value >= 1, "a whole number from 1 on"),
-    "temperature": (_NUMBER, lambda value: 0 <= value < math.inf, "0 (greedy) or more"),
+    "temperature": (_NUMBER, lambda value: 0 <= value < 1e38, "0 (greedy) or more"),
     "top_p": (_NUMBER, lambda value: 0 < value <= 1, "more than 0 and at most 1 (1 = all tokens)"),
     "top_k": (_WHOLE, lambda value: value >= 0, "0 (all tokens) or more"),
     "stop": ((str, list, tuple), lambda _: True, "a string or a list of them"),

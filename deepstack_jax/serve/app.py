@@ -239,7 +239,7 @@ class _Api:
             with contextlib.suppress(RuntimeError):  # the loop has ended, and nobody listens any more
                 loop.call_soon_threadsafe(events.put_nowait, piece)
 
-        self.engine.submit(ticket, prompt, options, emit)
+        await asyncio.to_thread(self.engine.submit, ticket, prompt, options, emit)
         self.metrics.prompt_tokens.inc(prompt.length)
         return replace(asked, turns=()), Answering(self.settings.name, prompt.length), events
 

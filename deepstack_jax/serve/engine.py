@@ -66,7 +66,8 @@ class Ticket:
 
     engine: Engine
     emit: Callable[[Piece | Failed], None] = lambda _: None
-    prompt: EncodedExample | None = None
+    prompt: Batch | None = None
+    sampling: Sampling = field(default_factory=lambda: greedy_sampling(1))
     options: Options = field(default_factory=Options)
     text: AnswerText | None = None
     made: int = 0
@@ -163,9 +164,12 @@ class Engine:
             raise RequestError(f"{plural(count, 'image')} in a request, expected at most {self.limits.images}; send fewer")
 
     def submit(self, ticket: Ticket, prompt: EncodedExample, options: Options, emit: Callable[[Piece | Failed], None]) -> None:
-        """Begin to answer what `encode` gave."""
-        ticket.prompt, ticket.options, ticket.emit = prompt, options, emit
-        ticket.text = self.answerer.new_text(options)
+        """Begin to answer what `encode` gave. All that may fail by what was asked is done here, in the caller's thread."""
+        wanted = PromptShape(prompt.length, len(prompt.layouts))
+        shape = next(one for one in self.shapes if one.length >= wanted.length and one.images >= wanted.images)
+        ticket.prompt = pad_prompts([prompt], self.answerer.config, shape=shape)
+        (ticket.sampling,) = options.sampling(1, 1)
+        ticket.options, ticket.emit, ticket.text = options, emit, self.answerer.new_text(options)
         with self._changed:
             if not self.problem:
                 self._waiting.append(ticket)
@@ -217,11 +221,7 @@ class Engine:
                 row, ticket = self._rows.index(None), self._waiting.popleft()
                 self._rows[row] = ticket
             assert ticket.prompt is not None
-            wanted = PromptShape(ticket.prompt.length, len(ticket.prompt.layouts))
-            shape = next(one for one in self.shapes if one.length >= wanted.length and one.images >= wanted.images)
-            batch = pad_prompts([ticket.prompt], self.answerer.config, shape=shape)
-            (sampling,) = ticket.options.sampling(1, 1)
-            first = self._prefill(row, batch, sampling, ticket.options.max_new_tokens)
+            first = self._prefill(row, ticket.prompt, ticket.sampling, ticket.options.max_new_tokens)
             ticket.prompt = None  # its pixels are of no more use
             self._say(row, first, ended=bool(first[0] < 0) or ticket.options.max_new_tokens == 1)
 

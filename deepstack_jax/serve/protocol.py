@@ -85,14 +85,14 @@ def read_request(
     said = [name for name in _LENGTHS if name in given]
     if len(said) > 1:
         raise RequestError(f"the request has both {' and '.join(said)}; leave one out")
+    if not isinstance(given.get("seed", 0), int):  # `generate` takes one for each of several prompts
+        raise RequestError(f"seed got {quote(given['seed'])}, expected a whole number")
     chosen = {"seed": secrets.randbits(31)}  # or what is drawn would always be the same
     chosen |= {name: given[name] for name in _OPTIONS if name in given} | ({"max_new_tokens": given[said[0]]} if said else {})
     try:
         options = Options().replace(chosen)
     except RequestError as error:
         raise RequestError(str(error).replace("max_new_tokens", "".join(said))) from error
-    if not isinstance(options.seed, int):
-        raise RequestError(f"seed got {quote(options.seed)}, expected a whole number")
     messages = given.get("messages")
     if not isinstance(messages, list) or not messages:
         raise RequestError(f"messages got {quote(messages)}, expected a list with at least one message")

@@ -158,6 +158,7 @@ MISTAKES = [
     ),
     ({"messages": [{"role": "user", "content": "x" * 9999}]}, 400, "the prompt has 9,999 characters, the context"),
     ({"temperature": -1}, 400, "temperature got -1, expected 0 (greedy) or more"),
+    ({"temperature": 10**400}, 400, "temperature got 1000"),
     ({"temperature": "hot"}, 400, "temperature got 'hot'"),
     ({"max_tokens": 0}, 400, "max_tokens got 0, expected a whole number from 1 on"),
     ({"max_tokens": 5, "max_completion_tokens": 5}, 400, "both max_completion_tokens and max_tokens"),
