@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import functools
 import json
 import re
 import shutil
@@ -55,15 +56,14 @@ def running(model: Path) -> Iterator[tuple[subprocess.Popen[str], openai.OpenAI]
         process.wait(TIMEOUT)
 
 
-def long_stream(client: openai.OpenAI):
-    """An answer of many tokens that has begun."""
-    stream = client.chat.completions.create(
-        model="hf", messages=[{"role": "user", "content": "tell"}], stream=True, temperature=1, max_tokens=900
-    )
-    pieces = iter(stream)
-    while not next(pieces).choices[0].delta.content:
+def unfinished(client: openai.OpenAI):
+    """The last of many long answers, whose stream has begun: those before it, two at a time, take longer than any signal."""
+    ask = functools.partial(client.chat.completions.create, model="hf", stream=True, temperature=1, max_tokens=900)
+    streams = [iter(ask(messages=[{"role": "user", "content": "tell"}])) for _ in range(40)]
+    while not next(streams[0]).choices[0].delta.content:
         pass
-    return pieces
+    assert next(streams[-1]).choices[0].delta.role == "assistant"
+    return streams[-1]
 
 
 def test_it_answers_as_the_official_code_does_and_a_signal_is_told(model):
@@ -74,7 +74,7 @@ def test_it_answers_as_the_official_code_does_and_a_signal_is_told(model):
     with running(model) as (process, client):
         answer = client.chat.completions.create(model="hf", messages=[{"role": "user", "content": content}], max_tokens=12)
         assert answer.choices[0].message.content == info["decoded"][0].strip()
-        pieces = long_stream(client)
+        pieces = unfinished(client)
         process.send_signal(signal.SIGTERM)
         with pytest.raises(openai.APIError, match="the server is stopping"):
             list(pieces)
@@ -83,7 +83,7 @@ def test_it_answers_as_the_official_code_does_and_a_signal_is_told(model):
 
 def test_killed_in_the_middle_of_a_stream_it_leaves_an_error(model):
     with running(model) as (process, client):
-        pieces = long_stream(client)
+        pieces = unfinished(client)
         process.kill()
         with pytest.raises(Exception, match=r".") as caught:  # of openai, or of what it sends with
             list(pieces)
