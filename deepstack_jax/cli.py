@@ -89,7 +89,7 @@ def parse_config(workdir: Path | None = None, weights: str = "", dtype: str = Tr
         from deepstack_jax.train.checkpoint.fill_config import fill_config  # late: with jax
 
         values = fill_config(values, workdir, weights, dtype)
-    return build_config(values)
+    return build_config(dict(values))
 
 
 def parse_flags(table: Iterable[Flag] = ()) -> None:
