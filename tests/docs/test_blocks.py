@@ -36,7 +36,7 @@ from tests.docs.blocks import (
     unfenced,
 )
 from tests.docs.conftest import Runner
-from tests.docs.runner import VERBS
+from tests.forks import VERBS
 
 LANGUAGES = ("sh", "console", "python", "json", "text")
 BLOCKS = blocks()

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 
 import pytest
 from PIL import Image
 
 from tests.e2e.receipts import draw_receipts
-from tests.e2e.verb import ENVIRONMENT, REPOSITORY, TIMEOUT
+from tests.e2e.verb import verb
 
 
 def audit(*flags: str) -> subprocess.CompletedProcess[str]:
     """One run of the verb to its end."""
-    command = [sys.executable, "-m", "deepstack_jax.audit", *flags]
-    return subprocess.run(command, cwd=REPOSITORY, env=ENVIRONMENT, timeout=TIMEOUT, capture_output=True, text=True)
+    return verb("audit", *flags)
 
 
 def test_demo_pages(tmp_path):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +13,7 @@ from safetensors.numpy import load_file
 from deepstack_jax.train.checkpoint.restore_params import restore_params
 from deepstack_jax.weights.load import load_params, stored_leaves
 from deepstack_jax.weights.open_checkpoint import open_checkpoint
-from tests.e2e.verb import ENVIRONMENT, REPOSITORY, TIMEOUT, contents, train
+from tests.e2e.verb import REPOSITORY, contents, train, verb
 from tests.parity.goldens import GOLDEN, write_folder
 
 TINY_RUN = {
@@ -29,8 +28,7 @@ TINY_RUN = {
 
 
 def convert(*flags: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "deepstack_jax.convert", *flags]
-    return subprocess.run(command, cwd=REPOSITORY, env=ENVIRONMENT, timeout=TIMEOUT, capture_output=True, text=True)
+    return verb("convert", *flags)
 
 
 def test_an_official_folder_in_another_dtype_and_in_several_files(tmp_path):

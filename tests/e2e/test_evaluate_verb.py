@@ -13,7 +13,7 @@ import pytest
 
 import deepstack_jax as dsx
 from benchmarks.stand_in_sets import write_file
-from tests.e2e.verb import ENVIRONMENT, REPOSITORY, TIMEOUT, contents, read_json, read_lines
+from tests.e2e.verb import ENVIRONMENT, REPOSITORY, TIMEOUT, contents, read_json, read_lines, verb
 from tests.parity.goldens import GOLDEN, write_folder
 
 ROWS = 5
@@ -21,8 +21,7 @@ HARD_ID = "\ud800\u2028\x1b[2J\0"
 
 
 def evaluate(*flags: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "deepstack_jax.evaluate", *flags]
-    return subprocess.run(command, cwd=REPOSITORY, env=ENVIRONMENT, timeout=TIMEOUT, capture_output=True, text=True)
+    return verb("evaluate", *flags)
 
 
 @pytest.fixture(scope="module")

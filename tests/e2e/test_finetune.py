@@ -20,7 +20,7 @@ from deepstack_jax.weights.load import StoredLeaf, stored_leaves
 from deepstack_jax.weights.open_checkpoint import StoredModel, open_checkpoint
 from deepstack_jax.weights.save import save_checkpoint
 from tests.e2e.receipts import draw_receipts
-from tests.e2e.verb import ENVIRONMENT, REPOSITORY, TIMEOUT, read_json, train
+from tests.e2e.verb import ENVIRONMENT, REPOSITORY, TIMEOUT, read_json, train, verb
 from tests.parity.goldens import GOLDEN, write_folder
 
 REAL = REPOSITORY.parent / "shared" / "data" / "receipts"
@@ -126,8 +126,7 @@ def test_the_export_answers_as_the_run_does(run, tmp_path):
     lmm, ids = dsx.load(run.workdir), [[1, 7, -200, 8, 9]]
     said, scores = lmm.generate(run.image, PROMPT, max_new_tokens=6), lmm.logits(ids, [run.image])
     for form in ("official", "llava-hf") if run.form == "llava-hf" else ("official",):
-        command = [sys.executable, "-m", "deepstack_jax.convert", f"--from={run.workdir}", f"--to={tmp_path / form}"]
-        done = subprocess.run([*command, f"--format={form}"], env=ENVIRONMENT, timeout=TIMEOUT, capture_output=True, text=True)
+        done = verb("convert", f"--from={run.workdir}", f"--to={tmp_path / form}", f"--format={form}")
         assert done.returncode == 0, done.stderr
         exported = dsx.load(tmp_path / form)
         assert exported.generate(run.image, PROMPT, max_new_tokens=6) == said
@@ -167,12 +166,12 @@ def test_prolonged_without_its_weights_where_the_checkpoints_hold_all(run, tmp_p
     assert read_json(workdir / "results.json")["steps"] == 3
 
 
-@pytest.mark.parametrize("verb", ["plan", pytest.param("audit", marks=SLOW), pytest.param("prepare", marks=SLOW)])
-def test_the_verbs_before_a_run_take_the_same_words(unbegun, tmp_path, verb):
+@pytest.mark.parametrize("name", ["plan", pytest.param("audit", marks=SLOW), pytest.param("prepare", marks=SLOW)])
+def test_the_verbs_before_a_run_take_the_same_words(unbegun, tmp_path, name):
     flags = [f"--config.{key}={value}" for key, value in unbegun.changes().items()]
     more = {"audit": ["--n=1", "--scan=2"], "prepare": ["--workers=1"], "plan": ["--topology=gpu:1xH100", "--estimate_only"]}
-    out = [] if verb == "plan" else [f"--out={tmp_path / 'out'}"]
-    command = [sys.executable, "-m", f"deepstack_jax.{verb}", "--config=finetune.py:full", *flags, *more[verb], *out]
+    out = [] if name == "plan" else [f"--out={tmp_path / 'out'}"]
+    command = [sys.executable, "-m", f"deepstack_jax.{name}", "--config=finetune.py:full", *flags, *more[name], *out]
     done = subprocess.run(command, env=ENVIRONMENT, timeout=TIMEOUT, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
 

@@ -19,7 +19,7 @@ import pytest
 
 import deepstack_jax as dsx
 from deepstack_jax.printing import printable
-from tests.e2e.verb import ENVIRONMENT, REPOSITORY, TIMEOUT
+from tests.e2e.verb import ENVIRONMENT, REPOSITORY, TIMEOUT, verb
 from tests.parity.goldens import GOLDEN, write_folder
 
 PICTURE = GOLDEN / "images" / "img0.png"
@@ -32,9 +32,7 @@ def command(model: Path | str, *flags: str) -> list[str]:
 
 
 def generate(model: Path | str, *flags: str, typed: str = "") -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        command(model, *flags), cwd=REPOSITORY, env=ENVIRONMENT, timeout=TIMEOUT, capture_output=True, text=True, input=typed
-    )
+    return verb("generate", f"--model={model}", *flags, typed=typed)
 
 
 @pytest.fixture(scope="module")
@@ -140,15 +138,7 @@ MISTAKES = {
 @pytest.mark.parametrize("case", MISTAKES)
 def test_a_mistake_is_one_line(case, model):
     flags, expected = MISTAKES[case]
-    done = subprocess.run(
-        [sys.executable, "-m", "deepstack_jax.generate", *(flag.replace("MODEL", str(model)) for flag in flags)],
-        cwd=REPOSITORY,
-        env=ENVIRONMENT,
-        timeout=TIMEOUT,
-        capture_output=True,
-        text=True,
-        input="",
-    )
+    done = verb("generate", *(flag.replace("MODEL", str(model)) for flag in flags))
     assert done.returncode == 1, done.stderr
     assert done.stdout == ""
     assert "Traceback" not in done.stderr

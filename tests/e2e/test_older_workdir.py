@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import tarfile
 from pathlib import Path
 
@@ -12,7 +10,7 @@ import pytest
 from PIL import Image
 
 import deepstack_jax as dsx
-from tests.e2e.verb import ENVIRONMENT, REPOSITORY, TIMEOUT, read_json, read_lines, train
+from tests.e2e.verb import REPOSITORY, read_json, read_lines, train, verb
 
 ARCHIVE = REPOSITORY / "tests" / "golden" / "workdir" / "0.1.0-64acf10.tar.gz"
 # The flags that it was begun with.
@@ -47,11 +45,6 @@ def workdir(tmp_path) -> Path:
     with tarfile.open(ARCHIVE) as archive:
         archive.extractall(tmp_path, filter="data")
     return tmp_path / "run"
-
-
-def verb(name: str, *flags: str) -> subprocess.CompletedProcess[str]:
-    words = [sys.executable, "-m", f"deepstack_jax.{name}", *flags]
-    return subprocess.run(words, cwd=REPOSITORY, env=ENVIRONMENT, timeout=TIMEOUT, capture_output=True, text=True)
 
 
 def test_it_goes_on(workdir):

@@ -18,7 +18,7 @@ import pytest
 
 pytest.importorskip("starlette", reason="the extra `serve` is not installed; pip install '.[dev]'")
 openai = pytest.importorskip("openai", reason="the client is not installed; pip install '.[dev]'")
-from tests.e2e.verb import ENVIRONMENT, REPOSITORY, TIMEOUT  # noqa: E402
+from tests.e2e.verb import ENVIRONMENT, REPOSITORY, TIMEOUT, verb  # noqa: E402
 from tests.parity.goldens import GOLDEN, write_folder  # noqa: E402
 
 PICTURE = GOLDEN / "images" / "img0.png"
@@ -107,7 +107,7 @@ def test_killed_in_the_middle_of_a_stream_it_leaves_an_error(model):
     ],
 )
 def test_a_mistake_is_one_line(flags, expected):
-    done = subprocess.run(command(*flags), cwd=REPOSITORY, env=ENVIRONMENT, timeout=TIMEOUT, capture_output=True, text=True)
+    done = verb("serve", *flags)
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1].startswith("error: ")
     assert expected in done.stderr.splitlines()[-1]

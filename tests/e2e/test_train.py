@@ -7,7 +7,6 @@ import shlex
 import shutil
 import signal
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +29,7 @@ from tests.e2e.verb import (
     saved_state,
     train,
     train_until,
+    verb,
 )
 
 STEPS = 8
@@ -125,8 +125,7 @@ def test_a_run_leaves_its_files(demo):
 
 
 def test_a_report_tells_where_the_time_went(demo):
-    words = [sys.executable, "-m", "deepstack_jax.train", f"--report={demo}"]
-    done = subprocess.run(words, cwd=REPOSITORY, env=ENVIRONMENT, timeout=TIMEOUT, capture_output=True, text=True)
+    done = verb("train", f"--report={demo}")
     assert done.returncode == 0, done.stderr
     assert f"{STEPS} steps, 1 attempt, goodput" in done.stdout
     assert {path.name for path in (demo / "report").iterdir()} == {"time.png", "curves.png"}
@@ -161,8 +160,7 @@ def test_stopped_three_ways_it_ends_at_the_same_bytes(demo, tmp_path):
 
 def test_evaluated_by_its_workdir_alone_it_scores_as_the_run_did(demo, tmp_path):
     """The same rows, questions, answers and scores, in files of the same shape, though the verb has other batches."""
-    words = [sys.executable, "-m", "deepstack_jax.evaluate", f"--model={demo}", f"--out={tmp_path / 'again'}"]
-    done = subprocess.run(words, cwd=REPOSITORY, env=ENVIRONMENT, timeout=TIMEOUT, capture_output=True, text=True)
+    done = verb("evaluate", f"--model={demo}", f"--out={tmp_path / 'again'}")
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "again" / "predictions.jsonl").read_bytes() == (demo / "predictions.jsonl").read_bytes()
     verbs, runs = read_json(tmp_path / "again" / "results.json"), read_json(demo / "results.json")

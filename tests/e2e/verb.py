@@ -1,7 +1,8 @@
-"""Runs the `train` verb as a user does: in a process of its own, from the root of the repository."""
+"""Runs verbs as a user does: each in a process of its own, from the root of the repository."""
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import signal
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -39,11 +41,47 @@ def command(config: str, workdir: Path | None, changes: dict[str, Any]) -> list[
     return [sys.executable, "-m", "deepstack_jax.train", f"--config={config}", *place, *flags]
 
 
+@cache
+def _forks() -> subprocess.Popen[str]:
+    """What starts verbs for the tests of this process; most of the time of a short one would go into imports."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tests.forks"],
+        cwd=REPOSITORY,
+        env=ENVIRONMENT | {"PYTHONPATH": str(REPOSITORY), "HF_HUB_OFFLINE": "1"},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    atexit.register(process.kill)
+    return process
+
+
+def ask_fork(**request: Any) -> dict[str, Any]:
+    """Have a verb or a piece of Python run; see `tests/forks.py` for the request and its answer."""
+    process = _forks()
+    assert process.stdin is not None
+    assert process.stdout is not None
+    process.stdin.write(json.dumps({"seconds": TIMEOUT} | request) + "\n")
+    process.stdin.flush()
+    return json.loads(process.stdout.readline())
+
+
+def verb(name: str, *flags: str, typed: str = "") -> subprocess.CompletedProcess[str]:
+    """One run of `python -m deepstack_jax.NAME` to its end, without the seconds that its imports take.
+
+    Not for what has worker processes or gets signals: `subprocess` starts those from nothing.
+    """
+    module = f"deepstack_jax.{name}"
+    done = ask_fork(module=module, arguments=flags, folder=str(REPOSITORY), typed=typed)
+    return subprocess.CompletedProcess([module, *flags], done["code"], done["out"], done["err"])
+
+
 def train(config: str, workdir: Path | None, changes: dict[str, Any]) -> subprocess.CompletedProcess[str]:
     """One run to its end."""
-    return subprocess.run(
-        command(config, workdir, changes), cwd=REPOSITORY, env=ENVIRONMENT, timeout=TIMEOUT, capture_output=True, text=True
-    )
+    words = command(config, workdir, changes)
+    if changes.get("data.workers"):
+        return subprocess.run(words, cwd=REPOSITORY, env=ENVIRONMENT, timeout=TIMEOUT, capture_output=True, text=True)
+    return verb("train", *words[3:])
 
 
 def train_until(

@@ -1,7 +1,8 @@
-"""Runs verbs and pieces of Python in processes that begin with everything imported: `python -m tests.docs.runner`.
+"""Runs verbs and pieces of Python in processes that begin with everything imported: `python -m tests.forks`.
 
-Reads one request a line, {"module" and "arguments", or "code"; "folder", "variables", "typed", "flags_only"}, and answers with
-{"code", "out", "err"}: the exit code and what was printed. Each runs in a process that was forked before jax began a thread.
+Reads one request a line, {"module" and "arguments", or "code"; "folder", "seconds", "variables", "typed", "flags_only"}, and
+answers with {"code", "out", "err"}: the exit code and what was printed. Each runs in a process that was forked before jax
+began a thread, and is ended after so many seconds.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import json
 import os
 import pkgutil
 import runpy
+import signal
 import sys
 import tempfile
 import traceback
@@ -31,7 +33,8 @@ def serve() -> None:
             if child == 0:
                 for number, file in enumerate((typed, out, err)):
                     os.dup2(file.fileno(), number)
-                os._exit(_run(request))
+                signal.alarm(request["seconds"])
+                sys.exit(_run(request))  # as any program ends: what it left for its exit is done
             _, ended = os.waitpid(child, 0)
             answer: dict[str, Any] = {"code": os.waitstatus_to_exitcode(ended)}
             for name, file in (("out", out), ("err", err)):
