@@ -13,6 +13,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
+from deepstack_jax.model.quantised import QuantisedKernel
 from deepstack_jax.types import LORA, HostOrDevice
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
@@ -22,6 +23,7 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 }
 
 
+Kernel = Array | QuantisedKernel
 PRODUCT = "product"  # the name that remat knows a product with weights by
 # Largest one-hot matrix, in elements per row of the batch, that stands in for a scatter.
 ONE_HOT_LIMIT = 2**22
@@ -76,7 +78,7 @@ _take_rows.defvjp(_take_rows_forward, _take_rows_backward)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _product(inputs: int, out: DTypeLike, x: Array, kernel: Array) -> Array:
+def _product(inputs: int, out: DTypeLike, x: Array, kernel: Kernel) -> Array:
     """x[..., *in] @ kernel[*in, *out], multiplied in the dtype of x, in dtype `out`.
 
     The gradient of the kernel, a sum over all positions, leaves its product in float32: rounded to bfloat16 there, the parts of
@@ -85,11 +87,11 @@ def _product(inputs: int, out: DTypeLike, x: Array, kernel: Array) -> Array:
     return jnp.tensordot(x, kernel.astype(x.dtype), axes=inputs, preferred_element_type=out)
 
 
-def _product_forward(inputs: int, out: DTypeLike, x: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]]:
+def _product_forward(inputs: int, out: DTypeLike, x: Array, kernel: Kernel) -> tuple[Array, tuple[Array, Kernel]]:
     return _product(inputs, out, x, kernel), (x, kernel)
 
 
-def _product_backward(inputs: int, out: DTypeLike, kept: tuple[Array, Array], cotangent: Array) -> tuple[Array, Array]:
+def _product_backward(inputs: int, out: DTypeLike, kept: tuple[Array, Kernel], cotangent: Array) -> tuple[Array, Kernel]:
     del out
     x, kernel = kept
     cotangent = cotangent.astype(x.dtype)
@@ -97,8 +99,11 @@ def _product_backward(inputs: int, out: DTypeLike, kept: tuple[Array, Array], co
     outs = tuple(range(len(positions), cotangent.ndim))
     to_x = ((outs, tuple(range(inputs, kernel.ndim))), ((), ()))
     to_kernel = ((positions, positions), ((), ()))
+    to_input = jax.lax.dot_general(cotangent, kernel.astype(x.dtype), to_x)
+    if isinstance(kernel, QuantisedKernel):
+        return to_input, kernel.no_gradient()
     gradient = jax.lax.dot_general(x, cotangent, to_kernel, preferred_element_type=jnp.float32)
-    return jax.lax.dot_general(cotangent, kernel.astype(x.dtype), to_x), gradient.astype(kernel.dtype)
+    return to_input, gradient.astype(kernel.dtype)
 
 
 _product.defvjp(_product_forward, _product_backward)

@@ -6,7 +6,6 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from deepstack_jax.errors import ConfigError
@@ -74,12 +73,13 @@ def param_shardings(mesh: Mesh, boxed: Any) -> Any:
     specs = nn.get_partition_spec(boxed)
     shardings = nn.logical_to_mesh_sharding(specs, mesh, RULES)
     problems = []
-    sizes = flatten_dict(nn.unbox(boxed), sep="/")
-    for path, sharding in flatten_dict(shardings, sep="/").items():
+    sizes = jax.tree.leaves(nn.unbox(boxed))
+    for (path, sharding), leaf in zip(jax.tree_util.tree_leaves_with_path(shardings), sizes, strict=True):
         try:
-            sharding.shard_shape(sizes[path].shape)
+            sharding.shard_shape(leaf.shape)
         except ValueError:
-            problems.append(f"{path} {sizes[path].shape} over {sharding.spec}")
+            name = jax.tree_util.keystr(path, simple=True, separator="/")
+            problems.append(f"{name} {leaf.shape} over {sharding.spec}")
     if problems:
         raise ConfigError(
             f"{len(problems)} parameters do not divide over the mesh {dict(mesh.shape)}: {'; '.join(problems[:8])}; "

@@ -1,6 +1,7 @@
 """Memory of each device by kind: the state exactly, from its shardings; what a step makes beside it, estimated."""
 
 import math
+import re
 from typing import Any, NamedTuple
 
 import jax
@@ -11,6 +12,8 @@ from deepstack_jax.families.base import decoder_of, tower_of
 from deepstack_jax.train.core.optimizer import FROZEN, split
 from deepstack_jax.train.core.program import Program
 from deepstack_jax.types import PyTree
+
+_LAYER_KERNEL = re.compile(r"layers/layers/.*/kernel$")
 
 
 class StateMemory(NamedTuple):
@@ -34,7 +37,8 @@ def bytes_per_device(tree: PyTree) -> float:
     """Bytes of a tree of abstract arrays on each device, by their shardings."""
 
     def one(leaf: Any) -> int:
-        return math.prod(leaf.sharding.shard_shape(leaf.shape)) * np.dtype(leaf.dtype).itemsize
+        bits = jax.dtypes.itemsize_bits(leaf.dtype)  # two codes of 4 bits share a byte
+        return -(-math.prod(leaf.sharding.shard_shape(leaf.shape)) * bits // 8)
 
     return float(sum(one(leaf) for leaf in jax.tree.leaves(tree)))
 
@@ -104,7 +108,8 @@ def _working(program: Program, local: float, length: int) -> float:
     scores = 4 * 4 * rows * cfg.heads / tensor * length**2 * program.scores_exist
     layer = decoder_of(config).layer(cfg, tensor)
     products = width * rows * length * layer.working
-    weights = (2 * width + 4) * layer.kernels  # this layer's and the next one's, and the gradient
+    trains = any(group != FROZEN for path, group in program.groups.items() if _LAYER_KERNEL.match(path))
+    weights = (2 * width + 4 * trains) * layer.kernels  # this layer's and the next one's, and the gradient
     chunk = min(config.train.loss_chunk, length)
     logits = 3 * 4 * rows * chunk * cfg.vocab_size / tensor + 2 * width * cfg.width * cfg.vocab_size / tensor
     patches = config.patch_side**2

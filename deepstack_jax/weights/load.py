@@ -6,7 +6,7 @@ checkpoint; elsewhere one parameter, or with shardings those of its parts that t
 
 import re
 import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import jax
@@ -115,15 +115,18 @@ def load_params(
     dtype: DTypeLike | Mapping[str, DTypeLike] = np.float32,
     shardings: PyTree | None = None,
     fresh: Mapping[str, Any] | None = None,
+    keep: Callable[[str, jax.Array], Any] = lambda path, array: array,
 ) -> PyTree:
     """The parameter tree {"embed": {...}, ...} that `model.apply({"params": ...})` takes; all else as `stored_leaves`.
 
     Args:
       shardings: a tree of shardings like the parameters; each device's part is read for itself. None: the default device.
+      keep: what becomes of a parameter, by its path, before the next one is read.
     """
     leaves = stored_leaves(tensors, config, dtype, fresh)
     places: dict[str, Any] = {} if shardings is None else traverse_util.flatten_dict(shardings, sep="/")
-    return traverse_util.unflatten_dict({path: _place(leaf, places.get(path)) for path, leaf in leaves.items()}, sep="/")
+    kept = {path: keep(path, _place(leaf, places.get(path))) for path, leaf in leaves.items()}
+    return traverse_util.unflatten_dict(kept, sep="/")
 
 
 def _place(leaf: StoredLeaf, sharding: Sharding | None) -> jax.Array:

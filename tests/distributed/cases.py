@@ -15,7 +15,6 @@ from deepstack_jax.parallel.mesh import make_mesh
 from deepstack_jax.parallel.rules import use_mesh
 from deepstack_jax.train.core.optimizer import flatten
 from deepstack_jax.train.core.program import Program, build_program
-from deepstack_jax.train.core.state import new_state
 from deepstack_jax.types import TrainState
 from tests.unit.lora import LORA
 from tests.unit.tiny import draw_params, example, make_batch, tiny_config
@@ -48,7 +47,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "V": {"image.grid": "square", "deepstack.into": "vision", "deepstack.vision_start": 1},
     "HD": {"image.mode": "hd", "image.merge": "spatial_unpad", "data.max_images": 1},
 }
-ADAPTED: dict[str, dict[str, Any]] = {"LoRA": LORA}  # most of such a model does not move
+# Most of such a model does not move.
+ADAPTED: dict[str, dict[str, Any]] = {"LoRA": LORA, "quantised": LORA | {"lora.base_dtype": "nf4"}}
 MESHES = {
     "dp8": (8, 1, 1),
     "fsdp8": (1, 8, 1),
@@ -90,7 +90,7 @@ def batches(variant: str) -> tuple[Batch, Batch]:
 def start(program: Program) -> TrainState:
     """The same noise for parameters on every mesh, where it belongs there."""
     params = draw_params(program.shapes)
-    state = jax.jit(lambda params: new_state(params, program.groups, program.optimizer))(params)
+    state = jax.jit(program.begin)(params)
     return jax.device_put(state, program.shardings)
 
 

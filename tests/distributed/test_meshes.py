@@ -31,6 +31,8 @@ def on_one_device(variant):
 
 def same(variant, sizes, accumulation=1):
     """Loss, gradients (the first moment), parameters and optimizer of two steps."""
+    if variant == "quantised":
+        pytest.importorskip("qwix", reason="qwix is not installed: the extra `quantised` has it")
     found = two_steps(program_of(config_of(variant, accumulation), sizes), variant)
     for (state, metrics), (one, one_metrics) in zip(found, on_one_device(variant), strict=True):
         for name, value in one_metrics.items():

@@ -42,9 +42,11 @@ def checksums(state: PyTree, algorithm: int = 2) -> dict[str, int]:
 
 
 def base_checksum(arrays: Mapping[str, Any]) -> Any:
-    """One checksum, u32[], of arrays of jax by name, traced or not: of their values in bfloat16, whatever they are kept in."""
-    sums = _sums({name: array.astype(jnp.bfloat16) for name, array in arrays.items()}, 2)
-    return _joined(sums)
+    """One checksum, u32[], of arrays of jax by name, traced or not: of their values in bfloat16, whatever they are kept in.
+
+    Those of parts of the arrays add up to that of all.
+    """
+    return _joined(_sums({name: array.astype(jnp.bfloat16) for name, array in arrays.items()}, 2))
 
 
 def base_checksum_in_memory(arrays: Mapping[str, Any]) -> int:

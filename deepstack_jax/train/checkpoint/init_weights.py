@@ -10,18 +10,21 @@ import dataclasses
 import functools
 import os
 from collections.abc import Collection, Mapping
+from functools import partial
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from deepstack_jax.config import Config, MeshConfig, TrainConfig
 from deepstack_jax.errors import WeightsError, fetch_command, flags_as
 from deepstack_jax.families.forms import check_against
+from deepstack_jax.model.quantised import QuantisedKernel
 from deepstack_jax.parallel.mesh import make_mesh
 from deepstack_jax.train.checkpoint.adapter import check_base
-from deepstack_jax.train.checkpoint.checksums import base_checksum_in_memory
+from deepstack_jax.train.checkpoint.checksums import base_checksum, base_checksum_in_memory
 from deepstack_jax.train.checkpoint.reading import saved_steps
 from deepstack_jax.train.checkpoint.restore_params import config_of, is_workdir, restore_base, restore_params
 from deepstack_jax.train.core.optimizer import flatten, unflatten
@@ -74,11 +77,21 @@ def first_state(program: Program) -> TrainState:
     found = find_weights(config)
     fresh = _draw(program, absent_leaves(found.tensors, config))
     kinds = {path: leaf.dtype for path, leaf in flatten(program.abstract_state().params).items()}
-    params = flatten(load_params(found.tensors, config, kinds, shardings.params, fresh))
-    if program.adapted:
-        places = {path: place for path, place in flatten(shardings.params).items() if is_adapter(path)}
-        params |= jax.jit(program.draw_adapters, out_shardings=places)(key)
-    return program.jit_begin()(unflatten(params))
+    if not program.adapted:
+        return program.jit_begin()(load_params(found.tensors, config, kinds, program.places, fresh))
+    at, kept, sums = flatten(program.places), flatten(shardings.params), []
+
+    def keep(path: str, leaf: jax.Array) -> Any:
+        """One by one, so that of what is quantised no more than one kernel is on the devices whole."""
+        if path in program.base:
+            sums.append(base_checksum({path: leaf}))
+        return jax.jit(partial(program.keep, path), out_shardings=kept[path])(leaf) if path in quantised else leaf
+
+    quantised = {path for path, place in kept.items() if isinstance(place, QuantisedKernel)}
+    params = flatten(load_params(found.tensors, config, kinds, program.places, fresh, keep))
+    places = {path: place for path, place in at.items() if is_adapter(path)}
+    params |= jax.jit(program.draw_adapters, out_shardings=places)(key)
+    return program.jit_begin()(unflatten(params), sum(sums, jnp.uint32(0)))
 
 
 def with_base(program: Program, saved: TrainState) -> TrainState:

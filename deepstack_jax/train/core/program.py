@@ -3,6 +3,7 @@
 `train` runs it, and whoever wants to know what it costs lowers the very same step for devices that are not here.
 """
 
+import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -14,8 +15,10 @@ from jax.sharding import Mesh
 
 from deepstack_jax.batch import Batch, empty_batch
 from deepstack_jax.config import Config
+from deepstack_jax.errors import ConfigError
 from deepstack_jax.families.build import build_model
 from deepstack_jax.model.deepstack import DeepStack
+from deepstack_jax.model.quantised import QuantisedKernel, boxed_quantised, quantise
 from deepstack_jax.parallel.kernels import Kernel, attention_for, kernel_for
 from deepstack_jax.parallel.mesh import check_model_fits
 from deepstack_jax.parallel.rules import batch_sharding, crop_shards, param_shardings, replicated
@@ -36,6 +39,8 @@ from deepstack_jax.types import PyTree, TrainState
 from deepstack_jax.weights.adapters import boxed_adapters, fresh_adapters
 from deepstack_jax.weights.names import NameTable
 
+QUANTISED = ("int8", "nf4")
+
 
 @dataclass(frozen=True)
 class Program:
@@ -44,7 +49,8 @@ class Program:
     Attributes:
       kernel: of training attention.
       sample: a blank batch of one row, enough to trace the model.
-      shapes: the abstract parameters.
+      shapes: the abstract parameters, as they are drawn or read.
+      places: their shardings; `shardings` has those of what is kept of them.
       sizes: elements of every parameter, by path.
       groups: optimizer group of every parameter, or "frozen".
       adapted: kernels that have a LoRA adapter, which trains in their place.
@@ -60,6 +66,7 @@ class Program:
     model: DeepStack
     sample: Batch
     shapes: PyTree
+    places: PyTree
     sizes: dict[str, int]
     groups: dict[str, str]
     adapted: tuple[str, ...]
@@ -77,8 +84,9 @@ class Program:
 
     @property
     def frozen_dtype(self) -> str:
-        """Of what does not train."""
-        return self.config.lora.base_dtype if self.adapted else self.config.train.frozen_dtype
+        """Of what does not train and is not quantised."""
+        kind = self.config.lora.base_dtype if self.adapted else self.config.train.frozen_dtype
+        return "bfloat16" if kind in QUANTISED else kind
 
     @property
     def scores_exist(self) -> bool:
@@ -115,19 +123,44 @@ class Program:
         """Adapters that change nothing yet, by path; none where nothing is adapted."""
         return fresh_adapters(self.adapted, self.config, key)
 
-    def begin(self, params: PyTree) -> TrainState:
-        """The state before the first step."""
-        frozen = {path: leaf for path, leaf in flatten(params).items() if path in self.base}
-        checksum = base_checksum(frozen) if self.base else None
+    def keep(self, path: str, leaf: jax.Array) -> jax.Array | QuantisedKernel:
+        """A parameter as the state has it, but for its dtype: quantised, where `lora.base_dtype` says so."""
+        if path not in quantised_paths(self.adapted, self.base, self.config):
+            return leaf
+        return quantise(leaf, NameTable(self.config).leaves[path].inputs, self.config.lora.base_dtype)
+
+    def begin(self, params: PyTree, checksum: jax.Array | None = None) -> TrainState:
+        """The state before the first step.
+
+        Args:
+          checksum: of the base, where `params` have been through `keep`.
+        """
+        flat = flatten(params)
+        if self.base and checksum is None:
+            checksum = base_checksum({path: flat[path] for path in self.base})
+            params = unflatten({path: self.keep(path, leaf) for path, leaf in flat.items()})
         return new_state(params, self.groups, self.optimizer, self.frozen_dtype, checksum)
 
     def jit_begin(self) -> jax.stages.Wrapped:
-        """`begin` under jit: the parameters' buffers become the state's, beside which they would exist a second time."""
+        """`begin` under jit: the parameters' buffers become the state's, beside which they would exist a second time.
+
+        Parameters that are to be quantised have been already.
+        """
         return jax.jit(self.begin, donate_argnums=0, out_shardings=self.shardings)
 
     def jit_step(self) -> jax.stages.Wrapped:
         """The step under jit: the old state's buffers are reused, the metrics are on every device."""
         return jax.jit(self.step, donate_argnums=0, out_shardings=(self.shardings, replicated(self.mesh)))
+
+
+def quantised_paths(adapted: tuple[str, ...], base: frozenset[str], config: Config) -> frozenset[str]:
+    """Of the base the kernels that are quantised: those of the decoder's layers, nearly all of a model."""
+    kind = config.lora.base_dtype
+    if not adapted or kind not in QUANTISED:
+        return frozenset()
+    if importlib.util.find_spec("qwix") is None:
+        raise ConfigError(f"config.lora.base_dtype={kind!r} needs qwix, which is not installed: pip install '.[quantised]'")
+    return frozenset(path for path in base if path.startswith("layers/layers/") and path.endswith("/kernel"))
 
 
 def build_program(config: Config, mesh: Mesh, steps: int) -> Program:
@@ -145,7 +178,12 @@ def build_program(config: Config, mesh: Mesh, steps: int) -> Program:
     groups, adapted = adapt_groups(assign_groups(list(drawn), config.optimizer.table), config.optimizer)
     boxed = unflatten(drawn | boxed_adapters({path: drawn[path] for path in adapted}, config))
     shapes = nn.unbox(boxed)
+    base = base_paths(groups) if adapted else frozenset()
+    kept = flatten(boxed)
+    for path in quantised_paths(adapted, base, config):
+        kept[path] = boxed_quantised(kept[path], NameTable(config).leaves[path].inputs, config.lora.base_dtype)
     sizes = {path: int(np.prod(leaf.shape)) for path, leaf in flatten(shapes).items()}
+    held = param_shardings(mesh, unflatten(kept))
     schedule = make_schedule(config.optimizer.schedule, steps)
     optimizer = make_optimizer(config.optimizer, groups, schedule, matrix_axes(NameTable(config).leaves))
     functions = ModelFns(
@@ -160,12 +198,13 @@ def build_program(config: Config, mesh: Mesh, steps: int) -> Program:
         model=model,
         sample=sample,
         shapes=shapes,
+        places=param_shardings(mesh, boxed),
         sizes=sizes,
         groups=groups,
         adapted=adapted,
         schedule=schedule,
         optimizer=optimizer,
-        shardings=state_shardings(mesh, param_shardings(mesh, boxed), shapes, groups, optimizer, adapted=bool(adapted)),
+        shardings=state_shardings(mesh, held, shapes, groups, optimizer, adapted=bool(adapted)),
         functions=functions,
         loss=make_loss(functions, chunk),
         step=make_train_step(functions, optimizer, groups, schedule, accumulation=accumulation, chunk=chunk),

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
+from deepstack_jax.model.quantised import QuantisedKernel
 from deepstack_jax.parallel.rules import replicated
 from deepstack_jax.train.core.optimizer import flatten, split, unflatten
 from deepstack_jax.types import AdaptedState, PyTree, TrainState
@@ -24,7 +25,8 @@ def new_state(
 ) -> TrainState:
     """The state before the first step; only trainable parameters have optimizer state."""
     trainable, frozen = split(params, groups)
-    frozen = {path: leaf if is_adapter(path) else leaf.astype(frozen_dtype) for path, leaf in frozen.items()}
+    as_they_are = {path for path, leaf in frozen.items() if is_adapter(path) or isinstance(leaf, QuantisedKernel)}
+    frozen = {path: leaf if path in as_they_are else leaf.astype(frozen_dtype) for path, leaf in frozen.items()}
     step, bad_steps, bad_in_a_row = (jnp.zeros((), jnp.int32) for _ in range(3))  # no two may share a buffer: it is donated
     state = TrainState(
         step=step,
