@@ -79,20 +79,14 @@ def open_checkpoint(
             f"{folder} holds a LoRA adapter, expected whole weights; give its base model, and this folder with --adapter=DIR"
         )
     values = read_model_json(folder / "config.json")
-    bare, inner = word(values, "model_type") in language_models(), is_llava_hf(values)
-    named = values.get("mm_vision_tower") or ""
-    if not isinstance(named, str):
-        raise WeightsError(
-            f"config.json: mm_vision_tower is {quote(named)}, expected the name of a folder; take it from the source"
-        )
-    tower_folder = None if inner and not tower else find_tower(tower or named, folder, bool(tower))
+    bare = word(values, "model_type") in language_models()
+    tower_folder = _tower_folder(folder, values, tower)
     base_folder = find_folder(base) if base else None
     tensors = _collect(folder, values, base_folder, tower_folder, projector)
     stored = _describe(folder, values, tower_folder, tensors, run or recipe)
     if _is_tied(values) and not stored.decoder.tied_head and EMBEDDINGS in tensors:
-        warnings.warn(
-            f"{folder} has its embeddings as head too; here the head is a copy of them, which trains by itself", stacklevel=2
-        )
+        copied = "here the head is a copy of them, which trains by itself"
+        warnings.warn(f"{folder} has its embeddings as head too; {copied}", stacklevel=2)
         tensors[HEAD] = tensors[EMBEDDINGS]
     if base_folder is not None:
         _check_base(base_folder, stored)
@@ -102,14 +96,10 @@ def open_checkpoint(
         passthrough |= _passthrough(read_model_json(tower_folder / "config.json"), ("projection_dim",))
     if run is not None:
         check_against(run, stored, bare=bare)
-        config = run
-        if NEWLINE in tensors and not run.image.newline:
-            mode = f"config.image.mode={run.image.mode!r}"
-            warnings.warn(f"{folder} has an image_newline, which {mode} does not use", stacklevel=2)
-            del tensors[NEWLINE]
+        _drop_newline(folder, run, tensors)
     return StoredModel(
         path=folder,
-        config=config,
+        config=run or config,
         tensors=tensors,
         tokenizer=next((str(at) for at in (folder, base_folder) if at is not None and has_tokenizer(at)), ""),
         template=config.data.template if run is None else stored.data.template,
@@ -118,6 +108,24 @@ def open_checkpoint(
         passthrough=passthrough,
         bare=bare,
     )
+
+
+def _drop_newline(folder: Path, run: Config, tensors: dict[str, StoredTensor]) -> None:
+    """Leave out, and say, the parameter of the ends of rows where a run has none."""
+    if NEWLINE in tensors and not run.image.newline:
+        mode = f"config.image.mode={run.image.mode!r}"
+        warnings.warn(f"{folder} has an image_newline, which {mode} does not use", stacklevel=3)
+        del tensors[NEWLINE]
+
+
+def _tower_folder(folder: Path, values: Mapping[str, Any], tower: str) -> Path | None:
+    """Where the vision tower is: the one asked for, or that of config.json; None where `llava-hf` holds its own, or nowhere."""
+    named = values.get("mm_vision_tower") or ""
+    if not isinstance(named, str):
+        raise WeightsError(
+            f"config.json: mm_vision_tower is {quote(named)}, expected the name of a folder; take it from the source"
+        )
+    return None if is_llava_hf(values) and not tower else find_tower(tower or named, folder, bool(tower))
 
 
 def _passthrough(values: Mapping[str, Any], keys: Collection[str]) -> dict[str, Any]:

@@ -25,7 +25,7 @@ COMMON_TEMPLATES = ("chatml", "llama_3", "phi3_instruct", "v1")
 
 def fill_config(
     values: Mapping[str, Any], workdir: Path | None = None, weights: str = "", dtype: str = TrainConfig.compute_dtype
-) -> Mapping[str, Any]:
+) -> dict[str, Any]:
     """The values of a configuration, with those that are left to the weights.
 
     Args:
@@ -38,7 +38,7 @@ def fill_config(
       ConfigError: no weights are named, something of them is missing, or a given value contradicts them.
     """
     if not left_open(values):
-        return values
+        return dict(values)
     if workdir is not None and saved_steps(workdir):
         return filled_in(values, config_of(workdir))
     train = values["train"]
