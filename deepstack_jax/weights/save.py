@@ -112,12 +112,7 @@ def save_checkpoint(
             files = write_shards(outs, scratch, dtype, size, progress)
             write_json(scratch / "config.json", values)
             if form == "official":
-                tower = scratch / TOWER_FOLDER  # which the official loader opens first; the layers after it stay with the model
-                tower.mkdir()
-                inside = [out._replace(name=out.name.removeprefix(TOWER)) for out in outs if out.name.startswith(TOWER)]
-                write_safetensors(tower / "model.safetensors", inside, dtype, lambda nbytes: None)
-                write_json(tower / "config.json", tower_to_hf(config, passthrough, dtype))
-                write_json(tower / "preprocessor_config.json", preprocessor_to_hf(config))
+                _write_tower(scratch / TOWER_FOLDER, outs, config, passthrough, dtype)
             else:
                 write_json(scratch / "preprocessor_config.json", llava_processor_to_hf(config))
             beyond = _beyond(config, values, dtype) if form == "official" else {}
@@ -130,6 +125,15 @@ def save_checkpoint(
         raise WeightsError(f"cannot write {folder}: {error.strerror or error}; choose another folder") from error
     parameters = sum(out.size for out in outs)
     return Written(len(outs), parameters, parameters * DTYPES[dtype][1].itemsize, files)
+
+
+def _write_tower(folder: Path, outs: list[Out], config: Config, passthrough: Mapping[str, Any] | None, dtype: str) -> None:
+    """The tower's own folder, which the official loader opens first; the layers after it stay with the model."""
+    folder.mkdir()
+    inside = [out._replace(name=out.name.removeprefix(TOWER)) for out in outs if out.name.startswith(TOWER)]
+    write_safetensors(folder / "model.safetensors", inside, dtype, lambda nbytes: None)
+    write_json(folder / "config.json", tower_to_hf(config, passthrough, dtype))
+    write_json(folder / "preprocessor_config.json", preprocessor_to_hf(config))
 
 
 def _warn_of_other_code(config: Config, beyond: Mapping[str, Any], form: str) -> None:

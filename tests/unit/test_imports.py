@@ -1,4 +1,4 @@
-"""The direction of imports, the ban on jax below `data` and `layout`, and the ban on torch, held over every file."""
+"""Sizes of files and functions, the direction of imports, no jax below `data` and `layout`, no torch: held over every file."""
 
 import ast
 import subprocess
@@ -128,3 +128,11 @@ def test_no_default_is_hidden_below_config():
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "getattr":
                 first = ast.unparse(node.args[0])
                 assert len(node.args) < 3 or ("config" not in first and "cfg" not in first), f"{file}: {ast.unparse(node)}"
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(PACKAGE)))
+def test_no_file_is_over_400_lines_and_no_function_over_60(file):
+    text = file.read_text()
+    functions = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
+    assert len(text.splitlines()) <= 400
+    assert {node.name for node in functions if node.end_lineno - node.lineno >= 60} == set()  # type: ignore[operator]

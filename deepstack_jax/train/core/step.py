@@ -105,10 +105,7 @@ def make_train_step(
         factor = schedule(state.step - state.bad_steps)  # the optimizer counts its updates, not the batches
         updates, opt_state = optimizer.update(gradients, state.opt_state, trainable)
         updated: Any = optax.apply_updates(trainable, updates)
-        # A choice per element, which XLA fuses into the update: a branch would hold both states.
-        updated, opt_state = jax.tree.map(
-            lambda new, old: jnp.where(good, new, old), (updated, opt_state), (trainable, state.opt_state)
-        )
+        updated, opt_state = _choose(good, (updated, opt_state), (trainable, state.opt_state))
         bad = (~good).astype(jnp.int32)
         state = dataclasses.replace(
             state,
@@ -132,6 +129,11 @@ def make_train_step(
         return state, metrics
 
     return train_step
+
+
+def _choose(good: Array, new: PyTree, old: PyTree) -> PyTree:
+    """A choice per element, which XLA fuses into the update: a branch would hold both states."""
+    return jax.tree.map(lambda new, old: jnp.where(good, new, old), new, old)
 
 
 def _fill(batch: Batch) -> dict[str, Float[Array, ""]]:
