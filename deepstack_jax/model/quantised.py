@@ -1,4 +1,4 @@
-"""Kernels kept in 8 or 4 bits, weight-only, by qwix: a code for every element and a float32 scale for every block of inputs."""
+"""Kernels kept quantised, weight-only, by qwix: a code for every element and a float32 scale for every block of inputs."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class QuantisedKernel:
     """A kernel in place of an array: `astype` gives the array, computed where it is used, layer by layer inside the scan.
 
     Attributes:
-      codes: int8 or uint4, of the kernel's shape.
+      codes: int8, or for nf4 uint8 below 16, of the kernel's shape.
       scales: f32, of that shape but for the last input axis, which counts blocks.
       kind: int8 | nf4.
     """
@@ -60,7 +60,8 @@ def quantise(kernels: jax.Array, inputs: int, kind: str) -> QuantisedKernel:
         tile = {inputs - 1: math.gcd(BLOCK, kernel.shape[inputs - 1])}
         others = [axis for axis in range(kernel.ndim) if axis not in tile]
         found = qwix.quantize(kernel.astype(jnp.float32), kind, tiled_axes=tile, channelwise_axes=others)
-        return found.qvalue, found.scale
+        # One code of nf4 to a byte: jax 0.10 refuses arrays of uint4 as arguments of a step that was compiled beforehand.
+        return found.qvalue.astype(jnp.uint8 if kind == "nf4" else jnp.int8), found.scale
 
     codes, scales = jax.lax.map(one, kernels)
     return QuantisedKernel(codes, scales, kind)

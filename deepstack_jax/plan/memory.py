@@ -37,8 +37,7 @@ def bytes_per_device(tree: PyTree) -> float:
     """Bytes of a tree of abstract arrays on each device, by their shardings."""
 
     def one(leaf: Any) -> int:
-        bits = jax.dtypes.itemsize_bits(leaf.dtype)  # two codes of 4 bits share a byte
-        return -(-math.prod(leaf.sharding.shard_shape(leaf.shape)) * bits // 8)
+        return math.prod(leaf.sharding.shard_shape(leaf.shape)) * np.dtype(leaf.dtype).itemsize
 
     return float(sum(one(leaf) for leaf in jax.tree.leaves(tree)))
 

@@ -33,7 +33,7 @@ def test_nf4_is_that_of_the_paper():
     table = np.concatenate([table, [0.0795803, 0.1609302, 0.2461123, 0.33791524, 0.44070983, 0.562617, 0.72295684, 1]])
     kernel = jnp.asarray(np.concatenate([np.tile(table, 4), 3 * np.tile(table[::-1], 4)]).astype(np.float32)[None, :, None])
     found = quantise(kernel, 1, "nf4")
-    assert (found.codes.dtype, found.scales.shape) == (jnp.uint4, (1, 2, 1))
+    assert (found.codes.dtype, found.scales.shape) == (jnp.uint8, (1, 2, 1))
     np.testing.assert_allclose(found.scales[0, :, 0], [1, 3])
     np.testing.assert_allclose(found.astype(jnp.float32), kernel, atol=1e-6)
 
