@@ -213,10 +213,10 @@ def load(
     return _load(path, dtype, **others, template=template)
 
 
-@flags_as({name: f"convert's --{name}" for name in ("tower", "base", "projector", "adapter")})
-def load_in_verb(path: str, dtype: str | None) -> LMM:
-    """As `load`, for a verb that gets a folder alone: `convert` is named where it needs more than that."""
-    return _load(path, dtype)
+@flags_as({name: f"convert's --{name}" for name in ("tower", "base", "projector")})
+def load_in_verb(path: str, dtype: str | None, adapter: str) -> LMM:
+    """As `load`, for a verb that gets no more than this: `convert` is named where the folder needs it."""
+    return _load(path, dtype, adapter=adapter)
 
 
 def _load(

@@ -283,7 +283,7 @@ def _show_once() -> Callable[..., None]:
     shown = set[str]()
 
     def show(message: Warning | str, *_: Any) -> None:
-        if (line := one_line(str(message))) not in shown:
+        if (line := one_line(str(message))) not in shown and not is_after_failed_save(line):
             shown.add(line)
             print(f"warning: {line}", file=sys.stderr)
 

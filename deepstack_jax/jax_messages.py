@@ -59,9 +59,12 @@ def is_unknown_topology(error: BaseException) -> bool:
     return "INVALID_ARGUMENT" in str(error)
 
 
-def is_after_failed_save(error: BaseException | None) -> bool:
-    """What tensorstore says of every array of a save that has failed, in which orbax has ended its event loop."""
-    return str(error) == "Event loop is closed"
+def is_after_failed_save(said: BaseException | str | None) -> bool:
+    """What follows a save that has failed, in which orbax has ended its event loop.
+
+    tensorstore's error for every array, and Python's warning of those that nobody began to write.
+    """
+    return bool(re.fullmatch(r"Event loop is closed|coroutine 'async_serialize\S+' was never awaited", str(said)))
 
 
 # --- files

@@ -41,6 +41,7 @@ Answer a held-out set by greedy generation, and score the answers.
   python -m deepstack_jax.evaluate --model=DIR --config=configs/receipts.py --config.data.root=receipts --limit=20
 
   --model=DIR           Hugging Face folder or hub id (DeepStack, LLaVA-1.5, LLaVA-NeXT), or the workdir of a training run
+  --adapter=DIR         LoRA adapters over the model: the workdir of a run that trained some, or a folder of PEFT
   --data=FILE           rows in LLaVA JSON, or any other container that `train` reads
   --images=DIR          where the image paths in the rows start
   --config=FILE         in place of --data and --images: the validation data of a configuration, its evaluation.max_new_tokens
@@ -61,6 +62,7 @@ Exit codes: 0 done; 1 a mistake in the input, said in one line; 130 stopped by C
 
 FLAGS = (
     cli.Flag(flags.DEFINE_string, "model", None, "Model folder, hub id or workdir."),
+    cli.Flag(flags.DEFINE_string, "adapter", "", "LoRA adapters over the model."),
     cli.Flag(flags.DEFINE_string, "data", None, "File of held-out rows."),
     cli.Flag(flags.DEFINE_string, "images", "", "Image root."),
     cli.Flag(flags.DEFINE_integer, "limit", None, "Most rows.", lower_bound=1),
@@ -97,7 +99,7 @@ def main() -> int:
     evaluation = open_evaluation(given, console)
     leave_out(evaluation.bad, [], evaluation, console)
     out = cli.writable_folder(given["out"], "out") if given["out"] else None
-    lmm = load_in_verb(given["model"], given["dtype"])
+    lmm = load_in_verb(given["model"], given["dtype"], given["adapter"])
     data = replace(lmm.config.data, max_pixels=evaluation.config.data.max_pixels)
     lmm = replace(lmm, config=replace(lmm.config, data=data))
     options = evaluation.options.replace({"exif": lmm.config.data.exif})  # as in training

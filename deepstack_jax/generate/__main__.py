@@ -30,6 +30,7 @@ Ask a model about images, once or in a conversation.
   python -m deepstack_jax.generate --model=DIR --image=photo.jpg --chat
 
   --model=DIR           Hugging Face folder or hub id (DeepStack, LLaVA-1.5, LLaVA-NeXT), or the workdir of a training run
+  --adapter=DIR         LoRA adapters over the model: the workdir of a run that trained some, or a folder of PEFT
   --image=FILE          again for several; every prompt sees all of them. Where a prompt has no <image>, they come first
   --prompt=TEXT         again for several prompts
   --prompts=FILE        one prompt per line, empty lines left out; --prompts=- or a pipe reads them from standard input
@@ -51,6 +52,7 @@ Answers go to standard output, all else to standard error. Exit codes: 0 done; 1
 _OPTIONS = Options()
 FLAGS = (
     cli.Flag(flags.DEFINE_string, "model", None, "Model folder, hub id or workdir."),
+    cli.Flag(flags.DEFINE_string, "adapter", "", "LoRA adapters over the model."),
     cli.Flag(flags.DEFINE_multi_string, "image", [], "Image file."),
     cli.Flag(flags.DEFINE_multi_string, "prompt", [], "Prompt."),
     cli.Flag(flags.DEFINE_string, "prompts", None, "File with one prompt per line, - for standard input."),
@@ -79,7 +81,7 @@ def main() -> int:
         raise ConfigError("--chat asks for prompts itself; leave out --prompt, --prompts and --json")
     prompts = [] if given["chat"] else read_prompts(given["prompt"], given["prompts"])
     start = time.perf_counter()
-    lmm = load_in_verb(name, dtype)
+    lmm = load_in_verb(name, dtype, given["adapter"])
     parameters = sum(leaf.size for leaf in jax.tree.leaves(lmm.params))
     note(f"{name}: {parameters:,} parameters in {lmm.config.train.compute_dtype}, read in {time.perf_counter() - start:.1f} s")
     cut = [cut_image(image, lmm.config, options.exif) for image in images]

@@ -29,6 +29,7 @@ Serve a model: the OpenAI chat API at /v1, and a page to talk to it at /.
   DEEPSTACK_API_KEY=... python -m deepstack_jax.serve --model=DIR --host=0.0.0.0
 
   --model=DIR           Hugging Face folder or hub id (DeepStack, LLaVA-1.5, LLaVA-NeXT), or the workdir of a training run
+  --adapter=DIR         LoRA adapters over the model: the workdir of a run that trained some, or a folder of PEFT
   --name=NAME           what the API calls the model; the folder's name if left out
   --host=127.0.0.1      address to listen at; any other than this machine's own wants an API key
   --port=8000           0 = any that is free
@@ -51,6 +52,7 @@ It listens once everything is compiled. Exit codes: 1 a mistake in the input, sa
 _LIMITS = Limits()
 FLAGS = (
     cli.Flag(flags.DEFINE_string, "model", None, "Model folder, hub id or workdir."),
+    cli.Flag(flags.DEFINE_string, "adapter", "", "LoRA adapters over the model."),
     cli.Flag(flags.DEFINE_string, "name", None, "The model's name in the API."),
     cli.Flag(flags.DEFINE_string, "host", "127.0.0.1", "Address to listen at."),
     cli.Flag(flags.DEFINE_integer, "port", 8000, "Port to listen at.", lower_bound=0, upper_bound=65535),
@@ -80,7 +82,7 @@ def main() -> int:
         raise ConfigError(f"--allow_urls={quote(wrong[0])[1:-1]} is no host; expected HOST or HOST:PORT, as images.example.org")
     key = given["api_key"] or os.environ.get("DEEPSTACK_API_KEY", "")
     listening = listen(given["host"], given["port"], key)
-    lmm = load_in_verb(given["model"], given["dtype"])
+    lmm = load_in_verb(given["model"], given["dtype"], given["adapter"])
     data = dataclasses.replace(lmm.config.data, max_pixels=min(given["max_pixels"], lmm.config.data.max_pixels))
     lmm = dataclasses.replace(lmm, config=dataclasses.replace(lmm.config, data=data))
     limits = Limits(given["slots"], given["waiting"], given["context"], given["max_images"], given["max_tokens"])

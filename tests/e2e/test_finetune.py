@@ -130,6 +130,10 @@ def test_the_export_answers_as_the_run_does(run, tmp_path):
         exported = dsx.load(tmp_path / form)
         assert exported.generate(run.image, PROMPT, max_new_tokens=6) == said
         np.testing.assert_allclose(exported.logits(ids, [run.image])[..., : scores.shape[-1]], scores, atol=1e-4)
+    if run.word == "lora":
+        words = (f"--model={run.weights}", f"--adapter={run.workdir}", f"--image={run.image}", f"--prompt={PROMPT}")
+        done = verb("generate", *words, "--max_new_tokens=6")
+        assert done.stdout == said + "\n", done.stderr
 
 
 def test_the_export_gives_the_same_logits_in_transformers(run, tmp_path):

@@ -72,7 +72,7 @@ def verb(name: str, *flags: str, typed: str = "") -> subprocess.CompletedProcess
     Not for what has worker processes or gets signals: `subprocess` starts those from nothing.
     """
     module = f"deepstack_jax.{name}"
-    done = ask_fork(module=module, arguments=flags, folder=str(REPOSITORY), typed=typed)
+    done = ask_fork(module=module, arguments=flags, folder=str(REPOSITORY), variables=ENVIRONMENT, typed=typed)
     return subprocess.CompletedProcess([module, *flags], done["code"], done["out"], done["err"])
 
 

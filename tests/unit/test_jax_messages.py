@@ -20,6 +20,7 @@ from deepstack_jax.jax_messages import (
     LOST_PROCESS,
     TRANSIENT_CODES,
     hbm_asked,
+    is_after_failed_save,
     is_cluster_missing,
     is_lost_process,
     is_out_of_memory,
@@ -122,3 +123,17 @@ def test_a_name_that_is_too_long_is_told_by_its_number(tmp_path):
         tensorstore.KvStore.open(f"file://{tmp_path}/").result().read("x" * 300).result()
     assert f"os_error_code='{errno.ENAMETOOLONG}'" in str(caught.value)
     assert not is_transient(caught.value)
+
+
+def async_serialize_from_host():
+    async def write_fragment(): ...
+
+    return write_fragment()
+
+
+def test_what_python_says_of_arrays_that_a_failed_save_did_not_begin():
+    with pytest.warns(RuntimeWarning) as warned:
+        async_serialize_from_host()
+    assert [is_after_failed_save(str(warning.message)) for warning in warned] == [True]
+    assert is_after_failed_save(RuntimeError("Event loop is closed"))
+    assert not is_after_failed_save("coroutine 'answer' was never awaited")

@@ -171,10 +171,13 @@ def fitting_templates(tokenizer: Tokenizer) -> list[str]:
     return sorted(name for name, end in special.items() if is_one_token(end, tokenizer))
 
 
+_NO_TOKEN = "<|\uf8ff|>"  # of a private character, so that no tokenizer has it: what this becomes, anything unknown does
+
+
 def is_one_token(text: str, tokenizer: Tokenizer) -> bool:
     """Whether a tokenizer has these characters as one token of its own."""
     found = known_ids(text, tokenizer)
-    return len(found) == 1 and known_ids(text * 2, tokenizer) == found * 2  # twice an unknown word is one unknown word
+    return len(found) == 1 and found != known_ids(_NO_TOKEN, tokenizer)
 
 
 def known_ids(text: str, tokenizer: Tokenizer) -> list[int]:
