@@ -23,11 +23,7 @@ from tests.e2e.verb import ENVIRONMENT, REPOSITORY, read_json, read_lines
 
 TIMEOUT = 1800  # seconds for a chain on a busy machine: the longest takes 100 of CPU
 SLOW = pytest.mark.slow
-RECIPES = (
-    "llava15",
-    "deepstack_v",
-    *(pytest.param(name, marks=SLOW) for name in CHAINS if name not in ("llava15", "deepstack_v")),
-)
+RECIPES = ("llava15", *(pytest.param(name, marks=SLOW) for name in CHAINS if name != "llava15"))
 
 
 @dataclass(frozen=True)

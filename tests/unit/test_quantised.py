@@ -18,7 +18,7 @@ from tests.unit.test_lora_runs import config_over, weights  # noqa: F401
 from tests.unit.tiny import example, make_batch, shapes_in, tiny_config
 
 pytest.importorskip("qwix", reason="qwix is not installed: the extra `quantised` has it")
-KINDS = ("int8", "nf4")
+KINDS = (pytest.param("int8", marks=pytest.mark.slow), "nf4")
 
 
 def program_of(overrides: dict, config=None, devices=1) -> Program:
