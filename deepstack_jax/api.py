@@ -214,7 +214,7 @@ def load(
 
 
 @flags_as({name: f"convert's --{name}" for name in ("tower", "base", "projector")})
-def load_in_verb(path: str, dtype: str | None, adapter: str) -> LMM:
+def load_in_verb(path: str, dtype: str | None, adapter: str = "") -> LMM:
     """As `load`, for a verb that gets no more than this: `convert` is named where the folder needs it."""
     return _load(path, dtype, adapter=adapter)
 
