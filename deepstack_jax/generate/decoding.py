@@ -68,7 +68,7 @@ def prefill(
     output = model.apply(variables, batch, empty_cache(model, rows, length), method="prefill")
     last = jnp.take_along_axis(output.hidden, jnp.maximum(lengths - 1, 0)[:, None, None], axis=1)
     token = choose(model.apply(variables, last, method="logits")[:, -1], sampling, jnp.zeros((), jnp.int32))
-    token, done = _end(token, lengths == 0, stop_ids)
+    token, done = end(token, lengths == 0, stop_ids)
     return Decoding(token, lengths, done, jnp.ones((), jnp.int32), _grown(output.cache, room))
 
 
@@ -88,7 +88,7 @@ def advance(
     Returns:
       The state, which replaces the one handed in (its memory is reused), and the new tokens i32[B, Y], NO_TOKEN where none.
     """
-    variables, first = {"params": params}, state.made
+    first = state.made
 
     def unfinished(carry: tuple[Decoding, Array]) -> Array:
         made = carry[0].made
@@ -96,12 +96,11 @@ def advance(
 
     def step(carry: tuple[Decoding, Array]) -> tuple[Decoding, Array]:
         state, made_now = carry
-        position = (state.lengths + state.made - 1)[:, None]
-        output = model.apply(variables, jnp.maximum(state.token, 0)[:, None], position, state.cache, method="decode")
-        token = choose(model.apply(variables, output.hidden, method="logits")[:, -1], sampling, state.made)
-        token, done = _end(token, state.done, stop_ids)
+        position = state.lengths + state.made - 1
+        token, cache = next_token(model, params, state.token, position, state.cache, sampling, state.made)
+        token, done = end(token, state.done, stop_ids)
         made_now = made_now.at[:, state.made - first].set(token)
-        return Decoding(token, state.lengths, done, state.made + 1, output.cache), made_now
+        return Decoding(token, state.lengths, done, state.made + 1, cache), made_now
 
     nothing = jnp.full((state.token.shape[0], chunk), NO_TOKEN, jnp.int32)
     return jax.lax.while_loop(unfinished, step, (state, nothing))
@@ -151,7 +150,22 @@ def greedy(model: DeepStack, params: Any, batch: Batch, *, max_new_tokens: int, 
     return jnp.concatenate([first, more[:, :-1]], axis=1)
 
 
-def _end(token: Array, done: Array, stop_ids: HostOrDevice) -> tuple[Array, Array]:
+def next_token(
+    model: DeepStack,
+    params: Any,
+    token: Int[Array, " B"],
+    position: Int[Array, " B"],
+    cache: KVCache,
+    sampling: Sampling,
+    made: Int[Array, "*B"],
+) -> tuple[Int[Array, " B"], KVCache]:
+    """The token after `token` in every row, and the cache with `token` in it; `made`: tokens of the answers so far."""
+    variables = {"params": params}
+    output = model.apply(variables, jnp.maximum(token, 0)[:, None], position[:, None], cache, method="decode")
+    return choose(model.apply(variables, output.hidden, method="logits")[:, -1], sampling, made), output.cache
+
+
+def end(token: Array, done: Array, stop_ids: HostOrDevice) -> tuple[Array, Array]:
     """The token, or NO_TOKEN in a row that has ended, now or before."""
     done = done | (token[:, None] == jnp.asarray(stop_ids)).any(axis=1)
     return jnp.where(done, NO_TOKEN, token), done

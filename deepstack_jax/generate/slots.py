@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
-from deepstack_jax.generate.decoding import NO_TOKEN, Decoding, empty_cache
-from deepstack_jax.generate.sampling import Sampling, choose, greedy_sampling
+from deepstack_jax.generate.decoding import NO_TOKEN, Decoding, empty_cache, end, next_token
+from deepstack_jax.generate.sampling import Sampling, greedy_sampling
 from deepstack_jax.model.deepstack import DeepStack
 from deepstack_jax.types import HostOrDevice, KVCache
 
@@ -82,21 +82,16 @@ def go_on(
     Returns:
       The slots, which replace those handed in; the new tokens i32[B, Y], NO_TOKEN where none; and `left` of every row.
     """
-    variables = {"params": params}
 
     def step(number: Int[Array, ""], carry: tuple[Slots, Array]) -> tuple[Slots, Array]:
         slots, made_now = carry
         live = slots.left > 0
-        output = model.apply(
-            variables, jnp.maximum(slots.token, 0)[:, None], slots.position[:, None], slots.cache, method="decode"
-        )
         sampling = slots.sampling._replace(temperature=jnp.where(live, slots.sampling.temperature, 0))
-        token = choose(model.apply(variables, output.hidden, method="logits")[:, -1], sampling, slots.made)
-        going = live & ~(token[:, None] == jnp.asarray(stop_ids)).any(axis=1)
-        token = jnp.where(going, token, NO_TOKEN)
-        cache = output.cache._replace(filled=output.cache.filled % output.cache.valid.shape[1])
-        more = going.astype(jnp.int32)
-        left = jnp.where(going, slots.left - 1, 0)
+        token, cache = next_token(model, params, slots.token, slots.position, slots.cache, sampling, slots.made)
+        token, done = end(token, ~live, stop_ids)
+        cache = cache._replace(filled=cache.filled % cache.valid.shape[1])
+        more = (~done).astype(jnp.int32)
+        left = jnp.where(done, 0, slots.left - 1)
         slots = Slots(token, slots.position + more, slots.made + more, left, slots.sampling, cache)
         return slots, made_now.at[:, number].set(token)
 

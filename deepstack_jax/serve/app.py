@@ -181,7 +181,9 @@ class _Api:
                 response = _error(400, str(error))
             except ClientDisconnect:
                 response = Response(status_code=499)  # nobody reads it
-            except Exception:
+            except (
+                Exception
+            ):  # a defect of ours: the client gets an error object, the log the traceback, and the server goes on
                 logging.exception("a request failed")
                 response = _error(500, DEFECT)
             self.metrics.requests.labels(request.url.path, response.status_code).inc()
@@ -299,7 +301,7 @@ async def _events(pieces: AsyncIterator[Piece], asked: ChatRequest, answering: A
                 yield event("[DONE]")
     except Failed as error:
         yield event(error_object(str(error), "server_error"))
-    except Exception:
+    except Exception:  # a defect of ours, where the status is sent already: only an event can still say that this is no end
         logging.exception("a stream failed")
         yield event(error_object(DEFECT, "server_error"))
 

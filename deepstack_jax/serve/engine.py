@@ -209,7 +209,7 @@ class Engine:
                     self._fail(DEFECT, waiting=False)
                 try:
                     self._slots = self._empty()
-                except Exception:
+                except Exception:  # the device is lost for good: /health and every request say so from now on
                     self.problem = DEFECT
 
     def _fill(self) -> None:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import numpy as np
 from PIL import Image
 
 from deepstack_jax.api import LMM
 from deepstack_jax.data.encode.tokenizer import load_tokenizer
 from deepstack_jax.families.build import build_model
-from deepstack_jax.serve.engine import Limits
+from deepstack_jax.serve.engine import Engine, Limits
 from tests.unit.tiny import make_batch, model_params, tiny_config
 
 CONFIG = tiny_config({"decoder.vocab_size": 259, "data.template": "direct", "decoder.max_positions": 256, "data.max_images": 1})
@@ -20,6 +23,16 @@ def talker() -> LMM:
     params = model_params(build_model(CONFIG), make_batch(CONFIG, [[]]), seed=3)
     params["head"]["kernel"] = params["head"]["kernel"].at[:, [*range(36), *range(130, 259)]].set(0)
     return LMM(CONFIG, params, load_tokenizer("bytes"), "direct")
+
+
+@contextmanager
+def started(lmm: LMM) -> Iterator[Engine]:
+    """An engine that answers, all its programs compiled."""
+    engine = Engine(lmm.answerer, LIMITS)
+    assert list(engine.warm_up()) == list(engine.shapes)
+    engine.start()
+    yield engine
+    engine.close()
 
 
 def picture(seed: int, width: int = 20, height: int = 12) -> Image.Image:

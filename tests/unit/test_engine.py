@@ -11,7 +11,7 @@ from deepstack_jax.api import Options, RequestError
 from deepstack_jax.data.encode.image import ImageError
 from deepstack_jax.generate.prompts import PromptShape, Turn
 from deepstack_jax.serve.engine import DEFECT, STOPPING, Busy, Engine, Failed, Limits, compilations, prompt_shapes
-from tests.unit.talker import LIMITS, picture, talker
+from tests.unit.talker import LIMITS, picture, started, talker
 
 TIMEOUT = 120
 
@@ -23,11 +23,8 @@ def lmm():
 
 @pytest.fixture(scope="module")
 def engine(lmm):
-    engine = Engine(lmm.answerer, LIMITS)
-    assert list(engine.warm_up()) == list(engine.shapes)
-    engine.start()
-    yield engine
-    engine.close()
+    with started(lmm) as engine:
+        yield engine
 
 
 class Asked:

@@ -22,7 +22,7 @@ from deepstack_jax.serve.app import Settings, make_app, policy  # noqa: E402
 from deepstack_jax.serve.engine import DEFECT, STOPPING, Engine  # noqa: E402
 from deepstack_jax.serve.images import UrlError, image_bytes  # noqa: E402
 from tests.unit.serving import served, until  # noqa: E402
-from tests.unit.talker import LIMITS, picture, talker  # noqa: E402
+from tests.unit.talker import LIMITS, picture, started, talker  # noqa: E402
 
 BODY = 100_000
 
@@ -34,11 +34,8 @@ def lmm():
 
 @pytest.fixture(scope="module")
 def engine(lmm):
-    engine = Engine(lmm.answerer, LIMITS)
-    assert list(engine.warm_up())
-    engine.start()
-    yield engine
-    engine.close()
+    with started(lmm) as engine:
+        yield engine
 
 
 @pytest.fixture(scope="module")
