@@ -104,6 +104,7 @@ def _encode(question: Question, answerer: Answerer, options: Options) -> _Asked 
 
 
 def _scored(task: Task, question: Question, answer: Answer) -> Prediction:
+    parsed = task.parse(question, answer.text)
     return Prediction(
         id=question.id,
         row=question.row,
@@ -113,5 +114,7 @@ def _scored(task: Task, question: Question, answer: Answer) -> Prediction:
         references=list(question.references),
         prediction=answer.text,
         tokens=answer.tokens,
-        scores={name: scorer.score(answer.text, question.references) for name, scorer in task.scorers.items()},
+        scores={name: scorer.score(parsed, question.references) for name, scorer in task.scorers.items()},
+        parsed=parsed,
+        details=dict(question.details),
     )

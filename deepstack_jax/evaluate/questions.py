@@ -1,8 +1,9 @@
 """Which questions a held-out row holds, and what can be known to be wrong with them before any is asked."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
+from string import ascii_uppercase
 from typing import Any
 
 import numpy as np
@@ -30,6 +31,14 @@ class Question:
     turns: tuple[Turn, ...]  # the conversation up to the question, which is the last turn
     references: tuple[str, ...]  # right answers
     problem: str = ""  # why it cannot be asked; "" where it can
+    options: tuple[str, ...] = ()  # of a multiple choice, in the order of their letters
+    # What reading the answer, numbers of the set and files for its server need beyond that; as JSON has it
+    details: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def letters(self) -> tuple[str, ...]:
+        """The letters of the options: what the likelihoods are compared of, where a task chooses so."""
+        return tuple(ascii_uppercase[: len(self.options)])
 
     @property
     def words(self) -> str:

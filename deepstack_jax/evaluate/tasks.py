@@ -1,4 +1,7 @@
-"""A task: where its questions come from, how they are put, and how answers become numbers. Held-out rows are the first."""
+"""A task: where its questions come from, how they are put, and how answers become numbers. Held-out rows are the first.
+
+The field's benchmarks are in `evaluate/benchmarks/registry.py`.
+"""
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -10,7 +13,9 @@ import numpy as np
 from deepstack_jax.data.encode.templates import Template
 from deepstack_jax.data.example import Example, Source
 from deepstack_jax.evaluate.questions import Question, answered_turns
-from deepstack_jax.evaluate.scorers import SCORERS, Scorer
+from deepstack_jax.evaluate.scorers.texts import ANLS, EXACT_MATCH, Scorer
+
+SCORERS = {"exact_match": EXACT_MATCH, "anls": ANLS}  # of one's own rows
 
 
 @dataclass(frozen=True)
@@ -26,6 +31,8 @@ class Prediction:
     prediction: str  # the answer
     tokens: int  # how many the model made for it, end of turn not counted
     scores: dict[str, float]  # scorer -> 0..1
+    parsed: Any = None  # what of the answer was scored, as JSON has it
+    details: dict[str, Any] = field(default_factory=dict)  # of its question
 
 
 def mean_by_kind(predictions: Sequence[Prediction]) -> dict[str, dict[str, Any]]:
@@ -43,6 +50,11 @@ def mean_by_kind(predictions: Sequence[Prediction]) -> dict[str, dict[str, Any]]
     return aggregates
 
 
+def stripped(_question: Question, answer: str) -> str:
+    """An answer without white space at its ends, which is what most benchmarks score."""
+    return answer.strip()
+
+
 @dataclass(frozen=True)
 class Task:
     """Questions with all that it takes to score their answers."""
@@ -50,6 +62,15 @@ class Task:
     source: Source  # of the rows
     # (row, its images, template) -> its questions; a benchmark adds its suffix and its references here
     questions: Callable[[Example, Sequence[Any], Template], list[Question]] = answered_turns
-    scorers: Mapping[str, Scorer] = field(default_factory=lambda: SCORERS)  # every answer gets the score of each
+    # Every answer gets the score of each; none where the right answers are hidden, or a judge gives the score
+    scorers: Mapping[str, Scorer] = field(default_factory=lambda: SCORERS)
     # The predictions as numbers, by scorer; at least {"score": ...} of each
     aggregate: Callable[[Sequence[Prediction]], dict[str, dict[str, Any]]] = mean_by_kind
+    name: str = ""  # in the registry of benchmarks; "" = one's own rows
+    protocol: str = ""  # its name there: "own" is the benchmark's own definition
+    suffix: str = ""  # what follows every question, for the record; `questions` has added it
+    parse: Callable[[Question, str], Any] = stripped  # what of an answer is scored: becomes `Prediction.parsed`
+    by_likelihood: bool = False  # a question with options is answered by the likeliest of its letters, not by generation
+    max_new_tokens: int | None = None  # most tokens of an answer; None = as whoever asks says
+    # File name -> content of what the benchmark's server or judge reads; None where it has neither
+    submission: Callable[[Sequence[Prediction]], dict[str, str]] | None = None

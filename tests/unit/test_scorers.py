@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deepstack_jax.evaluate.scorers import SCORERS, anls, levenshtein
+from deepstack_jax.evaluate.scorers.texts import anls, levenshtein
+from deepstack_jax.evaluate.tasks import SCORERS
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "scorers"
 ROWS = json.loads((GOLDEN / "anls.json").read_text())

@@ -12,7 +12,7 @@ from deepstack_jax.data.example import Example
 from deepstack_jax.evaluate.ask import ask
 from deepstack_jax.evaluate.questions import Question, answered_turns
 from deepstack_jax.evaluate.results import flat_scores, summarise
-from deepstack_jax.evaluate.scorers import Scorer
+from deepstack_jax.evaluate.scorers.texts import Scorer
 from deepstack_jax.evaluate.tasks import Prediction, Task, mean_by_kind
 from deepstack_jax.generate.options import Options
 from tests.unit.test_held_out import Echo, Rows, row

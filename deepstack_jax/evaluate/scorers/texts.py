@@ -1,16 +1,18 @@
-"""Scores of answers against references, by their published definitions; a new one is a function and a row of `SCORERS`."""
+"""What a scorer is, and those that compare an answer with its references letter by letter or word by word."""
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 ANLS_THRESHOLD = 0.5
 
 
 @dataclass(frozen=True)
 class Scorer:
-    """A score of one answer, in 0..1; that of a data set is the mean."""
+    """A score of one answer, in 0..1; that of a data set is the mean unless its task says otherwise."""
 
-    score: Callable[[str, Sequence[str]], float]  # (answer, references) -> score; the best of the references counts
+    score: Callable[[Any, Sequence[str]], float]  # (answer as its task parses it, references) -> score
     protocol: str  # what exactly is computed, shown beside every number: the same name means other things elsewhere
 
 
@@ -51,11 +53,23 @@ def levenshtein(first: str, second: str) -> int:
     return row[-1]
 
 
-SCORERS = {
-    "exact_match": Scorer(
-        exact_match, "share of answers equal to a reference, white space at the ends left out; case and punctuation count"
-    ),
-    "anls": Scorer(
-        anls, f"mean similarity 1 - edit distance / length, lower case, 0 below {ANLS_THRESHOLD}; not binarised, as DocVQA's"
-    ),
-}
+def word_f1(prediction: str, references: Sequence[str]) -> float:
+    """F1 of the words that an answer shares with its best reference, each as often as it is in both.
+
+    Words are what white space separates, in lower case. Of two texts without words F1 is 1, of one 0.
+    """
+    return max(_f1(prediction.lower().split(), reference.lower().split()) for reference in references)
+
+
+def _f1(words: list[str], others: list[str]) -> float:
+    shared = sum((Counter(words) & Counter(others)).values())
+    return 2 * shared / (len(words) + len(others)) if words or others else 1.0
+
+
+EXACT_MATCH = Scorer(
+    exact_match, "share of answers equal to a reference, white space at the ends left out; case and punctuation count"
+)
+ANLS = Scorer(
+    anls, f"mean similarity 1 - edit distance / length, lower case, 0 below {ANLS_THRESHOLD}; not binarised, as DocVQA's"
+)
+WORD_F1 = Scorer(word_f1, "mean F1 of the words shared with the best reference, lower case")

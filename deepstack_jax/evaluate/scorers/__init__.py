@@ -1,0 +1,1 @@
+"""Scores of answers against references, by their published definitions."""
