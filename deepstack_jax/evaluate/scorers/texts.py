@@ -37,6 +37,35 @@ def anls(prediction: str, references: Sequence[str], threshold: float = ANLS_THR
     return 0.0 if 1 - nearest < threshold else 1 - nearest
 
 
+def binarised_anls(prediction: str, references: Sequence[str]) -> float:
+    """1 where `anls` with any reference reaches its threshold, else 0.
+
+    What the code that the DeepStack paper's repository carries gives questions of DocVQA and InfoVQA, and calls ANLS: a share
+    of questions, larger than ANLS.
+    """
+    return float(any(anls(prediction, [reference]) for reference in references))
+
+
+def mp_docvqa_anls(prediction: str, references: Sequence[str]) -> float:
+    """ANLS as the evaluation of MP-DocVQA (Tito et al. 2023) computes it.
+
+    Both sides in lower case and without white space around them, lengths as they are then. A similarity below 0.5, an empty
+    answer and the answer "none" are 0, the latter two even where they are right.
+    """
+    said = prediction.lower().strip()
+    if said in ("", "none"):
+        return 0.0
+    wanted = [reference.lower().strip() for reference in references]
+    best = max(1 - levenshtein(one, said) / max(len(one), len(said)) for one in wanted)
+    return best if best >= ANLS_THRESHOLD else 0.0
+
+
+def mp_docvqa_accuracy(prediction: str, references: Sequence[str]) -> float:
+    """1 where the answer equals a reference but for case and white space around it; the answer "none" is wrong (MP-DocVQA)."""
+    said = prediction.lower().strip()
+    return float(said != "none" and said in [reference.lower().strip() for reference in references])
+
+
 def _relative_distance(prediction: str, reference: str) -> float:
     longer = max(len(reference.upper()), len(prediction.upper()))
     reference, prediction = (" ".join(text.lower().split()) for text in (reference, prediction))
@@ -73,3 +102,6 @@ ANLS = Scorer(
     anls, f"mean similarity 1 - edit distance / length, lower case, 0 below {ANLS_THRESHOLD}; not binarised, as DocVQA's"
 )
 WORD_F1 = Scorer(word_f1, "mean F1 of the words shared with the best reference, lower case")
+BINARISED_ANLS = Scorer(binarised_anls, f"share of questions with ANLS >= {ANLS_THRESHOLD}, which the paper's code calls ANLS")
+MP_DOCVQA_ANLS = Scorer(mp_docvqa_anls, f"mean ANLS, lower case, 0 below {ANLS_THRESHOLD} and for empty answers, MP-DocVQA's")
+MP_DOCVQA_ACCURACY = Scorer(mp_docvqa_accuracy, "share of answers equal to a reference, lower case")
