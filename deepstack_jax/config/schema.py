@@ -203,7 +203,7 @@ class LoraConfig:
     alpha: Annotated[float, positive()] = 128.0  # what an adapter says is multiplied by alpha / rank
     rank_stabilised: bool = False  # by alpha / sqrt(rank) instead (arXiv 2312.03732)
     # Dtype of the base, which is all that does not train, where anything has adapters. int8 and nf4 keep the kernels of the
-    # decoder's layers quantised, a byte each with a scale for every 64 inputs, the rest in bfloat16
+    # decoder's layers in 8 or 4 bits with a scale for every 64 inputs, the rest in bfloat16
     base_dtype: Literal["float32", "bfloat16", "int8", "nf4"] = "bfloat16"
 
     @property

@@ -139,7 +139,10 @@ class Linear(nn.Module):
         ins, outs = tuple(range(self.inputs)), tuple(range(self.inputs, len(shape)))
         draw = nn.initializers.variance_scaling(self.scale, "fan_in", "normal", in_axis=ins, out_axis=outs)
         draw = draw if self.std is None else nn.initializers.normal(self.std)
-        kernel = self.param("kernel", nn.with_logical_partitioning(draw, self.axes), shape, jnp.float32)
+        if self.has_variable("params", "kernel") and isinstance(self.get_variable("params", "kernel"), QuantisedKernel):
+            kernel = self.get_variable("params", "kernel")  # `param` would want its codes, packed or not, in the kernel's shape
+        else:
+            kernel = self.param("kernel", nn.with_logical_partitioning(draw, self.axes), shape, jnp.float32)
         x, out = x.astype(self.dtype), self.out or self.dtype
         y: Array = _product(self.inputs, out, x, kernel)
         if self.has_variable("params", LORA[0]):

@@ -1,5 +1,6 @@
 """Logical axes of parameters and activations -> axes of the mesh. The model knows the left side only."""
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -54,6 +55,12 @@ def replicated(mesh: Mesh) -> NamedSharding:
 def crop_shards(mesh: Mesh) -> tuple[int, int]:
     """How a flat list of crops is cut: over so many shards of the batch, and each of those over so many devices."""
     return mesh.shape["data"] * mesh.shape["fsdp"], mesh.shape["tensor"]
+
+
+def shards_of(mesh: Mesh, name: str | None) -> int:
+    """Parts that an axis of a parameter is cut into, by its logical name."""
+    axes = dict(RULES)[name] if name else None
+    return math.prod(mesh.shape[axis] for axis in ((axes,) if isinstance(axes, str) else axes or ()))
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

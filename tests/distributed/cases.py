@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from functools import cache
 from typing import Any
 
@@ -10,6 +11,7 @@ import numpy as np
 
 from deepstack_jax.batch import Batch
 from deepstack_jax.config import Config, MeshConfig
+from deepstack_jax.model.quantised import QuantisedKernel, unpack
 from deepstack_jax.parallel.distributed import put_batch
 from deepstack_jax.parallel.mesh import make_mesh
 from deepstack_jax.parallel.rules import use_mesh
@@ -94,13 +96,24 @@ def start(program: Program) -> TrainState:
     return jax.device_put(state, program.shardings)
 
 
+def is_quantised(leaf: Any) -> bool:
+    return isinstance(leaf, QuantisedKernel)
+
+
+def code_by_code(leaf: Any) -> Any:
+    """A kernel that is packed on one mesh need not be on another."""
+    if not is_quantised(leaf) or leaf.packed is None:
+        return leaf
+    return dataclasses.replace(leaf, codes=unpack(leaf.codes, leaf.packed), packed=None)
+
+
 def two_steps(program: Program, variant: str) -> list[tuple[dict[str, np.ndarray], dict[str, np.ndarray]]]:
     """(state, metrics) after one step and after two; the first moment after one is a tenth of the clipped gradient."""
     state, step, found = start(program), program.jit_step(), []
     with use_mesh(program.mesh):
         for batch in batches(variant):
             state, metrics = step(state, put_batch(program.mesh, batch))
-            leaves = jax.tree_util.tree_leaves_with_path(state)
+            leaves = jax.tree_util.tree_leaves_with_path(jax.tree.map(code_by_code, state, is_leaf=is_quantised))
             found.append(({jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}, jax.device_get(metrics)))
     return found
 

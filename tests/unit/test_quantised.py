@@ -1,6 +1,7 @@
 """A base in 8 or 4 bits under adapters: what is quantised, how far off it is, that it stays, and is never there whole."""
 
 import dataclasses
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 
 from deepstack_jax.config import MeshConfig
-from deepstack_jax.model.quantised import QuantisedKernel, quantise
+from deepstack_jax.model.quantised import QuantisedKernel, pack, quantise, unpack
 from deepstack_jax.parallel.mesh import make_mesh
 from deepstack_jax.train.checkpoint.init_weights import first_state
 from deepstack_jax.train.core.optimizer import flatten, unflatten
@@ -32,8 +33,8 @@ def test_nf4_is_that_of_the_paper():
     table = np.float32([-1, -0.6961928, -0.52507305, -0.3949175, -0.28444138, -0.18477343, -0.09105004, 0])
     table = np.concatenate([table, [0.0795803, 0.1609302, 0.2461123, 0.33791524, 0.44070983, 0.562617, 0.72295684, 1]])
     kernel = jnp.asarray(np.concatenate([np.tile(table, 4), 3 * np.tile(table[::-1], 4)]).astype(np.float32)[None, :, None])
-    found = quantise(kernel, 1, "nf4")
-    assert (found.codes.dtype, found.scales.shape) == (jnp.uint8, (1, 2, 1))
+    found = quantise(kernel, 1, "nf4", packed=True)
+    assert (found.codes.dtype, found.codes.shape, found.scales.shape) == (jnp.uint8, (1, 64, 1), (1, 2, 1))
     np.testing.assert_allclose(found.scales[0, :, 0], [1, 3])
     np.testing.assert_allclose(found.astype(jnp.float32), kernel, atol=1e-6)
 
@@ -42,10 +43,30 @@ def test_nf4_is_that_of_the_paper():
 @pytest.mark.parametrize("inputs", [1, 2])
 def test_a_quantised_kernel_is_near_the_kernel(kind, error, inputs):
     kernel = jnp.asarray(np.random.default_rng(0).normal(0, 0.3, (3, 8, 128, 16)), jnp.float32)
-    found = quantise(kernel, inputs, kind)
+    found = quantise(kernel, inputs, kind, packed=True)
+    assert (found.shape, found.ndim) == (kernel.shape, 4)
     assert found.scales.shape == ((3, 8 // 8, 128, 16), (3, 8, 2, 16))[inputs - 1]
+    assert found.codes.nbytes == kernel.size // (2 if kind == "nf4" else 1)
     again = found.astype(jnp.float32)
     assert 0 < jnp.linalg.norm(again - kernel) / jnp.linalg.norm(kernel) < error
+
+
+@pytest.mark.parametrize("axis", [-1, -2, -3])
+def test_two_codes_share_a_byte_and_come_apart_again(axis):
+    codes = np.random.default_rng(0).integers(0, 16, (6, 4, 10)).astype(np.uint8)
+    packed = pack(jnp.asarray(codes), axis)
+    even, odd = (np.take(codes, range(start, codes.shape[axis], 2), axis) for start in (0, 1))
+    assert packed.dtype == jnp.uint8
+    np.testing.assert_array_equal(packed, even + 16 * odd)
+    np.testing.assert_array_equal(unpack(packed, axis), codes)
+
+
+@pytest.mark.parametrize("inputs", [1, 2])
+def test_a_packed_kernel_is_the_one_with_a_byte_for_each_code(inputs):
+    kernel = jnp.asarray(np.random.default_rng(0).normal(0, 0.3, (2, 4, 6, 8)), jnp.float32)
+    packed, apart = (quantise(kernel, inputs, "nf4", packed=flag) for flag in (True, False))
+    assert (packed.codes.nbytes, apart.codes.nbytes) == (kernel.size // 2, kernel.size)
+    np.testing.assert_array_equal(packed.astype(jnp.float32), apart.astype(jnp.float32))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -54,7 +75,7 @@ def test_a_product_and_its_gradient_are_those_of_the_kernel_as_an_array(kind):
 
     rng = np.random.default_rng(0)
     x, kernel = (jnp.asarray(rng.normal(0, 1, shape), jnp.float32) for shape in ((2, 5, 64), (1, 64, 4, 8)))
-    stack = quantise(kernel, 1, kind)
+    stack = quantise(kernel, 1, kind, packed=True)
     one = jax.tree.map(lambda leaf: leaf[0], stack)
 
     def loss(x, kernel):
@@ -129,6 +150,17 @@ def test_no_kernel_is_there_for_all_layers_at_once(remat):
             assert tuple(leaf.shape) not in made, path
 
 
+def test_what_cannot_be_halved_on_the_mesh_is_not_packed():
+    """The inputs of `down` lie along tensor, 21 on each of two devices."""
+    config = tiny_config(LORA | {"lora.base_dtype": "nf4", "decoder.mlp": 42, "decoder.vocab_size": 64})
+    mesh = MeshConfig(1, 1, 2)
+    program = build_program(config, make_mesh(mesh, jax.devices()[:2]), steps=10)
+    kernels = flatten(program.abstract_state().params)
+    apart = {path for path, leaf in kernels.items() if isinstance(leaf, QuantisedKernel) and leaf.packed is None}
+    assert apart == {path for path in kernels if path.endswith("/down/kernel")} != set()
+    assert all(leaf.shape == flatten(program.shapes)[path].shape for path, leaf in kernels.items())
+
+
 @pytest.mark.parametrize("devices", [1, 4])
 def test_weights_are_quantised_as_they_are_read(weights, devices):  # noqa: F811
     config = config_over(weights, "nf4")
@@ -139,8 +171,8 @@ def test_weights_are_quantised_as_they_are_read(weights, devices):  # noqa: F811
     for path, leaf in flatten(state.params).items():
         if isinstance(leaf, QuantisedKernel):
             inputs = 2 if path.endswith("/o/kernel") else 1
-            expected = jax.jit(quantise, static_argnums=(1, 2))(flatten(other.params)[path], inputs, "nf4")
-            np.testing.assert_array_equal(leaf.codes.astype(np.int8), expected.codes.astype(np.int8), err_msg=path)
+            expected = jax.jit(partial(quantise, inputs=inputs, kind="nf4", packed=True))(flatten(other.params)[path])
+            np.testing.assert_array_equal(leaf.codes, expected.codes, err_msg=path)
             np.testing.assert_array_equal(leaf.scales, expected.scales, err_msg=path)
             assert leaf.codes.sharding == flatten(program.shardings.params)[path].codes
         elif path in program.base:

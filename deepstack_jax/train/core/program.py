@@ -21,7 +21,7 @@ from deepstack_jax.model.deepstack import DeepStack
 from deepstack_jax.model.quantised import QuantisedKernel, boxed_quantised, quantise
 from deepstack_jax.parallel.kernels import Kernel, attention_for, kernel_for
 from deepstack_jax.parallel.mesh import check_model_fits
-from deepstack_jax.parallel.rules import batch_sharding, crop_shards, param_shardings, replicated
+from deepstack_jax.parallel.rules import batch_sharding, crop_shards, param_shardings, replicated, shards_of
 from deepstack_jax.train.checkpoint.checksums import base_checksum
 from deepstack_jax.train.core.optimizer import (
     adapt_groups,
@@ -125,9 +125,10 @@ class Program:
 
     def keep(self, path: str, leaf: jax.Array) -> jax.Array | QuantisedKernel:
         """A parameter as the state has it, but for its dtype: quantised, where `lora.base_dtype` says so."""
-        if path not in quantised_paths(self.adapted, self.base, self.config):
+        place = flatten(self.shardings.params)[path]
+        if not isinstance(place, QuantisedKernel):
             return leaf
-        return quantise(leaf, NameTable(self.config).leaves[path].inputs, self.config.lora.base_dtype)
+        return quantise(leaf, NameTable(self.config).leaves[path].inputs, place.kind, packed=place.packed is not None)
 
     def begin(self, params: PyTree, checksum: jax.Array | None = None) -> TrainState:
         """The state before the first step.
@@ -181,7 +182,9 @@ def build_program(config: Config, mesh: Mesh, steps: int) -> Program:
     base = base_paths(groups) if adapted else frozenset()
     kept = flatten(boxed)
     for path in quantised_paths(adapted, base, config):
-        kept[path] = boxed_quantised(kept[path], NameTable(config).leaves[path].inputs, config.lora.base_dtype)
+        inputs, boxes = NameTable(config).leaves[path].inputs, kept[path]
+        packed = boxes.value.shape[inputs] % (2 * shards_of(mesh, boxes.names[inputs])) == 0  # half of it is cut as it was
+        kept[path] = boxed_quantised(boxes, inputs, config.lora.base_dtype, packed=packed)
     sizes = {path: int(np.prod(leaf.shape)) for path, leaf in flatten(shapes).items()}
     held = param_shardings(mesh, unflatten(kept))
     schedule = make_schedule(config.optimizer.schedule, steps)
