@@ -13,6 +13,7 @@ from deepstack_jax.data.example import MetadataSource, Source, SourceError
 from deepstack_jax.data.formats import files
 from deepstack_jax.data.formats.file_source import FileSource, Records
 from deepstack_jax.data.formats.json_records import LINE_SUFFIXES, JsonRecords
+from deepstack_jax.data.formats.styles import Columns
 from deepstack_jax.data.formats.tables import ArrowRecords, ParquetRecords
 from deepstack_jax.data.order.mixture import open_mixture
 from deepstack_jax.data.shards import reader as shards
@@ -96,6 +97,19 @@ def open_files(path: str, images: str, limits: LimitsConfig = LIMITS) -> Metadat
     if isinstance(opened, shards.ShardSource):
         return opened
     return FileSource(opened, files.absolute(images) if images else "")
+
+
+def open_parquet(pattern: str, wanted: Columns, limits: LimitsConfig = LIMITS) -> ParquetRecords | None:
+    """Rows of the parquet files that match a pattern, whatever they are rows of; None where none does.
+
+    Raises:
+      SourceError: as `open_files`.
+    """
+    parts = [part for part in files.glob(pattern) if files.is_file(part)]
+    if not parts:
+        return None
+    _check_shards(pattern, parts)
+    return ParquetRecords(pattern, parts, limits, wanted)
 
 
 def _open(path: str, limits: LimitsConfig) -> Records | shards.ShardSource:

@@ -14,17 +14,17 @@ import pyarrow.compute as pc
 
 from deepstack_jax.config import LimitsConfig
 from deepstack_jax.data.example import SourceError
-from deepstack_jax.data.formats.styles import RecordError, needed_keys
+from deepstack_jax.data.formats.styles import RecordError
 
 _SCANNED_ROWS = 256  # rows that an outline turns into Python values at once
 VALUE_BYTES = 8  # what any value takes at least, once it is one of Python's
 _UNDECODABLE = (pa.ArrowException, ValueError, OverflowError)
 
 
-def carried(path: str, columns: Mapping[str, pa.DataType]) -> list[str]:
+def carried(path: str, columns: Mapping[str, pa.DataType], needed: Sequence[str]) -> list[str]:
     """Names of the columns that are read; a warning names the others, a SourceError one that the rows need."""
     others = {name: kind for name, kind in columns.items() if _plain(kind) is None}
-    for name in needed_keys():
+    for name in needed:
         if name in others:
             raise SourceError(f"{path}: column {name} is {others[name]!s:.80}, expected texts, bytes, lists and structs")
     for name, kind in others.items():
@@ -47,7 +47,7 @@ def settled(table: pa.Table, most: int) -> pa.Table | None:
     return None
 
 
-def to_row(row: pa.Table | pa.RecordBatch, most: int | None) -> dict[str, Any]:
+def to_row(row: pa.Table | pa.RecordBatch, most: int | None, needed: Sequence[str]) -> dict[str, Any]:
     """A table of one row as Python values, RecordError where they take more than `most` bytes; `most` None: it is settled."""
     values, size = {}, 0
     for name, column in zip(row.schema.names, row.columns, strict=True):
@@ -63,13 +63,13 @@ def to_row(row: pa.Table | pa.RecordBatch, most: int | None) -> dict[str, Any]:
         except RecordError:
             raise
         except _UNDECODABLE as error:
-            if name in needed_keys():
+            if name in needed:
                 raise RecordError(f"cannot be decoded ({short_reason(error)}); fetch or write the file again") from error
             warnings.warn(f"column {name:.80} has values that cannot be carried along ({short_reason(error)})", stacklevel=2)
     return values
 
 
-def scanned(batch: pa.RecordBatch, limits: LimitsConfig, *, mapped: bool) -> Iterator[object]:
+def scanned(batch: pa.RecordBatch, limits: LimitsConfig, needed: Sequence[str], *, mapped: bool) -> Iterator[object]:
     """The rows of a batch, some at once; None in place of one that cannot be decoded. `mapped`: as it is stored in a file."""
     for start in range(0, len(batch), _SCANNED_ROWS):
         part = batch.slice(start, _SCANNED_ROWS)
@@ -84,7 +84,7 @@ def scanned(batch: pa.RecordBatch, limits: LimitsConfig, *, mapped: bool) -> Ite
             pass  # look for it row by row
         for number in range(len(part)):
             try:
-                yield to_row(part.slice(number, 1), limits.row_bytes)
+                yield to_row(part.slice(number, 1), limits.row_bytes, needed)
             except RecordError:
                 yield None
 

@@ -11,7 +11,7 @@ import posixpath
 import re
 from collections.abc import Callable
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import unquote
 
 from deepstack_jax.data.example import IMAGE_MARK, Example, Message, RecordMetadata
@@ -43,7 +43,7 @@ def to_example(row: object, index: int, image_root: str) -> Example:
     if not isinstance(row, dict):
         raise RecordError(f"is {_kind(row)}, expected an object with id, image and conversations")
     style = _style(row)
-    images = tuple(_image(value, image_root) for value in _image_values(row))
+    images = tuple(image_value(value, image_root) for value in _image_values(row))
     messages = tuple(_READERS[style](_turns(row[style], style), len(images)))
     check_messages(messages, len(images))
     info = {key: value for key, value in row.items() if value is not None and key not in ("id", *IMAGE_KEYS, style)}
@@ -108,6 +108,25 @@ def needed_keys() -> tuple[str, ...]:
     return ("id", "data_source", *IMAGE_KEYS, *_READERS)
 
 
+class Columns(NamedTuple):
+    """What the rows of a table are read for."""
+
+    needed: tuple[str, ...]  # without which a row is of no use
+    outline: tuple[str, ...]  # that a pass over all rows reads
+    problem: Callable[[list[str]], str]  # what is wrong with the table's columns; "" where nothing is
+    alone: bool = False  # other columns are not read
+
+    @staticmethod
+    def of(needed: tuple[str, ...], outline: tuple[str, ...]) -> "Columns":
+        """Those of a table that must hold all of `needed`, of which nothing else is read."""
+
+        def problem(columns: list[str]) -> str:
+            lost = [name for name in needed if name not in columns]
+            return f"has no column {', '.join(lost)}, but {', '.join(columns)}; name a table that has it" if lost else ""
+
+        return Columns(needed, outline, problem, alone=True)
+
+
 def _style(row: dict[str, Any]) -> str:
     found = [key for key in _READERS if row.get(key) is not None]
     if len(found) > 1:
@@ -140,7 +159,7 @@ def _image_values(row: dict[str, Any]) -> list[Any]:
     return value if isinstance(value, list) else [value]
 
 
-def _image(value: object, root: str) -> str | bytes:
+def image_value(value: object, root: str) -> str | bytes:
     """Encoded bytes, or an absolute path inside `root` (links inside the root may lead anywhere: the user set them)."""
     if isinstance(value, dict):
         if isinstance(value.get("bytes"), bytes):
@@ -231,6 +250,7 @@ _READERS: dict[str, Callable[[list[dict[str, Any]], int], list[Message]]] = {
     "messages": _trl,
     "texts": _cauldron,
 }
+CONVERSATIONS = Columns(needed_keys(), ("id", "data_source", *IMAGE_KEYS), check_columns)
 _EXPECTED = {
     "conversations": '[{"from": "human", "value": ...}, {"from": "gpt", "value": ...}]',
     "messages": '[{"role": "user", "content": ...}, {"role": "assistant", "content": ...}]',

@@ -12,7 +12,7 @@ from deepstack_jax.data.example import SourceError
 from deepstack_jax.data.formats import files
 from deepstack_jax.data.formats.columns import VALUE_BYTES, carried, scanned, settled, short_reason, to_row, warn_of
 from deepstack_jax.data.formats.footers import ColumnChunk, decompressed_bytes, messages_of, read_chunks
-from deepstack_jax.data.formats.styles import IMAGE_KEYS, RecordError, check_columns, needed_keys
+from deepstack_jax.data.formats.styles import CONVERSATIONS, IMAGE_KEYS, Columns, RecordError
 
 _CACHE_BYTES = 128 << 20  # of decoded row groups that a process keeps; the one in use stays, however large it is
 _FOOTER_BYTES = 64 << 10  # fetched at once from a remote file: its footer, or the gap between two columns
@@ -62,23 +62,24 @@ class ParquetRecords(_Groups):
     images). Only the place of each row group is kept in memory.
 
     Raises:
-      SourceError: a file is not parquet or is cut short, lacks the columns of every row style, has others than the first file,
+      SourceError: a file is not parquet or is cut short, lacks columns that are wanted, has others than the first file,
         has a row group beyond the limit, or all are empty.
     """
 
-    def __init__(self, path: str, parts: Sequence[str], limits: LimitsConfig = LIMITS) -> None:
-        self.path, self._parts, self._limits = path, tuple(parts), limits
+    def __init__(self, path: str, parts: Sequence[str], limits: LimitsConfig = LIMITS, wanted: Columns = CONVERSATIONS) -> None:
+        self.path, self._parts, self._limits, self._needed = path, tuple(parts), limits, wanted.needed
         self._footers: list[_Footer] = files.in_parallel(_read_footer, self._parts)
         first = self._footers[0]
         for part, footer in zip(self._parts, self._footers, strict=True):
             if footer.columns.keys() != first.columns.keys():
                 theirs = sorted(footer.columns.keys() ^ first.columns.keys())
                 raise SourceError(f"{part} and {self._parts[0]} differ in the columns {theirs}; name files of one table")
-        if problem := check_columns(list(first.names)):
+        if problem := wanted.problem(list(first.names)):
             raise SourceError(f"{path} {problem}")
-        self._columns = carried(path, first.columns)
+        read = {name: kind for name, kind in first.columns.items() if name in wanted.needed or not wanted.alone}
+        self._columns = carried(path, read, wanted.needed)
         self._check_groups()
-        self._outlined = [name for name in self._columns if _is_short(name, first.columns[name])]
+        self._outlined = [name for name in self._columns if _is_outlined(name, first.columns[name], wanted)]
         self._count([footer.rows for footer in self._footers])
         self._tables = files.ProcessCache()  # of row groups: the table, and what a row of it may take
 
@@ -87,15 +88,15 @@ class ParquetRecords(_Groups):
         most = self._limits.group_bytes
         for part, footer in zip(self._parts, self._footers, strict=True):
             for group, sizes in enumerate(footer.sizes):
-                needed = sum(sizes.get(name, 0) for name in self._columns if name in needed_keys())
+                needed = sum(sizes.get(name, 0) for name in self._columns if name in self._needed)
                 if needed > most:
                     raise SourceError(
                         f"{part} row group {group} takes {needed:,} bytes, allowed are "
                         f"config.data.limits.group_bytes={most:,}; write it with fewer rows in a row group, or raise that"
                     )
                 if sum(sizes.get(name, 0) for name in self._columns) > most:
-                    others = [name for name in self._columns if name not in needed_keys()]
-                    self._columns = [name for name in self._columns if name in needed_keys()]
+                    others = [name for name in self._columns if name not in self._needed]
+                    self._columns = [name for name in self._columns if name in self._needed]
                     warn_of(self.path, others, f"go beyond config.data.limits.group_bytes={most:,}")
 
     def read(self, index: int) -> object:
@@ -105,7 +106,7 @@ class ParquetRecords(_Groups):
         """
         group, row = self._find(index)
         table, most = self._table(group)
-        return to_row(table.slice(row, 1), most)
+        return to_row(table.slice(row, 1), most, self._needed)
 
     def scan(self) -> Iterator[object]:
         """All rows in order, only the columns that are short and that an outline needs."""
@@ -116,7 +117,7 @@ class ParquetRecords(_Groups):
             try:
                 with _open_parquet(part, footer.texts) as parquet:
                     for batch in parquet.iter_batches(footer.step, columns=self._outlined):
-                        yield from scanned(batch, self._limits, mapped=False)
+                        yield from scanned(batch, self._limits, self._needed, mapped=False)
             except (pa.ArrowException, OSError) as error:
                 raise _failure(part, error) from error
 
@@ -162,7 +163,7 @@ class ParquetRecords(_Groups):
                     raise RecordError(f"row group {number} takes more than config.data.limits.group_bytes={most:,}; raise that")
             return pa.Table.from_batches(batches).combine_chunks()
         except (pa.ArrowException, OSError) as error:
-            needed = [name for name in self._columns if name in needed_keys()]
+            needed = [name for name in self._columns if name in self._needed]
             if needed == self._columns or (isinstance(error, OSError) and error.errno):
                 raise
             table = parquet.read_row_group(number, columns=needed)  # it may have been a column that nobody needs
@@ -206,13 +207,14 @@ class ArrowRecords(_Groups):
     def read(self, index: int) -> object:
         """Row `index` as a dict; RecordError where its bytes are not valid data, or more than the limit."""
         batch, row = self._find(index)
-        return to_row(self._batches[batch].slice(row, 1), self._limits.row_bytes)
+        return to_row(self._batches[batch].slice(row, 1), self._limits.row_bytes, CONVERSATIONS.needed)
 
     def scan(self) -> Iterator[object]:
         """All rows in order, only the columns that are short and that an outline needs."""
         for batch in self._batches:
-            names = [field.name for field in batch.schema if _is_short(field.name, field.type)]
-            yield from scanned(batch.select(names), self._limits, mapped=True) if names else ({} for _ in range(len(batch)))
+            names = [field.name for field in batch.schema if _is_outlined(field.name, field.type, CONVERSATIONS)]
+            rows = scanned(batch.select(names), self._limits, CONVERSATIONS.needed, mapped=True)
+            yield from rows if names else ({} for _ in range(len(batch)))
 
 
 class _Footer(NamedTuple):
@@ -265,11 +267,11 @@ def _open_parquet(path: str, texts: Sequence[str] = ()) -> pq.ParquetFile:
     return pq.ParquetFile(opened, read_dictionary=list(texts) or None)
 
 
-def _is_short(name: str, kind: pa.DataType) -> bool:
-    """Whether an outline reads this column: the id, the data_source, and images that are paths."""
+def _is_outlined(name: str, kind: pa.DataType, wanted: Columns) -> bool:
+    """Whether an outline reads this column; of images those that are paths."""
     inner = kind.value_type if pa.types.is_list(kind) or pa.types.is_large_list(kind) else kind
     is_text = pa.types.is_string(inner) or pa.types.is_large_string(inner)
-    return name in ("id", "data_source") or (name in IMAGE_KEYS and is_text)
+    return name in wanted.outline and (name not in IMAGE_KEYS or is_text)
 
 
 def _map_arrow(path: str, copy: str, most: int) -> list[pa.RecordBatch]:
@@ -277,9 +279,9 @@ def _map_arrow(path: str, copy: str, most: int) -> list[pa.RecordBatch]:
     try:
         files.size(copy)  # refuses what is not a file
         schema, batches = _read_arrow(path, pa.memory_map(copy), most)
-        if problem := check_columns(schema.names):
+        if problem := CONVERSATIONS.problem(schema.names):
             raise SourceError(f"{path} {problem}")
-        names = carried(path, {field.name: field.type for field in schema})
+        names = carried(path, {field.name: field.type for field in schema}, CONVERSATIONS.needed)
     except SourceError:
         raise
     except (pa.ArrowException, OSError, EOFError, ValueError, RecursionError) as error:  # a ValueError: names not in UTF-8

@@ -1,52 +1,53 @@
-"""Four fields of scanned receipts, in rows of LLaVA JSON as `train` reads them."""
+"""Four fields of scanned receipts, in rows of LLaVA JSON as `train` reads them; every field is a question of its own."""
 
-from collections.abc import Sequence
-from dataclasses import replace
-from typing import Any
-
-from deepstack_jax.data.encode.templates import Template
-from deepstack_jax.data.example import Example
-from deepstack_jax.data.formats import files
-from deepstack_jax.data.open import MissingError, open_files
-from deepstack_jax.evaluate.benchmarks.benchmark import Benchmark
-from deepstack_jax.evaluate.questions import Question, answered_turns
+from deepstack_jax.data.example import IMAGE_MARK
+from deepstack_jax.evaluate.benchmarks.benchmark import Benchmark, Item, Protocol
+from deepstack_jax.evaluate.benchmarks.rows import Form, ListRows, Row, Rows, field, first_file, read_list
 from deepstack_jax.evaluate.scorers.texts import ANLS, EXACT_MATCH, WORD_F1
-from deepstack_jax.evaluate.tasks import Task
-
-FIELDS = ("company", "date", "total", "address")
-ORIGIN = "scans of ICDAR 2019 SROIE as LLaVA JSON, a row of questions for every receipt"
 
 
 def field_of(question: str) -> str:
-    """Which field a question asks for, by the one that its words name last; "" where it is another question.
+    """Which field a question asks for, by its first line; "" where it asks for another thing.
 
     "What is the name of the company ...?", "What is the address of the company ...?": an address is always a company's.
     """
-    words = question.splitlines()[0].lower() if question else ""
+    words = question.strip().split("\n")[0].lower()
     return next((name for name in ("address", "date", "total", "company") if name in words), "")
 
 
-def questions(example: Example, images: Sequence[Any], template: Template) -> list[Question]:
-    """Those of a row that ask for a field, the true answers of the turns before given; none of a transcription."""
-    found = answered_turns(example, images, template)
-    return [replace(one, kind=name) for one in found if (name := field_of(one.words))]
+def _open(folder: str) -> Rows | None:
+    path = first_file(folder, ("val.json",))
+    if path is None:
+        return None
+    found = []
+    for number, row in enumerate(read_list(path)):
+        turns = field(row, "conversations", list, f"{path} record {number}")
+        for asked, said in zip(turns[::2], turns[1::2], strict=False):
+            words = str(asked.get("value")).replace(IMAGE_MARK, "").strip()
+            if kind := field_of(words):
+                found.append(row | {"kind": kind, "question": words, "answer": said.get("value")})
+    return ListRows(path, found)
 
 
-def _open(folder: str, _protocol: str) -> Task:
-    rows = files.under(folder, "val.json")
-    try:
-        source = open_files(rows, folder)
-    except MissingError as error:
-        raise MissingError(f"{rows} does not exist; it holds {ORIGIN}") from error
-    scorers = {"exact_match": EXACT_MATCH, "anls": ANLS, "word_f1": WORD_F1}
-    return Task(source, questions, scorers, max_new_tokens=64)
+def _item(row: Row, _number: int) -> Item:
+    answer = field(row, "answer", str)
+    return Item(f"{field(row, 'id')}/{row['kind']}", row["question"], (answer,) if answer else (), kind=row["kind"])
 
 
 RECEIPTS = Benchmark(
     title="company, date, total and address of scanned receipts",
     folder="receipts",
-    files=("val.json, images/",),
-    origin=ORIGIN,
+    origin="scans of ICDAR 2019 SROIE as LLaVA JSON, a row of questions for every receipt",
     metric="exact_match",
-    open=_open,
+    forms=(Form("val.json and images/", _open),),
+    item=_item,
+    images=lambda row, _folder: [row["image"]],
+    protocols={
+        "own": Protocol(
+            words="exact match, ANLS and F1 over words",
+            prompt=lambda item: item.question,
+            scorers={"exact_match": EXACT_MATCH, "anls": ANLS, "word_f1": WORD_F1},
+            max_new_tokens=64,
+        )
+    },
 )

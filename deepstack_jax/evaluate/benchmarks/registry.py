@@ -5,10 +5,43 @@ from dataclasses import replace
 from deepstack_jax.data.formats import files
 from deepstack_jax.errors import ConfigError, nearest
 from deepstack_jax.evaluate.benchmarks.benchmark import Benchmark
+from deepstack_jax.evaluate.benchmarks.choices import AI2D, MMMU, SEED_ALL, SEED_IMAGE
+from deepstack_jax.evaluate.benchmarks.coco_vqa import OKVQA, VQAV2, VQAV2_TESTDEV
+from deepstack_jax.evaluate.benchmarks.documents import (
+    DOCVQA,
+    DOCVQA_TEST,
+    INFOVQA,
+    INFOVQA_TEST,
+    MULTIDOCVQA,
+    TEXTVQA,
+    TEXTVQA_OCR,
+)
+from deepstack_jax.evaluate.benchmarks.mmvet import MMVET
 from deepstack_jax.evaluate.benchmarks.receipts import RECEIPTS
+from deepstack_jax.evaluate.benchmarks.short_answers import CHARTQA, GQA, POPE
 from deepstack_jax.evaluate.tasks import Task
 
-TASKS: dict[str, Benchmark] = {"receipts": RECEIPTS}
+TASKS: dict[str, Benchmark] = {
+    "vqav2": VQAV2,
+    "vqav2_testdev": VQAV2_TESTDEV,
+    "okvqa": OKVQA,
+    "gqa": GQA,
+    "textvqa": TEXTVQA,
+    "textvqa_ocr": TEXTVQA_OCR,
+    "docvqa": DOCVQA,
+    "docvqa_test": DOCVQA_TEST,
+    "infovqa": INFOVQA,
+    "infovqa_test": INFOVQA_TEST,
+    "multidocvqa": MULTIDOCVQA,
+    "chartqa": CHARTQA,
+    "seed": SEED_ALL,
+    "seed_image": SEED_IMAGE,
+    "ai2d": AI2D,
+    "mmmu": MMMU,
+    "pope": POPE,
+    "mmvet": MMVET,
+    "receipts": RECEIPTS,
+}
 
 
 def find_task(name: str, root: str, protocol: str = "own") -> Task:
