@@ -68,6 +68,14 @@ CONFIG_OR_KEYS = Flag(_define_config, "config", None, "Configuration file, as FI
 """The same, or `--config.a.b=c` alone, which change a configuration that comes from elsewhere."""
 
 
+PROCESSES = (
+    Flag(flags.DEFINE_string, "coordinator_address", None, "HOST:PORT of process 0, where they do not find each other."),
+    Flag(flags.DEFINE_integer, "process_count", None, "How many processes there are; 1 = this one alone."),
+    Flag(flags.DEFINE_integer, "process_id", None, "Number of this process, from 0."),
+)
+"""Of a verb that several processes may run together, as `parallel.processes.join_processes` takes them."""
+
+
 def names_config() -> bool:
     """Whether the command line names a configuration file."""
     return any(re.match(r"--?config(=|$)", word) for word in sys.argv[1:])

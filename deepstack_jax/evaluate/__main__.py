@@ -1,35 +1,46 @@
 """Score a model on held-out rows: `python -m deepstack_jax.evaluate --model=DIR --data=val.json --images=DIR`."""
 
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from contextlib import nullcontext
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import jax
 from absl import flags
+from jax.sharding import Mesh
 from ml_collections import ConfigDict, config_flags
 
 from deepstack_jax import cli
-from deepstack_jax.api import DTYPES, LMM, load_in_verb
-from deepstack_jax.atomic import write_json, write_lines
-from deepstack_jax.config import Config, build_config, from_stored, to_dict
-from deepstack_jax.data.example import BadExample, SourceError
+from deepstack_jax.api import DTYPES, load_in_verb
+from deepstack_jax.atomic import write_json, write_lines, write_whole
+from deepstack_jax.config import Config, MeshConfig, build_config, from_stored, to_dict
 from deepstack_jax.data.fingerprint import describe_files, describe_options
 from deepstack_jax.data.formats import files
 from deepstack_jax.data.open import MissingError, open_files, open_source
 from deepstack_jax.errors import ConfigError
-from deepstack_jax.evaluate.ask import ask
+from deepstack_jax.evaluate.benchmarks.registry import TASKS, find_task
 from deepstack_jax.evaluate.checkpoint import EvalCheckpoint
+from deepstack_jax.evaluate.on_mesh import MeshAnswerer, over_mesh, share_of
 from deepstack_jax.evaluate.questions import check_questions
-from deepstack_jax.evaluate.results import data_name, protocol_of, summarise, table_of
-from deepstack_jax.evaluate.tasks import Prediction, Task
-from deepstack_jax.generate.answers import Answerer
+from deepstack_jax.evaluate.results import (
+    PREDICTIONS,
+    RESULTS,
+    data_name,
+    protocol_of,
+    summarise,
+    table_of,
+    tasks_table,
+    title_of,
+)
+from deepstack_jax.evaluate.runner import EvaluationRequest, ask_all, checkpoint_digest, key_of, leave_out
+from deepstack_jax.evaluate.tasks import Task
 from deepstack_jax.generate.options import Options
 from deepstack_jax.generate.prompts import find_template
-from deepstack_jax.printing import REDACTED, Console, label, plural, redacted
-from deepstack_jax.progress import Progress
-from deepstack_jax.train.checkpoint.checksums import checksums
+from deepstack_jax.parallel.distributed import is_first_host, process_slice
+from deepstack_jax.parallel.mesh import make_mesh
+from deepstack_jax.parallel.processes import join_processes
+from deepstack_jax.printing import REDACTED, Console, plural, redacted
 from deepstack_jax.train.checkpoint.init_weights import is_workdir
 from deepstack_jax.train.checkpoint.reading import read_workdir_json
 
@@ -40,19 +51,25 @@ Answer a held-out set by greedy generation, and score the answers.
   python -m deepstack_jax.evaluate --model=runs/receipts --data=receipts/val.json --images=receipts --out=scores
   python -m deepstack_jax.evaluate --model=DIR --config=configs/receipts.py --config.data.root=receipts --limit=20
 
+  python -m deepstack_jax.evaluate --model=DIR --tasks=docvqa,seed:likelihood --data=benchmarks --out=scores/DIR
+
   --model=DIR           Hugging Face folder or hub id (DeepStack, LLaVA-1.5, LLaVA-NeXT), or the workdir of a training run
   --adapter=DIR         LoRA adapters over the model: the workdir of a run that trained some, or a folder of PEFT
-  --data=FILE           rows in LLaVA JSON, or any other container that `train` reads
+  --data=FILE           rows in LLaVA JSON, or any other container that `train` reads; of --tasks the folder of all benchmarks
+  --tasks=NAME,...      benchmarks of docs/evaluation.md, with a protocol in place of their own as NAME:PROTOCOL
   --images=DIR          where the image paths in the rows start
   --config=FILE         in place of --data and --images: the validation data of a configuration, its evaluation.max_new_tokens
                         and evaluation.batch_size. With neither, a workdir's own: as many rows as its run evaluates
   --config.KEY=VALUE    overrides a key of that file or of the run, with --data too: --config.data.limits.text_bytes=100000000
   --limit=N             the first N rows
-  --out=DIR             writes predictions.jsonl (every question, answer and score) and results.json
-  --max_new_tokens=64   most tokens of an answer
+  --out=DIR             writes predictions.jsonl (every prompt, answer and score) and results.json, of --tasks in a folder each
+  --max_new_tokens=64   most tokens of an answer; of --tasks as each says if left out
   --batch_size=8        questions answered at once; the answers do not depend on it
   --template=NAME       conversation template in place of the model's own
   --dtype=NAME          float32 or bfloat16; float32 on a CPU and bfloat16 on accelerators if left out
+  --config.mesh.fsdp=N  cuts the parameters over devices, as does mesh.tensor; if left out every device has all of them
+  --coordinator_address=HOST:PORT --process_count=N --process_id=I
+                        several processes, as of `train`
 
 Every answered turn of a row is a question; the true answers of the turns before it are given. With --out the answers of a run
 that was stopped are kept, and the same command goes on from there.
@@ -63,7 +80,8 @@ Exit codes: 0 done; 1 a mistake in the input, said in one line; 130 stopped by C
 FLAGS = (
     cli.Flag(flags.DEFINE_string, "model", None, "Model folder, hub id or workdir."),
     cli.Flag(flags.DEFINE_string, "adapter", "", "LoRA adapters over the model."),
-    cli.Flag(flags.DEFINE_string, "data", None, "File of held-out rows."),
+    cli.Flag(flags.DEFINE_string, "data", None, "File of held-out rows, or folder of benchmarks."),
+    cli.Flag(flags.DEFINE_string, "tasks", "", "Benchmarks, NAME or NAME:PROTOCOL, between commas."),
     cli.Flag(flags.DEFINE_string, "images", "", "Image root."),
     cli.Flag(flags.DEFINE_integer, "limit", None, "Most rows.", lower_bound=1),
     cli.Flag(flags.DEFINE_string, "out", None, "Folder for predictions.jsonl and results.json."),
@@ -71,53 +89,94 @@ FLAGS = (
     cli.Flag(flags.DEFINE_integer, "batch_size", None, "Questions answered at once.", lower_bound=1),
     cli.Flag(flags.DEFINE_string, "template", None, "Conversation template."),
     cli.Flag(flags.DEFINE_enum, "dtype", None, "float32 or bfloat16.", enum_values=DTYPES),
+    *cli.PROCESSES,
     cli.CONFIG_OR_KEYS,
 )
 MAX_NEW_TOKENS, BATCH_SIZE = 64, 8  # with --data
-LINES = 50  # of progress, off a terminal
-
-
-@dataclass(frozen=True)
-class EvaluationRequest:
-    """What is asked, and how."""
-
-    task: Task  # with the rows
-    config: Config  # of the data
-    data: str  # its name
-    origin: dict[str, Any]  # tells these rows from others
-    rows: int  # how many of them are asked
-    options: Options
-    batch_size: int
-    bad: tuple[BadExample, ...] = ()  # rows that are known not to be questions for any model
 
 
 def main() -> int:
     given: dict[str, Any] = {flag.name: flag.value for flag in FLAGS}
     if not given["model"]:
         raise ConfigError("--model is missing; e.g. --model=DIR with a Hugging Face folder or the workdir of a training run")
-    console = Console()
-    evaluation = open_evaluation(given, console)
-    leave_out(evaluation.bad, [], evaluation, console)
+    if given["tasks"] and not given["data"]:
+        raise ConfigError("--tasks needs --data=ROOT, the folder that holds a folder for every benchmark")
+    join_processes(*(flag.value for flag in cli.PROCESSES))
+    console = Console(quiet=not is_first_host())
+    asked = open_tasks(given, console) if given["tasks"] else [open_rows(given, console)]
+    for evaluation in asked:
+        leave_out(evaluation.bad, [], evaluation, console)
     out = cli.writable_folder(given["out"], "out") if given["out"] else None
-    lmm = load_in_verb(given["model"], given["dtype"], given["adapter"])
-    data = replace(lmm.config.data, max_pixels=evaluation.config.data.max_pixels)
-    lmm = replace(lmm, config=replace(lmm.config, data=data))
-    options = evaluation.options.replace({"exif": lmm.config.data.exif})  # as in training
-    evaluation = replace(evaluation, options=options)
-    checkpoint = EvalCheckpoint(out, None if out is None else key_of(lmm, evaluation))
-    predictions, bad = ask_all(lmm.answerer, evaluation, checkpoint, console)
-    protocol = protocol_of(lmm.config, options, lmm.template)
-    scores = summarise(evaluation.task, evaluation.data, evaluation.rows, predictions, bad, protocol)
-    results = {"name": given["model"]} | scores
-    if out is not None:
-        write_lines(out / "predictions.jsonl", map(asdict, predictions))
-        write_json(out / "results.json", results)
+    mesh = make_mesh(mesh_of_flags())
+    answerer = load_over(mesh, given)
+    digest, kept, tasks = checkpoint_digest(answerer), list[EvalCheckpoint](), dict[str, dict[str, Any]]()
+    for evaluation in asked:
+        folder = out if out is None or not given["tasks"] else cli.writable_folder(str(out / folder_of(evaluation.task)), "out")
+        results = evaluate_one(answerer, digest, mesh, evaluation, folder if is_first_host() else None, kept, console)
+        tasks[title_of(evaluation.task)] = {"name": given["model"]} | results
+    if given["tasks"]:
+        if out is not None and is_first_host():
+            write_json(out / RESULTS, {"name": given["model"], "tasks": tasks})
+        console.print(tasks_table(given["model"], tasks))
+    else:
+        console.print(table_of(*tasks.values()))
+    for checkpoint in kept:  # now that nothing of it is asked again by the same command
         checkpoint.remove()
-    console.print(table_of(results))
     return cli.EXIT_DONE
 
 
-def open_evaluation(given: dict[str, Any], console: Console) -> EvaluationRequest:
+def evaluate_one(
+    answerer: MeshAnswerer,
+    digest: str,
+    mesh: Mesh,
+    evaluation: EvaluationRequest,
+    folder: Path | None,
+    kept: list[EvalCheckpoint],
+    console: Console,
+) -> dict[str, Any]:
+    """Ask and score a task; write its files into `folder`, which the first process has alone; returns results.json."""
+    config = answerer.config
+    config = replace(config, data=replace(config.data, max_pixels=evaluation.config.data.max_pixels))
+    options = evaluation.options.replace({"exif": config.data.exif})  # as in training
+    part = process_slice(mesh)
+    evaluation = replace(evaluation, options=options, batch_size=share_of(mesh, evaluation.batch_size) * part.count)
+    answerer = replace(answerer, config=config)
+    checkpoint = EvalCheckpoint(folder, None if folder is None else key_of(answerer, digest, evaluation))
+    kept.append(checkpoint)
+    predictions, bad = ask_all(answerer, evaluation, checkpoint, console, part)
+    task = evaluation.task
+    protocol = protocol_of(config, options, answerer.template, task, digest)
+    results = summarise(task, evaluation.data, evaluation.rows, predictions, bad, protocol)
+    if folder is not None:
+        write_lines(folder / PREDICTIONS, map(asdict, predictions))
+        write_json(folder / RESULTS, {"name": FLAGS[0].value} | results)
+        for name, content in (task.submission(predictions) if task.submission else {}).items():
+            write_whole(folder / name, content)
+            console.print(f"written for the benchmark's server or judge: {folder / name}", soft_wrap=True)
+    return results
+
+
+def folder_of(task: Task) -> str:
+    """The folder of its files below --out."""
+    return title_of(task).replace(":", "-")
+
+
+def mesh_of_flags() -> MeshConfig:
+    """All devices along data, but for what the command line says: the mesh of a run, or of a recipe, is that of training."""
+    flag = flags.FLAGS["config"]
+    changes = {} if flag.value is None else config_flags.get_override_values(flag)
+    return MeshConfig(**{key.removeprefix("mesh."): value for key, value in changes.items() if key.startswith("mesh.")})
+
+
+def load_over(mesh: Mesh, given: dict[str, Any]) -> MeshAnswerer:
+    """The model over a mesh; read into the host's memory where it is to lie on several devices."""
+    several = mesh.size > 1 and jax.default_backend() != "cpu"
+    with jax.default_device(jax.local_devices(backend="cpu")[0]) if several else nullcontext():
+        lmm = load_in_verb(given["model"], given["dtype"], given["adapter"])
+    return over_mesh(lmm.answerer, mesh)
+
+
+def open_rows(given: dict[str, Any], console: Console) -> EvaluationRequest:
     """The rows to ask, from --data, --config or the model's own run.
 
     Raises:
@@ -153,6 +212,44 @@ def open_evaluation(given: dict[str, Any], console: Console) -> EvaluationReques
     return EvaluationRequest(Task(source), config, name, origin, rows, options, given["batch_size"] or batch_size, bad)
 
 
+def open_tasks(given: dict[str, Any], console: Console) -> list[EvaluationRequest]:
+    """The benchmarks of --tasks below --data.
+
+    Raises:
+      ConfigError: no such task or protocol, or one is named twice. SourceError: files are not there or damaged.
+      RequestError: no such template.
+    """
+    config = with_changes(given["model"] if is_workdir(given["model"]) else None)
+    names = [name.strip() for name in given["tasks"].split(",")]
+    if twice := [name for name, count in Counter(names).items() if count > 1]:
+        raise ConfigError(f"--tasks names {twice[0]} twice; once is enough")
+    if given["template"] is not None:
+        find_template(given["template"])
+    found = []
+    for name in names:
+        known, _, protocol = name.partition(":")
+        task = find_task(known, files.absolute(given["data"]), protocol or "own")
+        most = given["max_new_tokens"] or task.max_new_tokens or MAX_NEW_TOKENS
+        options = Options(max_new_tokens=most, template=given["template"])
+        rows = min(len(task.source), given["limit"] or len(task.source))
+        folder = files.join(files.absolute(given["data"]), TASKS[known].folder)
+        with console.status(f"looking through {plural(rows, 'row')} of {name}"):
+            bad = tuple(check_questions(task.source, range(rows), config.data, task.questions))
+        origin = {"root": redacted(folder), "files": folder_version(folder), "rows": len(task.source)}
+        found.append(
+            EvaluationRequest(task, config, redacted(folder), origin, rows, options, given["batch_size"] or BATCH_SIZE, bad)
+        )
+    return found
+
+
+def folder_version(folder: str) -> dict[str, str]:
+    """Size and last change of the files right in a local folder."""
+    if files.is_url(folder):
+        return {}
+    stats = {file.name: file.stat() for file in sorted(Path(folder).iterdir()) if file.is_file()}
+    return {name: f"{stat.st_size:,} bytes, changed {stat.st_mtime_ns}" for name, stat in stats.items()}
+
+
 def with_changes(workdir: str | None) -> Config:
     """The configuration of a run, or the defaults, with the keys that the command line changes."""
     config = Config()
@@ -168,67 +265,6 @@ def with_changes(workdir: str | None) -> Config:
     values = ConfigDict(to_dict(config), convert_dict=True)
     values.update_from_flattened_dict(changes)
     return build_config(values)
-
-
-def key_of(lmm: LMM, evaluation: EvaluationRequest) -> dict[str, Any]:
-    """All that the answers depend on: another key, other answers."""
-    protocol = asdict(evaluation.options) | {"batch_size": evaluation.batch_size, "rows": evaluation.rows}
-    model = {"weights": checksums(lmm.params), "config": to_dict(lmm.config), "template": lmm.template}
-    return {"data": evaluation.origin, "device": jax.default_backend(), **protocol, **model}
-
-
-def ask_all(
-    answerer: Answerer, evaluation: EvaluationRequest, checkpoint: EvalCheckpoint, console: Console
-) -> tuple[list[Prediction], list[BadExample]]:
-    """Ask everything that is not answered yet, showing how far it is.
-
-    Returns:
-      What was answered, now and before, in the order of the rows, and what could not be asked.
-
-    Raises:
-      SourceError: more rows than `data.max_bad_fraction` cannot be asked: the score would be of another set.
-    """
-    predictions, bad = [*checkpoint.predictions], [*evaluation.bad]
-    done = {(one.row, one.turn) for one in predictions} | {(one.index, one.turn) for one in checkpoint.refusals}
-    seen, never = {row for row, _ in done}, {example.index for example in bad}
-    reached = max(seen, default=0)
-    unread = sorted({*range(reached)} - seen - never)  # could not be read then: they may be fixed
-    if done:
-        console.print(f"goes on after {plural(len(done), 'question')} answered before, in {checkpoint.file}", soft_wrap=True)
-    leave_out(checkpoint.refusals, bad, evaluation, console)
-    remarks = Counter[str]()
-    with Progress("rows", evaluation.rows, console, first=reached, lines=LINES) as progress:
-        for rows in (unread, [row for row in range(reached, evaluation.rows) if row not in never]):
-            how = (answerer, evaluation.options, evaluation.batch_size)
-            for batch in ask(evaluation.task, *how, rows, done=done, remarks=remarks):
-                checkpoint.add(batch)
-                leave_out([one for one in batch if isinstance(one, BadExample)], bad, evaluation, console)
-                answered = [one for one in batch if isinstance(one, Prediction)]
-                predictions += answered
-                progress.show(max([reached, *(one.row + 1 for one in answered)]))
-        progress.show(evaluation.rows)
-    for remark, count in remarks.items():
-        console.print(f"{remark}: {count:,}", soft_wrap=True)
-    if not predictions:
-        raise SourceError(f"none of the {evaluation.rows} rows could be asked, expected at least one; fix them")
-    return sorted(predictions, key=lambda one: (one.row, one.turn)), bad
-
-
-def leave_out(more: Sequence[BadExample], bad: list[BadExample], evaluation: EvaluationRequest, console: Console) -> None:
-    """Name what cannot be asked and add it to `bad`.
-
-    Raises:
-      SourceError: as `ask_all`.
-    """
-    for example in more:
-        console.print(f"row {example.index} ({label(example.name)}) is left out: {example.reason}", soft_wrap=True)
-    bad += more
-    rows = len({example.index for example in bad})
-    if rows > evaluation.config.data.max_bad_fraction * evaluation.rows:
-        raise SourceError(
-            f"{rows} of {plural(evaluation.rows, 'row')} cannot be asked, the last one: {bad[-1].reason}; fix them (image "
-            "paths start at --images=DIR), or the score would be of another set"
-        )
 
 
 if __name__ == "__main__":

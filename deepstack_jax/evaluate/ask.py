@@ -1,19 +1,22 @@
 """The one way from rows to scored answers, for a run's held-out data and for the verb alike."""
 
+import json
+import math
 from collections import Counter
-from collections.abc import Container, Iterable, Iterator
-from dataclasses import dataclass
-from typing import NamedTuple
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple
 
 from deepstack_jax.data.encode.batch_rows import EncodedExample
 from deepstack_jax.data.encode.encoder import try_record
+from deepstack_jax.data.encode.templates import Template
 from deepstack_jax.data.example import BadExample, Example
+from deepstack_jax.evaluate.on_mesh import Measured, MeshAnswerer
 from deepstack_jax.evaluate.questions import Question
 from deepstack_jax.evaluate.tasks import Prediction, Task
-from deepstack_jax.generate.answers import Answer, Answerer
 from deepstack_jax.generate.options import Options, RequestError
-from deepstack_jax.generate.prompts import find_template
-from deepstack_jax.parallel.distributed import max_over_hosts
+from deepstack_jax.generate.prompts import find_template, prompt_text
+from deepstack_jax.parallel.distributed import ProcessSlice, allgather_str, max_over_hosts
 
 
 @dataclass(frozen=True)
@@ -23,6 +26,10 @@ class Refusal(BadExample):
     turn: int
 
 
+Result = Prediction | Refusal | BadExample
+"""What became of a question, or of a row without one."""
+
+
 class _Asked(NamedTuple):
     question: Question
     prompt: EncodedExample
@@ -30,21 +37,21 @@ class _Asked(NamedTuple):
 
 def ask(
     task: Task,
-    answerer: Answerer,
+    answerer: MeshAnswerer,
     options: Options,
     batch_size: int,
     rows: Iterable[int],
     *,
-    done: Container[tuple[int, int]] = (),
+    only: Container[tuple[int, int]] | None = None,
     remarks: Counter[str] | None = None,
-) -> Iterator[list[Prediction | Refusal | BadExample]]:
+) -> Iterator[list[Result]]:
     """Answer the questions of some rows, `batch_size` at a time, in their order.
 
     Images are decoded batch by batch. Where a run has several hosts, each asks rows of its own, and all take part in every
     batch until none has a question left.
 
     Args:
-      done: questions that are left out, as (row, turn).
+      only: questions that are asked, as (row, turn); None = all.
       remarks: what was done to images is counted here (`encoder.REMARKS`).
 
     Yields:
@@ -53,7 +60,7 @@ def ask(
     Raises:
       RequestError: no such template.
     """
-    found = _prompts(task, answerer, options, rows, done, remarks)
+    found = _prompts(task, answerer, options, rows, only, remarks)
     while True:
         batch: list[_Asked | Refusal] = []
         asked: list[_Asked] = []
@@ -65,19 +72,31 @@ def ask(
                 continue
             batch.append(one)
         more = max_over_hosts(len(asked))
-        answers = iter(answerer.answer_encoded([one.prompt for one in asked], options, batch_size) if more else ())
+        answers = iter(_answers(task, answerer, options, batch_size, asked) if more else ())
         if batch:
-            yield [_scored(task, one.question, next(answers)) if isinstance(one, _Asked) else one for one in batch]
+            template = find_template(options.template or answerer.template)
+            yield [_scored(task, one.question, next(answers), template) if isinstance(one, _Asked) else one for one in batch]
         if not more:
             return
 
 
+def _answers(task: Task, answerer: MeshAnswerer, options: Options, batch_size: int, asked: Sequence[_Asked]) -> list[Measured]:
+    """Generated, or where the task says so and there are options, the likeliest of their letters."""
+    if not task.by_likelihood:
+        return answerer.answer_batch([one.prompt for one in asked], options, batch_size)
+    free = [one.prompt for one in asked if not one.question.options]
+    choices = [one.question for one in asked if one.question.options]
+    chosen = iter(answerer.choose(choices, options, batch_size))
+    made = iter(answerer.answer_batch(free, options, batch_size) if max_over_hosts(len(free)) else ())
+    return [next(chosen if one.question.options else made) for one in asked]
+
+
 def _prompts(
     task: Task,
-    answerer: Answerer,
+    answerer: MeshAnswerer,
     options: Options,
     rows: Iterable[int],
-    done: Container[tuple[int, int]],
+    only: Container[tuple[int, int]] | None,
     remarks: Counter[str] | None,
 ) -> Iterator[_Asked | Refusal | BadExample]:
     template = find_template(options.template or answerer.template)  # a wrong name is not the rows' fault
@@ -86,15 +105,15 @@ def _prompts(
         images = answerer.cut_images(example.images, options)
         if remarks is not None:
             remarks.update(remark for image in images for remark in image.remarks)
-        questions = [one for one in task.questions(example, images, template) if (one.row, one.turn) not in done]
-        return [_encode(question, answerer, options) for question in questions]
+        questions = task.questions(example, images, template)
+        return [_encode(one, answerer, options) for one in questions if only is None or (one.row, one.turn) in only]
 
     for row in rows:
         found = try_record(task.source, row, prompts_of, lost=True)
         yield from [found] if isinstance(found, BadExample) else found
 
 
-def _encode(question: Question, answerer: Answerer, options: Options) -> _Asked | Refusal:
+def _encode(question: Question, answerer: MeshAnswerer, options: Options) -> _Asked | Refusal:
     try:
         if question.problem:
             raise RequestError(question.problem)
@@ -103,7 +122,7 @@ def _encode(question: Question, answerer: Answerer, options: Options) -> _Asked 
         return Refusal(question.row, question.id, f"turn {question.turn}: {error}", question.turn)
 
 
-def _scored(task: Task, question: Question, answer: Answer) -> Prediction:
+def _scored(task: Task, question: Question, answer: Measured, template: Template) -> Prediction:
     parsed = task.parse(question, answer.text)
     return Prediction(
         id=question.id,
@@ -117,4 +136,19 @@ def _scored(task: Task, question: Question, answer: Answer) -> Prediction:
         scores={name: scorer.score(parsed, question.references) for name, scorer in task.scorers.items()},
         parsed=parsed,
         details=dict(question.details),
+        margin=answer.margin if answer.margin is not None and math.isfinite(answer.margin) else None,
+        prompt=prompt_text(question.turns, template),
     )
+
+
+def result_of(record: Mapping[str, Any]) -> Result:
+    """The inverse of `asdict`."""
+    return (Prediction if "prediction" in record else Refusal if "turn" in record else BadExample)(**record)
+
+
+def of_all_hosts(results: Sequence[Result], part: ProcessSlice) -> list[Result]:
+    """What all processes have found, which is the same list on each."""
+    if part.count == 1:
+        return [*results]
+    mine = json.dumps([asdict(one) for one in results] if part.is_leader else [])
+    return [result_of(record) for text in allgather_str(mine) for record in json.loads(text)]

@@ -7,8 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from deepstack_jax.data.example import BadExample
-from deepstack_jax.evaluate.ask import Refusal
+from deepstack_jax.evaluate.ask import Refusal, Result, result_of
 from deepstack_jax.evaluate.tasks import Prediction
 from deepstack_jax.json_lines import Lines, read_lines
 
@@ -28,11 +27,10 @@ class EvalCheckpoint:
         digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
         self.file = None if folder is None else folder / f"predictions-{digest}.unfinished"
         self._lines = Lines(self.file)
-        before = [one for line in (read_lines(self.file) if self.file and self.file.exists() else []) for one in line["batch"]]
-        self.predictions = [Prediction(**one) for one in before if "prediction" in one]
-        self.refusals = [Refusal(**one) for one in before if "prediction" not in one]
+        lines = read_lines(self.file) if self.file and self.file.exists() else []
+        self.results = [result_of(one) for line in lines for one in line["batch"]]
 
-    def add(self, batch: Sequence[Prediction | BadExample]) -> None:
+    def add(self, batch: Sequence[Result]) -> None:
         """Append a batch, rows that could not be read left out: they may be fixed by the next attempt."""
         if kept := [asdict(one) for one in batch if isinstance(one, Prediction | Refusal)]:
             self._lines.append({"batch": kept})

@@ -1,9 +1,7 @@
 """Loss and answers of a run on its held-out data: on its mesh, in the shapes of its batches, the same on all hosts."""
 
-import json
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
-from functools import partial
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -16,18 +14,17 @@ from deepstack_jax.data.encode.batch_rows import EncodedExample, HostBatch, coll
 from deepstack_jax.data.encode.encoder import Encoder, try_record
 from deepstack_jax.data.encode.tokenizer import load_tokenizer
 from deepstack_jax.data.example import BadExample, Source
-from deepstack_jax.evaluate.ask import ask
+from deepstack_jax.evaluate.ask import Result, ask, of_all_hosts
+from deepstack_jax.evaluate.on_mesh import MeshAnswerer, make_decode, make_likelihood, share_of
 from deepstack_jax.evaluate.questions import encode_for_row, uninterrupted
 from deepstack_jax.evaluate.tasks import Prediction, Task
-from deepstack_jax.generate.answers import Answer, Answerer
-from deepstack_jax.generate.decoding import NO_TOKEN, greedy
+from deepstack_jax.generate.decoding import greedy
 from deepstack_jax.generate.options import Options, RequestError
-from deepstack_jax.generate.prompts import CutImage, Turn, find_template
-from deepstack_jax.generate.text import end_of_turn
+from deepstack_jax.generate.prompts import CutImage, Turn
 from deepstack_jax.model.deepstack import DeepStack
 from deepstack_jax.parallel import distributed
-from deepstack_jax.parallel.distributed import ProcessSlice, put_batch
-from deepstack_jax.parallel.rules import batch_sharding, replicated
+from deepstack_jax.parallel.distributed import put_batch
+from deepstack_jax.parallel.rules import replicated
 from deepstack_jax.printing import plural
 from deepstack_jax.types import PyTree
 
@@ -35,11 +32,8 @@ _BLANK = BadExample(-1, "", "")  # fills the last batch up to its static size
 
 
 @dataclass(frozen=True)
-class RunAnswerer(Answerer):
+class RunAnswerer(MeshAnswerer):
     """The model of a run on its mesh: batches have the shapes of training, and a prompt must fit into a row."""
-
-    # (params, this host's rows of a batch of prompts) -> i32[B, Y] tokens of those rows, NO_TOKEN after the end
-    decode: Callable[[PyTree, Batch], np.ndarray] = field(kw_only=True)
 
     def cut_images(self, images: Sequence[Any], options: Options) -> list[CutImage]:
         """As every answerer's; RequestError where a row has no room for so many, before any is decoded."""
@@ -47,19 +41,14 @@ class RunAnswerer(Answerer):
             raise RequestError(f"{plural(len(images), 'image')}, a row has room for {room}; raise config.data.max_images")
         return super().cut_images(images, options)
 
-    def encode(self, turns: Sequence[Turn], options: Options, *, placed: bool = False) -> EncodedExample:
+    def encode(self, turns: Sequence[Turn], options: Options, *, placed: bool = False, answer: str = "") -> EncodedExample:
         """As every answerer's, checked against the room of a row."""
         assert self.tokenizer is not None, "a run has one"
-        return encode_for_row(turns, self.config, self.tokenizer, placed=placed)
+        return encode_for_row(turns, self.config, self.tokenizer, placed=placed, answer=answer)
 
-    def answer_encoded(self, prompts: Sequence[EncodedExample], options: Options, batch_size: int) -> list[Answer]:
-        """As every answerer's, for one batch; all hosts take part, also those without a prompt."""
-        ids = self.decode(self.params, fill_batch(prompts, batch_size, self.config).batch)
-        texts = [self.new_text(options) for _ in prompts]
-        for text, made in zip(texts, ids, strict=False):
-            text.feed(made[made != NO_TOKEN].tolist())
-            text.close()
-        return [Answer(text.text, text.tokens) for text in texts]
+    def fill(self, prompts: Sequence[EncodedExample], rows: int) -> Batch:
+        """As every answerer's, in a shape of training."""
+        return fill_batch(prompts, rows, self.config).batch
 
 
 def run_options(config: Config) -> Options:
@@ -88,10 +77,8 @@ class HeldOut:
         self.task, self.options = Task(source), run_options(config)
         self._config, self._mesh, self._model, self._slice = config, mesh, model, distributed.process_slice(mesh)
         self._tokenizer = load_tokenizer(config.data.tokenizer)
-        stops = tuple(end_of_turn(find_template(config.data.template), self._tokenizer)[0])
-        made = partial(decode, model, max_new_tokens=self.options.max_new_tokens, stop_ids=stops)
         self._loss = jax.jit(loss, out_shardings=replicated(mesh))
-        self._greedy = jax.jit(made, out_shardings=batch_sharding(mesh))
+        self._how = {"decode": make_decode(model, mesh, decode), "likelihood": make_likelihood(model, mesh)}
 
     @property
     def rows(self) -> int:
@@ -109,7 +96,7 @@ class HeldOut:
         for made in self._batches():
             sums += np.array(jax.device_get(self._loss(params, put_batch(self._mesh, made.batch))))
             bad += made.bad
-        _, bad = _of_all_hosts([], bad, self._slice)
+        bad = sorted(_bad_of(of_all_hosts(bad, self._slice)), key=lambda one: one.index)
         if not sums[1]:
             return {}, bad
         return {"validation_loss": sums[0] / sums[1], "validation_token_accuracy": sums[2] / sums[1]}, bad
@@ -119,22 +106,16 @@ class HeldOut:
 
         Every host asks the questions of its own share of the examples, all of them at the same time.
         """
-        answerer = RunAnswerer(
-            self._model, params, self._config, self._tokenizer, self._config.data.template, decode=self._decode
-        )
+        about = (self._config, self._tokenizer, self._config.data.template)
+        answerer = RunAnswerer(self._model, params, *about, **self._how)
         rows = range(self._slice.index, min(examples, len(self.task.source)), self._slice.count)
         batches = ask(self.task, answerer, self.options, self._rows_per_host(), rows)
-        found = [one for batch in batches for one in batch]
-        answered = [one for one in found if isinstance(one, Prediction)]
-        return _of_all_hosts(answered, [one for one in found if isinstance(one, BadExample)], self._slice)
-
-    def _decode(self, params: PyTree, batch: Batch) -> np.ndarray:
-        return distributed.local_rows(self._greedy(params, put_batch(self._mesh, batch)))
+        found = of_all_hosts([one for batch in batches for one in batch], self._slice)
+        answered = sorted((one for one in found if isinstance(one, Prediction)), key=lambda one: (one.row, one.turn))
+        return answered, sorted(_bad_of(found), key=lambda one: one.index)
 
     def _rows_per_host(self) -> int:
-        """Rows of a host's part of a batch, `evaluation.batch_size` rounded up to what splits over the mesh."""
-        shards = self._mesh.shape["data"] * self._mesh.shape["fsdp"]
-        return -(-self._config.evaluation.batch_size // shards) * shards // self._slice.count
+        return share_of(self._mesh, self._config.evaluation.batch_size)
 
     def _batches(self) -> Iterator[HostBatch]:
         """This host's rows of the batches that the loss is over."""
@@ -146,15 +127,5 @@ class HeldOut:
             yield fill_batch(examples, rows, self._config)
 
 
-def _of_all_hosts(
-    predictions: list[Prediction], bad: list[BadExample], part: ProcessSlice
-) -> tuple[list[Prediction], list[BadExample]]:
-    """What all hosts have found, in the order of the source."""
-    if part.count == 1:
-        return predictions, bad
-    plain = [(one.index, one.name, one.reason) for one in bad]
-    mine = [[asdict(one) for one in predictions], plain] if part.is_leader else [[], []]
-    hosts = [json.loads(text) for text in distributed.allgather_str(json.dumps(mine))]
-    predictions = [Prediction(**one) for found, _ in hosts for one in found]
-    bad = [BadExample(*one) for _, found in hosts for one in found]
-    return sorted(predictions, key=lambda one: (one.row, one.turn)), sorted(bad, key=lambda one: one.index)
+def _bad_of(results: Iterable[Result]) -> list[BadExample]:
+    return [one for one in results if isinstance(one, BadExample)]

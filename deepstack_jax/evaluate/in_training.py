@@ -143,7 +143,7 @@ class TrainingEvaluation:
             self._console.print(loss_line(numbers, held_out.rows))
         predictions, unasked = held_out.predictions(params, config.evaluation.examples)
         left_out = self._left_out([*bad, *unasked])
-        protocol = protocol_of(config, held_out.options, config.data.template)
+        protocol = protocol_of(config, held_out.options, config.data.template, held_out.task)
         scores = summarise(held_out.task, data_name(config), held_out.rows, predictions, left_out, protocol)
         return predictions, numbers | scores
 

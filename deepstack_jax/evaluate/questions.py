@@ -85,10 +85,12 @@ def _kind(example: Example, turn: int) -> str:
     return kind if isinstance(kind, str) else "all"
 
 
-def encode_for_row(turns: Sequence[Turn], config: Config, tokenizer: Tokenizer, *, placed: bool = True) -> EncodedExample:
+def encode_for_row(
+    turns: Sequence[Turn], config: Config, tokenizer: Tokenizer, *, placed: bool = True, answer: str = ""
+) -> EncodedExample:
     """A prompt as a row of a training run holds it; RequestError where that, or the model with the answer, has no room."""
     data = config.data
-    prompt = encode_turns(turns, config, tokenizer, get_template(data.template), data.exif, placed=placed)
+    prompt = encode_turns(turns, config, tokenizer, get_template(data.template), data.exif, placed=placed, answer=answer)
     room = min(config.data.max_length, config.decoder.max_positions - config.evaluation.max_new_tokens)
     if prompt.length > room:
         raise RequestError(
@@ -128,11 +130,16 @@ def check_rows(source: Source, config: Config) -> list[BadExample]:
     return _bad(source, range(min(config.evaluation.examples, len(source))), check)
 
 
-def check_questions(source: Source, rows: range, data: DataConfig) -> list[BadExample]:
+def check_questions(
+    source: Source,
+    rows: range,
+    data: DataConfig,
+    questions: Callable[[Example, Sequence[Any], Template], object] = answered_turns,
+) -> list[BadExample]:
     """Rows that no model can be asked, as far as shows before one is loaded and images are decoded."""
 
     def check(example: Example) -> None:
-        answered_turns(example, example.images, get_template("v1"))
+        questions(example, example.images, get_template("v1"))
         for image in example.images:
             image_size(image, data)
 

@@ -1,15 +1,26 @@
 """results.json: every score with all that it depends on; of a training run also what the run took (docs/runs.md)."""
 
-from collections.abc import Iterable, Sequence
+import platform
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
+from importlib.metadata import version
 from typing import Any
 
 from rich.table import Table
 
+from deepstack_jax import __version__
 from deepstack_jax.config import Config
 from deepstack_jax.data.example import BadExample
 from deepstack_jax.evaluate.tasks import Prediction, Task
 from deepstack_jax.generate.options import Options
 from deepstack_jax.printing import plural, redacted
+
+PREDICTIONS, RESULTS = "predictions.jsonl", "results.json"  # in the folder of an evaluation
+NEAR = 1e-3
+"""Logits between two choices from which on another batch, device or number of them may choose the other in float32."""
+PACKAGES = ("jax", "jaxlib", "flax", "numpy", "pillow", "transformers", "tokenizers", "sentencepiece")
+# Of a protocol, what a table has in words beside every score; results.json has all of it
+SHOWN = ("definition", "decoding", "max_new_tokens", "template", "earlier_turns", "dtype")
 
 
 def summarise(
@@ -17,22 +28,41 @@ def summarise(
 ) -> dict[str, Any]:
     """The scores of a task, how many rows they are not of, and how the answers were made."""
     left_out = [{"row": example.index, "id": example.name, "reason": example.reason} for example in bad]
+    near = sum(one.margin is not None and one.margin <= NEAR for one in predictions)
     counts = {"rows": rows, "questions": len(predictions), "bad_examples": len({one["row"] for one in left_out})}
-    scores = {name: score | {"protocol": task.scorers[name].protocol} for name, score in task.aggregate(predictions).items()}
-    return {"data": data, **counts, "left_out": left_out, "protocol": protocol, "scores": scores}
+    scores = {
+        name: score | ({"protocol": task.scorers[name].protocol} if name in task.scorers else {})
+        for name, score in task.aggregate(predictions).items()
+    }
+    return {"data": data, **counts, "near_ties": near, "left_out": left_out, "protocol": protocol, "scores": scores}
 
 
-def protocol_of(config: Config, options: Options, template: str) -> dict[str, Any]:
-    """How answers are made."""
+def protocol_of(config: Config, options: Options, template: str, task: Task, checkpoint: str = "") -> dict[str, Any]:
+    """How answers are made and read: what must be the same for two scores to be comparable, but for the model itself.
+
+    Args:
+      checkpoint: digest of the parameters, "" where the workdir beside it tells them.
+    """
+    packages = {name: version(name) for name in PACKAGES}
     return {
-        "decoding": "greedy",
+        "task": task.name,
+        "definition": task.protocol,
+        "decoding": "likeliest letter where there are options, else greedy" if task.by_likelihood else "greedy",
         "max_new_tokens": options.max_new_tokens,
         "template": options.template or template,
-        "image_mode": config.image.mode,
-        "num_crops": config.image.num_crops if config.image.kind.stacks_crops else 0,
-        "dtype": config.train.compute_dtype,
+        "suffix": task.suffix,
         "earlier_turns": "true answers",
+        "image": asdict(config.image) | {"exif": options.exif, "max_pixels": config.data.max_pixels},
+        "dtype": config.train.compute_dtype,
+        "scorers": {name: scorer.protocol for name, scorer in task.scorers.items()},
+        "checkpoint": checkpoint,
+        "versions": {"deepstack_jax": __version__, "python": platform.python_version(), **packages},
     }
+
+
+def title_of(task: Task) -> str:
+    """A task as --tasks names it."""
+    return task.name if task.protocol in ("", "own") else f"{task.name}:{task.protocol}"
 
 
 def data_name(config: Config) -> str:
@@ -55,11 +85,31 @@ def table_of(results: dict[str, Any]) -> Table:
         counts = f"{plural(results['questions'], 'question')} of {plural(results['rows'], 'row')}"
         title += f" on {results['data']}: {counts}, {results['bad_examples']} left out"
     table = Table("score", "value", "protocol", title=title)
-    asked = ", ".join(f"{name} {value}" for name, value in results.get("protocol", {}).items())
+    asked = in_words(results.get("protocol", {}))
     for name, value in flat_scores(results).items():
-        known = results["scores"].get(name)
-        table.add_row(name, f"{value:.4f}", f"{known['protocol']}; {asked}" if known else "")
+        known = results["scores"].get(name, {})
+        table.add_row(name, f"{value:.4f}", f"{known['protocol']}; {asked}" if "protocol" in known else "")
     for name, value in results.items():
         if not isinstance(value, dict | list) and name not in ("name", "data", "rows", "questions", "bad_examples"):
             table.add_row(name, f"{value:.4f}" if isinstance(value, float) else str(value), "")
     return table
+
+
+def tasks_table(name: str, tasks: Mapping[str, dict[str, Any]]) -> Table:
+    """The scores of several tasks, each with how it was asked."""
+    table = Table("task", "score", "value", "questions", "left out", "near ties", "protocol", title=name)
+    for task, results in tasks.items():
+        counts = (f"{results['questions']:,}", f"{results['bad_examples']:,}", f"{results['near_ties']:,}")
+        for at, (score, value) in enumerate(flat_scores(results).items()):
+            rest = (*counts, in_words(results["protocol"])) if at == 0 else ("", "", "", "")
+            table.add_row("" if at else task, score, f"{value:.4f}", *rest)
+        if not results["scores"]:
+            table.add_row(task, "none here: see the files for its server or judge", "", *counts, in_words(results["protocol"]))
+    return table
+
+
+def in_words(protocol: Mapping[str, Any]) -> str:
+    """The part of a protocol that a table has room for."""
+    words = [f"{name} {protocol[name]}" for name in SHOWN if protocol.get(name)]
+    image = protocol.get("image", {})
+    return ", ".join([*words, *(f"image {name} {image[name]}" for name in ("mode", "num_crops") if name in image)])

@@ -33,6 +33,8 @@ class Prediction:
     scores: dict[str, float]  # scorer -> 0..1
     parsed: Any = None  # what of the answer was scored, as JSON has it
     details: dict[str, Any] = field(default_factory=dict)  # of its question
+    margin: float | None = None  # by how much the closest choice of its tokens, or letters, was won; None where nobody looked
+    prompt: str = ""  # all that the model read
 
 
 def mean_by_kind(predictions: Sequence[Prediction]) -> dict[str, dict[str, Any]]:

@@ -74,15 +74,15 @@ class Answerer:
         """The images of a conversation as the model takes them; ImageError where one cannot be read."""
         return [cut_image(image, self.config, options.exif) for image in images]
 
-    def encode(self, turns: Sequence[Turn], options: Options, *, placed: bool = False) -> EncodedExample:
-        """A conversation as token ids and crops, checked against the context; `placed` as in `encode_turns`.
+    def encode(self, turns: Sequence[Turn], options: Options, *, placed: bool = False, answer: str = "") -> EncodedExample:
+        """A conversation as token ids and crops, checked against the context; `placed` and `answer` as in `encode_turns`.
 
         Raises:
           RequestError: the model cannot be asked this. ImageError: an image cannot be read.
         """
         tokenizer = self.needed_tokenizer()
         template = find_template(options.template or self.template)
-        encoded = encode_turns(turns, self.config, tokenizer, template, options.exif, placed=placed)
+        encoded = encode_turns(turns, self.config, tokenizer, template, options.exif, placed=placed, answer=answer)
         check_context(encoded.length, options.max_new_tokens, self.config)
         return encoded
 

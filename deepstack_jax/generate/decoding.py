@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from deepstack_jax.batch import Batch
-from deepstack_jax.generate.sampling import Sampling, choose, greedy_sampling
+from deepstack_jax.generate.sampling import Sampling, choose, greedy_sampling, margin_of
 from deepstack_jax.model.deepstack import DeepStack
 from deepstack_jax.types import HostOrDevice, KVCache
 
@@ -30,7 +30,15 @@ class Decoding(NamedTuple):
     lengths: Int[Array, " B"]  # tokens of each prompt
     done: Bool[Array, " B"]
     made: Int[Array, ""]  # tokens made per row, the same for all
+    margin: Float[Array, " B"]  # the smallest `margin_of` of the answer so far, the token that ended it included
     cache: KVCache
+
+
+class Greedy(NamedTuple):
+    """Answers, whole."""
+
+    tokens: Int[HostOrDevice, "B Y"]  # NO_TOKEN from the end of each on
+    margin: Float[HostOrDevice, " B"]  # as of `Decoding`; inf in a blank row
 
 
 def empty_cache(model: DeepStack, rows: int, slots: int) -> KVCache:
@@ -67,9 +75,10 @@ def prefill(
     lengths = (jnp.asarray(batch.segment_ids) > 0).sum(axis=1)
     output = model.apply(variables, batch, empty_cache(model, rows, length), method="prefill")
     last = jnp.take_along_axis(output.hidden, jnp.maximum(lengths - 1, 0)[:, None, None], axis=1)
-    token = choose(model.apply(variables, last, method="logits")[:, -1], sampling, jnp.zeros((), jnp.int32))
-    token, done = end(token, lengths == 0, stop_ids)
-    return Decoding(token, lengths, done, jnp.ones((), jnp.int32), _grown(output.cache, room))
+    logits = model.apply(variables, last, method="logits")[:, -1]
+    token, done = end(choose(logits, sampling, jnp.zeros((), jnp.int32)), lengths == 0, stop_ids)
+    margin = jnp.where(lengths == 0, jnp.inf, margin_of(logits))
+    return Decoding(token, lengths, done, jnp.ones((), jnp.int32), margin, _grown(output.cache, room))
 
 
 @partial(jax.jit, static_argnames=("model", "chunk"), donate_argnames=("state",))
@@ -97,10 +106,11 @@ def advance(
     def step(carry: tuple[Decoding, Array]) -> tuple[Decoding, Array]:
         state, made_now = carry
         position = state.lengths + state.made - 1
-        token, cache = next_token(model, params, state.token, position, state.cache, sampling, state.made)
+        token, lead, cache = next_token(model, params, state.token, position, state.cache, sampling, state.made)
+        margin = jnp.where(state.done, state.margin, jnp.minimum(state.margin, lead))
         token, done = end(token, state.done, stop_ids)
         made_now = made_now.at[:, state.made - first].set(token)
-        return Decoding(token, state.lengths, done, state.made + 1, cache), made_now
+        return Decoding(token, state.lengths, done, state.made + 1, margin, cache), made_now
 
     nothing = jnp.full((state.token.shape[0], chunk), NO_TOKEN, jnp.int32)
     return jax.lax.while_loop(unfinished, step, (state, nothing))
@@ -138,16 +148,16 @@ def answer_ids(
 
 
 @partial(jax.jit, static_argnames=("model", "max_new_tokens", "stop_ids"))
-def greedy(model: DeepStack, params: Any, batch: Batch, *, max_new_tokens: int, stop_ids: tuple[int, ...]) -> Int[Array, "B Y"]:
+def greedy(model: DeepStack, params: Any, batch: Batch, *, max_new_tokens: int, stop_ids: tuple[int, ...]) -> Greedy:
     """The most likely continuation of each row's prompt, up to and without a stop id, as one compiled program.
 
-    It compiles once per model, batch shape, `stop_ids` and `max_new_tokens` (Y); NO_TOKEN from the end of each answer on.
+    It compiles once per model, batch shape, `stop_ids` and `max_new_tokens` (Y).
     """
     sampling, stops = greedy_sampling(batch.tokens.shape[0]), stop_array(stop_ids)
     state = prefill(model, params, batch, sampling, stops, room=max_new_tokens)
     first = state.token[:, None]
-    _, more = advance(model, params, state, sampling, stops, jnp.int32(max_new_tokens), chunk=max_new_tokens)
-    return jnp.concatenate([first, more[:, :-1]], axis=1)
+    state, more = advance(model, params, state, sampling, stops, jnp.int32(max_new_tokens), chunk=max_new_tokens)
+    return Greedy(jnp.concatenate([first, more[:, :-1]], axis=1), state.margin)
 
 
 def next_token(
@@ -158,11 +168,15 @@ def next_token(
     cache: KVCache,
     sampling: Sampling,
     made: Int[Array, "*B"],
-) -> tuple[Int[Array, " B"], KVCache]:
-    """The token after `token` in every row, and the cache with `token` in it; `made`: tokens of the answers so far."""
+) -> tuple[Int[Array, " B"], Float[Array, " B"], KVCache]:
+    """The token after `token` in every row, its `margin_of`, and the cache with `token` in it.
+
+    `made`: tokens of the answers so far.
+    """
     variables = {"params": params}
     output = model.apply(variables, jnp.maximum(token, 0)[:, None], position[:, None], cache, method="decode")
-    return choose(model.apply(variables, output.hidden, method="logits")[:, -1], sampling, made), output.cache
+    logits = model.apply(variables, output.hidden, method="logits")[:, -1]
+    return choose(logits, sampling, made), margin_of(logits), output.cache
 
 
 def end(token: Array, done: Array, stop_ids: HostOrDevice) -> tuple[Array, Array]:

@@ -96,13 +96,21 @@ def place_images(prompt: str, images: int, template: Template) -> str:
 
 
 def encode_turns(
-    turns: Sequence[Turn], config: Config, tokenizer: Tokenizer, template: Template, exif: str, *, placed: bool = False
+    turns: Sequence[Turn],
+    config: Config,
+    tokenizer: Tokenizer,
+    template: Template,
+    exif: str,
+    *,
+    placed: bool = False,
+    answer: str = "",
 ) -> EncodedExample:
     """A conversation with an open question as token ids and crops, ready to be placed in a batch.
 
     Args:
       exif: as in `Options`.
       placed: the words hold their placeholders, as a row of data does; a "<image>" too many is a word there.
+      answer: how an answer begins that is read as well; its tokens are supervised.
 
     Raises:
       RequestError: a turn of the wrong types, a word that the tokenizer has no id for, or another number of placeholders than
@@ -120,11 +128,17 @@ def encode_turns(
         cut += [cut_image(image, config, exif) for image in images]
     asked = render(messages, template, complete=False)
     plain = asked.words if config.data.control_tokens == "text" else ()
+    text = asked.text + ((template.prompting or template).lead + answer if answer else "")
     try:
-        ids, _ = encode_with_images(asked.text, tokenizer, has_image=bool(cut), words=plain)
+        ids, offsets = encode_with_images(text, tokenizer, has_image=bool(cut), words=plain)
     except ValueError as error:
         raise RequestError(f"the tokenizer cannot read the prompt: {error}") from error
-    return example(ids, cut)
+    return replace(example(ids, cut), supervised=offsets[:, 1] > len(asked.text))
+
+
+def prompt_text(turns: Sequence[Turn], template: Template) -> str:
+    """What `encode_turns` reads where the words hold their placeholders, as text; an image is "<image>"."""
+    return render([Message(turn.role, turn.words) for turn in turns], template, complete=False).text
 
 
 def example(ids: np.ndarray, images: Sequence[CutImage]) -> EncodedExample:

@@ -43,6 +43,13 @@ def choose(logits: Float[Array, "B V"], sampling: Sampling, step: Int[HostOrDevi
     return jax.lax.cond((temperature > 0).any(), draw, lambda: likeliest)  # sorting 32,000 scores is most of a greedy step
 
 
+def margin_of(logits: Float[Array, "B V"]) -> Float[Array, " B"]:
+    """By how much the likeliest token of every row leads the next one; where it is near 0, rounding may decide."""
+    likeliest = jnp.argmax(logits, axis=-1)[:, None]
+    others = jnp.where(jnp.arange(logits.shape[-1]) == likeliest, -jnp.inf, logits)
+    return (logits.max(axis=-1) - others.max(axis=-1)).astype(jnp.float32)
+
+
 def filter_logits(
     logits: Float[Array, "B V"], top_k: Int[HostOrDevice, " B"], top_p: Float[HostOrDevice, " B"]
 ) -> Float[Array, "B V"]:

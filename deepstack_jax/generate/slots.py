@@ -87,7 +87,7 @@ def go_on(
         slots, made_now = carry
         live = slots.left > 0
         sampling = slots.sampling._replace(temperature=jnp.where(live, slots.sampling.temperature, 0))
-        token, cache = next_token(model, params, slots.token, slots.position, slots.cache, sampling, slots.made)
+        token, _, cache = next_token(model, params, slots.token, slots.position, slots.cache, sampling, slots.made)
         token, done = end(token, ~live, stop_ids)
         cache = cache._replace(filled=cache.filled % cache.valid.shape[1])
         more = (~done).astype(jnp.int32)

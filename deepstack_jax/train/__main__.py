@@ -43,16 +43,11 @@ NEEDS_LESS_MEMORY = (
     "python -m deepstack_jax.plan tells what a configuration needs"
 )
 
-PROCESSES = (
-    cli.Flag(flags.DEFINE_string, "coordinator_address", None, "HOST:PORT of process 0, where they do not find each other."),
-    cli.Flag(flags.DEFINE_integer, "process_count", None, "How many processes there are; 1 = this one alone."),
-    cli.Flag(flags.DEFINE_integer, "process_id", None, "Number of this process, from 0."),
-)
 FLAGS = (
     (WORKDIR := cli.Flag(flags.DEFINE_string, "workdir", None, "Folder for everything that the run writes.")),
     (REPORT := cli.Flag(flags.DEFINE_string, "report", None, "Where the time of the run in this workdir went, and curves.")),
     (REPLAY := cli.Flag(flags.DEFINE_string, "replay", None, "A file of WORKDIR/replay/: do that step again.")),
-    *PROCESSES,
+    *cli.PROCESSES,
     cli.CONFIG,
 )
 
@@ -61,7 +56,7 @@ def main() -> int:
     if REPORT.value:
         report(Path(REPORT.value), Console())
         return cli.EXIT_DONE
-    join_processes(*(flag.value for flag in PROCESSES))
+    join_processes(*(flag.value for flag in cli.PROCESSES))
     console = Console(quiet=not is_first_host())
     if REPLAY.value:
         given = None if cli.CONFIG.value is None else cli.parse_config(Path(REPLAY.value).parents[1])

@@ -109,7 +109,7 @@ def test_answers_under_a_mesh(mesh):
         params = start(program).params
         with use_mesh(program.mesh):
             put = put_batch(program.mesh, prompts)
-            return np.asarray(greedy(program.model, params, put, max_new_tokens=5, stop_ids=(2,)))
+            return np.asarray(greedy(program.model, params, put, max_new_tokens=5, stop_ids=(2,)).tokens)
 
     alone = answers((1, 1, 1))
     assert len(np.unique(alone)) > 4

@@ -161,6 +161,6 @@ def test_killed_within_a_line_it_goes_on_to_the_same_bytes(model, data, tmp_path
     again, alone = evaluate(*flags, f"--out={out}"), evaluate(*flags, f"--out={tmp_path / 'alone'}")
     assert again.returncode == alone.returncode == 0, again.stderr
     assert "goes on after 4 questions answered before" in again.stdout
-    assert "rows 5/5 left 0s" in again.stdout
+    assert "questions 6/6 left 0s" in again.stdout
     assert contents(out) == contents(tmp_path / "alone")
     assert contents(out).keys() == {"predictions.jsonl", "results.json"}

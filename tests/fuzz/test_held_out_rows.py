@@ -82,6 +82,6 @@ def test_any_row_is_asked_or_left_out_by_its_id(rows, folder):
             assert len(asked) == sum(turn["from"] == "gpt" for turn in spoken[1:])
 
     answerer = LMM(CONFIG, {}, load_tokenizer("bytes"), CONFIG.data.template).answerer
-    found = _prompts(Task(source), answerer, run_options(CONFIG), range(len(rows)), (), None)
+    found = _prompts(Task(source), answerer, run_options(CONFIG), range(len(rows)), None, None)
     theirs = {(one.question.row, one.question.turn): [*one.question.references] for one in found if isinstance(one, _Asked)}
     assert ours.items() <= theirs.items()

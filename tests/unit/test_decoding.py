@@ -80,7 +80,7 @@ def expected(next_token):
 def test_cache_equals_running_the_model_again(batch, params, expected, next_token):
     lengths = (batch.segment_ids > 0).sum(axis=1)
     assert len(set(lengths.tolist())) == 4
-    answers = greedy(MODEL, params, batch, max_new_tokens=NEW, stop_ids=(NEVER,))
+    answers = greedy(MODEL, params, batch, max_new_tokens=NEW, stop_ids=(NEVER,)).tokens
     chex.assert_shape(answers, (4, NEW))
     np.testing.assert_array_equal(answers, expected)
     assert len(np.unique(expected)) > 6, "answers must tell rows and steps apart"
@@ -94,25 +94,32 @@ def test_cache_equals_running_the_model_again(batch, params, expected, next_toke
 def test_batched_equals_alone(params, expected):
     """Alone, a row has no neighbours and less padding."""
     for row in range(4):
-        alone = greedy(MODEL, params, prompts([row], PROMPT - 1), max_new_tokens=NEW, stop_ids=(NEVER,))
+        alone = greedy(MODEL, params, prompts([row], PROMPT - 1), max_new_tokens=NEW, stop_ids=(NEVER,)).tokens
         np.testing.assert_array_equal(alone[0], expected[row])
 
 
+def test_the_margin_is_that_of_the_closest_choice(batch, params, next_token):
+    made = greedy(MODEL, params, batch, max_new_tokens=NEW, stop_ids=(NEVER,))
+    for row in (0, 2):
+        closest = min(margins_of(next_token, row, np.asarray(made.tokens[row])))
+        assert float(made.margin[row]) == pytest.approx(closest, rel=1e-3, abs=1e-4)
+
+
 def test_one_token_is_an_answer(batch, params, expected):
-    answers = greedy(MODEL, params, batch, max_new_tokens=1, stop_ids=(NEVER,))
+    answers = greedy(MODEL, params, batch, max_new_tokens=1, stop_ids=(NEVER,)).tokens
     np.testing.assert_array_equal(answers, expected[:, :1])
 
 
 def test_answers_end_at_stop_id(batch, params, expected):
     stop = int(expected[0, 2])
-    answers = np.asarray(greedy(MODEL, params, batch, max_new_tokens=NEW, stop_ids=(stop,)))
+    answers = np.asarray(greedy(MODEL, params, batch, max_new_tokens=NEW, stop_ids=(stop,)).tokens)
     for ours, free in zip(answers, expected, strict=True):
         hits = np.flatnonzero(free == stop)
         end = hits[0] if hits.size else NEW
         assert ours.tolist() == [*free[:end], *[NO_TOKEN] * (NEW - end)]
     assert (answers[0, :2] == expected[0, :2]).all()
     assert (answers != NO_TOKEN).any(axis=0).sum() > 3, "other rows go on"
-    both = np.asarray(greedy(MODEL, params, batch, max_new_tokens=NEW, stop_ids=(NEVER, stop)))
+    both = np.asarray(greedy(MODEL, params, batch, max_new_tokens=NEW, stop_ids=(NEVER, stop)).tokens)
     np.testing.assert_array_equal(both, answers)
 
 
@@ -128,7 +135,7 @@ def test_the_loop_ends_when_all_rows_have(batch, params, expected):
             return super().decode(tokens, positions, cache)
 
     spy = Spy(**{field: getattr(MODEL, field) for field in MODEL.__dataclass_fields__ if field not in ("parent", "name")})
-    greedy(spy, params, prompts([0, 0], PROMPT), max_new_tokens=NEW, stop_ids=(stop,)).block_until_ready()
+    greedy(spy, params, prompts([0, 0], PROMPT), max_new_tokens=NEW, stop_ids=(stop,)).tokens.block_until_ready()
     jax.effects_barrier()
     assert len(calls) == longest < NEW, "the last token is not read again"
 
@@ -138,7 +145,7 @@ def test_same_shapes_do_not_trace_again(params):
     once = jax.jit(once, static_argnames=("model", "max_new_tokens", "stop_ids"))
     run = functools.partial(once, MODEL, params, max_new_tokens=2, stop_ids=(NEVER,))
     first, second = prompts([0, 1], PROMPT), prompts([2, 3], PROMPT)
-    assert (np.asarray(run(first)) != np.asarray(run(second))).any()
+    assert (np.asarray(run(first).tokens) != np.asarray(run(second).tokens)).any()
     with pytest.raises(AssertionError, match="traced"):
         run(prompts([0, 1], PROMPT + 1))
 
@@ -246,7 +253,7 @@ def test_stop_ids_are_padded(batch, params):
 
 def test_an_empty_row_gives_no_token(batch, params):
     blank = empty_batch(CONFIG.data_spec.batch_shape(4, PROMPT))
-    answers = greedy(MODEL, params, blank, max_new_tokens=NEW, stop_ids=(NEVER,))
+    answers = greedy(MODEL, params, blank, max_new_tokens=NEW, stop_ids=(NEVER,)).tokens
     assert (np.asarray(answers) == NO_TOKEN).all()
 
 

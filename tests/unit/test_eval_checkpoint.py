@@ -13,11 +13,11 @@ import pytest
 
 from deepstack_jax.config import Config, DataConfig
 from deepstack_jax.data.example import SourceError
-from deepstack_jax.evaluate.__main__ import EvaluationRequest, ask_all, key_of
 from deepstack_jax.evaluate.ask import Refusal
 from deepstack_jax.evaluate.checkpoint import EvalCheckpoint
+from deepstack_jax.evaluate.on_mesh import Measured
+from deepstack_jax.evaluate.runner import EvaluationRequest, ask_all, checkpoint_digest, key_of
 from deepstack_jax.evaluate.tasks import Task
-from deepstack_jax.generate.answers import Answer
 from deepstack_jax.generate.options import Options
 from deepstack_jax.printing import Console
 from deepstack_jax.progress import Progress
@@ -47,11 +47,12 @@ class Stopping(Echo):
         super().__init__()
         self.left = calls
 
-    def answer_encoded(self, prompts: Any, options: Options, batch_size: int) -> list[Answer]:
+    def answer_batch(self, prompts: Any, options: Options, batch_size: int) -> list[Measured]:
         if self.left == 0 and prompts:
             raise KeyboardInterrupt
         self.left = None if self.left is None else self.left - 1
-        return [Answer(f"{text} of {len(prompts)}", tokens) for text, tokens in super().answer_encoded(prompts, options, 9)]
+        said = super().answer_batch(prompts, options, 9)
+        return [Measured(f"{text} of {len(prompts)}", tokens) for text, tokens, _ in said]
 
 
 def evaluation_of(rows: list, allowed: float = 1.0) -> EvaluationRequest:
@@ -136,7 +137,7 @@ def test_what_answers_depend_on_tells_them_apart(tmp_path):
         params = {"a": jnp.asarray([0, bits], jnp.float32)}
         model: Any = SimpleNamespace(params=params, config=tiny_config(), template="v1")
         evaluation = dataclasses.replace(evaluation_of([None] * 5), **changes)
-        return EvalCheckpoint(tmp_path, key_of(model, evaluation)).file
+        return EvalCheckpoint(tmp_path, key_of(model, checkpoint_digest(model), evaluation)).file
 
     others = [
         file_of(bits=1),

@@ -8,12 +8,22 @@ import pytest
 from deepstack_jax.config import Config
 from deepstack_jax.data.example import BadExample, Example, ExampleError, Message
 from deepstack_jax.evaluate.ask import ask
+from deepstack_jax.evaluate.on_mesh import Measured
 from deepstack_jax.evaluate.tasks import Prediction, Task
-from deepstack_jax.generate.answers import Answer
 from deepstack_jax.generate.options import Options, RequestError
 from deepstack_jax.generate.prompts import CutImage, cut_image
 
 PICTURE = np.zeros((40, 20, 3), np.uint8)
+
+
+class Turns(tuple):
+    """An encoded prompt, which knows its size."""
+
+    layouts = ()
+
+    @property
+    def length(self) -> int:
+        return sum(len(turn.words) for turn in self)
 
 
 class Echo:
@@ -31,13 +41,13 @@ class Echo:
         assert placed
         if len(turns[-1].words) > 50:
             raise RequestError("the prompt takes 60 tokens")
-        return turns
+        return Turns(turns)
 
-    def answer_encoded(self, prompts: Any, options: Options, batch_size: int) -> list[Answer]:
+    def answer_batch(self, prompts: Any, options: Options, batch_size: int) -> list[Measured]:
         self.asked.append(len(prompts))
         assert len(prompts) <= batch_size
         images = [sum(len(turn.images) for turn in turns) for turns in prompts]
-        return [Answer(f"{len(turns)} turns {count} images", 3) for turns, count in zip(prompts, images, strict=True)]
+        return [Measured(f"{len(turns)} turns {count} images", 3) for turns, count in zip(prompts, images, strict=True)]
 
 
 class Rows(list):

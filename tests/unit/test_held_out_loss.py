@@ -17,7 +17,7 @@ from deepstack_jax.data.open import open_files
 from deepstack_jax.evaluate.held_out import HeldOut
 from deepstack_jax.evaluate.in_training import TrainingEvaluation
 from deepstack_jax.families.build import build_model
-from deepstack_jax.generate.decoding import NO_TOKEN
+from deepstack_jax.generate.decoding import NO_TOKEN, Greedy
 from deepstack_jax.parallel.mesh import make_mesh
 from deepstack_jax.printing import Console
 from deepstack_jax.train.core.step import LossSums
@@ -45,7 +45,8 @@ def infinite(_: Any, batch: Batch) -> LossSums:
 
 
 def say_nothing(_: Any, params: Any, batch: Batch, **__: Any) -> Any:
-    return jnp.full((batch.tokens.shape[0], 1), NO_TOKEN, jnp.int32)
+    rows = batch.tokens.shape[0]
+    return Greedy(jnp.full((rows, 1), NO_TOKEN, jnp.int32), jnp.full(rows, jnp.inf))
 
 
 def held_out(bad: tuple[int, ...], allowed: float, loss: Any = two_per_token) -> tuple[HeldOut, Config]:

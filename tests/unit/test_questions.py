@@ -3,16 +3,18 @@
 import hashlib
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
 
 from deepstack_jax.api import LMM
 from deepstack_jax.batch import Batch
-from deepstack_jax.config import Config, DataConfig
+from deepstack_jax.config import Config, DataConfig, MeshConfig
 from deepstack_jax.data.encode.encoder import OverlongError
 from deepstack_jax.data.encode.templates import TEMPLATES, get_template
 from deepstack_jax.data.encode.tokenizer import load_tokenizer
@@ -20,10 +22,11 @@ from deepstack_jax.data.example import BadExample, Source
 from deepstack_jax.data.open import open_files
 from deepstack_jax.evaluate.ask import _Asked, _prompts, ask
 from deepstack_jax.evaluate.held_out import HeldOut, RunAnswerer, fill_batch, run_options
+from deepstack_jax.evaluate.on_mesh import MeshAnswerer, over_mesh
 from deepstack_jax.evaluate.questions import check_questions, check_rows, uninterrupted
 from deepstack_jax.evaluate.tasks import Prediction, Task
 from deepstack_jax.families.build import build_model
-from deepstack_jax.generate.decoding import NO_TOKEN
+from deepstack_jax.generate.decoding import NO_TOKEN, Greedy
 from deepstack_jax.parallel.mesh import make_mesh
 from deepstack_jax.printing import printable
 from tests.unit.tiny import model_params, tiny_config
@@ -92,12 +95,18 @@ def write(file: Path, rows: list[dict[str, Any]]) -> Source:
     return open_files(str(file), str(file.parent))
 
 
+def given(decode: Callable[[Batch], np.ndarray]) -> Callable[..., Greedy]:
+    """Its tokens in place of a model's."""
+    return lambda _, batch, **__: Greedy(decode(batch), np.full(len(batch.tokens), np.inf))
+
+
 def asked_with(
     decode: Callable[[Batch], np.ndarray], source: Source, config: Config
 ) -> tuple[list[Prediction], list[BadExample]]:
     """What a run with this in place of its model's tokens predicts, and what it could not ask."""
     tokenizer, template = load_tokenizer(config.data.tokenizer), config.data.template
-    answerer = RunAnswerer(build_model(config), {}, config, tokenizer, template, decode=lambda _, batch: decode(batch))
+    how: Any = {"decode": given(decode), "likelihood": None}
+    answerer = RunAnswerer(build_model(config), {}, config, tokenizer, template, **how)
     found = [one for batch in ask(Task(source), answerer, run_options(config), 4, range(len(source))) for one in batch]
     return [one for one in found if isinstance(one, Prediction)], [one for one in found if isinstance(one, BadExample)]
 
@@ -206,14 +215,18 @@ def told(batch: Batch, template: str) -> np.ndarray:
     return out
 
 
+def verbs(lmm: LMM) -> MeshAnswerer:
+    """What the verb asks: the model over a mesh, here of one device."""
+    return over_mesh(lmm.answerer, make_mesh(MeshConfig(), jax.devices()[:1]))
+
+
 @pytest.mark.parametrize("template", TEMPLATES)
-def test_a_run_and_the_verb_predict_the_same_for_the_same_tokens(template, few, monkeypatch):
+def test_a_run_and_the_verb_predict_the_same_for_the_same_tokens(template, few):
     """One path from row to score, whatever the template: prompts, images, ends of turn, scores."""
     config = tiny_config(SETTINGS | {"data.template": template, "data.max_length": 1024, "decoder.max_positions": 2048})
     ours, bad = asked_with(lambda batch: told(batch, template), few, config)
-    verbs = lambda _, __, batch, *___, **____: iter([told(batch, template)])  # noqa: E731
-    monkeypatch.setattr("deepstack_jax.generate.answers.answer_ids", verbs)
-    answerer = LMM(config, {}, load_tokenizer("bytes"), template).answerer
+    decode = given(lambda batch: told(batch, template))
+    answerer = replace(verbs(LMM(config, {}, load_tokenizer("bytes"), template)), decode=decode)
     assert ours == [one for batch in ask(Task(few), answerer, run_options(config), 2, range(len(few))) for one in batch]
     assert len({one.prediction for one in ours}) == len(ours) == 3
     assert all(len(one.prediction) == 8 or not get_template(template).end for one in ours)
@@ -227,9 +240,11 @@ def test_a_run_and_the_verb_predict_the_same(template, few):
     model = build_model(config)
     params = model_params(model, fill_batch([], 4, config).batch)
     ours, bad = HeldOut(few, config, lambda *_: None, model, make_mesh(config.mesh)).predictions(params, len(few))
-    answerer = LMM(config, params, load_tokenizer("bytes"), template).answerer
+    answerer = verbs(LMM(config, params, load_tokenizer("bytes"), template))
     batches = ask(Task(few), answerer, run_options(config), 4, range(len(few)))
-    assert ours == [one for batch in batches for one in batch]
+    theirs: list[Any] = [one for batch in batches for one in batch]
+    assert [replace(one, margin=None) for one in ours] == [replace(one, margin=None) for one in theirs]
+    assert [one.margin for one in ours] == pytest.approx([one.margin for one in theirs], rel=1e-3, abs=1e-4)
     assert len(ours) == 3
     assert not bad
     assert len({one.prediction for one in ours}) > 1, "answers that are all alike would show nothing"
@@ -240,7 +255,7 @@ def test_a_run_and_the_verb_leave_out_the_same(source):
     config = tiny_config(SETTINGS | {"data.template": "v0", "data.max_length": 400})
     ours, ours_bad = asked_with(silence, source, config)
     answerer = LMM(config, {}, load_tokenizer("bytes"), "v0").answerer
-    found = list(_prompts(Task(source), answerer, run_options(config), range(len(source)), (), None))
+    found = list(_prompts(Task(source), answerer, run_options(config), range(len(source)), None, None))
     asked = {(one.question.row, one.question.turn) for one in found if isinstance(one, _Asked)}
     assert asked - {(one.row, one.turn) for one in ours} == {(13, 0)}
     assert {one.name for one in found if isinstance(one, BadExample)} <= {one.name for one in ours_bad}

@@ -1,0 +1,142 @@
+"""A task from its rows to its predictions: over all devices and processes, kept batch by batch, going on after a kill."""
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import jax
+
+from deepstack_jax.config import Config, to_dict
+from deepstack_jax.data.example import BadExample, SourceError
+from deepstack_jax.evaluate.ask import Refusal, Result, ask, of_all_hosts, result_of
+from deepstack_jax.evaluate.batches import Place, batches_of
+from deepstack_jax.evaluate.checkpoint import EvalCheckpoint
+from deepstack_jax.evaluate.on_mesh import MeshAnswerer
+from deepstack_jax.evaluate.tasks import Prediction, Task
+from deepstack_jax.generate.options import Options
+from deepstack_jax.parallel.distributed import ProcessSlice, broadcast_str
+from deepstack_jax.printing import Console, label, plural
+from deepstack_jax.progress import Progress
+from deepstack_jax.train.checkpoint.checksums import checksums
+
+ALONE = ProcessSlice(0, 1, True)
+LINES = 50  # of progress, off a terminal
+
+
+@dataclass(frozen=True)
+class EvaluationRequest:
+    """What is asked, and how."""
+
+    task: Task  # with the rows
+    config: Config  # of the data
+    data: str  # its name
+    origin: dict[str, Any]  # tells these rows from others
+    rows: int  # how many of them are asked
+    options: Options
+    batch_size: int  # questions answered at once, by all processes together
+    bad: tuple[BadExample, ...] = ()  # rows that are known not to be questions for any model
+
+
+def checkpoint_digest(answerer: MeshAnswerer) -> str:
+    """Tells parameters apart; computed where they lie."""
+    return hashlib.sha256(json.dumps(checksums(answerer.params), sort_keys=True).encode()).hexdigest()[:16]
+
+
+def key_of(answerer: MeshAnswerer, digest: str, evaluation: EvaluationRequest) -> dict[str, Any]:
+    """All that the answers depend on: another key, other answers."""
+    task = {"task": evaluation.task.name, "protocol": evaluation.task.protocol}
+    how = asdict(evaluation.options) | {"batch_size": evaluation.batch_size, "rows": evaluation.rows}
+    model = {"weights": digest, "config": to_dict(answerer.config), "template": answerer.template}
+    return {"data": evaluation.origin, "device": jax.default_backend(), **task, **how, **model}
+
+
+def ask_all(
+    answerer: MeshAnswerer,
+    evaluation: EvaluationRequest,
+    checkpoint: EvalCheckpoint,
+    console: Console,
+    part: ProcessSlice = ALONE,
+) -> tuple[list[Prediction], list[BadExample]]:
+    """Ask everything that is not answered yet, showing how far it is; all processes take part, and end with the same.
+
+    Args:
+      checkpoint: of the first process; the others keep nothing.
+      part: which questions of every batch this process asks.
+
+    Returns:
+      What was answered, now and before, in the order of the rows, and what could not be asked.
+
+    Raises:
+      SourceError: more rows than `data.max_bad_fraction` cannot be asked: the score would be of another set.
+    """
+    predictions, bad = list[Prediction](), [*evaluation.bad]
+    known = [result_of(record) for record in json.loads(broadcast_str(json.dumps([asdict(one) for one in checkpoint.results])))]
+    never = {example.index for example in bad}
+    readable = [row for row in range(evaluation.rows) if row not in never]
+    with console.status(f"sorting the questions of {plural(len(readable), 'row')} by length"):
+        batches, unread = batches_of(evaluation.task, answerer, evaluation.options, readable, evaluation.batch_size)
+    leave_out(unread, bad, evaluation, console)
+    take(known, predictions, bad, evaluation, console)
+    done = {Place(one.row, one.turn) for one in predictions} | {
+        Place(one.index, one.turn) for one in known if isinstance(one, Refusal)
+    }
+    if done:
+        console.print(f"goes on after {plural(len(done), 'question')} answered before, in {checkpoint.file}", soft_wrap=True)
+    remarks = Counter[str]()
+    with Progress("questions", sum(map(len, batches)), console, first=len(done), lines=LINES) as progress:
+        for left in ([place for place in batch if place not in done] for batch in batches):
+            if left:
+                found = of_all_hosts(ask_part(answerer, evaluation, left, part, remarks), part)
+                checkpoint.add(found)
+                take(found, predictions, bad, evaluation, console)
+                done.update(left)
+                progress.show(len(done))
+    for remark, count in remarks.items():
+        console.print(f"{remark}: {count:,}", soft_wrap=True)
+    if not predictions:
+        raise SourceError(f"none of the {evaluation.rows} rows could be asked, expected at least one; fix them")
+    return sorted(predictions, key=lambda one: (one.row, one.turn)), bad
+
+
+def ask_part(
+    answerer: MeshAnswerer, evaluation: EvaluationRequest, batch: Sequence[Place], part: ProcessSlice, remarks: Counter[str]
+) -> list[Result]:
+    """What became of this process' share of a batch."""
+    share = -(-evaluation.batch_size // part.count)
+    mine = batch[part.index * share : (part.index + 1) * share]
+    rows = list(dict.fromkeys(place.row for place in mine))
+    how = (answerer, evaluation.options, share)
+    asked = ask(evaluation.task, *how, rows, only=frozenset(mine), remarks=remarks)
+    return [one for found in asked for one in found]
+
+
+def take(
+    results: Sequence[Result],
+    predictions: list[Prediction],
+    bad: list[BadExample],
+    evaluation: EvaluationRequest,
+    console: Console,
+) -> None:
+    """Add results to `predictions` and `bad`; raises as `ask_all`."""
+    predictions += [one for one in results if isinstance(one, Prediction)]
+    leave_out([one for one in results if isinstance(one, BadExample)], bad, evaluation, console)
+
+
+def leave_out(more: Sequence[BadExample], bad: list[BadExample], evaluation: EvaluationRequest, console: Console) -> None:
+    """Name what cannot be asked and add it to `bad`.
+
+    Raises:
+      SourceError: as `ask_all`.
+    """
+    for example in more:
+        console.print(f"row {example.index} ({label(example.name)}) is left out: {example.reason}", soft_wrap=True)
+    bad += more
+    rows = len({example.index for example in bad})
+    if rows > evaluation.config.data.max_bad_fraction * evaluation.rows:
+        raise SourceError(
+            f"{rows} of {plural(evaluation.rows, 'row')} cannot be asked, the last one: {bad[-1].reason}; fix them (image "
+            "paths start at --images=DIR), or the score would be of another set"
+        )

@@ -1,0 +1,133 @@
+"""The same answers whatever the batch and the devices; letters by likelihood; questions of like length together."""
+
+import io
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from deepstack_jax.config import Config, DataConfig, MeshConfig
+from deepstack_jax.data.encode.templates import get_template
+from deepstack_jax.data.example import Example, Message
+from deepstack_jax.evaluate.batches import batches_of
+from deepstack_jax.evaluate.checkpoint import EvalCheckpoint
+from deepstack_jax.evaluate.on_mesh import MeshAnswerer, near_length, over_mesh, share_of
+from deepstack_jax.evaluate.questions import Question, answered_turns
+from deepstack_jax.evaluate.results import NEAR, protocol_of, summarise
+from deepstack_jax.evaluate.runner import EvaluationRequest, ask_all
+from deepstack_jax.evaluate.tasks import Prediction, Task
+from deepstack_jax.generate.options import Options
+from deepstack_jax.parallel.mesh import make_mesh
+from deepstack_jax.printing import Console
+from tests.unit.made_examples import MadeExamples, draw
+from tests.unit.talker import talker
+
+OPTIONS = Options(max_new_tokens=8)
+LETTERS = "ABCDEFGHIJKL"
+
+
+class Asked(list):
+    """Rows of one question each, with one picture."""
+
+    def __init__(self, words: Sequence[str]) -> None:
+        texts = [(Message("human", f"<image>\n{text}"), Message("gpt", "a")) for text in words]
+        super().__init__(Example(row, f"row{row}", (draw(row),), said) for row, said in enumerate(texts))
+
+
+@pytest.fixture(scope="module")
+def lmm():
+    return talker()
+
+
+def over(lmm: Any, devices: int, **mesh: int) -> MeshAnswerer:
+    return over_mesh(lmm.answerer, make_mesh(MeshConfig(**mesh), jax.devices()[:devices]))
+
+
+def request(task: Task, batch_size: int) -> EvaluationRequest:
+    config = Config(data=DataConfig(max_bad_fraction=1.0))
+    return EvaluationRequest(task, config, "made", {}, len(task.source), OPTIONS, batch_size)
+
+
+def predictions(answerer: MeshAnswerer, task: Task, batch_size: int) -> list[Prediction]:
+    console = Console(file=io.StringIO(), width=200)
+    return ask_all(answerer, request(task, batch_size), EvalCheckpoint(None, None), console)[0]
+
+
+def assert_same(ours: Sequence[Prediction], theirs: Sequence[Prediction]) -> None:
+    """The same in every row that was no near tie in either; the margins are the same but for rounding."""
+    assert [(one.row, one.turn, one.prompt) for one in ours] == [(one.row, one.turn, one.prompt) for one in theirs]
+    sure = [(a, b) for a, b in zip(ours, theirs, strict=True) if (a.margin or 0) > NEAR and (b.margin or 0) > NEAR]
+    assert len(sure) >= len(ours) - 2, "too many near ties to compare: draw other weights"
+    assert [a.prediction for a, _ in sure] == [b.prediction for _, b in sure]
+    assert [a.margin for a, _ in sure] == pytest.approx([b.margin for _, b in sure], rel=1e-3, abs=1e-4)
+
+
+def test_answers_do_not_depend_on_the_batch_or_the_devices(lmm):
+    source: Any = Asked(["What?", "Who is it", "?", "How many are there", "So", "And"])
+    together = predictions(over(lmm, 4), Task(source), 8)
+    assert len({one.prediction for one in together}) > 2
+    assert_same(predictions(over(lmm, 1), Task(source), 1), together)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", [{}, {"data": 2, "fsdp": 2}])
+def test_nor_with_images_of_all_numbers_and_parameters_that_are_cut(mesh, lmm):
+    task = Task(MadeExamples(16))
+    assert_same(predictions(over(lmm, 4, **mesh), task, 8), predictions(over(lmm, 1), task, 3))
+
+
+def with_options(example: Example, images: Sequence[Any], template: Any) -> list[Question]:
+    return [replace(one, options=tuple("abcdefghijkl")) for one in answered_turns(example, images, template)]
+
+
+def test_the_likeliest_letter_is_that_of_the_logits(lmm):
+    words = ["A. red\nB. blue", "Which of the letters", "Choose"]
+    source: Any = Asked(words)
+    found = predictions(over(lmm, 4), Task(source, with_options, by_likelihood=True), 4)
+    for row, one in enumerate(found):
+        before, after = one.prompt.split("<image>")
+        ids = [lmm.tokenizer.bos_id] if lmm.tokenizer.bos_id is not None else []
+        ids += [*lmm.tokenizer.encode(before)[0], -200, *lmm.tokenizer.encode(after + get_template(lmm.template).lead)[0]]
+        said = [lmm.tokenizer.encode(letter)[0].tolist() for letter in LETTERS]
+        assert {len(letter) for letter in said} == {1}
+        scores = lmm.logits(np.array([ids]), [[draw(row)]])[0, -1]
+        letters = scores[[letter[0] for letter in said]]
+        assert one.prediction == LETTERS[int(letters.argmax())]
+        assert one.margin == pytest.approx(letters.max() - np.sort(letters)[-2], rel=1e-3, abs=1e-4)
+    assert len({one.prediction for one in found}) > 1
+
+
+def test_questions_of_like_length_are_asked_together(lmm):
+    source = MadeExamples(20, refused=(3,), broken=(5,))
+    batches, bad = batches_of(Task(source), lmm.answerer, OPTIONS, range(20), 4)
+    assert [one.index for one in bad] == [3]
+    images = [(0, 1, 0, 2)[place.row % 4] for batch in batches for place in batch]
+    assert [len(batch) for batch in batches] == [4] * 4 + [3]
+    assert images == sorted(images, reverse=True)
+    assert sorted(place for batch in batches for place in batch) == [(row, 0) for row in range(20) if row != 3]
+
+
+def test_lengths_are_near():
+    lengths = (1, 32, 33, 512, 577, 640, 1025, 2880)
+    assert [near_length(length) for length in lengths] == [32, 32, 64, 512, 640, 640, 1152, 3072]
+
+
+def test_a_batch_splits_over_the_mesh(lmm):
+    mesh = make_mesh(MeshConfig(fsdp=2), jax.devices()[:4])
+    assert [share_of(mesh, size) for size in (1, 4, 5, 8)] == [4, 4, 8, 8]
+
+
+def test_near_ties_are_counted_and_the_protocol_says_all_that_scores_depend_on(lmm):
+    source: Any = Asked(["What?"])
+    task = Task(source, name="made", protocol="own", suffix="\nOne word.")
+    one = Prediction("a", 0, 0, "all", "What?", ["a"], "a", 1, {"exact_match": 1.0}, margin=5e-4)
+    protocol = protocol_of(lmm.config, OPTIONS, "direct", task, "0123")
+    results = summarise(task, "made", 2, [one, replace(one, margin=0.5), replace(one, margin=None)], (), protocol)
+    assert results["near_ties"] == 1
+    assert (protocol["template"], protocol["suffix"], protocol["checkpoint"]) == ("direct", "\nOne word.", "0123")
+    assert protocol["image"]["size"] == lmm.config.image.size
+    assert protocol["versions"]["jax"] == jax.__version__
+    assert protocol["scorers"].keys() == task.scorers.keys()
