@@ -13,8 +13,10 @@ import pytest
 
 import deepstack_jax as dsx
 from benchmarks.stand_in_sets import write_file
+from deepstack_jax.evaluate.benchmarks.registry import TASKS
 from tests.e2e.verb import ENVIRONMENT, REPOSITORY, TIMEOUT, contents, read_json, read_lines, verb
 from tests.parity.goldens import GOLDEN, write_folder
+from tests.unit.made_benchmarks import MADE
 
 ROWS = 5
 HARD_ID = "\ud800\u2028\x1b[2J\0"
@@ -164,3 +166,21 @@ def test_killed_within_a_line_it_goes_on_to_the_same_bytes(model, data, tmp_path
     assert "questions 6/6 left 0s" in again.stdout
     assert contents(out) == contents(tmp_path / "alone")
     assert contents(out).keys() == {"predictions.jsonl", "results.json"}
+
+
+def test_tasks_are_asked_scored_and_written_each_in_its_folder(model, tmp_path):
+    for name in ("seed", "mmvet"):
+        MADE[name, "parquet"](tmp_path / "root" / TASKS[name].folder)
+    flags = (f"--model={model}", "--tasks=seed:likelihood,mmvet", f"--data={tmp_path / 'root'}", "--max_new_tokens=3")
+    done = evaluate(*flags, f"--out={tmp_path / 'out'}")
+    assert done.returncode == 0, done.stderr
+    results = read_json(tmp_path / "out" / "results.json")
+    assert results["tasks"].keys() == {"seed:likelihood", "mmvet"}
+    assert results["tasks"]["mmvet"] == read_json(tmp_path / "out" / "mmvet" / "results.json")
+    assert {line["prediction"] for line in read_lines(tmp_path / "out" / "seed-likelihood" / "predictions.jsonl")} <= set(
+        "ABCD"
+    )
+    assert "likeliest letter" in results["tasks"]["seed:likelihood"]["protocol"]["decoding"]
+    files = {file.name for file in (tmp_path / "out" / "mmvet").iterdir()}
+    assert len(files) > 2, "and what its judge reads"
+    assert "none here: see the files for its server or judge" in done.stdout
