@@ -43,6 +43,7 @@ class Protocol:
     parse: Callable[[Question, str], Any] = stripped
     aggregate: Callable[[Sequence[Prediction]], dict[str, dict[str, Any]]] = mean_by_kind
     by_likelihood: bool = False
+    images: Callable[[Row, str], Sequence[Any]] | None = None  # in place of the benchmark's own, see `Benchmark`
 
     def likelihood(self) -> "Protocol":
         """The same, answered by the likeliest letter."""
@@ -102,7 +103,7 @@ class Benchmark:
             raise MissingError(f"{folder} holds neither {' nor '.join(self.files)}; {self.origin}")
         chosen = self.protocols[protocol]
         return Task(
-            BenchmarkSource(rows, self, folder),
+            BenchmarkSource(rows, self, folder, chosen.images or self.images),
             Ask(chosen.prompt),
             {} if self.hidden else chosen.scorers,
             chosen.aggregate,
@@ -139,8 +140,8 @@ class BenchmarkSource:
       SourceError: a question stands twice, rows are of another split, or none has an answer where answers are published.
     """
 
-    def __init__(self, rows: Rows, benchmark: Benchmark, folder: str) -> None:
-        self.rows, self.folder, self._benchmark = rows, folder, benchmark
+    def __init__(self, rows: Rows, benchmark: Benchmark, folder: str, images: Callable[[Row, str], Sequence[Any]]) -> None:
+        self.rows, self.folder, self._benchmark, self._images = rows, folder, benchmark, images
         self._numbers = self._look_through()  # of the rows that are the benchmark's
 
     def _look_through(self) -> list[int]:
@@ -187,7 +188,7 @@ class BenchmarkSource:
             name = item.id
             if not item.answers and not self._benchmark.hidden:
                 raise RecordError("has no right answer; fetch the file again, or remove the record")
-            given = self._benchmark.images(row, self.folder)
+            given = self._images(row, self.folder)
             images = tuple(image_value(one, self.folder) if isinstance(one, str | bytes | dict) else one for one in given)
         except RecordError as error:
             raise ExampleError(f"{self.rows.place(number)} (id {quote(name)}): {error}", name) from error.__cause__
@@ -205,7 +206,7 @@ class BenchmarkSource:
             try:
                 row = self.rows.read(self._numbers[index])
                 item = self._benchmark.item(row, index)
-                given = self._benchmark.images(row, self.folder)
+                given = self._images(row, self.folder)
                 yield RecordMetadata(item.id, tuple(one for one in given if isinstance(one, str)), "")
             except RecordError:
                 yield RecordMetadata(f"record {index}", (), "")

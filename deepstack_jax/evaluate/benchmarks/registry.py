@@ -19,6 +19,7 @@ from deepstack_jax.evaluate.benchmarks.documents import (
 from deepstack_jax.evaluate.benchmarks.mmvet import MMVET
 from deepstack_jax.evaluate.benchmarks.receipts import RECEIPTS
 from deepstack_jax.evaluate.benchmarks.short_answers import CHARTQA, GQA, POPE
+from deepstack_jax.evaluate.benchmarks.videos import ACTIVITYNETQA, EGOSCHEMA, MSVDQA, NEXTQA
 from deepstack_jax.evaluate.tasks import Task
 
 TASKS: dict[str, Benchmark] = {
@@ -40,6 +41,10 @@ TASKS: dict[str, Benchmark] = {
     "mmmu": MMMU,
     "pope": POPE,
     "mmvet": MMVET,
+    "egoschema": EGOSCHEMA,
+    "nextqa": NEXTQA,
+    "msvdqa": MSVDQA,
+    "activitynetqa": ACTIVITYNETQA,
     "receipts": RECEIPTS,
 }
 
