@@ -101,15 +101,22 @@ class DecoderConfig:
     remat: Annotated[Literal["none", "block", "dots", "offload"], MAY_CHANGE] = "block"
     embed_std: Annotated[float, NOT_NEGATIVE] = 0.02  # spread of a freshly drawn token embedding
     head_std: Annotated[float, NOT_NEGATIVE] = 0.02  # spread of a freshly drawn head
+    tied_head: bool = False  # whether the embeddings are the head too: one parameter, both uses
 
-    # Whether the embeddings are the head too: one parameter, both uses. No key: a family that can have it so makes it one.
-    tied_head = False
+    # What blocks of some families have. No keys: a section of such a family says so, or makes a key of what may differ.
+    qkv_bias = False  # biases on queries, keys and values
+    head_norm = False  # an RMS norm over each head of queries and keys, before they are turned
+    embedding_multiplier = 1.0  # on what enters the first layer
+    attention_multiplier = 0.0  # on the products of queries and keys; 0 = 1 / sqrt(head_dim)
+    residual_multiplier = 1.0  # on what attention and MLP add
+    logits_scaling = 1.0  # what scores are divided by
 
     @property
     def parameters(self) -> int:
         """About how many it has; a family of another arithmetic says in its own section."""
         heads = 2 * (self.heads + self.kv_heads) * self.head_dim
-        return self.layers * self.width * (heads + 3 * self.mlp) + 2 * self.vocab_size * self.width
+        tables = 1 if self.tied_head else 2
+        return self.layers * self.width * (heads + 3 * self.mlp) + tables * self.vocab_size * self.width
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from deepstack_jax.config import Config, DecoderConfig
 from deepstack_jax.errors import WeightsError
 from deepstack_jax.families.base import EMBEDDINGS, HEAD, DecoderFamily, LayerTerms, Names, Row, register
 from deepstack_jax.families.rope import rope_from, rope_to
-from deepstack_jax.families.values import expect, number, real
+from deepstack_jax.families.values import expect, flag, number, real
 
 # What transformers assumes where a config.json says nothing.
 COMMON = {
@@ -55,6 +55,7 @@ class Llama(DecoderFamily):
     last_kernel = "mlp/down"
     defaults: Mapping[str, Mapping[str, Any]] = _DEFAULTS
     refused_scalings: tuple[str, ...] = ("yarn",)
+    any_head_dim = False  # whether heads may be of another width than width / heads
     kernels: Mapping[str, str] = KERNEL_NAMES
 
     def build(self, config: Config, **settings: Any):
@@ -75,6 +76,14 @@ class Llama(DecoderFamily):
             Row(f"{block}/mlp_norm/scale", "{}post_attention_layernorm.weight", "same", "D"),
             *(Row(f"{block}/{at}/kernel", f"{{}}{self.kernels[at]}.weight", "linear", s) for at, s in _KERNELS.items()),
         )
+        if cfg.qkv_bias:
+            rows += tuple(
+                Row(f"{block}/{at}/bias", f"{{}}{self.kernels[at]}.bias", "flat", _KERNELS[at].partition("| ")[2])
+                for at in ("attention/q", "attention/k", "attention/v")
+            )
+        if cfg.head_norm:
+            names = ("q_norm", "k_norm")
+            rows += tuple(Row(f"{block}/attention/{name}/scale", f"{{}}self_attn.{name}.weight", "same", "H") for name in names)
         sizes = {"V": cfg.vocab_size, "D": cfg.width, "F": cfg.mlp, "N": cfg.heads, "K": cfg.kv_heads, "H": cfg.head_dim}
         return Names(rows, sizes, tuple(f"model.layers.{layer}." for layer in range(cfg.layers)))
 
@@ -87,7 +96,6 @@ class Llama(DecoderFamily):
         expect(values, "partial_rotary_factor", 1.0)
         heads, width = number(get, "num_attention_heads"), number(get, "hidden_size")
         get = {"num_key_value_heads": heads, "head_dim": width // heads} | get
-        windowed = "sliding_window" in get and get["sliding_window"] is not None and model_type != "llama"
         return self.section(
             architecture=self.architecture,
             vocab_size=number(get, "vocab_size"),
@@ -99,13 +107,24 @@ class Llama(DecoderFamily):
             mlp=number(get, "intermediate_size"),
             norm_eps=real(get, "rms_norm_eps"),
             max_positions=number(get, "max_position_embeddings"),
-            sliding_window=number(get, "sliding_window") if windowed else 0,
+            sliding_window=self.window(get, model_type),
             rope=rope_from(get, self.refused_scalings),
+            tied_head=flag(values, "tie_word_embeddings", False),
+            **self.own_values(get),
         )
+
+    def window(self, get: Mapping[str, Any], model_type: str) -> int:
+        """The sliding window of a config.json with its defaults filled in, 0 where there is none."""
+        windowed = "sliding_window" in get and get["sliding_window"] is not None and model_type != "llama"
+        return number(get, "sliding_window") if windowed else 0
+
+    def own_values(self, get: Mapping[str, Any]) -> dict[str, Any]:
+        """The inverse of `own_keys`: keys of the section that this family has and no other."""
+        return {}
 
     def to_hf(self, decoder: DecoderConfig) -> dict[str, Any]:
         """The keys of config.json that describe the decoder; WeightsError where no official code has such heads."""
-        if decoder.head_dim * decoder.heads != decoder.width:
+        if decoder.head_dim * decoder.heads != decoder.width and not self.any_head_dim:
             raise WeightsError(
                 f"config.decoder has {decoder.heads} heads of {decoder.head_dim} in a width of {decoder.width}; the official "
                 f"code has heads of width / heads = {decoder.width / decoder.heads:g}; there is no official form of this model"
@@ -123,7 +142,7 @@ class Llama(DecoderFamily):
             "tie_word_embeddings": decoder.tied_head,
             "vocab_size": decoder.vocab_size,
         }
-        return sizes | self.own_keys(decoder)
+        return sizes | ({"head_dim": decoder.head_dim} if self.any_head_dim else {}) | self.own_keys(decoder)
 
     def own_keys(self, decoder: DecoderConfig) -> dict[str, Any]:
         """What config.json says of this family and no other."""
@@ -149,12 +168,13 @@ class Llama(DecoderFamily):
         width, mlp, query = decoder.width, decoder.mlp, decoder.heads * decoder.head_dim
         keys = 2 * decoder.kv_heads * decoder.head_dim
         products = width + (query + keys + 2 * mlp) / tensor  # o, q, k, v, gate, up; `down` is needed by nothing
+        normed = (query + keys / 2) / tensor if decoder.head_norm else 0  # queries and keys that have a norm
         return LayerTerms(
             # Both norms keep their input and output in float32; the gate's function and its product are kept too.
-            kept=11 * width + 2 * products + 2 * mlp / tensor,
+            kept=11 * width + 2 * products + 2 * mlp / tensor + 4 * normed,
             products=products,
             working=6 * width + (4 * query + 4 * mlp) / tensor,
-            traffic=12 * width + (4 * query + 2 * keys + 6 * mlp) / tensor,
+            traffic=12 * width + (4 * query + 2 * keys + 6 * mlp) / tensor + 2 * normed,
             kernels=width * (2 * query + keys + 3 * mlp) / tensor,
         )
 

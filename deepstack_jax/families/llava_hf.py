@@ -9,7 +9,7 @@ from deepstack_jax.errors import WeightsError
 from deepstack_jax.families.base import TOWER, decoder_of, language_models, tower_from
 from deepstack_jax.families.official import is_baseline, tower_to_hf, with_data
 from deepstack_jax.families.processor import RESAMPLE, check_pinpoints, image_values, pads, pinpoints_from, preprocessor_to_hf
-from deepstack_jax.families.values import OTHER, expect, section, word
+from deepstack_jax.families.values import OTHER, expect, flag, section, word
 from deepstack_jax.layout.modes import MODES
 from deepstack_jax.printing import quote
 
@@ -75,7 +75,8 @@ def from_llava_hf(values: Mapping[str, Any], preprocessor: Mapping[str, Any]) ->
         check_pinpoints(preprocessor, pairs)
         points = tuple((width, height) for height, width in pinpoints_from(pairs))  # there they are (height, width)
         image |= {"merge": "spatial_unpad", "pinpoints": points}
-    decoder = known[kind].from_hf(text, kind)
+    tied = "tie_word_embeddings"
+    decoder = known[kind].from_hf({**text, tied: flag(text, tied, False) or flag(values, tied, False)}, kind)
     if decoder.rope.scaling == "yarn":  # transformers 5 computes it as longrope
         decoder = dataclasses.replace(decoder, rope=dataclasses.replace(decoder.rope, scaling="longrope"))
     if decoder.sliding_window:  # transformers counts the token itself, upstream's masks do not

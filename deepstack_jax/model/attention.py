@@ -10,6 +10,7 @@ from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
 from deepstack_jax.config import RopeConfig
+from deepstack_jax.model.layers import scaled
 from deepstack_jax.types import HostOrDevice
 
 
@@ -152,8 +153,8 @@ def last_positions(positions: Int[HostOrDevice, "B T"], segment_ids: Int[HostOrD
     return jnp.take_along_axis(positions, end, axis=1)
 
 
-def rotate(x: Float[Array, "B T N H"], rotary: Rotary) -> Float[Array, "B T N H"]:
-    """Turn the two halves of each head by the angles (halves as in the Hugging Face LLaMA)."""
-    cos, sin = rotary.cos[:, :, None], rotary.sin[:, :, None]
+def rotate(x: Float[Array, "B T N H"], rotary: Rotary, scale: float = 1.0) -> Float[Array, "B T N H"]:
+    """Turn the two halves of each head by the angles (halves as in the Hugging Face LLaMA), times `scale`."""
+    cos, sin = (scaled(part, scale)[:, :, None] for part in rotary)
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)

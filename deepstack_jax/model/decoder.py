@@ -23,7 +23,7 @@ from deepstack_jax.model.attention import (
     rotary_table,
     rotate,
 )
-from deepstack_jax.model.layers import ACTIVATIONS, PRODUCT, RMSNorm, linear
+from deepstack_jax.model.layers import ACTIVATIONS, PRODUCT, RMSNorm, linear, scaled
 from deepstack_jax.model.merge import VisualIndex, inject
 from deepstack_jax.types import DecoderOutput, HostOrDevice, KVCache
 
@@ -93,7 +93,10 @@ class Attention(nn.Module):
             linear((heads, cfg.head_dim), ("embed", axis, "head_dim"), bias=self.bias, dtype=self.dtype, name=name)(x)
             for name, (heads, axis) in sizes.items()
         )
-        q = nn.with_logical_constraint(rotate(q, call.rotary), ("batch", "sequence", "heads", "head_dim"))
+        if cfg.head_norm:
+            q, k = (RMSNorm(cfg.norm_eps, "head_dim", name=name)(x) for name, x in (("q_norm", q), ("k_norm", k)))
+        scale = cfg.attention_multiplier * cfg.head_dim**0.5 or 1.0  # the kernel itself divides by the root
+        q = nn.with_logical_constraint(rotate(q, call.rotary, scale), ("batch", "sequence", "heads", "head_dim"))
         cache, (k, v) = _through_cache(call, (rotate(k, call.rotary), v))
         y = self.attend(q, k, v, call.mask)
         axes, scale = ("heads", "head_dim", "embed"), 1 / (2 * cfg.layers)
@@ -141,10 +144,12 @@ class InjectedBlock(nn.Module):
 
     def layer(self, x: Float[Array, "B T D"], call: LayerCall) -> tuple[Float[Array, "B T D"], Cache | None]:
         """LLaMA's pre-norm block; called within `__call__`, so that submodules may be made here."""
-        normed = RMSNorm(self.config.norm_eps, name="attention_norm")(x)
-        attended, cache = Attention(self.config, self.attend, self.dtype, name="attention")(normed, call)
-        x = nn.with_logical_constraint(x + attended, ACTIVATION_AXES)
-        return x + SwiGLU(self.config, self.dtype, name="mlp")(RMSNorm(self.config.norm_eps, name="mlp_norm")(x)), cache
+        cfg = self.config
+        normed = RMSNorm(cfg.norm_eps, name="attention_norm")(x)
+        attended, cache = Attention(cfg, self.attend, self.dtype, cfg.qkv_bias, name="attention")(normed, call)
+        x = nn.with_logical_constraint(x + scaled(attended, cfg.residual_multiplier), ACTIVATION_AXES)
+        added = SwiGLU(cfg, self.dtype, name="mlp")(RMSNorm(cfg.norm_eps, name="mlp_norm")(x))
+        return x + scaled(added, cfg.residual_multiplier), cache
 
 
 class ScanBody(nn.Module):
@@ -202,6 +207,7 @@ class Decoder(nn.Module):
           cache: keys and values so far; this call's T tokens are written at slots `filled`..`filled` + T.
         """
         cfg = self.config
+        x = scaled(x, cfg.embedding_multiplier)
         scanned = nn.scan(
             ScanBody,
             variable_axes={"params": 0},

@@ -12,7 +12,7 @@ from deepstack_jax.batch import NEWLINE, ZERO, Batch
 from deepstack_jax.config import DecoderConfig, ImageConfig, ProjectorConfig, VisionConfig
 from deepstack_jax.model.attention import Segments, causal_segment_mask, within_window
 from deepstack_jax.model.decoder import ACTIVATION_AXES, Decoder
-from deepstack_jax.model.layers import Linear, product, take_rows
+from deepstack_jax.model.layers import Linear, by_rows, scaled, take_rows
 from deepstack_jax.model.merge import STACK_AXES, VisualIndex, invert_visual_index, merge
 from deepstack_jax.model.projector import Projector
 from deepstack_jax.model.vision import VisionTower, return_crops, spread_crops
@@ -146,9 +146,9 @@ class DeepStack(nn.Module):
 
     def logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """Scores of the next token, float32 as the product leaves its sum: rounded to bf16, every 30th argmax is another."""
-        if self.decoder.tied_head:
-            return product(hidden.astype(self.dtype), self.embed.embedding.T, out=jnp.float32)
-        return self.head(hidden)
+        tied = self.decoder.tied_head
+        scores = by_rows(hidden.astype(self.dtype), self.embed.embedding) if tied else self.head(hidden)
+        return scaled(scores, 1 / self.decoder.logits_scaling)
 
     def prefill(self, batch: Batch, cache: KVCache) -> DecoderOutput:
         """Fill the cache with the prompts, the stack injected. The cache is empty and has room for more than T slots."""

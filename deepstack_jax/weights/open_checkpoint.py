@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import huggingface_hub
+import numpy as np
 from huggingface_hub import constants as hub
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from ml_collections import ConfigDict
@@ -22,7 +23,7 @@ from deepstack_jax.families.forms import BUFFERS, NEWLINE, canonical, check_agai
 from deepstack_jax.families.llava_hf import is_llava_hf
 from deepstack_jax.families.official import PASSTHROUGH_KEYS, VERBATIM_KEYS, tower_to_hf, with_data
 from deepstack_jax.families.processor import image_values
-from deepstack_jax.families.values import flag, section, word
+from deepstack_jax.families.values import section, word
 from deepstack_jax.printing import quote
 from deepstack_jax.weights.checkpoint_files import open_weight_files, processor_of, read_model_json, weight_files
 from deepstack_jax.weights.export_folder import has_tokenizer
@@ -84,12 +85,9 @@ def open_checkpoint(
     base_folder = find_folder(base) if base else None
     tensors = _collect(folder, values, base_folder, tower_folder, projector)
     stored = _describe(folder, values, tower_folder, tensors, run or recipe)
-    if _is_tied(values) and not stored.decoder.tied_head and EMBEDDINGS in tensors:
-        copied = "here the head is a copy of them, which trains by itself"
-        warnings.warn(f"{folder} has its embeddings as head too; {copied}", stacklevel=2)
-        tensors[HEAD] = tensors[EMBEDDINGS]
     if base_folder is not None:
         _check_base(base_folder, stored)
+    stored = _with_head(folder, stored, tensors, run)
     config = _with_beyond(stored, folder)
     passthrough = _passthrough(values, (*PASSTHROUGH_KEYS, *VERBATIM_KEYS))
     if tower_folder is not None:
@@ -294,8 +292,28 @@ def _collect(
     return tensors
 
 
-def _is_tied(values: Mapping[str, Any]) -> bool:
-    return any(flag(part, "tie_word_embeddings", False) for part in (values, section(values, "text_config")))
+def _with_head(folder: Path, stored: Config, tensors: dict[str, StoredTensor], run: Config | None) -> Config:
+    """The Config with what is so of its head: tied only where no other one is in the files, as in transformers.
+
+    A run with a head of its own over tied embeddings, as all were before they could be tied, begins with a copy of them.
+    """
+    if not stored.decoder.tied_head:
+        return stored
+    untied = dataclasses.replace(stored, decoder=dataclasses.replace(stored.decoder, tied_head=False))
+    if HEAD in tensors and EMBEDDINGS in tensors:
+        if not np.array_equal(tensors[HEAD].read(), tensors[EMBEDDINGS].read()):
+            both = "but holds a head that differs from its embeddings"
+            warnings.warn(f"{folder} says tie_word_embeddings, {both}; it is taken as a head of its own", stacklevel=3)
+            return untied
+        del tensors[HEAD]
+    if HEAD in tensors:
+        tensors[EMBEDDINGS] = tensors.pop(HEAD)
+    if run is not None and not run.decoder.tied_head and EMBEDDINGS in tensors:
+        copied = "here the head is a copy of them, which trains by itself (config.decoder.tied_head is False)"
+        warnings.warn(f"{folder} has its embeddings as head too; {copied}", stacklevel=3)
+        tensors[HEAD] = tensors[EMBEDDINGS]
+        return untied
+    return stored
 
 
 def _naming(values: Mapping[str, Any]) -> Callable[[str], str | None]:

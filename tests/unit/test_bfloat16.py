@@ -70,6 +70,17 @@ def test_kernels_and_biases_have_float32_gradients(shape, features, inputs):
     np.testing.assert_allclose(exact(of_x)[0].reshape(2 * TIMES, -1), flat_w @ rounded.T, rtol=2**-7, atol=2**-7)
 
 
+def test_a_tied_head_has_a_float32_gradient():
+    """Of the table that is read by rows and multiplied with; a CPU has no such product of a turned table."""
+    rng = np.random.default_rng(0)
+    table = jnp.asarray(rng.normal(size=(50, 8)), jnp.float32)
+    x = jnp.asarray(rng.normal(0.5, 1, (2, TIMES, 8)), jnp.bfloat16)
+    weights = jnp.asarray(rng.normal(0.5, 1, (2, TIMES, 50)), jnp.bfloat16)
+    value = jax.jit(jax.value_and_grad(lambda table: (layers.by_rows(x, table) * weights.astype(jnp.float32)).sum()))
+    flat_x, flat_w = (array.reshape(2 * TIMES, -1) for array in exact(x, weights))
+    np.testing.assert_allclose(value(table)[1], flat_w.T @ flat_x, rtol=1e-4, atol=1e-2)
+
+
 def test_scores_are_not_rounded_to_bfloat16():
     """They are the float32 sums of products of bfloat16 hidden states and head."""
     config = tiny_config({"train.compute_dtype": "bfloat16", "decoder.vocab_size": 2048})
@@ -80,6 +91,7 @@ def test_scores_are_not_rounded_to_bfloat16():
     hidden = jnp.asarray(np.random.default_rng(1).normal(0, 2, (1, 64, config.decoder.width)), jnp.bfloat16)
     scores = model.apply({"params": params}, hidden, method="logits")
     expected = exact(hidden)[0] @ exact(head.astype(jnp.bfloat16))[0]
-    assert scores.dtype == jnp.float32
+    assert scores.dtype == layers.by_rows(hidden, head.T).dtype == jnp.float32
     np.testing.assert_allclose(scores, expected, atol=1e-4)
+    np.testing.assert_allclose(layers.by_rows(hidden, head.T), expected, atol=1e-4)
     assert (np.abs(exact(scores.astype(jnp.bfloat16))[0] - expected) > 0.01).any(), "rounded ones would not pass"

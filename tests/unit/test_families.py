@@ -118,8 +118,7 @@ class TiedFamily(Llama):
         return Names((*names.rows, *biases), names.sizes, names.layers)
 
     def from_hf(self, values, model_type):
-        kept = {key: value for key, value in values.items() if key not in ("tie_word_embeddings", "attention_bias")}
-        return super().from_hf(kept, model_type)
+        return super().from_hf({key: value for key, value in values.items() if key != "attention_bias"}, model_type)
 
     def official_type(self, decoder, baseline):
         return "deepstack_tied", "DeepstackTiedForCausalLM"

@@ -185,16 +185,30 @@ def test_keys_of_every_architecture_are_open_and_no_others():
     assert left_open({"name": None, "data": {"root": None}}) == []
 
 
-def test_embeddings_that_are_the_head_too_become_a_head_of_its_own(tmp_path):
+def test_embeddings_that_are_the_head_too_stay_so_or_become_a_head_of_its_own(tmp_path):
+    """Of its own in a run that was begun, or is written out, with one."""
     tiny = load_recipe(Run("llava15", "finetune", ""))
     write_weights(tmp_path, tiny)
     file, said = tmp_path / "llm" / "model.safetensors", tmp_path / "llm" / "config.json"
     tensors = load_file(file)
     save_file({name: tensor for name, tensor in tensors.items() if name != "lm_head.weight"}, file)
     said.write_text(json.dumps(json.loads(said.read_text()) | {"tie_word_embeddings": True}))
+    run = filled(tmp_path / "llm", train__tower=str(tmp_path / "clip"))
+    assert run.decoder.tied_head
+    assert "lm_head.weight" not in find_weights(run).tensors
+    run = dataclasses.replace(run, decoder=dataclasses.replace(run.decoder, tied_head=False))
     with pytest.warns(UserWarning, match="has its embeddings as head too; here the head is a copy of them"):
-        found = find_weights(filled(tmp_path / "llm", train__tower=str(tmp_path / "clip"))).tensors
+        found = find_weights(run).tensors
     assert (found["lm_head.weight"].read() == tensors["model.embed_tokens.weight"]).all()
+    save_file(tensors, file)  # a head that says the opposite, as transformers takes it
+    with pytest.warns(UserWarning, match="holds a head that differs from its embeddings"):
+        assert not filled(tmp_path / "llm", train__tower=str(tmp_path / "clip")).decoder.tied_head
+    table = {"lm_head.weight": tensors["model.embed_tokens.weight"]}  # twice the same, or under the other name
+    for one in (tensors | table, {name: t for name, t in (tensors | table).items() if name != "model.embed_tokens.weight"}):
+        save_file(one, file)
+        run = filled(tmp_path / "llm", train__tower=str(tmp_path / "clip"))
+        assert run.decoder.tied_head
+        assert "lm_head.weight" not in find_weights(run).tensors
 
 
 def test_a_template_whose_end_of_turn_the_tokenizer_lacks_gives_way_to_one_that_it_has(folders, tmp_path):
