@@ -75,7 +75,7 @@ def llava_config(name: str) -> dict[str, Any]:
 
 def draw(name: str, shape: tuple[int, ...]) -> np.ndarray:
     """Noise for a tensor, the same wherever it is drawn; norms lie around 1."""
-    spread = np.random.default_rng(zlib.crc32(name.encode())).normal(0, 0.15, shape)
+    spread = np.random.default_rng(zlib.crc32(name.encode())).normal(0, 0.6 if "embed_tokens" in name else 0.15, shape)
     return (spread + (len(shape) == 1 and "norm" in name and name.endswith("weight"))).astype(np.float32)
 
 

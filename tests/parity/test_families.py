@@ -35,5 +35,5 @@ def test_it_computes_what_transformers_computes(name, tmp_path):
     states = np.concatenate([inputs[:, 0], hidden])[:, wanted["at"]]
     np.testing.assert_allclose(states, wanted["hidden"], atol=1e-4)
     np.testing.assert_allclose(logits[0, wanted["at"]], wanted["logits"], atol=LOGITS)
-    made = greedy(lmm.answerer.model, lmm.params, batch, max_new_tokens=NEW_TOKENS, stop_ids=())
+    made = greedy(lmm.answerer.model, lmm.params, batch, max_new_tokens=NEW_TOKENS, stop_ids=()).tokens
     np.testing.assert_array_equal(made[0], wanted["greedy"])
