@@ -43,7 +43,7 @@ from deepstack_jax.train.core.optimizer import flatten, unflatten
 from deepstack_jax.types import PyTree
 from deepstack_jax.weights.adapters import is_adapter, merged
 from deepstack_jax.weights.load import load_params, stored_leaves
-from deepstack_jax.weights.open_checkpoint import find_folder, open_checkpoint
+from deepstack_jax.weights.open_checkpoint import end_tokens, find_folder, open_checkpoint
 from deepstack_jax.weights.save import LeafLike, save_checkpoint
 
 __all__ = ["LMM", "Answer", "Chat", "CheckpointError", "ImageError", "Options", "RequestError", "load", "save_hf"]
@@ -310,7 +310,8 @@ def _load_workdir(workdir: Path, kind: str, template: str, adapter: str) -> LMM:
     tokenizer = _tokenizer(config.data.tokenizer, config)
     params = placed(leaves, kind)
     passthrough, files = token_ids(tokenizer), tokenizer_files(tokenizer)
-    return LMM(config, params, tokenizer, config.data.template, tokenizer.pad_id, files, passthrough)
+    ends = end_tokens(Path(files)) if files else ()  # what a run was begun with lies beside its tokenizer
+    return LMM(config, params, tokenizer, config.data.template, tokenizer.pad_id, files, passthrough, ends)
 
 
 def token_ids(tokenizer: Tokenizer) -> dict[str, int]:

@@ -34,6 +34,7 @@ from deepstack_jax.serve.protocol import Answering, ChatRequest, ModelError, err
 from deepstack_jax.serve.sight import look
 
 BODY_SECONDS = 60  # that sending a request may take
+_GONE = 499  # the status of who left before the end, which nobody reads
 _OPEN = ("/", "/health")  # without a key
 _LOCAL = re.compile(r"(?:localhost|127(?:\.\d+){3}|\[::1\])(?::\d+)?", re.IGNORECASE)
 
@@ -108,18 +109,27 @@ class _Door:
         return _error(401, "the API key is missing or wrong; send it as Authorization: Bearer KEY", "invalid_api_key")
 
 
-class _Stream(StreamingResponse):
-    """Gives the place back whatever becomes of the stream, also where it never begins."""
+@dataclass
+class _Ending:
+    """How a stream ended, as the status that it would have had if all of it had been known at its beginning."""
 
-    def __init__(self, content: AsyncIterator[bytes], ticket: Ticket) -> None:
+    status: int = _GONE
+
+
+class _Stream(StreamingResponse):
+    """Gives the place back whatever becomes of the stream, also where it never begins, and has it counted by how it ended."""
+
+    def __init__(self, content: AsyncIterator[bytes], ticket: Ticket, ending: _Ending) -> None:
         super().__init__(content, media_type="text/event-stream", headers={"X-Accel-Buffering": "no"})
-        self._ticket = ticket
+        self._ticket, self._ending = ticket, ending
+        self.count: Callable[[int], None] = lambda _: None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             await super().__call__(scope, receive, send)
         finally:
             self._ticket.leave()
+            self.count(self._ending.status)
 
 
 class _Api:
@@ -180,16 +190,22 @@ class _Api:
             except (UserError, ConversationError) as error:
                 response = _error(400, str(error))
             except ClientDisconnect:
-                response = Response(status_code=499)  # nobody reads it
+                response = Response(status_code=_GONE)
             except (
                 Exception
             ):  # a defect of ours: the client gets an error object, the log the traceback, and the server goes on
                 logging.exception("a request failed")
                 response = _error(500, DEFECT)
-            self.metrics.requests.labels(request.url.path, response.status_code).inc()
+            if isinstance(response, _Stream):
+                response.count = partial(self._count, request.url.path)
+            else:
+                self._count(request.url.path, response.status_code)
             return response
 
         return answer
+
+    def _count(self, path: str, status: int) -> None:
+        self.metrics.requests.labels(path, status).inc()
 
     async def chat(self, request: Request) -> Response:
         ticket = self.engine.enter()
@@ -199,7 +215,8 @@ class _Api:
             asked, answering, events = await self._ask(ticket, body)
             pieces = self._pieces(request, events, answering, began)
             if asked.stream:
-                return _Stream(_events(pieces, asked, answering), ticket)
+                ending = _Ending()
+                return _Stream(_events(pieces, asked, answering, ending), ticket, ending)
             said, last = [], None
             async for last in pieces:
                 said.append(last.text)
@@ -286,7 +303,9 @@ async def _until_gone(request: Request, events: asyncio.Queue) -> None:
     events.put_nowait(None)
 
 
-async def _events(pieces: AsyncIterator[Piece], asked: ChatRequest, answering: Answering) -> AsyncIterator[bytes]:
+async def _events(
+    pieces: AsyncIterator[Piece], asked: ChatRequest, answering: Answering, ending: _Ending
+) -> AsyncIterator[bytes]:
     """The stream of an answer as server-sent events; where it cannot be finished the last of them is an error."""
     try:
         yield event(answering.piece({"role": "assistant", "content": ""}))
@@ -298,11 +317,14 @@ async def _events(pieces: AsyncIterator[Piece], asked: ChatRequest, answering: A
                 yield event(answering.piece({}, piece.reason))
                 if asked.usage:
                     yield event(answering.count(piece.tokens))
+                ending.status = 200
                 yield event("[DONE]")
     except Failed as error:
+        ending.status = 503
         yield event(error_object(str(error), "server_error"))
     except Exception:  # a defect of ours, where the status is sent already: only an event can still say that this is no end
         logging.exception("a stream failed")
+        ending.status = 500
         yield event(error_object(DEFECT, "server_error"))
 
 

@@ -22,7 +22,10 @@ class Metrics:
             return Gauge(f"deepstack_{name}", meaning, registry=registry)
 
         self.requests = Counter(
-            "deepstack_requests", "Requests that were begun to be answered, by status.", ["path", "status"], registry=registry
+            "deepstack_requests",
+            "Requests that are over, by status, a stream by its end.",
+            ["path", "status"],
+            registry=registry,
         )
         self.prompt_tokens = Counter("deepstack_prompt_tokens", "Tokens read, those of images included.", registry=registry)
         self.answer_tokens = Counter("deepstack_answer_tokens", "Tokens of whole answers.", registry=registry)

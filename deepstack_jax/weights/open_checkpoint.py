@@ -102,7 +102,7 @@ def open_checkpoint(
         tokenizer=next((str(at) for at in (folder, base_folder) if at is not None and has_tokenizer(at)), ""),
         template=config.data.template if run is None else stored.data.template,
         tower=str(tower_folder or ""),
-        ends=_ends(folder, values),
+        ends=end_tokens(folder),
         passthrough=passthrough,
         bare=bare,
     )
@@ -136,14 +136,15 @@ def _passthrough(values: Mapping[str, Any], keys: Collection[str]) -> dict[str, 
     return found
 
 
-def _ends(folder: Path, values: Mapping[str, Any]) -> tuple[int, ...]:
-    """Where both files say it, transformers reads the one that is there for generating."""
-    file = folder / "generation_config.json"
-    said = read_model_json(file) if file.is_file() else {**section(values, "text_config"), **values}
+def end_tokens(folder: Path) -> tuple[int, ...]:
+    """Ids that end an answer, by generation_config.json or else config.json, as transformers does; none without either."""
+    file = next((at for at in (folder / "generation_config.json", folder / "config.json") if at.is_file()), None)
+    values = read_model_json(file) if file else {}
+    said = {**section(values, "text_config"), **values}
     ids = said.get("eos_token_id", [])
     ids = [] if ids is None else ids if isinstance(ids, list) else [ids]
     if not all(type(id) is int and 0 <= id < 2**31 for id in ids):
-        raise WeightsError(f"{file.name}: eos_token_id is {quote(ids)}, expected ids; take it from the model's source")
+        raise WeightsError(f"{file and file.name}: eos_token_id is {quote(ids)}, expected ids; take it from the model's source")
     return tuple(ids)
 
 

@@ -32,6 +32,7 @@ RUNS = [
 ]
 SHORT = {"data.max_length": 512, "train.batch_size": 4, "train.steps": 2, "train.log_every": 1}
 PROMPT = "What is the total?"
+ENDS = [2, 31]
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,7 @@ def weights_of(form: str, folder: Path) -> Path:
         weights = folder / "llava-hf"
         save_checkpoint(leaves_of(found), found.config, weights, form="llava-hf")
     shutil.copytree(GOLDEN / "tokenizer" / "llama_legacy_false", weights, dirs_exist_ok=True)
+    (weights / "generation_config.json").write_text(json.dumps({"eos_token_id": ENDS}))
     return weights
 
 
@@ -110,7 +112,9 @@ def test_what_the_word_says_trained_and_nothing_else(run):
     """What did not train is that of the weights, as they are or in the bfloat16 that frozen parameters are kept in."""
     found = open_checkpoint(run.weights)
     before = {path: np.asarray(leaf[tuple(slice(None) for _ in leaf.shape)]) for path, leaf in leaves_of(found).items()}
-    after = {path: np.asarray(leaf) for path, leaf in flatten(dsx.load(run.workdir).params).items()}
+    lmm = dsx.load(run.workdir)
+    assert list(lmm.ends) == list(found.ends) == ENDS
+    after = {path: np.asarray(leaf) for path, leaf in flatten(lmm.params).items()}
     trained = {"projector", "embed", "layers", "head"} if run.word == "full" else {"projector"}
     for path, was in before.items():
         kept = any(np.array_equal(after[path], as_it_was) for as_it_was in (was, was.astype("bfloat16").astype(np.float32)))
@@ -128,6 +132,7 @@ def test_the_export_answers_as_the_run_does(run, tmp_path):
         done = verb("convert", f"--from={run.workdir}", f"--to={tmp_path / form}", f"--format={form}")
         assert done.returncode == 0, done.stderr
         exported = dsx.load(tmp_path / form)
+        assert list(exported.ends) == ENDS
         assert exported.generate(run.image, PROMPT, max_new_tokens=6) == said
         np.testing.assert_allclose(exported.logits(ids, [run.image])[..., : scores.shape[-1]], scores, atol=1e-4)
     if run.word == "lora":

@@ -100,6 +100,28 @@ def test_a_conversation_and_a_limit_that_nobody_named(lmm, engine):
     assert Asked(engine, "x" * 50).answer()[1].tokens == 64 - 51, "what the context leaves"
 
 
+@pytest.mark.slow
+def test_in_bfloat16_too_answers_are_those_of_generate(lmm):
+    """Prompts alone; other padding may round otherwise, so two answers may part where the two likeliest tokens nearly tie."""
+    config = replace(lmm.config, train=replace(lmm.config.train, compute_dtype="bfloat16"))
+    half = replace(lmm, config=config, params=jax.tree.map(lambda leaf: leaf.astype("bfloat16"), lmm.params))
+    engine = Engine(half.answerer, LIMITS._replace(images=0))
+    wanted = [job | {"images": []} for job in jobs(30) if not {"temperature", "stop"} & job.keys()]
+    asked = [Asked(engine, **job) for job in wanted]
+    engine.start()
+    answers, expected = [one.answer()[0] for one in asked], [alone(half, job)[0] for job in wanted]
+    engine.close()
+    other = [number for number, pair in enumerate(zip(answers, expected, strict=True)) if pair[0] != pair[1]]
+    assert len(other) < len(wanted) / 4
+    for number in other:
+        said, theirs = answers[number], expected[number]
+        same = next(at for at in range(len(theirs) + 1) if not said.startswith(theirs[: at + 1]))  # a token is a byte
+        ids = half.answerer.encode([Turn("human", wanted[number]["words"])], Options()).ids
+        likeliest = np.sort(half.logits([[*ids, *half.tokenizer.encode(theirs[:same])[0]]])[0, -1])
+        assert likeliest[-1] - likeliest[-2] < 0.02 * abs(likeliest[-1]), wanted[number]
+    assert expected != [alone(lmm, job)[0] for job in wanted], "of float32 it would be no test"
+
+
 def test_an_end_token_ends_an_answer(lmm):
     free = lmm.answers([([], "hello")], Options(max_new_tokens=12))[0]
     (third,) = lmm.tokenizer.encode(free.text)[0][2:3].tolist()

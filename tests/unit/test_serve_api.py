@@ -6,6 +6,7 @@ import http.client
 import http.server
 import io
 import json
+import re
 import socket
 import threading
 from urllib.parse import urlsplit
@@ -71,6 +72,15 @@ def post(address: str, path: str, body: bytes | str, **headers: str) -> tuple[in
     read = answer.status, json.loads(answer.read())
     connection.close()
     return read
+
+
+def counted(address: str) -> dict[str, int]:
+    """Chat requests that are over, by status."""
+    connection = http.client.HTTPConnection(urlsplit(address).netloc)
+    connection.request("GET", "/metrics")
+    text = connection.getresponse().read().decode()
+    found = re.findall(r'deepstack_requests_total{path="/v1/chat/completions",status="(\d+)"} (\d+)', text)
+    return {status: int(count) for status, count in found}
 
 
 def chat_body(**more) -> str:
@@ -265,6 +275,7 @@ def test_a_full_queue_answers_429_and_who_leaves_makes_room(lmm, caplog):
             ask(client, user("hi"))
         stream.close()
         until(lambda: not engine.load[1])
+        until(lambda: counted(address) == {"429": 1, "499": 1})
         stream = ask(client, user("hi"), stream=True)
         engine.close()
         engine.start()
@@ -272,6 +283,7 @@ def test_a_full_queue_answers_429_and_who_leaves_makes_room(lmm, caplog):
             list(stream)
         with pytest.raises(openai.InternalServerError, match=STOPPING):
             ask(client, user("hi"))
+        until(lambda: counted(address) == {"429": 1, "499": 1, "503": 2})
         connection = http.client.HTTPConnection(urlsplit(address).netloc)
         connection.request("GET", "/health")
         assert connection.getresponse().status == 503
@@ -294,9 +306,11 @@ def test_a_defect_in_the_middle_of_a_stream_is_an_error_event(lmm, caplog, monke
         stream, said = ask(client, user("hi"), stream=True), []
         with pytest.raises(openai.APIError, match=DEFECT):
             said += [part.choices[0].delta.content for part in iter(stream)] or []
+        until(lambda: counted(address) == {"503": 1})
         monkeypatch.setattr(engine, "encode", lambda *_, **__: 1 / 0)
         with pytest.raises(openai.InternalServerError, match=DEFECT):
             ask(client, user("hi"))
+        assert counted(address) == {"500": 1, "503": 1}
     engine.close()
 
 

@@ -18,7 +18,7 @@ from deepstack_jax.errors import ConfigError, WeightsError
 from deepstack_jax.train.checkpoint.init_weights import open_start
 from deepstack_jax.weights.checkpoint_files import processor_of, read_model_json
 from deepstack_jax.weights.load import is_finite, load_params, stored_leaves
-from deepstack_jax.weights.open_checkpoint import find_folder, open_checkpoint
+from deepstack_jax.weights.open_checkpoint import end_tokens, find_folder, open_checkpoint
 from deepstack_jax.weights.save import save_checkpoint
 from tests.parity.goldens import load_case, write_folder
 
@@ -242,6 +242,12 @@ def test_end_tokens_are_those_of_generation_config(generation, config, ends, fol
         say(folder, "generation_config.json", eos_token_id=wrong)
         with pytest.raises(WeightsError, match=r"eos_token_id is .*, expected ids"):
             open_checkpoint(folder)
+
+
+def test_a_folder_that_says_nothing_has_no_end_tokens(tmp_path):
+    assert end_tokens(tmp_path) == ()
+    say(tmp_path, "generation_config.json", eos_token_id=[7, 9])
+    assert end_tokens(tmp_path) == (7, 9)
 
 
 def test_an_answer_ends_at_an_end_token_of_the_folder(folder):
