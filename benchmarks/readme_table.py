@@ -1,6 +1,6 @@
 """Writes the demo's measured table, pictures and answers into README.md: `python -m benchmarks.readme_table runs/demo`.
 
-Numbers and answers in the README come from here and from nowhere else; run it after `make demo` (`make readme` does both).
+Run it after `make demo` (`make readme` does both): the demo's numbers and answers in README come from here and nowhere else.
 """
 
 from __future__ import annotations
@@ -76,14 +76,9 @@ def _run(command: list[str], typed: str = "") -> str:
     return subprocess.run(command, input=typed, capture_output=True, text=True, check=True, cwd=REPOSITORY).stdout
 
 
-def main(folder: str) -> int:
-    """Rewrite the parts of README.md between the marks, and refresh docs/images."""
-    demo, readme = Path(folder), REPOSITORY / "README.md"
-    for needed in ("summary.json", "page.png"):
-        if not (demo / needed).is_file():
-            print(f"error: {demo / needed} does not exist; run `make demo` first", file=sys.stderr)
-            return 1
-    parts = {"demo": markdown(json.loads((demo / "summary.json").read_text())), "answers": answers(demo)}
+def write_parts(parts: dict[str, str]) -> int:
+    """Rewrite the parts of README.md between the marks of their names; 1 where a mark is missing, said in one line."""
+    readme = REPOSITORY / "README.md"
     text = readme.read_text()
     for name, part in parts.items():
         marked = re.compile(rf"(<!-- {name}:begin[^\n]*-->\n).*?(<!-- {name}:end -->)", re.DOTALL)
@@ -92,6 +87,19 @@ def main(folder: str) -> int:
             print(f"error: README.md has no {name}:begin and {name}:end marks", file=sys.stderr)
             return 1
     readme.write_text(text)
+    return 0
+
+
+def main(folder: str) -> int:
+    """Rewrite what the demo says in README.md, and refresh docs/images."""
+    demo = Path(folder)
+    for needed in ("summary.json", "page.png"):
+        if not (demo / needed).is_file():
+            print(f"error: {demo / needed} does not exist; run `make demo` first", file=sys.stderr)
+            return 1
+    parts = {"demo": markdown(json.loads((demo / "summary.json").read_text())), "answers": answers(demo)}
+    if failed := write_parts(parts):
+        return failed
     images = REPOSITORY / "docs" / "images"
     images.mkdir(parents=True, exist_ok=True)
     shutil.copy(demo / "pages.png", images / "pages.png")
