@@ -13,7 +13,7 @@ import tempfile
 from pathlib import Path
 
 REPOSITORY = Path(__file__).parents[1]
-WANTED = (".[tpu,cuda,gcs]", "setuptools>=77")  # setuptools builds the package
+WANTED = (".[tpu,cuda,gcs,serve,quantised]", "setuptools>=77")  # setuptools builds the package
 MARKERS = ('python_version < "3.12"', 'python_version >= "3.12"')
 HEAD = """\
 # The versions with which the tests ran, for machines that should all be alike: pip install --constraint constraints.txt .
