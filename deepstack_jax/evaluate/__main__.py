@@ -1,5 +1,6 @@
 """Score a model on held-out rows: `python -m deepstack_jax.evaluate --model=DIR --data=val.json --images=DIR`."""
 
+import sys
 from collections import Counter
 from contextlib import nullcontext
 from dataclasses import asdict, replace
@@ -15,13 +16,17 @@ from deepstack_jax import cli
 from deepstack_jax.api import DTYPES, load_in_verb
 from deepstack_jax.atomic import write_json, write_lines, write_whole
 from deepstack_jax.config import Config, MeshConfig, build_config, from_stored, to_dict
+from deepstack_jax.data.example import Source
 from deepstack_jax.data.fingerprint import describe_files, describe_options
 from deepstack_jax.data.formats import files
 from deepstack_jax.data.open import MissingError, open_files, open_source
 from deepstack_jax.errors import ConfigError
 from deepstack_jax.evaluate.benchmarks.registry import TASKS, find_task
 from deepstack_jax.evaluate.checkpoint import EvalCheckpoint
+from deepstack_jax.evaluate.compare import Comparison, compare, comparison_table
+from deepstack_jax.evaluate.compare_page import PICTURES, SIDE, render_page
 from deepstack_jax.evaluate.on_mesh import MeshAnswerer, over_mesh, share_of
+from deepstack_jax.evaluate.pictures import pictures_of
 from deepstack_jax.evaluate.questions import check_questions
 from deepstack_jax.evaluate.results import (
     PREDICTIONS,
@@ -52,6 +57,7 @@ Answer a held-out set by greedy generation, and score the answers.
   python -m deepstack_jax.evaluate --model=DIR --config=configs/receipts.py --config.data.root=receipts --limit=20
 
   python -m deepstack_jax.evaluate --model=DIR --tasks=docvqa,seed:likelihood --data=benchmarks --out=scores/DIR
+  python -m deepstack_jax.evaluate --compare scores/a scores/b --out=runs/compare
 
   --model=DIR           Hugging Face folder or hub id (DeepStack, LLaVA-1.5, LLaVA-NeXT), or the workdir of a training run
   --adapter=DIR         LoRA adapters over the model: the workdir of a run that trained some, or a folder of PEFT
@@ -62,6 +68,8 @@ Answer a held-out set by greedy generation, and score the answers.
                         and evaluation.batch_size. With neither, a workdir's own: as many rows as its run evaluates
   --config.KEY=VALUE    overrides a key of that file or of the run, with --data too: --config.data.limits.text_bytes=100000000
   --limit=N             the first N rows
+  --compare A B         two folders of --out side by side, an interval for every difference, and in --out compare.html with the
+                        questions on which they differ; pictures come from --data, or where the benchmarks were
   --out=DIR             writes predictions.jsonl (every prompt, answer and score) and results.json, of --tasks in a folder each
   --max_new_tokens=64   most tokens of an answer; of --tasks as each says if left out
   --batch_size=8        questions answered at once; the answers do not depend on it
@@ -83,6 +91,7 @@ FLAGS = (
     cli.Flag(flags.DEFINE_string, "data", None, "File of held-out rows, or folder of benchmarks."),
     cli.Flag(flags.DEFINE_string, "tasks", "", "Benchmarks, NAME or NAME:PROTOCOL, between commas."),
     cli.Flag(flags.DEFINE_string, "images", "", "Image root."),
+    cli.Flag(flags.DEFINE_multi_string, "compare", [], "Two folders of --out, which are compared."),
     cli.Flag(flags.DEFINE_integer, "limit", None, "Most rows.", lower_bound=1),
     cli.Flag(flags.DEFINE_string, "out", None, "Folder for predictions.jsonl and results.json."),
     cli.Flag(flags.DEFINE_integer, "max_new_tokens", None, "Most tokens of an answer.", lower_bound=1),
@@ -97,6 +106,8 @@ MAX_NEW_TOKENS, BATCH_SIZE = 64, 8  # with --data
 
 def main() -> int:
     given: dict[str, Any] = {flag.name: flag.value for flag in FLAGS}
+    if given["compare"]:
+        return compare_two(given)
     if not given["model"]:
         raise ConfigError("--model is missing; e.g. --model=DIR with a Hugging Face folder or the workdir of a training run")
     if given["tasks"] and not given["data"]:
@@ -166,6 +177,36 @@ def mesh_of_flags() -> MeshConfig:
     flag = flags.FLAGS["config"]
     changes = {} if flag.value is None else config_flags.get_override_values(flag)
     return MeshConfig(**{key.removeprefix("mesh."): value for key, value in changes.items() if key.startswith("mesh.")})
+
+
+def compare_two(given: dict[str, Any]) -> int:
+    """What --compare asks for: a table, and a page in --out."""
+    if len(given["compare"]) != 2:
+        raise ConfigError(f"--compare got {plural(len(given['compare']), 'evaluation')}, expected two: --compare A B")
+    console, found = Console(), compare(*given["compare"])
+    out = cli.writable_folder(given["out"] or "runs/compare", "out")
+    pictures = {one.title: pictures_of(source_of(one, given), Config().data, SIDE, PICTURES) for one in found}
+    page = render_page(found, pictures)
+    write_whole(out / "compare.html", page.encode("utf-8", "replace"))
+    for one in found:
+        for warning in one.warnings:
+            console.print(f"warning: {' '.join(filter(None, (one.title, warning)))}", soft_wrap=True)
+    console.print(comparison_table(found))
+    console.print(f"written: {out / 'compare.html'} ({len(page) / 1e6:.1f} MB)", soft_wrap=True)
+    return cli.EXIT_DONE
+
+
+def source_of(comparison: Comparison, given: dict[str, Any]) -> Source | None:
+    """The rows of a comparison, for their pictures; None where they are not at hand, as --data is not given."""
+    if not comparison.title:
+        return open_files(given["data"], given["images"]) if given["data"] else None
+    name, _, protocol = comparison.title.partition(":")
+    root = files.absolute(given["data"] or comparison.first.results["data"].removesuffix(TASKS[name].folder))
+    try:
+        return find_task(name, root, protocol or "own").source
+    except MissingError as error:
+        Console().print(f"without pictures of {name}: {error}; give --data=ROOT", soft_wrap=True)
+        return None
 
 
 def load_over(mesh: Mesh, given: dict[str, Any]) -> MeshAnswerer:
@@ -267,6 +308,14 @@ def with_changes(workdir: str | None) -> Config:
     return build_config(values)
 
 
+def two_at_once(words: list[str]) -> list[str]:
+    """A command line with `--compare A B` as two flags of one value."""
+    at = next((at for at, word in enumerate(words) if word in ("--compare", "-compare")), len(words))
+    flags = [f"--compare={word}" for word in words[at + 1 : at + 3]]
+    return [*words[:at], *flags, *words[at + 3 :]]
+
+
 if __name__ == "__main__":
+    sys.argv = two_at_once(sys.argv)
     less = "lower --batch_size or --max_new_tokens, or choose --dtype=bfloat16"
     cli.run(main, USAGE, FLAGS, less)

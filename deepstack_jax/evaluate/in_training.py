@@ -9,18 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from deepstack_jax.atomic import write_json, write_lines
-from deepstack_jax.config import Config, DataConfig
+from deepstack_jax.config import Config
 from deepstack_jax.data.encode.encoder import Encoder, try_record
 from deepstack_jax.data.encode.sizes import encoded_tokens, measure
-from deepstack_jax.data.example import BadExample, Example, Source, SourceError
-from deepstack_jax.data.formats.image_files import read_image
+from deepstack_jax.data.example import BadExample, Source, SourceError
 from deepstack_jax.data.open import check_images, open_source
 from deepstack_jax.data.order.mixture import epoch_order
 from deepstack_jax.data.overlap import find_overlap
 from deepstack_jax.evaluate.held_out import HeldOut
+from deepstack_jax.evaluate.pictures import thumbnails
 from deepstack_jax.evaluate.questions import check_rows, uninterrupted
 from deepstack_jax.evaluate.results import data_name, flat_scores, protocol_of, summarise, table_of
 from deepstack_jax.evaluate.tasks import Prediction
@@ -98,7 +97,8 @@ class TrainingEvaluation:
         shown = predictions[: self._config.evaluation.samples]
         self.log.write(step, {**numbers, "validation_bad_examples": len(left_out)})
         if shown:
-            picture = thumbnail(self.held_out.task.source, shown[0].row, self._config.data)
+            pictures = thumbnails(self.held_out.task.source, shown[0].row, self._config.data, THUMBNAIL, 1)
+            picture = np.asarray(pictures[0]) if pictures else None
             self.log.sample(step, "samples", "\n\n".join(map(sample_line, shown)), picture)
         self._console.print(f"step {step}: {loss_line(numbers, self.held_out.rows)}")
         self._print(shown)
@@ -215,20 +215,6 @@ def sample_line(prediction: Prediction) -> str:
     mark = "right" if prediction.scores["exact_match"] else "wrong"
     expected = " or ".join(map(repr, prediction.references))
     return f"{mark}: {prediction.question!r} -> {prediction.prediction!r} (expected {expected})"
-
-
-def thumbnail(source: Source, index: int, data: DataConfig) -> np.ndarray | None:
-    """The first picture of an example as u8[y, x, 3], shrunk; None where it has none that can be read."""
-
-    def draw(example: Example) -> np.ndarray | None:
-        if not example.images:
-            return None
-        picture = read_image(example.images[0], data)[0].convert("RGB")
-        picture.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS)
-        return np.asarray(picture)
-
-    drawn = try_record(source, index, draw, lost=True)
-    return None if isinstance(drawn, BadExample) else drawn
 
 
 def first_sizes(source: Source, config: Config) -> dict[str, int]:
