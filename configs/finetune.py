@@ -17,7 +17,7 @@ weights. Docs: docs/finetune.md.
 
 from deepstack_jax.config import ConfigError, config_from_weights
 
-PROJECTOR = r"^(projector|tap_projectors_\d+|image_newline)(/|$)"
+PROJECTOR = r"^(projector|deepstack_mergers_\d+|image_newline)(/|$)"
 # What trains: (pattern of the parameter's path, its group), the first match wins; and the learning rate of every group.
 SETTINGS = {
     "lora": (((r"^layers/.*/kernel$", "lora"), (PROJECTOR, "projector"), (r".*", "frozen")), {"lora": 2e-4, "projector": 2e-5}),

@@ -25,10 +25,16 @@ class Layer(NamedTuple):
     kind: str  # "layer" of the decoder | "vision layer" of the tower (DeepStack-V)
     number: int  # from 0
     group: int
+    state: int | None = None  # the tower's hidden state that the group is made of, where it is a tap
 
     @property
     def name(self) -> str:
         return f"{self.kind} {self.number}"
+
+    @property
+    def source(self) -> str:
+        """What is added there."""
+        return f"group {self.group}" + ("" if self.state is None else f", tap of hidden state {self.state}")
 
 
 def injecting_layers(config: Config) -> tuple[Layer, ...]:
@@ -36,7 +42,8 @@ def injecting_layers(config: Config) -> tuple[Layer, ...]:
     stack, groups = config.deepstack, config.layout.groups
     schedule = stack.tower_schedule(config.vision, groups) or stack.decoder_schedule(config.decoder.layers, groups)
     kind = "vision layer" if stack.into == "vision" else "layer"
-    return tuple(Layer(kind, number, group) for number, group in enumerate(schedule) if group >= 0)
+    states = dict(enumerate((state for state, _ in stack.taps), groups - len(stack.taps)))
+    return tuple(Layer(kind, number, group, states.get(group)) for number, group in enumerate(schedule) if group >= 0)
 
 
 @dataclass(frozen=True)

@@ -94,12 +94,14 @@ def method(config: Config) -> str:
         first += ", after them those of the cells" if image.kind.upsampled else ", after them those of the crops"
     if not layers:
         return f"{first}. Nothing is injected."
-    what = {
+    of_views = {
+        "none": "",
         "crops": f"the crops' tokens, dealt into groups by {stack.sampling!r} sampling,",
         "dummy": "the global view's own tokens",
         "global": "the global view's own tokens",
         "global_crops": f"the global view's tokens, then the crops' in groups by {stack.sampling!r} sampling,",
-    }[stack.stack]
+    }[stack.stack_of_views]
+    what = " and ".join(filter(None, (of_views, stack.taps and "the global view's tokens by other layers of the tower (taps)")))
     where = "hidden states of the decoder" if stack.into == "decoder" else "global view's tokens inside the vision tower"
     return f"{first}. At the inputs of the layers below, {what} are added to the {where}. Layers count from 0."
 
@@ -108,7 +110,7 @@ def layer_tags(config: Config) -> list[Tag]:
     """The legend of all layers, and the groups that reach none."""
     layers = injecting_layers(config)
     colours = [hex_code(colour) for colour in pictures.layer_colours(len(layers))]
-    tags = [Tag(code, f"{layer.name}, group {layer.group}") for layer, code in zip(layers, colours, strict=True)]
+    tags = [Tag(code, f"{layer.name}, {layer.source}") for layer, code in zip(layers, colours, strict=True)]
     lost = sorted(set(range(config.layout.groups)) - {layer.group for layer in layers})
     if lost:
         tags.append(Tag("", f"never added, past the last layer: group {', '.join(map(str, lost))}"))

@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Iterator
 
 from deepstack_jax.config.fields import leaves
-from deepstack_jax.config.schema import Config, OptimizerConfig, RopeConfig
+from deepstack_jax.config.schema import TAPPED, Config, OptimizerConfig, RopeConfig
 from deepstack_jax.errors import ConfigError, nearest
 from deepstack_jax.layout.grid import anyres_grids
 from deepstack_jax.printing import label, plural, quote
@@ -32,6 +32,7 @@ def _problems(config: Config) -> Iterator[str]:
     yield from _in_train(config)
     yield from _in_rope(config.decoder.rope, config.decoder.head_dim // 2)
     yield from _in_deepstack(config)
+    yield from _in_taps(config)
     if config.deepstack.into == "vision":
         yield from _in_vision_injection(config)
 
@@ -157,10 +158,10 @@ def _in_image(config: Config) -> Iterator[str]:
             "already; use config.deepstack.sequence='global'"
         )
     if image.kind.grids == "pinpoints":
-        if stack.stack != "none" or stack.sequence != "global":
+        if stack.stack_of_views != "none" or stack.sequence != "global":
             yield (
-                f"config.image.mode={image.mode!r} is LLaVA-NeXT, which injects nothing; got sequence={stack.sequence!r}, "
-                f"stack={stack.stack!r}; set config.deepstack.stack='none', or use config.image.mode='hd'"
+                f"config.image.mode={image.mode!r} is LLaVA-NeXT, which injects no crops; got sequence={stack.sequence!r}, "
+                f"stack={stack.stack!r}; set config.deepstack.stack='none' or 'taps', or use config.image.mode='hd'"
             )
         try:
             anyres_grids(image.pinpoints, image.size)
@@ -175,7 +176,7 @@ def _in_image(config: Config) -> Iterator[str]:
     if stack.pool > 1 and (image.kind.mosaic or stack.high_res == "view"):
         yield (
             f"config.deepstack.pool {stack.pool} averages the tokens of single crops; it goes with config.image.mode "
-            "'deepstack', 'pad' or 'square' and config.deepstack.high_res='crops'"
+            "'deepstack', 'pad', 'square' or 'stretch' and config.deepstack.high_res='crops'"
         )
     if config.patch_side < stack.pool:
         yield f"config.deepstack.pool {stack.pool} is larger than the {config.patch_side} tokens of a crop's side"
@@ -243,8 +244,9 @@ def _in_vision_injection(config: Config) -> Iterator[str]:
 
 
 def _in_deepstack(config: Config) -> Iterator[str]:
-    layers, stack, groups = config.decoder.layers, config.deepstack, config.layout.groups
-    if "crops" in stack.sequence and stack.stack != "none":
+    layers, stack, every = config.decoder.layers, config.deepstack, config.layout.groups
+    groups = every - len(stack.taps)
+    if "crops" in stack.sequence and stack.stack_of_views != "none":
         yield f"config.deepstack.sequence={stack.sequence!r} already holds the crops; set config.deepstack.stack='none'"
     if stack.schedule:
         if len(stack.schedule) != layers:
@@ -261,9 +263,43 @@ def _in_deepstack(config: Config) -> Iterator[str]:
             f"config.deepstack.start {stack.start} lies beyond the {layers} decoder layers 0..{layers - 1}; "
             "nothing would be injected; lower it, or set config.deepstack.stack='none'"
         )
-    if unused := groups - sum(group >= 0 for group in stack.decoder_schedule(layers, groups)):
+    if unused := groups - sum(group >= 0 for group in stack.views_schedule(layers, every)):
         warnings.warn(
             f"{unused} of {groups} groups fall past the last of {layers} layers, never used "
             f"(config.deepstack.start {stack.start}, interval {stack.interval})",
+            stacklevel=5,
+        )
+
+
+def _in_taps(config: Config) -> Iterator[str]:
+    """Hidden states that the tower has, into layers that the decoder has, each of which gets one group at most."""
+    stack, vision, layers = config.deepstack, config.vision, config.decoder.layers
+    if bool(stack.taps) != (stack.stack in TAPPED):
+        yield (
+            f"config.deepstack.stack={stack.stack!r} with config.deepstack.taps {quote(stack.taps)}: expected pairs of a tower's "
+            "hidden state and a decoder layer, as ((9, 1), (17, 2), (25, 3)), with stack='taps' or 'crops_taps', and () otherwise"
+        )
+    if not stack.taps:
+        return
+    most, taken = vision.layers + vision.post_layers, stack.views_schedule(layers, config.layout.groups)
+    for state, layer in stack.taps:
+        if not 0 <= vision.layers_before(state) <= most:
+            yield f"config.deepstack.taps holds the hidden state {state}, expected {-vision.layers - 1}..{most} of this tower"
+        if layer >= layers:
+            yield f"config.deepstack.taps holds the decoder layer {layer}, expected 0..{layers - 1}"
+    into = [layer for _, layer in stack.taps]
+    if twice := {layer for layer in into if into.count(layer) > 1 or taken[layer] >= 0}:
+        yield (
+            f"config.deepstack: {plural(len(twice), 'decoder layer')} would get two groups: {', '.join(map(str, sorted(twice)))}; "
+            "give each tap a layer of its own, away from those of the crops (config.deepstack.start, interval or schedule)"
+        )
+    if stack.sequence == "crops":
+        yield "config.deepstack.taps belong to the global view, which sequence='crops' leaves out; use sequence='global_crops'"
+    if stack.pool > 1:
+        yield f"config.deepstack.taps do not go with config.deepstack.pool {stack.pool}; set pool=1"
+    if stack.stack == "taps" and "crops" not in stack.sequence and config.image.kind.stacks_crops:
+        warnings.warn(
+            f"config.deepstack.stack='taps' uses the global view alone, and config.image.mode={config.image.mode!r} encodes crops "
+            "beside it for nothing; config.image.mode='stretch' gives the same global view without them",
             stacklevel=5,
         )

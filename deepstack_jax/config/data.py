@@ -20,7 +20,7 @@ class ImageConfig:
     """How an image becomes crops (paper section 3.1; `data/encode/image.py`)."""
 
     # What an image becomes: crops of a grid; of a grid and its cells (DeepStack-HD); of a list of sizes (LLaVA-NeXT);
-    # no crops, padded or cut square
+    # no crops: padded, cut square, or stretched
     mode: Annotated[str, OneOf(MODES)] = "deepstack"
     size: Annotated[int, positive(16_384)] = 336  # side of a crop in pixels, equal to the vision tower's input
     num_crops: Annotated[int, positive(1024)] = 4  # most cells of the crop grid

@@ -11,10 +11,13 @@ from deepstack_jax.layout.sequence import SEQUENCES, STACKS, LayoutSpec
 from deepstack_jax.layout.stack import SAMPLINGS, layer_schedule
 from deepstack_jax.printing import plural
 
+TAPPED = {"taps": "none", "crops_taps": "crops"}
+"""Values of `config.deepstack.stack` with taps -> what the rest of the stack is made of."""
 SECTIONS: dict[str, dict[str, type]] = {"vision": {}, "decoder": {}}
 """Classes of the sections whose keys depend on their `architecture`, by its name; the families register theirs."""
 Width = Annotated[int, positive(2**20)]
 Layers = Annotated[int, positive(4096)]
+HiddenState = Annotated[int, Range(-4097, "a number", 4096)]
 Decay = Annotated[float, Range(0, "a number from 0 on and below 1", 1, below=True)]
 
 
@@ -46,9 +49,11 @@ class VisionConfig:
     @property
     def layers_run(self) -> int:
         """Layers whose output is used: hidden state -2 is the input of the last layer."""
-        if self.post_layers:
-            return self.layers + self.post_layers
-        return self.feature_layer if self.feature_layer >= 0 else self.layers + 1 + self.feature_layer
+        return self.layers + self.post_layers if self.post_layers else self.layers_before(self.feature_layer)
+
+    def layers_before(self, state: int) -> int:
+        """Layers that a hidden state has gone through, by its index as `feature_layer` counts."""
+        return state if state >= 0 else self.layers + 1 + state
 
     @property
     def parameters(self) -> int:
@@ -124,12 +129,16 @@ class DeepStackConfig:
     """What is in the sequence, what is injected, and where (paper sections 3.2, 3.3 and 4.3)."""
 
     sequence: Annotated[str, OneOf(SEQUENCES)] = "global"  # what is among the words, zero for tokens of exact zeros
-    stack: Annotated[str, OneOf(STACKS)] = "crops"  # what is injected
+    # What is injected: crops (the paper), `taps` (Qwen3-VL's form), both as crops_taps, or an ablation's
+    stack: Annotated[str, OneOf((*STACKS, *TAPPED))] = "crops"
+    # Hidden states of the tower at the global view, each by a merger of its own: pairs of the hidden state, counted as
+    # `vision.feature_layer` is, and the decoder layer at whose input it is added
+    taps: tuple[tuple[HiddenState, Annotated[int, count(most=4096)]], ...] = ()
     # How the crops' tokens become groups: every h-th row and w-th column, every h*w-th token, or a crop each
     sampling: Annotated[str, OneOf(SAMPLINGS)] = "2d"
     start: int = 1  # group k is added at the input of layer start + k * interval
     interval: Annotated[int, positive()] = 1  # layers from one group to the next
-    schedule: tuple[int, ...] = ()  # overrides start and interval: the group (or -1) of every layer
+    schedule: tuple[int, ...] = ()  # overrides start and interval: the group (or -1) of every layer, without taps
     # Where: DeepStack-L, or DeepStack-V: crops into the global view, inside the tower
     into: Literal["decoder", "vision"] = "decoder"
     # DeepStack-V: map j enters tower layer vision_start + j
@@ -143,14 +152,41 @@ class DeepStackConfig:
         grids = image.kind.possible_grids(
             image.num_crops, square=image.grid == "square", pinpoints=image.pinpoints, size=image.size
         )
-        side = patch_side // self.pool
-        return LayoutSpec(image.mode, side, image.num_crops, grids, self.sampling, self.sequence, self.stack, image.merge)
+        return LayoutSpec(
+            image.mode,
+            patch_side // self.pool,
+            image.num_crops,
+            grids,
+            self.sampling,
+            self.sequence,
+            self.stack_of_views,
+            image.merge,
+            len(self.taps),
+        )
 
-    def decoder_schedule(self, layers: int, groups: int) -> tuple[int, ...]:
-        """The group injected at the input of each of the decoder's layers, or -1."""
+    @property
+    def stack_of_views(self) -> str:
+        """What the groups beside the taps are made of."""
+        return TAPPED.get(self.stack, self.stack)
+
+    def tapped(self, vision: VisionConfig) -> tuple[int, ...]:
+        """The tower layer at whose input each tap's hidden state is; a layer past the last stands for the last one's output."""
+        return tuple(vision.layers_before(state) for state, _ in self.taps)
+
+    def tower_layers(self, vision: VisionConfig) -> int:
+        """Layers of the tower whose output the sequence or any group needs."""
+        return max(vision.layers_run, *self.tapped(vision))
+
+    def views_schedule(self, layers: int, groups: int) -> tuple[int, ...]:
+        """As `decoder_schedule`, without the taps."""
         if self.schedule:
             return self.schedule
-        return layer_schedule(layers, 0 if self.into == "vision" else groups, self.start, self.interval)
+        return layer_schedule(layers, 0 if self.into == "vision" else groups - len(self.taps), self.start, self.interval)
+
+    def decoder_schedule(self, layers: int, groups: int) -> tuple[int, ...]:
+        """The group injected at the input of each of the decoder's layers, or -1; taps have the last of all groups."""
+        tapped = {layer: groups - len(self.taps) + tap for tap, (_, layer) in enumerate(self.taps)}
+        return tuple(tapped.get(layer, group) for layer, group in enumerate(self.views_schedule(layers, groups)))
 
     def tower_schedule(self, vision: VisionConfig, groups: int) -> tuple[int, ...]:
         """DeepStack-V: the group added at the input of each tower layer, or -1; empty where nothing enters the tower.

@@ -65,16 +65,15 @@ class TowerFamily(Family):
     unused: tuple[str, ...] = ("vision_tower/post_norm/",)  # beginnings of the parameters that no feature depends on
 
     def build(self, config: Config, **settings: Any) -> nn.Module:
-        """The flax module, of the interface of `model/vision.py`'s VisionTower, with `attend`, `dtype` and `crop_shards`."""
+        """The flax module, of the interface of `model/vision.py`'s VisionTower.
+
+        It gets `attend`, `dtype`, `crop_shards` and `tapped`: layers whose input is given too, after the feature layer's.
+        """
         raise NotImplementedError
 
     def prefix_tokens(self, vision: VisionConfig) -> int:
         """Tokens before the patches' own in every sequence, such as CLS."""
         raise NotImplementedError
-
-    def taps(self, config: Config) -> tuple[tuple[int, int], ...]:
-        """(feature, projector) of the sequence and of each group of the stack; () = the first of both for all of them."""
-        return ()
 
     def names(self, config: Config) -> Names:
         """The table of its parameters; official names begin with TOWER."""

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from deepstack_jax.config import Config
 from deepstack_jax.families.base import decoder_of, tower_of
 from deepstack_jax.model.attention import AttentionFn, dot_product
-from deepstack_jax.model.deepstack import DeepStack, Tap
+from deepstack_jax.model.deepstack import DeepStack
 from deepstack_jax.model.variants import DeepStackV, HighResDeepStack, PooledDeepStack
 
 
@@ -18,8 +18,9 @@ def build_model(config: Config, attend: AttentionFn = dot_product, keep_inputs: 
     """
     stack, views, dtype = config.deepstack, config.layout.max_views, jnp.dtype(config.train.compute_dtype)
     tower, shards = tower_of(config), more.get("crop_shards", (1, 1))
+    tapped = stack.tapped(config.vision)
     settings = {
-        "vision_tower": tower.build(config, attend=attend, dtype=dtype, crop_shards=shards),
+        "vision_tower": tower.build(config, attend=attend, dtype=dtype, crop_shards=shards, tapped=tapped),
         "layers": decoder_of(config).build(config, attend=attend, dtype=dtype, keep_inputs=keep_inputs),
         "image": config.image,
         "vision": config.vision,
@@ -27,7 +28,7 @@ def build_model(config: Config, attend: AttentionFn = dot_product, keep_inputs: 
         "decoder": config.decoder,
         "dtype": dtype,
         "newline": config.image.newline,
-        "taps": tuple(Tap(*tap) for tap in tower.taps(config)),
+        "taps": len(tapped),
         **more,
     }
     if stack.into == "vision":

@@ -24,9 +24,9 @@ FORMATS = ("official", "llava-hf")
 HOW_IT_RUNS = ("position_std", "embed_std", "head_std", "scan", "remat")
 _NOT_OF_THE_WEIGHTS = (*HOW_IT_RUNS, "feature_layer", "post_layers", "max_positions")
 _SECTIONS = ("image.", "vision.", "projector.", "decoder.", "deepstack.")  # of the configuration, that say what is computed
-PROJECTOR, TAPS, NEWLINE = "model.mm_projector.", "model.tap_projectors.", "model.image_newline"
+PROJECTOR, MERGERS, NEWLINE = "model.mm_projector.", "model.deepstack_mergers.", "model.image_newline"
 # Beginnings of the tensors that no base model has: a new run draws them where its weights lack them.
-DRAWN = (PROJECTOR, TAPS, NEWLINE, "model.vision_tower.post_encoder.")
+DRAWN = (PROJECTOR, MERGERS, NEWLINE, "model.vision_tower.post_encoder.")
 # What folders call the tensors of an mm_projector.bin, and their beginnings in an official checkpoint.
 _PROJECTOR = (
     *((head + "mm_projector.", PROJECTOR) for head in ("model.", "base_model.model.model.", "")),
@@ -127,6 +127,8 @@ def check_against(run: Config, stored: Config, *, bare: bool = False) -> None:
         for section, name in keys
         if ours[section][name] != theirs[section].get(name)
     ]
+    if stored.deepstack.taps and run.deepstack.taps != stored.deepstack.taps:  # without mergers there, new ones are drawn
+        differing.append(f"config.deepstack.taps is {run.deepstack.taps}, the weights have {stored.deepstack.taps}")
     if differing:
         raise WeightsError(f"the weights are of another model than the run's: {'; '.join(differing)}; change one of them")
 
@@ -141,22 +143,24 @@ def model_names(config: Config) -> Iterator[Names]:
 
 
 def projector_names(config: Config) -> Iterator[Names]:
-    """The table of each projector: that of the sequence, then those of groups that have one of their own.
+    """The table of the projector, then those of the mergers of taps, whose names within are Qwen3-VL's.
 
     Upstream counts the activations between a projector's layers too, and does not count a single layer.
     """
     layers, sizes = config.projector.layers, {"E": config.vision.width, "D": config.decoder.width}
-    for number in range(1 + max((tap[1] for tap in tower_of(config).taps(config)), default=0)):
-        ours, theirs = ("projector", PROJECTOR) if number == 0 else (f"tap_projectors_{number - 1}", f"{TAPS}{number - 1}.")
-        rows = tuple(
-            Row(f"{ours}/fc{at + 1}/{leaf}", f"{theirs}{'' if layers == 1 else f'{2 * at}.'}{name}", layout, letters)
-            for at in range(layers)
-            for leaf, name, layout, letters in (
-                ("kernel", "weight", "linear", "D | D" if at else "E | D"),
-                ("bias", "bias", "same", "D"),
-            )
-        )
-        yield Names(rows, sizes)
+    places = [PROJECTOR if layers == 1 else f"{PROJECTOR}{2 * at}." for at in range(layers)]
+    shared = [_linear(f"projector/fc{at}", place, "E" if at == 1 else "D", "D") for at, place in enumerate(places, 1)]
+    yield Names(tuple(row for rows in shared for row in rows), sizes)
+    for number in range(len(config.deepstack.taps)):
+        ours, theirs = f"deepstack_mergers_{number}", f"{MERGERS}{number}."
+        norm = (Row(f"{ours}/norm/{leaf}", f"{theirs}norm.{name}", "same", "E") for leaf, name in (("scale", "weight"), ("bias", "bias")))
+        first = _linear(f"{ours}/fc1", f"{theirs}linear_fc1.", "E", "E")
+        yield Names((*norm, *first, *_linear(f"{ours}/fc2", f"{theirs}linear_fc2.", "E", "D")), sizes)
+
+
+def _linear(ours: str, theirs: str, inputs: str, outputs: str) -> tuple[Row, Row]:
+    kernel = Row(f"{ours}/kernel", f"{theirs}weight", "linear", f"{inputs} | {outputs}")
+    return kernel, Row(f"{ours}/bias", f"{theirs}bias", "same", outputs)
 
 
 def canonical(name: str, naming: str) -> str:

@@ -38,6 +38,7 @@ KNOWN = (
     *("mm_use_im_patch_token", "mm_use_im_start_end", "mm_vision_select_feature", "mm_vision_select_layer"),
     *("mm_vision_tower", "mm_vision_tower_lr"),
 )
+_ASPECTS = ("deepstack", "pad", "anyres", "square")
 _SAMPLINGS = ("2d", "1d", "grid", "2d_scaledown")
 
 
@@ -138,7 +139,7 @@ def _deepstack(values: Mapping[str, Any], tower_layers: int) -> dict[str, dict[s
 
 def _baseline(values: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """Image values of LLaVA-1.5 and LLaVA-NeXT."""
-    aspect = _choice(values, "image_aspect_ratio", "square", "deepstack", "pad", "anyres", "square")
+    aspect = _choice(values, "image_aspect_ratio", "square", *_ASPECTS)
     image: dict[str, Any] = {"mode": aspect, "merge": _choice(values, "mm_patch_merge_type", "flat", *MERGES)}
     if MODES[aspect].grids == "pinpoints":
         image["pinpoints"] = pinpoints_from(values.get("image_grid_pinpoints"))
@@ -156,6 +157,12 @@ def _never_injected(stack: dict[str, Any], layers: int) -> dict[str, Any]:
     return stack | {"start": DeepStackConfig.start}
 
 
+def without_taps(config: Config) -> Config:
+    """The same without the groups that no official code knows."""
+    stack = dataclasses.replace(config.deepstack, stack=config.deepstack.stack_of_views, taps=())
+    return dataclasses.replace(config, deepstack=stack)
+
+
 def is_baseline(config: Config) -> bool:
     """Whether the model is LLaVA-1.5 or LLaVA-NeXT: no crops, or crops in the sequence, and nothing injected or averaged."""
     return not config.image.kind.stacks_crops and config.deepstack.stack == "none" and config.deepstack.pool == 1
@@ -163,7 +170,7 @@ def is_baseline(config: Config) -> bool:
 
 def to_official(config: Config, passthrough: Mapping[str, Any], dtype: str) -> dict[str, Any]:
     """The config.json of an official folder; see `forms.to_hf`."""
-    family = decoder_of(config)
+    family, config = decoder_of(config), without_taps(config)
     kind, architecture = family.official_type(config.decoder, is_baseline(config))
     values = {"attention_dropout": 0.0, "bos_token_id": 1, "initializer_range": 0.02, "use_cache": True, **family.passthrough}
     values |= {key: value for key, value in passthrough.items() if key in PASSTHROUGH_KEYS}
@@ -176,9 +183,10 @@ def to_official(config: Config, passthrough: Mapping[str, Any], dtype: str) -> d
 
 def _multimodal(config: Config) -> dict[str, Any]:
     image, layers = config.image, config.projector.layers
+    aspect = "deepstack" if image.kind.stacks_crops else image.mode if image.mode in _ASPECTS else "square"
     values: dict[str, Any] = {
         "freeze_mm_mlp_adapter": False,
-        "image_aspect_ratio": "deepstack" if image.kind.stacks_crops else image.mode,
+        "image_aspect_ratio": aspect,
         "mm_hidden_size": config.vision.width,
         "mm_patch_merge_type": image.merge,
         "mm_projector_type": "linear" if layers == 1 else f"mlp{layers}x_gelu",

@@ -56,5 +56,6 @@ MODES = {
         ImageMode("anyres", "pinpoints", "stretch", mosaic=True, letterbox=True),  # LLaVA-NeXT
         ImageMode("pad", "", "pad"),  # LLaVA-1.5
         ImageMode("square", "", "centre"),  # CLIP's own preprocessing
+        ImageMode("stretch", "", "stretch"),  # DeepStack's global view alone; SigLIP's own preprocessing
     )
 }

@@ -50,6 +50,7 @@ class LayoutSpec:
     sequence: str  # one of SEQUENCES
     stack: str  # one of STACKS
     merge: str  # one of MERGES (anyres only)
+    taps: int = 0  # further groups, of the global view by other layers of the tower; they come last
 
     @property
     def kind(self) -> ImageMode:
@@ -70,7 +71,7 @@ class LayoutSpec:
     def groups(self) -> int:
         """J, the groups of the stack."""
         crops = self.upsampling**2 if self.kind.upsampled else self.num_crops
-        return {"none": 0, "crops": crops, "dummy": crops, "global": 1, "global_crops": crops + 1}[self.stack]
+        return {"none": 0, "crops": crops, "dummy": crops, "global": 1, "global_crops": crops + 1}[self.stack] + self.taps
 
     @property
     def max_views(self) -> int:
@@ -152,7 +153,7 @@ class LayoutSpec:
             unpad = self.merge == "spatial_unpad"
             box = unpad_box(size_wh, grid[0] * self.side, grid[1] * self.side) if unpad else None
             tokens = _global_and_mosaic(tokens.reshape(views, -1), grid, self.side, newline=unpad, box=box)
-        return VisualLayout(tokens, np.zeros((0, tokens.size), np.int32), views)
+        return VisualLayout(tokens, self._tapped(tokens.size), views)
 
     def _groups(self, base: np.ndarray, crops: np.ndarray, size: int) -> np.ndarray:
         """The stack i32[J, m] out of what the global view gives and what the crops give."""
@@ -167,6 +168,12 @@ class LayoutSpec:
             raise ValueError(
                 f"stack {self.stack!r} adds {groups.shape[1]} tokens per group to a sequence {self.sequence!r} of {size}"
             )
+        return np.concatenate([groups, self._tapped(size)])
+
+    def _tapped(self, size: int) -> np.ndarray:
+        """The groups of taps i32[taps, m]: the global view's tokens where the sequence has them, at its beginning."""
+        groups = np.full((self.taps, size), ZERO, np.int32)
+        groups[:, : self.patches] = np.arange(self.patches)
         return groups
 
 

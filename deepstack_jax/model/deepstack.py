@@ -1,8 +1,5 @@
 """The paper's figure 2 as code: encode, gather, project, merge, decode with injection."""
 
-from itertools import groupby
-from typing import NamedTuple
-
 import flax.linen as nn
 import jax.numpy as jnp
 from jax.typing import DTypeLike
@@ -14,19 +11,12 @@ from deepstack_jax.model.attention import Segments, causal_segment_mask, within_
 from deepstack_jax.model.decoder import ACTIVATION_AXES, Decoder
 from deepstack_jax.model.layers import Linear, by_rows, scaled, take_rows
 from deepstack_jax.model.merge import STACK_AXES, VisualIndex, invert_visual_index, merge
-from deepstack_jax.model.projector import Projector
+from deepstack_jax.model.projector import Merger, Projector
 from deepstack_jax.model.vision import VisionTower, return_crops, spread_crops
 from deepstack_jax.types import DecoderOutput, HostOrDevice, KVCache
 
 # Visual tokens on their way through the projector: cut over the batch and, along the tensor axis, over the tokens of a row.
 TOKEN_AXES = ("batch", "visual_tokens", None)
-
-
-class Tap(NamedTuple):
-    """What the sequence, or a group of the stack, is made of: one of the tower's features, by one of the projectors."""
-
-    feature: int = 0
-    projector: int = 0
 
 
 class DeepStack(nn.Module):
@@ -44,16 +34,15 @@ class DeepStack(nn.Module):
     dtype: DTypeLike = jnp.float32  # of activations; parameters are float32
     newline: bool = False  # whether there is an `image_newline`
     crop_shards: tuple[int, int] = (1, 1)  # shards of the batch, and devices that each of them spreads its crops over
-    # What the sequence and then each group of the stack is made of; empty: the tower's first features, by one projector.
-    taps: tuple[Tap, ...] = ()
+    taps: int = 0  # last groups of the stack, made of a further feature of the tower each, by a merger of its own
 
     def setup(self) -> None:
         cfg = self.decoder
         # Run again in the backward pass: what it keeps for it would be half as much again as the stack.
         make = nn.remat(Projector) if cfg.remat != "none" else Projector
         self.projector = make(self.project, cfg.width, self.dtype)
-        more = max((tap.projector for tap in self.taps), default=0)
-        self.tap_projectors = [make(self.project, cfg.width, self.dtype) for _ in range(more)]
+        make_merger = nn.remat(Merger) if cfg.remat != "none" else Merger
+        self.deepstack_mergers = [make_merger(cfg.width, self.dtype) for _ in range(self.taps)]
         embed_init = nn.with_logical_partitioning(nn.initializers.normal(cfg.embed_std), ("vocab", "embed"))
         self.embed = nn.Embed(cfg.vocab_size, cfg.width, dtype=self.dtype, embedding_init=embed_init)
         if not cfg.tied_head:
@@ -79,17 +68,17 @@ class DeepStack(nn.Module):
         return ((scaled - jnp.asarray(self.image.mean)) / jnp.asarray(self.image.std)).astype(self.dtype)
 
     def gather_project(
-        self, features: Float[HostOrDevice, "B CP E"], source: Int[HostOrDevice, "B Q"], projector: int = 0
+        self, features: Float[HostOrDevice, "B CP E"], source: Int[HostOrDevice, "B Q"], merger: int | None = None
     ) -> Float[Array, "B Q D"]:
         """Visual tokens by index, gathered in the narrow vision width; sentinels become exact zero and the newline.
 
         Args:
-          projector: 0 = the one of the sequence, k = the k-th of `tap_projectors`.
+          merger: which of the mergers brings them to the decoder's width; None = the projector.
         """
         count = source.shape[1]
         source = jnp.pad(jnp.asarray(source), ((0, 0), (0, -count % self.crop_shards[1])), constant_values=ZERO)
         chosen = nn.with_logical_constraint(take_rows(features, source), TOKEN_AXES)
-        tokens = jnp.where((source >= 0)[..., None], self.project_by(projector)(chosen), 0)
+        tokens = jnp.where((source >= 0)[..., None], self.project_by(merger)(chosen), 0)
         if self.newline:
             # Chosen in float32, so that the newline's gradient is added up in it.
             newline = jnp.where((source == NEWLINE)[..., None], self.image_newline, tokens.astype(jnp.float32))
@@ -98,9 +87,9 @@ class DeepStack(nn.Module):
         # From tokens to width while all of them are one axis: each device then sends and keeps its part of the stack only.
         return nn.with_logical_constraint(tokens, STACK_AXES[1:])[:, :count]
 
-    def project_by(self, projector: int) -> Projector:
-        """One of the projectors, as `Tap` numbers them."""
-        return self.tap_projectors[projector - 1] if projector else self.projector
+    def project_by(self, merger: int | None) -> Projector | Merger:
+        """A merger by its number, or the projector."""
+        return self.projector if merger is None else self.deepstack_mergers[merger]
 
     def embed_tokens(self, tokens: Int[HostOrDevice, "B T"]) -> Float[Array, "B T D"]:
         """Embeddings of text tokens."""
@@ -109,17 +98,13 @@ class DeepStack(nn.Module):
 
     def visual_tokens(self, batch: Batch) -> tuple[Float[Array, "B M D"], Float[Array, "J B M D"] | None]:
         """What is in the sequence, and the stack of groups that is injected (None if the batch has no group)."""
-        features = self.encode(batch.pixels)
+        features, *tapped = self.encode(batch.pixels)
         rows, groups, visual = batch.stack_source.shape
         source = jnp.concatenate([batch.token_source[:, None], batch.stack_source], axis=1)
-        taps = self.taps or (Tap(),) * (1 + groups)
-        made = []
-        for tap, run in groupby(range(1 + groups), taps.__getitem__):  # all in one, where one projector makes them all
-            sets = list(run)
-            part = source[:, sets[0] : sets[-1] + 1]
-            tokens = self.gather_project(features[tap.feature], part.reshape(rows, -1), tap.projector)
-            made.append(tokens.reshape(rows, -1, visual, tokens.shape[-1]))
-        tokens = jnp.concatenate(made, axis=1)
+        views = 1 + groups - self.taps  # what one projector makes: the sequence, and the groups of the views
+        made = [self.gather_project(features, source[:, :views].reshape(rows, -1))]
+        made += [self.gather_project(one, source[:, views + merger], merger) for merger, one in enumerate(tapped)]
+        tokens = jnp.concatenate(made, axis=1).reshape(rows, 1 + groups, visual, -1)
         stack = jnp.moveaxis(tokens[:, 1:], 1, 0)
         stack = nn.with_logical_constraint(stack, STACK_AXES)
         return tokens[:, 0], stack if groups else None

@@ -32,11 +32,11 @@ class PooledDeepStack(DeepStack):
     pool: int = 1  # side of the squares
 
     def gather_project(
-        self, features: Float[HostOrDevice, "B CP E"], source: Int[HostOrDevice, "B Q"], projector: int = 0
+        self, features: Float[HostOrDevice, "B CP E"], source: Int[HostOrDevice, "B Q"], merger: int | None = None
     ) -> Float[Array, "B Q D"]:
         """Visual tokens by index into the averaged ones; a row or column that fills no square is dropped, as upstream."""
         rows, side = features.shape[0], self.image.size // self.vision.patch_size
-        tokens = self.project_by(projector)(features).reshape(-1, side, side, self.decoder.width).astype(jnp.float32)
+        tokens = self.project_by(merger)(features).reshape(-1, side, side, self.decoder.width).astype(jnp.float32)
         tokens = nn.avg_pool(tokens, (self.pool, self.pool), (self.pool, self.pool)).astype(self.dtype)
         tokens = tokens.reshape(rows, -1, self.decoder.width)
         return jnp.where((source >= 0)[..., None], take_rows(tokens, source), 0)

@@ -108,7 +108,7 @@ class VisionTower(nn.Module):
     crop_shards: tuple[int, int] = (1, 1)  # see `spread_crops`
     class_token: bool = True  # CLS, before the patches
     layer: type[EncoderLayer] = EncoderLayer
-    # Layers whose input is a feature of its own beside the last one's output; see `Tap`.
+    # Layers whose input is a feature of its own, beside that of the feature layer
     tapped: tuple[int, ...] = ()
 
     def setup(self) -> None:

@@ -88,7 +88,7 @@ def _tower_saved(program: Program, local: float) -> float:
     tokens = config.patch_side**2 + tower.prefix_tokens(cfg)
     # Where nothing is recomputed, scores several times over too, in float32.
     each = tower.layer(cfg).kept + 8 * cfg.heads * tokens if config.decoder.remat == "none" else cfg.width
-    return local * config.data_spec.crop_slots / program.mesh.shape["tensor"] * tokens * cfg.layers_run * each
+    return local * config.data_spec.crop_slots / program.mesh.shape["tensor"] * tokens * config.deepstack.tower_layers(cfg) * each
 
 
 def _stack(config: Config, local: float) -> float:
@@ -113,4 +113,5 @@ def _working(program: Program, local: float, length: int) -> float:
     logits = 3 * 4 * rows * chunk * cfg.vocab_size / tensor + 2 * width * cfg.width * cfg.vocab_size / tensor
     patches = config.patch_side**2
     features = width * rows * config.data_spec.crop_slots * patches * config.vision.width / tensor
+    features *= 1 + len(set(config.deepstack.tapped(config.vision)) - {config.vision.layers_run})
     return max(scores + products + weights, logits) + features

@@ -129,4 +129,4 @@ def _tower_traffic(config: Config, local: float, tensor: int, width: int) -> flo
     cfg, tower = config.vision, tower_of(config)
     tokens, each = config.patch_side**2 + tower.prefix_tokens(cfg), tower.layer(cfg).traffic
     crops = local * config.data_spec.crop_slots / tensor  # which lie over all devices
-    return crops * cfg.layers_run * (tokens * each * width + cfg.heads * tokens**2 * 12)
+    return crops * config.deepstack.tower_layers(cfg) * (tokens * each * width + cfg.heads * tokens**2 * 12)

@@ -125,7 +125,7 @@ def _stage(config: Config, path: str) -> int:
     """Where in the forward pass a parameter is first used."""
     if path.startswith("vision_tower/"):
         return _UNUSED if path.startswith(tower_of(config).unused) else _TOWER
-    if path.startswith(("projector/", "tap_projectors_")):
+    if path.startswith(("projector/", "deepstack_mergers_")):
         return _PROJECTOR
     if path.startswith(("embed/", "image_newline", "layers/layers/")):
         return _LAYERS
@@ -159,7 +159,7 @@ def _tower(config: Config, rows: int) -> Iterator[_Product]:
 
 def _encoded(config: Config, rows: int) -> Iterator[tuple[int, int, int]]:
     """(sequences, tokens of each, layers that they run through) of the tower."""
-    run, patches, prefix = config.vision.layers_run, config.patch_side**2, tower_of(config).prefix_tokens(config.vision)
+    run, patches, prefix = config.deepstack.tower_layers(config.vision), config.patch_side**2, tower_of(config).prefix_tokens(config.vision)
     slots, images = rows * config.data_spec.crop_slots, rows * config.data_spec.images_per_row
     if config.deepstack.into == "vision":  # all views to the first injection, the global views from there
         schedule = config.deepstack.tower_schedule(config.vision, config.layout.groups)
@@ -174,17 +174,17 @@ def _encoded(config: Config, rows: int) -> Iterator[tuple[int, int, int]]:
 
 
 def _projectors(config: Config, rows: int) -> Iterator[_Product]:
-    """On the tokens that are used, one by one of the sequence and of every group; recomputed as a layer is."""
-    shape = config.data_spec.batch_shape(rows, config.data.max_length)
-    taps = tower_of(config).taps(config) or ((0, 0),) * (1 if config.deepstack.into == "vision" else 1 + shape.groups)
-    for projector, names in enumerate(projector_names(config)):
-        tokens = rows * shape.visual * sum(tap[1] == projector for tap in taps)
-        if config.deepstack.pool > 1:
+    """On the tokens that are used, of the sequence and of every group, each tap's by its merger; recomputed as a layer is."""
+    shape, stack = config.data_spec.batch_shape(rows, config.data.max_length), config.deepstack
+    views = 1 if stack.into == "vision" else 1 + shape.groups - len(stack.taps)
+    for merger, names in enumerate(projector_names(config)):
+        tokens = rows * shape.visual * (1 if merger else views)
+        if stack.pool > 1:
             tokens = rows * shape.crops * config.patch_side**2
         kernels = list(_kernels(names))
         for number, (row, size) in enumerate(kernels, 1):
             again = config.decoder.remat != "none" and number < len(kernels)
-            below = _TOWER + 1 if number == 1 else _PROJECTOR + 1
+            below = _TOWER + 1 if number == 1 and not merger else _PROJECTOR + 1  # a merger begins with a norm
             yield _Product("projector", row.ours, 2.0 * tokens * size, 2.0 * tokens * size, again, below)
 
 

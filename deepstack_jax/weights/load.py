@@ -148,7 +148,7 @@ def _place(leaf: StoredLeaf, sharding: Sharding | None) -> jax.Array:
 def absent_leaves(tensors: Collection[str], config: Config) -> tuple[str, ...]:
     """Paths of the parameters that no base model has and these tensors lack, whole or in some layers.
 
-    A new run draws them: the projector over a bare language model, `image_newline`, and the layers after a plain tower.
+    A new run draws them: the projector over a bare language model, mergers, `image_newline`, and layers after a plain tower.
     """
     return tuple(
         path
@@ -223,6 +223,8 @@ def _cause(missing: list[str], unknown: list[str], wrong: Mapping[str, tuple[int
         return "The projector has other layers than mm_projector_type in config.json says; compare the two"
     if missing and all("mm_projector" in name for name in missing):
         return "There is no projector: give it with --projector=FILE (mm_projector.bin), or train one over a bare model"
+    if any("deepstack_mergers" in name for name in (*missing, *unknown)):
+        return "Mergers go with config.deepstack.taps, one for each; say there what the weights were trained with"
     if any("image_newline" in name for name in (*missing, *unknown)):
         return "image_newline goes with mm_patch_merge_type spatial_unpad or is_anyres_deepstack; check config.json"
     return "A file may be missing or belong to another model: compare the folder with its source"

@@ -93,7 +93,7 @@ def open_checkpoint(
     if tower_folder is not None:
         passthrough |= _passthrough(read_model_json(tower_folder / "config.json"), ("projection_dim",))
     if run is not None:
-        check_against(run, stored, bare=bare)
+        check_against(run, config, bare=bare)
         _drop_newline(folder, run, tensors)
     return StoredModel(
         path=folder,

@@ -1,7 +1,7 @@
 """A tower and a decoder that are defined here alone train, are saved, exported, planned and asked; nobody else knows a family.
 
-The tower has no class token and gives two features; the decoder has biases and its embeddings are its head; the second group
-of the stack has a projector of its own.
+The tower has no class token; the decoder has biases and its embeddings are its head; a hidden state of the tower is tapped
+beside the crops.
 """
 
 import ast
@@ -29,7 +29,7 @@ from deepstack_jax.families.base import TOWER, Names, Row, register
 from deepstack_jax.families.build import build_model
 from deepstack_jax.families.clip import Clip
 from deepstack_jax.families.llama import Llama
-from deepstack_jax.families.values import number
+from deepstack_jax.families.values import flag
 from deepstack_jax.generate.decoding import empty_cache
 from deepstack_jax.model.decoder import Attention, Decoder, InjectedBlock, SwiGLU
 from deepstack_jax.model.layers import RMSNorm
@@ -51,7 +51,7 @@ STEPS = 30
 @dataclass(frozen=True)
 class BareVision(VisionConfig):
     architecture: str = "bare_vit"
-    tapped: int = 1  # the layer whose input the second group of the stack is made of
+    class_token: bool = False  # whether there is one before the patches
 
 
 class BareTower(Clip):
@@ -60,14 +60,11 @@ class BareTower(Clip):
     architecture, section, model_types = "bare_vit", BareVision, ("bare_vit_model",)
 
     def build(self, config, **settings):
-        remat, tapped = config.decoder.remat != "none", (config.vision.tapped,)
-        return VisionTower(config.vision, config.image.size, remat=remat, class_token=False, tapped=tapped, **settings)
+        remat, token = config.decoder.remat != "none", config.vision.class_token
+        return VisionTower(config.vision, config.image.size, remat=remat, class_token=token, **settings)
 
     def prefix_tokens(self, vision):
-        return 0
-
-    def taps(self, config):
-        return ((0, 0), (0, 0), (1, 1), *((0, 0),) * (config.layout.groups - 2))
+        return int(vision.class_token)
 
     def names(self, config):
         names = super().names(config)
@@ -80,10 +77,11 @@ class BareTower(Clip):
 
     def from_hf(self, values):
         vision, size = super().from_hf(values | {"model_type": "clip_vision_model"})
-        return BareVision(**dataclasses.asdict(vision) | {"architecture": "bare_vit", "tapped": number(values, "tapped")}), size
+        own = {"architecture": "bare_vit", "class_token": flag(values, "class_token", False)}
+        return BareVision(**dataclasses.asdict(vision) | own), size
 
     def to_hf(self, config):
-        return super().to_hf(config) | {"model_type": "bare_vit_model", "tapped": config.vision.tapped}
+        return super().to_hf(config) | {"model_type": "bare_vit_model", "class_token": config.vision.class_token}
 
 
 @dataclass(frozen=True)
@@ -141,6 +139,8 @@ def config_of(more: dict | None = None) -> Config:
         "image.global_filter": "box",
         "vision.patch_size": 16,
         "vision.position_std": 0.02,
+        "deepstack.stack": "crops_taps",
+        "deepstack.taps": ((1, 0),),
         "data.source": "pages",
         "data.template": "direct",
         "data.tokenizer": "bytes",
@@ -179,8 +179,8 @@ def test_the_configuration_knows_its_further_keys():
     config = config_of()
     assert (type(config.vision), type(config.decoder)) == (BareVision, TiedDecoder)
     assert build_config(json.loads(json.dumps(to_dict(config)))) == config
-    with pytest.raises(ConfigError, match=r"unknown key config\.vision\.taped; nearest valid name: 'tapped'"):
-        build_config(to_dict(config) | {"vision": {"architecture": "bare_vit", "taped": 1}})
+    with pytest.raises(ConfigError, match=r"unknown key config\.vision\.clas_token; nearest valid name: 'class_token'"):
+        build_config(to_dict(config) | {"vision": {"architecture": "bare_vit", "clas_token": True}})
     for section in ("vision", "decoder"):
         with pytest.raises(ConfigError, match=rf"config\.{section}\.architecture got 'bare_vt'; .*valid name"):
             build_config({section: {"architecture": "bare_vt"}})
@@ -195,7 +195,7 @@ def test_its_table_has_the_parameters_of_its_model():
     assert ours == {"/".join(key.key for key in path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(shapes)}
     assert "head/kernel" not in ours
     assert "vision_tower/cls" not in ours
-    assert ours["tap_projectors_0/fc1/kernel"] == (16, 32)
+    assert (ours["deepstack_mergers_0/fc1/kernel"], ours["deepstack_mergers_0/fc2/kernel"]) == ((16, 16), (16, 32))
     assert ours["layers/layers/block/attention/q/bias"] == (5, 4, 8)
 
 
@@ -207,13 +207,13 @@ def test_a_group_is_made_of_its_own_layer_by_its_own_projector():
     assert len(features) == 2
     sequence, stack = model.apply({"params": params}, batch, method="visual_tokens")
 
-    def gathered(source, feature, projector):
-        return model.apply({"params": params}, features[feature], source, projector, method="gather_project")
+    def gathered(source, feature, merger):
+        return model.apply({"params": params}, features[feature], source, merger, method="gather_project")
 
-    np.testing.assert_allclose(sequence, gathered(batch.token_source, 0, 0), atol=1e-6)
-    for group, tap in enumerate([(0, 0), (1, 1), (0, 0), (0, 0)]):
-        np.testing.assert_allclose(stack[group], gathered(batch.stack_source[:, group], *tap), atol=1e-6)
-    assert np.abs(stack[1] - gathered(batch.stack_source[:, 1], 0, 0)).max() > 1e-3
+    np.testing.assert_allclose(sequence, gathered(batch.token_source, 0, None), atol=1e-6)
+    for group, made in enumerate([(0, None), (0, None), (0, None), (0, None), (1, 0)]):
+        np.testing.assert_allclose(stack[group], gathered(batch.stack_source[:, group], *made), atol=1e-6)
+    assert np.abs(stack[4] - gathered(batch.stack_source[:, 4], 0, None)).max() > 1e-3
 
 
 def test_it_trains_and_its_checkpoint_is_read(workdir):

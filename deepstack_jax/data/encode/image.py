@@ -49,7 +49,7 @@ def make_views(image: Image.Image, spec: "ImageConfig") -> Views:
     `deepstack`: the image resized to S x S, then stretched (or letterboxed) over the grid and cut. `anyres`: the same,
     always letterboxed. `hd`: further the crops of the global view and of each cell, both upsampled k = floor(sqrt(num_crops))
     times from the original image. `pad`: one view, squared with the mean colour. `square`: one view, the shorter side
-    resized to S and the centre cut.
+    resized to S and the centre cut. `stretch`: one view, resized to S x S.
 
     Args:
       image: any PIL image; RGB and L are used as they are.
@@ -66,7 +66,10 @@ def make_views(image: Image.Image, spec: "ImageConfig") -> Views:
     size, crop_filter, global_filter = spec.size, _filter(spec.crop_filter), _filter(spec.global_filter)
     grid = image_grid(image.size, spec)
     if grid is None:
-        whole = _centre(image, size, global_filter) if spec.kind.fill == "centre" else _pad(image, spec, global_filter)
+        if spec.kind.fill == "stretch":
+            whole = image.resize((size, size), global_filter)
+        else:
+            whole = _centre(image, size, global_filter) if spec.kind.fill == "centre" else _pad(image, spec, global_filter)
         return Views(_cut([(whole, (1, 1), 1)], size), None, image.size)
 
     rows, cols = grid

@@ -1,7 +1,7 @@
 """What a new run starts from: folders of weights, and the workdirs of earlier runs, which serve in their place.
 
 A workdir as `train.weights` gives all parameters, as `train.projector` those that stage 1 trains: the projector, and
-image_newline where both runs have one.
+mergers and image_newline where both runs have them.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from deepstack_jax.weights.open_checkpoint import StoredModel, open_checkpoint
 from deepstack_jax.weights.save import LeafLike
 from deepstack_jax.weights.stored_tensor import StoredTensor
 
-PROJECTOR = ("projector/", "image_newline")  # beginnings of the paths that stage 1 trains
+PROJECTOR = ("projector/", "deepstack_mergers_", "image_newline")  # beginnings of the paths that stage 1 trains
 NEWLINE = "model.image_newline"
 
 # What `convert` has as a flag.
