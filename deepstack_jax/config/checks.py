@@ -273,11 +273,11 @@ def _in_deepstack(config: Config) -> Iterator[str]:
 
 def _in_taps(config: Config) -> Iterator[str]:
     """Hidden states that the tower has, into layers that the decoder has, each of which gets one group at most."""
-    stack, vision, layers = config.deepstack, config.vision, config.decoder.layers
+    stack, vision, image, layers = config.deepstack, config.vision, config.image, config.decoder.layers
     if bool(stack.taps) != (stack.stack in TAPPED):
         yield (
-            f"config.deepstack.stack={stack.stack!r} with config.deepstack.taps {quote(stack.taps)}: expected pairs of a tower's "
-            "hidden state and a decoder layer, as ((9, 1), (17, 2), (25, 3)), with stack='taps' or 'crops_taps', and () otherwise"
+            f"config.deepstack.stack={stack.stack!r} with config.deepstack.taps {quote(stack.taps)}: expected pairs of a "
+            "hidden state and a decoder layer, as ((9, 1), (17, 2)), with stack='taps' or 'crops_taps', and () otherwise"
         )
     if not stack.taps:
         return
@@ -290,16 +290,17 @@ def _in_taps(config: Config) -> Iterator[str]:
     into = [layer for _, layer in stack.taps]
     if twice := {layer for layer in into if into.count(layer) > 1 or taken[layer] >= 0}:
         yield (
-            f"config.deepstack: {plural(len(twice), 'decoder layer')} would get two groups: {', '.join(map(str, sorted(twice)))}; "
-            "give each tap a layer of its own, away from those of the crops (config.deepstack.start, interval or schedule)"
+            f"config.deepstack: {plural(len(twice), 'decoder layer')} would get two groups: "
+            f"{', '.join(map(str, sorted(twice)))}; give each tap a layer of its own, away from the crops' "
+            "(config.deepstack.start, interval or schedule)"
         )
     if stack.sequence == "crops":
         yield "config.deepstack.taps belong to the global view, which sequence='crops' leaves out; use sequence='global_crops'"
     if stack.pool > 1:
         yield f"config.deepstack.taps do not go with config.deepstack.pool {stack.pool}; set pool=1"
-    if stack.stack == "taps" and "crops" not in stack.sequence and config.image.kind.stacks_crops:
+    if stack.stack == "taps" and "crops" not in stack.sequence and image.kind.stacks_crops and not image.kind.mosaic:
         warnings.warn(
-            f"config.deepstack.stack='taps' uses the global view alone, and config.image.mode={config.image.mode!r} encodes crops "
+            f"config.deepstack.stack='taps' uses the global view alone, and config.image.mode={image.mode!r} encodes crops "
             "beside it for nothing; config.image.mode='stretch' gives the same global view without them",
             stacklevel=5,
         )

@@ -175,7 +175,7 @@ class DeepStackConfig:
 
     def tower_layers(self, vision: VisionConfig) -> int:
         """Layers of the tower whose output the sequence or any group needs."""
-        return max(vision.layers_run, *self.tapped(vision))
+        return max((vision.layers_run, *self.tapped(vision)))
 
     def views_schedule(self, layers: int, groups: int) -> tuple[int, ...]:
         """As `decoder_schedule`, without the taps."""

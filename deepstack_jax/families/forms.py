@@ -153,7 +153,10 @@ def projector_names(config: Config) -> Iterator[Names]:
     yield Names(tuple(row for rows in shared for row in rows), sizes)
     for number in range(len(config.deepstack.taps)):
         ours, theirs = f"deepstack_mergers_{number}", f"{MERGERS}{number}."
-        norm = (Row(f"{ours}/norm/{leaf}", f"{theirs}norm.{name}", "same", "E") for leaf, name in (("scale", "weight"), ("bias", "bias")))
+        norm = (
+            Row(f"{ours}/norm/{leaf}", f"{theirs}norm.{name}", "same", "E")
+            for leaf, name in (("scale", "weight"), ("bias", "bias"))
+        )
         first = _linear(f"{ours}/fc1", f"{theirs}linear_fc1.", "E", "E")
         yield Names((*norm, *first, *_linear(f"{ours}/fc2", f"{theirs}linear_fc2.", "E", "D")), sizes)
 

@@ -88,7 +88,8 @@ def _tower_saved(program: Program, local: float) -> float:
     tokens = config.patch_side**2 + tower.prefix_tokens(cfg)
     # Where nothing is recomputed, scores several times over too, in float32.
     each = tower.layer(cfg).kept + 8 * cfg.heads * tokens if config.decoder.remat == "none" else cfg.width
-    return local * config.data_spec.crop_slots / program.mesh.shape["tensor"] * tokens * config.deepstack.tower_layers(cfg) * each
+    crops = local * config.data_spec.crop_slots / program.mesh.shape["tensor"]
+    return crops * tokens * config.deepstack.tower_layers(cfg) * each
 
 
 def _stack(config: Config, local: float) -> float:

@@ -159,7 +159,8 @@ def _tower(config: Config, rows: int) -> Iterator[_Product]:
 
 def _encoded(config: Config, rows: int) -> Iterator[tuple[int, int, int]]:
     """(sequences, tokens of each, layers that they run through) of the tower."""
-    run, patches, prefix = config.deepstack.tower_layers(config.vision), config.patch_side**2, tower_of(config).prefix_tokens(config.vision)
+    run, patches = config.deepstack.tower_layers(config.vision), config.patch_side**2
+    prefix = tower_of(config).prefix_tokens(config.vision)
     slots, images = rows * config.data_spec.crop_slots, rows * config.data_spec.images_per_row
     if config.deepstack.into == "vision":  # all views to the first injection, the global views from there
         schedule = config.deepstack.tower_schedule(config.vision, config.layout.groups)

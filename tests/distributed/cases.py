@@ -47,6 +47,12 @@ DIVISIBLE = {
 VARIANTS: dict[str, dict[str, Any]] = {
     "L": {},
     "V": {"image.grid": "square", "deepstack.into": "vision", "deepstack.vision_start": 1},
+    # Beside crops in layers 0, 1 and 3; the second hidden state is one that no feature needs.
+    "taps": {
+        "deepstack.stack": "crops_taps",
+        "deepstack.schedule": (0, 1, -1, 2, -1),
+        "deepstack.taps": ((1, 2), (-1, 4)),
+    },
     "HD": {"image.mode": "hd", "image.merge": "spatial_unpad", "data.max_images": 1},
 }
 # Most of such a model does not move.

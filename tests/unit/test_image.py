@@ -350,7 +350,14 @@ def test_wrong_specs_name_the_valid_values(change, message):
         make_views(noise("RGB", 10, 10), replace(ImageConfig(size=28), **change))
 
 
-@pytest.mark.parametrize("mode", ["deepstack", "pad", "square"])
+def test_a_stretched_view_is_the_global_view_beside_crops():
+    image = noise("RGB", 50, 31)
+    alone, beside = (make_views(image, ImageConfig(mode=mode, size=28)) for mode in ("stretch", "deepstack"))
+    assert (alone.grid, alone.pixels.shape) == (None, (1, 28, 28, 3))
+    np.testing.assert_array_equal(alone.pixels[0], beside.pixels[0])
+
+
+@pytest.mark.parametrize("mode", ["deepstack", "pad", "square", "stretch"])
 def test_image_without_pixels_is_refused(mode):
     with pytest.raises(ValueError, match="image of 0x4 has no pixels"):
         make_views(Image.new("RGB", (0, 4)), ImageConfig(mode=mode, size=28))
