@@ -101,7 +101,8 @@ def method(config: Config) -> str:
         "global": "the global view's own tokens",
         "global_crops": f"the global view's tokens, then the crops' in groups by {stack.sampling!r} sampling,",
     }[stack.stack_of_views]
-    what = " and ".join(filter(None, (of_views, stack.taps and "the global view's tokens by other layers of the tower (taps)")))
+    taps = "the global view's tokens by other layers of the tower (taps)" if stack.taps else ""
+    what = " and ".join(filter(None, (of_views, taps)))
     where = "hidden states of the decoder" if stack.into == "decoder" else "global view's tokens inside the vision tower"
     return f"{first}. At the inputs of the layers below, {what} are added to the {where}. Layers count from 0."
 

@@ -160,8 +160,9 @@ def _in_image(config: Config) -> Iterator[str]:
     if image.kind.grids == "pinpoints":
         if stack.stack_of_views != "none" or stack.sequence != "global":
             yield (
-                f"config.image.mode={image.mode!r} is LLaVA-NeXT, which injects no crops; got sequence={stack.sequence!r}, "
-                f"stack={stack.stack!r}; set config.deepstack.stack='none' or 'taps', or use config.image.mode='hd'"
+                f"config.image.mode={image.mode!r} is LLaVA-NeXT, which injects nothing of its crops; got "
+                f"sequence={stack.sequence!r}, stack={stack.stack!r}; set config.deepstack.stack='none' or 'taps', or use "
+                "config.image.mode='hd'"
             )
         try:
             anyres_grids(image.pinpoints, image.size)
