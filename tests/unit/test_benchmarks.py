@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+from benchmarks.task_table import OUTPUT, page
 from deepstack_jax.config import Config
 from deepstack_jax.data.encode.templates import get_template
 from deepstack_jax.data.example import ExampleError, SourceError
@@ -354,6 +355,10 @@ def test_a_table_without_a_column_and_a_row_of_other_types_are_told(tmp_path):
     task = find_task("docvqa", str(tmp_path))
     with pytest.raises(ExampleError, match="leaves the image root"):
         task.source[0]
+
+
+def test_the_tables_of_the_page_are_as_the_script_writes_them():
+    assert OUTPUT.read_text() == page(OUTPUT.read_text()), "run python -m benchmarks.task_table"
 
 
 def test_options_of_a_choice_become_its_lines(tmp_path):
