@@ -7,6 +7,7 @@
   --requests=N      requests for the memory; 2000 unless given
   --concurrent=N    of them at once, each compared with what `generate` says alone; 200 unless given
   --slots=N         answers that the server makes at once; 8 unless given
+  --context=N       tokens of a conversation: its template, two images, 90 of words and answer; 128 unless given
 
 Requests have 0 to 2 images and prompts and answers of mixed lengths, greedy. An answer may part from `generate`'s only where
 its two likeliest tokens are nearer than 1e-3. Ends with 1 where an answer is another, or where memory grew by more than 5%
@@ -45,7 +46,7 @@ from deepstack_jax.serve.__main__ import serve, start_engine
 from deepstack_jax.serve.engine import Limits
 
 MARGIN, GROWTH = 1e-3, 0.05
-CONTEXT, ALONE = 128, 30  # tokens of a conversation; requests that are sent one at a time
+ALONE = 30  # requests that are sent one at a time
 
 
 class Job(NamedTuple):
@@ -62,7 +63,7 @@ def drawn() -> LMM:
         image=ImageConfig(size=56, num_crops=4),
         vision=VisionConfig(patch_size=14, width=96, layers=4, heads=3, mlp=384),
         decoder=DecoderConfig("llama", 259, 384, 6, 6, 6, 64, 1024, embed_std=0.5, head_std=0.5),
-        data=DataConfig(template="direct", max_length=CONTEXT, max_images=1),
+        data=DataConfig(template="direct", max_length=128, max_images=1),
         train=TrainConfig(compute_dtype="float32"),
     )
     model, blank = build_model(config), pad_prompts([], config, rows=1, shape=PromptShape(64, 1))
@@ -77,11 +78,11 @@ def model_of(folder: str) -> LMM:
     return load(folder, "float32") if folder else drawn()
 
 
-def run_server(folder: str, slots: int, waiting: int, told: Connection) -> None:
+def run_server(folder: str, limits: Limits, told: Connection) -> None:
     """A process of its own, as users run it."""
     listening = socket.socket()
     listening.bind(("127.0.0.1", 0))
-    engine = start_engine(model_of(folder), Limits(slots, waiting, CONTEXT, 2, 32), None)
+    engine = start_engine(model_of(folder), limits, None)
     listening.listen()  # who comes before the server looks, waits
     told.send(listening.getsockname()[1])
     serve(engine, listening, "model", "", (), 32 << 20)
@@ -142,11 +143,12 @@ def main() -> int:
     parser.add_argument("--requests", type=int, default=2000)
     parser.add_argument("--concurrent", type=int, default=200)
     parser.add_argument("--slots", type=int, default=8)
+    parser.add_argument("--context", type=int, default=128)
     given = parser.parse_args()
-    context, console = multiprocessing.get_context("spawn"), Console(width=110)
-    hear, told = context.Pipe(duplex=False)
-    waiting = max(64, given.concurrent)
-    server = context.Process(target=run_server, args=(given.model, given.slots, waiting, told), daemon=True)
+    spawn, console = multiprocessing.get_context("spawn"), Console(width=110)
+    hear, told = spawn.Pipe(duplex=False)
+    limits = Limits(given.slots, max(64, given.concurrent), given.context, images=2, answer=32)
+    server = spawn.Process(target=run_server, args=(given.model, limits, told), daemon=True)
     server.start()
     told.close()
     client = openai.AsyncOpenAI(base_url=f"http://127.0.0.1:{hear.recv()}/v1", api_key="unused", max_retries=0, timeout=3600)
