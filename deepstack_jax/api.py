@@ -17,7 +17,9 @@ from jax import numpy as jnp
 from jax.typing import DTypeLike
 
 from deepstack_jax.config import Config
+from deepstack_jax.config.chat_template import own_template, template_in_words
 from deepstack_jax.config.words import as_repr, parts_in_words
+from deepstack_jax.data.encode.rendering import TemplateError
 from deepstack_jax.data.encode.templates import TEMPLATES
 from deepstack_jax.data.encode.tokenizer import (
     HFTokenizer,
@@ -26,6 +28,7 @@ from deepstack_jax.data.encode.tokenizer import (
     fitting_templates,
     lacking_end_of_turn,
     load_tokenizer,
+    template_problem,
 )
 from deepstack_jax.data.formats.image_files import ImageError
 from deepstack_jax.errors import ConfigError, flags_as
@@ -43,7 +46,7 @@ from deepstack_jax.train.core.optimizer import flatten, unflatten
 from deepstack_jax.types import PyTree
 from deepstack_jax.weights.adapters import is_adapter, merged
 from deepstack_jax.weights.load import load_params, stored_leaves
-from deepstack_jax.weights.open_checkpoint import end_tokens, find_folder, open_checkpoint
+from deepstack_jax.weights.open_checkpoint import StoredModel, end_tokens, find_folder, open_checkpoint
 from deepstack_jax.weights.save import LeafLike, save_checkpoint
 
 __all__ = ["LMM", "Answer", "Chat", "CheckpointError", "ImageError", "Options", "RequestError", "load", "save_hf"]
@@ -60,7 +63,7 @@ class LMM:
       config: the run or checkpoint; `config.train.compute_dtype` is that of the activations.
       params: the parameter tree.
       tokenizer: None where the checkpoint has none; then `logits` works and `generate` does not.
-      template: name of the conversation template that the model was trained on.
+      template: of conversations, as `config.data.template` says it: a name, or the text of the model's own chat template.
       pad_id: the token that `logits` takes for padding at the ends of a row.
       tokenizer_folder: where the tokenizer came from, "" without files; `save_hf` copies them.
       passthrough: keys of the checkpoint's config.json that `config` does not describe; `save_hf` writes them again.
@@ -81,7 +84,7 @@ class LMM:
         words = {
             **parts_in_words(self.config),
             "parameters": f"{size:,} in {self.config.train.compute_dtype}",
-            "template": self.template,
+            "template": template_in_words(self.template),
             "tokenizer": self.tokenizer_folder or (type(self.tokenizer).__name__ if self.tokenizer is not None else "none"),
         }
         return as_repr(type(self).__name__, words)
@@ -202,7 +205,8 @@ def load(
       projector: an mm_projector.bin, in place of the folder's.
       adapter: LoRA adapters over the model: the workdir of a run that trained some, or a folder of PEFT. They stay beside the
         kernels; `save_hf` merges them. A workdir with adapters, given as `path`, finds its base itself.
-      template: name of the conversation template, in place of that of the run or of such checkpoints.
+      template: name of a conversation template, in place of that of the run, of the folder's own chat template, or where it has
+        none of that of such checkpoints.
 
     Raises:
       RequestError: no such template; the nearest is named.
@@ -241,11 +245,9 @@ def _load(
     if is_workdir(folder):
         return _load_workdir(folder, kind, template, adapter)
     found = open_checkpoint(folder, tower=tower, base=base, projector=projector)
-    config = _computing_in(found.config, kind, template or found.template)
-    name = found.tokenizer or config.data.tokenizer
-    tokenizer = _tokenizer(name, config) if name else None
-    if tokenizer is not None and not template:
-        _warn_of_template(tokenizer, found.template)
+    name = found.tokenizer or found.config.data.tokenizer
+    tokenizer = _tokenizer(name, found.config) if name else None
+    config = _computing_in(found.config, kind, template or _template_of(found, tokenizer))
     if adapter:
         leaves = stored_leaves(found.tensors, config, np.dtype(kind))
         params = placed(over_base(leaves, open_adapter(adapter, config), folder), kind)
@@ -281,15 +283,28 @@ def save_hf(lmm: LMM, folder: str | PathLike[str], *, dtype: str = "", force: bo
     )
 
 
-def _warn_of_template(tokenizer: Tokenizer, template: str) -> None:
-    """A template is guessed by the architecture; its end of turn then has to be a token, or no answer ends."""
-    if template in TEMPLATES and (end := lacking_end_of_turn(template, tokenizer)):
-        fitting = fitting_templates(tokenizer)
+def _template_of(found: StoredModel, tokenizer: Tokenizer | None) -> str:
+    """The template of a folder: what an export says, its own chat template, or what such checkpoints usually have.
+
+    A warning says where it does not go with the tokenizer: then no answer ends where it should.
+    """
+    if tokenizer is None:
+        return found.template
+    fitting = ", ".join(fitting_templates(tokenizer)) or "no template here"
+    try:
+        own = "" if found.template_told else own_template(found.tokenizer or found.path)
+        if own and (problem := template_problem(own, tokenizer)):
+            warnings.warn(f"{problem}; it has the end of turn of: {fitting}; choose with template=NAME", stacklevel=4)
+    except (ConfigError, TemplateError) as error:
+        own = ""
+        warnings.warn(f"{found.tokenizer or found.path}: {error}; taken is {found.template!r}", stacklevel=4)
+    if not own and found.template in TEMPLATES and (end := lacking_end_of_turn(found.template, tokenizer)):
         warnings.warn(
-            f"the template is taken to be {template!r}, but its end of turn, {end}, is not a token "
-            f"of the tokenizer; that one has those of: {', '.join(fitting) or 'no template here'}; choose with template=NAME",
-            stacklevel=3,
+            f"the template is taken to be {found.template!r}, but its end of turn, {end}, is not a token "
+            f"of the tokenizer; that one has those of: {fitting}; choose with template=NAME",
+            stacklevel=4,
         )
+    return own or found.template
 
 
 def placed(leaves: Mapping[str, LeafLike], kind: str) -> PyTree:

@@ -20,6 +20,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from deepstack_jax.config import Config, TrainConfig, build_config, default_config, filled_in, left_open
+from deepstack_jax.config.chat_template import with_own_template
 from deepstack_jax.config.fields import find
 from deepstack_jax.config.reference import as_text
 from deepstack_jax.errors import ConfigError, UserError
@@ -97,7 +98,7 @@ def parse_config(workdir: Path | None = None, weights: str = "", dtype: str = Tr
         from deepstack_jax.train.checkpoint.fill_config import fill_config  # late: with jax
 
         values = fill_config(values, workdir, weights, dtype)
-    return build_config(dict(values))
+    return build_config(with_own_template(values, workdir))
 
 
 def parse_flags(table: Iterable[Flag] = ()) -> None:

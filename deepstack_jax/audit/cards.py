@@ -13,7 +13,7 @@ from deepstack_jax.audit.pictures import Sheet, data_uri
 from deepstack_jax.audit.prompt import PromptPiece, prompt_runs, special_names
 from deepstack_jax.audit.survey import grid_name, origin_of
 from deepstack_jax.config import Config
-from deepstack_jax.data.encode.templates import get_template
+from deepstack_jax.data.encode.chat_template import open_template
 from deepstack_jax.data.encode.tokenizer import Tokenizer
 from deepstack_jax.data.example import BadExample
 from deepstack_jax.data.formats.image_files import read_image
@@ -62,7 +62,7 @@ def make_card(number: int, sample: ModelInput | BadExample, config: Config, toke
     """The card of a sample, number `number` of the page."""
     if isinstance(sample, BadExample):
         return SampleCard(number, sample.name, sample.index, reason=sample.reason)
-    runs = prompt_runs(sample, tokenizer, special_names(tokenizer, get_template(config.data.template)))
+    runs = prompt_runs(sample, tokenizer, special_names(tokenizer, open_template(config.data.template, tokenizer)))
     length, visual, supervised = len(sample.tokens), int((sample.image_of >= 0).sum()), int(sample.supervised.sum())
     facts = [
         ("tokens", f"{length:,}"),

@@ -1,19 +1,18 @@
 """A sequence as text to read: every token's own characters, special tokens and images as labels, and what is supervised."""
 
-import re
 from collections.abc import Mapping, Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from itertools import groupby
 
 import numpy as np
 
 from deepstack_jax.audit.inputs import ModelInput
 from deepstack_jax.batch import NEWLINE, ZERO
-from deepstack_jax.data.encode.templates import Template
+from deepstack_jax.data.encode.chat_template import SPECIAL
+from deepstack_jax.data.encode.templates import AnyTemplate
 from deepstack_jax.data.encode.tokenizer import HALF_CHARACTER, Tokenizer, known_ids
 
 _CONTEXT = 8  # tokens before a token that tell whether its text starts with a space
-_MARK = re.compile(r"<[^<>\s]+>|\[/?[A-Z_]+\]")  # what a template may write that is a special token: <|end|>, [/INST]
 
 
 @dataclass(frozen=True)
@@ -26,9 +25,9 @@ class PromptPiece:
     hint: str  # position and id
 
 
-def special_names(tokenizer: Tokenizer, template: Template) -> dict[int, str]:
+def special_names(tokenizer: Tokenizer, template: AnyTemplate) -> dict[int, str]:
     """By id, how special tokens are shown: those of the template as it writes them, the tokenizer's own by their role."""
-    marks = sorted(set(_MARK.findall(" ".join(map(str, astuple(template))))))
+    marks = sorted(set(SPECIAL.findall(template.fixed)))
     ids = {mark: known_ids(mark, tokenizer) for mark in marks}
     names = {found[0]: mark for mark, found in ids.items() if len(found) == 1}
     roles = {tokenizer.pad_id: "PAD", tokenizer.bos_id: "BOS", tokenizer.eos_id: "EOS"}

@@ -115,7 +115,8 @@ class DataConfig:
     sets: dict[str, SetConfig] = field(default_factory=dict)  # the mixture to train on, by name
     validation: str = ""  # held-out rows; empty = none
     images: str = ""  # image root, relative to `root`
-    template: str = "v1"  # conversation template, by name
+    # Conversation template: a name, or `model`, the chat template in the tokenizer's folder; a run holds its text
+    template: str = "v1"
     tokenizer: Annotated[str, SAME_EXAMPLES] = ""  # bytes | words:... | folder with tokenizer.model or tokenizer.json
     max_length: Annotated[int, positive(2**24)] = 2048  # T of the longest bucket in tokens, visual ones included
     buckets: tuple[Annotated[int, positive()], ...] = ()  # shorter lengths that a batch may be padded to, besides max_length

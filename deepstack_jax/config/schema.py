@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
+from deepstack_jax.config.chat_template import template_in_words
 from deepstack_jax.config.data import DataConfig, DataSpec, ImageConfig
 from deepstack_jax.config.fields import LENGTH, MAY_CHANGE, NOT_NEGATIVE, OneOf, Range, Seed, count, positive
 from deepstack_jax.config.words import as_repr, parts_in_words
@@ -330,7 +331,8 @@ class Config:
     def __repr__(self) -> str:
         """In short: all keys are in `to_dict`."""
         data, train = self.data, self.train
-        rows = f"template {data.template}, rows of {data.max_length}, {plural(data.max_images, 'image')} at most"
+        template, images = template_in_words(data.template), plural(data.max_images, "image")
+        rows = f"template {template}, rows of {data.max_length}, {images} at most"
         how = f"{train.batch_size} examples a step, {train.compute_dtype}"
         return as_repr(f"Config {self.name}", {**parts_in_words(self), "data": rows, "train": how})
 

@@ -21,7 +21,7 @@ class ConversationError(ValueError):
 class Message:
     """One turn."""
 
-    role: str  # "human" or "gpt"
+    role: str  # "human" or "gpt"; the first of a conversation may be "system"
     text: str
 
 

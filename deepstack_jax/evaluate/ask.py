@@ -74,7 +74,7 @@ def ask(
         more = max_over_hosts(len(asked))
         answers = iter(_answers(task, answerer, options, batch_size, asked) if more else ())
         if batch:
-            template = find_template(options.template or answerer.template)
+            template = find_template(options.template or answerer.template, answerer.tokenizer)
             yield [_scored(task, one.question, next(answers), template) if isinstance(one, _Asked) else one for one in batch]
         if not more:
             return
@@ -99,7 +99,7 @@ def _prompts(
     only: Container[tuple[int, int]] | None,
     remarks: Counter[str] | None,
 ) -> Iterator[_Asked | Refusal | BadExample]:
-    template = find_template(options.template or answerer.template)  # a wrong name is not the rows' fault
+    template = find_template(options.template or answerer.template, answerer.tokenizer)  # a wrong name is not the rows' fault
 
     def prompts_of(example: Example) -> list[_Asked | Refusal]:
         images = answerer.cut_images(example.images, options)

@@ -37,7 +37,7 @@ def batches_of(
     Raises:
       RequestError: no such template.
     """
-    template, no_pixels = find_template(options.template or answerer.template), np.zeros(0, np.uint8)
+    template, no_pixels = find_template(options.template or answerer.template, answerer.tokenizer), np.zeros(0, np.uint8)
 
     def sizes_of(example: Example) -> list[tuple[_Size, Place]]:
         images = [CutImage(no_pixels, layout) for layout in header_layouts(example, answerer.config.data_spec)]

@@ -10,9 +10,10 @@ import numpy as np
 
 from deepstack_jax.config import Config, DataConfig
 from deepstack_jax.data.encode.batch_rows import EncodedExample
+from deepstack_jax.data.encode.chat_template import open_template
 from deepstack_jax.data.encode.encoder import Encoder, try_record
 from deepstack_jax.data.encode.sizes import header_layouts, measure
-from deepstack_jax.data.encode.templates import Template, get_template, images_to_front, render
+from deepstack_jax.data.encode.templates import AnyTemplate, checked_turns, get_template, images_to_front
 from deepstack_jax.data.encode.tokenizer import Tokenizer, load_tokenizer
 from deepstack_jax.data.example import IMAGE_MARK, BadExample, ConversationError, Example, Source
 from deepstack_jax.data.formats.image_files import image_size
@@ -46,7 +47,7 @@ class Question:
         return self.turns[-1].words.replace(IMAGE_MARK, "").strip()
 
 
-def answered_turns(example: Example, images: Sequence[Any], template: Template) -> list[Question]:
+def answered_turns(example: Example, images: Sequence[Any], template: AnyTemplate) -> list[Question]:
     """Every answered question of a row, the true answers of the turns before it given.
 
     Args:
@@ -68,7 +69,7 @@ def answered_turns(example: Example, images: Sequence[Any], template: Template) 
     for number, message in enumerate(messages):
         mine = images[shown[number] : shown[number + 1]]
         if message.role == "gpt":
-            render(messages[:number], template, complete=False)  # raises where speakers do not alternate
+            checked_turns(messages[:number], complete=False)  # raises where speakers do not alternate
             problem = "its answer holds an image, which no words can match" if mine else ""
             turn, kind = len(found), _kind(example, len(found))
             found.append(Question(example.index, example.name, turn, kind, tuple(turns), (message.text,), problem))
@@ -90,7 +91,8 @@ def encode_for_row(
 ) -> EncodedExample:
     """A prompt as a row of a training run holds it; RequestError where that, or the model with the answer, has no room."""
     data = config.data
-    prompt = encode_turns(turns, config, tokenizer, get_template(data.template), data.exif, placed=placed, answer=answer)
+    template = open_template(data.template, tokenizer)
+    prompt = encode_turns(turns, config, tokenizer, template, data.exif, placed=placed, answer=answer)
     room = min(config.data.max_length, config.decoder.max_positions - config.evaluation.max_new_tokens)
     if prompt.length > room:
         raise RequestError(
@@ -112,7 +114,8 @@ def check_rows(source: Source, config: Config) -> list[BadExample]:
       OverlongError: a row is too long, and the configuration says to stop then.
     """
     encoder = Encoder(config.data_spec)
-    template, tokenizer = get_template(config.data.template), load_tokenizer(config.data.tokenizer)
+    tokenizer = load_tokenizer(config.data.tokenizer)
+    template = open_template(config.data.template, tokenizer)
     no_pixels = np.zeros(0, np.uint8)
 
     def check(example: Example) -> BadExample | None:

@@ -10,6 +10,7 @@ from rich.table import Table
 
 from deepstack_jax import __version__
 from deepstack_jax.config import Config
+from deepstack_jax.config.chat_template import template_in_words
 from deepstack_jax.data.example import BadExample
 from deepstack_jax.evaluate.tasks import Prediction, Task
 from deepstack_jax.generate.options import Options
@@ -49,7 +50,7 @@ def protocol_of(config: Config, options: Options, template: str, task: Task, che
         "definition": task.protocol,
         "decoding": "likeliest letter where there are options, else greedy" if task.by_likelihood else "greedy",
         "max_new_tokens": options.max_new_tokens,
-        "template": options.template or template,
+        "template": template_in_words(options.template or template),
         "suffix": task.suffix,
         "earlier_turns": "true answers",
         "image": asdict(config.image) | {"exif": options.exif, "max_pixels": config.data.max_pixels},

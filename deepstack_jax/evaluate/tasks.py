@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from deepstack_jax.data.encode.templates import Template
+from deepstack_jax.data.encode.templates import AnyTemplate
 from deepstack_jax.data.example import Example, Source
 from deepstack_jax.evaluate.questions import Question, answered_turns
 from deepstack_jax.evaluate.scorers.texts import ANLS, EXACT_MATCH, Scorer
@@ -63,7 +63,7 @@ class Task:
 
     source: Source  # of the rows
     # (row, its images, template) -> its questions; a benchmark adds its suffix and its references here
-    questions: Callable[[Example, Sequence[Any], Template], list[Question]] = answered_turns
+    questions: Callable[[Example, Sequence[Any], AnyTemplate], list[Question]] = answered_turns
     # Every answer gets the score of each; none where the right answers are hidden, or a judge gives the score
     scorers: Mapping[str, Scorer] = field(default_factory=lambda: SCORERS)
     # The predictions as numbers, by scorer; at least {"score": ...} of each

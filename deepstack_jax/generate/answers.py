@@ -81,7 +81,7 @@ class Answerer:
           RequestError: the model cannot be asked this. ImageError: an image cannot be read.
         """
         tokenizer = self.needed_tokenizer()
-        template = find_template(options.template or self.template)
+        template = find_template(options.template or self.template, tokenizer)
         encoded = encode_turns(turns, self.config, tokenizer, template, options.exif, placed=placed, answer=answer)
         check_context(encoded.length, options.max_new_tokens, self.config)
         return encoded
@@ -109,7 +109,8 @@ class Answerer:
 
     def ends_of(self, options: Options) -> tuple[list[int], tuple[str, ...]]:
         """Ids and strings that end an answer, but for the options' own."""
-        ids, strings = end_of_turn(find_template(options.template or self.template), self.needed_tokenizer())
+        tokenizer = self.needed_tokenizer()
+        ids, strings = end_of_turn(find_template(options.template or self.template, tokenizer), tokenizer)
         return sorted({*ids, *self.ends}), strings
 
     def _decode(

@@ -11,9 +11,10 @@ from PIL import Image
 from deepstack_jax.batch import Batch
 from deepstack_jax.config import Config
 from deepstack_jax.data.encode.batch_rows import EncodedExample, ExampleSize, fill
+from deepstack_jax.data.encode.chat_template import open_template
 from deepstack_jax.data.encode.image import make_views
 from deepstack_jax.data.encode.labels import encode_with_images
-from deepstack_jax.data.encode.templates import Template, get_template, render
+from deepstack_jax.data.encode.templates import AnyTemplate, render
 from deepstack_jax.data.encode.tokenizer import Tokenizer
 from deepstack_jax.data.example import IMAGE_MARK, Message
 from deepstack_jax.data.formats.image_files import read_image
@@ -35,7 +36,7 @@ class CutImage(NamedTuple):
 class Turn(NamedTuple):
     """One side's words in a conversation, and the images that came with them."""
 
-    role: str  # human | gpt
+    role: str  # human | gpt; the first may be system
     words: str
     images: Sequence[Any] = ()
 
@@ -53,14 +54,14 @@ def bucket(size: int) -> int:
     return power * 3 // 4 if power > SMALLEST and power * 3 // 4 >= size else power
 
 
-def find_template(name: str) -> Template:
-    """The template of that name.
+def find_template(name: str, tokenizer: Tokenizer | None = None) -> AnyTemplate:
+    """The template of that name; the special tokens of the tokenizer are what a chat template may write.
 
     Raises:
       RequestError: there is none; the nearest is named.
     """
     try:
-        return get_template(name)
+        return open_template(name, tokenizer)
     except ValueError as error:
         raise RequestError(f"{error}; choose one with template=NAME") from error
 
@@ -78,7 +79,7 @@ def cut_image(source: Any, config: Config, exif: str) -> CutImage:
     return CutImage(views.pixels, config.layout.layout(views.grid, views.size_wh), remarks)
 
 
-def place_images(prompt: str, images: int, template: Template) -> str:
+def place_images(prompt: str, images: int, template: AnyTemplate) -> str:
     """The user's turn: images that the prompt does not place itself come first, each on a line of its own, as upstream.
 
     Raises:
@@ -99,7 +100,7 @@ def encode_turns(
     turns: Sequence[Turn],
     config: Config,
     tokenizer: Tokenizer,
-    template: Template,
+    template: AnyTemplate,
     exif: str,
     *,
     placed: bool = False,
@@ -118,7 +119,7 @@ def encode_turns(
     """
     messages: list[Message] = []
     cut: list[CutImage] = []
-    for role, words, images in turns:
+    for role, words, images in turns if template.takes_system else _system_first(turns):
         if not isinstance(images, list | tuple) or not isinstance(words, str):
             got = f"{type(images).__name__} and {type(words).__name__}"
             raise RequestError(f"a prompt is a list of images and a string, got {got}; give it so")
@@ -128,17 +129,25 @@ def encode_turns(
         cut += [cut_image(image, config, exif) for image in images]
     asked = render(messages, template, complete=False)
     plain = asked.words if config.data.control_tokens == "text" else ()
-    text = asked.text + ((template.prompting or template).lead + answer if answer else "")
+    text = asked.text + (template.opening + answer if answer else "")
     try:
-        ids, offsets = encode_with_images(text, tokenizer, has_image=bool(cut), words=plain)
+        ids, offsets = encode_with_images(text, tokenizer, has_image=bool(cut), words=plain, bos=asked.bos)
     except ValueError as error:
         raise RequestError(f"the tokenizer cannot read the prompt: {error}") from error
     return replace(example(ids, cut), supervised=offsets[:, 1] > len(asked.text))
 
 
-def prompt_text(turns: Sequence[Turn], template: Template) -> str:
+def prompt_text(turns: Sequence[Turn], template: AnyTemplate) -> str:
     """What `encode_turns` reads where the words hold their placeholders, as text; an image is "<image>"."""
-    return render([Message(turn.role, turn.words) for turn in turns], template, complete=False).text
+    given = turns if template.takes_system else _system_first(turns)
+    return render([Message(turn.role, turn.words) for turn in given], template, complete=False).text
+
+
+def _system_first(turns: Sequence[Turn]) -> Sequence[Turn]:
+    """A system turn in front of the first question's words, for a template that has no place for it."""
+    if len(turns) < 2 or turns[0].role != "system" or turns[1].role != "human":
+        return turns
+    return [turns[1]._replace(words=f"{turns[0].words}\n\n{turns[1].words}"), *turns[2:]]
 
 
 def example(ids: np.ndarray, images: Sequence[CutImage]) -> EncodedExample:

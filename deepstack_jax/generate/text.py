@@ -2,18 +2,17 @@
 
 from collections.abc import Iterable, Sequence
 
-from deepstack_jax.data.encode.templates import Template
+from deepstack_jax.data.encode.templates import AnyTemplate
 from deepstack_jax.data.encode.tokenizer import HALF_CHARACTER, Tokenizer, known_ids
 
 
-def end_of_turn(template: Template, tokenizer: Tokenizer) -> tuple[list[int], tuple[str, ...]]:
+def end_of_turn(template: AnyTemplate, tokenizer: Tokenizer) -> tuple[list[int], tuple[str, ...]]:
     """Token ids and strings that end an answer: the end of text, and the end of turn that the template teaches.
 
     An end of turn that is one token is known by its id, one that shows in the text (as "###", whose tokens depend on what
     comes before it) by the text.
     """
-    end = (template.prompting or template).end
-    end = end.strip() or end
+    end = template.stop.strip() or template.stop
     ids = [tokenizer.eos_id]
     found = known_ids(end, tokenizer) if end else []
     if len(found) == 1:

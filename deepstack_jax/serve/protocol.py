@@ -128,7 +128,8 @@ def _usage(given: Any) -> str:
 
 
 def _turns(messages: list[Any], read_image: Callable[[object], bytes]) -> tuple[Turn, ...]:
-    """The conversation, a system message in front of the first question: templates have a system text of their own."""
+    """The conversation; what system messages say is its first turn. A template without a place for that puts it in front of the
+    first question."""
     system, turns = [], []
     for number, message in enumerate(messages):
         role = message.get("role") if isinstance(message, dict) else None
@@ -149,10 +150,10 @@ def _turns(messages: list[Any], read_image: Callable[[object], bytes]) -> tuple[
                 raise RequestError(f"messages[{number}]: an answer has an image; images come with the user's messages")
             turns.append(Turn("gpt", words.replace(IMAGE_MARK, "")))  # or the prompt would look for one image more
         else:
-            turns.append(Turn("human", "\n\n".join([*system, words]) if not turns else words, images))
+            turns.append(Turn("human", words, images))
     if len(turns) % 2 == 0:
         raise RequestError("messages end without a question; the last one must be from 'user'")
-    return tuple(turns)
+    return (*([Turn("system", "\n\n".join(system))] if system else []), *turns)
 
 
 def _content(content: Any, number: int, read_image: Callable[[object], bytes]) -> tuple[str, list[bytes]]:

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from deepstack_jax.config.chat_template import OLDER_FILE, TEMPLATE_FILE
 from deepstack_jax.errors import WeightsError
 from deepstack_jax.families.official import TOWER_FOLDER
 from deepstack_jax.weights.stored_tensor import BEYOND_FILE
@@ -16,6 +17,7 @@ MARK = ".deepstack_jax_export"  # in every export: a later one may take its plac
 TOKENIZER_FILES = (
     *("tokenizer.model", "tokenizer.json", "tokenizer_config.json"),
     *("special_tokens_map.json", "added_tokens.json", "generation_config.json"),
+    *(TEMPLATE_FILE, OLDER_FILE),
 )
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 _JSON = ("config.json", "preprocessor_config.json", "model.safetensors.index.json")

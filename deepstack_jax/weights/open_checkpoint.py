@@ -48,6 +48,12 @@ class StoredModel:
     passthrough: Mapping[str, Any]  # keys of its config.json that our Config does not describe, for an export
     bare: bool = False  # whether it is a bare language model, on which `config` builds what a run or a recipe says
 
+    @property
+    def template_told(self) -> bool:
+        """Whether an export of ours says the template beside the official files; else it follows from the architecture."""
+        file = self.path / BEYOND_FILE
+        return file.is_file() and "data.template" in read_model_json(file)
+
 
 def open_checkpoint(
     path: str | Path,

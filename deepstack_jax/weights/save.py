@@ -17,7 +17,8 @@ from huggingface_hub import split_state_dict_into_shards_factory
 
 from deepstack_jax.atomic import write_json
 from deepstack_jax.config import Config, differences, to_dict
-from deepstack_jax.errors import WeightsError
+from deepstack_jax.config.chat_template import TEMPLATE_FILE, chat_source, own_template
+from deepstack_jax.errors import ConfigError, WeightsError
 from deepstack_jax.families.base import EMBEDDINGS, HEAD, TOWER
 from deepstack_jax.families.forms import FORMATS, from_hf, may_say, to_hf
 from deepstack_jax.families.llava_hf import llava_hf_name, llava_processor_to_hf, to_llava_hf
@@ -115,11 +116,11 @@ def save_checkpoint(
                 _write_tower(scratch / TOWER_FOLDER, outs, config, passthrough, dtype)
             else:
                 write_json(scratch / "preprocessor_config.json", llava_processor_to_hf(config))
-            beyond = _beyond(config, values, dtype) if form == "official" else {}
+            beyond = _beyond(config, values, dtype, tokenizer_folder) if form == "official" else {}
             _warn_of_other_code(config, beyond, form)
             if beyond:
                 write_json(scratch / BEYOND_FILE, beyond)
-            _copy_tokenizer(tokenizer_folder, scratch)
+            _write_tokenizer(tokenizer_folder, config.data.template, scratch)
             check(scratch)
     except OSError as error:
         raise WeightsError(f"cannot write {folder}: {error.strerror or error}; choose another folder") from error
@@ -151,13 +152,33 @@ def _warn_of_other_code(config: Config, beyond: Mapping[str, Any], form: str) ->
             warnings.warn(f"{', '.join(sorted(some))}: {what}; {tells}", stacklevel=3)
 
 
-def _beyond(config: Config, values: Mapping[str, Any], dtype: str) -> dict[str, Any]:
+def _write_tokenizer(files: str, template: str, folder: Path) -> None:
+    """The tokenizer's files, and the chat template of a run where they do not hold it already, as they were found."""
+    _copy_tokenizer(files, folder)
+    source = chat_source(template)
+    if source is not None and (not _has_template(folder) or chat_source(own_template(folder)) != (source.text, "")):
+        (folder / TEMPLATE_FILE).write_text(source.text, "utf-8")
+
+
+def _has_template(folder: str | Path) -> bool:
+    """Whether a folder holds a chat template, be it one that cannot be used."""
+    try:
+        return bool(own_template(folder))
+    except ConfigError:
+        return True
+
+
+def _beyond(config: Config, values: Mapping[str, Any], dtype: str, tokenizer_folder: str) -> dict[str, Any]:
     """What of the configuration an official folder cannot say, by dotted key; the importer here reads it back."""
     told = from_hf(values, tower_to_hf(config, dtype=dtype), preprocessor_to_hf(config))
     ours = {key: pair[0] for key, pair in differences(config, to_dict(told)).items()}
     if config.data.tokenizer.startswith("words:@"):  # a path of this machine says nothing elsewhere
         words = Path(config.data.tokenizer.removeprefix("words:@")).read_text("utf-8")
         ours["data.tokenizer"] = "words:" + " ".join(words.split())
+    if chat_source(config.data.template):  # which stands in a file of its own
+        ours.pop("data.template", None)
+    elif tokenizer_folder and _has_template(tokenizer_folder):  # or an importer would take that
+        ours["data.template"] = config.data.template
     return {key: value for key, value in ours.items() if may_say(key, value)}
 
 

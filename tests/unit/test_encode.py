@@ -6,7 +6,7 @@ import pytest
 import tokenizers
 from tokenizers import models, pre_tokenizers
 
-from deepstack_jax.data.encode.tokenizer import HFTokenizer, check_end_of_turn
+from deepstack_jax.data.encode.tokenizer import HFTokenizer, check_template
 
 
 def test_an_end_of_turn_that_is_the_unknown_token_is_refused(tmp_path):
@@ -15,6 +15,6 @@ def test_an_end_of_turn_that_is_the_unknown_token_is_refused(tmp_path):
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()  # pyright: ignore[reportAttributeAccessIssue]
     words.save(str(tmp_path / "tokenizer.json"))
     tokenizer = HFTokenizer(tmp_path)
-    check_end_of_turn("v1", tokenizer)
+    check_template("v1", tokenizer)
     with pytest.raises(ValueError, match=r"ends a turn with <\|eot_id\|>, .* reads as its unknown token \(0\), expected"):
-        check_end_of_turn("llama_3", tokenizer)
+        check_template("llama_3", tokenizer)

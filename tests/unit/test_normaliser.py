@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from deepstack_jax.data.encode.templates import get_template, images_to_front, render
-from deepstack_jax.data.example import IMAGE_MARK, ExampleError, Message, RecordMetadata
+from deepstack_jax.data.example import IMAGE_MARK, ConversationError, ExampleError, Message, RecordMetadata
 from deepstack_jax.data.formats.file_source import FileSource
 from deepstack_jax.data.formats.styles import RecordError, to_example, to_metadata
 from deepstack_jax.data.open import open_files
@@ -97,14 +97,24 @@ def test_placeholders_in_plain_content_stay_where_they_are():
     assert [message.text for message in to_example(row, 0, ROOT).messages][::2] == ["Hello.", "<image> This?"]
 
 
+def test_a_system_turn_comes_first():
+    """What becomes of it, the template decides: a model's own takes it, one with a name does not."""
+    expected = (Message("system", "Be kind."), *TURNS)
+    llava = LLAVA | {"conversations": [{"from": "system", "value": "Be kind."}, *LLAVA["conversations"]]}
+    trl = TRL | {"messages": [{"role": "system", "content": "Be kind."}, *TRL["messages"]]}
+    assert [to_example(row, 0, ROOT).messages for row in (llava, trl)] == [expected, expected]
+    with pytest.raises(ConversationError, match=r"turn 0 is a system prompt.*remove the turn"):
+        render(expected, get_template("v1"))
+
+
 BAD = [
     (
-        LLAVA | {"conversations": [{"from": "system", "value": "Be kind."}, *LLAVA["conversations"]]},
-        "turn 0 is a system prompt.*remove the turn",
+        LLAVA | {"conversations": [*LLAVA["conversations"], {"from": "system", "value": "Be kind."}]},
+        "turn 2 is a system prompt, expected it first; .*remove the turn",
     ),
     (
-        TRL | {"messages": [{"role": "system", "content": "Be kind."}, *TRL["messages"]]},
-        "turn 0 is a system prompt.*remove the turn",
+        TRL | {"messages": [*TRL["messages"], {"role": "system", "content": "Be kind."}]},
+        "turn 2 is a system prompt, expected it first; .*remove the turn",
     ),
     (TRL | {"messages": [{"role": "tool", "content": "4"}, ANSWER]}, "turn 0: role is 'tool', expected 'user' or 'assistant'"),
     (TRL | {"messages": [{"role": "user", "content": None}, ANSWER]}, "turn 0: content is null, expected a text or a list"),

@@ -18,7 +18,7 @@ from deepstack_jax.data.encode.tokenizer import (
     HFTokenizer,
     SentencePieceTokenizer,
     WordTokenizer,
-    check_end_of_turn,
+    check_template,
     load_tokenizer,
 )
 from deepstack_jax.data.example import ConversationError, Message
@@ -302,16 +302,16 @@ def test_the_end_of_turn_must_be_a_token_of_the_tokenizer(template, fits):
     """Otherwise it would be learnt letter by letter, and an answer would run on past it."""
     tokenizer = load_tokenizer(str(GOLDEN / "tokenizer" / "llama_legacy_false"))
     if fits:
-        check_end_of_turn(template, tokenizer)
+        check_template(template, tokenizer)
         return
     with pytest.raises(
         ValueError, match=rf"template '{template}' ends a turn with <\|\w+\|>, .* tokens, expected one special token"
     ):
-        check_end_of_turn(template, tokenizer)
+        check_template(template, tokenizer)
 
 
 def test_phi3_has_its_own_end_of_turn():
-    check_end_of_turn("phi3_instruct", load_tokenizer(str(GOLDEN / "tokenizer" / "phi3_rstrip")))
+    check_template("phi3_instruct", load_tokenizer(str(GOLDEN / "tokenizer" / "phi3_rstrip")))
 
 
 def test_a_damaged_model_file_is_named(tmp_path):

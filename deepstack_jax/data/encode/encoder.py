@@ -8,9 +8,10 @@ import numpy as np
 
 from deepstack_jax.config import DataSpec
 from deepstack_jax.data.encode.batch_rows import EncodedExample
+from deepstack_jax.data.encode.chat_template import open_template
 from deepstack_jax.data.encode.image import make_views
 from deepstack_jax.data.encode.labels import CONTROL, IMAGE_TOKEN, EncodedText, encode_conversation
-from deepstack_jax.data.encode.templates import Rendered, get_template, images_to_front, render
+from deepstack_jax.data.encode.templates import Rendered, images_to_front, render
 from deepstack_jax.data.encode.tokenizer import load_tokenizer
 from deepstack_jax.data.example import BadExample, Example, ExampleError, Source, SourceError
 from deepstack_jax.data.formats.image_files import DEEP, TURNED, read_image
@@ -73,7 +74,7 @@ class Encoder:
             raise ExampleError(
                 f"{example.name}: {many} images, a row has room for {room}; raise config.data.max_images", example.name
             )
-        template = get_template(self.spec.data.template)
+        template = open_template(self.spec.data.template, load_tokenizer(self.spec.data.tokenizer))
         return render(images_to_front(example.messages, template) if example.images else example.messages, template)
 
     def fit(self, example: Example, text: EncodedText, visual: Sequence[int]) -> EncodedText:

@@ -9,7 +9,15 @@ from pathlib import Path
 import numpy as np
 import tokenizers
 
-from deepstack_jax.data.encode.tokenizer_files import LITERALS, SPECIAL_ROLES, TokenizerError, as_tokens, read_settings, reading
+from deepstack_jax.data.encode.tokenizer_files import (
+    LITERALS,
+    SPECIAL_ROLES,
+    TokenizerError,
+    as_tokens,
+    read_settings,
+    reading,
+    special_tokens,
+)
 
 _HIDING = [chr(code) for code in range(0xFDD0, 0xFDF0)]  # characters that Unicode keeps out of texts
 _UNHIDE = {ord(character): "\ufffd" for character in _HIDING}
@@ -39,6 +47,7 @@ class HFTokenizer:
         self.vocab_size = max(self.vocab_size, 1 + (self.bos_id or 0))  # a post-processor may name any number
         self.eos_id = self._role("eos_token", "</s>", "<|end_of_text|>", "<|im_end|>", "<|endoftext|>")
         self.pad_id = self._role("pad_token", "<unk>", "<pad>", "<|endoftext|>", "</s>", "<|end_of_text|>")
+        self.special_tokens = special_tokens(self._config)
         added = self._fast.get_added_tokens_decoder()
         self._swallowing = {id: token.content for id, token in added.items() if token.lstrip or token.rstrip}
         names = [token["content"] for role in SPECIAL_ROLES for token in as_tokens(self._config.get(role))]

@@ -7,6 +7,7 @@ can shift the labels ("tokenization mismatch" upstream, which blanks the sample)
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
@@ -26,16 +27,21 @@ class EncodedText:
 
 
 def encode_with_images(
-    text: str, tokenizer: Tokenizer, *, has_image: bool = True, words: Sequence[tuple[int, int]] = ()
+    text: str,
+    tokenizer: Tokenizer,
+    *,
+    has_image: bool = True,
+    words: Sequence[tuple[int, int]] = (),
+    bos: bool = True,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Ids i32[n], BOS once at the front, and offsets i32[n, 2]; IMAGE_TOKEN where the text says "<image>".
+    """Ids i32[n], with `bos` BOS once at the front, and offsets i32[n, 2]; IMAGE_TOKEN where the text says "<image>".
 
     The chunks between images are tokenized one by one, as upstream does: each starts like a text of its own. With
     `has_image=False` (a record without images) a literal "<image>" is ordinary text. Inside the spans `words` control
     tokens are read as the letters they are written in.
     """
     ids, offsets = [], []
-    if tokenizer.bos_id is not None:
+    if bos and tokenizer.bos_id is not None:
         ids.append(np.array([tokenizer.bos_id], np.int32))
         offsets.append(np.zeros((1, 2), np.int32))
     position = 0
@@ -84,17 +90,18 @@ def encode_conversation(
     Args:
       plain_words: control tokens inside the turns' words are read as text (`config.data.control_tokens`).
     """
-    ids, offsets = encode_with_images(rendered.text, tokenizer, has_image=has_image)
+    encode = partial(encode_with_images, rendered.text, tokenizer, has_image=has_image, bos=rendered.bos)
+    ids, offsets = encode()
     remarks = ()
     if plain_words and control_spans(rendered.text, ids, offsets, rendered.words, tokenizer):
-        ids, offsets = encode_with_images(rendered.text, tokenizer, has_image=has_image, words=rendered.words)
+        ids, offsets = encode(words=rendered.words)
         remarks = (CONTROL,)
     starts, ends = offsets[:, 0], np.maximum(offsets[:, 1], offsets[:, 0] + 1)
     supervised = np.zeros(len(ids), bool)
     for start, end in rendered.spans:
         supervised |= (starts < end) & (ends > start)
     supervised &= ids != IMAGE_TOKEN
-    supervised[: 0 if tokenizer.bos_id is None else 1] = False
+    supervised[: 1 if rendered.bos and tokenizer.bos_id is not None else 0] = False
     if not supervised.any():
         raise ConversationError(
             f"no supervised token among {len(ids)}; expected an answer; repair or drop the record; text: {rendered.text!r:.120}"

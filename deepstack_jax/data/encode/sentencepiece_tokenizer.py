@@ -11,7 +11,15 @@ import sentencepiece
 from google.protobuf.message import DecodeError
 from sentencepiece import sentencepiece_model_pb2, sentencepiece_pb2
 
-from deepstack_jax.data.encode.tokenizer_files import LITERALS, SPECIAL_ROLES, TokenizerError, as_tokens, read_settings, reading
+from deepstack_jax.data.encode.tokenizer_files import (
+    LITERALS,
+    SPECIAL_ROLES,
+    TokenizerError,
+    as_tokens,
+    read_settings,
+    reading,
+    special_tokens,
+)
 from deepstack_jax.printing import label
 
 _UNDERLINE = "\u2581"  # sentencepiece writes a space as this character
@@ -39,6 +47,7 @@ class SentencePieceTokenizer:
         self._prefix = config.get("add_prefix_space") is not False
         self._added = {token["content"]: token | {"id": id} for id, token in stored.items()}
         self._pieces = _processor(self.folder / "tokenizer.model", dummy_prefix=self._legacy, added=self._added)
+        self.special_tokens = special_tokens(config)
         special = [token for role in SPECIAL_ROLES for token in as_tokens(config.get(role))]
         self._special = {token["content"]: self._add(token) for token in special}
         self._by_id = {token["id"]: content for content, token in self._added.items()}

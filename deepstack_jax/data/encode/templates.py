@@ -1,8 +1,9 @@
 """Conversations as text: templates are data, and one function renders them and marks what the model learns to say."""
 
 import difflib
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 
 from deepstack_jax.data.example import IMAGE_MARK, ConversationError, Message
 from deepstack_jax.printing import plural
@@ -15,10 +16,41 @@ class Rendered:
     text: str
     spans: tuple[tuple[int, int], ...]  # what is trained: every answer with its end of turn
     words: tuple[tuple[int, int], ...] = ()  # what the turns themselves say; all else is the template's
+    bos: bool = True  # whether the tokenizer's BOS goes in front; a model's own template writes that itself
+
+
+class AnyTemplate(ABC):
+    """What renders conversations: a `Template`, or the chat template of a model (`chat_template.ChatTemplate`)."""
+
+    image: str  # what stands for an image once `images_to_front` has moved it to the front
+
+    @property
+    @abstractmethod
+    def stop(self) -> str:
+        """What ends an answer."""
+
+    @property
+    @abstractmethod
+    def opening(self) -> str:
+        """What stands between a prompt and the words of its answer."""
+
+    @property
+    @abstractmethod
+    def fixed(self) -> str:
+        """All that the template itself writes."""
+
+    @property
+    @abstractmethod
+    def takes_system(self) -> bool:
+        """Whether a conversation may begin with a system text."""
+
+    @abstractmethod
+    def render(self, messages: Sequence[Message], *, complete: bool = True) -> Rendered:
+        """See the function `render`."""
 
 
 @dataclass(frozen=True)
-class Template:
+class Template(AnyTemplate):
     """The fixed text around the turns, in order: start question ask lead answer end (again question ask lead answer end)* tail.
 
     A generation prompt stops after `ask`, so everything after it, `lead` included, is what the model must say itself
@@ -32,9 +64,53 @@ class Template:
     lead: str = ""
     again: str = ""
     tail: str = ""
-    image: str = IMAGE_MARK  # what stands for an image once `images_to_front` has moved it to the front
+    image: str = IMAGE_MARK
     caption: bool = False  # exactly one exchange, whose question keeps nothing but its images
     prompting: "Template | None" = None  # where the official code prompts with another text than it trains on
+
+    @property
+    def takes_system(self) -> bool:
+        return False  # each of these has one of its own
+
+    @property
+    def stop(self) -> str:
+        return (self.prompting or self).end
+
+    @property
+    def opening(self) -> str:
+        return (self.prompting or self).lead
+
+    @property
+    def fixed(self) -> str:
+        return " ".join(map(str, astuple(self)))
+
+    def render(self, messages: Sequence[Message], *, complete: bool = True) -> Rendered:
+        template = self if complete or self.prompting is None else self.prompting
+        turns = checked_turns(messages, complete)
+        if turns[0].role == "system":
+            raise ConversationError(
+                "turn 0 is a system prompt, but a template with a name holds its own (data.template); remove the turn, put its "
+                "words into the first question, or use the chat template of a model (data.template=model)"
+            )
+        if template.caption:
+            images = turns[0].text.count(IMAGE_MARK)
+            if len(turns) != 2 or not images:
+                raise ConversationError(
+                    f"template 'plain' got {plural(len(turns), 'turn')} and {plural(images, 'image')} in the first; expected "
+                    f"one human turn with {IMAGE_MARK} and one answer; use a chat template for other data"
+                )
+            turns[0] = Message("human", IMAGE_MARK * images)
+
+        text, spans, words = "", [], []
+        for number, message in enumerate(turns):
+            start = len(text)
+            asks = message.role == "human"
+            text += (template.again if number else template.start) if asks else template.lead
+            words.append((len(text), len(text) + len(message.text)))
+            text += message.text + (template.ask if asks else template.end)
+            if not asks:
+                spans.append((start, len(text)))
+        return Rendered(text + template.tail * complete, tuple(spans), tuple(words))
 
 
 def _v0(system: str, image: str = IMAGE_MARK) -> Template:
@@ -139,7 +215,7 @@ def get_template(name: str) -> Template:
     return TEMPLATES[name]
 
 
-def images_to_front(messages: Sequence[Message], template: Template) -> tuple[Message, ...]:
+def images_to_front(messages: Sequence[Message], template: AnyTemplate) -> tuple[Message, ...]:
     """Turns of a sample that has images, every image moved to the front of its turn on a line of its own.
 
     A text-only record must not pass through here: there a literal "<image>" is a word. Unlike upstream, which leaves
@@ -154,7 +230,7 @@ def images_to_front(messages: Sequence[Message], template: Template) -> tuple[Me
     return tuple(Message(message.role, move(message.text)) for message in messages)
 
 
-def render(messages: Sequence[Message], template: Template, *, complete: bool = True) -> Rendered:
+def render(messages: Sequence[Message], template: AnyTemplate, *, complete: bool = True) -> Rendered:
     """Text of a conversation and the character spans of its answers.
 
     Args:
@@ -170,41 +246,26 @@ def render(messages: Sequence[Message], template: Template, *, complete: bool = 
       ConversationError: turns do not alternate, the last one is of the wrong side, or a caption template gets anything
         but one exchange with an image. Going on would train on the user's words or on no image.
     """
-    if not complete and template.prompting is not None:
-        template = template.prompting
-    dropped = 1 if messages and messages[0].role != "human" else 0
-    turns = list(messages[dropped:])
-    _check(turns, dropped, complete)
-    if template.caption:
-        images = turns[0].text.count(IMAGE_MARK)
-        if len(turns) != 2 or not images:
-            raise ConversationError(
-                f"template 'plain' got {plural(len(turns), 'turn')} and {plural(images, 'image')} in the first; expected one "
-                f"human turn with {IMAGE_MARK} and one answer; use a chat template for other data"
-            )
-        turns[0] = Message("human", IMAGE_MARK * images)
-
-    text, spans, words = "", [], []
-    for number, message in enumerate(turns):
-        start = len(text)
-        asks = message.role == "human"
-        text += (template.again if number else template.start) if asks else template.lead
-        words.append((len(text), len(text) + len(message.text)))
-        text += message.text + (template.ask if asks else template.end)
-        if not asks:
-            spans.append((start, len(text)))
-    return Rendered(text + template.tail * complete, tuple(spans), tuple(words))
+    return template.render(messages, complete=complete)
 
 
-def _check(turns: Sequence[Message], dropped: int, complete: bool) -> None:
+def checked_turns(messages: Sequence[Message], complete: bool) -> list[Message]:
+    """The turns without a leading answer; ConversationError where they do not alternate, or end on the wrong side.
+
+    A system turn may come before all others.
+    """
+    front = list(messages[:1]) if messages and messages[0].role == "system" else []
+    spoken = messages[len(front) :]
+    dropped = 1 if spoken and spoken[0].role != "human" else 0
+    turns = list(spoken[dropped:])
     for number, message in enumerate(turns):
         expected = ("human", "gpt")[number % 2]
         if message.role != expected:
-            raise ConversationError(
-                f"turn {number + dropped}: got {message.role!r}, expected {expected!r}; turns alternate, human first"
-            )
+            place = number + dropped + len(front)
+            raise ConversationError(f"turn {place}: got {message.role!r}, expected {expected!r}; turns alternate, human first")
     last = "gpt" if complete else "human"
     if not turns or turns[-1].role != last:
-        got = f"ends with {turns[-1].role!r} at turn {len(turns) - 1 + dropped}" if turns else "has no human turn"
+        got = f"ends with {turns[-1].role!r} at turn {len(messages) - 1}" if turns else "has no human turn"
         need = "an answer to train on" if complete else "an open question to generate from"
         raise ConversationError(f"conversation {got}; expected its last turn to be {last!r}: {need}")
+    return front + turns

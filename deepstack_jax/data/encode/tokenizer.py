@@ -11,12 +11,15 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 
 from deepstack_jax.config import DataSpec
+from deepstack_jax.config.chat_template import template_in_words
+from deepstack_jax.data.encode.chat_template import SPECIAL, ChatTemplate, open_template
 from deepstack_jax.data.encode.fast_tokenizer import HFTokenizer
 from deepstack_jax.data.encode.sentencepiece_tokenizer import SentencePieceTokenizer
 from deepstack_jax.data.encode.templates import TEMPLATES, get_template
 from deepstack_jax.data.encode.tokenizer_files import LITERALS, read_settings
 from deepstack_jax.errors import ConfigError, fetch_command
 
+_BARRED = re.compile(r"<[|｜][^<>\s]+[|｜]>")  # what no template writes as words
 HALF_CHARACTER = "\ufffd"  # how a tokenizer shows bytes that are not a character, or not yet
 
 
@@ -28,9 +31,12 @@ class Tokenizer(Protocol):
     token, empty for a token that stands for no character (the space that sentencepiece puts in front). A control token is
     text where its characters are one of the spans `plain`. `bos_id` is None where the model's tokenizer adds none. `decode`
     leaves special tokens out. `control_tokens` are those that steer a model, by id: BOS, EOS, padding, and what the
-    tokenizer's files call special; `vocab_size` is one more than the largest id.
+    tokenizer's files call special; `special_tokens` those that its files name by their role ("bos_token"). `vocab_size` is one
+    more than the largest id.
     """
 
+    @property
+    def special_tokens(self) -> Mapping[str, str]: ...
     @property
     def control_tokens(self) -> Mapping[int, str]: ...
     @property
@@ -50,6 +56,7 @@ class ByteTokenizer:
 
     vocab_size, pad_id, bos_id, eos_id = 259, 0, 1, 2
     control_tokens: Mapping[int, str] = {id: name for name, id in LITERALS.items()}
+    special_tokens: Mapping[str, str] = {"bos_token": "<s>", "eos_token": "</s>"}
 
     def encode(self, text: str, plain: Sequence[tuple[int, int]] = ()) -> tuple[np.ndarray, np.ndarray]:
         """Ids i32[n] and character offsets i32[n, 2]; every byte of a character carries the character's span."""
@@ -76,6 +83,7 @@ class WordTokenizer:
 
     pad_id, bos_id, eos_id = 0, None, 2
     control_tokens: Mapping[int, str] = ByteTokenizer.control_tokens
+    special_tokens: Mapping[str, str] = {"eos_token": "</s>"}
 
     def __init__(self, words: Sequence[str]):
         self.words = tuple(words)
@@ -134,7 +142,7 @@ def open_tokenizer(spec: DataSpec) -> Tokenizer:
         raise ConfigError("config.data.tokenizer is empty: give a folder with tokenizer.model with --config.data.tokenizer=DIR")
     try:
         tokenizer = load_tokenizer(spec.data.tokenizer)
-        check_end_of_turn(spec.data.template, tokenizer)
+        check_template(spec.data.template, tokenizer)
     except (ValueError, OSError) as error:
         fetch = fetch_command(spec.data.tokenizer) if isinstance(error, FileNotFoundError) else ""
         raise ConfigError(f"config.data: {error}" + (f": {fetch}" if fetch else "")) from error
@@ -145,18 +153,40 @@ def open_tokenizer(spec: DataSpec) -> Tokenizer:
     return tokenizer
 
 
-def check_end_of_turn(template: str, tokenizer: Tokenizer) -> None:
-    """Refuse (ValueError) a template whose end of turn is a special token that the tokenizer does not have.
-
-    Spelt out in pieces it would be learnt as text, and an answer would never end at the token that stops it.
-    """
-    if end := lacking_end_of_turn(template, tokenizer):
-        ids, fitting = known_ids(end, tokenizer), ", ".join(fitting_templates(tokenizer)) or "no template here"
-        what = f"{len(ids)} tokens" if len(ids) != 1 else f"its unknown token ({ids[0]})"
+def check_template(name: str, tokenizer: Tokenizer) -> None:
+    """Refuse (ValueError) a template that does not go with the tokenizer, as `template_problem` says."""
+    if problem := template_problem(name, tokenizer):
+        fitting = ", ".join(fitting_templates(tokenizer)) or "no template here"
         raise ValueError(
-            f"template {template!r} ends a turn with {end}, which the tokenizer reads as {what}, expected one special token; "
-            f"choose the template that the tokenizer was made for (it has the end of turn of {fitting}), or add the token"
+            f"{problem}; choose the template that the tokenizer was made for (it has the end of turn of {fitting}), or add the "
+            "token"
         )
+
+
+def template_problem(name: str, tokenizer: Tokenizer) -> str:
+    """What is wrong with a template and a tokenizer together, in words; "" where they fit.
+
+    An end of turn that is a special token, spelt out in pieces, would be learnt as text, and an answer would never end at the
+    token that stops it. A chat template must write no other special token either that the tokenizer lacks, and end a turn.
+
+    Raises:
+      ValueError: there is no such template, or a chat template cannot be used at all.
+    """
+    template = open_template(name, tokenizer)
+    end, whose = template.stop.strip(), f"template {template_in_words(name)!r}"
+    if isinstance(template, ChatTemplate):
+        if not template.stop:
+            return f"{whose} writes nothing after an answer, expected an end of turn"
+        marks = [mark for mark in dict.fromkeys((end, *_BARRED.findall(template.fixed))) if SPECIAL.fullmatch(mark)]
+        lacking = next((mark for mark in marks if not is_one_token(mark, tokenizer)), "")
+    else:
+        lacking = lacking_end_of_turn(name, tokenizer)
+    if not lacking:
+        return ""
+    ids = known_ids(lacking, tokenizer)
+    what = f"{len(ids)} tokens" if len(ids) != 1 else f"its unknown token ({ids[0]})"
+    does = "ends a turn with" if lacking == end else "writes"
+    return f"{whose} {does} {lacking}, which the tokenizer reads as {what}, expected one special token"
 
 
 def lacking_end_of_turn(template: str, tokenizer: Tokenizer) -> str:

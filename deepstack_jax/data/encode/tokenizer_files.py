@@ -1,7 +1,7 @@
 """What both kinds of tokenizer files share: JSON whose nulls mean absent, special tokens in all their forms, errors."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from deepstack_jax.printing import label
 
 SPECIAL_ROLES = ("bos_token", "eos_token", "unk_token", "pad_token", "additional_special_tokens")
 LITERALS = {"<s>": 1, "</s>": 2}
+_NAMED_ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
 class TokenizerError(UserError):
@@ -60,3 +61,8 @@ def as_tokens(value: Any) -> list[dict[str, Any]]:
     if not isinstance(token.get("content"), str) or not token["content"]:
         raise ValueError(f"a special token is {value!r:.80}, expected its text")
     return [token]
+
+
+def special_tokens(settings: Mapping[str, Any]) -> dict[str, str]:
+    """The text of the special tokens in tokenizer_config.json, by its role, as transformers gives them to a template."""
+    return {role: as_tokens(settings[role])[0]["content"] for role in _NAMED_ROLES if as_tokens(settings.get(role))}

@@ -55,16 +55,19 @@ def check_messages(messages: tuple[Message, ...], images: int) -> None:
     if not messages:
         raise RecordError("has no turns; expected a question and an answer")
     for number, message in enumerate(messages):
-        if message.role not in ("human", "gpt") or not isinstance(message.text, str):
+        if message.role not in ("human", "gpt", "system") or not isinstance(message.text, str):
             raise RecordError(f"turn {number}: got {message!r:.120}, expected a human or gpt and its text")
+        if message.role == "system" and number:
+            raise RecordError(f"turn {number} is a system prompt, expected it first; put it there, or remove the turn")
         if _LONE_SURROGATE.search(message.text):
             raise RecordError(f"turn {number} holds half a surrogate pair, which no tokenizer can encode; remove it")
     for number, (before, message) in enumerate(pairwise(messages), 1):  # which speaker may end it, the use decides
         if message.role == before.role:
             expected = "human" if message.role == "gpt" else "gpt"
             raise RecordError(f"turn {number}: got {message.role!r}, expected {expected!r}; turns alternate, join them")
-    spoken = messages[1:] if messages[0].role == "gpt" else messages  # templates drop a leading answer, and an image in it
-    found = sum(message.text.count(IMAGE_MARK) for message in spoken)
+    first = next((message for message in messages if message.role != "system"), None)
+    silent = first if first is not None and first.role == "gpt" else None  # templates drop it, and an image in it
+    found = sum(message.text.count(IMAGE_MARK) for message in messages if message is not silent)
     if found != images:  # nothing would tell which image belongs where
         mend = "name the missing images" if found > images else f"put one {IMAGE_MARK} per image into a human turn"
         raise RecordError(
@@ -190,9 +193,7 @@ def _escapes(name: str) -> bool:
 def _llava(turns: list[dict[str, Any]], _images: int) -> list[Message]:
     for number, turn in enumerate(turns):
         role, text = turn.get("from"), turn.get("value")
-        if role == "system":
-            raise _system_turn(number)
-        if role not in ("human", "gpt") or not isinstance(text, str):
+        if role not in ("human", "gpt", "system") or not isinstance(text, str):
             expected = "{'from': 'human' or 'gpt', 'value': text}"
             raise RecordError(f"turn {number}: got {turn!r:.120}; expected {expected}")
     return [Message(turn["from"], turn["value"]) for turn in turns]
@@ -202,11 +203,9 @@ def _trl(turns: list[dict[str, Any]], images: int) -> list[Message]:
     messages = []
     for number, turn in enumerate(turns):
         role = turn.get("role")
-        if role == "system":
-            raise _system_turn(number)
-        if role not in _ROLES:
+        if role not in (*_ROLES, "system"):
             raise RecordError(f"turn {number}: role is {role!r:.40}, expected 'user' or 'assistant'; remove or rename the turn")
-        messages.append(Message(_ROLES[role], _content(turn.get("content"), number, images)))
+        messages.append(Message(_ROLES.get(role, "system"), _content(turn.get("content"), number, images)))
     return _images_first(messages, images) if all(isinstance(turn["content"], str) for turn in turns) else messages
 
 
@@ -264,13 +263,6 @@ def _images_first(messages: list[Message], images: int) -> list[Message]:
     if first is not None and not any(IMAGE_MARK in message.text for message in messages):
         messages[first] = Message("human", f"{IMAGE_MARK}\n" * images + messages[first].text)
     return messages
-
-
-def _system_turn(number: int) -> RecordError:
-    return RecordError(
-        f"turn {number} is a system prompt, but every template holds its own (data.template); remove the turn, or put its "
-        "words into the first question"
-    )
 
 
 def _kind(value: object) -> str:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from deepstack_jax.config import Config, TrainConfig, filled_in, left_open
+from deepstack_jax.config.chat_template import own_template
 from deepstack_jax.data.encode.tokenizer import fitting_templates, lacking_end_of_turn, load_tokenizer
 from deepstack_jax.errors import ConfigError, flags_as
 from deepstack_jax.families.forms import keys_of_weights
@@ -86,7 +87,10 @@ def _described(found: StoredModel, images: int, choose_template: bool) -> Config
 
 
 def _template_for(found: StoredModel) -> str:
-    """The template that such checkpoints usually have, or a common one whose end of turn the tokenizer has, which is said."""
+    """The chat template of the folder; without one that which such checkpoints usually have, or a common one whose end of turn
+    the tokenizer has, which is said."""
+    if not found.template_told and (own := own_template(found.tokenizer or found.path, dated=True)):
+        return own
     if not found.tokenizer:
         return found.template
     try:
