@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from deepstack_jax.data.encode.batch_rows import EncodedExample
 from deepstack_jax.data.encode.encoder import try_record
-from deepstack_jax.data.encode.templates import Template
+from deepstack_jax.data.encode.templates import AnyTemplate
 from deepstack_jax.data.example import BadExample, Example
 from deepstack_jax.evaluate.on_mesh import Measured, MeshAnswerer
 from deepstack_jax.evaluate.questions import Question
@@ -122,7 +122,7 @@ def _encode(question: Question, answerer: MeshAnswerer, options: Options) -> _As
         return Refusal(question.row, question.id, f"turn {question.turn}: {error}", question.turn)
 
 
-def _scored(task: Task, question: Question, answer: Measured, template: Template) -> Prediction:
+def _scored(task: Task, question: Question, answer: Measured, template: AnyTemplate) -> Prediction:
     parsed = task.parse(question, answer.text)
     return Prediction(
         id=question.id,

@@ -137,7 +137,7 @@ def check_questions(
     source: Source,
     rows: range,
     data: DataConfig,
-    questions: Callable[[Example, Sequence[Any], Template], object] = answered_turns,
+    questions: Callable[[Example, Sequence[Any], AnyTemplate], object] = answered_turns,
 ) -> list[BadExample]:
     """Rows that no model can be asked, as far as shows before one is loaded and images are decoded."""
 

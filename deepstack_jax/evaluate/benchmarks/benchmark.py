@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any, NamedTuple, SupportsIndex
 
-from deepstack_jax.data.encode.templates import Template
+from deepstack_jax.data.encode.templates import AnyTemplate
 from deepstack_jax.data.example import IMAGE_MARK, Example, ExampleError, Message, RecordMetadata, SourceError
 from deepstack_jax.data.formats import files
 from deepstack_jax.data.formats.styles import RecordError, image_value
@@ -121,7 +121,7 @@ class Ask:
 
     prompt: Callable[[Item], str]
 
-    def __call__(self, example: Example, images: Sequence[Any], template: Template) -> list[Question]:
+    def __call__(self, example: Example, images: Sequence[Any], template: AnyTemplate) -> list[Question]:
         """The question of the row, images in front unless its prompt places them.
 
         Raises:
