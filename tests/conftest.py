@@ -2,9 +2,11 @@
 
 import os
 
+from tests import QUICK_COMPILATION
+
 if not os.environ.get("JAX_PLATFORMS", "").startswith("cpu,"):  # cpu,cuda: the few tests that ask for a GPU find it
     os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {QUICK_COMPILATION} --xla_force_host_platform_device_count=8"
 # Each simulated device waits in a collective with a thread of XLA's pool. On a machine with fewer cores than devices the pool
 # can be full of waiting ones, and XLA ends the process after 40 seconds. NPROC is how XLA is told the size of the pool.
 os.environ.setdefault("NPROC", "16")

@@ -28,12 +28,13 @@ class Several:
     def __init__(self, line: Sequence[str], count: int, folder: Path, devices: int = 1) -> None:
         folder.mkdir(exist_ok=True)
         self._printed = [folder / f"{number}.out" for number in range(count)]
+        simulated = f"{ENVIRONMENT['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}"
         flags = [f"--coordinator_address=127.0.0.1:{free_port()}", f"--process_count={count}"]
         self._processes = [
             subprocess.Popen(
                 [*line, *flags, f"--process_id={number}"],
                 cwd=REPOSITORY,
-                env=ENVIRONMENT | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}", "NPROC": str(2 * devices)},
+                env=ENVIRONMENT | {"XLA_FLAGS": simulated, "NPROC": str(2 * devices)},
                 stdout=printed.open("w"),
                 stderr=subprocess.STDOUT,
                 start_new_session=True,

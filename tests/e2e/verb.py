@@ -19,13 +19,15 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from deepstack_jax.train.run.lock import LOCK
+from tests import QUICK_COMPILATION
 
 REPOSITORY = Path(__file__).parents[2]
 TIMEOUT = 300  # seconds that one command may take on a busy machine
 
 # Tiny programs that run for a few steps: XLA's optimizations would cost more than they save.
 ENVIRONMENT = {
-    **{name: value for name, value in os.environ.items() if name not in ("XLA_FLAGS", "NPROC")},  # of simulated devices
+    **{name: value for name, value in os.environ.items() if name != "NPROC"},  # of simulated devices
+    "XLA_FLAGS": QUICK_COMPILATION,
     "JAX_PLATFORMS": "cpu",
     "JAX_COMPILATION_CACHE_DIR": str(REPOSITORY / ".cache" / "jax"),
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
