@@ -22,6 +22,8 @@ INSTALLED := $(VENV)/.installed
 
 # Compiled programs are kept between runs and between the targets.
 export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/jax
+# So are compiled modules, whatever the shell says: the tests start hundreds of processes, and pip compiles none of the environment's.
+unexport PYTHONDONTWRITEBYTECODE
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_NO_INPUT := 1
 
