@@ -11,6 +11,8 @@ from deepstack_jax.parallel.distributed import put_batch
 from deepstack_jax.parallel.rules import use_mesh
 from tests.distributed.cases import LENGTH, MESHES, ROWS, batches, config_of, program_of, start
 
+pytestmark = pytest.mark.usefixtures("optimized")
+
 # Rows of the batch: a device's part of the stack is then larger than any weight of a layer, and smaller than those of all.
 MANY = {"L": 64, "V": 64, "HD": 16}
 LINE = re.compile(r"= (.+?) (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(?:-start)?\(")

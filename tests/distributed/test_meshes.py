@@ -16,14 +16,6 @@ from tests.distributed.cases import ADAPTED, MESHES, VARIANTS, batches, config_o
 from tests.unit.tiny import example, make_batch
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-    """Many programs, each run twice: XLA's optimizations would cost more than they save, and none is looked at here."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 @cache
 def on_one_device(variant):
     return two_steps(program_of(config_of(variant), (1, 1, 1)), variant)

@@ -43,14 +43,6 @@ def program_of(config: Config) -> Program:
     return build_program(config, make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1]), steps=4)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-    """Tiny programs that run once: XLA's optimizations would cost more than they save."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory) -> Path:
     return write_folder("l_2d", tmp_path_factory.mktemp("base"))

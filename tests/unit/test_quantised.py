@@ -130,14 +130,6 @@ def test_adapters_learn_over_the_quantised_base_what_they_learn_over_the_same_nu
             np.testing.assert_allclose(flatten(after.params)[path], leaf, atol=1e-5, err_msg=path)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-    """Tiny programs that run once: XLA's optimizations would cost more than they save."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 @pytest.mark.parametrize("remat", ["block", "none"])
 def test_no_kernel_is_there_for_all_layers_at_once(remat):
     """Of the whole step: nothing of a stacked kernel's shape is computed, or kept for the backward pass, in any float."""
