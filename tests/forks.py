@@ -7,6 +7,7 @@ began a thread, and is ended after so many seconds.
 
 from __future__ import annotations
 
+import gc
 import importlib
 import json
 import os
@@ -89,4 +90,5 @@ if __name__ == "__main__":
     for module in pkgutil.walk_packages(deepstack_jax.__path__, "deepstack_jax."):
         if not module.name.endswith((".__main__", ".convert", ".serve.app")):
             importlib.import_module(module.name)
+    gc.freeze()  # or each process would look through all of it, and copy its pages, when it ends
     serve()
