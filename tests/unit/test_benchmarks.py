@@ -135,7 +135,7 @@ def test_pope_says_its_five_numbers_for_every_way_of_asking(tmp_path):
         "yes_ratio": 0.333,
     }
     assert found["recall"]["by_kind"] == {"adversarial": 0.0, "popular": 0.0, "random": 1.0}
-    assert set(found) == set(task.scorers)
+    assert all("POPE's own reading" in entry["protocol"] for entry in found.values())
     paper = find_task("pope", str(tmp_path), "deepstack-paper")
     found = paper.aggregate(predictions(paper, ["Yes, there is.", "no", "There is not one"]))
     assert {name: entry["score"] for name, entry in found.items()}["yes_ratio"] == 1.0  # that of the right answers
@@ -194,8 +194,8 @@ def test_prompts_are_those_of_the_papers_base_code():
 def test_submission_files_are_in_the_servers_format(tmp_path):
     expected = {
         "vqav2_testdev": ("vqav2.json", [{"question_id": 70 + at, "answer": said} for at, said in enumerate(ANSWERS)]),
-        "docvqa_test": ("result.json", [{"questionId": 70 + at, "answer": said} for at, said in enumerate(ANSWERS)]),
-        "infovqa_test": ("result.json", [{"questionId": 70 + at, "answer": said} for at, said in enumerate(ANSWERS)]),
+        "docvqa_test": ("submission.json", [{"questionId": 70 + at, "answer": said} for at, said in enumerate(ANSWERS)]),
+        "infovqa_test": ("submission.json", [{"questionId": 70 + at, "answer": said} for at, said in enumerate(ANSWERS)]),
         "mmvet": ("mm-vet.json", {f"v1_{at}": said for at, said in enumerate(ANSWERS)}),
     }
     for name, (file, content) in expected.items():

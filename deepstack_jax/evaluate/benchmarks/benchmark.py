@@ -152,9 +152,9 @@ class BenchmarkSource:
             except RecordError:
                 numbers.append(number)  # counted when it is asked
                 continue
-            if item.split and item.split != self._benchmark.split:
+            if item.split and str(item.split) != self._benchmark.split:
                 raise SourceError(
-                    f"{self.rows.place(number)} is of the split {quote(item.split)}, expected {self._benchmark.split!r}; "
+                    f"{self.rows.place(number)} is of the split {quote(str(item.split))}, expected {self._benchmark.split!r}; "
                     f"{self._benchmark.origin}"
                 )
             if (before := seen.setdefault(item.id, number)) != number:

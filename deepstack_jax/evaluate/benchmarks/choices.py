@@ -2,7 +2,7 @@
 
 import random
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from string import ascii_uppercase
 from typing import Any
@@ -35,6 +35,7 @@ from deepstack_jax.evaluate.scorers.choices import (
     first_letter,
 )
 from deepstack_jax.evaluate.scorers.mmmu import MMMU_ACCURACY, mmmu_letter, mmmu_numbers, open_answers
+from deepstack_jax.evaluate.scorers.texts import Scorer
 from deepstack_jax.evaluate.tasks import Prediction
 
 LETTER = "\nAnswer with the option's letter from the given choices directly."
@@ -75,7 +76,7 @@ def _seed_images(row: Row, folder: str) -> Sequence[object]:
     return [place_of(folder, f"SEED-Bench-image/{name}", name)]
 
 
-def _seed(words: str, scorer) -> Protocol:
+def _seed(words: str, scorer: Scorer) -> Protocol:
     return Protocol(
         words=words,
         prompt=choice_prompt,
@@ -118,20 +119,28 @@ def _ai2d_json(folder: str) -> Rows | None:
     for number in read_text(path).split():
         name = files.under(folder, f"questions/{number}.png.json")
         for words, one in field(read_object(name), "questions", dict, name).items():
-            lettered_image = one.get("abcLabel") is True
-            named = {"id": one.get("questionId"), "question": words, "options": one.get("answerTexts")}
-            held = {"image": f"{'abc_images' if lettered_image else 'images'}/{number}.png", "answer": one.get("correctAnswer")}
-            rows.append(named | held)
+            told = one if isinstance(one, dict) else {}
+            image = f"{'abc_images' if told.get('abcLabel') is True else 'images'}/{number}.png"
+            known = {"id": told.get("questionId"), "options": told.get("answerTexts"), "answer": told.get("correctAnswer")}
+            rows.append(known | {"question": words, "image": image})
     return ListRows(f"{folder}/questions", rows)
+
+
+def letter_of(answer: object, options: Sequence[str]) -> tuple[str, ...]:
+    """The letter of the option that a file gives by its number from 0; nothing where it gives none.
+
+    Raises:
+      RecordError: there is no such option.
+    """
+    letters = {str(number): letter for number, letter in enumerate(ascii_uppercase[: len(options)])}
+    if answer not in (None, "") and str(answer) not in letters:
+        raise RecordError(f"answer is {answer!r:.80}, expected the number of an option; fetch the file again")
+    return (letters[str(answer)],) if str(answer) in letters else ()
 
 
 def _ai2d_item(row: Row, number: int) -> Item:
     options = tuple(map(str, field(row, "options", list)))
-    answer = row.get("answer")
-    known = str(answer).isdecimal() and int(str(answer)) < len(options)
-    if answer is not None and not known:
-        raise RecordError(f"answer is {answer!r:.80}, expected the number of an option; fetch the file again")
-    right = (ascii_uppercase[int(str(answer))],) if known else ()
+    right = letter_of(row.get("answer"), options)
     return Item(str(row.get("id") or number), field(row, "question", str), right, options)
 
 
@@ -140,7 +149,7 @@ def _ai2d_images(row: Row, folder: str) -> Sequence[object]:
     return [place_of(folder, image, f"images/{image.rpartition('/')[2]}") if isinstance(image, str) else image]
 
 
-def _ai2d(words: str, scorer, parse) -> Protocol:
+def _ai2d(words: str, scorer: Scorer, parse: Callable[[str], str]) -> Protocol:
     return Protocol(
         words=words,
         prompt=choice_prompt,

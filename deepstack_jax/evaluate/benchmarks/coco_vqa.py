@@ -1,7 +1,7 @@
 """VQAv2 and OK-VQA: questions and annotations in two JSON files over images of COCO."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from deepstack_jax.evaluate.benchmarks.benchmark import Benchmark, Item, Protocol
 from deepstack_jax.evaluate.benchmarks.rows import (
@@ -38,7 +38,7 @@ def _files(questions: str, annotations: str, images: str) -> Form:
             answers = first_file(folder, (annotations,)) or f"{folder}/{annotations}"
             asked = joined(asked, read_list(answers, "annotations"), "question_id", path, answers)
         subtype = read_object(path).get("data_subtype")
-        return ListRows(path, [row | {"subtype": subtype} for row in asked if isinstance(row, dict)])
+        return ListRows(path, [(row if isinstance(row, dict) else {}) | {"subtype": subtype} for row in asked])
 
     held = (questions, annotations, f"{images}/")
     return Form(", ".join(name for name in held if name), find)
@@ -46,13 +46,13 @@ def _files(questions: str, annotations: str, images: str) -> Form:
 
 def _item(row: Row, _number: int) -> Item:
     number, question = field(row, "question_id"), field(row, "question", str)
-    kind, split = row.get("answer_type"), row.get("subtype")
+    kind, split = row.get("answer_type"), row.get("subtype") or ""
     return Item(
         id=str(number),
         question=question,
         answers=texts(row.get("answers")),
         kind=kind if isinstance(kind, str) else "all",
-        split=split if isinstance(split, str) else "",
+        split=str(split),
         details={"question_id": number},
     )
 
@@ -73,7 +73,7 @@ def vqav2_submission(predictions: Sequence[Prediction]) -> dict[str, str]:
     return {"vqav2.json": json.dumps(rows)}
 
 
-def _protocol(words: str, suffix: str, scorer: Scorer, parse, most: int) -> Protocol:
+def _protocol(words: str, suffix: str, scorer: Scorer, parse: Callable[[str], str], most: int) -> Protocol:
     return Protocol(
         words=words,
         prompt=lambda item: item.question + suffix,

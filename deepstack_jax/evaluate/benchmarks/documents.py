@@ -24,6 +24,7 @@ from deepstack_jax.evaluate.scorers.texts import ANLS, BINARISED_ANLS, MP_DOCVQA
 from deepstack_jax.evaluate.scorers.vqa import VQA_ACCURACY, vqa_answer
 from deepstack_jax.evaluate.tasks import Prediction
 
+_MOST_DIGITS = 20  # of a number that a table holds as a text
 PAGES = 20  # of a document of MP-DocVQA at most
 
 
@@ -36,8 +37,10 @@ def _files(names: Sequence[str], images: str, ocr: str = "") -> Form:
         rows = read_list(path, "data")
         if ocr:
             found = read_list(first_file(folder, (ocr,)) or f"{folder}/{ocr}", "data")
-            tokens = {one.get("image_id"): one.get("ocr_tokens") for one in found if isinstance(one, dict)}
-            rows = [row | {"ocr_tokens": tokens.get(row.get("image_id"))} if isinstance(row, dict) else row for row in rows]
+            tokens = {str(one.get("image_id")): one.get("ocr_tokens") for one in found if isinstance(one, dict)}
+            rows = [
+                row | {"ocr_tokens": tokens.get(str(row.get("image_id")))} if isinstance(row, dict) else row for row in rows
+            ]
         return ListRows(path, rows)
 
     return Form(", ".join(name for name in (names[0], ocr, f"{images}/") if name), find)
@@ -110,7 +113,7 @@ def _document_item(row: Row, _number: int) -> Item:
     number, answers, split = field(row, "questionId"), row.get("answers"), row.get("data_split")
     if isinstance(answers, str) and answers.startswith("["):  # MP-DocVQA's tables hold lists as Python writes them
         answers = read_literal(answers, "answers")
-    details = {"questionId": int(number) if str(number).isdecimal() else number}
+    details = {"questionId": int(number) if str(number).isdecimal() and len(str(number)) < _MOST_DIGITS else number}
     return Item(str(number), field(row, "question", str), texts(answers), split=split or "", details=details)
 
 
@@ -149,7 +152,7 @@ def _pages(row: Row, folder: str) -> Sequence[object]:
 def document_submission(predictions: Sequence[Prediction]) -> dict[str, str]:
     """What the server of DocVQA and InfoVQA (rrc.cvc.uab.es) reads: [{"questionId", "answer"}]."""
     rows = [{"questionId": one.details["questionId"], "answer": one.prediction.strip()} for one in predictions]
-    return {"result.json": json.dumps(rows)}
+    return {"submission.json": json.dumps(rows)}
 
 
 def _short(words: str, **scorers) -> Protocol:

@@ -11,6 +11,7 @@ from deepstack_jax.evaluate.benchmarks.rows import (
     Rows,
     field,
     first_file,
+    named,
     parquet,
     place_of,
     read_object,
@@ -25,7 +26,7 @@ THINK = "First please perform reasoning, and think step by step to provide best 
 def _json(folder: str) -> Rows | None:
     if (path := first_file(folder, ("mm-vet.json",))) is None:
         return None
-    return ListRows(path, [row | {"question_id": name} for name, row in read_object(path).items() if isinstance(row, dict)])
+    return ListRows(path, named(read_object(path), "question_id"))
 
 
 def _item(row: Row, _number: int) -> Item:

@@ -23,9 +23,10 @@ def _open(folder: str) -> Rows | None:
     for number, row in enumerate(read_list(path)):
         turns = field(row, "conversations", list, f"{path} record {number}")
         for asked, said in zip(turns[::2], turns[1::2], strict=False):
-            words = str(asked.get("value")).replace(IMAGE_MARK, "").strip()
+            where = f"{path} record {number}"
+            words = field(asked, "value", str, where).replace(IMAGE_MARK, "").strip()
             if kind := field_of(words):
-                found.append(row | {"kind": kind, "question": words, "answer": said.get("value")})
+                found.append(row | {"kind": kind, "question": words, "answer": field(said, "value", str, where)})
     return ListRows(path, found)
 
 
@@ -41,7 +42,7 @@ RECEIPTS = Benchmark(
     metric="exact_match",
     forms=(Form("val.json and images/", _open),),
     item=_item,
-    images=lambda row, _folder: [row["image"]],
+    images=lambda row, _folder: [field(row, "image", str)],
     protocols={
         "own": Protocol(
             words="exact match, ANLS and F1 over words",

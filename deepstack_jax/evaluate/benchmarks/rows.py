@@ -145,6 +145,11 @@ def parquet(names: Sequence[str], needed: Sequence[str], images: Sequence[str] =
     return Form(f"{names[0]} (parquet)", find)
 
 
+def named(rows: Mapping[str, Any], key: str) -> list[Row]:
+    """The values of an object by name, each with its name under `key`."""
+    return [(row if isinstance(row, dict) else {}) | {key: name} for name, row in rows.items()]
+
+
 def joined(questions: Sequence[Any], answers: Sequence[Any], key: str, question_file: str, answer_file: str) -> list[Row]:
     """Every question with the fields of the annotation that has its id; without those where there is none.
 

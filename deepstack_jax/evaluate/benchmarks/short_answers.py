@@ -1,7 +1,6 @@
 """GQA, POPE and ChartQA: one image, a short answer that is right or wrong."""
 
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from deepstack_jax.data.formats.styles import RecordError
@@ -14,6 +13,7 @@ from deepstack_jax.evaluate.benchmarks.rows import (
     Rows,
     field,
     first_file,
+    named,
     parquet,
     place_of,
     read_lines,
@@ -22,6 +22,7 @@ from deepstack_jax.evaluate.benchmarks.rows import (
     texts,
 )
 from deepstack_jax.evaluate.scorers.short_answers import GQA_EXACT_MATCH, RELAXED_ACCURACY
+from deepstack_jax.evaluate.scorers.texts import Scorer
 from deepstack_jax.evaluate.scorers.yes_no import (
     POPE_ACCURACY,
     POPE_PAPER_ACCURACY,
@@ -39,7 +40,7 @@ POPE_KINDS = ("random", "popular", "adversarial")
 def _gqa_json(folder: str) -> Rows | None:
     if (path := first_file(folder, ("testdev_balanced_questions.json",))) is None:
         return None
-    return ListRows(path, [row | {"id": number} for number, row in read_object(path).items()])
+    return ListRows(path, named(read_object(path), "id"))
 
 
 class _TwoTables:
@@ -114,8 +115,9 @@ def _pope_lines(folder: str) -> Rows | None:
     rows = []
     for kind, found in names.items():
         for row in read_lines(first_file(folder, found) or f"{folder}/{found[0]}"):
-            named = {"question": row.get("text"), "answer": row.get("label"), "image_source": row.get("image")}
-            rows.append({"category": kind, "question_id": row.get("question_id")} | named if isinstance(row, dict) else row)
+            told = row if isinstance(row, dict) else {}
+            known = {"question": told.get("text"), "answer": told.get("label"), "image_source": told.get("image")}
+            rows.append({"category": kind, "question_id": told.get("question_id")} | known)
     return ListRows(f"{folder}/coco_pope_*.json", rows)
 
 
@@ -133,11 +135,14 @@ def _pope_images(row: Row, folder: str) -> Sequence[object]:
     return [place_of(folder, f"val2014/{name}", name)]
 
 
-def pope_aggregate(numbers, predictions: Sequence[Prediction]) -> dict[str, dict[str, Any]]:
+def pope_aggregate(
+    numbers: Callable[[Sequence[str], Sequence[str]], dict[str, float]], words: str, predictions: Sequence[Prediction]
+) -> dict[str, dict[str, Any]]:
     """The five numbers over all answers, and over those of each way in which POPE chooses what to ask for.
 
     Args:
       numbers: (what answers say, what is right) -> the five.
+      words: what they mean.
     """
     groups: dict[str, list[Prediction]] = {}
     for one in predictions:
@@ -147,20 +152,19 @@ def pope_aggregate(numbers, predictions: Sequence[Prediction]) -> dict[str, dict
         kind: numbers([one.parsed for one in group], [one.references[0] for one in group]) for kind, group in groups.items()
     }
     return {
-        name: {"score": score, "by_kind": {kind: by_kind[kind][name] for kind in sorted(by_kind)}}
+        name: {"score": score, "by_kind": {kind: by_kind[kind][name] for kind in sorted(by_kind)}, "protocol": words}
         for name, score in found.items()
     }
 
 
-def _pope(words: str, scorer, parse, numbers) -> Protocol:
-    names = ("accuracy", "precision", "recall", "f1_score", "yes_ratio")
+def _pope(words: str, scorer: Scorer, parse: Callable[[str], str], numbers: Callable) -> Protocol:
     return Protocol(
         words=words,
         prompt=lambda item: item.question.strip() + PHRASE,
         suffix=PHRASE,
-        scorers={name: replace(scorer, protocol=f"{name} of: {scorer.protocol}") for name in names},
+        scorers={"accuracy": scorer},
         parse=lambda _question, answer: parse(answer),
-        aggregate=lambda predictions: pope_aggregate(numbers, predictions),
+        aggregate=lambda predictions: pope_aggregate(numbers, words, predictions),
         max_new_tokens=128,
     )
 
@@ -193,8 +197,8 @@ def _chartqa_json(folder: str) -> Rows | None:
     rows = []
     for kind, name in names.items():
         for row in read_list(f"{folder}/{name}"):
-            named = {"question": row.get("query"), "answer": row.get("label")} if isinstance(row, dict) else {}
-            rows.append(row | named | {"type": kind} if isinstance(row, dict) else row)
+            told = row if isinstance(row, dict) else {}
+            rows.append(told | {"question": told.get("query"), "answer": told.get("label"), "type": kind})
     return ListRows(f"{folder}/test/test_*.json", rows)
 
 

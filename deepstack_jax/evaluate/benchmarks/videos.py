@@ -14,7 +14,7 @@ from deepstack_jax.data.example import SourceError
 from deepstack_jax.data.formats.styles import RecordError
 from deepstack_jax.data.formats.video_files import find_video, mosaic, read_frames
 from deepstack_jax.evaluate.benchmarks.benchmark import Benchmark, Item, Protocol
-from deepstack_jax.evaluate.benchmarks.choices import LETTER, SEED, choice_prompt
+from deepstack_jax.evaluate.benchmarks.choices import LETTER, SEED, choice_prompt, letter_of
 from deepstack_jax.evaluate.benchmarks.coco_vqa import PHRASE
 from deepstack_jax.evaluate.benchmarks.rows import (
     Form,
@@ -126,12 +126,10 @@ def judge_file(predictions: Sequence[Prediction]) -> dict[str, str]:
 
 
 def _choice_item(name: str, row: Row, options: Sequence[Any], kind: str = "all") -> Item:
-    answer = row.get("answer")
-    known = str(answer).isdecimal() and int(str(answer)) < len(options)
-    if answer not in (None, "") and not known:
-        raise RecordError(f"answer is {answer!r:.80}, expected the number of an option; fetch the file again")
-    right = ("ABCDE"[int(str(answer))],) if known else ()
-    return Item(name, field(row, "question", str).strip(), right, tuple(str(one).strip() for one in options), kind)
+    if None in options:
+        raise RecordError(f"has {_OPTIONS - options.count(None)} options, expected {_OPTIONS}; fetch the file again")
+    texts_of = tuple(str(one).strip() for one in options)
+    return Item(name, field(row, "question", str).strip(), letter_of(row.get("answer"), texts_of), texts_of, kind)
 
 
 def _egoschema_json(folder: str) -> Rows | None:
