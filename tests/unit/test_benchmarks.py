@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from benchmarks.task_table import OUTPUT, page
-from deepstack_jax.config import Config
+from deepstack_jax.config import LIMITS, Config
 from deepstack_jax.data.encode.templates import get_template
 from deepstack_jax.data.example import ExampleError, SourceError
 from deepstack_jax.data.formats.image_files import image_size
@@ -359,6 +359,18 @@ def test_a_table_without_a_column_and_a_row_of_other_types_are_told(tmp_path):
 
 def test_the_tables_of_the_page_are_as_the_script_writes_them():
     assert OUTPUT.read_text() == page(OUTPUT.read_text()), "run python -m benchmarks.task_table"
+
+
+def test_tables_of_several_row_groups_and_their_limits(tmp_path):
+    made(tmp_path, "docvqa", "parquet")
+    file = tmp_path / "docvqa/DocVQA/validation-00000-of-00001.parquet"
+    pq.write_table(pq.read_table(file), file, row_group_size=1)
+    assert [one.references for one in questions_of(find_task("docvqa", str(tmp_path)))][2] == ("2", "2")
+    with pytest.raises(SourceError, match=r"allowed are config\.data\.limits\.group_bytes=10"):
+        find_task("docvqa", str(tmp_path), limits=replace(LIMITS, group_bytes=10))
+    file.rename(file.with_name("validation-00001-of-00002.parquet"))
+    with pytest.raises(SourceError, match=r"validation-00000-of-00002\.parquet missing"):
+        find_task("docvqa", str(tmp_path))
 
 
 def test_options_of_a_choice_become_its_lines(tmp_path):

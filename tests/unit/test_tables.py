@@ -380,7 +380,7 @@ def test_a_group_is_read_though_a_column_that_nobody_needs_is_damaged(tmp_path):
 
 
 BOMBS = {  # a file of a few kilobytes, and what it takes in memory
-    "one text, many rows": {"conversations": [[{"from": "system", "value": "x" * 100_000}]] * 2000, "id": ["a"] * 2000},
+    "one text, many rows": {"conversations": [[{"from": "narrator", "value": "x" * 100_000}]] * 2000, "id": ["a"] * 2000},
     "one text, many turns": {"conversations": [[{"from": "human", "value": "x" * 100_000}] * 2000], "id": ["a"]},
     "one id, many rows": {"conversations": [[]] * 2000, "id": ["x" * 100_000] * 2000},
     "nothing, often": {"conversations": [[{"from": None, "value": None}] * 400_000], "id": ["a"]},
@@ -584,3 +584,13 @@ def test_a_damaged_state_is_refused(tmp_path, state, message):
     (tmp_path / "state.json").write_text(state)
     with pytest.raises(SourceError, match=message):
         open_files(str(tmp_path), "")
+
+
+def test_lists_of_texts_are_outlined_across_row_groups(tmp_path):
+    """Also where a row group has more texts than its dictionary holds."""
+    turns = [{"from": "human", "value": "<image><image>?"}, {"from": "gpt", "value": "x"}]
+    rows = [{"id": str(at), "images": [f"a{at % 3}.jpg", f"b{at}.jpg"], "conversations": turns} for at in range(300)]
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.Table.from_pylist(rows), path, row_group_size=100, dictionary_pagesize_limit=200, data_page_size=100)
+    found = list(tables.ParquetRecords(str(path), [str(path)]).scan())
+    assert found == [{"id": row["id"], "images": row["images"]} for row in rows]

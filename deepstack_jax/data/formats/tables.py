@@ -116,8 +116,9 @@ class ParquetRecords(_Groups):
         for part, footer in zip(self._parts, self._footers, strict=True):
             try:
                 with _open_parquet(part, footer.texts) as parquet:
-                    for batch in parquet.iter_batches(footer.step, columns=self._outlined):
-                        yield from scanned(batch, self._limits, self._needed, mapped=False)
+                    for group in range(len(footer.rows)):  # lists of texts cannot be read across two groups at once
+                        for batch in parquet.iter_batches(footer.step, [group], self._outlined):
+                            yield from scanned(batch, self._limits, self._needed, mapped=False)
             except (pa.ArrowException, OSError) as error:
                 raise _failure(part, error) from error
 

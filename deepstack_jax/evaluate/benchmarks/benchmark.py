@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any, NamedTuple, SupportsIndex
 
+from deepstack_jax.config import LimitsConfig
 from deepstack_jax.data.encode.templates import AnyTemplate
 from deepstack_jax.data.example import IMAGE_MARK, Example, ExampleError, Message, RecordMetadata, SourceError
 from deepstack_jax.data.formats import files
@@ -89,14 +90,14 @@ class Benchmark:
         """What must be in its folder, per form."""
         return tuple(form.files for form in self.forms)
 
-    def open(self, folder: str, protocol: str) -> Task:
+    def open(self, folder: str, protocol: str, limits: LimitsConfig) -> Task:
         """The task over the files of a folder.
 
         Raises:
           MissingError: they are not there. SourceError: they are damaged, of another split, or hold a question twice.
         """
         try:
-            rows = next((rows for form in self.forms if (rows := form.open(folder)) is not None), None)
+            rows = next((rows for form in self.forms if (rows := form.open(folder, limits)) is not None), None)
         except MissingError as error:
             raise MissingError(f"{error}; {self.origin}") from error
         if rows is None:

@@ -7,6 +7,7 @@ from dataclasses import replace
 from string import ascii_uppercase
 from typing import Any
 
+from deepstack_jax.config import LimitsConfig
 from deepstack_jax.data.formats import files
 from deepstack_jax.data.formats.styles import RecordError
 from deepstack_jax.evaluate.benchmarks.benchmark import Benchmark, Item, Protocol
@@ -54,7 +55,7 @@ def choice_prompt(item: Item) -> str:
     return f"{item.question}\n{lettered(item.options)}{LETTER}"
 
 
-def _seed_json(folder: str) -> Rows | None:
+def _seed_json(folder: str, _limits: LimitsConfig) -> Rows | None:
     path = first_file(folder, ("SEED-Bench.json",))
     return None if path is None else ListRows(path, read_list(path, "questions"))
 
@@ -112,7 +113,7 @@ SEED_ALL = Benchmark(
 SEED_IMAGE = replace(SEED_ALL, title="SEED-Bench, images only", keep=lambda item: item.kind == "image", paper={})
 
 
-def _ai2d_json(folder: str) -> Rows | None:
+def _ai2d_json(folder: str, _limits: LimitsConfig) -> Rows | None:
     if (path := first_file(folder, ("ai2d_test_ids.csv",))) is None:
         return None
     rows = []

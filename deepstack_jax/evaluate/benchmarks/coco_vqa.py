@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Mapping, Sequence
 
+from deepstack_jax.config import LimitsConfig
 from deepstack_jax.evaluate.benchmarks.benchmark import Benchmark, Item, Protocol
 from deepstack_jax.evaluate.benchmarks.rows import (
     Form,
@@ -29,7 +30,7 @@ UNANSWERABLE = "\nWhen the provided information is insufficient, respond with 'U
 def _files(questions: str, annotations: str, images: str) -> Form:
     """The authors' JSON files; `annotations` "" where answers are hidden."""
 
-    def find(folder: str) -> Rows | None:
+    def find(folder: str, _limits: LimitsConfig) -> Rows | None:
         path = first_file(folder, (questions,))
         if path is None:
             return None

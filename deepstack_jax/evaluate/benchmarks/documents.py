@@ -5,6 +5,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
+from deepstack_jax.config import LimitsConfig
 from deepstack_jax.data.formats.styles import RecordError
 from deepstack_jax.evaluate.benchmarks.benchmark import Benchmark, Item, Protocol
 from deepstack_jax.evaluate.benchmarks.coco_vqa import PHRASE
@@ -31,7 +32,7 @@ PAGES = 20  # of a document of MP-DocVQA at most
 def _files(names: Sequence[str], images: str, ocr: str = "") -> Form:
     """The first JSON file of the names; with the tokens of an OCR file, by image, where one is named."""
 
-    def find(folder: str) -> Rows | None:
+    def find(folder: str, _limits: LimitsConfig) -> Rows | None:
         if (path := first_file(folder, names)) is None:
             return None
         rows = read_list(path, "data")

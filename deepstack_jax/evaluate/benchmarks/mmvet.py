@@ -3,6 +3,7 @@
 import json
 from collections.abc import Sequence
 
+from deepstack_jax.config import LimitsConfig
 from deepstack_jax.evaluate.benchmarks.benchmark import Benchmark, Item, Protocol
 from deepstack_jax.evaluate.benchmarks.rows import (
     Form,
@@ -23,7 +24,7 @@ from deepstack_jax.evaluate.tasks import Prediction
 THINK = "First please perform reasoning, and think step by step to provide best answer to the following question: \n\n"
 
 
-def _json(folder: str) -> Rows | None:
+def _json(folder: str, _limits: LimitsConfig) -> Rows | None:
     if (path := first_file(folder, ("mm-vet.json",))) is None:
         return None
     return ListRows(path, named(read_object(path), "question_id"))

@@ -1,5 +1,6 @@
 """Four fields of scanned receipts, in rows of LLaVA JSON as `train` reads them; every field is a question of its own."""
 
+from deepstack_jax.config import LimitsConfig
 from deepstack_jax.data.example import IMAGE_MARK
 from deepstack_jax.evaluate.benchmarks.benchmark import Benchmark, Item, Protocol
 from deepstack_jax.evaluate.benchmarks.rows import Form, ListRows, Row, Rows, field, first_file, read_list
@@ -15,7 +16,7 @@ def field_of(question: str) -> str:
     return next((name for name in ("address", "date", "total", "company") if name in words), "")
 
 
-def _open(folder: str) -> Rows | None:
+def _open(folder: str, _limits: LimitsConfig) -> Rows | None:
     path = first_file(folder, ("val.json",))
     if path is None:
         return None

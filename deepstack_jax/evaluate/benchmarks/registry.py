@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+from deepstack_jax.config import LIMITS, LimitsConfig
 from deepstack_jax.data.formats import files
 from deepstack_jax.errors import ConfigError, nearest
 from deepstack_jax.evaluate.benchmarks.benchmark import Benchmark
@@ -49,13 +50,14 @@ TASKS: dict[str, Benchmark] = {
 }
 
 
-def find_task(name: str, root: str, protocol: str = "own") -> Task:
+def find_task(name: str, root: str, protocol: str = "own", limits: LimitsConfig = LIMITS) -> Task:
     """The task of that name over its files below `root`.
 
     Args:
       root: folder or URL that holds a folder for every benchmark (`Benchmark.folder`).
       protocol: one of `Benchmark.protocols`: "own" is the benchmark's own definition, "deepstack-paper" what the numbers of the
         paper mean, "likelihood" a choice by the likelihood of the letters.
+      limits: what a row and a row group of its tables may take.
 
     Raises:
       ConfigError: no such task or protocol; the nearest is named.
@@ -66,5 +68,5 @@ def find_task(name: str, root: str, protocol: str = "own") -> Task:
     benchmark = TASKS[name]
     if protocol not in benchmark.protocols:
         raise ConfigError(f"task {name} has no protocol {protocol!r:.80}; {nearest(protocol, benchmark.protocols)}")
-    task = benchmark.open(files.join(root, benchmark.folder), protocol)
+    task = benchmark.open(files.join(root, benchmark.folder), protocol, limits)
     return replace(task, name=name, protocol=protocol)

@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
+from deepstack_jax.config import LimitsConfig
 from deepstack_jax.data.example import SourceError
 from deepstack_jax.data.formats import files
 from deepstack_jax.data.formats.styles import Columns, RecordError
@@ -62,7 +63,9 @@ class Form(NamedTuple):
     """A form in which a benchmark is published."""
 
     files: str  # what must be in its folder, for people
-    open: Callable[[str], Rows | None]  # the folder -> rows; None where the file that tells the form is not there
+    open: Callable[
+        [str, LimitsConfig], Rows | None
+    ]  # the folder, what its tables may take -> rows; None where the file that tells the form is not there
 
 
 def read_text(path: str) -> str:
@@ -138,8 +141,8 @@ def parquet(names: Sequence[str], needed: Sequence[str], images: Sequence[str] =
     """Parquet files under the first pattern that matches any, with the columns of questions and those of images."""
     wanted = Columns.of((*needed, *images), tuple(needed))
 
-    def find(folder: str) -> Rows | None:
-        found = (open_parquet(files.under(folder, name), wanted) for name in names)
+    def find(folder: str, limits: LimitsConfig) -> Rows | None:
+        found = (open_parquet(files.under(folder, name), wanted, limits) for name in names)
         return next((rows for rows in found if rows is not None), None)
 
     return Form(f"{names[0]} (parquet)", find)

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+from deepstack_jax.config import LimitsConfig
 from deepstack_jax.data.formats.styles import RecordError
 from deepstack_jax.evaluate.benchmarks.benchmark import Benchmark, Item, Protocol
 from deepstack_jax.evaluate.benchmarks.coco_vqa import PHRASE
@@ -37,7 +38,7 @@ WORD = "\nAnswer the question with a single word."
 POPE_KINDS = ("random", "popular", "adversarial")
 
 
-def _gqa_json(folder: str) -> Rows | None:
+def _gqa_json(folder: str, _limits: LimitsConfig) -> Rows | None:
     if (path := first_file(folder, ("testdev_balanced_questions.json",))) is None:
         return None
     return ListRows(path, named(read_object(path), "id"))
@@ -72,8 +73,8 @@ _GQA_QUESTIONS = parquet(("testdev_balanced_instructions/testdev-*.parquet",), (
 _GQA_IMAGES = parquet(("testdev_balanced_images/testdev-*.parquet",), ("id",))
 
 
-def _gqa_tables(folder: str) -> Rows | None:
-    questions, images = _GQA_QUESTIONS.open(folder), _GQA_IMAGES.open(folder)
+def _gqa_tables(folder: str, limits: LimitsConfig) -> Rows | None:
+    questions, images = _GQA_QUESTIONS.open(folder, limits), _GQA_IMAGES.open(folder, limits)
     return _TwoTables(questions, images) if questions and images else None
 
 
@@ -108,7 +109,7 @@ GQA = Benchmark(
 )
 
 
-def _pope_lines(folder: str) -> Rows | None:
+def _pope_lines(folder: str, _limits: LimitsConfig) -> Rows | None:
     names = {kind: (f"coco_pope_{kind}.json", f"output/coco/coco_pope_{kind}.json") for kind in POPE_KINDS}
     if not any(first_file(folder, found) for found in names.values()):
         return None
@@ -190,7 +191,7 @@ POPE = Benchmark(
 )
 
 
-def _chartqa_json(folder: str) -> Rows | None:
+def _chartqa_json(folder: str, _limits: LimitsConfig) -> Rows | None:
     names = {"human_test": "test/test_human.json", "augmented_test": "test/test_augmented.json"}
     if not any(first_file(folder, (name,)) for name in names.values()):
         return None

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from deepstack_jax.config import LimitsConfig
 from deepstack_jax.data.example import SourceError
 from deepstack_jax.data.formats.styles import RecordError
 from deepstack_jax.data.formats.video_files import find_video, mosaic, read_frames
@@ -132,7 +133,7 @@ def _choice_item(name: str, row: Row, options: Sequence[Any], kind: str = "all")
     return Item(name, field(row, "question", str).strip(), letter_of(row.get("answer"), texts_of), texts_of, kind)
 
 
-def _egoschema_json(folder: str) -> Rows | None:
+def _egoschema_json(folder: str, _limits: LimitsConfig) -> Rows | None:
     path = first_file(folder, ("questions.json",))
     if path is None:
         return None
@@ -173,7 +174,7 @@ EGOSCHEMA = Benchmark(
 )
 
 
-def _nextqa_csv(folder: str) -> Rows | None:
+def _nextqa_csv(folder: str, _limits: LimitsConfig) -> Rows | None:
     if (path := first_file(folder, ("val.csv",))) is None:
         return None
     places = first_file(folder, ("map_vid_vidorID.json",))
@@ -216,7 +217,7 @@ def _open_item(row: Row, _number: int) -> Item:
     return Item(str(number), question, texts(row.get("answer")), details=details)
 
 
-def _msvd_json(folder: str) -> Rows | None:
+def _msvd_json(folder: str, _limits: LimitsConfig) -> Rows | None:
     if (path := first_file(folder, ("test_qa.json",))) is None:
         return None
     mapping = first_file(folder, ("youtube_mapping.txt",))
@@ -244,7 +245,7 @@ MSVDQA = Benchmark(
 )
 
 
-def _activitynet_json(folder: str) -> Rows | None:
+def _activitynet_json(folder: str, _limits: LimitsConfig) -> Rows | None:
     if (path := first_file(folder, ("test_q.json",))) is None:
         return None
     answers = first_file(folder, ("test_a.json",)) or f"{folder}/test_a.json"
