@@ -80,7 +80,7 @@ def _in_products(config: Config) -> Iterator[str]:
 def _in_sizes(config: Config) -> Iterator[str]:
     image, vision, decoder, data, train = config.image, config.vision, config.decoder, config.data, config.train
     divisible = (
-        ("image.size", image.size, "vision.patch_size", vision.patch_size),
+        ("image.size", 0 if vision.cuts_edge else image.size, "vision.patch_size", vision.patch_size),
         ("vision.width", vision.width, "vision.heads", vision.heads),
         ("decoder.heads", decoder.heads, "decoder.kv_heads", decoder.kv_heads),
         # Packed rows are as many as split; their number follows from the lengths.
@@ -169,6 +169,8 @@ def _in_image(config: Config) -> Iterator[str]:
         except ValueError as error:
             yield f"config.image.pinpoints: {error}"
     fixed_grid = image.kind.stacks_crops and not image.kind.upsampled and image.grid == "square"
+    if stack.high_res == "view" and image.size % config.vision.patch_size:
+        yield "config.deepstack.high_res='view' needs crops whose patches fill them; use config.deepstack.high_res='crops'"
     if stack.high_res == "view" and not fixed_grid:
         yield (
             "config.deepstack.high_res='view' joins the crops of one square grid; set config.image.mode='deepstack' and "

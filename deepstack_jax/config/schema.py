@@ -41,11 +41,15 @@ class VisionConfig:
     layers: Layers = 24  # blocks that the checkpoint has, used or not
     heads: Width = 16  # attention heads
     mlp: Width = 4096  # width between the two maps of an MLP
-    activation: Literal["quick_gelu", "gelu"] = "quick_gelu"  # between the two maps of an MLP
+    activation: Literal["quick_gelu", "gelu", "gelu_tanh"] = "quick_gelu"  # between the two maps of an MLP
     norm_eps: Annotated[float, positive()] = 1e-5  # epsilon of the layer norms
     feature_layer: int = -2  # index into the hidden states: -1 is the last layer's output, -2 the input of the last layer
     post_layers: Annotated[int, count(most=4096)] = 0  # blocks after the tower's own; the output is then that of the last
     position_std: Annotated[float, NOT_NEGATIVE] = 0.02  # spread of freshly drawn position and CLS embeddings
+
+    # What some families have. No keys: a section of such a family says so, or makes a key of what may differ.
+    feature_norm = False  # the post norm is on the features
+    cuts_edge = False  # pixels at the right and lower edge that fill no patch are left out
 
     @property
     def layers_run(self) -> int:

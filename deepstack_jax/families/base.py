@@ -39,6 +39,15 @@ class Names(NamedTuple):
     layers: tuple[str, ...] = ()  # the beginning of each layer's names
 
 
+class Processor(NamedTuple):
+    """The image processor that a tower's own folder describes."""
+
+    name: str  # its class is called so, and then ImageProcessor
+    fill: str  # how it makes a square: "centre" (shorter side resized, centre cut) or "stretch"
+    mean: tuple[float, float, float]  # where it says nothing
+    std: tuple[float, float, float]
+
+
 class LayerTerms(NamedTuple):
     """Costs of a layer beside its matrix products: elements for each token; along the tensor axis the part of a device."""
 
@@ -62,7 +71,8 @@ class TowerFamily(Family):
     """A vision tower: pixels to patch features."""
 
     section: type[VisionConfig] = VisionConfig
-    unused: tuple[str, ...] = ("vision_tower/post_norm/",)  # beginnings of the parameters that no feature depends on
+    folder: str  # what an export calls its own folder
+    processor: Processor
 
     def build(self, config: Config, **settings: Any) -> nn.Module:
         """The flax module, of the interface of `model/vision.py`'s VisionTower.
@@ -70,6 +80,10 @@ class TowerFamily(Family):
         It gets `attend`, `dtype`, `crop_shards` and `tapped`: layers whose input is given too, after the feature layer's.
         """
         raise NotImplementedError
+
+    def unused(self, vision: VisionConfig) -> tuple[str, ...]:
+        """Beginnings of the parameters that no feature depends on."""
+        return () if vision.feature_norm else ("vision_tower/post_norm/",)
 
     def prefix_tokens(self, vision: VisionConfig) -> int:
         """Tokens before the patches' own in every sequence, such as CLS."""
@@ -82,6 +96,11 @@ class TowerFamily(Family):
     def official_name(self, name: str) -> str | None:
         """The official name of a tensor in the tower's own folder; None where the model has no such parameter."""
         return TOWER + name
+
+    def official_names(self, name: str) -> tuple[str, ...]:
+        """The same, as a tuple: where it names several, these are equal parts of the tensor's rows."""
+        official = self.official_name(name)
+        return () if official is None else (official,)
 
     def from_hf(self, values: Mapping[str, Any]) -> tuple[VisionConfig, int]:
         """The tower of its config.json, and its picture size in pixels."""

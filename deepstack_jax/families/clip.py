@@ -1,13 +1,14 @@
 """CLIP's vision transformer: class token, pre-norm layers with biases."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
-from deepstack_jax.config import Config, VisionConfig
-from deepstack_jax.families.base import TOWER, LayerTerms, Names, Row, TowerFamily, register
+from deepstack_jax.config import CLIP_MEAN, CLIP_STD, Config, VisionConfig
+from deepstack_jax.families import open_clip
+from deepstack_jax.families.base import TOWER, LayerTerms, Names, Processor, Row, TowerFamily, register
 from deepstack_jax.families.values import expect, number, real, section, word
 
-_DEFAULTS = {  # transformers' CLIPVisionConfig
+DEFAULTS = {  # transformers' CLIPVisionConfig
     "hidden_size": 768,
     "intermediate_size": 3072,
     "num_hidden_layers": 12,
@@ -17,10 +18,15 @@ _DEFAULTS = {  # transformers' CLIPVisionConfig
     "hidden_act": "quick_gelu",
     "layer_norm_eps": 1e-5,
 }
+_ACTIVATIONS: dict[str, Literal["quick_gelu", "gelu", "gelu_tanh"]] = {
+    "quick_gelu": "quick_gelu",
+    "gelu": "gelu",
+    "gelu_pytorch_tanh": "gelu_tanh",
+}
 _INSIDE = TOWER + "vision_model."
 _PARTS = ("embeddings.", "encoder.", "pre_layrnorm.", "post_layernorm.")
 # Of a whole CLIP, what the tower does not need.
-_NOT_THE_TOWER = ("text_model.", "text_projection.", "visual_projection.", "logit_scale")
+_NOT_THE_TOWER = ("text_model.", "text_projection", "visual_projection.", "logit_scale", *open_clip.NOT_THE_TOWER)
 _KERNELS = (  # ours, theirs, sizes
     ("q", "self_attn.q_proj", "E | n h"),
     ("k", "self_attn.k_proj", "E | n h"),
@@ -35,8 +41,11 @@ class Clip(TowerFamily):
     """CLIP ViT-L/14-336 and its relatives."""
 
     architecture = "clip"
-    model_types = ("clip", "clip_vision_model")
+    model_types = ("clip", "clip_vision_model", open_clip.MODEL_TYPE)
     last_kernel = "fc2"
+    folder = "clip"
+    defaults: Mapping[str, Any] = DEFAULTS
+    processor = Processor("CLIP", "centre", CLIP_MEAN, CLIP_STD)
 
     def build(self, config: Config, **settings: Any):
         """The tower of `model/vision.py`."""
@@ -90,21 +99,28 @@ class Clip(TowerFamily):
             return None
         return _INSIDE + name if name.startswith(_PARTS) else TOWER + name if name.startswith("vision_model.") else name
 
+    def official_names(self, name: str) -> tuple[str, ...]:
+        """Those of OpenCLIP's tensors too, whose queries, keys and values are one."""
+        parts = open_clip.clip_names(name) if name.startswith("visual.") else (name,)
+        return tuple(official for part in parts if (official := self.official_name(part)) is not None)
+
     def from_hf(self, values: Mapping[str, Any]) -> tuple[VisionConfig, int]:
         """The sizes of a whole CLIP's config.json, or of its tower's."""
-        if word(values, "model_type") == "clip":
+        if word(values, "model_type") == self.model_types[0]:
             values = section(values, "vision_config") or section(values, "vision_config_dict")
-        get = {**_DEFAULTS, **values}
-        expect(get, "hidden_act", "quick_gelu", "gelu", move="choose another tower")
+        elif word(values, "model_type") == open_clip.MODEL_TYPE:
+            values = open_clip.clip_values(values)
+        get = {**self.defaults, **values}
+        expect(get, "hidden_act", *_ACTIVATIONS, move="choose another tower")
         expect(get, "num_channels", 3, move="choose another tower")
-        vision = VisionConfig(
+        vision = self.section(
             architecture=self.architecture,
             patch_size=number(get, "patch_size"),
             width=number(get, "hidden_size"),
             layers=number(get, "num_hidden_layers"),
             heads=number(get, "num_attention_heads"),
             mlp=number(get, "intermediate_size"),
-            activation=get["hidden_act"],
+            activation=_ACTIVATIONS[get["hidden_act"]],
             norm_eps=real(get, "layer_norm_eps"),
         )
         return vision, number(get, "image_size")
@@ -115,7 +131,7 @@ class Clip(TowerFamily):
         return {
             "architectures": ["CLIPVisionModel"],
             "attention_dropout": 0.0,
-            "hidden_act": vision.activation,
+            "hidden_act": next(theirs for theirs, ours in _ACTIVATIONS.items() if ours == vision.activation),
             "hidden_size": vision.width,
             "image_size": config.image.size,
             "initializer_factor": 1.0,

@@ -6,9 +6,17 @@ from typing import Any
 
 from deepstack_jax.config import Config, DeepStackConfig, ImageConfig
 from deepstack_jax.errors import WeightsError
-from deepstack_jax.families.base import TOWER, decoder_of, language_models, tower_from
+from deepstack_jax.families.base import TOWER, decoder_of, language_models, tower_family, tower_from, tower_of
 from deepstack_jax.families.official import is_baseline, tower_to_hf, with_data
-from deepstack_jax.families.processor import RESAMPLE, check_pinpoints, image_values, pads, pinpoints_from, preprocessor_to_hf
+from deepstack_jax.families.processor import (
+    RESAMPLE,
+    check_pinpoints,
+    cropping_processor,
+    image_values,
+    own_mode,
+    pinpoints_from,
+    preprocessor_to_hf,
+)
 from deepstack_jax.families.values import OTHER, expect, flag, section, word
 from deepstack_jax.layout.modes import MODES
 from deepstack_jax.printing import quote
@@ -60,16 +68,18 @@ def from_llava_hf(values: Mapping[str, Any], preprocessor: Mapping[str, Any]) ->
     model, known, kind = values["model_type"], language_models(), word(text, "model_type", "llama")
     if kind not in known:
         raise WeightsError(f"config.json: text_config has model_type {quote(kind)}, expected {', '.join(known)}; {OTHER}")
-    expect(values, "vision_feature_select_strategy", "default")
     expect(values, "projector_hidden_act", "gelu")
     expect(values, "multimodal_projector_bias", True)
     expect(values, "use_image_newline_parameter", True)
-    vision, size = tower_from({**_TOWER, **inner})
+    tower = {**_TOWER, **inner} if inner.get("model_type", _TOWER["model_type"]) == _TOWER["model_type"] else inner
+    (vision, size), seen = tower_from(tower), tower_family(tower)
+    chosen = "default" if seen.prefix_tokens(vision) else "full"  # what is dropped is no patch
+    expect({"vision_feature_select_strategy": "default"} | dict(values), "vision_feature_select_strategy", chosen)
     layer = values.get("vision_feature_layer", -2)
     if type(layer) is not int:
         raise WeightsError(f"config.json: vision_feature_layer is {quote(layer)}, expected one layer such as -2; {OTHER}")
-    mode = MODES["anyres" if model == "llava_next" else "pad" if pads(preprocessor) else "square"]
-    image: dict[str, Any] = {"mode": mode.name, "size": size, **image_values(preprocessor, size, mode, model)}
+    mode = MODES["anyres" if model == "llava_next" else own_mode(preprocessor, model, seen.processor)]
+    image: dict[str, Any] = {"mode": mode.name, "size": size, **image_values(preprocessor, size, mode, model, seen.processor)}
     if model == "llava_next":
         pairs = values.get("image_grid_pinpoints") or _PINPOINTS
         check_pinpoints(preprocessor, pairs)
@@ -100,10 +110,12 @@ def to_llava_hf(config: Config, image_token: int, dtype: str = "float32") -> dic
     next_ = image.kind.grids == "pinpoints"
     if config.projector.layers != 2:
         raise WeightsError(f"a projector of {config.projector.layers} layers has no llava-hf form; use --format=official")
-    if not is_baseline(config) or (next_ and image.merge != "spatial_unpad") or (image.merge != "flat" and not next_):
+    stretched = image.kind.single and image.kind.fill == "stretch" != tower_of(config).processor.fill  # which its own does not
+    merges = image.merge == ("spatial_unpad" if next_ else "flat")
+    if not is_baseline(config) or not merges or stretched:
         raise WeightsError(
             f"image.mode {image.mode!r} with merge {image.merge!r}, stack {config.deepstack.stack!r} has no llava-hf form, "
-            "expected LLaVA-1.5 (pad or square) or LLaVA-NeXT (anyres, spatial_unpad); use --format=official"
+            "expected LLaVA-1.5 (pad, square or stretch) or LLaVA-NeXT (anyres, spatial_unpad); use --format=official"
         )
     kind = decoder_of(config).model_type(decoder)
     text = decoder_of(config).to_hf(decoder) | {"model_type": kind, "vocab_size": image_token + 1, "torch_dtype": dtype}
@@ -121,7 +133,7 @@ def to_llava_hf(config: Config, image_token: int, dtype: str = "float32") -> dic
         "torch_dtype": dtype,
         "vision_config": tower,
         "vision_feature_layer": config.vision.feature_layer,
-        "vision_feature_select_strategy": "default",
+        "vision_feature_select_strategy": "default" if tower_of(config).prefix_tokens(config.vision) else "full",
     }
     return values | ({"use_image_newline_parameter": True, **_pinpoints_to(image)} if next_ else {})
 
@@ -130,9 +142,11 @@ def llava_processor_to_hf(config: Config) -> dict[str, Any]:
     """preprocessor_config.json of a `llava-hf` folder."""
     image = config.image
     next_ = image.kind.grids == "pinpoints"
+    if image.mode == tower_of(config).processor.fill == "stretch":
+        return preprocessor_to_hf(config)
     kind = "LlavaNextImageProcessor" if next_ else "LlavaImageProcessor"
     own = {"do_pad": image.kind.fill == "pad", "image_processor_type": kind, "resample": RESAMPLE[image.global_filter]}
-    return preprocessor_to_hf(config) | own | (_pinpoints_to(image) if next_ else {})
+    return cropping_processor(config) | own | (_pinpoints_to(image) if next_ else {})
 
 
 def _pinpoints_to(image: ImageConfig) -> dict[str, Any]:

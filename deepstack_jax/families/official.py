@@ -11,14 +11,13 @@ from typing import Any
 from deepstack_jax.config import Config, DataConfig, DeepStackConfig, ImageConfig, ProjectorConfig
 from deepstack_jax.errors import WeightsError, nearest
 from deepstack_jax.families.ablations import ablation_text, ablations_from, ablations_to, pooled_baseline
-from deepstack_jax.families.base import DECODERS, DecoderFamily, decoder_of, tower_from, tower_of
-from deepstack_jax.families.processor import image_values, pinpoints_from
+from deepstack_jax.families.base import DECODERS, DecoderFamily, decoder_of, tower_family, tower_from, tower_of
+from deepstack_jax.families.processor import image_values, own_mode, pinpoints_from
 from deepstack_jax.families.values import expect, flag, number, word
 from deepstack_jax.layout.modes import MODES
 from deepstack_jax.layout.sequence import MERGES
 from deepstack_jax.printing import quote
 
-TOWER_FOLDER = "clip"
 VERSION = "4.39.3"  # of transformers, whose form these files have: the one that the official code runs on
 # Keys of config.json that our Config does not describe and an export writes again.
 PASSTHROUGH_KEYS = (
@@ -52,7 +51,6 @@ def from_official(values: Mapping[str, Any], tower: Mapping[str, Any] | None, pr
     _refuse_unknown(values)
     for key in ("twoviews_unshare", "s2", "mm_use_im_start_end"):
         expect(values, key, False)
-    expect(values, "mm_vision_select_feature", "patch")
     expect(values, "mm_resampler_type")
     if tower is None:
         raise WeightsError(
@@ -61,16 +59,20 @@ def from_official(values: Mapping[str, Any], tower: Mapping[str, Any] | None, pr
         )
     family = official_types()[values["model_type"]]
     vision, size = tower_from(tower)
+    seen = tower_family(tower)
+    expect(values, "mm_vision_select_feature", "patch", *(() if seen.prefix_tokens(vision) else ("cls_patch", "full")))
     layer = number({"mm_vision_select_layer": -2} | dict(values), "mm_vision_select_layer", above=None)
     expect(values, "mm_hidden_size", vision.width, move="the tower is another one than the projector was trained on")
     decoder = family.from_hf(values, family.official[values["model_type"]])
     parts = _deepstack(values, vision.layers) if values.get("image_aspect_ratio") == "deepstack" else _baseline(values)
+    if parts["image"]["mode"] == "square":  # upstream then hands the image to the tower's own processor
+        parts["image"]["mode"] = own_mode(preprocessor, "official", seen.processor)
     mode = MODES[parts["image"]["mode"]]
     if values["model_type"].startswith("deepstack") and mode.single:
         parts["deepstack"] |= pooled_baseline(ablation_text(values))
     if parts["deepstack"].get("start", 0) >= decoder.layers:  # upstream then injects nothing
         parts["deepstack"] = _never_injected(parts["deepstack"], decoder.layers)
-    image = ImageConfig(size=size, **image_values(preprocessor, size, mode, "official"), **parts["image"])
+    image = ImageConfig(size=size, **image_values(preprocessor, size, mode, "official", seen.processor), **parts["image"])
     config = Config(
         image=image,
         vision=dataclasses.replace(vision, feature_layer=layer, **parts["vision"]),
@@ -194,7 +196,7 @@ def _multimodal(config: Config) -> dict[str, Any]:
         "mm_use_im_start_end": False,
         "mm_vision_select_feature": "patch",
         "mm_vision_select_layer": config.vision.feature_layer,
-        "mm_vision_tower": TOWER_FOLDER,
+        "mm_vision_tower": tower_of(config).folder,
         "tokenizer_model_max_length": config.data.max_length,
         "tokenizer_padding_side": "right",
         "tune_mm_mlp_adapter": False,

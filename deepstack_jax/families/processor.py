@@ -7,6 +7,7 @@ from typing import Any
 
 from deepstack_jax.config import CLIP_MEAN, CLIP_STD, Config
 from deepstack_jax.errors import WeightsError
+from deepstack_jax.families.base import Processor, tower_of
 from deepstack_jax.families.values import expect, flag, number, real
 from deepstack_jax.layout.modes import ImageMode
 from deepstack_jax.printing import quote
@@ -19,49 +20,65 @@ _PROCESSOR_KEYS = (
     *("do_normalize", "image_mean", "image_std", "do_convert_rgb", "return_tensors", "data_format", "input_data_format"),
 )
 _CLASS = re.compile(r"(\w+?)(?:ImageProcessor|FeatureExtractor)(?:Fast|Pil)?")
-# The processors that each kind of model can have; the last one where none is named.
-_KINDS = {"official": ("CLIP",), "llava": ("CLIP", "Llava"), "llava_next": ("LlavaNext",)}
 
 
-def pads(values: Mapping[str, Any]) -> bool:
-    """Whether an image before a LLaVA-1.5 is squared with the mean colour: its own processor can, CLIP's ignores the wish."""
-    return flag(values, "do_pad", False) and _class_of(values, "llava") == "Llava"
+def _kinds(model: str, own: Processor) -> tuple[str, ...]:
+    """The processors that a kind of model can have; the last one where none is named."""
+    return {"official": (own.name,), "llava": (own.name, "Llava"), "llava_next": ("LlavaNext",)}[model]
 
 
-def image_values(values: Mapping[str, Any], size: int, mode: ImageMode, model: str) -> dict[str, Any]:
+def own_mode(values: Mapping[str, Any], model: str, own: Processor) -> str:
+    """The image mode of a model whose processor sees the image as it is.
+
+    `pad`: squared with the mean colour, which LLaVA-1.5's own processor can; CLIP's ignores the wish.
+    """
+    kind = _class_of(values, model, own)
+    if flag(values, "do_pad", False) and kind == "Llava":
+        return "pad"
+    return "stretch" if _stretches(kind, own) else "square"
+
+
+def _stretches(kind: str, own: Processor) -> bool:
+    return kind == own.name and own.fill == "stretch"
+
+
+def image_values(values: Mapping[str, Any], size: int, mode: ImageMode, model: str, own: Processor) -> dict[str, Any]:
     """Mean, deviation and resizing filters, as keys of ImageConfig.
 
     Args:
       values: the processor's settings. size: side of the tower's picture in pixels.
-      model: official | llava | llava_next: what the processor is for.
+      model: official | llava | llava_next: what the processor is for. own: that of the tower.
 
     Raises:
       WeightsError: a setting that gives other pixels than can be made here; it is named.
     """
-    _class_of(values, model)
+    stretches = _stretches(_class_of(values, model, own), own)
     expect(values, "use_square_size", False, move=f"remove it from {_FILE}")
     if mode.single:  # else the views are cut to the tower's size first, and the processor finds them so
         expect({"do_resize": flag(values, "do_resize", True)}, "do_resize", True, move="only resized images fit the tower")
-    crops, cut = flag(values, "do_center_crop", True), mode.fill == "centre"
+    crops, cut = flag(values, "do_center_crop", not stretches), mode.fill == "centre"
     if cut and not crops:
         raise WeightsError(f"{_FILE}: do_center_crop is False, expected True or do_pad: the rest is not a square for the tower")
-    sides = _sides(values, "size", size)
-    if sides not in ((size,), (size, size)) or (cut and sides == (size, size)):
-        raise _wrong("size", values["size"], f"{{'shortest_edge': {size}}}" if cut else f"the tower's {size}")
+    sides, square = _sides(values, "size", size), mode.single and mode.fill == "stretch" and "size" in values
+    if sides not in ((size,), (size, size)) or (cut and sides == (size, size)) or (square and sides == (size,)):
+        edges = f"{{'shortest_edge': {size}}}" if cut else f"{{'height': {size}, 'width': {size}}}" if square else ""
+        raise _wrong("size", values["size"], edges or f"the tower's {size}")
     if (crops or model == "llava_next") and _sides(values, "crop_size", size) not in ((size,), (size, size)):
         raise _wrong("crop_size", values["crop_size"], f"the tower's {size}")
-    return _numbers(values, mode.fill == "pad") | _filters(values, mode, model)
+    known = (own.mean, own.std) if stretches or not values else (CLIP_MEAN, CLIP_STD)  # where nothing is said
+    return _numbers(values, mode.fill == "pad", *known) | _filters(values, mode, model)
 
 
 def _wrong(key: str, value: Any, wanted: str) -> WeightsError:
     return WeightsError(f"{_FILE}: {key} is {quote(value)}, expected {wanted}; take the tower's own file")
 
 
-def _class_of(values: Mapping[str, Any], model: str) -> str:
-    name = values.get("image_processor_type", values.get("feature_extractor_type", f"{_KINDS[model][-1]}ImageProcessor"))
+def _class_of(values: Mapping[str, Any], model: str, own: Processor) -> str:
+    kinds = _kinds(model, own)
+    name = values.get("image_processor_type", values.get("feature_extractor_type", f"{kinds[-1]}ImageProcessor"))
     found = _CLASS.fullmatch(name) if isinstance(name, str) else None
-    if not found or found[1] not in _KINDS[model]:
-        wanted = " or ".join(f"{kind}ImageProcessor" for kind in _KINDS[model])
+    if not found or found[1] not in kinds:
+        wanted = " or ".join(f"{kind}ImageProcessor" for kind in kinds)
         raise WeightsError(f"{_FILE}: image_processor_type is {quote(name)}, expected {wanted}; choose a checkpoint without it")
     return found[1]
 
@@ -75,9 +92,9 @@ def _sides(values: Mapping[str, Any], key: str, default: int) -> tuple[Any, ...]
     return tuple(value) if isinstance(value, list) else (value,)
 
 
-def _numbers(values: Mapping[str, Any], pads: bool) -> dict[str, Any]:
-    """x * factor, less the mean, over the deviation, as the mean and deviation of x / 255."""
-    mean, std = _three(values, "image_mean") or CLIP_MEAN, _three(values, "image_std") or CLIP_STD
+def _numbers(values: Mapping[str, Any], pads: bool, mean: tuple[float, ...], std: tuple[float, ...]) -> dict[str, Any]:
+    """x * factor, less the mean, over the deviation, as the mean and deviation of x / 255; some where none are said."""
+    mean, std = _three(values, "image_mean") or mean, _three(values, "image_std") or std
     factor = real(values, "rescale_factor", 1 / 255) if flag(values, "do_rescale", True) else 1.0
     normal = flag(values, "do_normalize", True)
     if factor <= 0:
@@ -139,7 +156,17 @@ def check_pinpoints(values: Mapping[str, Any], pairs: Any) -> None:
 
 
 def preprocessor_to_hf(config: Config) -> dict[str, Any]:
-    """preprocessor_config.json of the vision tower: CLIP's resizing, crop and normalisation."""
+    """preprocessor_config.json of the vision tower's own folder."""
+    own, values = tower_of(config).processor, cropping_processor(config)
+    values["image_processor_type"] = f"{own.name}ImageProcessor"
+    if own.fill == "stretch":
+        del values["_valid_processor_keys"], values["crop_size"], values["do_center_crop"]
+        values["size"] = {"height": config.image.size, "width": config.image.size}
+    return values
+
+
+def cropping_processor(config: Config) -> dict[str, Any]:
+    """The settings of CLIP's processor, and of LLaVA's beside what is its own: resizing, crop and normalisation."""
     size = config.image.size
     return {
         "_valid_processor_keys": list(_PROCESSOR_KEYS),

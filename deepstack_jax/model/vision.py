@@ -107,20 +107,24 @@ class VisionTower(nn.Module):
     remat: bool = False
     crop_shards: tuple[int, int] = (1, 1)  # see `spread_crops`
     class_token: bool = True  # CLS, before the patches
+    patch_bias: bool = False
+    norm_first: bool = True  # a norm before the first layer
     layer: type[EncoderLayer] = EncoderLayer
     # Layers whose input is a feature of its own, beside that of the feature layer
     tapped: tuple[int, ...] = ()
 
     def setup(self) -> None:
         cfg = self.config
-        self.patch_embed = linear(cfg.width, ("patch_pixels", "vision_embed"), dtype=self.dtype, name="patch_embed")
+        axes = ("patch_pixels", "vision_embed")
+        self.patch_embed = linear(cfg.width, axes, bias=self.patch_bias, dtype=self.dtype, name="patch_embed")
         init = nn.initializers.normal(cfg.position_std)
         if self.class_token:
             self.cls = self.param("cls", nn.with_logical_partitioning(init, ("vision_embed",)), (cfg.width,))
         tokens = (self.image_size // cfg.patch_size) ** 2 + self.class_token
         axes = (None, "vision_embed")
         self.positions = self.param("positions", nn.with_logical_partitioning(init, axes), (tokens, cfg.width))
-        self.pre_norm = layer_norm(cfg.norm_eps, self.dtype, "pre_norm")
+        if self.norm_first:
+            self.pre_norm = layer_norm(cfg.norm_eps, self.dtype, "pre_norm")
         self.post_norm = layer_norm(cfg.norm_eps, self.dtype, "post_norm")
         self.layers = LayerStack(cfg, self.attend, self.dtype, self.remat, self.layer)
 
@@ -134,7 +138,7 @@ class VisionTower(nn.Module):
             features[layer], at = x[:, self.class_token :], layer
         if self.is_initializing():
             self.post_norm(x)
-        return tuple(features[layer] for layer in (self.config.layers_run, *self.tapped))
+        return (self._normed(features[self.config.layers_run]), *(features[layer] for layer in self.tapped))
 
     def inject(
         self, crops: Float[Array, "B C y x 3"], source: Int[HostOrDevice, "B J M"], schedule: tuple[int, ...], views: int
@@ -171,18 +175,24 @@ class VisionTower(nn.Module):
         groups = jnp.asarray((*schedule, -1), jnp.int32)  # after the last layer nothing is added
         whole = self.layers(whole.reshape(-1, tokens, width), first, last, ROW_AXES, add, groups[first:last])
         whole = add(whole, groups[last]).reshape(rows, images, tokens, width)
-        return whole[:, :, self.class_token :].reshape(rows, -1, width)
+        return self._normed(whole[:, :, self.class_token :].reshape(rows, -1, width))
+
+    def _normed(self, features: Float[Array, "Z P E"]) -> Float[Array, "Z P E"]:
+        """The features as they leave the tower."""
+        return self.post_norm(features) if self.config.feature_norm else features
 
     def _embed(self, pixels: Float[Array, "Z y x 3"]) -> Float[Array, "Z A E"]:
         """CLS and patches with their positions, normed; A = P + 1, or P. The patch convolution is written as one matmul."""
         patch = self.config.patch_size
         z, side = pixels.shape[0], pixels.shape[1] // patch
+        pixels = pixels[:, : side * patch, : side * patch]
         patches = pixels.reshape(z, side, patch, side, patch, 3).transpose(0, 1, 3, 2, 4, 5).reshape(z, side**2, -1)
         x = self.patch_embed(patches).astype(jnp.float32)  # added in float32, and so are the gradients of CLS and positions
         if self.class_token:
             x = jnp.concatenate([jnp.broadcast_to(self.cls, (z, 1, x.shape[-1])), x], axis=1)
         x = x + interpolate_positions(self.positions, side, self.class_token)
-        return self.pre_norm(x.astype(self.dtype))
+        x = x.astype(self.dtype)
+        return self.pre_norm(x) if self.norm_first else x
 
 
 def spread_crops(crops: Num[Array, "B C y x 3"], shards: tuple[int, int]) -> Num[Array, "Z y x 3"]:

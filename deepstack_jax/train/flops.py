@@ -124,7 +124,7 @@ _TOWER, _PROJECTOR, _LAYERS, _NORM, _UNUSED = range(5)
 def _stage(config: Config, path: str) -> int:
     """Where in the forward pass a parameter is first used."""
     if path.startswith("vision_tower/"):
-        return _UNUSED if path.startswith(tower_of(config).unused) else _TOWER
+        return _UNUSED if path.startswith(tower_of(config).unused(config.vision)) else _TOWER
     if path.startswith(("projector/", "deepstack_mergers_")):
         return _PROJECTOR
     if path.startswith(("embed/", "image_newline", "layers/layers/")):

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from deepstack_jax.errors import WeightsError
+from deepstack_jax.families import open_clip
 from deepstack_jax.families.values import present, section
 from deepstack_jax.weights.stored_tensor import StoredTensor, open_safetensors
 from deepstack_jax.weights.torch_pickle import open_bin
@@ -116,10 +117,32 @@ def read_model_json(file: Path) -> dict[str, Any]:
     return value
 
 
+def has_tower_json(folder: Path) -> bool:
+    """Whether a folder says what tower it holds."""
+    return any(os.path.isfile(folder / name) for name in ("config.json", open_clip.CONFIG))
+
+
+def read_tower_json(folder: Path) -> dict[str, Any]:
+    """config.json of a tower's folder, or OpenCLIP's where it is alone."""
+    if not os.path.isfile(folder / "config.json") and os.path.isfile(folder / open_clip.CONFIG):
+        return {"model_type": open_clip.MODEL_TYPE} | read_model_json(folder / open_clip.CONFIG)
+    return read_model_json(folder / "config.json")
+
+
+def tower_files(folder: Path) -> list[Path]:
+    """The files of a tower's folder that hold its tensors."""
+    if os.path.isfile(folder / "config.json"):
+        return weight_files(folder)
+    named = [folder / name for name in open_clip.WEIGHTS if os.path.isfile(folder / name)]
+    return named[:1] or weight_files(folder)
+
+
 def processor_of(folder: Path) -> Mapping[str, Any]:
     """The settings where transformers 5 finds them: `image_processor` of processor_config.json, else the older file's."""
     if (folder / "processor_config.json").exists():
         both = read_model_json(folder / "processor_config.json")
         if "image_processor" in both:
             return section(both, "image_processor")
+    if not (folder / _PROCESSOR).exists() and (folder / open_clip.CONFIG).exists():
+        return open_clip.clip_processor(read_model_json(folder / open_clip.CONFIG))
     return read_model_json(folder / _PROCESSOR) if (folder / _PROCESSOR).exists() else {}

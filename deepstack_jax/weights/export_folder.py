@@ -10,7 +10,7 @@ from pathlib import Path
 
 from deepstack_jax.config.chat_template import OLDER_FILE, TEMPLATE_FILE
 from deepstack_jax.errors import WeightsError
-from deepstack_jax.families.official import TOWER_FOLDER
+from deepstack_jax.families.base import TOWERS
 from deepstack_jax.weights.stored_tensor import BEYOND_FILE
 
 MARK = ".deepstack_jax_export"  # in every export: a later one may take its place
@@ -24,7 +24,6 @@ _JSON = ("config.json", "preprocessor_config.json", "model.safetensors.index.jso
 _WRITTEN = {MARK, BEYOND_FILE, *_JSON, *ADAPTER_FILES, *TOKENIZER_FILES}
 _WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
 _IN_TOWER = ("config.json", "preprocessor_config.json", "model.safetensors")
-_TOWER = {TOWER_FOLDER, *(f"{TOWER_FOLDER}/{name}" for name in _IN_TOWER)}
 
 
 @contextmanager
@@ -85,10 +84,12 @@ def _check_ours(at: Path, folder: Path) -> None:
         raise WeightsError(
             f"{folder} is not an export of deepstack_jax (it has no {MARK}) and is not replaced; choose another folder"
         )
+    towers = {family.folder for family in TOWERS.values()}
+    written = _WRITTEN | towers | {f"{tower}/{name}" for tower in towers for name in _IN_TOWER}
     for path in sorted(at.rglob("*")):
         name = path.relative_to(at).as_posix()
-        known = name in _WRITTEN or name in _TOWER or _WEIGHTS.fullmatch(name)
-        if not known or path.is_symlink() or path.is_dir() != (name == TOWER_FOLDER):
+        known = name in written or _WEIGHTS.fullmatch(name)
+        if not known or path.is_symlink() or path.is_dir() != (name in towers):
             raise WeightsError(
                 f"{folder} holds {name}, which no export writes, and is not replaced; move it or choose another folder"
             )

@@ -6,7 +6,6 @@ import re
 import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +17,31 @@ from ml_collections import ConfigDict
 
 from deepstack_jax.config import Config, build_config, to_dict
 from deepstack_jax.errors import WeightsError
-from deepstack_jax.families.base import EMBEDDINGS, HEAD, TOWER, decoder_from, language_models, tower_family, tower_from
+from deepstack_jax.families.base import (
+    EMBEDDINGS,
+    HEAD,
+    TOWER,
+    decoder_from,
+    language_models,
+    tower_family,
+    tower_from,
+    tower_of,
+)
 from deepstack_jax.families.forms import BUFFERS, NEWLINE, canonical, check_against, from_hf, may_say
 from deepstack_jax.families.llava_hf import is_llava_hf
 from deepstack_jax.families.official import PASSTHROUGH_KEYS, VERBATIM_KEYS, tower_to_hf, with_data
 from deepstack_jax.families.processor import image_values
 from deepstack_jax.families.values import section, word
 from deepstack_jax.printing import quote
-from deepstack_jax.weights.checkpoint_files import open_weight_files, processor_of, read_model_json, weight_files
+from deepstack_jax.weights.checkpoint_files import (
+    has_tower_json,
+    open_weight_files,
+    processor_of,
+    read_model_json,
+    read_tower_json,
+    tower_files,
+    weight_files,
+)
 from deepstack_jax.weights.export_folder import has_tokenizer
 from deepstack_jax.weights.stored_tensor import BEYOND_FILE, StoredTensor
 
@@ -91,13 +107,16 @@ def open_checkpoint(
     base_folder = find_folder(base) if base else None
     tensors = _collect(folder, values, base_folder, tower_folder, projector)
     stored = _describe(folder, values, tower_folder, tensors, run or recipe)
+    seen = tower_of(stored)
+    for name in [name for name in tensors if name.startswith(TOWER) and seen.official_name(name.removeprefix(TOWER)) is None]:
+        del tensors[name]  # of the whole model that the tower is a part of
     if base_folder is not None:
         _check_base(base_folder, stored)
     stored = _with_head(folder, stored, tensors, run)
     config = _with_beyond(stored, folder)
     passthrough = _passthrough(values, (*PASSTHROUGH_KEYS, *VERBATIM_KEYS))
     if tower_folder is not None:
-        passthrough |= _passthrough(read_model_json(tower_folder / "config.json"), ("projection_dim",))
+        passthrough |= _passthrough(read_tower_json(tower_folder), ("projection_dim",))
     if run is not None:
         check_against(run, config, bare=bare)
         _drop_newline(folder, run, tensors)
@@ -207,10 +226,10 @@ def find_tower(name: str, beside: Path, must: bool = False) -> Path | None:
     if not name:
         return None
     places = [Path(name)] if Path(name).is_absolute() else [beside / name, beside.resolve().parent / name]
-    found = next((place for place in places if os.path.isfile(place / "config.json")), None)
+    found = next((place for place in places if has_tower_json(place)), None)
     if found is None and re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         found = _cached(name)
-    return found if found is not None and os.path.isfile(found / "config.json") else None
+    return found if found is not None and has_tower_json(found) else None
 
 
 def _describe(
@@ -218,7 +237,7 @@ def _describe(
 ) -> Config:
     """The Config of the folder's config.json and its tower's; a bare language model takes its recipe from the run."""
     name = values.get("mm_vision_tower")
-    tower_json = read_model_json(tower / "config.json") if tower is not None else None
+    tower_json = read_tower_json(tower) if tower is not None else None
     if tower_json is None and name in _DEFAULT_TOWERS and any(tensor.startswith(TOWER) for tensor in tensors):
         tower_json = tower_to_hf(Config())
     beside = folder if is_llava_hf(values) else tower
@@ -230,12 +249,12 @@ def _describe(
             f"{folder} is a bare {values['model_type']}: what is built on it is not said; "
             + ("give the vision tower's folder with --tower=DIR" if run is not None else "train on it first (finetune.py)")
         )
-    vision, size = tower_from(tower_json)
+    (vision, size), own = tower_from(tower_json), tower_family(tower_json).processor
     kind = values["model_type"]
     built = dataclasses.replace(
         run,
         vision=dataclasses.replace(vision, feature_layer=run.vision.feature_layer, post_layers=run.vision.post_layers),
-        image=dataclasses.replace(run.image, size=size, **image_values(pixels, size, run.image.kind, "official")),
+        image=dataclasses.replace(run.image, size=size, **image_values(pixels, size, run.image.kind, "official", own)),
         decoder=decoder_from(values, kind),
     )
     return with_data(built, built.decoder.max_positions, language_models()[kind].template)
@@ -291,11 +310,11 @@ def _collect(
         if projector and not file.is_file():
             raise WeightsError(f"no file {file}; give an mm_projector.bin with --projector=FILE")
         if file.is_file():
-            tensors |= _named([file], partial(canonical, naming="projector"))
+            tensors |= _named([file], lambda name: (canonical(name, "projector"),))
     if base is not None:
         tensors = _named(weight_files(base), _naming(read_model_json(base / "config.json"))) | tensors
     if tower is not None and not any(name.startswith(TOWER) for name in tensors):
-        tensors |= _named(weight_files(tower), tower_family(read_model_json(tower / "config.json")).official_name)
+        tensors |= _named(tower_files(tower), tower_family(read_tower_json(tower)).official_names)
     return tensors
 
 
@@ -323,21 +342,24 @@ def _with_head(folder: Path, stored: Config, tensors: dict[str, StoredTensor], r
     return stored
 
 
-def _naming(values: Mapping[str, Any]) -> Callable[[str], str | None]:
-    return partial(canonical, naming="llava-hf" if is_llava_hf(values) else "official")
+def _naming(values: Mapping[str, Any]) -> Callable[[str], tuple[str, ...]]:
+    naming = "llava-hf" if is_llava_hf(values) else "official"
+    return lambda name: (canonical(name, naming),)
 
 
-def _named(files: Iterable[Path], official_name: Callable[[str], str | None]) -> dict[str, StoredTensor]:
-    """Tensors by the name that `official_name` gives to each, None leaving one out; WeightsError lists those there twice."""
+def _named(files: Iterable[Path], official_names: Callable[[str], tuple[str, ...]]) -> dict[str, StoredTensor]:
+    """Tensors by the names that `official_names` gives to the parts of each, none leaving one out.
+
+    WeightsError lists those there twice.
+    """
     found: dict[str, StoredTensor] = {}
     twice = []
     for name, tensor in open_weight_files(files):
-        official = None if name.endswith(BUFFERS) else official_name(name)
-        if official is None:
-            continue
-        if official in found:
-            twice.append(f"{official} in {found[official].file.name} and {tensor.file.name}")
-        found[official] = tensor
+        names = () if name.endswith(BUFFERS) else official_names(name)
+        for at, official in enumerate(names):
+            if official in found:
+                twice.append(f"{official} in {found[official].file.name} and {tensor.file.name}")
+            found[official] = tensor.part(at, len(names))
     if twice:
         raise WeightsError(
             f"{len(twice)} tensors are in the folder twice: {'; '.join(twice)}. Files of two checkpoints may be mixed: "

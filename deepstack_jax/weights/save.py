@@ -19,10 +19,10 @@ from deepstack_jax.atomic import write_json
 from deepstack_jax.config import Config, differences, to_dict
 from deepstack_jax.config.chat_template import TEMPLATE_FILE, chat_source, own_template
 from deepstack_jax.errors import ConfigError, WeightsError
-from deepstack_jax.families.base import EMBEDDINGS, HEAD, TOWER
+from deepstack_jax.families.base import EMBEDDINGS, HEAD, TOWER, tower_of
 from deepstack_jax.families.forms import FORMATS, from_hf, may_say, to_hf
 from deepstack_jax.families.llava_hf import llava_hf_name, llava_processor_to_hf, to_llava_hf
-from deepstack_jax.families.official import TOWER_FOLDER, tower_to_hf
+from deepstack_jax.families.official import tower_to_hf
 from deepstack_jax.families.processor import preprocessor_to_hf
 from deepstack_jax.weights.export_folder import TOKENIZER_FILES, has_tokenizer, whole_export
 from deepstack_jax.weights.names import NameTable
@@ -113,7 +113,7 @@ def save_checkpoint(
             files = write_shards(outs, scratch, dtype, size, progress)
             write_json(scratch / "config.json", values)
             if form == "official":
-                _write_tower(scratch / TOWER_FOLDER, outs, config, passthrough, dtype)
+                _write_tower(scratch / tower_of(config).folder, outs, config, passthrough, dtype)
             else:
                 write_json(scratch / "preprocessor_config.json", llava_processor_to_hf(config))
             beyond = _beyond(config, values, dtype, tokenizer_folder) if form == "official" else {}

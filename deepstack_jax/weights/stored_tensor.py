@@ -43,6 +43,16 @@ class StoredTensor:
                 f"{self.file} has a tensor of {str(list(self.shape))[:100]}, which fits no model; download it again"
             )
 
+    def part(self, number: int, parts: int) -> "StoredTensor":
+        """One of so many equal parts of its rows."""
+        if parts == 1:
+            return self
+        rows = self.shape[0] // parts if self.shape else 0
+        if not rows or self.shape[0] % parts:
+            raise WeightsError(f"{self.file} has a tensor of {list(self.shape)} that is {parts} in one; download it again")
+        of_part = (rows, *self.shape[1:])
+        return StoredTensor(self.file, self.dtype, of_part, lambda: self.read()[number * rows : (number + 1) * rows])
+
     @property
     def nbytes(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize

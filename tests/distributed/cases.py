@@ -19,7 +19,7 @@ from deepstack_jax.train.core.optimizer import flatten
 from deepstack_jax.train.core.program import Program, build_program
 from deepstack_jax.types import TrainState
 from tests.unit.lora import LORA
-from tests.unit.tiny import draw_params, example, make_batch, tiny_config
+from tests.unit.tiny import FAMILIES, draw_params, example, make_batch, tiny_config
 
 ROWS, LENGTH = 16, 48
 DIVISIBLE = {
@@ -70,7 +70,7 @@ MESHES = {
 
 
 def config_of(variant: str, accumulation: int = 1) -> Config:
-    return tiny_config(DIVISIBLE | (VARIANTS | ADAPTED)[variant] | {"train.accumulation": accumulation})
+    return tiny_config(DIVISIBLE | (VARIANTS | ADAPTED | FAMILIES)[variant] | {"train.accumulation": accumulation})
 
 
 def program_of(config: Config, sizes: tuple[int, int, int]) -> Program:
@@ -82,7 +82,7 @@ def program_of(config: Config, sizes: tuple[int, int, int]) -> Program:
 def batches(variant: str) -> tuple[Batch, Batch]:
     """Two batches of rows with text alone, one image, and two examples packed, supervised tokens in unequal numbers."""
     config = config_of(variant)
-    grids = [(2, 2)] if variant == "V" else [(2, 2), (1, 2), (2, 1), (1, 3)]
+    grids = [(2, 2)] if variant.startswith("V") else [(2, 2), (1, 2), (2, 1), (1, 3)]
 
     def row(seed: int) -> list:
         image = [grids[seed % len(grids)]]

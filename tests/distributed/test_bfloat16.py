@@ -16,7 +16,7 @@ from deepstack_jax.parallel.rules import use_mesh
 from deepstack_jax.train.core.optimizer import flatten, unflatten
 from deepstack_jax.train.core.state import new_state
 from tests.distributed.cases import MESHES, VARIANTS, program_of
-from tests.unit.tiny import FIRST_WORD, draw_params, example, make_batch, tiny_config
+from tests.unit.tiny import FAMILIES, FIRST_WORD, draw_params, example, make_batch, tiny_config
 
 ROWS, LENGTH = 8, 256
 NORM, COSINE = 0.02, 0.999
@@ -44,13 +44,15 @@ NONE = ("vision_tower/layers/block/k/bias", "vision_tower/post_norm/bias", "visi
 
 
 def config_of(variant: str, dtype: str, accumulation: int = 1) -> Config:
-    return tiny_config(SIZES | VARIANTS[variant] | {"train.compute_dtype": dtype, "train.accumulation": accumulation})
+    return tiny_config(
+        SIZES | (VARIANTS | FAMILIES)[variant] | {"train.compute_dtype": dtype, "train.accumulation": accumulation}
+    )
 
 
 def batch_of(variant: str, packed: bool) -> Batch:
     """Rows of hundreds of tokens, two segments or one; one word is at most places of all rows, over 1,000 times."""
     config = config_of(variant, "float32")
-    grids = [(2, 2)] if variant == "V" else [(2, 2), (1, 2), (2, 1), (1, 3)]
+    grids = [(2, 2)] if variant.startswith("V") else [(2, 2), (1, 2), (2, 1), (1, 3)]
     rows = []
     for row in range(ROWS):
         first = example(config, 2 * row, [grids[row % len(grids)]], words=40, answer=50 if packed else 100)
@@ -126,6 +128,6 @@ def test_gradients(variant, mesh, packed, accumulation):
 @pytest.mark.parametrize("accumulation", [1, 2])
 @pytest.mark.parametrize("packed", [True, False])
 @pytest.mark.parametrize("mesh", ["one", "fsdp8", "dp2xfsdp2xtp2"])
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", [*VARIANTS, *FAMILIES])
 def test_gradients_everywhere(variant, mesh, packed, accumulation):
     check(variant, mesh, packed, accumulation)

@@ -114,3 +114,18 @@ def test_three_kills_at_random_moments_and_one_while_saving_change_no_byte(seed,
     assert [(line["step"], line["loss"]) for line in ours] == [(line["step"], line["loss"]) for line in theirs]
     assert [line["event"] for line in read_lines(workdir / "journal.jsonl")].count("start") == 5
     assert not (workdir / "damaged").exists(), "a kill leaves no checkpoint that counts and is damaged"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("tower", "decoder"), [("siglip", "qwen3"), ("siglip", "llama"), ("clip", "qwen2")])
+def test_a_kill_changes_no_byte_of_another_family(tower, decoder, config, tmp_path):
+    flags = {"vision.architecture": tower, "decoder.architecture": decoder, "decoder.tied_head": True}
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    done = train(config, whole, flags)
+    assert done.returncode == 0, done.stderr
+    code, printed = train_until(some_time_after(STEPS // 2, 0), signal.SIGKILL, config, killed, flags)
+    assert code == -signal.SIGKILL, printed
+    last = train(config, killed, flags)
+    assert last.returncode == 0, last.stderr
+    assert "resumed from step " in last.stdout
+    assert_same_bytes(saved_state(killed), saved_state(whole))

@@ -41,7 +41,6 @@ _TOWER = {
     "num_hidden_layers": 3,
     "num_attention_heads": 2,
 }
-_CLIP = _TOWER | {"model_type": "clip_vision_model"}
 _ROPE = {"rope_type": "default", "rope_theta": 1e5}
 _LLAMA3 = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 _LLAMA3 |= {"original_max_position_embeddings": 16}
@@ -55,11 +54,16 @@ DECODERS: dict[str, dict[str, Any]] = {
     "qwen2": {"model_type": "qwen2", "rope_parameters": _ROPE | {"rope_theta": 1e6}},
     "qwen3": {"model_type": "qwen3", "head_dim": 16, "tie_word_embeddings": True},
 }
-TOWERS: dict[str, dict[str, Any]] = {"clip": _CLIP}
-PROCESSORS = {"clip": {"crop_size": {"height": 28, "width": 28}, "size": {"shortest_edge": 28}}}
-MEAN_STD = {"clip": (CLIP_MEAN, CLIP_STD)}
+# Of a side that is no multiple of its patch, as so400m's 384 and 14.
+TOWERS: dict[str, dict[str, Any]] = {
+    "clip": _TOWER | {"model_type": "clip_vision_model"},
+    "siglip": _TOWER | {"model_type": "siglip_vision_model", "image_size": 30, "vision_use_head": False},
+}
+_SIGLIP = {"image_processor_type": "SiglipImageProcessor", "size": {"height": 30, "width": 30}}
+PROCESSORS = {"clip": {"crop_size": {"height": 28, "width": 28}, "size": {"shortest_edge": 28}}, "siglip": _SIGLIP}
+MEAN_STD = {"clip": (CLIP_MEAN, CLIP_STD), "siglip": ((0.5,) * 3, (0.5,) * 3)}
 # Each decoder once, and each tower.
-CASES = {name: (name, "clip") for name in DECODERS}
+CASES = {name: (name, "siglip" if name in ("smollm2", "qwen3") else "clip") for name in DECODERS}
 
 
 def llava_config(name: str) -> dict[str, Any]:

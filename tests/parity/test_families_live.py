@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from typing import Any
 
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 
 import deepstack_jax as dsx
 from deepstack_jax.families.build import build_model
@@ -85,3 +87,27 @@ def test_scores_and_gradients_of_both_and_an_export(name, tmp_path):
         found = again.eval()(**inputs).logits[0, :, : output.logits.shape[-1]]
     np.testing.assert_allclose(found.numpy(), output.logits[0].detach().numpy(), atol=5e-5)
     assert flatten(dsx.load(tmp_path / "ours").params).keys() == flatten(lmm.params).keys()
+
+
+@pytest.mark.slow
+def test_deepstack_v_inside_siglip(tmp_path):
+    """Each group added by hand to the global view's patches between transformers' own layers."""
+    model, _, lmm = loaded("smollm2", tmp_path)
+    image = dataclasses.replace(lmm.config.image, mode="deepstack", grid="square", num_crops=4)
+    stack = dataclasses.replace(lmm.config.deepstack, stack="crops", into="vision", vision_start=1)
+    config = dataclasses.replace(lmm.config, image=image, deepstack=stack)
+    noise = Image.fromarray(np.random.default_rng(5).integers(0, 256, (50, 70, 3), dtype=np.uint8))
+    cut = cut_image(noise, config, "ignore")
+    batch = pad_prompts([example(np.array(prompt()), [cut])], config)
+    mine = build_model(config).apply({"params": lmm.params}, batch, method="visual_tokens")[0]
+    values = torch.tensor(np.moveaxis((cut.pixels.astype(np.float32) / 255 - 0.5) / 0.5, -1, 1))
+    tower = model.model.vision_tower
+    tower = getattr(tower, "vision_model", tower)
+    with torch.no_grad():
+        x = tower.encoder.layers[0](tower.embeddings(values), attention_mask=None)
+        side, width = config.patch_side, x.shape[-1]
+        mosaic = x[1:].reshape(2, 2, side, side, width).permute(0, 2, 1, 3, 4).reshape(2 * side, 2 * side, width)
+        groups = [mosaic[i::2, j::2].reshape(1, -1, width) for i in range(2) for j in range(2)]
+        whole = tower.encoder.layers[1](x[:1] + groups[0], attention_mask=None) + groups[1]  # the input of the last layer
+        wanted = model.model.multi_modal_projector(whole)[0].numpy()
+    np.testing.assert_allclose(np.asarray(mine)[0, : len(wanted)], wanted, atol=1e-4)

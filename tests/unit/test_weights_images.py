@@ -132,3 +132,30 @@ def test_what_gives_other_pixels_is_refused_by_name(settings, message, tmp_path)
     with pytest.raises(WeightsError, match=message) as caught:
         from_hf(config, None, processor_of(tmp_path))
     assert "\n" not in str(caught.value)
+
+
+SIGLIP = {"image_processor_type": "SiglipImageProcessor", "size": {"height": 30, "width": 30}}
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"image_processor_type": "SiglipImageProcessorFast", "resample": 2},
+        {"image_mean": [0.4, 0.5, 0.6], "do_rescale": True},
+        {"do_normalize": False},
+    ],
+)
+def test_siglips_own_processor_stretches(settings, tmp_path):
+    """To the last bit; the tower of 30 pixels has 2 x 2 patches of 14, and its features are told to be all of them."""
+    tower = {"model_type": "siglip_vision_model", "image_size": 30, "patch_size": 14, "num_attention_heads": 2}
+    write(tmp_path, SIGLIP | settings)
+    config = CONFIG | {"vision_config": tower | {"hidden_size": 32}, "vision_feature_select_strategy": "full"}
+    found = from_hf(config, None, processor_of(tmp_path))
+    assert (found.image.mode, found.patch_side, found.image.size) == ("stretch", 2, 30)
+    np.testing.assert_array_equal(ours(tmp_path, config), theirs(tmp_path))
+    with pytest.raises(WeightsError, match="vision_feature_select_strategy is 'default', expected 'full'"):
+        from_hf(config | {"vision_feature_select_strategy": "default"}, None, processor_of(tmp_path))
+    write(tmp_path, SIGLIP | {"size": {"shortest_edge": 30}})
+    with pytest.raises(WeightsError, match=r"size is .*, expected \{'height': 30, 'width': 30\}"):
+        from_hf(config, None, processor_of(tmp_path))

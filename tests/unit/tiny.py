@@ -43,6 +43,19 @@ TINY = {
     "train.batch_size": 8,
     "train.loss_chunk": 8,
 }
+# Other families than those of the defaults; pictures of 9 pixels have an edge that fills no patch of 4.
+_SIGLIP = {"vision.architecture": "siglip", "image.size": 9}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "Qwen3, tied, over SigLIP": _SIGLIP | {"decoder.architecture": "qwen3", "decoder.tied_head": True},
+    "V, Qwen2 over SigLIP": _SIGLIP
+    | {
+        "decoder.architecture": "qwen2",
+        "vision.feature_norm": True,
+        "image.grid": "square",
+        "deepstack.into": "vision",
+        "deepstack.vision_start": 1,
+    },
+}
 BOS, FIRST_WORD = 1, 3
 
 
@@ -58,8 +71,10 @@ def tower_schedule(config: Config) -> tuple[int, ...]:
 
 def tiny_config(overrides: dict[str, Any] | None = None) -> Config:
     """The tiny model, with dotted keys changed."""
-    config = default_config()
-    config.update_from_flattened_dict(TINY | (overrides or {}))
+    overrides = overrides or {}
+    families = {key.partition(".")[0]: name for key, name in overrides.items() if key.endswith(".architecture")}
+    config = default_config(**families)
+    config.update_from_flattened_dict(TINY | overrides)
     return build_config(config)
 
 

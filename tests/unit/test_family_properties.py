@@ -1,0 +1,46 @@
+"""What holds for the model of the defaults holds for every family: packed equals unpacked, a cache equals the full pass."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from deepstack_jax.families.build import build_model
+from deepstack_jax.generate.decoding import empty_cache
+from tests.unit.tiny import FAMILIES, example, make_batch, model_params, only_rows, tiny_config
+
+# One in the short suite.
+CASES = [pytest.param(name, marks=[pytest.mark.slow] * (at > 0)) for at, name in enumerate(FAMILIES)]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_packed_rows_and_a_cache_equal_rows_alone(name):
+    config = tiny_config(FAMILIES[name])
+    model = build_model(config)
+    one, two = example(config, 1, [(2, 2)]), example(config, 2, [(2, 2)], words=2, answer=2)
+    batch = make_batch(config, [[one, two], [one], [two]])
+    params = model_params(model, batch)
+    hidden = np.asarray(jax.jit(lambda params: model.apply({"params": params}, batch).hidden)(params))
+    lengths = [int((batch.segment_ids[row] > 0).sum()) for row in (1, 2)]
+    np.testing.assert_allclose(hidden[0, : lengths[0]], hidden[1, : lengths[0]], atol=1e-5)
+    np.testing.assert_allclose(hidden[0, lengths[0] : sum(lengths)], hidden[2, : lengths[1]], atol=1e-5)
+
+    # The last token of row 1 goes through the cache.
+    last = lengths[0] - 1
+    alone = only_rows(batch, 1)
+    token, position = jnp.asarray(alone.tokens[:, last : last + 1]), jnp.asarray(alone.positions[:, last : last + 1])
+    before = np.arange(alone.tokens.shape[1]) < last
+    short = alone._replace(
+        tokens=np.where(before, alone.tokens, 0),
+        segment_ids=np.where(before, alone.segment_ids, 0),
+        visual_index=np.where(before, alone.visual_index, -1),
+    )
+
+    @jax.jit
+    def through_cache(params):
+        cache = model.apply({"params": params}, short, empty_cache(model, 3, 33), method="prefill").cache
+        return model.apply({"params": params}, token, position, cache, method="decode").hidden
+
+    np.testing.assert_allclose(np.asarray(through_cache(params))[1, 0], hidden[1, last], atol=1e-4)
