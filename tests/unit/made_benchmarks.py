@@ -125,7 +125,10 @@ def _documents_parquet(split: str, name: str) -> Callable[[Path], None]:
 
 def _pages_json(folder: Path) -> None:
     rows = [{"questionId": 70 + at, "question": f"Is it {at}?", "page_ids": ["d_p1", "d_p2"]} for at in range(3)]
-    rows = [row | {"answers": [answer], "data_split": "val"} for row, answer in zip(rows, ANSWERS, strict=True)]
+    rows = [
+        row | {"answers": [answer], "answer_page_idx": 1, "data_split": "val"}
+        for row, answer in zip(rows, ANSWERS, strict=True)
+    ]
     as_json(folder, "val.json", {"dataset_split": "val", "data": rows})
     images(folder, "images/d_p1.jpg", "images/d_p2.jpg")
 
@@ -135,7 +138,7 @@ def _pages_parquet(folder: Path) -> None:
     for at, answer in enumerate(ANSWERS):
         row: dict[str, Any] = {"questionId": str(70 + at), "question": f"Is it {at}?", "answers": repr([answer])}
         pages = {f"image_{number}": struct(number) if number < 3 else None for number in range(1, 21)}
-        rows.append(row | {"data_split": "val"} | pages)
+        rows.append(row | {"data_split": "val", "answer_page_idx": "1"} | pages)
     kinds = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
     table = pa.Table.from_pylist(rows)
     fields = [pa.field(one.name, kinds if one.name.startswith("image_") else one.type) for one in table.schema]

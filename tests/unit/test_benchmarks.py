@@ -151,6 +151,14 @@ def test_a_choice_by_likelihood_is_a_protocol_of_its_own(name, tmp_path):
     assert letters == (["ABCD", "ABCD", ""] if name == "mmmu" else ["ABCD"] * 3)
 
 
+@pytest.mark.parametrize("form", ["json", "parquet"])
+def test_an_oracle_shows_the_page_with_the_answer_alone(form, tmp_path):
+    every = questions_of(made(tmp_path, "multidocvqa", form))[0]
+    one = questions_of(find_task("multidocvqa", str(tmp_path), "oracle"))[0]
+    assert one.turns[0].images == every.turns[0].images[1:]
+    assert one.words == every.words
+
+
 def test_the_paper_places_mmmus_images_where_the_text_mentions_them(tmp_path):
     task = made(tmp_path, "mmmu", "parquet", "deepstack-paper")
     first = questions_of(task)[0]

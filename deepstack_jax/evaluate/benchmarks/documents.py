@@ -150,6 +150,15 @@ def _pages(row: Row, folder: str) -> Sequence[object]:
     return [page for number in range(1, PAGES + 1) if (page := row.get(f"image_{number}")) is not None]
 
 
+def _answer_page(row: Row, folder: str) -> Sequence[object]:
+    """The page that holds the answer."""
+    pages = {str(number): page for number, page in enumerate(_pages(row, folder))}
+    number = str(field(row, "answer_page_idx"))
+    if number not in pages:
+        raise RecordError(f"answer_page_idx is {number:.20}, expected that of one of {len(pages)} pages; fetch the file again")
+    return [pages[number]]
+
+
 def document_submission(predictions: Sequence[Prediction]) -> dict[str, str]:
     """What the server of DocVQA and InfoVQA (rrc.cvc.uab.es) reads: [{"questionId", "answer"}]."""
     rows = [{"questionId": one.details["questionId"], "answer": one.prediction.strip()} for one in predictions]
@@ -234,6 +243,7 @@ INFOVQA_TEST = _documents(
     "test",
     {},
 )
+_MULTIDOC = _short("ANLS and accuracy, MP-DocVQA's", anls=MP_DOCVQA_ANLS, accuracy=MP_DOCVQA_ACCURACY)
 MULTIDOCVQA = Benchmark(
     title="MP-DocVQA, validation, all pages of a document",
     folder="multidocvqa",
@@ -243,13 +253,16 @@ MULTIDOCVQA = Benchmark(
         _files(("val.json",), "images"),
         parquet(
             ("data/val-*.parquet", "val-*.parquet"),
-            ("questionId", "question", "answers", "data_split"),
+            ("questionId", "question", "answers", "data_split", "answer_page_idx"),
             tuple(f"image_{number}" for number in range(1, PAGES + 1)),
         ),
     ),
     item=_document_item,
     images=_pages,
-    protocols={"own": _short("ANLS and accuracy, MP-DocVQA's", anls=MP_DOCVQA_ANLS, accuracy=MP_DOCVQA_ACCURACY)},
+    protocols={
+        "own": _MULTIDOC,
+        "oracle": replace(_MULTIDOC, words="the same, only the page with the answer shown", images=_answer_page),
+    },
     split="val",
     paper={"DeepStack-L": "22.2 / 10.5", "DeepStack-V": "23.0 / 11.0", "DeepStack-L-HD": "48.2 / 37.7"},
 )
