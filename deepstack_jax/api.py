@@ -39,7 +39,7 @@ from deepstack_jax.generate.options import Options, RequestError
 from deepstack_jax.generate.prompts import Turn, find_template, image_list
 from deepstack_jax.printing import label, one_line, quote
 from deepstack_jax.train.checkpoint.adapter import open_adapter, over_base
-from deepstack_jax.train.checkpoint.init_weights import run_leaves
+from deepstack_jax.train.checkpoint.init_weights import draw_absent, run_leaves
 from deepstack_jax.train.checkpoint.reading import CheckpointError
 from deepstack_jax.train.checkpoint.restore_params import is_workdir
 from deepstack_jax.train.core.optimizer import flatten, unflatten
@@ -197,8 +197,9 @@ def load(
     """Read a model.
 
     Args:
-      path: a Hugging Face folder or hub id (official DeepStack, LLaVA-1.5/NeXT, either naming), or the workdir of a training
-        run, whose newest checkpoint is taken. Where neither is there and it looks like a hub id, it is fetched.
+      path: a Hugging Face folder or hub id (official DeepStack, LLaVA-1.5/NeXT, either naming; or with `tower` a bare language
+        model), or the workdir of a training run, whose newest checkpoint is taken. Where neither is there and it looks like a
+        hub id, it is fetched.
       dtype: float32 or bfloat16, of parameters and activations; None = float32 on a CPU, bfloat16 on accelerators.
       tower: folder or hub id of the vision tower, in place of the one that config.json names.
       base: folder or hub id of the language model under a folder that holds a projector alone.
@@ -244,15 +245,22 @@ def _load(
     folder = find_folder(Path(path))
     if is_workdir(folder):
         return _load_workdir(folder, kind, template, adapter)
-    found = open_checkpoint(folder, tower=tower, base=base, projector=projector)
+    found = open_checkpoint(folder, tower=tower, base=base, projector=projector, recipe=Config() if tower else None)
     name = found.tokenizer or found.config.data.tokenizer
     tokenizer = _tokenizer(name, found.config) if name else None
     config = _computing_in(found.config, kind, template or _template_of(found, tokenizer))
+    fresh = draw_absent(found.tensors, config) if found.bare else {}
+    if fresh:
+        warnings.warn(
+            f"{folder} is a bare language model: what joins it to the tower is drawn, and has to be trained before its answers "
+            "about images mean anything; see docs/finetune.md",
+            stacklevel=3,
+        )
     if adapter:
-        leaves = stored_leaves(found.tensors, config, np.dtype(kind))
+        leaves = stored_leaves(found.tensors, config, np.dtype(kind), fresh)
         params = placed(over_base(leaves, open_adapter(adapter, config), folder), kind)
     else:
-        params = load_params(found.tensors, config, np.dtype(kind))
+        params = load_params(found.tensors, config, np.dtype(kind), fresh=fresh)
     pad_id = UNKNOWN if tokenizer is None else tokenizer.pad_id  # upstream pads with it, whatever config.json says
     return LMM(config, params, tokenizer, config.data.template, pad_id, found.tokenizer, found.passthrough, found.ends)
 

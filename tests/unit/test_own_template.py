@@ -4,15 +4,17 @@ import dataclasses
 import json
 import warnings
 
+import chex
 import pytest
 from transformers import PreTrainedTokenizerFast
 
 import deepstack_jax as dsx
+from benchmarks.tiny_recipe import Run, load_recipe, write_weights
 from deepstack_jax.config import build_config, default_config
 from deepstack_jax.config.chat_template import with_own_template
 from deepstack_jax.data.encode.encoder import Encoder
 from deepstack_jax.data.example import Example, Message
-from deepstack_jax.errors import ConfigError
+from deepstack_jax.errors import ConfigError, WeightsError
 from deepstack_jax.generate.options import Options
 from deepstack_jax.generate.prompts import Turn
 from deepstack_jax.train.checkpoint.fill_config import fill_config
@@ -110,3 +112,21 @@ def test_a_configuration_may_ask_for_the_template_of_the_tokenizer(folder, tmp_p
         ConfigError, match=r"config\.data\.template is 'model', but config\.data\.tokenizer=bytes has no chat template"
     ):
         with_own_template(config.to_dict())
+
+
+def test_a_bare_language_model_with_a_tower_can_be_asked(tmp_path):
+    """By its own template, without an argument; what joins the two is drawn, the same every time."""
+    tiny = load_recipe(Run("llava15", "finetune", ""))
+    write_weights(tmp_path, tiny)
+    for file in (tmp_path / "llm").glob("*token*"):
+        file.unlink()
+    folder = write_model(tmp_path / "llm", CHATML, {"eos_token": "<|im_end|>"}, SMOL)
+    with pytest.raises(WeightsError, match="is a bare llama"):
+        dsx.load(folder)
+    with pytest.warns(UserWarning, match="what joins it to the tower is drawn, and has to be trained"):
+        lmm = dsx.load(folder, tower=tmp_path / "clip")
+    assert lmm.template == f"jinja:{SMOL}"
+    assert lmm.config.vision == tiny.vision
+    with pytest.warns(UserWarning, match="what joins it to the tower is drawn"):
+        again = dsx.load(folder, tower=tmp_path / "clip")
+    chex.assert_trees_all_equal(lmm.params, again.params)

@@ -123,10 +123,20 @@ def run_leaves(workdir: Path, only: tuple[str, ...] = ("",)) -> tuple[int, Confi
     return step, config, {**leaves, **{path: base[path] for path in wanted}}
 
 
+def draw_absent(tensors: Collection[str], config: Config) -> dict[str, np.ndarray]:
+    """What a bare language model and tower lack, above all a projector, drawn from the configuration's seed, by path."""
+    absent = absent_leaves(tensors, config)
+    return _draw(_on_one_device(config), absent) if absent else {}
+
+
+def _on_one_device(config: Config) -> Program:
+    mesh = MeshConfig(1, 1, 1)
+    return build_program(dataclasses.replace(config, mesh=mesh), make_mesh(mesh, jax.devices()[:1]), 1)
+
+
 def _base_leaves(config: Config) -> dict[str, LeafLike]:
     """What does not train in a run with adapters, by path."""
-    mesh = MeshConfig(1, 1, 1)
-    program = build_program(dataclasses.replace(config, mesh=mesh), make_mesh(mesh, jax.devices()[:1]), 1)
+    program = _on_one_device(config)
     if not config.train.weights:
         return dict(_draw(program, program.base))
     found = find_weights(config)
