@@ -22,7 +22,7 @@ def tables() -> str:
         lines.append(f"| `{name}`: {task.title} | `{task.folder}/`: {files} | {metric} | {paper} | {protocols} |")
     lines += ["", "| folder | where its files come from |", "|---|---|"]
     lines += [f"| `{folder}/` | {origin} |" for folder, origin in {one.folder: one.origin for one in TASKS.values()}.items()]
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines).replace("*", r"\*") + "\n"
 
 
 def page(text: str) -> str:

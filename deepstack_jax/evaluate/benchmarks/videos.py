@@ -8,7 +8,10 @@ import json
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import lru_cache
 from typing import Any
+
+import numpy as np
 
 from deepstack_jax.config import LimitsConfig
 from deepstack_jax.data.example import SourceError
@@ -43,11 +46,16 @@ _KINDS = {"C": "causal", "T": "temporal", "D": "descriptive"}
 _OPTIONS = 5
 
 
+@lru_cache(maxsize=4)  # a video's questions stand one after the other
+def _frames(path: str) -> list[np.ndarray]:
+    return read_frames(path, FRAMES)
+
+
 def _stills(find: Callable[[Row, str], str], *, grid: bool) -> Callable[[Row, str], Sequence[Any]]:
     """Six frames of a row's video, in one picture or one by one."""
 
     def images(row: Row, folder: str) -> Sequence[Any]:
-        frames = read_frames(find(row, folder), FRAMES)
+        frames = _frames(find(row, folder))
         return [mosaic(frames, *GRID)] if grid else frames
 
     return images
