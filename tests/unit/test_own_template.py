@@ -18,6 +18,8 @@ from deepstack_jax.errors import ConfigError, WeightsError
 from deepstack_jax.generate.options import Options
 from deepstack_jax.generate.prompts import Turn
 from deepstack_jax.train.checkpoint.fill_config import fill_config
+from deepstack_jax.train.checkpoint.reading import CheckpointError
+from deepstack_jax.train.run.resume import check_same_run
 from tests.parity.goldens import write_folder
 from tests.unit.test_chat_template import CHATML, MARKED, PUBLISHED, as_dicts, chatml, write_model
 from tests.unit.test_fill_config import a_run, filled, values
@@ -97,6 +99,10 @@ def test_a_run_takes_the_template_of_its_weights_and_keeps_it(folder, tmp_path):
     (folder / "chat_template.jinja").write_text(MARKED)
     assert build_config(fill_config(values(folder), run)).data.template == config.data.template
     assert filled(folder, data__template="chatml").data.template == "chatml"
+    with pytest.raises(
+        CheckpointError, match=r"data\.template: 'chat template of the model \(sha256 \w{12}\)' there, 'v1' now"
+    ):
+        check_same_run(dataclasses.replace(config, data=dataclasses.replace(config.data, template="v1")), run)
 
 
 def test_a_configuration_may_ask_for_the_template_of_the_tokenizer(folder, tmp_path):

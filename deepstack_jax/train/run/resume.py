@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from deepstack_jax.config import SAME_EXAMPLES, Config, TrainConfig, differences, on_resume
+from deepstack_jax.config.chat_template import template_in_words
 from deepstack_jax.data.fingerprint import UNUSABLE
 from deepstack_jax.train.checkpoint.manager import bytes_of
 from deepstack_jax.train.checkpoint.reading import CheckpointError, UnreadableError, cause_line, read_workdir_json, saved_steps
@@ -51,11 +52,16 @@ def check_same_run(config: Config, workdir: Path) -> list[str]:
         raise CheckpointError(
             f"{error}; if --config is that of the run, delete the file and run the same command again: it is written again"
         ) from error
-    lines = {key: f"{key}: {theirs!r} there, {ours!r} now" for key, (ours, theirs) in changed.items()}
+    lines = {key: f"{key}: {_shown(key, theirs)} there, {_shown(key, ours)} now" for key, (ours, theirs) in changed.items()}
     fatal = [line for key, line in lines.items() if not on_resume(key)]
     if fatal:
         raise CheckpointError(f"{workdir} holds a run of another configuration ({', '.join(fatal)}); choose a new --workdir")
     return list(lines.values())
+
+
+def _shown(key: str, value: Any) -> str:
+    """A value for a message; of a chat template not its pages of text."""
+    return repr(template_in_words(value) if key == "data.template" else value)
 
 
 def new_length(config: Config, workdir: Path, steps: int, steps_of: Callable[[TrainConfig], int]) -> str:
