@@ -100,6 +100,16 @@ def test_what_is_no_video_is_named(av, tmp_path):
         find_video(str(tmp_path), "b")
 
 
+def test_a_playlist_opens_nothing(av, tmp_path):
+    """It is one that names a clip which is there, and could name anything else."""
+    target = clip(av, tmp_path / "target.ts", "libx264")
+    path = tmp_path / "list.mp4"
+    path.write_text(f"#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1.0,\n{target}\n#EXT-X-ENDLIST\n")
+    with pytest.raises(RecordError, match=f"cannot decode video {path}"):
+        read_frames(str(path), 6)
+    assert numbers(read_frames(str(target), 6))[0] == 0
+
+
 def test_without_pyav_one_line_says_how_to_get_it(monkeypatch, tmp_path):
     def missing(_name: str) -> Any:
         raise ImportError

@@ -14,6 +14,8 @@ from deepstack_jax.data.formats.columns import short_reason
 from deepstack_jax.data.formats.styles import RecordError
 
 SUFFIXES = (".mp4", ".webm", ".mkv", ".avi", ".mov")
+# No playlists and the like, whose content names other files and addresses; and none of those.
+_OPTIONS = {"format_whitelist": "mov,matroska,avi,mpeg,mpegts,flv,asf,ogg", "protocol_whitelist": "file"}
 _SLACK = 0.02  # of its length that a whole video may end before its header says so
 _SLACK_SECONDS = 0.1
 _SLACK_FRAMES = 1.5  # how long the last frame is shown, not every container says
@@ -56,9 +58,9 @@ def read_frames(path: str, count: int) -> list[np.ndarray]:
     try:
         copy = files.local_copy(path)
         files.size(copy)  # refuses what is not a file
-        with av.open(copy) as container:
+        with av.open(copy, options=_OPTIONS) as container:
             outline = _outline(path, container)
-        with av.open(copy) as container:
+        with av.open(copy, options=_OPTIONS) as container:
             found = list(_at_times(_decoded(container, outline.timed), _times(outline, count)))
     except (av.FFmpegError, OSError) as error:
         reason = error.strerror or short_reason(error)
