@@ -117,7 +117,9 @@ def test_three_kills_at_random_moments_and_one_while_saving_change_no_byte(seed,
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("tower", "decoder"), [("siglip", "qwen3"), ("siglip", "llama"), ("clip", "qwen2")])
+@pytest.mark.parametrize(
+    ("tower", "decoder"), [("siglip", "qwen3"), ("siglip", "llama"), ("clip", "qwen2"), ("clip", "granite")]
+)
 def test_a_kill_changes_no_byte_of_another_family(tower, decoder, config, tmp_path):
     flags = {"vision.architecture": tower, "decoder.architecture": decoder, "decoder.tied_head": True}
     whole, killed = tmp_path / "whole", tmp_path / "killed"

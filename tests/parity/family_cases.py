@@ -53,6 +53,14 @@ DECODERS: dict[str, dict[str, Any]] = {
     "llama3": {"model_type": "llama", "rope_parameters": _LLAMA3},
     "qwen2": {"model_type": "qwen2", "rope_parameters": _ROPE | {"rope_theta": 1e6}},
     "qwen3": {"model_type": "qwen3", "head_dim": 16, "tie_word_embeddings": True},
+    "granite": {
+        "model_type": "granite",
+        "tie_word_embeddings": True,
+        "embedding_multiplier": 3.0,
+        "attention_multiplier": 0.25,
+        "residual_multiplier": 0.4,
+        "logits_scaling": 2.5,
+    },
 }
 # Of a side that is no multiple of its patch, as so400m's 384 and 14.
 TOWERS: dict[str, dict[str, Any]] = {
@@ -63,7 +71,7 @@ _SIGLIP = {"image_processor_type": "SiglipImageProcessor", "size": {"height": 30
 PROCESSORS = {"clip": {"crop_size": {"height": 28, "width": 28}, "size": {"shortest_edge": 28}}, "siglip": _SIGLIP}
 MEAN_STD = {"clip": (CLIP_MEAN, CLIP_STD), "siglip": ((0.5,) * 3, (0.5,) * 3)}
 # Each decoder once, and each tower.
-CASES = {name: (name, "siglip" if name in ("smollm2", "qwen3") else "clip") for name in DECODERS}
+CASES = {name: (name, "siglip" if name in ("smollm2", "qwen3", "granite") else "clip") for name in DECODERS}
 
 
 def llava_config(name: str) -> dict[str, Any]:

@@ -22,12 +22,11 @@ from tests.parity.family_cases import CASES, MEAN_STD, PROCESSORS, picture, prom
 
 torch = pytest.importorskip("torch", reason="torch is not installed: the package does not need it, only this comparison does")
 transformers = pytest.importorskip("transformers")
+from tests.parity.write_families import inputs_of, make_model, outputs_of  # noqa: E402, since it needs torch
 
 
 def loaded(name: str, folder) -> tuple[Any, dict[str, Any], dsx.LMM]:
     """transformers' model, its inputs, and ours of the same folder."""
-    from tests.parity.write_families import inputs_of, make_model
-
     model = make_model(name, folder)
     (folder / "preprocessor_config.json").write_text(json.dumps(PROCESSORS[CASES[name][1]]))
     return model, inputs_of(name, model, *MEAN_STD[CASES[name][1]]), dsx.load(folder)
@@ -54,7 +53,7 @@ def test_scores_and_gradients_of_both_and_an_export(name, tmp_path):
     (tmp_path / "theirs").mkdir()
     model, inputs, lmm = loaded(name, tmp_path / "theirs")
     ids = inputs["input_ids"]
-    output = model(**inputs)
+    output = outputs_of(model, inputs)
     np.testing.assert_allclose(lmm.logits([prompt()], [[picture(name)]])[0], output.logits[0].detach().numpy(), atol=5e-4)
     words = len(prompt()) - 3
     value = torch.nn.functional.cross_entropy(output.logits[0, -words:-1], ids[0, -words + 1 :])
@@ -84,7 +83,7 @@ def test_scores_and_gradients_of_both_and_an_export(name, tmp_path):
     assert not report["unexpected_keys"]
     inputs["input_ids"] = torch.where(ids == model.config.image_token_id, again.config.image_token_id, ids)
     with torch.no_grad():
-        found = again.eval()(**inputs).logits[0, :, : output.logits.shape[-1]]
+        found = outputs_of(again.eval(), inputs).logits[0, :, : output.logits.shape[-1]]
     np.testing.assert_allclose(found.numpy(), output.logits[0].detach().numpy(), atol=5e-5)
     assert flatten(dsx.load(tmp_path / "ours").params).keys() == flatten(lmm.params).keys()
 

@@ -48,6 +48,20 @@ def inputs_of(name: str, model: Any, mean: Any, std: Any) -> dict[str, Any]:
     return {"input_ids": torch.tensor([ids]), "pixel_values": torch.tensor(np.moveaxis(values, -1, 0)[None])}
 
 
+def outputs_of(model: Any, inputs: dict[str, Any]) -> Any:
+    """What the language model alone computes from the embeddings that the whole makes.
+
+    The whole has a head of its own, which leaves Granite's logits_scaling out.
+    """
+    taken: dict[str, Any] = {}
+    hook = model.model.language_model.register_forward_pre_hook(lambda _, __, more: taken.update(more), with_kwargs=True)
+    model(**inputs)
+    hook.remove()
+    text = transformers.AutoModelForCausalLM.from_config(model.config.text_config, attn_implementation="eager").eval()
+    text.model, text.lm_head = model.model.language_model, model.lm_head
+    return text(inputs_embeds=taken["inputs_embeds"], output_hidden_states=True)
+
+
 def small(values: dict[str, Any]) -> dict[str, Any]:
     """config.json without what says nothing here."""
     return {k: small(v) if isinstance(v, dict) else v for k, v in values.items() if k not in _LEFT_OUT and v is not None}
@@ -61,7 +75,7 @@ def write(name: str) -> None:
         config = json.loads((Path(folder) / "config.json").read_text())
     inputs = inputs_of(name, model, *MEAN_STD[CASES[name][1]])
     with torch.no_grad():
-        output = model(**inputs, output_hidden_states=True)
+        output = outputs_of(model, inputs)
         tower = model.model.vision_tower(inputs["pixel_values"], output_hidden_states=True)
         made = model.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False)
     at = np.arange(0, inputs["input_ids"].shape[1], 3)
