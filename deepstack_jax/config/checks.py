@@ -111,6 +111,8 @@ def _in_train(config: Config) -> Iterator[str]:
         yield f"config.train.steps {train.steps} with epochs {train.epochs} trains nothing; set one of them above 0"
     if train.keep_best and not config.evaluation.every:
         yield f"config.train.keep_best {train.keep_best} needs a held-out loss to tell the best by; set config.evaluation.every"
+    if config.evaluation.best and not config.evaluation.tasks:
+        yield f"config.evaluation.best {quote(config.evaluation.best)} is a score of a task; set config.evaluation.tasks"
     if steps and not (
         re.fullmatch(r"\d{1,10}:\d{1,10}", steps, re.ASCII) and 0 < int(steps.split(":")[0]) <= int(steps.split(":")[1])
     ):

@@ -273,7 +273,8 @@ class TrainConfig:
     checkpoint_every: Annotated[int, positive(), MAY_CHANGE] = 500  # steps from one checkpoint to the next
     keep: Annotated[int, positive(), MAY_CHANGE] = 2  # newest checkpoints that stay
     keep_every: Annotated[int, count(), MAY_CHANGE] = 0  # checkpoints at every so many steps stay too
-    keep_best: Annotated[int, count(), MAY_CHANGE] = 0  # so many of the lowest held-out loss stay too, saved at an evaluation
+    # So many of the lowest held-out loss, or of the highest `evaluation.best`, stay too, saved at an evaluation
+    keep_best: Annotated[int, count(), MAY_CHANGE] = 0
     max_bad_steps: Annotated[int, positive(), MAY_CHANGE] = 10  # steps without a finite loss, in a row; then the run stops
     compute_dtype: Literal["float32", "bfloat16"] = "bfloat16"  # dtype of activations; parameters are float32
     # Dtype of parameters that do not train, where nothing has adapters; bfloat16 halves their memory
@@ -295,6 +296,10 @@ class EvaluationConfig:
     batch_size: Annotated[int, positive(2**16)] = 64  # questions decoded at once
     max_new_tokens: Annotated[int, positive()] = 32  # longest answer
     samples: Annotated[int, count()] = 4  # answers shown in the log
+    tasks: str = ""  # benchmarks of docs/evaluation.md that are asked too, as docvqa or seed:likelihood, between commas
+    tasks_root: str = ""  # folder that holds a folder for every benchmark; empty = `data.root`
+    task_rows: Annotated[int, count()] = 256  # first rows of each that are asked at an evaluation, 0 = all; at the end all are
+    best: str = ""  # score that tells the best checkpoint, as docvqa/anls; empty = the held-out loss
 
 
 @dataclass(frozen=True)

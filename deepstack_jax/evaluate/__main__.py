@@ -1,9 +1,8 @@
 """Score a model on held-out rows: `python -m deepstack_jax.evaluate --model=DIR --data=val.json --images=DIR`."""
 
 import sys
-from collections import Counter
 from contextlib import nullcontext
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from ml_collections import ConfigDict, config_flags
 
 from deepstack_jax import cli
 from deepstack_jax.api import DTYPES, load_in_verb
-from deepstack_jax.atomic import write_json, write_lines, write_whole
+from deepstack_jax.atomic import write_json, write_whole
 from deepstack_jax.config import Config, MeshConfig, build_config, from_stored, to_dict
 from deepstack_jax.data.example import Source
 from deepstack_jax.data.fingerprint import describe_files, describe_options
@@ -25,24 +24,30 @@ from deepstack_jax.evaluate.benchmarks.registry import TASKS, find_task
 from deepstack_jax.evaluate.checkpoint import EvalCheckpoint
 from deepstack_jax.evaluate.compare import Comparison, compare, comparison_table
 from deepstack_jax.evaluate.compare_page import PICTURES, SIDE, render_page
-from deepstack_jax.evaluate.on_mesh import MeshAnswerer, over_mesh, share_of
+from deepstack_jax.evaluate.on_mesh import MeshAnswerer, over_mesh
 from deepstack_jax.evaluate.pictures import pictures_of
 from deepstack_jax.evaluate.questions import check_questions
 from deepstack_jax.evaluate.results import (
-    PREDICTIONS,
     RESULTS,
     data_name,
-    protocol_of,
-    summarise,
+    folder_of,
     table_of,
     tasks_table,
     title_of,
 )
-from deepstack_jax.evaluate.runner import EvaluationRequest, ask_all, checkpoint_digest, key_of, leave_out
+from deepstack_jax.evaluate.runner import (
+    MAX_NEW_TOKENS,
+    EvaluationRequest,
+    checkpoint_digest,
+    evaluate_one,
+    leave_out,
+    open_task,
+    titles_of,
+)
 from deepstack_jax.evaluate.tasks import Task
 from deepstack_jax.generate.options import Options
 from deepstack_jax.generate.prompts import find_template
-from deepstack_jax.parallel.distributed import is_first_host, process_slice
+from deepstack_jax.parallel.distributed import is_first_host
 from deepstack_jax.parallel.mesh import make_mesh
 from deepstack_jax.parallel.processes import join_processes
 from deepstack_jax.printing import REDACTED, Console, plural, redacted
@@ -101,7 +106,7 @@ FLAGS = (
     *cli.PROCESSES,
     cli.CONFIG_OR_KEYS,
 )
-MAX_NEW_TOKENS, BATCH_SIZE = 64, 8  # with --data
+BATCH_SIZE = 8  # with --data
 
 
 def main() -> int:
@@ -123,7 +128,9 @@ def main() -> int:
     digest, kept, tasks = checkpoint_digest(answerer), list[EvalCheckpoint](), dict[str, dict[str, Any]]()
     for evaluation in asked:
         folder = out if out is None or not given["tasks"] else cli.writable_folder(str(out / folder_of(evaluation.task)), "out")
-        results = evaluate_one(answerer, digest, mesh, evaluation, folder if is_first_host() else None, kept, console)
+        folder = folder if is_first_host() else None
+        results, checkpoint = evaluate_one(answerer, digest, mesh, evaluation, folder, given["model"], console)
+        kept.append(checkpoint)
         tasks[title_of(evaluation.task)] = {"name": given["model"]} | results
     if given["tasks"]:
         if out is not None and is_first_host():
@@ -134,42 +141,6 @@ def main() -> int:
     for checkpoint in kept:  # now that nothing of it is asked again by the same command
         checkpoint.remove()
     return cli.EXIT_DONE
-
-
-def evaluate_one(
-    answerer: MeshAnswerer,
-    digest: str,
-    mesh: Mesh,
-    evaluation: EvaluationRequest,
-    folder: Path | None,
-    kept: list[EvalCheckpoint],
-    console: Console,
-) -> dict[str, Any]:
-    """Ask and score a task; write its files into `folder`, which the first process has alone; returns results.json."""
-    config = answerer.config
-    config = replace(config, data=replace(config.data, max_pixels=evaluation.config.data.max_pixels))
-    options = evaluation.options.replace({"exif": config.data.exif})  # as in training
-    part = process_slice(mesh)
-    evaluation = replace(evaluation, options=options, batch_size=share_of(mesh, evaluation.batch_size) * part.count)
-    answerer = replace(answerer, config=config)
-    checkpoint = EvalCheckpoint(folder, None if folder is None else key_of(answerer, digest, evaluation))
-    kept.append(checkpoint)
-    predictions, bad = ask_all(answerer, evaluation, checkpoint, console, part)
-    task = evaluation.task
-    protocol = protocol_of(config, options, answerer.template, task, digest)
-    results = summarise(task, evaluation.data, evaluation.rows, predictions, bad, protocol)
-    if folder is not None:
-        write_lines(folder / PREDICTIONS, map(asdict, predictions))
-        write_json(folder / RESULTS, {"name": FLAGS[0].value} | results)
-        for name, content in (task.submission(predictions) if task.submission else {}).items():
-            write_whole(folder / name, content)
-            console.print(f"written for the benchmark's server or judge: {folder / name}", soft_wrap=True)
-    return results
-
-
-def folder_of(task: Task) -> str:
-    """The folder of its files below --out."""
-    return title_of(task).replace(":", "-")
 
 
 def mesh_of_flags() -> MeshConfig:
@@ -261,34 +232,17 @@ def open_tasks(given: dict[str, Any], console: Console) -> list[EvaluationReques
       RequestError: no such template.
     """
     config = with_changes(given["model"] if is_workdir(given["model"]) else None)
-    names = [name.strip() for name in given["tasks"].split(",")]
-    if twice := [name for name, count in Counter(names).items() if count > 1]:
-        raise ConfigError(f"--tasks names {twice[0]} twice; once is enough")
     if given["template"] is not None:
         find_template(given["template"])
     found = []
-    for name in names:
-        known, _, protocol = name.partition(":")
-        task = find_task(known, files.absolute(given["data"]), protocol or "own")
-        most = given["max_new_tokens"] or task.max_new_tokens or MAX_NEW_TOKENS
-        options = Options(max_new_tokens=most, template=given["template"])
-        rows = min(len(task.source), given["limit"] or len(task.source))
-        folder = files.join(files.absolute(given["data"]), TASKS[known].folder)
-        with console.status(f"looking through {plural(rows, 'row')} of {name}"):
-            bad = tuple(check_questions(task.source, range(rows), config.data, task.questions))
-        origin = {"root": redacted(folder), "files": folder_version(folder), "rows": len(task.source)}
-        found.append(
-            EvaluationRequest(task, config, redacted(folder), origin, rows, options, given["batch_size"] or BATCH_SIZE, bad)
-        )
+    for title in titles_of(given["tasks"]):
+        rows, batch_size = given["limit"] or 0, given["batch_size"] or BATCH_SIZE
+        options = Options(template=given["template"])
+        how = {"most_rows": rows, "options": options, "batch_size": batch_size}
+        evaluation = open_task(title, files.absolute(given["data"]), config, console, **how)
+        most = given["max_new_tokens"] or evaluation.task.max_new_tokens or MAX_NEW_TOKENS
+        found.append(replace(evaluation, options=options.replace({"max_new_tokens": most})))
     return found
-
-
-def folder_version(folder: str) -> dict[str, str]:
-    """Size and last change of the files right in a local folder."""
-    if files.is_url(folder):
-        return {}
-    stats = {file.name: file.stat() for file in sorted(Path(folder).iterdir()) if file.is_file()}
-    return {name: f"{stat.st_size:,} bytes, changed {stat.st_mtime_ns}" for name, stat in stats.items()}
 
 
 def with_changes(workdir: str | None) -> Config:

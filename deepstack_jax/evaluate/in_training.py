@@ -11,18 +11,19 @@ from typing import Any
 import numpy as np
 
 from deepstack_jax.atomic import write_json, write_lines
-from deepstack_jax.config import Config
+from deepstack_jax.config import Config, EvaluationConfig
 from deepstack_jax.data.encode.encoder import Encoder, try_record
 from deepstack_jax.data.encode.sizes import encoded_tokens, measure
 from deepstack_jax.data.example import BadExample, Source, SourceError
 from deepstack_jax.data.open import check_images, open_source
 from deepstack_jax.data.order.mixture import epoch_order
-from deepstack_jax.data.overlap import find_overlap
+from deepstack_jax.data.overlap import find_overlap, overlap_line
 from deepstack_jax.evaluate.held_out import HeldOut
 from deepstack_jax.evaluate.pictures import thumbnails
 from deepstack_jax.evaluate.questions import check_rows, uninterrupted
 from deepstack_jax.evaluate.results import data_name, flat_scores, protocol_of, summarise, table_of
 from deepstack_jax.evaluate.tasks import Prediction
+from deepstack_jax.evaluate.training_tasks import TrainingTasks, scores_of
 from deepstack_jax.parallel.distributed import broadcast_str, is_first_host
 from deepstack_jax.printing import Console, label, plural
 from deepstack_jax.train.core.program import Program
@@ -42,6 +43,7 @@ class TrainingEvaluation:
 
     def __init__(self, config: Config, workdir: Path, console: Console) -> None:
         self._config, self._workdir, self._console = config, workdir, console
+        self._tasks = TrainingTasks(config, workdir, console)
         self.named: set[int] = set()  # rows that were left out and are known to be: each is told once
 
     def open(self, train: Source, *, starts: bool) -> None:
@@ -50,10 +52,12 @@ class TrainingEvaluation:
         if self._config.data.source == "pages" or self._config.data.validation:
             self.source = open_source(self._config.data, "validation")
             self.check(self.source, starts=starts)
+        self._tasks.open(train, starts=starts)
 
     def begin(self, program: Program, log: MetricsLog) -> None:
         """Take what answers are made with, and where numbers go."""
         self.log = log
+        self._tasks.begin(program)
         if self.source is not None:
             self.held_out = HeldOut(self.source, self._config, program.loss, program.model, program.mesh)
 
@@ -79,16 +83,23 @@ class TrainingEvaluation:
             console.print(f"warning: {problem}; loss and scores will be of the others", soft_wrap=True)
         if starts and is_first_host():
             with console.status(f"looking for them among {plural(len(self.train), 'training row')}"):
-                overlap = overlap_line(source, rows, self.train)
+                overlap = overlap_line(find_overlap(source, rows, self.train), rows, len(self.train))
             if overlap:
                 console.print(f"warning: {overlap}", soft_wrap=True)
 
     def report(self, params: PyTree, step: int) -> float | None:
-        """Held-out loss and a few answers, to the console and the logs.
+        """Held-out loss, a few answers and the scores of tasks, to the console and the logs.
 
         Returns:
-          The loss; None where there is none, or none that can be compared with others, as where too many rows were left out.
+          The loss, or the score `evaluation.best`; None where there is none, or none that can be compared with others, as
+          where too many rows were left out.
         """
+        loss, scores = self._report_rows(params, step), self._tasks.report(params)
+        if scores:
+            self.log.write(step, scores)
+        return scores.get(self._config.evaluation.best) if self._config.evaluation.best else loss
+
+    def _report_rows(self, params: PyTree, step: int) -> float | None:
         if self.held_out is None:
             return None
         numbers, bad = self.held_out.loss(params)
@@ -112,7 +123,8 @@ class TrainingEvaluation:
         """
         file, evaluation = self._workdir / "results.json", asdict(self._config.evaluation)
         known = self._stored(file) if is_first_host() else {}
-        done = (known.get("steps"), known.get("evaluation")) == (facts["steps"], evaluation)
+        settings = asdict(EvaluationConfig()) | known.get("evaluation", {})  # of an earlier version, which had fewer
+        done = "steps" in known and (known["steps"], settings) == (facts["steps"], evaluation)
         if self.held_out is not None and ("scores" not in known or self._too_many(known["bad_examples"], known["rows"])):
             done = False  # written by an earlier version, or rows may be fixed by now
         if broadcast_str("done" if done else ""):
@@ -124,6 +136,8 @@ class TrainingEvaluation:
         if self.held_out is not None:
             predictions, scores = self._score(self.held_out, params)
             results |= scores
+        tasks = self._tasks.finish(params)
+        results |= {"tasks": tasks} if tasks else {}
         if not is_first_host():
             return
         if predictions is not None:
@@ -131,6 +145,8 @@ class TrainingEvaluation:
             numbers = {name: value for name, value in results.items() if isinstance(value, float)}
             self.log.write(facts["steps"], numbers | flat_scores(results))
             self._print(predictions[: self._config.evaluation.samples])
+        if tasks:
+            self.log.write(facts["steps"], scores_of(tasks))
         write_json(file, results)
         self._console.print(table_of(results))
 
@@ -188,19 +204,6 @@ class TrainingEvaluation:
     def _print(self, predictions: Iterable[Prediction]) -> None:
         for one in predictions:
             self._console.print(f"  {sample_line(one)}", soft_wrap=True)
-
-
-def overlap_line(held_out: Source, rows: int, train: Source) -> str:
-    """How many of the held-out rows are trained on; "" where none was found."""
-    overlap = find_overlap(held_out, rows, train)
-    if not overlap.rows:
-        return ""
-    part = "" if overlap.looked_at >= len(train) else f" (the first {overlap.looked_at:,} of {len(train):,} were looked at)"
-    return (
-        f"{len(overlap.rows)} of {plural(rows, 'held-out row')} are also among the training rows{part}, as the same row or "
-        f"the same question about the same image, the first: {label(overlap.first)}; scores on them tell what was remembered: "
-        "hold others out with --config.data.validation=FILE"
-    )
 
 
 def loss_line(numbers: dict[str, float], rows: int) -> str:

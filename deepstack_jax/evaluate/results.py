@@ -66,6 +66,11 @@ def title_of(task: Task) -> str:
     return task.name if task.protocol in ("", "own") else f"{task.name}:{task.protocol}"
 
 
+def folder_of(task: Task) -> str:
+    """The folder of its files, beside those of other tasks."""
+    return title_of(task).replace(":", "-")
+
+
 def data_name(config: Config) -> str:
     """The held-out data of a configuration, for people."""
     return redacted(f"{config.name}: {config.data.validation or config.data.source}")

@@ -4,25 +4,34 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 
+from deepstack_jax.atomic import write_json, write_lines, write_whole
 from deepstack_jax.config import Config, to_dict
 from deepstack_jax.data.example import BadExample, SourceError
+from deepstack_jax.data.formats import files
+from deepstack_jax.errors import ConfigError
 from deepstack_jax.evaluate.ask import Refusal, Result, ask, of_all_hosts, result_of
 from deepstack_jax.evaluate.batches import Place, batches_of
+from deepstack_jax.evaluate.benchmarks.registry import TASKS, find_task
 from deepstack_jax.evaluate.checkpoint import EvalCheckpoint
-from deepstack_jax.evaluate.on_mesh import MeshAnswerer
+from deepstack_jax.evaluate.on_mesh import MeshAnswerer, share_of
+from deepstack_jax.evaluate.questions import check_questions
+from deepstack_jax.evaluate.results import PREDICTIONS, RESULTS, protocol_of, summarise
 from deepstack_jax.evaluate.tasks import Prediction, Task
 from deepstack_jax.generate.options import Options
-from deepstack_jax.parallel.distributed import ProcessSlice, broadcast_str
-from deepstack_jax.printing import Console, label, plural
+from deepstack_jax.parallel.distributed import ProcessSlice, broadcast_str, process_slice
+from deepstack_jax.printing import Console, label, plural, redacted
 from deepstack_jax.progress import Progress
 from deepstack_jax.train.checkpoint.checksums import checksums
 
 ALONE = ProcessSlice(0, 1, True)
+MAX_NEW_TOKENS = 64  # where neither a task nor the user says
 LINES = 50  # of progress, off a terminal
 
 
@@ -38,6 +47,48 @@ class EvaluationRequest:
     options: Options
     batch_size: int  # questions answered at once, by all processes together
     bad: tuple[BadExample, ...] = ()  # rows that are known not to be questions for any model
+
+
+def open_task(
+    title: str, root: str, config: Config, console: Console, *, most_rows: int, options: Options, batch_size: int
+) -> EvaluationRequest:
+    """A benchmark as --tasks names it, NAME or NAME:PROTOCOL, its rows looked through.
+
+    Args:
+      root: folder or URL that holds a folder for every benchmark.
+      most_rows: the first so many; 0 = all.
+
+    Raises:
+      ConfigError: no such task or protocol. SourceError: its files are not there or damaged.
+    """
+    name, _, protocol = title.partition(":")
+    task = find_task(name, root, protocol or "own")
+    folder = files.join(root, TASKS[name].folder)
+    rows = min(len(task.source), most_rows or len(task.source))
+    with console.status(f"looking through {plural(rows, 'row')} of {title}"):
+        bad = tuple(check_questions(task.source, range(rows), config.data, task.questions))
+    origin = {"folder": redacted(folder), "files": _folder_version(folder), "rows": len(task.source)}
+    return EvaluationRequest(task, config, redacted(folder), origin, rows, options, batch_size, bad)
+
+
+def titles_of(tasks: str) -> list[str]:
+    """The names between commas.
+
+    Raises:
+      ConfigError: one stands twice.
+    """
+    titles = [title.strip() for title in tasks.split(",") if title.strip()]
+    if twice := [title for title in titles if titles.count(title) > 1]:
+        raise ConfigError(f"the tasks name {twice[0]} twice; once is enough")
+    return titles
+
+
+def _folder_version(folder: str) -> dict[str, str]:
+    """Size and last change of the files right in a local folder."""
+    if files.is_url(folder):
+        return {}
+    stats = {file.name: file.stat() for file in sorted(Path(folder).iterdir()) if file.is_file()}
+    return {name: f"{stat.st_size:,} bytes, changed {stat.st_mtime_ns}" for name, stat in stats.items()}
 
 
 def checkpoint_digest(answerer: MeshAnswerer) -> str:
@@ -99,6 +150,46 @@ def ask_all(
     if not predictions:
         raise SourceError(f"none of the {evaluation.rows} rows could be asked, expected at least one; fix them")
     return sorted(predictions, key=lambda one: (one.row, one.turn)), bad
+
+
+def evaluate_one(
+    answerer: MeshAnswerer,
+    digest: str,
+    mesh: Mesh,
+    evaluation: EvaluationRequest,
+    folder: Path | None,
+    name: str,
+    console: Console,
+) -> tuple[dict[str, Any], EvalCheckpoint]:
+    """Ask a task, score it and write its files; all processes take part.
+
+    Args:
+      digest: of the parameters.
+      folder: for the files, on the first process alone; None writes none.
+      name: of the model, in results.json.
+
+    Returns:
+      What results.json holds but for the name; and the answers on their way, which may be removed when nothing asks again.
+
+    Raises:
+      SourceError: as `ask_all`.
+    """
+    config, part, task = answerer.config, process_slice(mesh), evaluation.task
+    config = replace(config, data=replace(config.data, max_pixels=evaluation.config.data.max_pixels))
+    options = evaluation.options.replace({"exif": config.data.exif})  # as in training
+    evaluation = replace(evaluation, options=options, batch_size=share_of(mesh, evaluation.batch_size) * part.count)
+    answerer = replace(answerer, config=config)
+    checkpoint = EvalCheckpoint(folder, None if folder is None else key_of(answerer, digest, evaluation))
+    predictions, bad = ask_all(answerer, evaluation, checkpoint, console, part)
+    protocol = protocol_of(config, options, answerer.template, task, digest)
+    results = summarise(task, evaluation.data, evaluation.rows, predictions, bad, protocol)
+    if folder is not None:
+        write_lines(folder / PREDICTIONS, map(asdict, predictions))
+        write_json(folder / RESULTS, {"name": name, **results})
+        for file, content in (task.submission(predictions) if task.submission else {}).items():
+            write_whole(folder / file, content)
+            console.print(f"written for the benchmark's server or judge: {folder / file}", soft_wrap=True)
+    return results, checkpoint
 
 
 def ask_part(

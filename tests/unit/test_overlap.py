@@ -15,8 +15,7 @@ from deepstack_jax.config import SetConfig
 from deepstack_jax.data.example import MetadataSource
 from deepstack_jax.data.open import open_files
 from deepstack_jax.data.order.mixture import Mixture, MixturePart
-from deepstack_jax.data.overlap import find_overlap
-from deepstack_jax.evaluate.in_training import overlap_line
+from deepstack_jax.data.overlap import find_overlap, overlap_line
 from tests.unit.made_examples import MadeExamples
 
 
@@ -91,19 +90,36 @@ def test_of_a_mixture_only_the_rows_that_are_trained_on_count_each_once(folder):
     assert (overlap.rows, overlap.looked_at) == ([0, 1, 2], 3)
 
 
-def test_it_ends_in_time_and_says_what_it_has_looked_at(folder, monkeypatch):
+def test_it_ends_in_time_and_says_what_it_has_looked_at(folder):
     train = write(folder / "train.json", [row(str(number), "", f"{number}?", "yes") for number in range(2500)])
     held_out = write(folder / "val.json", [row(str(number), "", f"{number}?", "yes") for number in (0, 700, 1800)])
     overlap = find_overlap(held_out, 3, train, seconds=-1.0)
     assert (overlap.rows, overlap.looked_at) == ([0, 1], 999)
-    assert "3 of 3 held-out rows are also among the training rows, as" in overlap_line(held_out, 3, train)
-    monkeypatch.setattr("deepstack_jax.evaluate.in_training.find_overlap", lambda *_: overlap)
-    assert "2 of 3 held-out rows are also among the training rows (the first 999 of 2,500 were looked at), as the same row" in (
-        said := overlap_line(held_out, 3, train)
+    whole = find_overlap(held_out, 3, train)
+    assert "3 of 3 held-out rows are also among the training rows, as" in overlap_line(whole, 3, len(train))
+    assert "2 of 3 held-out rows are also among the training rows (999 of them were looked at), as the same row" in (
+        said := overlap_line(overlap, 3, len(train))
     )
     assert "the first: 0; scores on them tell what was remembered" in said
 
 
 def test_nothing_is_said_where_nothing_is_shared_or_could_be_looked_over(folder):
-    assert overlap_line(write(folder / "val.json", TRAIN[:1]), 1, write(folder / "train.json", TRAIN[1:])) == ""
-    assert overlap_line(MadeExamples(4), 4, MadeExamples(4)) == ""
+    found = find_overlap(write(folder / "val.json", TRAIN[:1]), 1, write(folder / "train.json", TRAIN[1:]))
+    assert overlap_line(found, 1, 4) == ""
+    assert overlap_line(find_overlap(MadeExamples(4), 4, MadeExamples(4)), 4, 4) == ""
+
+
+def test_an_image_that_is_trained_on_with_another_question(folder):
+    """By its path, by its content in another place, and inside of a table."""
+    rows = [row("x", "a.png", "<image>\nShape?", "round"), row("y", "c.png", "<image>\nShape?", "round")]
+    train = write(folder / "train.json", TRAIN)
+    for held_out in (write(folder / "val.json", rows), write(folder / "copy" / "val.json", rows)):
+        found = find_overlap(held_out, 2, train)
+        assert (found.rows, found.image_rows) == ([], [0])
+    assert overlap_line(found, 2, 5).startswith("1 of 2 held-out rows have an image that is trained on with other questions;")
+    inside = [TRAIN[0] | {"image": {"bytes": (folder / "a.png").read_bytes(), "path": None}}]
+    pq.write_table(pa.Table.from_pylist(inside), folder / "train.parquet")
+    assert find_overlap(held_out, 2, open_files(str(folder / "train.parquet"), "")).image_rows == [0]
+    both = find_overlap(write(folder / "val.json", [*rows, TRAIN[1]]), 3, train)
+    assert (both.rows, both.image_rows) == ([2], [0, 2])
+    assert "1 more have an image that is trained on" in overlap_line(both, 3, 5)

@@ -56,7 +56,8 @@ class Checkpoints:
     Args:
       workdir: an existing folder.
       train: says which ones stay: the newest `keep`, those at every `keep_every` steps, the `keep_best` of the lowest held-out
-        loss. An old one goes when a newer one was read back whole, not before.
+        loss, or of the highest score where `best` names one. An old one goes when a newer one was read back whole, not before.
+      best: name of the score that tells the best; "" = the held-out loss does.
       base: paths of parameters that are left out, as `Program.base`; `save` is given them and `restore` does not give them.
       read_only: restores and nothing else. Otherwise what a kill left half written is removed, and so would be what another
         run is writing.
@@ -65,18 +66,20 @@ class Checkpoints:
       CheckpointError: what lies there cannot be read.
     """
 
-    def __init__(self, workdir: Path, train: TrainConfig, *, base: Collection[str] = (), read_only: bool = False) -> None:
+    def __init__(
+        self, workdir: Path, train: TrainConfig, *, best: str = "", base: Collection[str] = (), read_only: bool = False
+    ) -> None:
         self.workdir = workdir
         self._directory = workdir.absolute() / "checkpoints"
-        self._train, self._base, self._read_only = train, base, read_only
+        self._train, self._best, self._base, self._read_only = train, best, base, read_only
         manager, problem = read_or_damage(str(self._directory), self._open)
         if manager is None:
             raise CheckpointError(f"{self._directory} holds no checkpoints ({problem}); choose another --workdir")
         self._manager = manager
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="read-back")
         self._pending: Pending | None = None
-        self._losses = {step: self._loss_of(step) for step in self._manager.all_steps()}
-        self._good = set(self._losses)  # taken as good until they are read: nothing is deleted before a newer one was
+        self._numbers = {step: self._number_of(step) for step in self._manager.all_steps()}
+        self._good = set(self._numbers)  # taken as good until they are read: nothing is deleted before a newer one was
 
     def _open(self) -> ocp.CheckpointManager:
         # The manager saves when told to: an interval of its own would drop the save at the end and the one at Ctrl-C. It keeps
@@ -103,7 +106,7 @@ class Checkpoints:
         """The same of those before a step."""
         return max((good for good in self._good if good < step), default=0)
 
-    def save(self, state: TrainState, data: dict[str, Any], about: dict[str, Any], loss: float | None = None) -> None:
+    def save(self, state: TrainState, data: dict[str, Any], about: dict[str, Any], number: float | None = None) -> None:
         """Write a checkpoint at `state.step`; returns once the state is copied, the files follow in the background.
 
         A save that fails is a warning and training goes on: the next one tries again. On several hosts it stops the run.
@@ -111,7 +114,8 @@ class Checkpoints:
         process may have been given little time to save.
 
         Args:
-          data: place in the data. about: configuration and versions of the run. loss: held-out, where it is known.
+          data: place in the data. about: configuration and versions of the run.
+          number: what tells the best, where it is known.
         """
         step, state = int(jax.device_get(state.step)), without(state, self._base)
         earlier = self._pending
@@ -128,9 +132,9 @@ class Checkpoints:
             "sums": ocp.args.JsonSave(checksums(state)),
             "data": ocp.args.JsonSave(data),
             "about": ocp.args.JsonSave(about),
-            "scores": ocp.args.JsonSave({"validation_loss": loss}),
+            "scores": ocp.args.JsonSave({self._best or "validation_loss": number}),
         }
-        self._losses[step] = loss
+        self._numbers[step] = number
         self._pending = None
         try:
             self._manager.save(step, args=ocp.args.Composite(**items), force=True)
@@ -291,7 +295,7 @@ class Checkpoints:
             "tries again",
             *(step, reason, self._free(), self.latest),
         )
-        self._losses.pop(step, None)
+        self._numbers.pop(step, None)
         try:
             self._manager.close()
         except Exception as error:  # the same failure once more
@@ -308,8 +312,8 @@ class Checkpoints:
             wanted.append(policies.EveryNSteps(train.keep_every))
         if train.keep_best:
             best = {"n": train.keep_best, "keep_checkpoints_without_metrics": False}
-            wanted.append(policies.BestN(get_metric_fn=float, reverse=True, **best))
-        infos: Any = [Info(step, datetime.now(UTC), self._losses.get(step)) for step in sorted(self._good)]
+            wanted.append(policies.BestN(get_metric_fn=float, reverse=not self._best, **best))
+        infos: Any = [Info(step, datetime.now(UTC), self._numbers.get(step)) for step in sorted(self._good)]
         stay = policies.AnyPreservationPolicy(wanted).should_preserve(infos, context=policies.PreservationContext())
         return {info.step for info, stays in zip(infos, stay, strict=True) if stays}
 
@@ -320,10 +324,10 @@ class Checkpoints:
         found = [_stored(folder / name, "checkpoint") for name in names or () if name.endswith(".json")]
         return [step for step in found if isinstance(step, int)]
 
-    def _loss_of(self, step: int) -> float | None:
+    def _number_of(self, step: int) -> float | None:
         """None of a damaged one, too: it is not the best, and restoring says what is wrong."""
-        loss = _stored(self._directory / str(step) / "scores" / "metadata", "validation_loss")
-        return float(loss) if isinstance(loss, int | float) else None
+        number = _stored(self._directory / str(step) / "scores" / "metadata", self._best or "validation_loss")
+        return float(number) if isinstance(number, int | float) else None
 
     def _put_aside(self, problems: dict[int, str]) -> None:
         """Out of the way, so that the run can save at the same steps again; not deleted, since somebody may want to look."""

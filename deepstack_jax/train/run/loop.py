@@ -75,9 +75,9 @@ def show_progress(progress: Progress, step: int, values: Mapping[str, float]) ->
 def evaluate(run: Run, log: StepLog, state: TrainState, step: int) -> None:
     log.wait()
     with run.journal.spend("evaluation"):
-        loss = run.evaluate(state.params, step)
-    if loss is not None:
-        run.loss_at[step] = loss
+        number = run.evaluate(state.params, step)
+    if number is not None:
+        run.judged[step] = number
 
 
 def save(run: Run, log: StepLog, state: TrainState, step: int, unused: int = 0) -> None:
@@ -87,7 +87,7 @@ def save(run: Run, log: StepLog, state: TrainState, step: int, unused: int = 0) 
     """
     log.judge()
     with run.journal.spend("checkpoint"):
-        run.checkpoints.save(state, run.stream.state(unused), run.about, run.loss_at.get(step))
+        run.checkpoints.save(state, run.stream.state(unused), run.about, run.judged.get(step))
 
 
 def save_before_leaving(run: Run, log: StepLog, state: TrainState, step: int, unused: int) -> None:

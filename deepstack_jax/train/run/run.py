@@ -52,7 +52,7 @@ class Run:
     quarantine: Quarantine
     console: Console
     about: dict[str, Any]  # what checkpoints say of the run
-    loss_at: dict[int, float] = field(default_factory=dict)  # held-out loss by the step that it was measured at
+    judged: dict[int, float] = field(default_factory=dict)  # step -> held-out loss, or the score that tells the best
 
 
 class CompiledSteps:

@@ -58,7 +58,7 @@ class Evaluation(Protocol):
         """Take what answers are made with."""
 
     def report(self, params: PyTree, step: int) -> float | None:
-        """Say how the model does at a step; returns the held-out loss, where there is one."""
+        """Say how the model does at a step; returns what tells the best checkpoint, where there is such a number."""
 
     def finish(self, params: PyTree, facts: dict[str, Any]) -> None:
         """Write the scores of the trained model, and `facts`, to results.json."""
@@ -92,7 +92,7 @@ def train(config: Config, workdir: Path, console: Console, evaluation: Evaluatio
         console.print(describe_adapters(program))
     if warning := check_disk_space(workdir, without(program.abstract_state(), program.base), config.train, steps):
         console.print(f"warning: {warning}", soft_wrap=True)
-    checkpoints = Checkpoints(workdir, config.train, base=program.base)
+    checkpoints = Checkpoints(workdir, config.train, best=config.evaluation.best, base=program.base)
     state = begin_state(program, stream, checkpoints, console)
     about = write_about(config, workdir, data, journal)
     log = open_log(config, workdir, int(state.step))
