@@ -12,8 +12,11 @@ from deepstack_jax.audit.charts import draw_charts
 from deepstack_jax.audit.inputs import model_input
 from deepstack_jax.audit.page import quarantined, render_page
 from deepstack_jax.audit.survey import choose_rows, survey
+from deepstack_jax.config import Config
 from deepstack_jax.data.encode.tokenizer import open_tokenizer
+from deepstack_jax.data.example import BadExample, Source, SourceError
 from deepstack_jax.data.open import open_source
+from deepstack_jax.data.overlap import find_overlap, overlap_line
 from deepstack_jax.errors import try_all
 from deepstack_jax.printing import Console, plural
 
@@ -53,7 +56,8 @@ def main() -> int:
     shown = track(rows[: N.value], "drawing samples", console=console, transient=True, disable=not console.is_terminal)
     cards = [make_card(number, model_input(source, row, config), config, tokenizer) for number, row in enumerate(shown, 1)]
     charts = draw_charts(found, config)
-    page = render_page(config, found, cards, charts, len(source))
+    leaks = trained_on(config, source, console)
+    page = render_page(config, found, cards, charts, len(source), leaks)
 
     for name, themes in charts.items():
         write_whole(out / f"{name}.png", themes["light"])
@@ -65,6 +69,25 @@ def main() -> int:
         console.print(f"{remark}: {count:,}", soft_wrap=True)
     console.print(f"written: {out / 'audit.html'} ({len(page) / 1e6:.1f} MB, {plural(len(cards), 'sample')})", soft_wrap=True)
     return cli.EXIT_DONE
+
+
+def trained_on(config: Config, train: Source, console: Console) -> list[BadExample]:
+    """Held-out rows of which the training data has the row, a question with its image, or the image."""
+    if not config.data.validation:
+        return []
+    try:
+        held_out = open_source(config.data, "validation")
+    except SourceError as error:
+        console.print(f"held-out rows are not looked for among the training rows: {error}", soft_wrap=True)
+        return []
+    rows = min(config.evaluation.examples, len(held_out))
+    overlap = find_overlap(held_out, rows, train)
+    if line := overlap_line(overlap, rows, len(train)):
+        console.print(f"warning: {line}", soft_wrap=True)
+    reasons = dict.fromkeys(overlap.image_rows, "an image of it") | dict.fromkeys(
+        overlap.rows, "the row, or a question with its image"
+    )
+    return [BadExample(row, held_out[row].name, reasons[row]) for row in sorted(reasons)]
 
 
 if __name__ == "__main__":

@@ -25,9 +25,17 @@ CAPTIONS = {
 
 
 def render_page(
-    config: Config, found: Survey, cards: Sequence[SampleCard], charts: Mapping[str, Mapping[str, bytes]], rows: int
+    config: Config,
+    found: Survey,
+    cards: Sequence[SampleCard],
+    charts: Mapping[str, Mapping[str, bytes]],
+    rows: int,
+    leaks: Sequence[BadExample] = (),
 ) -> str:
-    """The page as HTML, of a source of `rows`: the samples' cards, charts as name -> theme ("light", "dark") -> PNG."""
+    """The page as HTML, of a source of `rows`: the samples' cards, charts as name -> theme ("light", "dark") -> PNG.
+
+    `leaks`: held-out rows that are trained on, with what of them is.
+    """
     bad = quarantined(found, cards)
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("deepstack_jax.audit"),
@@ -45,6 +53,7 @@ def render_page(
         charts=[(name, CAPTIONS[name], {theme: _png(png) for theme, png in chart.items()}) for name, chart in charts.items()],
         sets=survey.by_origin(found.usable),
         bad=bad,
+        leaks=leaks,
         remarks=found.remarks(),
         scanned=len(found.rows),
         method=method(config),

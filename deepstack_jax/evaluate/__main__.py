@@ -1,6 +1,7 @@
 """Score a model on held-out rows: `python -m deepstack_jax.evaluate --model=DIR --data=val.json --images=DIR`."""
 
 import sys
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -15,10 +16,11 @@ from deepstack_jax import cli
 from deepstack_jax.api import DTYPES, load_in_verb
 from deepstack_jax.atomic import write_json, write_whole
 from deepstack_jax.config import Config, MeshConfig, build_config, from_stored, to_dict
-from deepstack_jax.data.example import Source
+from deepstack_jax.data.example import Source, SourceError
 from deepstack_jax.data.fingerprint import describe_files, describe_options
 from deepstack_jax.data.formats import files
 from deepstack_jax.data.open import MissingError, open_files, open_source
+from deepstack_jax.data.overlap import find_overlap, overlap_line
 from deepstack_jax.errors import ConfigError
 from deepstack_jax.evaluate.benchmarks.registry import TASKS, find_task
 from deepstack_jax.evaluate.checkpoint import EvalCheckpoint
@@ -35,6 +37,7 @@ from deepstack_jax.evaluate.results import (
     tasks_table,
     title_of,
 )
+from deepstack_jax.evaluate.results_table import fill_table
 from deepstack_jax.evaluate.runner import (
     MAX_NEW_TOKENS,
     EvaluationRequest,
@@ -76,6 +79,7 @@ Answer a held-out set by greedy generation, and score the answers.
   --compare A B         two folders of --out side by side, an interval for every difference, and in --out compare.html with the
                         questions on which they differ; pictures come from --data, or where the benchmarks were
   --out=DIR             writes predictions.jsonl (every prompt, answer and score) and results.json, of --tasks in a folder each
+  --into=FILE           docs/results.md or a copy of it, into whose last column the scores of --tasks are written
   --max_new_tokens=64   most tokens of an answer; of --tasks as each says if left out
   --batch_size=8        questions answered at once; the answers do not depend on it
   --template=NAME       conversation template in place of the model's own
@@ -98,6 +102,7 @@ FLAGS = (
     cli.Flag(flags.DEFINE_string, "images", "", "Image root."),
     cli.Flag(flags.DEFINE_multi_string, "compare", [], "Two folders of --out, which are compared."),
     cli.Flag(flags.DEFINE_integer, "limit", None, "Most rows.", lower_bound=1),
+    cli.Flag(flags.DEFINE_string, "into", "", "docs/results.md, whose last column the scores are written to."),
     cli.Flag(flags.DEFINE_string, "out", None, "Folder for predictions.jsonl and results.json."),
     cli.Flag(flags.DEFINE_integer, "max_new_tokens", None, "Most tokens of an answer.", lower_bound=1),
     cli.Flag(flags.DEFINE_integer, "batch_size", None, "Questions answered at once.", lower_bound=1),
@@ -122,11 +127,13 @@ def main() -> int:
     asked = open_tasks(given, console) if given["tasks"] else [open_rows(given, console)]
     for evaluation in asked:
         leave_out(evaluation.bad, [], evaluation, console)
+    leaks = look_for_leaks(asked, given["model"], console)
     out = cli.writable_folder(given["out"], "out") if given["out"] else None
     mesh = make_mesh(mesh_of_flags())
     answerer = load_over(mesh, given)
     digest, kept, tasks = checkpoint_digest(answerer), list[EvalCheckpoint](), dict[str, dict[str, Any]]()
-    for evaluation in asked:
+    for evaluation, leak in zip(asked, leaks, strict=True):
+        evaluation = replace(evaluation, overlap=leak)
         folder = out if out is None or not given["tasks"] else cli.writable_folder(str(out / folder_of(evaluation.task)), "out")
         folder = folder if is_first_host() else None
         results, checkpoint = evaluate_one(answerer, digest, mesh, evaluation, folder, given["model"], console)
@@ -135,12 +142,35 @@ def main() -> int:
     if given["tasks"]:
         if out is not None and is_first_host():
             write_json(out / RESULTS, {"name": given["model"], "tasks": tasks})
+        if given["into"] and is_first_host():
+            fill_table(Path(given["into"]).expanduser(), Path(given["model"]).name, tasks)
         console.print(tasks_table(given["model"], tasks))
     else:
         console.print(table_of(*tasks.values()))
     for checkpoint in kept:  # now that nothing of it is asked again by the same command
         checkpoint.remove()
     return cli.EXIT_DONE
+
+
+def look_for_leaks(asked: Sequence[EvaluationRequest], model: str, console: Console) -> list[dict[str, int]]:
+    """How many rows of each the run of a workdir trained on, also printed; nothing is known of another model's training."""
+    nothing: list[dict[str, int]] = [{} for _ in asked]
+    if not is_workdir(model) or not is_first_host():
+        return nothing
+    try:
+        train = open_source(with_changes(model, changed=False).data, "train")
+    except (SourceError, ConfigError, OSError) as error:
+        console.print(f"not compared with what the run trained on: {error}", soft_wrap=True)
+        return nothing
+    found = []
+    for evaluation in asked:
+        with console.status(f"looking for them among {plural(len(train), 'training row')}"):
+            overlap = find_overlap(evaluation.task.source, evaluation.rows, train)
+        if line := overlap_line(overlap, evaluation.rows, len(train)):
+            console.print(f"warning: {' '.join(filter(None, (title_of(evaluation.task), line)))}", soft_wrap=True)
+        counts = {"rows": len(overlap.rows), "image_rows": len(overlap.image_rows)}
+        found.append(counts | {"looked_at": overlap.looked_at, "training_rows": len(train)})
+    return found
 
 
 def mesh_of_flags() -> MeshConfig:
@@ -245,8 +275,8 @@ def open_tasks(given: dict[str, Any], console: Console) -> list[EvaluationReques
     return found
 
 
-def with_changes(workdir: str | None) -> Config:
-    """The configuration of a run, or the defaults, with the keys that the command line changes."""
+def with_changes(workdir: str | None, *, changed: bool = True) -> Config:
+    """The configuration of a run, or the defaults; `changed`: with the keys that the command line changes."""
     config = Config()
     if workdir is not None:
         config = from_stored(read_workdir_json(Path(workdir).expanduser() / "config.json"))
@@ -254,7 +284,7 @@ def with_changes(workdir: str | None) -> Config:
             raise ConfigError(
                 f"{workdir}/config.json holds no credentials; give --config as the run was given it, URLs and all"
             )
-    if flags.FLAGS["config"].value is None:
+    if flags.FLAGS["config"].value is None or not changed:
         return config
     changes = config_flags.get_override_values(flags.FLAGS["config"])
     values = ConfigDict(to_dict(config), convert_dict=True)

@@ -38,6 +38,7 @@ class Interval:
 class Evaluated:
     """One task of one evaluation, as its files have it."""
 
+    folder: Path
     results: Mapping[str, Any]
     predictions: Mapping[tuple[int, int, str], Mapping[str, Any]]  # by row, turn and id
 
@@ -55,8 +56,8 @@ class Pair:
 
     @property
     def differs(self) -> bool:
-        """Whether a score is another."""
-        return self.first["scores"] != self.second["scores"]
+        """Whether a score or the answer is another."""
+        return any(self.first.get(name) != self.second.get(name) for name in ("scores", "parsed", "prediction"))
 
 
 @dataclass(frozen=True)
@@ -133,7 +134,7 @@ def _evaluated(folder: Path, results: dict[str, Any]) -> Evaluated:
     except OSError as error:
         raise ConfigError(f"{folder / PREDICTIONS} cannot be read: {error.strerror}; it stands beside {RESULTS}") from error
     try:
-        return Evaluated(results, {(one["row"], one["turn"], one["id"]): one for one in lines if "scores" in one})
+        return Evaluated(folder, results, {(one["row"], one["turn"], one["id"]): one for one in lines if "scores" in one})
     except KeyError as error:
         raise ConfigError(f"{folder / PREDICTIONS} has lines without {error}; evaluate again with this version") from error
 
@@ -193,9 +194,17 @@ def paired_bootstrap(gains: Sequence[float]) -> Interval:
     return Interval(float(values.mean()), float(low), float(high))
 
 
+def names_of(comparison: Comparison) -> tuple[str, str]:
+    """What the two models are called, with their folders where that is the same."""
+    one, other = (str(side.results["name"]) for side in (comparison.first, comparison.second))
+    if one != other:
+        return one, other
+    return f"{one}, {comparison.first.folder}", f"{other}, {comparison.second.folder}"
+
+
 def comparison_table(found: Sequence[Comparison]) -> Table:
     """Every number of both, with the interval of the difference."""
-    one, other = (label(side.results["name"], 40) for side in (found[0].first, found[0].second))
+    one, other = (label(name, 60) for name in names_of(found[0]))
     table = Table("task", "score", f"A: {one}", f"B: {other}", "B - A", f"{CONFIDENCE:.0%} interval", "A better", "B better")
     for comparison in found:
         for at, (name, first, second) in enumerate(comparison.scores()):

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jinja2
 
 from deepstack_jax import __version__
-from deepstack_jax.evaluate.compare import CONFIDENCE, RESAMPLES, Comparison, Pair
+from deepstack_jax.evaluate.compare import CONFIDENCE, RESAMPLES, Comparison, Pair, names_of
 from deepstack_jax.evaluate.pictures import Pictures
 from deepstack_jax.evaluate.results import in_words
 from deepstack_jax.printing import printable
@@ -19,7 +19,7 @@ class Sample(NamedTuple):
     """A question on which they differ, as the page has it."""
 
     pair: Pair
-    better: str  # "a", "b", or "" where one score is higher and another lower
+    better: str  # "a", "b", "same", or "" where one score is higher and another lower
     pictures: list[str]
 
 
@@ -43,7 +43,7 @@ def render_page(found: Sequence[Comparison], pictures: Mapping[str, Pictures]) -
         finalize=lambda value: type(value)(printable(value)) if isinstance(value, str) else value,
     )
     return environment.get_template("compare.html.j2").render(
-        names=[side.results["name"] for side in (found[0].first, found[0].second)],
+        names=names_of(found[0]),
         sections=[make_section(comparison, pictures.get(comparison.title)) for comparison in found],
         confidence=CONFIDENCE,
         resamples=RESAMPLES,
@@ -65,6 +65,8 @@ def _gains(pair: Pair) -> list[float]:
 
 def _better(pair: Pair) -> str:
     gains = _gains(pair)
+    if not any(gains):
+        return "same"
     if min(gains) < 0 < max(gains):
         return ""
     return "b" if max(gains) > 0 else "a"

@@ -20,6 +20,7 @@ PREDICTIONS, RESULTS = "predictions.jsonl", "results.json"  # in the folder of a
 NEAR = 1e-3
 """Logits between two choices from which on another batch, device or number of them may choose the other in float32."""
 PACKAGES = ("jax", "jaxlib", "flax", "numpy", "pillow", "transformers", "tokenizers", "sentencepiece")
+UNTITLED = ("name", "data", "rows", "rows_in_all", "questions", "bad_examples")  # of results, what a table has in its title
 # Of a protocol, what a table has in words beside every score; results.json has all of it
 SHOWN = ("definition", "decoding", "max_new_tokens", "template", "earlier_turns", "dtype")
 
@@ -30,7 +31,12 @@ def summarise(
     """The scores of a task, how many rows they are not of, and how the answers were made."""
     left_out = [{"row": example.index, "id": example.name, "reason": example.reason} for example in bad]
     near = sum(one.margin is not None and one.margin <= NEAR for one in predictions)
-    counts = {"rows": rows, "questions": len(predictions), "bad_examples": len({one["row"] for one in left_out})}
+    counts = {
+        "rows": rows,
+        "rows_in_all": len(task.source),
+        "questions": len(predictions),
+        "bad_examples": len({one["row"] for one in left_out}),
+    }
     scores = {
         name: score | ({"protocol": task.scorers[name].protocol} if name in task.scorers else {})
         for name, score in task.aggregate(predictions).items()
@@ -96,21 +102,21 @@ def table_of(results: dict[str, Any]) -> Table:
         known = results["scores"].get(name, {})
         table.add_row(name, f"{value:.4f}", f"{known['protocol']}; {asked}" if "protocol" in known else "")
     for name, value in results.items():
-        if not isinstance(value, dict | list) and name not in ("name", "data", "rows", "questions", "bad_examples"):
+        if not isinstance(value, dict | list) and name not in UNTITLED:
             table.add_row(name, f"{value:.4f}" if isinstance(value, float) else str(value), "")
     return table
 
 
 def tasks_table(name: str, tasks: Mapping[str, dict[str, Any]]) -> Table:
-    """The scores of several tasks, each with how it was asked."""
-    table = Table("task", "score", "value", "questions", "left out", "near ties", "protocol", title=name)
+    """The scores of several tasks, and below them how each was asked."""
+    table = Table("task", "score", "value", "questions", "left out", "near ties", title=name, caption_justify="left")
+    table.caption = "\n".join(f"{task}: {in_words(results['protocol'])}" for task, results in tasks.items())
     for task, results in tasks.items():
         counts = (f"{results['questions']:,}", f"{results['bad_examples']:,}", f"{results['near_ties']:,}")
         for at, (score, value) in enumerate(flat_scores(results).items()):
-            rest = (*counts, in_words(results["protocol"])) if at == 0 else ("", "", "", "")
-            table.add_row("" if at else task, score, f"{value:.4f}", *rest)
+            table.add_row("" if at else task, score, f"{value:.4f}", *(("", "", "") if at else counts))
         if not results["scores"]:
-            table.add_row(task, "none here: see the files for its server or judge", "", *counts, in_words(results["protocol"]))
+            table.add_row(task, "none here: see the files for its server or judge", "", *counts)
     return table
 
 

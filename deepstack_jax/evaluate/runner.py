@@ -3,8 +3,8 @@
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,7 @@ class EvaluationRequest:
     options: Options
     batch_size: int  # questions answered at once, by all processes together
     bad: tuple[BadExample, ...] = ()  # rows that are known not to be questions for any model
+    overlap: Mapping[str, int] = field(default_factory=dict)  # with what the model trained on, as results.json has it
 
 
 def open_task(
@@ -183,6 +184,8 @@ def evaluate_one(
     predictions, bad = ask_all(answerer, evaluation, checkpoint, console, part)
     protocol = protocol_of(config, options, answerer.template, task, digest)
     results = summarise(task, evaluation.data, evaluation.rows, predictions, bad, protocol)
+    if evaluation.overlap:
+        results["overlap"] = dict(evaluation.overlap)
     if folder is not None:
         write_lines(folder / PREDICTIONS, map(asdict, predictions))
         write_json(folder / RESULTS, {"name": name, **results})

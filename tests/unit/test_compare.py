@@ -113,4 +113,4 @@ def test_the_page_needs_no_other_file_and_obeys_no_answer(tmp_path):
     assert not re.search(r"(?:src|href)=\"(?!data:)", page)
     assert 'class="panel b"' in page
     assert 'class="panel a"' in page
-    assert "Question 1?" not in page, "both have the same score there"
+    assert "Question 1?" not in page, "both have the same answer there"
