@@ -29,7 +29,7 @@ class Turns(tuple):
 class Echo:
     """Answers with the number of turns that it was given; refuses what is too long, as a model does."""
 
-    config, template = Config(), "v1"
+    config, template, tokenizer = Config(), "v1", None
 
     def __init__(self) -> None:
         self.asked: list[int] = []  # questions of every call
