@@ -67,6 +67,15 @@ class MetadataSource(Source, Protocol):
         ...
 
 
+@runtime_checkable
+class GroupedSource(Source, Protocol):
+    """A source that reads many examples at once: asked in any order, each of them would cost what all of them do."""
+
+    def group(self, index: int, /) -> int:
+        """The number of the group that example `index` is read with."""
+        ...
+
+
 class SourceError(UserError):
     """A data file that cannot be used; nothing of it is trained on. Its message holds no credentials of a URL."""
 

@@ -7,7 +7,7 @@ import numpy as np
 
 from deepstack_jax.data.encode.encoder import try_record
 from deepstack_jax.data.encode.sizes import header_layouts
-from deepstack_jax.data.example import BadExample, Example
+from deepstack_jax.data.example import BadExample, Example, GroupedSource
 from deepstack_jax.evaluate.tasks import Task
 from deepstack_jax.generate.answers import Answerer
 from deepstack_jax.generate.options import Options, RequestError
@@ -30,6 +30,9 @@ def batches_of(
     task: Task, answerer: Answerer, options: Options, rows: Iterable[int], batch_size: int
 ) -> tuple[list[list[Place]], list[BadExample]]:
     """All questions of some rows in batches, the largest first; and the rows that cannot be read.
+
+    Of a source that reads its rows in groups it is the group with the largest question first, and within it the largest: in any
+    other order a group would be read for each of its rows.
 
     Sizes are known by the headers of the images, of which none is decoded. What needs too much memory needs it at once, and
     the time left is rather said too long than too short. The same for any number of devices and processes.
@@ -58,6 +61,16 @@ def batches_of(
             bad.append(made)
         else:
             sized += made
-    sized.sort(key=lambda one: (-one[0].images, -one[0].tokens, one[1]))
-    places = [place for _, place in sized]
+    group_of = task.source.group if isinstance(task.source, GroupedSource) else lambda _row: 0
+    groups = {place.row: group_of(place.row) for _, place in sized}
+    largest = dict[int, _Size]()
+    for size, place in sized:
+        largest[groups[place.row]] = max(size, largest.get(groups[place.row], size))
+
+    def order(one: tuple[_Size, Place]) -> tuple[int, ...]:
+        (images, tokens), place = one
+        first = largest[groups[place.row]]
+        return (-first.images, -first.tokens, groups[place.row], -images, -tokens, *place)
+
+    places = [place for _, place in sorted(sized, key=order)]
     return [places[first : first + batch_size] for first in range(0, len(places), batch_size)], bad

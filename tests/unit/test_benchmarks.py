@@ -12,7 +12,7 @@ import pytest
 from benchmarks.task_table import OUTPUT, page
 from deepstack_jax.config import LIMITS, Config
 from deepstack_jax.data.encode.templates import get_template
-from deepstack_jax.data.example import ExampleError, SourceError
+from deepstack_jax.data.example import ExampleError, GroupedSource, SourceError
 from deepstack_jax.data.formats.image_files import image_size
 from deepstack_jax.data.open import MissingError
 from deepstack_jax.errors import ConfigError
@@ -373,7 +373,10 @@ def test_tables_of_several_row_groups_and_their_limits(tmp_path):
     made(tmp_path, "docvqa", "parquet")
     file = tmp_path / "docvqa/DocVQA/validation-00000-of-00001.parquet"
     pq.write_table(pq.read_table(file), file, row_group_size=1)
-    assert [one.references for one in questions_of(find_task("docvqa", str(tmp_path)))][2] == ("2", "2")
+    task = find_task("docvqa", str(tmp_path))
+    assert [one.references for one in questions_of(task)][2] == ("2", "2")
+    assert isinstance(task.source, GroupedSource)
+    assert [task.source.group(row) for row in range(3)] == [0, 1, 2]
     with pytest.raises(SourceError, match=r"allowed are config\.data\.limits\.group_bytes=10"):
         find_task("docvqa", str(tmp_path), limits=replace(LIMITS, group_bytes=10))
     file.rename(file.with_name("validation-00001-of-00002.parquet"))

@@ -110,6 +110,28 @@ def test_questions_of_like_length_are_asked_together(lmm):
     assert sorted(place for batch in batches for place in batch) == [(row, 0) for row in range(20) if row != 3]
 
 
+class Grouped(MadeExamples):
+    """Read five rows at once."""
+
+    def group(self, index: int) -> int:
+        return index // 5
+
+
+def test_questions_that_are_read_together_are_asked_together(lmm):
+    batches, _ = batches_of(Task(Grouped(20, refused=(3, 7))), lmm.answerer, OPTIONS, range(20), 4)
+    places = [place for batch in batches for place in batch]
+    groups, images = [place.row // 5 for place in places], [(0, 1, 0, 2)[place.row % 4] for place in places]
+    assert len(groups) == 18
+    assert [group for at, group in enumerate(groups) if not at or group != groups[at - 1]] == list(dict.fromkeys(groups))
+    for group in range(4):
+        mine = [count for count, held in zip(images, groups, strict=True) if held == group]
+        assert mine == sorted(mine, reverse=True)
+    largest = [
+        max(count for count, held in zip(images, groups, strict=True) if held == group) for group in dict.fromkeys(groups)
+    ]
+    assert largest == sorted(largest, reverse=True)
+
+
 def test_lengths_are_near():
     lengths = (1, 32, 33, 512, 577, 640, 1025, 2880)
     assert [near_length(length) for length in lengths] == [32, 32, 64, 512, 640, 640, 1152, 3072]

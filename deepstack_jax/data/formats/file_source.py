@@ -61,6 +61,10 @@ class FileSource:
             name = record_name(row, index)
             raise ExampleError(f"{self.rows.place(index)} (id {quote(name)}): {error}", name) from error.__cause__
 
+    def group(self, index: int) -> int:
+        """The row group of a record of parquet, which is decoded as a whole; 0 of all others."""
+        return self.rows.group(index) if isinstance(self.rows, ParquetRecords) else 0
+
     def metadata(self) -> Iterator[RecordMetadata]:
         """Name, image paths and data_source of every record, in one pass; SourceError where the container is lost."""
         try:

@@ -49,6 +49,10 @@ class _Groups:
         part = int(self._part_of[group])
         return part, int(np.searchsorted(self._part_of, part))
 
+    def group(self, index: int) -> int:
+        """The number of the group that holds a record."""
+        return self._find(index)[0]
+
     def place(self, index: int) -> str:
         """The file of a record and its number there, for messages."""
         part, first = self._first(self._find(index)[0])

@@ -11,6 +11,7 @@ from deepstack_jax.data.encode.templates import AnyTemplate
 from deepstack_jax.data.example import IMAGE_MARK, Example, ExampleError, Message, RecordMetadata, SourceError
 from deepstack_jax.data.formats import files
 from deepstack_jax.data.formats.styles import RecordError, image_value
+from deepstack_jax.data.formats.tables import ParquetRecords
 from deepstack_jax.data.open import MissingError
 from deepstack_jax.evaluate.benchmarks.rows import Form, Row, Rows
 from deepstack_jax.evaluate.questions import Question
@@ -200,6 +201,10 @@ class BenchmarkSource:
         words = f"{IMAGE_MARK}\n" * len(images) + item.question.replace(IMAGE_MARK, "")
         messages = (Message("human", words), Message("gpt", item.answers[0] if item.answers else ""))
         return Example(index, item.id, images, messages, {"item": item, "kinds": [item.kind]})
+
+    def group(self, index: int) -> int:
+        """The row group of a question in parquet, which is decoded as a whole; 0 of all others."""
+        return self.rows.group(self._numbers[index]) if isinstance(self.rows, ParquetRecords) else 0
 
     def metadata(self) -> Iterator[RecordMetadata]:
         """Of every question in order; which images those in tables are, only reading them tells."""
