@@ -18,6 +18,8 @@ from deepstack_jax.train.core.state import new_state
 from tests.distributed.cases import MESHES, VARIANTS, program_of
 from tests.unit.tiny import FAMILIES, FIRST_WORD, draw_params, example, make_batch, tiny_config
 
+pytestmark = pytest.mark.usefixtures("optimized")  # as real steps are
+
 ROWS, LENGTH = 8, 256
 NORM, COSINE = 0.02, 0.999
 SIZES = {
