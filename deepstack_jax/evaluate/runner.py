@@ -33,6 +33,7 @@ from deepstack_jax.train.checkpoint.checksums import checksums
 ALONE = ProcessSlice(0, 1, True)
 MAX_NEW_TOKENS = 64  # where neither a task nor the user says
 LINES = 50  # of progress, off a terminal
+_QUESTION_FILES = (".json", ".jsonl", ".csv", ".txt", ".parquet")
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ def open_task(
       ConfigError: no such task or protocol. SourceError: its files are not there or damaged.
     """
     name, _, protocol = title.partition(":")
-    task = find_task(name, root, protocol or "own")
+    task = find_task(name, root, protocol or "own", config.data.limits)
     folder = files.join(root, TASKS[name].folder)
     rows = min(len(task.source), most_rows or len(task.source))
     with console.status(f"looking through {plural(rows, 'row')} of {title}"):
@@ -85,10 +86,13 @@ def titles_of(tasks: str) -> list[str]:
 
 
 def _folder_version(folder: str) -> dict[str, str]:
-    """Size and last change of the files right in a local folder."""
+    """Size and last change of the files of questions below a local folder."""
     if files.is_url(folder):
         return {}
-    stats = {file.name: file.stat() for file in sorted(Path(folder).iterdir()) if file.is_file()}
+    found = [
+        file for depth in ("*", "*/*", "*/*/*.json") for file in Path(folder).glob(depth) if file.suffix in _QUESTION_FILES
+    ]
+    stats = {str(file.relative_to(folder)): file.stat() for file in sorted(found)}
     return {name: f"{stat.st_size:,} bytes, changed {stat.st_mtime_ns}" for name, stat in stats.items()}
 
 

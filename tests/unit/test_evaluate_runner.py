@@ -9,19 +9,20 @@ import jax
 import numpy as np
 import pytest
 
-from deepstack_jax.config import Config, DataConfig, MeshConfig
+from deepstack_jax.config import Config, DataConfig, LimitsConfig, MeshConfig
 from deepstack_jax.data.encode.templates import get_template
-from deepstack_jax.data.example import Example, Message
+from deepstack_jax.data.example import Example, Message, SourceError
 from deepstack_jax.evaluate.batches import batches_of
 from deepstack_jax.evaluate.checkpoint import EvalCheckpoint
 from deepstack_jax.evaluate.on_mesh import MeshAnswerer, near_length, over_mesh, share_of
 from deepstack_jax.evaluate.questions import Question, answered_turns
 from deepstack_jax.evaluate.results import NEAR, protocol_of, summarise
-from deepstack_jax.evaluate.runner import EvaluationRequest, ask_all
+from deepstack_jax.evaluate.runner import EvaluationRequest, ask_all, open_task
 from deepstack_jax.evaluate.tasks import Prediction, Task
 from deepstack_jax.generate.options import Options
 from deepstack_jax.parallel.mesh import make_mesh
 from deepstack_jax.printing import Console
+from tests.unit.made_benchmarks import MADE
 from tests.unit.made_examples import MadeExamples, draw
 from tests.unit.talker import talker
 
@@ -130,6 +131,16 @@ def test_questions_that_are_read_together_are_asked_together(lmm):
         max(count for count, held in zip(images, groups, strict=True) if held == group) for group in dict.fromkeys(groups)
     ]
     assert largest == sorted(largest, reverse=True)
+
+
+def test_a_task_is_told_from_another_by_its_files_and_read_within_the_limits(tmp_path):
+    MADE["docvqa", "parquet"](tmp_path / "docvqa")
+    given: Any = (Console(file=io.StringIO()),)
+    opened = open_task("docvqa", str(tmp_path), Config(), *given, most_rows=2, options=OPTIONS, batch_size=4)
+    assert (opened.rows, list(opened.origin["files"])) == (2, ["DocVQA/validation-00000-of-00001.parquet"])
+    tight = Config(data=DataConfig(limits=LimitsConfig(group_bytes=10)))
+    with pytest.raises(SourceError, match=r"config\.data\.limits\.group_bytes=10"):
+        open_task("docvqa", str(tmp_path), tight, *given, most_rows=2, options=OPTIONS, batch_size=4)
 
 
 def test_lengths_are_near():
