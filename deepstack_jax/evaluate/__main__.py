@@ -77,7 +77,7 @@ Answer a held-out set by greedy generation, and score the answers.
   --config.KEY=VALUE    overrides a key of that file or of the run, with --data too: --config.data.limits.text_bytes=100000000
   --limit=N             the first N rows
   --compare A B         two folders of --out side by side, an interval for every difference, and in --out compare.html with the
-                        questions on which they differ; pictures come from --data, or where the benchmarks were
+                        questions on which they differ; pictures come from --data or --config, or where the benchmarks were
   --out=DIR             writes predictions.jsonl (every prompt, answer and score) and results.json, of --tasks in a folder each
   --into=FILE           docs/results.md or a copy of it, into whose last column the scores of --tasks are written
   --max_new_tokens=64   most tokens of an answer; of --tasks as each says if left out
@@ -200,6 +200,8 @@ def compare_two(given: dict[str, Any]) -> int:
 def source_of(comparison: Comparison, given: dict[str, Any]) -> Source | None:
     """The rows of a comparison, for their pictures; None where they are not at hand, as --data is not given."""
     if not comparison.title:
+        if cli.names_config():
+            return open_source(cli.parse_config().data, "validation")
         return open_files(given["data"], given["images"]) if given["data"] else None
     name, _, protocol = comparison.title.partition(":")
     root = files.absolute(given["data"] or comparison.first.results["data"].removesuffix(TASKS[name].folder))

@@ -184,3 +184,18 @@ def test_tasks_are_asked_scored_and_written_each_in_its_folder(model, tmp_path):
     files = {file.name for file in (tmp_path / "out" / "mmvet").iterdir()}
     assert len(files) > 2, "and what its judge reads"
     assert "none here: see the files for its server or judge" in done.stdout
+
+
+def test_two_are_compared(model, data, tmp_path):
+    flags = (f"--model={model}", f"--data={data / 'val.json'}", f"--images={data / 'images'}", "--limit=2")
+    for name, most in (("a", 2), ("b", 3)):
+        assert evaluate(*flags, f"--max_new_tokens={most}", f"--out={tmp_path / name}").returncode == 0
+    folders = (str(tmp_path / "a"), str(tmp_path / "b"))
+    done = evaluate("--compare", *folders, *flags[1:3], f"--out={tmp_path / 'page'}")
+    assert done.returncode == 0, done.stderr
+    assert "warning: another protocol: max_new_tokens: 2 | 3" in done.stdout
+    assert "95% interval" in done.stdout
+    assert "data:image/webp" in (tmp_path / "page" / "compare.html").read_text()
+    refused = evaluate("--compare", folders[0], str(tmp_path / "gone"))
+    assert (refused.returncode, len(refused.stderr.splitlines())) == (1, 1)
+    assert "give a folder that `evaluate --out=DIR` wrote" in refused.stderr

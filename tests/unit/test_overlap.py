@@ -11,12 +11,15 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from deepstack_jax.audit.__main__ import trained_on
 from deepstack_jax.config import SetConfig
 from deepstack_jax.data.example import MetadataSource
-from deepstack_jax.data.open import open_files
+from deepstack_jax.data.open import open_files, open_source
 from deepstack_jax.data.order.mixture import Mixture, MixturePart
 from deepstack_jax.data.overlap import find_overlap, overlap_line
+from deepstack_jax.printing import Console
 from tests.unit.made_examples import MadeExamples
+from tests.unit.tiny import tiny_config
 
 
 def row(name: str, image: str, *turns: str) -> dict[str, Any]:
@@ -123,3 +126,15 @@ def test_an_image_that_is_trained_on_with_another_question(folder):
     both = find_overlap(write(folder / "val.json", [*rows, TRAIN[1]]), 3, train)
     assert (both.rows, both.image_rows) == ([2], [0, 2])
     assert "1 more have an image that is trained on" in overlap_line(both, 3, 5)
+
+
+def test_the_audit_lists_them(folder):
+    write(folder / "train.json", TRAIN)
+    held_out = [row("x", "a.png", "<image>\nShape?", "round"), row("y", "c.png", "<image>\nShape?", "round"), TRAIN[1]]
+    write(folder / "val.json", held_out)
+    files = {"data.root": str(folder), "data.train": "train.json", "data.validation": "val.json"}
+    config = tiny_config({"data.source": "files"} | files)
+    found = trained_on(config, open_source(config.data, "train"), Console(quiet=True))
+    assert [(one.index, one.name) for one in found] == [(0, "x"), (2, "2")]
+    assert [one.reason for one in found] == ["an image of it", "the row, or a question with its image"]
+    assert trained_on(tiny_config(), MadeExamples(2), Console(quiet=True)) == []
