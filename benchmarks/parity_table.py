@@ -141,6 +141,8 @@ def main() -> None:
     before = OUTPUT.read_text() if OUTPUT.exists() else ""
     kept = re.search(f"{LIVE[0]}\n(.*)\n{LIVE[1]}", before, re.DOTALL)
     table = live(Path(sys.argv[1])) if len(sys.argv) > 1 else kept[1] if kept else "not measured yet"
+    # What is compared with transformers is written by hand.
+    others = re.search(r"(## Families\n.*?)(?=## Where we differ)", before, re.DOTALL)
     versions = json.loads((GOLDEN / "l_2d" / "case.json").read_text())["versions"]
     text = f"""# Parity with the official PyTorch code
 
@@ -168,7 +170,7 @@ folders that it saves are loaded here, and logits compared at every real positio
 Pixels equal the official ones to the bit in all recorded modes, token ids and labels on every conversation that the official
 code accepts (`tests/unit`: `test_image.py`, `test_tokenize.py`; cases that differ on purpose are listed there with the reason).
 
-{DIFFERENCES}"""
+{others[1] if others else ""}{DIFFERENCES}"""
     OUTPUT.write_text(text)
 
 

@@ -294,7 +294,7 @@ def test_a_method_of_the_towers_layers_can_be_intercepted():
     assert names == {"vision_tower/layers/block"}
 
 
-WORDS = re.compile(r"\b(phi3|phi|llama|mistral|clip)\b", re.IGNORECASE)
+WORDS = re.compile(r"\b(phi3|phi|llama|mistral|clip|siglip|open_clip|qwen\w*|granite)\b", re.IGNORECASE)
 # Where a name stands for something else than an architecture, or is the default that a key has.
 ELSEWHERE = {
     "families": "the families themselves",
