@@ -174,7 +174,7 @@ FORMS = {
     ("egoschema", "json"): _egoschema_json,
     ("egoschema", "parquet"): _egoschema_parquet,
     ("nextqa", "csv"): _nextqa_csv,
-    ("nextqa", "parquet"): lambda folder: as_parquet(folder, "MC/test-00000-of-00001.parquet", _nextqa_rows()),
+    ("nextqa_test", "parquet"): lambda folder: as_parquet(folder, "MC/test-00000-of-00001.parquet", _nextqa_rows()),
     ("msvdqa", "json"): _msvdqa,
     ("activitynetqa", "json"): _activitynetqa,
     ("activitynetqa", "parquet"): lambda folder: as_parquet(
@@ -184,7 +184,9 @@ FORMS = {
 # Task -> the video of its second question, the words of that, what is right
 SECOND = {
     "egoschema": ("videos/u2", f"What is 2?\nA. o0\nB. o1\nC. o2\nD. o3\nE. o4{LETTER}", "B"),
-    "nextqa": ("NExTVideo/42", f"why, then\nA. leaf\nB. cat\nC. dog\nD. sun\nE. none of it{LETTER}", "D"),
+    **dict.fromkeys(
+        ("nextqa", "nextqa_test"), ("NExTVideo/42", f"why, then\nA. leaf\nB. cat\nC. dog\nD. sun\nE. none of it{LETTER}", "D")
+    ),
     "msvdqa": ("YouTubeClips/clip_2_9", f"what is 2?{PHRASE}", "dog"),
     "activitynetqa": ("all_test/v_n2", f"what is 2?{PHRASE}", "dog"),
 }

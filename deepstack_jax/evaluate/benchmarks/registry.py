@@ -20,7 +20,7 @@ from deepstack_jax.evaluate.benchmarks.documents import (
 from deepstack_jax.evaluate.benchmarks.mmvet import MMVET
 from deepstack_jax.evaluate.benchmarks.receipts import RECEIPTS
 from deepstack_jax.evaluate.benchmarks.short_answers import CHARTQA, GQA, POPE
-from deepstack_jax.evaluate.benchmarks.videos import ACTIVITYNETQA, EGOSCHEMA, MSVDQA, NEXTQA
+from deepstack_jax.evaluate.benchmarks.videos import ACTIVITYNETQA, EGOSCHEMA, MSVDQA, NEXTQA, NEXTQA_TEST
 from deepstack_jax.evaluate.tasks import Task
 
 TASKS: dict[str, Benchmark] = {
@@ -44,6 +44,7 @@ TASKS: dict[str, Benchmark] = {
     "mmvet": MMVET,
     "egoschema": EGOSCHEMA,
     "nextqa": NEXTQA,
+    "nextqa_test": NEXTQA_TEST,
     "msvdqa": MSVDQA,
     "activitynetqa": ACTIVITYNETQA,
     "receipts": RECEIPTS,

@@ -182,12 +182,17 @@ EGOSCHEMA = Benchmark(
 )
 
 
-def _nextqa_csv(folder: str, _limits: LimitsConfig) -> Rows | None:
-    if (path := first_file(folder, ("val.csv",))) is None:
-        return None
-    places = first_file(folder, ("map_vid_vidorID.json",))
-    where = read_object(places) if places else {}
-    return ListRows(path, [row | {"place": where.get(field(row, "video"))} for row in read_csv(path)])
+def _nextqa_csv(name: str) -> Form:
+    """The authors' file of a split, with their map from a video to its folder where that is there."""
+
+    def find(folder: str, _limits: LimitsConfig) -> Rows | None:
+        if (path := first_file(folder, (name,))) is None:
+            return None
+        places = first_file(folder, ("map_vid_vidorID.json",))
+        where = read_object(places) if places else {}
+        return ListRows(path, [row | {"place": where.get(field(row, "video"))} for row in read_csv(path)])
+
+    return Form(f"{name}, map_vid_vidorID.json, NExTVideo/", find)
 
 
 def _nextqa_item(row: Row, _number: int) -> Item:
@@ -204,18 +209,26 @@ def _nextqa_video(row: Row, folder: str) -> str:
 
 
 NEXTQA = Benchmark(
-    title="NExT-QA, multiple choice",
+    title="NExT-QA, multiple choice, validation",
     folder="nextqa",
     origin="from doc-doc/NExT-QA on GitHub, or lmms-lab/NExTQA of the Hugging Face hub (MC), with NExTVideo/",
     metric="accuracy",
-    forms=(
-        Form("val.csv, map_vid_vidorID.json, NExTVideo/", _nextqa_csv),
-        parquet(("MC/test-*.parquet",), ("video", "question", "answer", "qid", "type", "a0", "a1", "a2", "a3", "a4"), ()),
-    ),
+    forms=(_nextqa_csv("val.csv"),),
     item=_nextqa_item,
     images=_stills(_nextqa_video, grid=True),
     protocols=_protocols(_by_letter, _nextqa_video),
     paper={"DeepStack-L": "61.0"},
+)
+
+
+NEXTQA_TEST = replace(
+    NEXTQA,
+    title="NExT-QA, multiple choice, test",
+    forms=(
+        _nextqa_csv("test.csv"),
+        parquet(("MC/test-*.parquet",), ("video", "question", "answer", "qid", "type", "a0", "a1", "a2", "a3", "a4"), ()),
+    ),
+    paper={},
 )
 
 
