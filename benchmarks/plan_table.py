@@ -2,7 +2,7 @@
 
 `python -m benchmarks.plan_table` plans what runs/plan does not hold yet, minutes each (the TPU compiler: `pip install -e
 '.[plan]'`), and writes the table; it may be stopped and run again at any time. With `write` it plans nothing and writes what is
-there. With `recipes` it writes the table of docs/training.md, which is estimated only.
+there. With `recipes` or `nano` it writes the tables of docs/training.md, which are estimated only.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,16 @@ RECIPES = (
     ("`deepstack_hd.py`", "configs/deepstack_hd.py"),
 )
 RECIPE_MACHINES = {"gpu:8xH100": "8 H100 (80 GB)", "v5p:4x4x4": "64 v5p chips"}
+SO400M = "siglip2-so400m-384"
+NANO_WORDS = (
+    *(f"{stage},{model}" for model in ("smollm2-135m", "smollm2-360m") for stage in ("pretrain", "finetune")),
+    *(f"finetune,smollm2-135m,{form}" for form in ("v", "taps", "baseline")),
+    *(f"finetune,smollm2-135m,{tower}" for tower in (SO400M, "clip-l")),
+    *(f"{stage},{model},{SO400M}" for model in ("smollm2-1.7b", "qwen3-1.7b", "qwen3-4b") for stage in ("finetune", "lora")),
+    f"finetune,qwen3-0.6b,{SO400M}",
+)
+NANO = tuple((f"`{words}`", f"configs/nano.py:{words}") for words in NANO_WORDS)
+NANO_MACHINES = {"gpu:1xH100": "one H100 (80 GB)", "gpu:1xRTX4090": "one card of 24 GB (RTX 4090)", "v5e:2x4": "v5e:2x4"}
 
 
 def flags(topology: str) -> list[str]:
@@ -80,22 +91,24 @@ def write_section(name: str, text: str, path: Path = OUTPUT) -> None:
     path.write_text(f"{before}{start}{text}\n{end}{after}")
 
 
-def write_recipes() -> None:
-    """The table of docs/training.md."""
+def write_recipes(section: str, recipes: Sequence[tuple[str, ...]], machines: Mapping[str, str]) -> None:
+    """A table of docs/training.md."""
     lines = [
-        f"| recipe | {' | '.join(f'{machine}: GiB each, s per step, hours' for machine in RECIPE_MACHINES.values())} |",
-        "|---" * (1 + len(RECIPE_MACHINES)) + "|",
+        f"| recipe | {' | '.join(f'{machine}: GiB each, s per step, hours' for machine in machines.values())} |",
+        "|---" * (1 + len(machines)) + "|",
     ]
-    for name, config, *more in RECIPES:
+    for name, config, *more in recipes:
         cells = []
-        for topology in RECIPE_MACHINES:
+        for topology in machines:
             found = plan(config, topology, "--estimate_only", *more)
             if isinstance(found, str):
                 raise SystemExit(found)
-            cells.append(f"{found['used'] / GIB:.1f}, {found['roofline']['step']:.2f}, {found['hours']:.1f}")
+            memory = f"{found['used'] / GIB:.1f}"
+            numbers = f"{memory}, {found['roofline']['step']:.2f}, {found['hours']:.1f}"
+            cells.append(numbers if found["fits"] else f"does not fit: {memory} of {found['usable'] / GIB:.1f}")
         lines.append(f"| {name} | {' | '.join(cells)} |")
         print(lines[-1], flush=True)
-    write_section("recipes", "\n".join(lines), TRAINING)
+    write_section(section, "\n".join(lines), TRAINING)
 
 
 def main() -> None:
@@ -117,4 +130,9 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    write_recipes() if "recipes" in sys.argv[1:] else main()
+    if "recipes" in sys.argv[1:]:
+        write_recipes("recipes", RECIPES, RECIPE_MACHINES)
+    elif "nano" in sys.argv[1:]:
+        write_recipes("nano", NANO, NANO_MACHINES)
+    else:
+        main()

@@ -25,9 +25,11 @@ import numpy as np
 from rich.table import Table
 from safetensors.numpy import save_file
 
+from benchmarks.small_tokenizer import train_bpe
 from benchmarks.stand_in_sets import write_file, write_sets
 from deepstack_jax.config import Config, build_config
 from deepstack_jax.families.base import TOWER, decoder_of
+from deepstack_jax.families.forms import DRAWN
 from deepstack_jax.families.official import tower_to_hf
 from deepstack_jax.families.processor import preprocessor_to_hf
 from deepstack_jax.printing import Console
@@ -40,6 +42,7 @@ HELD_OUT = 4
 # (recipe, stage) of every run, in order. A run takes its projector from the one before, or, as HD does, all of its weights.
 CHAINS = {
     **{name: ((name, "pretrain"), (name, "finetune")) for name in ("llava15", "llava15_baseline", "deepstack_v", "phi3")},
+    "nano": (("nano", "pretrain"), ("nano", "finetune")),
     "llava_next": (("llava_next", "pretrain"), ("llava_next", "finetune")),
     "deepstack_hd": (("llava_next", "pretrain"), ("llava_next", "finetune"), ("deepstack_hd", "")),
 }
@@ -78,14 +81,18 @@ def load_recipe(run: Run) -> Config:
     return build_config(runpy.run_path(str(REPOSITORY / "configs" / file))["get_config"](words))
 
 
-def write_weights(folder: Path, config: Config, seed: int = 0) -> None:
-    """A bare language model with a tokenizer (`llm/`) and a vision tower (`clip/`) of the config's sizes, at random."""
+def write_weights(folder: Path, config: Config, template: str = "", seed: int = 0) -> None:
+    """A bare language model with a tokenizer (`llm/`) and a vision tower (`clip/`) of the config's sizes, at random.
+
+    Args:
+      template: that the tokenizer has the marks of; those kept in tests/golden have none of chatml.
+    """
     rng = np.random.default_rng(seed)
     parts: dict[str, dict[str, np.ndarray]] = {"llm": {}, "clip": {}}
     for name, foreign in NameTable(config).tensors.items():
         if name.startswith(TOWER):
             parts["clip"][name.removeprefix(TOWER)] = _draw(rng, name, foreign.shape)
-        elif not name.startswith(("model.mm_projector.", "model.image_newline")):
+        elif not name.startswith(DRAWN):
             parts["llm"][name] = _draw(rng, name, foreign.shape)
     kind = config.decoder.architecture
     described = {
@@ -97,7 +104,10 @@ def write_weights(folder: Path, config: Config, seed: int = 0) -> None:
         save_file(tensors, folder / part / "model.safetensors", metadata={"format": "pt"})
         for file, values in described[part].items():
             (folder / part / file).write_text(json.dumps(values, indent=2))
-    shutil.copytree(REPOSITORY / "tests" / "golden" / "tokenizer" / TOKENIZERS[kind], folder / "llm", dirs_exist_ok=True)
+    if template == "chatml":
+        train_bpe(["What is it? It is a sign."], config.decoder.vocab_size, folder / "llm", ("<|im_start|>", "<|im_end|>"))
+    else:
+        shutil.copytree(REPOSITORY / "tests" / "golden" / "tokenizer" / TOKENIZERS[kind], folder / "llm", dirs_exist_ok=True)
 
 
 def _draw(rng: np.random.Generator, name: str, shape: tuple[int, ...]) -> np.ndarray:
@@ -112,7 +122,8 @@ def steps(name: str, words: str, workdir: Path) -> Iterator[Step]:
     """The chain of a recipe, with further words for all of its runs."""
     runs = [Run(recipe, stage, words) for recipe, stage in CHAINS[name]]
     weights, data, asked, exported = (workdir / part for part in ("weights", "data", "evaluation", "exported"))
-    yield _folder("weights", weights, lambda to: write_weights(to, load_recipe(runs[0])))
+    template = load_recipe(runs[-1]).data.template
+    yield _folder("weights", weights, lambda to: write_weights(to, load_recipe(runs[0]), template))
     yield _folder("data", data, lambda to: write_data(to, runs))
     before = None
     for run in runs:

@@ -33,8 +33,8 @@ MODELS = {
     },
 }
 
-# `tiny`: sizes and data, and nothing else. 16 patches a view instead of 576; the rest in proportion.
-TINY_SIDE = 56  # pixels, 4 x 4 patches of the tower's 14
+# `tiny`: sizes and data, and nothing else. 16 patches a view instead of hundreds; the rest in proportion.
+TINY_SIDE = 4  # patches along a side of a view, instead of 24
 TINY_VISION = {"width": 32, "layers": 6, "heads": 2, "mlp": 64}
 TINY_DECODER = {"width": 48, "layers": 6, "heads": 4, "kv_heads": 4, "head_dim": 12, "mlp": 96, "vocab_size": 576}
 TINY_BATCH = 32  # 256 becomes 8, 128 becomes 4
@@ -68,15 +68,19 @@ def arguments(file: str, argument: str, **choices: tuple[str, ...]) -> SimpleNam
 
 
 def begin(name: str, model: str):
-    """A config with a language model's sizes and what all recipes have in common (paper section 4.1, LLaVA-1.5).
+    """A config with the sizes of a language model and of CLIP ViT-L/14-336, and what all recipes have in common."""
+    return begin_with(name, MODELS[model], {"weights": CLIP, "vision": {}})
 
-    The vision tower is CLIP ViT-L/14-336, whose sizes are the defaults.
-    """
-    config = default_config()
+
+def begin_with(name: str, model: dict, tower: dict):
+    """The same of any parts, each the folder of its weights and its sizes; the rest as LLaVA-1.5 (paper section 4.1)."""
+    decoder, vision = model["decoder"], tower["vision"]
+    config = default_config(vision.get("architecture", "clip"), decoder.get("architecture", "llama"))
     config.name = name
-    config.decoder.update(MODELS[model]["decoder"])
-    config.train.weights = MODELS[model]["weights"]
-    config.train.tower = CLIP
+    config.decoder.update(decoder)
+    config.vision.update(vision)
+    config.train.weights = model["weights"]
+    config.train.tower = tower["weights"]
     config.data.tokenizer = config.train.get_oneway_ref("weights")  # beside the weights, wherever a flag puts them
     config.data.workers = 8
     config.optimizer.schedule.kind = "cosine"
@@ -96,9 +100,10 @@ def template(model: str) -> str:
 
 
 def train_projector(config, *, lr: float) -> None:
-    """Stage 1: all but the projector is frozen."""
+    """Stage 1: all but the projector is frozen, and the mergers of taps if any."""
     config.optimizer.table = ((r"^projector/", "projector"), (r"^(vision_tower|embed|layers|head)/", "frozen"))
     config.optimizer.groups = {"projector": adamw(lr)}
+    _train_mergers(config, lr)
 
 
 def train_language(config, *, lr: float, vision_lr: float = 0.0, newline: bool = False) -> None:
@@ -108,6 +113,21 @@ def train_language(config, *, lr: float, vision_lr: float = 0.0, newline: bool =
     config.optimizer.table = (*table, (r"^image_newline$", "newline")) if newline else table
     groups = {"language": adamw(lr)} | ({"vision": adamw(vision_lr)} if vision_lr else {})
     config.optimizer.groups = groups | ({"newline": adamw(lr)} if newline else {})
+    _train_mergers(config, lr)
+
+
+def train_adapters(config, *, lr: float, projector_lr: float) -> None:
+    """Stage 2 by LoRA: adapters of the language model's linear maps; the projector whole, and the mergers of taps if any."""
+    config.optimizer.table = ((r"^layers/.*/kernel$", "lora"), (r"^projector/", "projector"))
+    config.optimizer.table += ((r"^(vision_tower|embed|layers|head)/", "frozen"),)
+    config.optimizer.groups = {"lora": adamw(lr) | {"lora": True}, "projector": adamw(projector_lr)}
+    _train_mergers(config, projector_lr)
+
+
+def _train_mergers(config, lr: float) -> None:
+    if config.deepstack.taps:
+        config.optimizer.table += ((r"^deepstack_mergers_\d+/", "mergers"),)
+        config.optimizer.groups.mergers = adamw(lr)
 
 
 def adamw(lr: float) -> dict:
@@ -123,11 +143,14 @@ def mixture(name: str, table: str = "SETS") -> dict[str, dict]:
 
 def shrink(config) -> None:
     """Make a recipe `tiny`: widths, depth and data. What trains, how, and where crops go, stays as it is."""
-    scale = TINY_SIDE / config.image.size
+    side = TINY_SIDE * config.vision.patch_size
+    scale = side / config.image.size
     config.image.pinpoints = tuple((int(w * scale), int(h * scale)) for w, h in config.image.pinpoints)
-    config.image.size = TINY_SIDE
+    config.image.size = side
     if config.deepstack.vision_start >= 0:  # as far from the tower's end
         config.deepstack.vision_start -= config.vision.layers - TINY_VISION["layers"]
+    share = TINY_VISION["layers"] / config.vision.layers
+    config.deepstack.taps = tuple((round(state * share), layer) for state, layer in config.deepstack.taps)
     config.vision.update(TINY_VISION)
     config.decoder.update(TINY_DECODER)
     config.data.max_length //= TINY_LENGTH
