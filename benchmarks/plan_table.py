@@ -40,11 +40,11 @@ RECIPES = (
 RECIPE_MACHINES = {"gpu:8xH100": "8 H100 (80 GB)", "v5p:4x4x4": "64 v5p chips"}
 SO400M = "siglip2-so400m-384"
 NANO_WORDS = (
-    *(f"{stage},{model}" for model in ("smollm2-135m", "smollm2-360m") for stage in ("pretrain", "finetune")),
+    *(f"{stage},smollm2-135m" for stage in ("pretrain", "finetune")),
     *(f"finetune,smollm2-135m,{form}" for form in ("v", "taps", "baseline")),
-    *(f"finetune,smollm2-135m,{tower}" for tower in (SO400M, "clip-l")),
-    *(f"{stage},{model},{SO400M}" for model in ("smollm2-1.7b", "qwen3-1.7b", "qwen3-4b") for stage in ("finetune", "lora")),
+    "finetune,smollm2-360m",
     f"finetune,qwen3-0.6b,{SO400M}",
+    *(f"{stage},{model},{SO400M}" for model in ("smollm2-1.7b", "qwen3-1.7b", "qwen3-4b") for stage in ("finetune", "lora")),
 )
 NANO = tuple((f"`{words}`", f"configs/nano.py:{words}") for words in NANO_WORDS)
 NANO_MACHINES = {"gpu:1xH100": "one H100 (80 GB)", "gpu:1xRTX4090": "one card of 24 GB (RTX 4090)", "v5e:2x4": "v5e:2x4"}

@@ -28,6 +28,7 @@ from safetensors.numpy import save_file
 from benchmarks.small_tokenizer import train_bpe
 from benchmarks.stand_in_sets import write_file, write_sets
 from deepstack_jax.config import Config, build_config
+from deepstack_jax.config.chat_template import OWN
 from deepstack_jax.families.base import TOWER, decoder_of
 from deepstack_jax.families.forms import DRAWN
 from deepstack_jax.families.official import tower_to_hf
@@ -37,6 +38,11 @@ from deepstack_jax.weights.names import NameTable
 
 REPOSITORY = Path(__file__).parents[1]
 TOKENIZERS = {"llama": "llama_legacy_false", "phi3": "phi3_rstrip"}  # of tests/golden, which need no download
+# A chat template as SmolLM2's and Qwen's, without their system turns.
+CHATML = (
+    "{% for turn in messages %}<|im_start|>{{ turn['role'] }}\n{{ turn['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
 ROWS = 24  # of every mixture
 HELD_OUT = 4
 # (recipe, stage) of every run, in order. A run takes its projector from the one before, or, as HD does, all of its weights.
@@ -85,7 +91,7 @@ def write_weights(folder: Path, config: Config, template: str = "", seed: int = 
     """A bare language model with a tokenizer (`llm/`) and a vision tower (`clip/`) of the config's sizes, at random.
 
     Args:
-      template: that the tokenizer has the marks of; those kept in tests/golden have none of chatml.
+      template: of the conversations; where it is the model's own, the tokenizer's folder has one.
     """
     rng = np.random.default_rng(seed)
     parts: dict[str, dict[str, np.ndarray]] = {"llm": {}, "clip": {}}
@@ -104,8 +110,9 @@ def write_weights(folder: Path, config: Config, template: str = "", seed: int = 
         save_file(tensors, folder / part / "model.safetensors", metadata={"format": "pt"})
         for file, values in described[part].items():
             (folder / part / file).write_text(json.dumps(values, indent=2))
-    if template == "chatml":
+    if template == OWN:
         train_bpe(["What is it? It is a sign."], config.decoder.vocab_size, folder / "llm", ("<|im_start|>", "<|im_end|>"))
+        (folder / "llm" / "chat_template.jinja").write_text(CHATML)
     else:
         shutil.copytree(REPOSITORY / "tests" / "golden" / "tokenizer" / TOKENIZERS[kind], folder / "llm", dirs_exist_ok=True)
 

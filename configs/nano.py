@@ -104,7 +104,7 @@ def get_config(argument: str = ""):
         config.train.batch_size = 256  # LLaVA-1.5's
     else:
         config.data.sets = recipe.mixture("llava_665k")
-        config.data.template = "chatml"  # whose end of turn both tokenizers have
+        config.data.template = "model"  # the language model's own, which its answers came from before
         if chosen.stage == "lora":
             config.lora.rank, config.lora.alpha = 64, 128.0  # as configs/finetune.py
             recipe.train_adapters(config, lr=2e-4, projector_lr=2e-5)  # LLaVA-1.5's own LoRA recipe has these two
