@@ -117,7 +117,7 @@ def get_config(argument: str = ""):
     config.train.accumulation = config.train.batch_size // 8
     if chosen.tiny:
         recipe.shrink(config)
-        config.train.accumulation = 2  # both of a batch of four
+        config.data.packing.max_images = config.train.accumulation = 2  # of a batch of four
     return config
 
 

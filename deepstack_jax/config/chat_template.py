@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from deepstack_jax.errors import ConfigError
+from deepstack_jax.errors import ConfigError, fetch_command
 from deepstack_jax.printing import label
 
 OWN = "model"
@@ -68,6 +68,8 @@ def with_own_template(values: Mapping[str, Any], workdir: Path | None = None) ->
         return dict(values)
     begun = workdir / "config.json" if workdir is not None else None
     found = _stored_template(begun) if begun is not None and begun.is_file() else ""
+    if not chat_source(found) and fetch_command(data["tokenizer"]) and not Path(data["tokenizer"]).expanduser().exists():
+        return dict(values)  # still to be fetched: a run says so with the command, and a plan needs no template
     found = found if chat_source(found) else own_template(data["tokenizer"], dated=True)
     if not found:
         raise ConfigError(

@@ -7,6 +7,9 @@ from pathlib import Path
 import pytest
 
 from deepstack_jax.config import Config, build_config, differences, to_dict
+from deepstack_jax.config.chat_template import with_own_template
+from deepstack_jax.errors import ConfigError
+from deepstack_jax.train.checkpoint.init_weights import find_weights
 from deepstack_jax.train.core.optimizer import adapt_groups, assign_groups
 from deepstack_jax.weights.names import NameTable
 from tests.unit.tiny import decoder_schedule, tower_schedule
@@ -81,6 +84,7 @@ def test_towers_and_what_is_injected():
 
 def test_tiny_changes_sizes_and_data_and_nothing_else():
     sizes = ("image.size", "vision.", "decoder.", "deepstack.vision_start", "deepstack.taps", "data.max_length", "data.workers")
+    sizes += ("data.packing.max_images",)
     for tower, form in product(TOWERS, FORMS):
         changed = differences(recipe(tower, form, "tiny"), to_dict(recipe(tower, form)))
         assert not [k for k in changed if not k.startswith((*sizes, "data.sets.", "train.batch_size", "train.accumulation"))]
@@ -91,3 +95,12 @@ def test_a_bad_word_is_said_with_the_valid_ones():
     for words in ("smollm", "v,taps", "tiny,tiny"):
         with pytest.raises(ValueError, match=r"configs/nano\.py:.*at most one of each kind.*smollm2-135m.*and tiny$"):
             recipe(words)
+
+
+def test_weights_that_are_still_to_be_fetched_are_said_before_their_template(tmp_path, monkeypatch):
+    """And a plan needs neither: the configuration is built."""
+    monkeypatch.chdir(tmp_path)
+    values = with_own_template(to_dict(recipe("clip-l")))
+    assert values["data"]["template"] == "model"
+    with pytest.raises(ConfigError, match="hf download HuggingFaceTB/SmolLM2-135M-Instruct --local-dir"):
+        find_weights(build_config(values))
