@@ -22,7 +22,7 @@ from deepstack_jax.printing import quote
 FORMATS = ("official", "llava-hf")
 # Keys of vision and decoder that say how a model is drawn, run or read, not what its weights are.
 HOW_IT_RUNS = ("position_std", "embed_std", "head_std", "scan", "remat")
-_NOT_OF_THE_WEIGHTS = (*HOW_IT_RUNS, "feature_layer", "post_layers", "max_positions")
+_NOT_OF_THE_WEIGHTS = (*HOW_IT_RUNS, "feature_layer", "feature_norm", "post_layers", "max_positions")
 _SECTIONS = ("image.", "vision.", "projector.", "decoder.", "deepstack.")  # of the configuration, that say what is computed
 PROJECTOR, MERGERS, NEWLINE = "model.mm_projector.", "model.deepstack_mergers.", "model.image_newline"
 # Beginnings of the tensors that no base model has: a new run draws them where its weights lack them.

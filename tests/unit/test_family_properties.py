@@ -8,7 +8,12 @@ import numpy as np
 import pytest
 
 from deepstack_jax.families.build import build_model
+from deepstack_jax.families.forms import check_against
 from deepstack_jax.generate.decoding import empty_cache
+from deepstack_jax.train.core.optimizer import flatten
+from deepstack_jax.weights.load import stored_leaves
+from deepstack_jax.weights.open_checkpoint import open_checkpoint
+from deepstack_jax.weights.save import save_checkpoint
 from tests.unit.tiny import FAMILIES, example, make_batch, model_params, only_rows, tiny_config
 
 # One in the short suite.
@@ -44,3 +49,19 @@ def test_packed_rows_and_a_cache_equal_rows_alone(name):
         return model.apply({"params": params}, token, position, cache, method="decode").hidden
 
     np.testing.assert_allclose(np.asarray(through_cache(params))[1, 0], hidden[1, last], atol=1e-4)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_an_export_is_read_as_what_was_written(name, tmp_path):
+    """In the official form: config.json, the tower's own folder, and what only deepstack_jax.json can say."""
+    config = tiny_config(FAMILIES[name])
+    model = build_model(config)
+    batch = make_batch(config, [[example(config, 1, [(2, 2)])]])
+    leaves = flatten(model_params(model, batch))
+    save_checkpoint(leaves, config, tmp_path / "out")
+    found = open_checkpoint(tmp_path / "out")
+    check_against(config, found.config)
+    assert (found.config.image, found.config.deepstack) == (config.image, config.deepstack)
+    assert ("lm_head.weight" in found.tensors) is not config.decoder.tied_head
+    for path, leaf in stored_leaves(found.tensors, found.config).items():
+        np.testing.assert_array_equal(leaf[tuple(slice(None) for _ in leaf.shape)], leaves[path], err_msg=path)
