@@ -32,7 +32,7 @@ export PIP_NO_INPUT := 1
 PYTEST = $(RUN) -m pytest -q -n $(WORKERS) --dist loadfile --hypothesis-profile=$(DRAWS)
 DRAWS := ci
 
-.PHONY: help venv demo demo-control readme recipe $(DEMOS:%=demo-%) test test-quick test-all fuzz lint constraints format clean
+.PHONY: help venv demo demo-control readme recipe $(DEMOS:%=demo-%) test test-quick test-all test-real fuzz lint constraints format clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -65,7 +65,7 @@ NAME ?= llava15
 recipe: $(INSTALLED) ## NAME=llava15 (or another of configs/): both stages, evaluation and export in small, on synthetic weights and data
 	$(RUN) -m benchmarks.tiny_recipe $(NAME)
 
-test test-quick test-all fuzz: export JAX_PLATFORMS ?= cpu
+test test-quick test-all test-real fuzz: export JAX_PLATFORMS ?= cpu
 
 test: $(INSTALLED) ## the test suite without the tests that take minutes
 	$(PYTEST) -m 'not slow' $(ARGS)
@@ -75,6 +75,9 @@ test-quick: $(INSTALLED) ## the part marked `quick`, which CI also runs on the n
 
 test-all: $(INSTALLED) ## every test
 	$(PYTEST) $(ARGS)
+
+test-real: $(INSTALLED) ## a real language model out of a package of the package index: logits, text and loss as transformers', adapters that learn
+	$(PYTEST) tests/real $(ARGS)
 
 fuzz: DRAWS := fuzz
 fuzz: $(INSTALLED) ## hostile files drawn at random, for as long as it takes: thousands of each kind, new ones in every run

@@ -16,7 +16,7 @@ from deepstack_jax.data.encode.image import make_views
 from deepstack_jax.data.encode.labels import encode_with_images
 from deepstack_jax.data.encode.templates import AnyTemplate, render
 from deepstack_jax.data.encode.tokenizer import Tokenizer
-from deepstack_jax.data.example import IMAGE_MARK, Message
+from deepstack_jax.data.example import IMAGE_MARK, ConversationError, Message
 from deepstack_jax.data.formats.image_files import read_image
 from deepstack_jax.generate.options import RequestError
 from deepstack_jax.layout.sequence import VisualLayout
@@ -127,7 +127,10 @@ def encode_turns(
             words = place_images(words, len(images), template)
         messages.append(Message(role, words))
         cut += [cut_image(image, config, exif) for image in images]
-    asked = render(messages, template, complete=False)
+    try:
+        asked = render(messages, template, complete=False)
+    except ConversationError as error:
+        raise RequestError(str(error)) from error
     plain = asked.words if config.data.control_tokens == "text" else ()
     text = asked.text + (template.opening + answer if answer else "")
     try:
