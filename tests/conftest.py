@@ -1,5 +1,6 @@
 """Tests run on the CPU, with eight simulated devices, a kept compilation cache, and axis annotations checked at run time."""
 
+import gc
 import os
 
 from tests import QUICK_COMPILATION
@@ -27,6 +28,12 @@ jax.config.update("jax_disable_most_optimizations", True)
 
 # `make fuzz`: other draws in every run, and many of them.
 settings.register_profile("fuzz", max_examples=5_000, deadline=None, print_blob=True, suppress_health_check=list(HealthCheck))
+
+
+def pytest_collection_finish():
+    """What is imported and collected stays to the end: the garbage collector need not look through it again and again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="module")

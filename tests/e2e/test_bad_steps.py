@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
+import runpy
 from pathlib import Path
 
 import pytest
 
-from deepstack_jax.config import from_stored
+from deepstack_jax.config import build_config
 from deepstack_jax.data.open import open_source
 from deepstack_jax.data.pipeline import TrainingStream
-from tests.e2e.verb import ENVIRONMENT, REPOSITORY, TIMEOUT, read_json, read_lines, train
+from tests.e2e.verb import REPOSITORY, Done, module, read_json, read_lines
 
 STEPS, BAD = 6, 5
 DEMO = {
@@ -29,20 +28,17 @@ DEMO = {
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory) -> tuple[Path, list[list[int]]]:
-    """A run whose step BAD was poisoned, and the examples of every step."""
-    workdir = tmp_path_factory.mktemp("bad") / "run"
-    first = train("configs/demo.py", workdir, {**DEMO, "train.steps": 2})
-    assert first.returncode == 0, first.stderr
-    config = from_stored(read_json(workdir / "config.json"))
-    stream = TrainingStream(open_source(config.data, "train"), config.data_spec)
-    examples = [stream.examples(number) for number in range(STEPS)]
-    return workdir.with_name("poisoned"), examples
+def examples() -> list[list[int]]:
+    """The examples of every step."""
+    config = runpy.run_path(str(REPOSITORY / "configs" / "demo.py"))["get_config"]()
+    config.update_from_flattened_dict(DEMO)
+    run = build_config(config)
+    stream = TrainingStream(open_source(run.data, "train"), run.data_spec)
+    return [stream.examples(number) for number in range(STEPS)]
 
 
-def poisoned(which: list[int], *flags: str) -> subprocess.CompletedProcess[str]:
-    words = [sys.executable, "-m", "tests.e2e.poisoned", ",".join(map(str, which)), *flags]
-    return subprocess.run(words, cwd=REPOSITORY, env=ENVIRONMENT, timeout=TIMEOUT, capture_output=True, text=True)
+def poisoned(which: list[int], *flags: str) -> Done:
+    return module("tests.e2e.poisoned", ",".join(map(str, which)), *flags)
 
 
 def flags(workdir: Path, **changes: int) -> list[str]:
@@ -50,8 +46,8 @@ def flags(workdir: Path, **changes: int) -> list[str]:
     return ["--config=configs/demo.py", f"--workdir={workdir}", *(f"--config.{key}={value}" for key, value in values.items())]
 
 
-def test_a_bad_step_is_skipped_kept_and_replayed(run):
-    workdir, examples = run
+def test_a_bad_step_is_skipped_kept_and_replayed(examples, tmp_path):
+    workdir = tmp_path / "poisoned"
     done = poisoned([examples[BAD - 1][0]], *flags(workdir))
     assert done.returncode == 0, done.stderr
     assert f"step {BAD}: loss nan, gradient norm nan: skipped, nothing was updated" in done.stdout
@@ -78,8 +74,8 @@ def test_a_bad_step_is_skipped_kept_and_replayed(run):
     assert f"step-{BAD}.json" in other.stderr
 
 
-def test_too_many_bad_steps_in_a_row_end_the_run(run):
-    workdir, examples = run[0].with_name("hopeless"), run[1]
+def test_too_many_bad_steps_in_a_row_end_the_run(examples, tmp_path):
+    workdir = tmp_path / "hopeless"
     done = poisoned([step[0] for step in examples[2:]], *flags(workdir, train__max_bad_steps=3, train__log_every=1))
     assert done.returncode == 1, done.stdout
     assert done.stderr.count("\n") == 1, done.stderr

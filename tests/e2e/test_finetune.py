@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -19,7 +17,7 @@ from deepstack_jax.weights.load import StoredLeaf, stored_leaves
 from deepstack_jax.weights.open_checkpoint import StoredModel, open_checkpoint
 from deepstack_jax.weights.save import save_checkpoint
 from tests.e2e.receipts import draw_receipts
-from tests.e2e.verb import ENVIRONMENT, REPOSITORY, TIMEOUT, read_json, train, verb
+from tests.e2e.verb import REPOSITORY, read_json, train, verb
 from tests.parity.goldens import GOLDEN, write_folder
 
 REAL = REPOSITORY.parent / "shared" / "data" / "receipts"
@@ -181,8 +179,7 @@ def test_the_verbs_before_a_run_take_the_same_words(unbegun, tmp_path, name):
     flags = [f"--config.{key}={value}" for key, value in unbegun.changes().items()]
     more = {"audit": ["--n=1", "--scan=2"], "prepare": ["--workers=1"], "plan": ["--topology=gpu:1xH100", "--estimate_only"]}
     out = [] if name == "plan" else [f"--out={tmp_path / 'out'}"]
-    command = [sys.executable, "-m", f"deepstack_jax.{name}", "--config=finetune.py:full", *flags, *more[name], *out]
-    done = subprocess.run(command, env=ENVIRONMENT, timeout=TIMEOUT, capture_output=True, text=True, cwd=tmp_path)
+    done = verb(name, "--config=finetune.py:full", *flags, *more[name], *out, folder=tmp_path)
     assert done.returncode == 0, done.stderr
 
 

@@ -17,6 +17,7 @@ from tests.e2e.verb import ENVIRONMENT, REPOSITORY, TIMEOUT, read_lines
 
 STEPS, FULL = 6, 3  # by then all is compiled: a full disk would leave half an entry in the compilation cache
 SIZES = {
+    "data.max_length": 400,
     "image.size": 32,
     "vision.width": 32,
     "vision.layers": 2,

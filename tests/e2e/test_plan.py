@@ -2,12 +2,10 @@
 
 import importlib.util
 import json
-import subprocess
-import sys
 
 import pytest
 
-from tests.e2e.verb import ENVIRONMENT, REPOSITORY, TIMEOUT
+from tests.e2e.verb import Done, verb
 
 SMALL = {
     "image.size": 32,
@@ -22,11 +20,10 @@ SMALL = {
 }
 
 
-def plan(*flags: str, config: str = "configs/demo.py", changes: dict | None = None) -> subprocess.CompletedProcess[str]:
-    changed = [f"--config.{key}={value}" for key, value in (SMALL | (changes or {})).items()]
-    command = [sys.executable, "-m", "deepstack_jax.plan", f"--config={config}", *changed, *flags]
-    environment = ENVIRONMENT | {"TPU_SKIP_MDS_QUERY": "1"}
-    return subprocess.run(command, cwd=REPOSITORY, env=environment, timeout=TIMEOUT, capture_output=True, text=True)
+def plan(*flags: str, config: str = "configs/demo.py", changes: dict | None = None) -> Done:
+    return verb(
+        "plan", f"--config={config}", *(f"--config.{key}={value}" for key, value in (SMALL | (changes or {})).items()), *flags
+    )
 
 
 def test_plan_for_the_devices_here_as_json():

@@ -21,7 +21,19 @@ from deepstack_jax.data.open import open_source
 from deepstack_jax.data.pipeline import TrainingStream
 from tests.e2e.receipts import draw_receipts
 from tests.e2e.test_train import RECEIPTS
-from tests.e2e.verb import ENVIRONMENT, REPOSITORY, TIMEOUT, contents, losses, members, read_json, read_lines, train
+from tests.e2e.verb import (
+    ENVIRONMENT,
+    REPOSITORY,
+    TIMEOUT,
+    Done,
+    contents,
+    losses,
+    members,
+    read_json,
+    read_lines,
+    train,
+    verb,
+)
 
 TRAIN = 24
 
@@ -32,12 +44,9 @@ def command(root: Path | str, out: Path | None, *flags: str) -> list[str]:
     return [sys.executable, "-m", "deepstack_jax.prepare", *config, *place, *flags]
 
 
-def run(words: list[str], **options) -> subprocess.CompletedProcess[str]:
+def prepare(root: Path | str, out: Path | None, *flags: str, **options) -> Done:
+    words = command(root, out, *flags)
     return subprocess.run(words, cwd=REPOSITORY, env=ENVIRONMENT, timeout=TIMEOUT, capture_output=True, text=True, **options)
-
-
-def prepare(root: Path | str, out: Path | None, *flags: str, **options) -> subprocess.CompletedProcess[str]:
-    return run(command(root, out, *flags), **options)
 
 
 @pytest.fixture(scope="module")
@@ -222,8 +231,8 @@ def test_a_disk_that_takes_no_more_is_one_line_and_costs_nothing_finished(tmp_pa
 
 
 def test_verify(shards, tmp_path):
-    def verify(folder: Path) -> subprocess.CompletedProcess[str]:
-        return run([sys.executable, "-m", "deepstack_jax.prepare", f"--verify={folder}"])
+    def verify(folder: Path) -> Done:
+        return verb("prepare", f"--verify={folder}")
 
     done = verify(shards)
     assert done.returncode == 0, done.stderr
@@ -265,7 +274,7 @@ def test_a_mistake_is_one_line(case, tmp_path):
         rows = json.loads((root / "train.json").read_text()) * 300
         (root / "train.json").write_text(json.dumps(rows))
     before = contents(tmp_path)
-    done = prepare(root, None, *(flag.replace("NOWHERE", str(tmp_path)) for flag in flags))
+    done = verb("prepare", *command(root, None, *(flag.replace("NOWHERE", str(tmp_path)) for flag in flags))[3:])
     assert done.returncode == 1, done.stdout
     assert done.stderr.startswith("error: ")
     assert done.stderr.count("\n") == 1
@@ -274,6 +283,6 @@ def test_a_mistake_is_one_line(case, tmp_path):
 
 
 def test_help_has_examples():
-    done = run([sys.executable, "-m", "deepstack_jax.prepare", "--help"])
+    done = verb("prepare", "--help")
     assert done.returncode == 0
     assert "python -m deepstack_jax.prepare --config=configs/receipts.py --config.data.root=DIR --out=shards" in done.stdout

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -22,7 +20,7 @@ from deepstack_jax.train.core.optimizer import FROZEN, assign_groups, flatten
 from deepstack_jax.weights.load import load_params
 from deepstack_jax.weights.names import NameTable
 from deepstack_jax.weights.open_checkpoint import open_checkpoint
-from tests.e2e.verb import ENVIRONMENT, REPOSITORY, read_json, read_lines
+from tests.e2e.verb import Done, module, read_json, read_lines
 
 PROJECTOR = ("projector/", "deepstack_mergers_")  # beginnings of what stage 1 trains
 TIMEOUT = 1800  # seconds for a chain on a busy machine: the longest takes 100 of CPU
@@ -59,9 +57,8 @@ class Chain:
         return {path: np.asarray(leaf) for path, leaf in leaves.items() if path not in blank}
 
 
-def tiny_recipe(name: str, workdir: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "benchmarks.tiny_recipe", name, f"--workdir={workdir}"]
-    return subprocess.run(command, cwd=REPOSITORY, env=ENVIRONMENT, timeout=TIMEOUT, capture_output=True, text=True)
+def tiny_recipe(name: str, workdir: Path) -> Done:
+    return module("benchmarks.tiny_recipe", name, f"--workdir={workdir}", seconds=TIMEOUT)
 
 
 @pytest.fixture(scope="module", params=RECIPES)

@@ -49,6 +49,7 @@ RECEIPTS = {
     "train.steps": 2,
     "train.batch_size": 2,
     "train.log_every": 1,
+    "data.max_length": 400,  # the longest of drawn ones has 320
     "image.size": 32,
     "vision.width": 32,
     "vision.layers": 2,
@@ -243,7 +244,7 @@ def test_worker_processes_outlast_a_signal_and_end_with_the_run(drawn, tmp_path)
 def test_real_receipts(tmp_path):
     if not (REAL / "train.json").is_file():
         pytest.skip(f"no receipts in {REAL}")
-    done = train("configs/receipts.py:baseline", tmp_path / "run", {**RECEIPTS, "data.root": REAL})
+    done = train("configs/receipts.py:baseline", tmp_path / "run", {**RECEIPTS, "data.max_length": 864, "data.root": REAL})
     assert done.returncode == 0, done.stderr
     assert read_json(tmp_path / "run" / "results.json")["bad_examples"] == 0
     assert not (tmp_path / "run" / "quarantine.jsonl").exists()

@@ -21,6 +21,7 @@ import orbax.checkpoint as ocp
 from deepstack_jax.train.run.lock import LOCK
 from tests import QUICK_COMPILATION
 
+Done = subprocess.CompletedProcess[str]
 REPOSITORY = Path(__file__).parents[2]
 TIMEOUT = 300  # seconds that one command may take on a busy machine
 
@@ -32,6 +33,7 @@ ENVIRONMENT = {
     "JAX_COMPILATION_CACHE_DIR": str(REPOSITORY / ".cache" / "jax"),
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+    "TPU_SKIP_MDS_QUERY": "1",
     "COLUMNS": "200",
 }
 
@@ -68,14 +70,18 @@ def ask_fork(**request: Any) -> dict[str, Any]:
     return json.loads(process.stdout.readline())
 
 
-def verb(name: str, *flags: str, typed: str = "") -> subprocess.CompletedProcess[str]:
-    """One run of `python -m deepstack_jax.NAME` to its end, without the seconds that its imports take.
+def module(name: str, *flags: str, typed: str = "", folder: Path = REPOSITORY, seconds: int = TIMEOUT) -> Done:
+    """One run of `python -m NAME` to its end, without the seconds that its imports take.
 
     Not for what has worker processes or gets signals: `subprocess` starts those from nothing.
     """
-    module = f"deepstack_jax.{name}"
-    done = ask_fork(module=module, arguments=flags, folder=str(REPOSITORY), variables=ENVIRONMENT, typed=typed)
-    return subprocess.CompletedProcess([module, *flags], done["code"], done["out"], done["err"])
+    done = ask_fork(module=name, arguments=flags, folder=str(folder), variables=ENVIRONMENT, typed=typed, seconds=seconds)
+    return subprocess.CompletedProcess([name, *flags], done["code"], done["out"], done["err"])
+
+
+def verb(name: str, *flags: str, **how: Any) -> Done:
+    """The same of `python -m deepstack_jax.NAME`."""
+    return module(f"deepstack_jax.{name}", *flags, **how)
 
 
 def train(config: str, workdir: Path | None, changes: dict[str, Any]) -> subprocess.CompletedProcess[str]:
