@@ -27,9 +27,10 @@ unexport PYTHONDONTWRITEBYTECODE
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_NO_INPUT := 1
 
-# One worker per file, since fixtures of a file (a small trained model) are built once per worker. The ci profile of hypothesis
+# One worker per file, since fixtures of a file (a small trained model) are built once per worker; in the order of their names,
+# which leaves the short files of tests/unit to the end, where xdist's own order leaves the few long tests. The ci profile of hypothesis
 # draws the same examples in every run and knows no deadline, so that a busy machine cannot fail a test; plain pytest draws new ones.
-PYTEST = $(RUN) -m pytest -q -n $(WORKERS) --dist loadfile --hypothesis-profile=$(DRAWS)
+PYTEST = $(RUN) -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder --hypothesis-profile=$(DRAWS)
 DRAWS := ci
 
 .PHONY: help venv demo demo-control readme recipe $(DEMOS:%=demo-%) test test-quick test-all test-real fuzz lint constraints format clean
