@@ -68,9 +68,12 @@ class PackingConfig:
     max_images: Annotated[int, positive(4096)] = 4
 
 
+_RATING = Range(0, "0 (any) or the least rating, 1 to 5", 5)
+
+
 @dataclass(frozen=True)
 class SetConfig:
-    """One set of a mixture (`data/order/mixture.py`): rows of a file, chosen by their image paths or their data_source.
+    """One set of a mixture (`data/order/mixture.py`): rows of a file, chosen by their image paths, data_source or ratings.
 
     Image paths are compared as the file writes them, from their first letter on; "<text>" stands for that of a row that
     names no image file. A `keep_images` that ends with "/" is a folder, and must be there.
@@ -86,7 +89,11 @@ class SetConfig:
     repeat: Annotated[float, Range(0, "a number above 0; to leave the set out, remove it", above=True)] = 1.0
     keep_images: tuple[str, ...] = ()  # beginnings of image paths; empty = all rows
     drop_images: tuple[str, ...] = ()  # beginnings of image paths that are not wanted, whatever else holds
-    keep_sources: tuple[str, ...] = ()  # values of the rows' "data_source"; empty = all rows
+    keep_sources: tuple[str, ...] = ()  # values of the rows' "data_source", else "source"; empty = all rows
+    min_relevance: Annotated[int, _RATING] = 0  # least "relevance" that the worst of a row's turns may have; 0 = any
+    min_image_correspondence: Annotated[int, _RATING] = 0  # the same of FineVision's "image_correspondence"
+    min_visual_dependency: Annotated[int, _RATING] = 0  # of its "visual_dependency"
+    min_formatting: Annotated[int, _RATING] = 0  # of its "formatting"
     file_from: str = ""  # how to get the file, for the message that it is missing: a command in which $ROOT is `data.root`
     images_from: str = ""  # how to get the images
     licence: str = ""  # licence as published

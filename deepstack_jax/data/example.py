@@ -11,6 +11,7 @@ from deepstack_jax.errors import UserError
 from deepstack_jax.printing import MOST, label, one_line, redacted
 
 IMAGE_MARK = "<image>"
+RATINGS = ("relevance", "image_correspondence", "visual_dependency", "formatting")  # FineVision's, of each turn 1 to 5
 
 
 class ConversationError(ValueError):
@@ -43,7 +44,9 @@ class RecordMetadata(NamedTuple):
 
     name: str  # as of its Example
     images: tuple[str, ...]  # relative to the image root, as the record names them but without "./"; embedded ones have none
-    data_source: str  # the record's; "" where it has none
+    data_source: str  # the record's "data_source", else its "source"; "" where it has neither
+    # The worst of its turns' ratings by each of `RATINGS`, None where it has none; () where it has none at all
+    ratings: tuple[float | None, ...] = ()
 
 
 @runtime_checkable

@@ -16,9 +16,10 @@ import numpy as np
 import pytest
 
 from configs.receipts import get_config
-from deepstack_jax.config import build_config
+from deepstack_jax.config import SetConfig, build_config
 from deepstack_jax.data.open import open_source
 from deepstack_jax.data.pipeline import TrainingStream
+from deepstack_jax.data.shards.reader import ShardSource
 from tests.e2e.receipts import draw_receipts
 from tests.e2e.test_train import RECEIPTS
 from tests.e2e.verb import (
@@ -34,6 +35,7 @@ from tests.e2e.verb import (
     train,
     verb,
 )
+from tests.unit.test_open_mixtures import FINEVISION, finevision, picture, write
 
 TRAIN = 24
 
@@ -286,3 +288,31 @@ def test_help_has_examples():
     done = verb("prepare", "--help")
     assert done.returncode == 0
     assert "python -m deepstack_jax.prepare --config=configs/receipts.py --config.data.root=DIR --out=shards" in done.stdout
+
+
+def test_finevision_by_its_table_with_ratings_from_the_command_line(tmp_path):
+    """The published table in a configuration; what is expected, found and rated low is shown, and the shards hold the rest."""
+    chartqa = SetConfig(file="FineVision/chartqa")
+    write(tmp_path, chartqa, [finevision(number, worst=number) for number in (1, 3, 5)], FINEVISION)
+    config = tmp_path / "mixed.py"
+    config.write_text(
+        "import dataclasses, runpy\n"
+        "from configs.receipts import get_config as receipts\n\n"
+        "def get_config():\n"
+        "    config = receipts()\n"
+        "    config.data.train = config.data.validation = ''\n"
+        "    entry = runpy.run_path('configs/mixtures/finevision.py')['SETS']['chartqa']\n"
+        "    config.data.sets = {'chartqa': dataclasses.asdict(entry)}\n"
+        "    return config\n"
+    )
+    of_set = "--config.data.sets.chartqa"
+    flags = [f"--config.data.root={tmp_path}", f"{of_set}.min_relevance=3", f"{of_set}.rows=3"]
+    words = [sys.executable, "-m", "deepstack_jax.prepare", f"--config={config}", f"--out={tmp_path / 'shards'}", "--workers=1"]
+    done = subprocess.run([*words, *flags], cwd=REPOSITORY, env=ENVIRONMENT, timeout=TIMEOUT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    line = next(line for line in done.stdout.splitlines() if "FineVision/chartqa" in line)
+    assert [cell.strip() for cell in line.split("│")[1:-1]] == ["chartqa", "FineVision/chartqa", "2", "1", "3", "1", "2", "ok"]
+    shards = ShardSource(str(tmp_path / "shards" / "train"))
+    assert [shards[row].messages[1].text for row in range(len(shards))] == ["It is 3a.", "It is 5a."]
+    assert shards[0].info["set"] == "chartqa"
+    assert shards[0].images == (picture(3)["bytes"],)

@@ -4,7 +4,7 @@
 |---|---|---|---|
 | `conversations` | LLaVA: [{"from": "human" or "gpt", "value": text}] | `image` or `images` | at `<image>` in the text |
 | `messages` | TRL: [{"role", "content": text or parts}] | `images` or `image` | image parts, else before the first question |
-| `texts` | The Cauldron: [{"user", "assistant", "source"}] | `images` or `image` | before the first question |
+| `texts` | The Cauldron, FineVision: [{"user", "assistant"}] | `images` or `image` | before the first question |
 """
 
 import posixpath
@@ -14,7 +14,7 @@ from itertools import pairwise
 from typing import Any, NamedTuple
 from urllib.parse import unquote
 
-from deepstack_jax.data.example import IMAGE_MARK, Example, Message, RecordMetadata
+from deepstack_jax.data.example import IMAGE_MARK, RATINGS, Example, Message, RecordMetadata
 from deepstack_jax.data.formats import files
 from deepstack_jax.errors import UserError
 from deepstack_jax.printing import label, plural
@@ -85,8 +85,18 @@ def to_metadata(row: object, index: int) -> RecordMetadata:
         values = []
     named = [value.get("path") if isinstance(value, dict) and not value.get("bytes") else value for value in values]
     paths = tuple(posixpath.normpath(value) for value in named if isinstance(value, str) and value and not _escapes(value))
-    source = row.get("data_source")
-    return RecordMetadata(record_name(row, index), paths, source if isinstance(source, str) else "")
+    source = next((row[key] for key in ("data_source", "source") if isinstance(row.get(key), str)), "")
+    ratings = tuple(_worst(row, name) for name in RATINGS)
+    rated = any(rating is not None for rating in ratings)
+    return RecordMetadata(record_name(row, index), paths, source, ratings if rated else ())
+
+
+def _worst(row: dict[str, Any], name: str) -> float | None:
+    """The worst rating of a record's turns by this name; None = none is known."""
+    listed = row.get(f"{name}_ratings")
+    values = [row.get(f"{name}_min"), *(listed if isinstance(listed, list) else ())]
+    known = [value for value in values if isinstance(value, int | float) and not isinstance(value, bool)]
+    return min(known, default=None)
 
 
 def record_name(row: object, index: int) -> str:
@@ -249,7 +259,8 @@ _READERS: dict[str, Callable[[list[dict[str, Any]], int], list[Message]]] = {
     "messages": _trl,
     "texts": _cauldron,
 }
-CONVERSATIONS = Columns(needed_keys(), ("id", "data_source", *IMAGE_KEYS), check_columns)
+_RATED = tuple(f"{name}_{end}" for name in RATINGS for end in ("min", "ratings"))
+CONVERSATIONS = Columns(needed_keys(), ("id", "data_source", "source", *IMAGE_KEYS, *_RATED), check_columns)
 _EXPECTED = {
     "conversations": '[{"from": "human", "value": ...}, {"from": "gpt", "value": ...}]',
     "messages": '[{"role": "user", "content": ...}, {"role": "assistant", "content": ...}]',

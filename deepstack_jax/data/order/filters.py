@@ -1,4 +1,4 @@
-"""Which records of a file each set of a mixture takes: filters over image paths and `data_source`, looked up once and kept."""
+"""Which records of a file each set of a mixture takes: by image paths, `data_source` and ratings, looked up once and kept."""
 
 import contextlib
 import hashlib
@@ -21,7 +21,7 @@ from deepstack_jax.printing import Console, label
 # Stands for the image path of a record without an image file, so that filters can tell these: text, or embedded images.
 TEXT_ROWS = "<text>"
 
-_FORMAT = 1  # of the cached files; a change of it makes old ones unread
+_FORMAT = 2  # of the cached files; a change of it makes old ones unread
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,8 @@ class RowFilter:
 
     keep_images: tuple[str, ...] = ()  # beginnings of paths below the image root; one image under one of them is enough
     drop_images: tuple[str, ...] = ()  # the same; such a record is not wanted, and not missed either
-    keep_sources: tuple[str, ...] = ()  # values of the records' "data_source"
+    keep_sources: tuple[str, ...] = ()  # values of the records' "data_source", else "source"
+    min_ratings: tuple[int, ...] = ()  # least of the worst rating by each of `RATINGS`; 0 = any
 
     def drops(self, outline: RecordMetadata) -> bool:
         """Whether the record is named as not wanted."""
@@ -42,6 +43,13 @@ class RowFilter:
             return False
         return not self.keep_images or any(name.startswith(self.keep_images) for name in outline.images or (TEXT_ROWS,))
 
+    def ratings(self, outline: RecordMetadata) -> tuple[bool, bool]:
+        """Whether a rating is lower than asked for, and whether one that is asked for is not known, which drops nothing."""
+        known = outline.ratings or (None,) * len(self.min_ratings)
+        asked = [(rating, least) for rating, least in zip(known, self.min_ratings, strict=False) if least]
+        low = any(rating is not None and rating < least for rating, least in asked)
+        return low, any(rating is None for rating, _ in asked)
+
 
 @dataclass(frozen=True)
 class Selection:
@@ -51,6 +59,8 @@ class Selection:
     left: Mapping[str, int]  # that no filter takes and none drops, by the first two folders of their image, or data_source
     shared: int  # records that more than one filter takes
     data_sources: Mapping[str, int]  # records of every "data_source"; "" = none is named. Empty where no filter asked.
+    low: Sequence[int]  # records per filter that nothing but a rating keeps from it
+    unrated: Sequence[int]  # records per filter that it takes although a rating that it asks for is not known
 
 
 def select(path: str, source: MetadataSource, filters: Sequence[RowFilter], cache: str) -> Selection:
@@ -61,12 +71,13 @@ def select(path: str, source: MetadataSource, filters: Sequence[RowFilter], cach
     """
     if all(condition == RowFilter() for condition in filters):
         every = np.arange(len(source), dtype=np.int32)
-        return Selection((every,) * len(filters), {}, len(source) if len(filters) > 1 else 0, {})
+        none = (0,) * len(filters)
+        return Selection((every,) * len(filters), {}, len(source) if len(filters) > 1 else 0, {}, none, none)
     kept = os.path.join(cache, "selections", f"{_key(path, filters)}.npz")
     found = _load(kept, len(filters))
     if found is None:
         found = scan(source, filters, os.path.basename(path.rstrip("/")))
-        rest = json.dumps({"left": found.left, "shared": found.shared, "data_sources": found.data_sources})
+        rest = json.dumps({key: value for key, value in vars(found).items() if key != "rows"})
         with contextlib.suppress(OSError):  # a cache that cannot be written costs the next start a pass, nothing else
             os.makedirs(os.path.dirname(kept), exist_ok=True)
             with whole_file(kept) as file:
@@ -79,23 +90,29 @@ def scan(source: MetadataSource, filters: Sequence[RowFilter], name: str) -> Sel
     takers: list[list[int]] = [[] for _ in filters]
     left: Counter[str] = Counter()
     data_sources: Counter[str] = Counter()
-    shared = 0
+    low, unrated, shared = [0] * len(filters), [0] * len(filters), 0
     title, console = f"filtering {escape(label(name))}", Console(stderr=True)
     shown = track(source.metadata(), title, len(source), console=console, transient=True, update_period=0.5)
     for row, outline in enumerate(shown):
         data_sources[outline.data_source] += 1
         taken, dropped = 0, False
-        for condition, rows in zip(filters, takers, strict=True):
+        for number, (condition, rows) in enumerate(zip(filters, takers, strict=True)):
             if condition.drop_images and condition.drops(outline):
                 dropped = True
             elif condition.keeps(outline):
-                rows.append(row)
-                taken += 1
+                is_low, is_unrated = condition.ratings(outline)
+                if is_low:
+                    low[number] += 1
+                    dropped = True
+                else:
+                    rows.append(row)
+                    unrated[number] += is_unrated
+                    taken += 1
         shared += taken > 1
         if not taken and not dropped:
             folder = "/".join([*outline.images[0].split("/")[:-1][:2], ""]) if outline.images else ""
             left[folder if outline.images else outline.data_source or TEXT_ROWS] += 1
-    return Selection(tuple(np.array(rows, np.int32) for rows in takers), left, shared, data_sources)
+    return Selection(tuple(np.array(rows, np.int32) for rows in takers), left, shared, data_sources, low, unrated)
 
 
 def _key(path: str, filters: Sequence[RowFilter]) -> str:

@@ -17,12 +17,12 @@ from rich.table import Table
 from rich.text import Text
 
 from deepstack_jax.config import SetConfig
-from deepstack_jax.data.example import Example, ExampleError, MetadataSource, RecordMetadata, Source, SourceError
+from deepstack_jax.data.example import RATINGS, Example, ExampleError, MetadataSource, RecordMetadata, Source, SourceError
 from deepstack_jax.data.formats import files
 from deepstack_jax.data.order.filters import TEXT_ROWS, RowFilter, Selection, select
 from deepstack_jax.errors import ConfigError
 
-_COLUMNS = ("set", "file", "found", "expected", "paper", "repeat", "per epoch", "")
+_COLUMNS = ("set", "file", "found", "rated low", "expected", "paper", "repeat", "per epoch", "")
 SHUFFLE_ROUNDS = 8  # with Grain's usual 4, records that are neighbours in the file still lie at preferred distances
 _EXACT_TOLERANCE = 0.01
 _ROUNDED_ROWS, _ROUNDED_TOLERANCE = 500, 0.10  # what rounding to thousands explains
@@ -96,8 +96,23 @@ def epoch_order(source: Source, seed: int, shuffle: bool) -> EpochOrder:
 
 
 def row_choice(entry: SetConfig) -> dict[str, Any]:
-    """What of a set's config decides which records it takes; the rest is expectation and description."""
-    return {key: getattr(entry, key) for key in ("file", "images", "keep_images", "drop_images", "keep_sources")}
+    """What of a set's config decides which records it takes; the rest is expectation and description.
+
+    Ratings that are not asked for stay out: states that were stored before there were any are the same choice.
+    """
+    choice = {key: getattr(entry, key) for key in ("file", "images", "keep_images", "drop_images", "keep_sources")}
+    asked = {f"min_{name}": least for name, least in zip(RATINGS, _min_ratings(entry), strict=True) if least}
+    return choice | asked
+
+
+def _min_ratings(entry: SetConfig) -> tuple[int, ...]:
+    """In the order of `RATINGS`."""
+    return entry.min_relevance, entry.min_image_correspondence, entry.min_visual_dependency, entry.min_formatting
+
+
+def _row_filter(entry: SetConfig) -> RowFilter:
+    least = _min_ratings(entry)
+    return RowFilter(entry.keep_images, entry.drop_images, entry.keep_sources, least if any(least) else ())
 
 
 @dataclass(frozen=True)
@@ -108,6 +123,7 @@ class MixturePart:
     source: MetadataSource
     rows: np.ndarray
     config: SetConfig
+    low: int = 0  # records that are the set's but for a rating
 
 
 class Mixture:
@@ -193,23 +209,24 @@ def open_mixture(
     by_file: dict[tuple[str, str], list[str]] = {}
     for name, entry in sets.items():
         by_file.setdefault((entry.file, entry.images), []).append(name)
-    chosen: dict[str, tuple[MetadataSource, np.ndarray]] = {}
+    chosen: dict[str, MixturePart] = {}
     for (file, images), names in by_file.items():
         path = files.join(root, file)
         source = open_files(path, files.join(root, images))
-        filters = [RowFilter(sets[name].keep_images, sets[name].drop_images, sets[name].keep_sources) for name in names]
+        filters = [_row_filter(sets[name]) for name in names]
         selection = select(path, source, filters, cache or files.cache_folder())
-        for name, rows in zip(names, selection.rows, strict=True):
+        for name, rows, low in zip(names, selection.rows, selection.low, strict=True):
             if not len(rows):
                 left, data_sources = _listed(selection.left) or "nothing", _listed(selection.data_sources)
                 raise SourceError(
                     f"set {name} takes none of the {len(source)} records of {path}; left over, by image folder or data_source: "
                     f"{left}; every data_source: {data_sources}; correct its keep_images, drop_images or keep_sources "
                     f"({TEXT_ROWS!r} names records without an image file)"
+                    + (f", or ask for lower ratings: {low:,} records have lower ones" if low else "")
                 )
-            chosen[name] = (source, rows)
+            chosen[name] = MixturePart(name, source, rows, sets[name], low)
         _warn_of_rows(path, names, filters, selection)
-    parts = [MixturePart(name, *chosen[name], config) for name, config in sets.items()]
+    parts = [chosen[name] for name in sets]
     for part in parts:
         if problem := unexpected_count(part):
             warnings.warn(f"set {part.name}: {problem}", stacklevel=2)
@@ -218,7 +235,7 @@ def open_mixture(
 
 def unexpected_count(part: MixturePart) -> str:
     """What is wrong with the number of a set's records, in a line; "" where it is as expected, or nothing is known of it."""
-    found, expected, exact = len(part.rows), part.config.rows, part.config.exact
+    found, expected, exact = len(part.rows) + part.low, part.config.rows, part.config.exact
     off = abs(found - expected)
     allowed = _EXACT_TOLERANCE * expected if exact else min(_ROUNDED_ROWS, _ROUNDED_TOLERANCE * expected)
     if not expected or off <= allowed:
@@ -239,11 +256,13 @@ def describe_mixture(mixture: Mixture) -> Table:
         known = f"{'' if entry.exact else '~'}{entry.rows:,}" if entry.rows else "?"
         verdict = Text("not as expected", "bold red") if unexpected_count(part) else Text("ok" if entry.rows else "", "green")
         paper = f"{entry.paper:,}" if entry.paper else ""
-        rows.append((part.name, entry.file, f"{len(part.rows):,}", known, paper, f"{entry.repeat:g}", f"{count:,}", verdict))
+        found, low = f"{len(part.rows):,}", f"{part.low:,}" if part.low else ""
+        rows.append((part.name, entry.file, found, low, known, paper, f"{entry.repeat:g}", f"{count:,}", verdict))
     expected = [entry.rows for entry in configs]
     # The sum of those that are known would be taken for the whole.
     known, paper = f"{sum(expected):,}" if all(expected) else "?", sum(entry.paper for entry in configs)
-    rows.append(("all", "", f"{len(mixture):,}", known, f"{paper:,}" if paper else "", "", f"{sum(counts):,}", ""))
+    low, paper = (f"{number:,}" if number else "" for number in (sum(part.low for part in mixture.parts), paper))
+    rows.append(("all", "", f"{len(mixture):,}", low, known, paper, "", f"{sum(counts):,}", ""))
 
     table = Table(title="Training mixture", title_justify="left")
     used = [column for column in range(len(rows[0])) if any(row[column] for row in rows)]
@@ -302,7 +321,13 @@ def _warn_of_rows(path: str, names: Sequence[str], filters: Sequence[RowFilter],
         )
     if selection.shared:
         warnings.warn(f"{file}: {selection.shared:,} records belong to several of the sets {', '.join(names)}", stacklevel=3)
-    for name, condition in zip(names, filters, strict=True):
+    for name, condition, unrated in zip(names, filters, selection.unrated, strict=True):
+        if unrated:
+            warnings.warn(
+                f"set {name}: {unrated:,} records of {file} lack a rating that it asks for, and are kept; where that is all of "
+                "them, nobody rated this set",
+                stacklevel=3,
+            )
         if unknown := [value for value in condition.keep_sources if value not in selection.data_sources]:
             warnings.warn(
                 f"set {name}: no record of {file} has data_source {', '.join(map(repr, unknown))}; the file has "
