@@ -336,7 +336,10 @@ def test_what_is_not_computed_is_refused_in_one_line(changes, message):
     [
         ({"vision_feature_select_strategy": "full"}, "vision_feature_select_strategy is 'full'"),
         ({"vision_feature_layer": [-2, -5]}, r"vision_feature_layer is \[-2, -5\], expected one layer"),
-        ({"text_config": {"model_type": "qwen2_moe"}}, "text_config has model_type 'qwen2_moe', expected llama, mistral, phi3"),
+        (
+            {"text_config": {"model_type": "qwen2_moe"}},
+            "text_config has model_type 'qwen2_moe', expected llama, mistral, granite, phi3, qwen2, qwen3",
+        ),
         ({"vision_config": {"model_type": "siglip2_vision_model"}}, "model_type 'siglip2_vision_model', expected clip"),
     ],
 )
