@@ -6,5 +6,5 @@ from setuptools import find_packages, setup
 
 packages = find_packages(include=["deepstack_jax*"])
 if Path("configs").is_dir():  # an image installs the dependencies before there is any code
-    packages += ["deepstack_jax.configs", "deepstack_jax.configs.mixtures"]
+    packages += ["deepstack_jax.configs", "deepstack_jax.configs.mixtures", "deepstack_jax.configs.lmms_eval"]
 setup(packages=packages, package_dir={"deepstack_jax.configs": "configs"})

@@ -88,7 +88,7 @@ if __name__ == "__main__":
     # All but the verbs, which define their flags when they are imported, and each may have one of the same name; and but for
     # what needs an extra.
     for module in pkgutil.walk_packages(deepstack_jax.__path__, "deepstack_jax."):
-        if not module.name.endswith((".__main__", ".convert", ".serve.app")):
+        if not module.name.endswith((".__main__", ".convert", ".serve.app", ".lmms_eval_plugin")):
             importlib.import_module(module.name)
     gc.freeze()  # or each process would look through all of it, and copy its pages, when it ends
     serve()

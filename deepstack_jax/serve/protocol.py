@@ -99,7 +99,7 @@ def read_request(
     contents = [message.get("content") for message in messages if isinstance(message, dict)]
     parts = [part for content in contents if isinstance(content, list) for part in content]
     check_images(sum(isinstance(part, dict) and part.get("type") == "image_url" for part in parts))
-    turns = _turns(messages, read_image)
+    turns = read_turns(messages, read_image)
     return ChatRequest(turns, options, not said, _flag(given, "stream"), _usage(given.get("stream_options", {})))
 
 
@@ -127,7 +127,7 @@ def _usage(given: Any) -> str:
     return "" if not _flag(given, "include_usage") else "all" if _flag(given, "continuous_usage_stats") else "last"
 
 
-def _turns(messages: list[Any], read_image: Callable[[object], bytes]) -> tuple[Turn, ...]:
+def read_turns(messages: list[Any], read_image: Callable[[object], Any]) -> tuple[Turn, ...]:
     """The conversation; what system messages say is its first turn. A template without a place for that puts it in front of the
     first question."""
     system, turns = [], []
@@ -156,7 +156,7 @@ def _turns(messages: list[Any], read_image: Callable[[object], bytes]) -> tuple[
     return (*([Turn("system", "\n\n".join(system))] if system else []), *turns)
 
 
-def _content(content: Any, number: int, read_image: Callable[[object], bytes]) -> tuple[str, list[bytes]]:
+def _content(content: Any, number: int, read_image: Callable[[object], Any]) -> tuple[str, list[Any]]:
     """The words of a message, a line for each part, and its images in order."""
     if isinstance(content, str):
         return content, []

@@ -41,6 +41,7 @@ ALLOWED |= {
 }
 ALLOWED["audit"] = {"batch", "config", "data", "layout"}  # a page about data
 ALLOWED["serve"] = _BELOW | {"audit"}  # whose pictures its page shows
+ALLOWED["lmms_eval_plugin"] = _BELOW | {"api", "evaluate", "serve"}  # as a verb, which another program calls
 ALLOWED["prepare"] = {"batch", "atomic", "config", "data", "layout"}
 # Within data: its packages, and the files beside them that these may import. The other files beside them join the packages.
 DATA = {"example": set(), "workers": {"example"}, "formats": {"example"}, "shards": {"example", "formats"}}
