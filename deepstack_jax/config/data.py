@@ -103,7 +103,7 @@ class SetConfig:
 class LimitsConfig:
     """What a data file may ask of the memory, in bytes; more is a mistake or a bomb. Raise what data of your own exceeds."""
 
-    text_bytes: Annotated[int, positive()] = 32 << 20  # most of a row of JSON
+    text_bytes: Annotated[int, positive()] = 32 << 20  # most of a row of JSON, and of the text of a sample in a tar
     row_bytes: Annotated[int, positive()] = 256 << 20  # most of a row of a table, or of a record, with its images
     group_bytes: Annotated[int, positive()] = 1 << 30  # most of a row group of parquet, repeated text once; of packed arrow
 

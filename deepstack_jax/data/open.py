@@ -15,6 +15,7 @@ from deepstack_jax.data.formats.file_source import FileSource, Records
 from deepstack_jax.data.formats.json_records import LINE_SUFFIXES, JsonRecords
 from deepstack_jax.data.formats.styles import Columns
 from deepstack_jax.data.formats.tables import ArrowRecords, ParquetRecords
+from deepstack_jax.data.formats.tars import TarRecords
 from deepstack_jax.data.order.mixture import open_mixture
 from deepstack_jax.data.shards import reader as shards
 from deepstack_jax.data.synthetic import DocumentPages
@@ -22,7 +23,7 @@ from deepstack_jax.errors import ConfigError
 from deepstack_jax.printing import plural
 
 _CONTAINERS = (
-    "a .json, .jsonl, .parquet or .arrow file, a pattern such as train-*.parquet, or a folder of parquet files, of "
+    "a .json, .jsonl, .parquet, .arrow or .tar file, a pattern such as train-*.parquet, or a folder of parquet files, of "
     "datasets.save_to_disk or of `prepare`"
 )
 _SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})(-[0-9a-f]+)?\.parquet")
@@ -78,7 +79,7 @@ def open_files(path: str, images: str, limits: LimitsConfig = LIMITS) -> Metadat
     Args:
       path: local path or URL (gs://, s3://, ...) of one of
           - a LLaVA JSON array (.json) or JSON lines (.jsonl, .ndjson);
-          - a .parquet or .arrow file, or a pattern of several (`data/train-*.parquet`);
+          - a .parquet, .arrow or .tar file (WebDataset), or a pattern of several (`data/train-*.parquet`);
           - a folder of parquet files, or with them in `data/`; FOLDER/SPLIT where file names tell splits apart;
           - a folder written by `datasets.save_to_disk`; FOLDER/SPLIT of a DatasetDict;
           - a folder of ArrayRecord shards with manifest.json, as `prepare` writes it.
@@ -140,11 +141,13 @@ def _open_parts(path: str, parts: Sequence[str], limits: LimitsConfig) -> Record
         return ParquetRecords(path, parts, limits)
     if suffixes == {".arrow"}:
         return ArrowRecords(path, parts, limits)
+    if suffixes == {".tar"}:
+        return TarRecords(path, parts, limits)
     if len(parts) == 1 and suffixes <= {".json", *LINE_SUFFIXES}:
         return JsonRecords(path, limits)
     if len(parts) > 1:
         raise SourceError(
-            f"{path} matches {len(parts)} files that are not all .parquet or all .arrow; name one kind, or one file"
+            f"{path} matches {len(parts)} files that are not all .parquet, all .arrow or all .tar; name one kind, or one file"
         )
     raise SourceError(f"{path} ends in {suffixes.pop()!r}, which names no format; give {_CONTAINERS}")
 

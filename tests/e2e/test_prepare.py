@@ -36,6 +36,7 @@ from tests.e2e.verb import (
     verb,
 )
 from tests.unit.test_open_mixtures import FINEVISION, finevision, picture, write
+from tests.unit.test_tars import write as write_tar
 
 TRAIN = 24
 
@@ -316,3 +317,20 @@ def test_finevision_by_its_table_with_ratings_from_the_command_line(tmp_path):
     assert [shards[row].messages[1].text for row in range(len(shards))] == ["It is 3a.", "It is 5a."]
     assert shards[0].info["set"] == "chartqa"
     assert shards[0].images == (picture(3)["bytes"],)
+
+
+def test_webdataset_shards_are_prepared_as_the_records_in_them_are(drawn, shards, tmp_path):
+    """The receipts again, as two tar files of image and record by key: the same shards, to the byte of every image and turn."""
+    rows = json.loads((drawn / "train.json").read_text())
+    for part in (0, 1):
+        members: dict[str, object] = {}
+        for row in rows[part * 12 : part * 12 + 12]:
+            members[f"{row['id']}.jpg"] = (drawn / "images" / row["image"].split("/")[-1]).read_bytes()
+            members[f"{row['id']}.json"] = row
+        write_tar(tmp_path / f"receipts-{part}.tar", members)
+    flags = ("--config.data.train=receipts-*.tar", "--config.data.validation=", "--config.data.images=", "--workers=1")
+    done = prepare(tmp_path, tmp_path / "out", *flags)
+    assert done.returncode == 0, done.stderr
+    ours, theirs = ShardSource(str(tmp_path / "out" / "train")), ShardSource(str(shards / "train"))
+    assert len(ours) == TRAIN
+    assert [ours[row] for row in range(TRAIN)] == [theirs[row] for row in range(TRAIN)]

@@ -11,9 +11,10 @@ from deepstack_jax.data.formats import files
 from deepstack_jax.data.formats.json_records import JsonRecords
 from deepstack_jax.data.formats.styles import RecordError, record_name, to_example, to_metadata
 from deepstack_jax.data.formats.tables import ArrowRecords, ParquetRecords
+from deepstack_jax.data.formats.tars import TarRecords
 from deepstack_jax.printing import quote
 
-Records = JsonRecords | ParquetRecords | ArrowRecords  # by random access, cheap to pickle
+Records = JsonRecords | ParquetRecords | ArrowRecords | TarRecords  # by random access, cheap to pickle
 
 
 class FileSource:

@@ -28,7 +28,7 @@ def _integer(digits: str) -> int | str:
         return digits
 
 
-_DECODER = json.JSONDecoder(parse_int=_integer)
+DECODER = json.JSONDecoder(parse_int=_integer)
 
 
 class JsonRecords:
@@ -83,7 +83,7 @@ class JsonRecords:
 
     def _parse(self, data: bytes) -> object:
         try:
-            return _DECODER.decode(data.decode("utf-8"))
+            return DECODER.decode(data.decode("utf-8"))
         except UnicodeDecodeError as error:
             raise RecordError(f"not UTF-8 ({error.reason}); save the file as UTF-8") from error
         except RecursionError as error:  # opening the file stood a few calls less deep
@@ -144,7 +144,7 @@ def _line_spans(file: IO[bytes], most: int) -> Iterator[tuple[int, int]]:
             raise _SyntaxError("one array of records under a name for JSON lines; rename the file, to end in .json", start)
         if text:
             try:
-                _DECODER.decode(text)
+                DECODER.decode(text)
             except (ValueError, RecursionError) as error:
                 at, why = _json_failure(error)
                 raise _SyntaxError(f"malformed JSON, {why}", start + at) from None
@@ -206,7 +206,7 @@ class _Scanner:
         """(offset, length) of the value that starts here, moving past it; raises `_SyntaxError` where it is malformed."""
         while True:
             try:
-                end = _DECODER.raw_decode(self._text, self.position)[1]
+                end = DECODER.raw_decode(self._text, self.position)[1]
             except (ValueError, RecursionError) as error:
                 if len(self._text) - self.position <= self._most and self._read_on():
                     continue
@@ -239,7 +239,7 @@ def _name_of(path: str, span: tuple[int, int], number: int) -> str:
     with files.open_binary(path) as file:
         file.seek(span[0])
         try:
-            return record_name(_DECODER.decode(file.read(span[1]).decode("utf-8", "replace")), number)
+            return record_name(DECODER.decode(file.read(span[1]).decode("utf-8", "replace")), number)
         except RecursionError:
             return f"record {number}"
 

@@ -259,6 +259,7 @@ _READERS: dict[str, Callable[[list[dict[str, Any]], int], list[Message]]] = {
     "messages": _trl,
     "texts": _cauldron,
 }
+STYLES = tuple(_READERS)
 _RATED = tuple(f"{name}_{end}" for name in RATINGS for end in ("min", "ratings"))
 CONVERSATIONS = Columns(needed_keys(), ("id", "data_source", "source", *IMAGE_KEYS, *_RATED), check_columns)
 _EXPECTED = {
