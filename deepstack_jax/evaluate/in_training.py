@@ -94,7 +94,7 @@ class TrainingEvaluation:
           The loss, or the score `evaluation.best`; None where there is none, or none that can be compared with others, as
           where too many rows were left out.
         """
-        loss, scores = self._report_rows(params, step), self._tasks.report(params)
+        loss, scores = self._report_rows(params, step), self._tasks.report(params, step)
         if scores:
             self.log.write(step, scores)
         return scores.get(self._config.evaluation.best) if self._config.evaluation.best else loss

@@ -234,7 +234,8 @@ def leave_out(more: Sequence[BadExample], bad: list[BadExample], evaluation: Eva
     bad += more
     rows = len({example.index for example in bad})
     if rows > evaluation.config.data.max_bad_fraction * evaluation.rows:
+        where = f"in {evaluation.data}" if evaluation.task.name else "image paths start at --images=DIR"
         raise SourceError(
-            f"{rows} of {plural(evaluation.rows, 'row')} cannot be asked, the last one: {bad[-1].reason}; fix them (image "
-            "paths start at --images=DIR), or the score would be of another set"
+            f"{rows} of {plural(evaluation.rows, 'row')} cannot be asked, the last one: {bad[-1].reason}; fix them ({where}), "
+            "or the score would be of another set"
         )

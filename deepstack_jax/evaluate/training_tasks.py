@@ -77,16 +77,24 @@ class TrainingTasks:
             "likelihood": make_likelihood(program.model, program.mesh),
         }
 
-    def report(self, params: PyTree) -> dict[str, float]:
-        """The scores on the first `evaluation.task_rows` rows of each, as "TASK/SCORE", also printed."""
+    def report(self, params: PyTree, step: int) -> dict[str, float]:
+        """The scores on the first `evaluation.task_rows` rows of each, as "TASK/SCORE", also printed, in one line."""
         most = self._config.evaluation.task_rows
         few = [replace(one, rows=min(one.rows, most or one.rows)) for one in self._asked]
         few = [replace(one, bad=tuple(bad for bad in one.bad if bad.index < one.rows)) for one in few]
-        return scores_of(self._ask(params, few, None))
+        tasks = self._ask(params, few, None)
+        scores = [(f"{title}/{name}", entry["score"]) for title, one in tasks.items() for name, entry in one["scores"].items()]
+        if scores:
+            means = [f"{name} {score:.4f}" for name, score in scores]
+            self._console.print(f"step {step}: {', '.join(means)}", soft_wrap=True)
+        return scores_of(tasks)
 
     def finish(self, params: PyTree) -> dict[str, dict[str, Any]]:
         """All of each, with its files in WORKDIR/tasks; what results.json holds of them, by task."""
-        return self._ask(params, self._asked, self._workdir / FOLDER)
+        tasks = self._ask(params, self._asked, self._workdir / FOLDER)
+        if self._asked:
+            self._console.print(tasks_table(self._config.name, tasks))
+        return tasks
 
     def _ask(self, params: PyTree, asked: list[EvaluationRequest], out: Path | None) -> dict[str, dict[str, Any]]:
         if not asked:
@@ -107,7 +115,6 @@ class TrainingTasks:
                 continue
             tasks[title_of(one.task)] = results
             kept.append(checkpoint)
-        self._console.print(tasks_table(config.name, tasks))
         for checkpoint in kept:
             checkpoint.remove()
         return tasks

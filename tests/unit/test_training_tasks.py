@@ -53,9 +53,12 @@ def test_a_few_rows_now_and_all_at_the_end_with_their_files(root, tmp_path):
     program = build_program(config, make_mesh(config.mesh, jax.devices()[:1]), 1)
     tasks.begin(program)
     params = model_params(program.model, program.sample, seed=3)
-    assert "pope/accuracy" in tasks.report(params)
+    accuracy = tasks.report(params, 7)["pope/accuracy"]
+    assert f"step 7: pope/accuracy {accuracy:.4f}, " in printed.getvalue()
+    assert "left out" not in printed.getvalue(), "the table is for the end"
     assert not (tmp_path / "tasks").exists()
     found = tasks.finish(params)
+    assert "left out" in printed.getvalue()
     assert (found["pope"]["rows"], found["pope"]["questions"]) == (3, 3)
     assert scores_of(found)["pope/accuracy"] == found["pope"]["scores"]["accuracy"]["score"]
     assert json.loads((tmp_path / "tasks" / "pope" / "results.json").read_text())["scores"] == found["pope"]["scores"]
@@ -78,6 +81,14 @@ MISTAKES = [
 def test_a_mistake_ends_a_run_before_it_begins(changes, kind, said, root, tmp_path):
     with pytest.raises(kind, match=said):
         opened(root, tmp_path, **changes)
+
+
+def test_too_many_rows_that_cannot_be_asked_end_it_and_name_the_folder(root, tmp_path):
+    (root / TASKS["gqa"].folder / "images" / "n0.jpg").unlink()
+    with pytest.raises(
+        SourceError, match=rf"1 of 3 rows cannot be asked, .*n0.jpg.*; fix them \(in .*{TASKS['gqa'].folder}\), or"
+    ):
+        opened(root, tmp_path, tasks="gqa", best="")
 
 
 def test_rows_that_are_trained_on_are_told(root, tmp_path):
