@@ -69,6 +69,7 @@ def test_an_installed_package_has_the_recipes(tmp_path):
     subprocess.run(pip, check=True)
     shipped = {file.relative_to(target / "deepstack_jax") for file in (target / "deepstack_jax" / "configs").rglob("*.py")}
     assert shipped == {file.relative_to(REPOSITORY) for file in (REPOSITORY / "configs").rglob("*.py")}
+    assert (target / "deepstack_jax" / "configs" / "lmms_eval" / "receipts.yaml").is_file()
     assert (target / "deepstack_jax" / "audit" / "templates").is_dir()
     assert (target / "deepstack_jax" / "serve" / "page.html").is_file()
     assert (target / "bin" / "deepstack").is_file()
