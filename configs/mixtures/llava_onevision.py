@@ -1,8 +1,8 @@
 """LLaVA-OneVision's single images (lmms-lab/LLaVA-OneVision-Data): a folder of parquet for each set, in LLaVA's own form.
 
-Set names are the folders' without their brackets. Rows, where given, are as the data set's page on the hub rounds them, to
-three digits; 0 where no published number was found. `ureader_kg` and `ureader_qa` are released as JSON and archives, not
-as parquet.
+Set names are the folders' without their brackets. Rows of the first 39 are as the data set's page on the hub rounds them, to
+three digits; of the others as the training recipe's names of JSON files tell them (`mathqa_29837.json`), at times a few more
+than were released; 0 where they tell none. `ureader_kg` and `ureader_qa` are released as JSON and archives, not as parquet.
 """
 
 import re
@@ -21,17 +21,19 @@ ROWS = {
     "geo170k(qa)": 67_800, "geo3k": 2_090, "geomverse(cauldron)": 9_300, "hateful_memes(cauldron,llava_format)": 8_500,
     "hitab(cauldron,llava_format)": 2_500, "hme100k": 74_500, "iam(cauldron)": 5_660, "iconqa(cauldron,llava_format)": 27_300,
     "iiit5k": 1_990, "image_textualization(filtered)": 99_600, "infographic(gpt4v)": 1_980, "infographic_vqa": 4_390,
-    "infographic_vqa_llava_format": 0, "intergps(cauldron,llava_format)": 0, "k12_printing": 0, "llavar_gpt4_20k": 0,
-    "lrv_chart": 0, "lrv_normal(filtered)": 0, "magpie_pro(l3_80b_mt)": 0, "magpie_pro(l3_80b_st)": 0,
-    "magpie_pro(qwen2_72b_st)": 0, "mapqa(cauldron,llava_format)": 0, "mathqa": 0, "mavis_math_metagen": 0,
-    "mavis_math_rule_geo": 0, "multihiertt(cauldron)": 0, "orand_car_a": 0, "raven(cauldron)": 0, "rendered_text(cauldron)": 0,
-    "robut_sqa(cauldron)": 0, "robut_wikisql(cauldron)": 0, "robut_wtq(cauldron,llava_format)": 0,
-    "scienceqa(cauldron,llava_format)": 0, "scienceqa(nona_context)": 0, "screen2words(cauldron)": 0, "sharegpt4o": 0,
-    "sharegpt4v(coco)": 0, "sharegpt4v(knowledge)": 0, "sharegpt4v(llava)": 0, "sharegpt4v(sam)": 0, "sroie": 0,
-    "st_vqa(cauldron,llava_format)": 0, "tabmwp(cauldron)": 0, "tallyqa(cauldron,llava_format)": 0, "textcaps": 0,
-    "textocr(gpt4v)": 0, "tqa(cauldron,llava_format)": 0, "ureader_cap": 0, "ureader_ie": 0, "vision_flan(filtered)": 0,
-    "vistext(cauldron)": 0, "visual7w(cauldron,llava_format)": 0, "visualmrc(cauldron)": 0, "vqarad(cauldron,llava_format)": 0,
-    "vsr(cauldron,llava_format)": 0, "websight(cauldron)": 0,
+    "infographic_vqa_llava_format": 2_118, "intergps(cauldron,llava_format)": 1_280, "k12_printing": 256_646,
+    "llavar_gpt4_20k": 20_000, "lrv_chart": 1_787, "lrv_normal(filtered)": 10_500, "magpie_pro(l3_80b_mt)": 299_998,
+    "magpie_pro(l3_80b_st)": 300_000, "magpie_pro(qwen2_72b_st)": 299_992, "mapqa(cauldron,llava_format)": 37_417,
+    "mathqa": 29_837, "mavis_math_metagen": 87_358, "mavis_math_rule_geo": 100_000, "multihiertt(cauldron)": 7_619,
+    "orand_car_a": 2_009, "raven(cauldron)": 42_000, "rendered_text(cauldron)": 10_000, "robut_sqa(cauldron)": 8_514,
+    "robut_wikisql(cauldron)": 74_989, "robut_wtq(cauldron,llava_format)": 38_246, "scienceqa(cauldron,llava_format)": 4_976,
+    "scienceqa(nona_context)": 19_218, "screen2words(cauldron)": 15_730, "sharegpt4o": 0, "sharegpt4v(coco)": 50_000,
+    "sharegpt4v(knowledge)": 2_000, "sharegpt4v(llava)": 30_000, "sharegpt4v(sam)": 0, "sroie": 33_626,
+    "st_vqa(cauldron,llava_format)": 17_247, "tabmwp(cauldron)": 22_722, "tallyqa(cauldron,llava_format)": 98_680,
+    "textcaps": 21_952, "textocr(gpt4v)": 25_114, "tqa(cauldron,llava_format)": 0, "ureader_cap": 0, "ureader_ie": 0,
+    "vision_flan(filtered)": 186_070, "vistext(cauldron)": 9_969, "visual7w(cauldron,llava_format)": 14_366,
+    "visualmrc(cauldron)": 3_027, "vqarad(cauldron,llava_format)": 313, "vsr(cauldron,llava_format)": 2_157,
+    "websight(cauldron)": 10_000,
 }  # fmt: skip
 FOLDER = "LLaVA-OneVision-Data"
 

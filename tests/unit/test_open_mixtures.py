@@ -73,7 +73,7 @@ def test_a_table_has_every_published_set_once_under_a_name_for_the_command_line(
     table = sets(name)
     assert len(table) == len({entry.file for entry in table.values()}) == count
     assert all(key.replace("_", "a").isalnum() for key in table)
-    assert all(entry.file.split("/")[1] in entry.file_from and not entry.exact * entry.rows for entry in table.values())
+    assert all(entry.file.split("/")[1] in entry.file_from for entry in table.values())
     config = default_config()
     config.update({"data": {"sets": {key: vars(entry) for key, entry in table.items()}}})
     assert build_config(config).data.sets == table
@@ -103,7 +103,7 @@ def test_finevision_is_read_and_its_ratings_choose_rows(tmp_path):
 
 
 def test_rows_without_a_rating_are_kept_and_said(tmp_path):
-    table = {"chartqa": replace(sets("finevision")["chartqa"], min_image_correspondence=4)}
+    table = {"chartqa": replace(sets("finevision")["chartqa"], rows=3, min_image_correspondence=4)}
     write(tmp_path, table["chartqa"], [finevision(0), finevision(1, worst=None), finevision(2, worst=1)], FINEVISION)
     with pytest.warns(UserWarning, match="set chartqa: 1 records of chartqa lack a rating that it asks for, and are kept"):
         mixture = opened(table, tmp_path)
@@ -111,7 +111,7 @@ def test_rows_without_a_rating_are_kept_and_said(tmp_path):
 
 
 def test_ratings_that_no_row_has_stop_the_run(tmp_path):
-    table = {"chartqa": replace(sets("finevision")["chartqa"], min_visual_dependency=5)}
+    table = {"chartqa": replace(sets("finevision")["chartqa"], rows=3, min_visual_dependency=5)}
     write(tmp_path, table["chartqa"], [finevision(number, worst=4) for number in range(3)], FINEVISION)
     with pytest.raises(SourceError, match=r"takes none of the 3 records .* ask for lower ratings: 3 records have lower ones"):
         opened(table, tmp_path)
