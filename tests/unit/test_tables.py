@@ -183,7 +183,7 @@ def test_what_fits_no_container_or_several_is_refused(tmp_path):
         ("both", "is a saved dataset and parquet files at once; give"),
         ("text.csv", r"ends in '\.csv', which names no format; give a \.json, \.jsonl"),
         ("json", r"holds a\.json, b\.json; give"),
-        ("json/*.json", r"matches 2 files that are not all \.parquet or all \.arrow"),
+        ("json/*.json", r"matches 2 files that are not all \.parquet, all \.arrow or all \.tar"),
         ("nothing-*.parquet", "no file matches .*nothing-"),
         ("nothing", "nothing does not exist; give"),
     ]
