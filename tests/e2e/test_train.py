@@ -166,6 +166,10 @@ def test_evaluated_by_its_workdir_alone_it_scores_as_the_run_did(demo, tmp_path)
     assert (tmp_path / "again" / "predictions.jsonl").read_bytes() == (demo / "predictions.jsonl").read_bytes()
     verbs, runs = read_json(tmp_path / "again" / "results.json"), read_json(demo / "results.json")
     assert verbs.pop("name") == str(demo)
+    drawn_rows = {"rows": 0, "image_rows": 0, "looked_at": 0, "training_rows": 1_000_000}
+    assert verbs.pop("overlap") == drawn_rows  # only rows of files are compared, and a run does that before it begins
+    assert len(verbs["protocol"].pop("checkpoint")) == 16  # a digest; a run's own weights lie beside its file
+    assert runs["protocol"].pop("checkpoint") == ""
     assert verbs == {key: runs[key] for key in verbs}
 
 

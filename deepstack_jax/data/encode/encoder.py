@@ -74,7 +74,8 @@ class Encoder:
             raise ExampleError(
                 f"{example.name}: {many} images, a row has room for {room}; raise config.data.max_images", example.name
             )
-        template = open_template(self.spec.data.template, load_tokenizer(self.spec.data.tokenizer))
+        tokenizer = load_tokenizer(self.spec.data.tokenizer) if self.spec.data.tokenizer else None  # `prepare` may have none
+        template = open_template(self.spec.data.template, tokenizer)
         return render(images_to_front(example.messages, template) if example.images else example.messages, template)
 
     def fit(self, example: Example, text: EncodedText, visual: Sequence[int]) -> EncodedText:
