@@ -28,7 +28,7 @@ def main() -> None:
     replies, sys.stdout = sys.stdout, sys.stderr
     try:
         from transformers.utils import chat_template_utils
-    except Exception as error:
+    except Exception as error:  # an import that fails in whatever way is told to the parent, which waits for a reply
         _reply(replies, {"failed": f"transformers cannot be imported ({type(error).__name__}: {error})"})
         return
     warm = {"template": "{{ strftime_now('%c') }}{{ a.b }}", "variables": {}, "date": "", "marked": True, "messages": []}
@@ -62,8 +62,9 @@ def _set_limits() -> None:
 
 def _answer(request: dict, utils) -> dict:
     seconds = SECONDS + EACH * len(request["renders"])
-    # A single operation, as a power of large numbers, ends only with the process: the kernel does that.
-    resource.setrlimit(resource.RLIMIT_CPU, (int(time.process_time() + seconds) + 1, resource.RLIM_INFINITY))
+    # A single operation, as a power of large numbers, ends only with the process: the kernel does that, in whole seconds and
+    # at least one after the timer, which leaves out the system's part of the time.
+    resource.setrlimit(resource.RLIMIT_CPU, (int(time.process_time() + seconds) + 2, resource.RLIM_INFINITY))
     signal.setitimer(signal.ITIMER_VIRTUAL, seconds)
     try:
         return {"renders": [_render(request, count, prompt, utils) for count, prompt in request["renders"]]}
@@ -87,7 +88,7 @@ def _render(request: dict, count: int, prompt: bool, utils) -> dict:
         )
     except (MemoryError, RecursionError):
         raise
-    except Exception as error:
+    except Exception as error:  # a stranger's template raises what it likes; it is refused in one line, and the process goes on
         line = getattr(error, "lineno", None)
         return {"error": f"{type(error).__name__}{f' in line {line}' if line else ''}: {str(error)[:1000]}"}
     if len(texts[0]) > request["most"]:

@@ -208,10 +208,10 @@ class BenchmarkSource:
 
     def metadata(self) -> Iterator[RecordMetadata]:
         """Of every question in order; which images those in tables are, only reading them tells."""
-        for index in range(len(self)):
+        for index, number in enumerate(self._numbers):
             try:
-                row = self.rows.read(self._numbers[index])
-                item = self._benchmark.item(row, index)
+                row = self.rows.read(number)
+                item = self._benchmark.item(row, number)
                 given = self._images(row, self.folder)
                 yield RecordMetadata(item.id, tuple(one for one in given if isinstance(one, str)), "")
             except RecordError:
