@@ -77,6 +77,18 @@ def step_flops(
       masked: whether the attention kernel also computes the scores that the mask hides. XLA's does; a flash kernel does not,
         and computes the others once more in the backward pass instead.
     """
+    parts: dict[str, list[float]] = {}
+    for _, part in product_flops(config, groups, rows, length, squares=squares, masked=masked):
+        sums = parts.setdefault(part.name, [0.0, 0.0, 0.0])
+        for at, value in enumerate((part.forward, part.backward, part.executed)):
+            sums[at] += value
+    return Flops(tuple(Part(name, *sums) for name, sums in parts.items()))
+
+
+def product_flops(
+    config: Config, groups: dict[str, str], rows: int, length: int, *, squares: int | float | None = None, masked: bool = True
+) -> Iterator[tuple[str, Part]]:
+    """The same by product: (path of its kernel, "" of attention's two; the part that it belongs to, with its FLOPs alone)."""
     every = float(rows * length**2)
     products = [
         *_tower(config, rows),
@@ -85,19 +97,14 @@ def step_flops(
         _attention(config, every if squares is None else float(squares), every, masked),
         _head(config, rows, length),
     ]
-    products = list(_with_adapters(config, groups, products))
     first = min((_stage(config, path) for path, group in groups.items() if group != FROZEN), default=_UNUSED)
-    parts = {product.part: [0.0, 0.0, 0.0] for product in products}
-    for product in products:
+    for product in _with_adapters(config, groups, products):
         inputs = first < product.below
         weights = groups[product.kernel] != FROZEN if product.kernel else inputs
         backward = inputs + weights
         again = product.again if backward else 0
-        sums = parts[product.part]
-        sums[0] += product.forward
-        sums[1] += product.forward * backward
-        sums[2] += product.executed * (1 + backward + again)
-    return Flops(tuple(Part(name, *sums) for name, sums in parts.items()))
+        executed = product.executed * (1 + backward + again)
+        yield product.kernel, Part(product.part, product.forward, product.forward * backward, executed)
 
 
 def _with_adapters(config: Config, groups: dict[str, str], products: list[_Product]) -> Iterator[_Product]:
