@@ -27,6 +27,8 @@ class Interval:
     difference: float  # second minus first
     low: float
     high: float
+    worse: int  # questions that the second scores lower on
+    better: int
 
     @property
     def sure(self) -> bool:
@@ -68,18 +70,13 @@ class Comparison:
     first: Evaluated
     second: Evaluated
     pairs: Sequence[Pair]
-    intervals: Mapping[str, Interval]  # by scorer; of every question there is a score of these
+    intervals: Mapping[str, Interval]  # of the numbers that are means over questions, by their names in tables
     warnings: Sequence[str]
 
     def scores(self) -> Iterator[tuple[str, float, float]]:
         """Every number that both have: its name, the first's, the second's."""
         one, other = flat_scores(dict(self.first.results)), flat_scores(dict(self.second.results))
         yield from ((name, one[name], other[name]) for name in one if name in other)
-
-    def counts(self, scorer: str) -> tuple[int, int]:
-        """Questions that the first, and the second, scores higher on."""
-        gains = [pair.gain(scorer) for pair in self.pairs]
-        return sum(gain < 0 for gain in gains), sum(gain > 0 for gain in gains)
 
 
 def compare(first: str, second: str) -> list[Comparison]:
@@ -150,9 +147,19 @@ def _compare(title: str, first: Evaluated, second: Evaluated) -> Comparison:
             warnings.append(f"{plural(more, 'question')} of the {name} alone, which the interval is not of")
     if other := sum(pair.first["question"] != pair.second["question"] for pair in pairs):
         warnings.append(f"{plural(other, 'question')} of the same row and id with other words: are these the same rows?")
+    return Comparison(title, first, second, pairs, _intervals(pairs), warnings)
+
+
+def _intervals(pairs: Sequence[Pair]) -> dict[str, Interval]:
+    """By scorer, of all questions and of those of each kind."""
     shared = [name for name in pairs[0].first["scores"] if all(name in _scores(pair) for pair in pairs)]
-    intervals = {name: paired_bootstrap([pair.gain(name) for pair in pairs]) for name in shared}
-    return Comparison(title, first, second, pairs, intervals, warnings)
+    kinds = sorted({pair.first["kind"] for pair in pairs} - {"all"})
+    found = {}
+    for name in shared:
+        found[name] = paired_bootstrap([pair.gain(name) for pair in pairs])
+        for kind in kinds:
+            found[f"{kind}_{name}"] = paired_bootstrap([pair.gain(name) for pair in pairs if pair.first["kind"] == kind])
+    return found
 
 
 def _scores(pair: Pair) -> set[str]:
@@ -191,7 +198,7 @@ def paired_bootstrap(gains: Sequence[float]) -> Interval:
         ]
     )
     low, high = np.quantile(means, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
-    return Interval(float(values.mean()), float(low), float(high))
+    return Interval(float(values.mean()), float(low), float(high), int((values < 0).sum()), int((values > 0).sum()))
 
 
 def names_of(comparison: Comparison) -> tuple[str, str]:
@@ -205,17 +212,16 @@ def names_of(comparison: Comparison) -> tuple[str, str]:
 def comparison_table(found: Sequence[Comparison]) -> Table:
     """Every number of both, with the interval of the difference."""
     one, other = (label(name, 60) for name in names_of(found[0]))
-    table = Table("task", "score", f"A: {one}", f"B: {other}", "B - A", f"{CONFIDENCE:.0%} interval", "A better", "B better")
+    table = Table("task", "score", "A", "B", f"B - A\n{CONFIDENCE:.0%} interval", "better\nA : B", caption_justify="left")
+    table.caption = f"A: {one}\nB: {other}"
+    for column in table.columns[1:]:
+        column.no_wrap = True
     for comparison in found:
         for at, (name, first, second) in enumerate(comparison.scores()):
             title = "" if at else comparison.title or str(comparison.first.results.get("data", ""))
-            table.add_row(title, name, f"{first:.4f}", f"{second:.4f}", f"{second - first:+.4f}", *_sureness(comparison, name))
+            gain, counts, interval = f"{second - first:+.4f}", "", comparison.intervals.get(name)
+            if interval is not None:
+                gain += f"\n{interval.low:+.3f} to {interval.high:+.3f}"
+                counts = f"{interval.worse:,} : {interval.better:,}"
+            table.add_row(title, name, f"{first:.4f}", f"{second:.4f}", gain, counts)
     return table
-
-
-def _sureness(comparison: Comparison, name: str) -> tuple[str, str, str]:
-    interval = comparison.intervals.get(name)
-    if interval is None:
-        return "", "", ""
-    less, more = comparison.counts(name)
-    return f"{interval.low:+.4f} to {interval.high:+.4f}", f"{less:,}", f"{more:,}"

@@ -49,8 +49,8 @@ def test_known_numbers(tmp_path):
     a, b = written(tmp_path / "a", [0, 1, 0, 1, 1]), written(tmp_path / "b", [1, 1, 0, 0, 1, 1, 1], "b")
     (found,) = compare(a, f"{b}/results.json")
     assert list(found.scores()) == [("exact_match", 0.6, pytest.approx(5 / 7))]
-    assert (found.counts("exact_match"), len(found.pairs)) == ((1, 1), 5)
-    assert found.intervals["exact_match"].difference == 0
+    interval = found.intervals["exact_match"]
+    assert (interval.difference, interval.worse, interval.better, len(found.pairs)) == (0, 1, 1, 5)
     assert found.warnings == ["2 questions of the second alone, which the interval is not of"]
 
 
@@ -89,8 +89,20 @@ def test_tasks_that_both_have_are_compared(tmp_path):
 
 def test_the_table_has_both(tmp_path, capsys):
     a, b = written(tmp_path / "a", [0] * 60), written(tmp_path / "b", [1] * 60, "b")
-    Console(width=200).print(comparison_table(compare(a, b)))
-    assert re.search(r"exact_match.*0\.0000.*1\.0000.*\+1\.0000.*\+1\.0000 to \+1\.0000.*0.*60", capsys.readouterr().out)
+    Console(width=80).print(comparison_table(compare(a, b)))
+    printed = capsys.readouterr().out
+    assert re.search(r"exact_match.*0\.0000.*1\.0000.*\+1\.0000.*0 : 60.*\n.*\+1\.000 to \+1\.000", printed)
+
+
+def test_a_group_has_an_interval_of_its_own(tmp_path):
+    a, b = written(tmp_path / "a", [0, 0, 1, 1]), written(tmp_path / "b", [1, 1, 1, 0], "b")
+    for folder in (a, b):
+        file = Path(folder) / "predictions.jsonl"
+        lines = [json.loads(line) | {"kind": "odd" if at % 2 else "even"} for at, line in enumerate(file.open())]
+        write_lines(file, lines)
+    (found,) = compare(a, b)
+    told = {name: (one.difference, one.worse, one.better) for name, one in found.intervals.items()}
+    assert told == {"exact_match": (0.25, 1, 2), "even_exact_match": (0.5, 0, 1), "odd_exact_match": (0.0, 1, 1)}
 
 
 @pytest.mark.parametrize("damage", ["gone", "cut", "list", "predictions"])
