@@ -80,6 +80,7 @@ Answer a held-out set by greedy generation, and score the answers.
                         questions on which they differ; pictures come from --data or --config, or where the benchmarks were
   --out=DIR             writes predictions.jsonl (every prompt, answer and score) and results.json, of --tasks in a folder each
   --into=FILE           docs/results.md or a copy of it, into whose last column the scores of --tasks are written
+  --suffix=TEXT         what follows every question of --tasks, in place of each task's own; --suffix= leaves it out
   --max_new_tokens=64   most tokens of an answer; of --tasks as each says if left out
   --batch_size=8        questions answered at once; the answers do not depend on it
   --template=NAME       conversation template in place of the model's own
@@ -104,6 +105,7 @@ FLAGS = (
     cli.Flag(flags.DEFINE_integer, "limit", None, "Most rows.", lower_bound=1),
     cli.Flag(flags.DEFINE_string, "into", "", "docs/results.md, whose last column the scores are written to."),
     cli.Flag(flags.DEFINE_string, "out", None, "Folder for predictions.jsonl and results.json."),
+    cli.Flag(flags.DEFINE_string, "suffix", None, "What follows every question of --tasks."),
     cli.Flag(flags.DEFINE_integer, "max_new_tokens", None, "Most tokens of an answer.", lower_bound=1),
     cli.Flag(flags.DEFINE_integer, "batch_size", None, "Questions answered at once.", lower_bound=1),
     cli.Flag(flags.DEFINE_string, "template", None, "Conversation template."),
@@ -122,6 +124,8 @@ def main() -> int:
         raise ConfigError("--model is missing; e.g. --model=DIR with a Hugging Face folder or the workdir of a training run")
     if given["tasks"] and not given["data"]:
         raise ConfigError("--tasks needs --data=ROOT, the folder that holds a folder for every benchmark")
+    if given["suffix"] is not None and not given["tasks"]:
+        raise ConfigError("--suffix is of --tasks; the questions of one's own rows are asked as the rows have them")
     join_processes(*(flag.value for flag in cli.PROCESSES))
     console = Console(quiet=not is_first_host())
     asked = open_tasks(given, console) if given["tasks"] else [open_rows(given, console)]
@@ -270,7 +274,7 @@ def open_tasks(given: dict[str, Any], console: Console) -> list[EvaluationReques
     for title in titles_of(given["tasks"]):
         rows, batch_size = given["limit"] or 0, given["batch_size"] or BATCH_SIZE
         options = Options(template=given["template"])
-        how = {"most_rows": rows, "options": options, "batch_size": batch_size}
+        how = {"most_rows": rows, "options": options, "batch_size": batch_size, "suffix": given["suffix"]}
         evaluation = open_task(title, files.absolute(given["data"]), config, console, **how)
         most = given["max_new_tokens"] or evaluation.task.max_new_tokens or MAX_NEW_TOKENS
         found.append(replace(evaluation, options=options.replace({"max_new_tokens": most})))

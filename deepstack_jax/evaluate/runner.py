@@ -52,19 +52,28 @@ class EvaluationRequest:
 
 
 def open_task(
-    title: str, root: str, config: Config, console: Console, *, most_rows: int, options: Options, batch_size: int
+    title: str,
+    root: str,
+    config: Config,
+    console: Console,
+    *,
+    most_rows: int,
+    options: Options,
+    batch_size: int,
+    suffix: str | None = None,
 ) -> EvaluationRequest:
     """A benchmark as --tasks names it, NAME or NAME:PROTOCOL, its rows looked through.
 
     Args:
       root: folder or URL that holds a folder for every benchmark.
       most_rows: the first so many; 0 = all.
+      suffix: in place of the task's own.
 
     Raises:
       ConfigError: no such task or protocol. SourceError: its files are not there or damaged.
     """
     name, _, protocol = title.partition(":")
-    task = find_task(name, root, protocol or "own", config.data.limits)
+    task = find_task(name, root, protocol or "own", config.data.limits, suffix)
     folder = files.join(root, TASKS[name].folder)
     rows = min(len(task.source), most_rows or len(task.source))
     with console.status(f"looking through {plural(rows, 'row')} of {title}"):
@@ -103,7 +112,8 @@ def checkpoint_digest(answerer: MeshAnswerer) -> str:
 
 def key_of(answerer: MeshAnswerer, digest: str, evaluation: EvaluationRequest) -> dict[str, Any]:
     """All that the answers depend on: another key, other answers."""
-    task = {"task": evaluation.task.name, "protocol": evaluation.task.protocol}
+    asked = evaluation.task
+    task = {"task": asked.name, "protocol": asked.protocol, "suffix": asked.suffix}
     how = asdict(evaluation.options) | {"batch_size": evaluation.batch_size, "rows": evaluation.rows}
     model = {"weights": digest, "config": to_dict(answerer.config), "template": answerer.template}
     return {"data": evaluation.origin, "device": jax.default_backend(), **task, **how, **model}

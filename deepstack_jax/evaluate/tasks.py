@@ -57,6 +57,11 @@ def stripped(_question: Question, answer: str) -> str:
     return answer.strip()
 
 
+def of_answer(read: Callable[[str], str]) -> Callable[[Question, str], str]:
+    """The same of an answer whatever the question was."""
+    return lambda _question, answer: read(answer.strip())
+
+
 @dataclass(frozen=True)
 class Task:
     """Questions with all that it takes to score their answers."""

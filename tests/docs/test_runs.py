@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.demo_tasks import write as write_demo_tasks
 from deepstack_jax.config import from_stored
 from deepstack_jax.data.encode.image import open_image
 from deepstack_jax.data.open import open_source
@@ -136,6 +137,24 @@ def test_readme_and_what_takes_its_runs_further(clone, runner):
     shutil.rmtree(clone / "out")
     assert run_python(runner, clone, block)
     assert (clone / "out" / "clip").is_dir()
+
+
+@pytest.mark.slow
+def test_the_demos_models_go_through_three_tasks_and_are_compared(clone, runner):
+    (block,) = [block for block in of("docs/evaluation.md", "sh") if "demo_tasks" in block.text]
+    demo = clone / "runs" / "demo"
+    shutil.copytree(demo / "deepstack", demo / "baseline", dirs_exist_ok=True)  # stands in for one that is not trained here
+    done, calls = run_shell([block], clone)
+    assert done.returncode == 0, done.stderr
+    made, *asked, compared = [list(call.words[2:]) for call in calls]
+    write_demo_tasks(clone / made[1], pages=1)
+    for module, *words in asked:
+        printed = run(runner, clone, module, [*words, "--limit=1", "--batch_size=1"])
+        assert all(f"│ {name}" in printed for name in ("vqav2", "gqa", "docvqa"))
+    printed = run(runner, clone, compared[0], compared[1:])
+    assert "vqa_accuracy" in printed
+    assert "+0.000 to +0.000" in printed
+    assert (demo / "compare" / "compare.html").is_file()
 
 
 @pytest.mark.slow

@@ -22,7 +22,6 @@ from deepstack_jax.evaluate.questions import Question
 from deepstack_jax.evaluate.tasks import Prediction, Task
 from tests.unit.made_benchmarks import ANSWERS, MADE, OPTIONS, as_json, as_parquet
 
-GOLDEN = Path(__file__).parents[1] / "golden" / "scorers"
 PHRASE = "\nAnswer the question using a single word or phrase."
 LETTER = "\nAnswer with the option's letter from the given choices directly."
 LINES = "\nA. leaf\nB. cat\nC. dog\nD. sun"
@@ -174,29 +173,6 @@ def test_an_mmmu_letter_that_is_drawn_depends_on_the_question_alone(tmp_path):
     assert [task.parse(one, "I see nothing") for one in questions] == [task.parse(one, "I see nothing") for one in questions]
     drawn = {task.parse(replace(questions[0], id=f"validation_Art_{number}"), "?") for number in range(40)}
     assert drawn == {"A", "B", "C", "D"}
-
-
-def prompt_of(row: dict[str, Any]) -> str:
-    """What our prompt is for a document of the recorded prompts."""
-    extra, doc = row["extra"], row["extra"]["doc"]
-    name = {"seedbench": "seed", "mmmu_mc": "mmmu", "mmmu_open": "mmmu"}.get(extra["task"], extra["task"])
-    protocol = "deepstack-paper" if extra["version"] == "deepstack" else "own"
-    if name == "textvqa" and (extra["kwargs"] or {}).get("ocr"):
-        name, protocol = "textvqa_ocr", "deepstack-paper"
-    if name == "mmvet" and protocol == "own":
-        protocol = "lmms-eval"
-    options = doc.get("options") or [doc[f"choice_{letter}"] for letter in "abcd" if f"choice_{letter}" in doc]
-    options = json.loads(options.replace("'", '"')) if isinstance(options, str) else options
-    details = {"ocr_tokens": doc.get("ocr_tokens"), "open": doc.get("question_type") == "open"}
-    protocols = TASKS[name].protocols
-    return protocols.get(protocol, protocols["own"]).prompt(Item("1", doc["question"], (), tuple(options), details=details))
-
-
-def test_prompts_are_those_of_the_papers_base_code():
-    rows = json.loads((GOLDEN / "prompts.json").read_text())
-    assert len(rows) == 15
-    for row in rows:
-        assert prompt_of(row) == row["score"], row["extra"]
 
 
 def test_submission_files_are_in_the_servers_format(tmp_path):

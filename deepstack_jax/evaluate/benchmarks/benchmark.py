@@ -38,14 +38,19 @@ class Protocol:
     """How a benchmark's questions are put and its answers scored."""
 
     words: str  # what its numbers mean
-    prompt: Callable[[Item], str]  # without images in front; with "<image>" where they are inside
     scorers: Mapping[str, Scorer]
     max_new_tokens: int
-    suffix: str = ""  # that `prompt` adds, for the record
+    suffix: str = ""  # how to answer, behind the question
+    open_suffix: str | None = None  # in its place, behind a question without options
+    body: Callable[[Item], str] = lambda item: item.question  # no image in front; "<image>" where they are inside
     parse: Callable[[Question, str], Any] = stripped
     aggregate: Callable[[Sequence[Prediction]], dict[str, dict[str, Any]]] = mean_by_kind
     by_likelihood: bool = False
     images: Callable[[Row, str], Sequence[Any]] | None = None  # in place of the benchmark's own, see `Benchmark`
+
+    def prompt(self, item: Item) -> str:
+        """A question as it is put, but for images in front of it."""
+        return self.body(item) + (self.suffix if item.options or self.open_suffix is None else self.open_suffix)
 
     def likelihood(self) -> "Protocol":
         """The same, answered by the likeliest letter."""
@@ -91,8 +96,8 @@ class Benchmark:
         """What must be in its folder, per form."""
         return tuple(form.files for form in self.forms)
 
-    def open(self, folder: str, protocol: str, limits: LimitsConfig) -> Task:
-        """The task over the files of a folder.
+    def open(self, folder: str, protocol: str, limits: LimitsConfig, suffix: str | None = None) -> Task:
+        """The task over the files of a folder; `suffix` in place of the protocol's own.
 
         Raises:
           MissingError: they are not there. SourceError: they are damaged, of another split, or hold a question twice.
@@ -104,6 +109,8 @@ class Benchmark:
         if rows is None:
             raise MissingError(f"{folder} holds neither {' nor '.join(self.files)}; {self.origin}")
         chosen = self.protocols[protocol]
+        if suffix is not None:
+            chosen = replace(chosen, suffix=suffix, open_suffix=None)
         return Task(
             BenchmarkSource(rows, self, folder, chosen.images or self.images),
             Ask(chosen.prompt),

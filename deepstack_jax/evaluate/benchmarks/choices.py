@@ -11,6 +11,7 @@ from deepstack_jax.config import LimitsConfig
 from deepstack_jax.data.formats import files
 from deepstack_jax.data.formats.styles import RecordError
 from deepstack_jax.evaluate.benchmarks.benchmark import Benchmark, Item, Protocol
+from deepstack_jax.evaluate.benchmarks.coco_vqa import PHRASE
 from deepstack_jax.evaluate.benchmarks.documents import read_literal
 from deepstack_jax.evaluate.benchmarks.rows import (
     Form,
@@ -19,6 +20,7 @@ from deepstack_jax.evaluate.benchmarks.rows import (
     Rows,
     field,
     first_file,
+    one_image,
     parquet,
     place_of,
     read_list,
@@ -37,7 +39,7 @@ from deepstack_jax.evaluate.scorers.choices import (
 )
 from deepstack_jax.evaluate.scorers.mmmu import MMMU_ACCURACY, mmmu_letter, mmmu_numbers, open_answers
 from deepstack_jax.evaluate.scorers.texts import Scorer
-from deepstack_jax.evaluate.tasks import Prediction
+from deepstack_jax.evaluate.tasks import Prediction, of_answer
 
 LETTER = "\nAnswer with the option's letter from the given choices directly."
 _LETTER_OF_PAPER = "Answer with the option letter from the given choices directly."  # MMMU's prompt in the paper's base code
@@ -50,9 +52,9 @@ def lettered(options: Sequence[str]) -> str:
     return "\n".join(f"{letter}. {option}" for letter, option in zip(ascii_uppercase, options, strict=False))
 
 
-def choice_prompt(item: Item) -> str:
-    """Question, options, and how to answer."""
-    return f"{item.question}\n{lettered(item.options)}{LETTER}"
+def choice_body(item: Item) -> str:
+    """Question and options."""
+    return f"{item.question}\n{lettered(item.options)}"
 
 
 def _seed_json(folder: str, _limits: LimitsConfig) -> Rows | None:
@@ -80,10 +82,10 @@ def _seed_images(row: Row, folder: str) -> Sequence[object]:
 def _seed(words: str, scorer: Scorer) -> Protocol:
     return Protocol(
         words=words,
-        prompt=choice_prompt,
+        body=choice_body,
         suffix=LETTER,
         scorers={"accuracy": scorer},
-        parse=lambda _question, answer: first_letter(answer),
+        parse=of_answer(first_letter),
         max_new_tokens=64,
     )
 
@@ -145,15 +147,10 @@ def _ai2d_item(row: Row, number: int) -> Item:
     return Item(str(row.get("id") or number), field(row, "question", str), right, options)
 
 
-def _ai2d_images(row: Row, folder: str) -> Sequence[object]:
-    image = row["image"]
-    return [place_of(folder, image, f"images/{image.rpartition('/')[2]}") if isinstance(image, str) else image]
-
-
 def _ai2d(words: str, scorer: Scorer, parse: Callable[[str], str]) -> Protocol:
     return Protocol(
         words=words,
-        prompt=choice_prompt,
+        body=choice_body,
         suffix=LETTER,
         scorers={"accuracy": scorer},
         parse=lambda _question, answer: parse(answer),
@@ -172,7 +169,7 @@ AI2D = Benchmark(
         parquet(("data/test-*.parquet", "test-*.parquet"), ("question", "options", "answer")),
     ),
     item=_ai2d_item,
-    images=_ai2d_images,
+    images=one_image("image", "{}", "images/{file}"),
     protocols={
         "own": _AI2D_OWN,
         "deepstack-paper": _ai2d("accuracy of answers that are the letter alone", AI2D_PAPER_ACCURACY, str.strip),
@@ -202,13 +199,9 @@ def _mmmu_images(row: Row, _folder: str) -> Sequence[object]:
     return [row[f"image_{number}"] for number in numbers]
 
 
-def mmmu_prompt(item: Item, *, paper: bool) -> str:
-    """A question of MMMU: its own code leaves a blank line before how to answer, the paper's base code none."""
-    short = "Answer the question using a single word or phrase."
-    letter, gap = (_LETTER_OF_PAPER, "\n") if paper else (LETTER.strip(), "\n\n")
-    words = (
-        f"{item.question}{gap}{short}" if item.details["open"] else f"{item.question}\n{lettered(item.options)}{gap}{letter}"
-    )
+def mmmu_body(item: Item, *, paper: bool) -> str:
+    """A question of MMMU; by the paper's base code its images are where the text mentions them."""
+    words = item.question if item.details["open"] else choice_body(item)
     return _IMAGE_NUMBER.sub("<image>", words) if paper else words
 
 
@@ -228,8 +221,9 @@ def _mmmu_aggregate(predictions: Sequence[Prediction], digits: int) -> dict[str,
 def _mmmu(words: str, *, paper: bool) -> Protocol:
     return Protocol(
         words=words,
-        prompt=lambda item: mmmu_prompt(item, paper=paper),
-        suffix=f"\n{_LETTER_OF_PAPER}" if paper else f"\n{LETTER}",
+        body=lambda item: mmmu_body(item, paper=paper),
+        suffix=f"\n{_LETTER_OF_PAPER}" if paper else f"\n{LETTER}",  # MMMU's own code leaves a blank line before it
+        open_suffix=PHRASE if paper else f"\n{PHRASE}",
         scorers={"accuracy": MMMU_ACCURACY},
         parse=mmmu_parse,
         aggregate=lambda predictions: _mmmu_aggregate(predictions, 3 if paper else 5),

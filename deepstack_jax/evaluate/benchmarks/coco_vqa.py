@@ -13,15 +13,15 @@ from deepstack_jax.evaluate.benchmarks.rows import (
     field,
     first_file,
     joined,
+    one_image,
     parquet,
-    place_of,
     read_list,
     read_object,
     texts,
 )
 from deepstack_jax.evaluate.scorers.texts import Scorer
 from deepstack_jax.evaluate.scorers.vqa import VQA_ACCURACY, VQAV2_ACCURACY, VQAV2_PAPER_ACCURACY, vqa_answer, vqav2_answer
-from deepstack_jax.evaluate.tasks import Prediction
+from deepstack_jax.evaluate.tasks import Prediction, of_answer
 
 PHRASE = "\nAnswer the question using a single word or phrase."
 UNANSWERABLE = "\nWhen the provided information is insufficient, respond with 'Unanswerable'."
@@ -58,14 +58,10 @@ def _item(row: Row, _number: int) -> Item:
     )
 
 
-def _images(row: Row, folder: str) -> Sequence[object]:
+def _images(year: str) -> Callable[[Row, str], Sequence[object]]:
     """The image of a table, or the file of COCO by its number."""
-    if row.get("image") is not None:
-        return [row["image"]]
-    split = row.get("subtype") or "val2014"
-    year = "test2015" if "test" in split else split
-    name = f"COCO_{year}_{field(row, 'image_id', int):012d}.jpg"
-    return [place_of(folder, f"{year}/{name}", name)]
+    name = f"COCO_{year}_{{:012d}}.jpg"
+    return one_image("image_id", f"{year}/{name}", name, kind=int)
 
 
 def vqav2_submission(predictions: Sequence[Prediction]) -> dict[str, str]:
@@ -77,23 +73,20 @@ def vqav2_submission(predictions: Sequence[Prediction]) -> dict[str, str]:
 def _protocol(words: str, suffix: str, scorer: Scorer, parse: Callable[[str], str], most: int) -> Protocol:
     return Protocol(
         words=words,
-        prompt=lambda item: item.question + suffix,
         suffix=suffix,
         scorers={"vqa_accuracy": scorer},
-        parse=lambda _question, answer: parse(answer),
+        parse=of_answer(parse),
         max_new_tokens=most,
     )
 
 
 _VQAV2: Mapping[str, Protocol] = {
-    "own": _protocol(
-        "VQA accuracy, VQAv2's normalisation", PHRASE, VQAV2_ACCURACY, lambda said: vqav2_answer(said.strip()), 16
-    ),
+    "own": _protocol("VQA accuracy, VQAv2's normalisation", PHRASE, VQAV2_ACCURACY, vqav2_answer, 16),
     "deepstack-paper": _protocol(
         "VQA accuracy, answers on which all annotators agree compared without normalisation",
         PHRASE,
         VQAV2_PAPER_ACCURACY,
-        lambda said: vqa_answer(said.strip()),
+        vqa_answer,
         16,
     ),
 }
@@ -110,7 +103,7 @@ VQAV2 = Benchmark(
         parquet(("data/validation-*.parquet", "validation-*.parquet"), _COLUMNS),
     ),
     item=_item,
-    images=_images,
+    images=_images("val2014"),
     protocols=_VQAV2,
     split="val2014",
     submission=vqav2_submission,
@@ -125,7 +118,7 @@ VQAV2_TESTDEV = Benchmark(
         parquet(("data/testdev-*.parquet", "testdev-*.parquet"), ("question_id", "question")),
     ),
     item=_item,
-    images=_images,
+    images=_images("test2015"),
     protocols=_VQAV2,
     split="test-dev2015",
     hidden=True,
@@ -142,13 +135,13 @@ OKVQA = Benchmark(
         parquet(("data/val2014-*.parquet", "val2014-*.parquet"), ("question_id", "question", "answers")),
     ),
     item=_item,
-    images=_images,
+    images=_images("val2014"),
     protocols={
         "own": _protocol(
             "VQA accuracy, EvalAI's normalisation",
             UNANSWERABLE + PHRASE,
             VQA_ACCURACY,
-            lambda said: vqa_answer(said.strip()),
+            vqa_answer,
             64,
         )
     },

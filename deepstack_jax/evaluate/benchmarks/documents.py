@@ -16,6 +16,7 @@ from deepstack_jax.evaluate.benchmarks.rows import (
     Rows,
     field,
     first_file,
+    one_image,
     parquet,
     place_of,
     read_list,
@@ -23,7 +24,7 @@ from deepstack_jax.evaluate.benchmarks.rows import (
 )
 from deepstack_jax.evaluate.scorers.texts import ANLS, BINARISED_ANLS, MP_DOCVQA_ACCURACY, MP_DOCVQA_ANLS
 from deepstack_jax.evaluate.scorers.vqa import VQA_ACCURACY, vqa_answer
-from deepstack_jax.evaluate.tasks import Prediction
+from deepstack_jax.evaluate.tasks import Prediction, of_answer
 
 _MOST_DIGITS = 20  # of a number that a table holds as a text
 PAGES = 20  # of a document of MP-DocVQA at most
@@ -53,29 +54,22 @@ def _textvqa_item(row: Row, _number: int) -> Item:
     return Item(str(number), field(row, "question", str), texts(row.get("answers")), split=split or "", details=details)
 
 
-def _textvqa_images(row: Row, folder: str) -> Sequence[object]:
-    if row.get("image") is not None:
-        return [row["image"]]
-    name = f"{field(row, 'image_id', str)}.jpg"
-    return [place_of(folder, f"train_images/{name}", f"train_val_images/train_images/{name}", name)]
-
-
-def textvqa_prompt(item: Item, *, ocr: bool) -> str:
+def textvqa_body(item: Item, *, ocr: bool) -> str:
     """The question with a capital and the rest in lower case, as the base code puts it; with the tokens of an OCR if wanted."""
     tokens = item.details.get("ocr_tokens")
     if ocr and tokens is None:
         raise RecordError("has no ocr_tokens; give the file of them, or choose textvqa")
     shown = f"\nReference OCR token: {', '.join(tokens)}" if ocr and tokens is not None else ""
-    return f"{item.question.capitalize()}{shown}{PHRASE}"
+    return item.question.capitalize() + shown
 
 
 def _textvqa(words: str, *, ocr: bool) -> Protocol:
     return Protocol(
         words=words,
-        prompt=lambda item: textvqa_prompt(item, ocr=ocr),
-        suffix=("\nReference OCR token: ..." if ocr else "") + PHRASE,
+        body=lambda item: textvqa_body(item, ocr=ocr),
+        suffix=PHRASE,
         scorers={"vqa_accuracy": VQA_ACCURACY},
-        parse=lambda _question, answer: vqa_answer(answer.strip()),
+        parse=of_answer(vqa_answer),
         max_new_tokens=64,
     )
 
@@ -94,7 +88,7 @@ TEXTVQA = Benchmark(
         parquet(_TEXTVQA_PARQUET, _TEXTVQA_COLUMNS),
     ),
     item=_textvqa_item,
-    images=_textvqa_images,
+    images=one_image("image_id", "train_images/{}.jpg", "train_val_images/train_images/{}.jpg", "{}.jpg"),
     protocols={"own": _textvqa("VQA accuracy, no OCR tokens in the prompt", ocr=False)},
     split="val",
 )
@@ -129,20 +123,6 @@ def read_literal(text: str, key: str) -> list[object]:
     return value
 
 
-def _docvqa_images(row: Row, folder: str) -> Sequence[object]:
-    image = row.get("image")
-    if not isinstance(image, str):
-        return [image]
-    return [place_of(folder, image, f"spdocvqa_images/{image.rpartition('/')[2]}")]
-
-
-def _infovqa_images(row: Row, folder: str) -> Sequence[object]:
-    if row.get("image") is not None:
-        return [row["image"]]
-    name = field(row, "image_local_name", str)
-    return [place_of(folder, f"infographicsvqa_images/{name}", f"images/{name}", name)]
-
-
 def _pages(row: Row, folder: str) -> Sequence[object]:
     """The pages of a document, in their order."""
     if isinstance(pages := row.get("page_ids"), list) and "image_1" not in row:
@@ -166,7 +146,7 @@ def document_submission(predictions: Sequence[Prediction]) -> dict[str, str]:
 
 
 def _short(words: str, **scorers) -> Protocol:
-    return Protocol(words=words, prompt=lambda item: item.question + PHRASE, suffix=PHRASE, scorers=scorers, max_new_tokens=32)
+    return Protocol(words=words, suffix=PHRASE, scorers=scorers, max_new_tokens=32)
 
 
 def _documents(
@@ -193,6 +173,8 @@ def _documents(
 
 _DOC_ORIGIN = "from the DocVQA challenge at rrc.cvc.uab.es (task 1), or lmms-lab/DocVQA of the Hugging Face hub"
 _INFO_ORIGIN = "from the DocVQA challenge at rrc.cvc.uab.es (task 3), or lmms-lab/DocVQA of the Hugging Face hub"
+_DOC_IMAGES = one_image("image", "{}", "spdocvqa_images/{file}")
+_INFO_IMAGES = one_image("image_local_name", "infographicsvqa_images/{}", "images/{}", "{}")
 _DOC_COLUMNS = ("questionId", "question", "answers", "data_split")
 _TEST_COLUMNS = ("questionId", "question", "data_split")
 DOCVQA = _documents(
@@ -203,7 +185,7 @@ DOCVQA = _documents(
         _files(("val_v1.0_withQT.json", "val_v1.0.json"), "documents"),
         parquet(("DocVQA/validation-*.parquet", "data/validation-*.parquet", "validation-*.parquet"), _DOC_COLUMNS),
     ),
-    _docvqa_images,
+    _DOC_IMAGES,
     "val",
     {"DeepStack-L": "39.1", "DeepStack-V": "41.0", "DeepStack-L-HD": "78.8"},
 )
@@ -215,7 +197,7 @@ DOCVQA_TEST = _documents(
         _files(("test_v1.0.json",), "documents"),
         parquet(("DocVQA/test-*.parquet", "data/test-*.parquet", "test-*.parquet"), _TEST_COLUMNS),
     ),
-    _docvqa_images,
+    _DOC_IMAGES,
     "test",
     {},
 )
@@ -227,7 +209,7 @@ INFOVQA = _documents(
         _files(("infographicsVQA_val_v1.0_withQT.json", "infographicsVQA_val_v1.0.json"), "infographicsvqa_images"),
         parquet(("InfographicVQA/validation-*.parquet", "data/validation-*.parquet", "validation-*.parquet"), _DOC_COLUMNS),
     ),
-    _infovqa_images,
+    _INFO_IMAGES,
     "val",
     {"DeepStack-L": "29.8", "DeepStack-V": "30.0", "DeepStack-L-HD": "41.2"},
 )
@@ -239,7 +221,7 @@ INFOVQA_TEST = _documents(
         _files(("infographicsVQA_test_v1.0.json",), "infographicsvqa_images"),
         parquet(("InfographicVQA/test-*.parquet", "data/test-*.parquet", "test-*.parquet"), _TEST_COLUMNS),
     ),
-    _infovqa_images,
+    _INFO_IMAGES,
     "test",
     {},
 )

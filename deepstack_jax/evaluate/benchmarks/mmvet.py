@@ -3,44 +3,18 @@
 import json
 from collections.abc import Sequence
 
-from deepstack_jax.config import LimitsConfig
 from deepstack_jax.evaluate.benchmarks.benchmark import Benchmark, Item, Protocol
-from deepstack_jax.evaluate.benchmarks.rows import (
-    Form,
-    ListRows,
-    Row,
-    Rows,
-    field,
-    first_file,
-    named,
-    parquet,
-    place_of,
-    read_object,
-    texts,
-)
+from deepstack_jax.evaluate.benchmarks.rows import Row, by_name, field, one_image, parquet, texts
 from deepstack_jax.evaluate.scorers.judged import mmvet_file, mmvet_judge_line
 from deepstack_jax.evaluate.tasks import Prediction
 
 THINK = "First please perform reasoning, and think step by step to provide best answer to the following question: \n\n"
 
 
-def _json(folder: str, _limits: LimitsConfig) -> Rows | None:
-    if (path := first_file(folder, ("mm-vet.json",))) is None:
-        return None
-    return ListRows(path, named(read_object(path), "question_id"))
-
-
 def _item(row: Row, _number: int) -> Item:
     answers, question = texts(row.get("answer")), field(row, "question", str)
     details = {"question": question, "answer": answers[0] if answers else ""}
     return Item(str(field(row, "question_id")), question, answers, details=details)
-
-
-def _images(row: Row, folder: str) -> Sequence[object]:
-    if row.get("image") is not None:
-        return [row["image"]]
-    name = field(row, "imagename", str)
-    return [place_of(folder, f"images/{name}", name)]
 
 
 def mmvet_submission(predictions: Sequence[Prediction]) -> dict[str, str]:
@@ -54,7 +28,7 @@ def mmvet_submission(predictions: Sequence[Prediction]) -> dict[str, str]:
 
 
 def _protocol(words: str, before: str) -> Protocol:
-    return Protocol(words=words, prompt=lambda item: before + item.question, scorers={}, max_new_tokens=1024)
+    return Protocol(words=words, body=lambda item: before + item.question, scorers={}, max_new_tokens=1024)
 
 
 MMVET = Benchmark(
@@ -63,11 +37,11 @@ MMVET = Benchmark(
     origin="from yuweihao/MM-Vet on GitHub, or lmms-lab/MMVet of the Hugging Face hub",
     metric="",
     forms=(
-        Form("mm-vet.json, images/", _json),
+        by_name("mm-vet.json", "question_id", "images"),
         parquet(("data/test-*.parquet", "test-*.parquet"), ("question_id", "question", "answer")),
     ),
     item=_item,
-    images=_images,
+    images=one_image("imagename", "images/{}", "{}"),
     protocols={
         "own": _protocol("a judge's; the question alone", ""),
         "deepstack-paper": _protocol("a judge's (gpt-4); the question alone", ""),

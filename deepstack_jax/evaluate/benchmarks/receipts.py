@@ -47,7 +47,6 @@ RECEIPTS = Benchmark(
     protocols={
         "own": Protocol(
             words="exact match, ANLS and F1 over words",
-            prompt=lambda item: item.question,
             scorers={"exact_match": EXACT_MATCH, "anls": ANLS, "word_f1": WORD_F1},
             max_new_tokens=64,
         )

@@ -51,7 +51,7 @@ TASKS: dict[str, Benchmark] = {
 }
 
 
-def find_task(name: str, root: str, protocol: str = "own", limits: LimitsConfig = LIMITS) -> Task:
+def find_task(name: str, root: str, protocol: str = "own", limits: LimitsConfig = LIMITS, suffix: str | None = None) -> Task:
     """The task of that name over its files below `root`.
 
     Args:
@@ -59,6 +59,7 @@ def find_task(name: str, root: str, protocol: str = "own", limits: LimitsConfig 
       protocol: one of `Benchmark.protocols`: "own" is the benchmark's own definition, "deepstack-paper" what the numbers of the
         paper mean, "likelihood" a choice by the likelihood of the letters.
       limits: what a row and a row group of its tables may take.
+      suffix: what follows every question, in place of the protocol's own.
 
     Raises:
       ConfigError: no such task or protocol; the nearest is named.
@@ -69,5 +70,5 @@ def find_task(name: str, root: str, protocol: str = "own", limits: LimitsConfig 
     benchmark = TASKS[name]
     if protocol not in benchmark.protocols:
         raise ConfigError(f"task {name} has no protocol {protocol!r:.80}; {nearest(protocol, benchmark.protocols)}")
-    task = benchmark.open(files.join(root, benchmark.folder), protocol, limits)
+    task = benchmark.open(files.join(root, benchmark.folder), protocol, limits, suffix)
     return replace(task, name=name, protocol=protocol)

@@ -137,6 +137,26 @@ def place_of(folder: str, *names: str) -> str:
     return next((name for name in names if files.is_file(files.under(folder, name))), names[0])
 
 
+def one_image(key: str, *places: str, kind: type = str) -> Callable[[Row, str], Sequence[object]]:
+    """How a row of one image tells it: what a table holds as "image", else the file that the row names under `key`.
+
+    Args:
+      places: below the folder, of which the first that is a file counts: "images/{}.jpg" with the name, "{file}" with its last
+        part alone.
+      kind: of the name.
+    """
+
+    def images(row: Row, folder: str) -> Sequence[object]:
+        held = row.get("image")
+        if held is not None and not isinstance(held, str):
+            return [held]
+        name = field(row, key, kind)
+        file = str(name).rpartition("/")[2]
+        return [place_of(folder, *(place.format(name, file=file) for place in places))]
+
+    return images
+
+
 def parquet(names: Sequence[str], needed: Sequence[str], images: Sequence[str] = ("image",)) -> Form:
     """Parquet files under the first pattern that matches any, with the columns of questions and those of images."""
     wanted = Columns.of((*needed, *images), tuple(needed))
@@ -151,6 +171,16 @@ def parquet(names: Sequence[str], needed: Sequence[str], images: Sequence[str] =
 def named(rows: Mapping[str, Any], key: str) -> list[Row]:
     """The values of an object by name, each with its name under `key`."""
     return [(row if isinstance(row, dict) else {}) | {key: name} for name, row in rows.items()]
+
+
+def by_name(file: str, key: str, images: str) -> Form:
+    """A JSON object that has every question by its name, which becomes its `key`; beside it the folder `images`."""
+
+    def find(folder: str, _limits: LimitsConfig) -> Rows | None:
+        path = first_file(folder, (file,))
+        return None if path is None else ListRows(path, named(read_object(path), key))
+
+    return Form(f"{file}, {images}/", find)
 
 
 def joined(questions: Sequence[Any], answers: Sequence[Any], key: str, question_file: str, answer_file: str) -> list[Row]:

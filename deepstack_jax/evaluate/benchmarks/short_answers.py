@@ -12,14 +12,13 @@ from deepstack_jax.evaluate.benchmarks.rows import (
     ListRows,
     Row,
     Rows,
+    by_name,
     field,
     first_file,
-    named,
+    one_image,
     parquet,
-    place_of,
     read_lines,
     read_list,
-    read_object,
     texts,
 )
 from deepstack_jax.evaluate.scorers.short_answers import GQA_EXACT_MATCH, RELAXED_ACCURACY
@@ -36,12 +35,6 @@ from deepstack_jax.evaluate.tasks import Prediction, mean_by_kind
 
 WORD = "\nAnswer the question with a single word."
 POPE_KINDS = ("random", "popular", "adversarial")
-
-
-def _gqa_json(folder: str, _limits: LimitsConfig) -> Rows | None:
-    if (path := first_file(folder, ("testdev_balanced_questions.json",))) is None:
-        return None
-    return ListRows(path, named(read_object(path), "id"))
 
 
 class _TwoTables:
@@ -78,28 +71,20 @@ def _gqa_tables(folder: str, limits: LimitsConfig) -> Rows | None:
     return _TwoTables(questions, images) if questions and images else None
 
 
-def _gqa_images(row: Row, folder: str) -> Sequence[object]:
-    if row.get("image") is not None:
-        return [row["image"]]
-    name = f"{field(row, 'imageId', str)}.jpg"
-    return [place_of(folder, f"images/{name}", name)]
-
-
 GQA = Benchmark(
     title="GQA, balanced test-dev",
     folder="gqa",
     origin="from the GQA site of Stanford, or lmms-lab/GQA of the Hugging Face hub (testdev_balanced_*)",
     metric="exact_match",
     forms=(
-        Form("testdev_balanced_questions.json, images/", _gqa_json),
+        by_name("testdev_balanced_questions.json", "id", "images"),
         Form("testdev_balanced_instructions/ and testdev_balanced_images/ (parquet)", _gqa_tables),
     ),
     item=lambda row, _number: Item(str(field(row, "id")), field(row, "question", str), texts(row.get("answer"))),
-    images=_gqa_images,
+    images=one_image("imageId", "images/{}.jpg", "{}.jpg"),
     protocols={
         "own": Protocol(
             words="exact match, lower case, without punctuation",
-            prompt=lambda item: item.question + PHRASE,
             suffix=PHRASE,
             scorers={"exact_match": GQA_EXACT_MATCH},
             max_new_tokens=16,
@@ -129,13 +114,6 @@ def _pope_item(row: Row, _number: int) -> Item:
     return Item(f"{kind}_{field(row, 'question_id')}", field(row, "question", str), (answer,), kind=kind)
 
 
-def _pope_images(row: Row, folder: str) -> Sequence[object]:
-    if row.get("image") is not None:
-        return [row["image"]]
-    name = field(row, "image_source", str)
-    return [place_of(folder, f"val2014/{name}", name)]
-
-
 def pope_aggregate(
     numbers: Callable[[Sequence[str], Sequence[str]], dict[str, float]], words: str, predictions: Sequence[Prediction]
 ) -> dict[str, dict[str, Any]]:
@@ -161,7 +139,7 @@ def pope_aggregate(
 def _pope(words: str, scorer: Scorer, parse: Callable[[str], str], numbers: Callable) -> Protocol:
     return Protocol(
         words=words,
-        prompt=lambda item: item.question.strip() + PHRASE,
+        body=lambda item: item.question.strip(),
         suffix=PHRASE,
         scorers={"accuracy": scorer},
         parse=lambda _question, answer: parse(answer),
@@ -180,7 +158,7 @@ POPE = Benchmark(
         parquet(("data/test-*.parquet", "test-*.parquet"), ("question_id", "question", "answer", "category")),
     ),
     item=_pope_item,
-    images=_pope_images,
+    images=one_image("image_source", "val2014/{}", "{}"),
     protocols={
         "own": _pope("POPE's own reading of answers, yes-ratio of the answers", POPE_ACCURACY, yes_or_no, pope_numbers),
         "deepstack-paper": _pope(
@@ -208,13 +186,6 @@ def _chartqa_item(row: Row, number: int) -> Item:
     return Item(str(number), field(row, "question", str), texts(row.get("answer")), kind=kind)
 
 
-def _chartqa_images(row: Row, folder: str) -> Sequence[object]:
-    if row.get("image") is not None:
-        return [row["image"]]
-    name = field(row, "imgname", str)
-    return [place_of(folder, f"test/png/{name}", name)]
-
-
 CHARTQA = Benchmark(
     title="ChartQA, test",
     folder="chartqa",
@@ -225,11 +196,10 @@ CHARTQA = Benchmark(
         parquet(("data/test-*.parquet", "test-*.parquet"), ("type", "question", "answer")),
     ),
     item=_chartqa_item,
-    images=_chartqa_images,
+    images=one_image("imgname", "test/png/{}", "{}"),
     protocols={
         "own": Protocol(
             words="relaxed accuracy, 5%",
-            prompt=lambda item: item.question + WORD,
             suffix=WORD,
             scorers={"relaxed_accuracy": RELAXED_ACCURACY},
             max_new_tokens=16,

@@ -18,7 +18,7 @@ from deepstack_jax.data.example import SourceError
 from deepstack_jax.data.formats.styles import RecordError
 from deepstack_jax.data.formats.video_files import find_video, mosaic, read_frames
 from deepstack_jax.evaluate.benchmarks.benchmark import Benchmark, Item, Protocol
-from deepstack_jax.evaluate.benchmarks.choices import LETTER, SEED, choice_prompt, letter_of
+from deepstack_jax.evaluate.benchmarks.choices import LETTER, SEED, choice_body, letter_of
 from deepstack_jax.evaluate.benchmarks.coco_vqa import PHRASE
 from deepstack_jax.evaluate.benchmarks.rows import (
     Form,
@@ -93,7 +93,7 @@ def _protocols(make: Callable[[str, Callable], Protocol], find: Callable[[Row, s
 def _by_letter(words: str, images: Callable) -> Protocol:
     return Protocol(
         words=f"accuracy by letter; {words}",
-        prompt=choice_prompt,
+        body=choice_body,
         suffix=LETTER,
         scorers={
             "accuracy": replace(EXACT_MATCH, protocol="share of right letters, drawn with a fixed seed where none is named")
@@ -107,7 +107,7 @@ def _by_letter(words: str, images: Callable) -> Protocol:
 def _in_words(words: str, images: Callable) -> Protocol:
     return Protocol(
         words=f"exact match, lower case, without punctuation; {words}",
-        prompt=lambda item: f"{item.question}?{PHRASE}" if not item.question.endswith("?") else item.question + PHRASE,
+        body=lambda item: item.question if item.question.endswith("?") else f"{item.question}?",
         suffix=PHRASE,
         scorers={"exact_match": GQA_EXACT_MATCH},
         max_new_tokens=64,
