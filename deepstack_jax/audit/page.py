@@ -48,7 +48,9 @@ def render_page(
     return environment.get_template("audit.html.j2").render(
         config=config,
         version=__version__,
-        data="synthetic pages" if config.data.source == "pages" else redacted(config.data.train) or ", ".join(config.data.sets),
+        data=f"synthetic {config.data.source}"
+        if config.data.generated
+        else redacted(config.data.train) or ", ".join(config.data.sets),
         tiles=make_tiles(config, found, rows, len(bad)),
         charts=[(name, CAPTIONS[name], {theme: _png(png) for theme, png in chart.items()}) for name, chart in charts.items()],
         sets=survey.by_origin(found.usable),

@@ -10,6 +10,7 @@ from deepstack_jax.config.data import (
     CLIP_MEAN,
     CLIP_STD,
     LIMITS,
+    CardsConfig,
     DataConfig,
     DataSpec,
     ImageConfig,

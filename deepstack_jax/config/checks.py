@@ -122,6 +122,11 @@ def _in_train(config: Config) -> Iterator[str]:
 def _in_data(config: Config) -> Iterator[str]:
     """The sets of a mixture, as far as is seen before a file is opened; rows of several examples, which have one length."""
     data, packing = config.data, config.data.packing
+    for rows, cols in (*data.cards.grids, *data.cards.unseen):
+        if rows % 2 and cols % 2:
+            yield f"config.data.cards has the grid {rows}x{cols}: one side must be even, or digits show in the low-res view"
+    if not data.cards.grids:
+        yield "config.data.cards.grids is empty; name at least one (rows, cols), as ((2, 2),)"
     for name, entry in data.sets.items():
         where, beginning = f"config.data.sets.{label(name)}", "the beginning of a path below the image root, as 'coco/'"
         if not entry.file:

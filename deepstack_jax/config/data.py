@@ -56,6 +56,22 @@ class SyntheticConfig:
     questions: Annotated[int, positive(16)] = 12  # questions about a page
 
 
+Cells = Annotated[int, positive(64)]
+
+
+@dataclass(frozen=True)
+class CardsConfig:
+    """The laboratory's card generator (`data/cards.py`)."""
+
+    seed: Seed = 0  # seed of the cards
+    length: Annotated[int, positive()] = 1_000_000  # cards; they are drawn when asked for
+    questions: Annotated[int, positive(16)] = 16  # questions about a card
+    # Crop grids (rows, cols), one of which each card has the shape of; one of the two numbers is even
+    grids: tuple[tuple[Cells, Cells], ...] = ((2, 2),)
+    unseen: tuple[tuple[Cells, Cells], ...] = ()  # further ones, which held-out cards alone have
+    sharp: bool = True  # False: cards show no more than their low-res view does
+
+
 @dataclass(frozen=True)
 class PackingConfig:
     """Several examples in a row, each attending to itself alone (`data/order/packing.py`)."""
@@ -116,7 +132,8 @@ LIMITS = LimitsConfig()
 class DataConfig:
     """Where examples come from and how they become rows."""
 
-    source: Literal["files", "pages"] = "files"  # files (`data/open.py` lists the formats), or generated pages
+    # files (`data/open.py` lists the formats), or generated: the demo's pages, the laboratory's cards
+    source: Literal["files", "pages", "cards"] = "files"
     root: Annotated[str, SAME_EXAMPLES] = ""  # folder that relative paths below start from
     train: str = ""  # file of training rows; where it names one, `sets` are not looked at
     sets: dict[str, SetConfig] = field(default_factory=dict)  # the mixture to train on, by name
@@ -145,6 +162,12 @@ class DataConfig:
     limits: LimitsConfig = field(default_factory=LimitsConfig)
     packing: PackingConfig = field(default_factory=PackingConfig)
     synthetic: SyntheticConfig = field(default_factory=SyntheticConfig)
+    cards: CardsConfig = field(default_factory=CardsConfig)
+
+    @property
+    def generated(self) -> SyntheticConfig | CardsConfig | None:
+        """The section of a source that draws its examples; None where they come from files."""
+        return {"files": None, "pages": self.synthetic, "cards": self.cards}[self.source]
 
 
 @dataclass(frozen=True)

@@ -31,8 +31,8 @@ UNUSABLE = "-"  # in place of a digest, of what cannot be used: fixed since, it 
 def describe_options(data: DataConfig, split: str, source: Source, shard_rows: int) -> dict[str, Any]:
     """What the bytes of the shards depend on, besides the content of the files; no path of this machine's root."""
     options: dict[str, Any] = {"split": split, "rows": len(source), "shard_rows": shard_rows}
-    if data.source == "pages":
-        return options | {"config.data.synthetic": asdict(data.synthetic)}
+    if data.generated is not None:
+        return options | {f"config.data.{'cards' if data.source == 'cards' else 'synthetic'}": asdict(data.generated)}
     if isinstance(source, Mixture):
         return redacted(options | {f"config.data.sets.{name}": row_choice(entry) for name, entry in data.sets.items()})
     name = data.train if split == "train" else data.validation
@@ -46,7 +46,7 @@ def describe_files(data: DataConfig, split: str, source: Source) -> dict[str, st
 
 def _named(data: DataConfig, split: str, source: Source) -> dict[str, str]:
     """Data file as configured -> its path or URL."""
-    if data.source == "pages":
+    if data.generated is not None:
         return {}
     if isinstance(source, Mixture):
         names = {entry.file for entry in data.sets.values()}
@@ -71,7 +71,7 @@ def describe_data(spec: DataSpec, sources: Mapping[str, Source]) -> dict[str, An
 
 def _look_at(spec: DataSpec, source: Source) -> str:
     data, encoder = spec.data, Encoder(spec)
-    few = data.source == "pages" or any(map(files.is_url, (data.root, data.images, data.train)))
+    few = data.generated is not None or any(map(files.is_url, (data.root, data.images, data.train)))
     rows = np.unique(np.concatenate([_spread(source, count) for count in (LOOKED_AT, LOOKED_AT if few else COMPARED)]))
     seen = []
     for row in map(int, rows):

@@ -9,6 +9,7 @@ from fnmatch import fnmatch
 from functools import partial
 
 from deepstack_jax.config import LIMITS, DataConfig, LimitsConfig
+from deepstack_jax.data.cards import Cards
 from deepstack_jax.data.example import MetadataSource, Source, SourceError
 from deepstack_jax.data.formats import files
 from deepstack_jax.data.formats.file_source import FileSource, Records
@@ -40,9 +41,9 @@ def open_source(data: DataConfig, split: str) -> Source:
     Raises:
       ConfigError: no file is configured, or nothing is there. SourceError: what is there cannot be read as examples.
     """
-    if data.source == "pages":
-        pages = data.synthetic
-        return DocumentPages(pages.seed, pages.length, pages.style, pages.questions, split)
+    if data.generated is not None:
+        drawn = {"pages": DocumentPages, "cards": Cards}[data.source]
+        return drawn(**vars(data.generated), split=split)
     name = data.train if split == "train" else data.validation
     if split == "train" and data.sets and not name:
         return open_mixture(data.sets, data.root, partial(open_files, limits=data.limits))

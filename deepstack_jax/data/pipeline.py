@@ -148,7 +148,7 @@ class TrainingStream(Iterator[HostBatch]):
     def _fingerprint(self) -> dict[str, Any]:
         data = self.spec.data
         sets = sorted((name, row_choice(entry), entry.repeat) for name, entry in data.sets.items())
-        source = data.synthetic if data.source == "pages" else (data.train, data.images) if data.train else sets
+        source = data.generated or ((data.train, data.images) if data.train else sets)
         named = redacted(json.dumps([data.source, str(source)]))
         digest = hashlib.sha256(named.encode()).hexdigest()[:16]
         return {

@@ -49,7 +49,7 @@ class TrainingEvaluation:
     def open(self, train: Source, *, starts: bool) -> None:
         """Open and check the held-out rows, before anything is compiled; raises as `check`."""
         self.train = train
-        if self._config.data.source == "pages" or self._config.data.validation:
+        if self._config.data.generated or self._config.data.validation:
             self.source = open_source(self._config.data, "validation")
             self.check(self.source, starts=starts)
         self._tasks.open(train, starts=starts)

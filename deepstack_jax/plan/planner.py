@@ -132,7 +132,7 @@ def assumed_per_row(spec: DataSpec) -> float:
 
 def known_examples(data: DataConfig) -> int:
     """Examples per epoch that the configuration itself names; 0 = it does not."""
-    if data.source == "pages":
-        return data.synthetic.length
+    if data.generated is not None:
+        return data.generated.length
     sets = () if data.train else data.sets.values()
     return round(sum(one.rows * one.repeat for one in sets)) if all(one.rows for one in sets) else 0

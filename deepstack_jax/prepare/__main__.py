@@ -111,8 +111,8 @@ def chosen_splits(config: Config) -> list[str]:
     asked, data = flags.FLAGS.split, config.data
     if asked not in ("", "both", *SPLITS):
         raise ConfigError(f"--split got {asked!r}, expected train, validation or both")
-    named = ["train"] if data.train or data.sets or data.source == "pages" else []
-    named += ["validation"] if data.validation or data.source == "pages" else []
+    named = ["train"] if data.train or data.sets or data.generated else []
+    named += ["validation"] if data.validation or data.generated else []
     if not asked and named:
         return named
     return list(SPLITS) if asked in ("", "both") else [asked]
