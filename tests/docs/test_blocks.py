@@ -205,7 +205,8 @@ def check_python(words: list[str], folder: Path, variables: dict[str, str], runn
     if module.startswith("deepstack_jax."):
         check_verb(module, rest, folder, variables, runner)
     elif module.startswith("benchmarks."):
-        text = (REPOSITORY / "benchmarks" / f"{module.removeprefix('benchmarks.')}.py").read_text()
+        script = REPOSITORY / module.replace(".", "/")
+        text = (script / "__main__.py" if script.is_dir() else script.with_suffix(".py")).read_text()
         assert all(word.split("=")[0] in text for word in rest if word.startswith("--")), place
     else:
         assert module in ("venv", "lmms_eval"), place  # `test_lmms_eval.py` runs the latter, where it is installed

@@ -1,0 +1,191 @@
+"""Train the injection laboratory's table and write docs/study.md: `python -m benchmarks.study`.
+
+  --only=baseline,start_   rows of these names, or whose names begin so
+  --seeds=3                runs of each row, seeds 0, 1, ...
+  --size=gpu               the larger size (default: cpu)
+  --jobs=2                 runs at once, each with its share of the cores (default: 1)
+  --runs=runs/study        folder of the workdirs
+  --list                   the rows, which of their runs are done, and how long the others will take; trains nothing
+  --report                 writes docs/study.md and its figures from results.jsonl; trains nothing
+  --quick                  the headline rows with a seed of their own, into runs/study/quick: are they as the study's?
+
+Whatever is done is never done again: a finished run is in benchmarks/study/results.jsonl, one that was stopped goes on from its
+last checkpoint. Exit codes: 0 done; 1 a run failed, the others are done; 2 wrong arguments.
+"""
+
+import argparse
+import os
+import queue
+import sys
+import threading
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+
+from benchmarks.study import report
+from benchmarks.study.results import FILE, Run, add_run, by_row, read_runs
+from benchmarks.study.table import DIGITS, ROWS, Row
+from benchmarks.study.train import Job, RunError, train
+from deepstack_jax.printing import Console, plural
+
+STUDY, BASE = "cards", "configs/study.py"
+QUICK_SEED = 100  # none of the study's: --quick draws other cards
+SPREADS, SLACK = 3.0, 0.05  # standard deviations, or share, that a quick run may lie from the study's mean
+GUESSED = 200.0  # seconds of a run, before any is done
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    asked = parse(arguments)
+    console = Console()
+    if asked.report:
+        return report.write(read_runs(asked.results), console)
+    jobs = [
+        Job(STUDY, BASE, asked.size, row, seed)
+        for seed in ([QUICK_SEED] if asked.quick else range(asked.seeds))  # all rows once before any twice
+        for row in chosen(asked.only, asked.quick)
+    ]
+    known = read_runs(asked.results)
+    waiting = [job for job in jobs if not is_done(job, known)]
+    console.print(listed(jobs, known, asked.jobs) if asked.list else estimate(waiting, known, asked.jobs), soft_wrap=True)
+    if asked.list:
+        return 0
+    failed = train_all(waiting, asked.runs / asked.size, asked.results, asked.jobs, console)
+    runs = read_runs(asked.results)
+    if asked.quick:
+        console.print(compared(jobs, runs, read_runs(FILE)))
+    elif asked.results == FILE:
+        report.write(runs, console)
+    return 1 if failed else 0
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    usage, *_ = (__doc__ or "").partition("\n")
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.study", description=usage)
+    parser.add_argument("--only", default="", help="names of rows, or their beginnings, between commas")
+    parser.add_argument("--seeds", type=int, default=3, help="runs of each row (default: %(default)s)")
+    parser.add_argument("--size", choices=("cpu", "gpu"), default="cpu")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at once (default: %(default)s)")
+    parser.add_argument("--runs", type=Path, default=Path("runs/study"), help="folder of the workdirs (default: %(default)s)")
+    parser.add_argument("--results", type=Path, help="file of the results (default: the study's own; with --size=gpu another)")
+    for flag in ("list", "report", "quick"):
+        parser.add_argument(f"--{flag}", action="store_true")
+    asked = parser.parse_args(arguments)
+    if asked.seeds < 1 or asked.jobs < 1:
+        parser.error("--seeds and --jobs are at least 1")
+    if asked.quick:
+        asked.runs /= "quick"
+    if asked.results is None:
+        asked.results = (
+            asked.runs / "results.jsonl" if asked.quick else FILE.with_stem("results" + "_gpu" * (asked.size == "gpu"))
+        )
+    try:
+        chosen(asked.only, asked.quick)
+    except ValueError as error:
+        parser.error(str(error))
+    return asked
+
+
+def chosen(only: str, quick: bool) -> list[Row]:
+    """Rows by their names or beginnings.
+
+    Raises:
+      ValueError: a name that no row has.
+    """
+    rows = [row for row in ROWS.values() if row.quick or not quick]
+    names = [name for name in only.split(",") if name]
+    if unknown := [name for name in names if not any(row.name.startswith(name) for row in rows)]:
+        raise ValueError(f"--only: no row is named, or begins with, {', '.join(unknown)}; --list shows them all")
+    return [row for row in rows if not names or row.name in names or any(row.name.startswith(name) for name in names)]
+
+
+def is_done(job: Job, known: dict[tuple[str, str, int], Run]) -> bool:
+    """Whether the results hold this very configuration."""
+    run = known.get((job.study, job.row.name, job.seed))
+    return run is not None and run.digest == job.digest
+
+
+def seconds_of(job: Job, known: dict[tuple[str, str, int], Run]) -> float:
+    """How long a run takes: as others of its row did, else as all did."""
+    rows = by_row(known, job.study, job.row.name) or [run for run in known.values() if run.study == job.study]
+    return float(np.median([run.seconds for run in rows])) if rows else GUESSED
+
+
+def estimate(waiting: Sequence[Job], known: dict[tuple[str, str, int], Run], at_once: int) -> str:
+    hours = sum(seconds_of(job, known) for job in waiting) / 3600
+    like = "as those before took" if known else f"at {GUESSED:.0f} s each, a guess"
+    return f"{plural(len(waiting), 'run')} to do, about {hours:.1f} hours of computing {like}, {at_once} at once"
+
+
+def listed(jobs: Sequence[Job], known: dict[tuple[str, str, int], Run], at_once: int) -> Table:
+    """Rows, and what of each is done."""
+    waiting = [job for job in jobs if not is_done(job, known)]
+    table = Table("row", "what it is", "done", "seconds a run", box=SIMPLE_HEAD, caption=estimate(waiting, known, at_once))
+    for name in dict.fromkeys(job.row.name for job in jobs):
+        mine = [job for job in jobs if job.row.name == name]
+        done = sum(is_done(job, known) for job in mine)
+        table.add_row(name, mine[0].row.label, f"{done}/{len(mine)}", f"{seconds_of(mine[0], known):.0f}")
+    return table
+
+
+def train_all(jobs: Iterable[Job], folder: Path, results: Path, at_once: int, console: Console) -> int:
+    """Train what is left, each with its own cores; returns how many failed, which stops no other."""
+    shares: queue.Queue[list[int]] = queue.Queue()
+    for cores in shares_of(at_once):
+        shares.put(cores)
+    failed: list[str] = []
+    saving = threading.Lock()
+
+    def one(job: Job) -> None:
+        cores = shares.get()
+        try:
+            run = train(job, folder, cores)
+        except RunError as error:
+            failed.append(job.name)
+            console.print(f"failed: {error}", soft_wrap=True)
+            return
+        finally:
+            shares.put(cores)
+        with saving:
+            results.parent.mkdir(parents=True, exist_ok=True)
+            add_run(run, results)
+            console.print(f"{job.name}: {scores_in_words(run)}, {run.seconds:.0f} s", soft_wrap=True)
+
+    with ThreadPoolExecutor(at_once) as pool:
+        list(pool.map(one, jobs))
+    return len(failed)
+
+
+def shares_of(at_once: int) -> list[list[int]]:
+    """The cores of this machine in equal parts; none for a single run, which takes what there is."""
+    if at_once == 1 or not hasattr(os, "sched_getaffinity"):
+        return [[] for _ in range(at_once)]
+    cores = sorted(os.sched_getaffinity(0))
+    each = max(1, len(cores) // at_once)
+    return [cores[number * each % len(cores) :][:each] for number in range(at_once)]
+
+
+def scores_in_words(run: Run) -> str:
+    return ", ".join(f"{kind} {score:.1%}" for kind, score in run.scores.items())
+
+
+def compared(jobs: Sequence[Job], runs: dict[tuple[str, str, int], Run], study: dict[tuple[str, str, int], Run]) -> Table:
+    """Quick runs beside the study's mean and spread."""
+    table = Table("row", "digits", "the study's", "within its spread", box=SIMPLE_HEAD)
+    for job in jobs:
+        run, others = runs.get((job.study, job.row.name, job.seed)), by_row(study, job.study, job.row.name)
+        if run is None or not others:
+            table.add_row(job.row.label, "-" if run is None else f"{run.score(DIGITS):.1%}", "-", "no runs to compare")
+            continue
+        scores = [one.score(DIGITS) for one in others]
+        mean, spread = float(np.mean(scores)), float(np.std(scores, ddof=1)) if len(scores) > 1 else 0.0
+        inside = abs(run.score(DIGITS) - mean) <= max(SPREADS * spread, SLACK)
+        table.add_row(job.row.label, f"{run.score(DIGITS):.1%}", f"{mean:.1%} ± {spread:.1%}", "yes" if inside else "no")
+    return table
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,202 @@
+"""docs/study.md and its figures, out of the results alone."""
+
+import inspect
+import math
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+
+from benchmarks.study import figures, verdict
+from benchmarks.study.results import WINDOW, Run, by_row
+from benchmarks.study.table import CLAIMS, DIGITS, ROWS, Claim, Row
+from benchmarks.study.train import SEEDS, Job
+from benchmarks.study.verdict import BY_SPEED, CONTRADICTED, NO_RUNS, NOT_SHOWN, SHOWN, Judged, judge_claim
+from deepstack_jax.atomic import write_whole
+from deepstack_jax.data.cards import CHANCE
+from deepstack_jax.printing import Console
+
+Runs = Mapping[tuple[str, str, int], Run]
+REPOSITORY = Path(__file__).parents[2]
+TEMPLATE = Path(__file__).with_name("study.md.j2")
+STUDY, BASE = "cards", "configs/study.py"
+WANTED_SEEDS = 3
+KINDS = (
+    {"name": "coarse", "question": "which colour has the box at this place?", "takes": "the low-res view"},
+    {"name": "fine", "question": "which digit is in the box at this place?", "takes": "crops, found by position"},
+    {
+        "name": "cued",
+        "question": "which digit is in the box of this colour?",
+        "takes": "crops, found by what the low-res view shows",
+    },
+    {
+        "name": "before",
+        "question": "which digit is in the box before that of this colour, in reading order?",
+        "takes": "a second step of attention after the digit was injected",
+    },
+)
+WORDS = {
+    SHOWN: "holds",
+    BY_SPEED: "holds, in speed of learning",
+    NOT_SHOWN: "not shown",
+    CONTRADICTED: "contradicted",
+    NO_RUNS: "not run yet",
+}
+# A figure of some claims: file, what it shows, and how it is drawn
+_START = [(0, "start_0"), (1, "deepstack"), *((start, f"start_{start}") for start in (2, 4, 6, 8, 10))]
+_GROUPS = [(0, "baseline"), (1, "groups_1"), (2, "groups_2"), (4, "deepstack"), (9, "groups_9")]
+FIGURES = {
+    "high_res": ("study-curves.png", "Accuracy over the steps of training", figures.draw_curves),
+    "string": (
+        "study-costs.png",
+        "Exact match against FLOPs, memory and time of a step",
+        lambda runs, study: figures.draw_costs(runs, study, ("baseline", "deepstack", "string")),
+    ),
+    "start": (
+        "study-start.png",
+        "Exact match over the layer at which the injection starts",
+        lambda runs, study: figures.draw_along(runs, study, _START, "where the injection starts", "layer of the first group"),
+    ),
+    "groups": (
+        "study-groups.png",
+        "Exact match over the number of groups",
+        lambda runs, study: figures.draw_along(runs, study, _GROUPS, "how many groups are injected", "groups"),
+    ),
+}
+
+
+def write(runs: Runs, console: Console, folder: Path = REPOSITORY / "docs") -> int:
+    """Write the page and its figures; returns the exit code."""
+    mine = {key: run for key, run in runs.items() if key[0] == STUDY}
+    if not mine:
+        console.print("no run is done yet: nothing to write")
+        return 1
+    (folder / "images").mkdir(parents=True, exist_ok=True)
+    figures.save(figures.draw_scores(mine, STUDY), folder / "images" / "study-scores.png")
+    for name, (file, _, draw) in FIGURES.items():
+        if any(by_row(mine, STUDY, row) for row in _claim(name).rows):
+            figures.save(draw(mine, STUDY), folder / "images" / file)
+    write_whole(folder / "study.md", page(mine))
+    console.print(f"written to {folder}: study.md and images/study-*.png", soft_wrap=True)
+    return 0
+
+
+def page(runs: Runs) -> str:
+    """docs/study.md as text."""
+    any_run = next(iter(runs.values()))
+    environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined, autoescape=False)
+    reference = by_row(runs, STUDY, "deepstack") or [any_run]
+    config = Job(STUDY, BASE, "cpu", ROWS["deepstack"], 0).config
+    text = environment.from_string(TEMPLATE.read_text()).render(
+        complete=len(runs) == WANTED_SEEDS * len(ROWS),
+        done=len(runs),
+        wanted=WANTED_SEEDS * len(ROWS),
+        claims=[_shown(claim, runs) for claim in CLAIMS],
+        kinds=[one | {"chance": f"{CHANCE[one['name']]:.1%}"} for one in KINDS],
+        window=WINDOW,
+        parameters=f"{reference[0].parameters:,}",
+        steps=reference[0].steps,
+        batch=config.train.batch_size,
+        held_out=config.evaluation.examples,
+        seeds=", ".join(map(str, sorted({run.seed for run in runs.values()}))),
+        where="",
+        rule=_rule(),
+        chances=[f"{np.mean([CHANCE[kind] for kind in DIGITS]):.0%}", *(f"{CHANCE[one['name']]:.0%}" for one in KINDS)],
+        base=BASE,
+        size="cpu",
+        seed_flags=" ".join(f"`--config.{key}=SEED`" for key in SEEDS),
+        flags=[{"label": row.label, "flags": _flags(row)} for row in ROWS.values()],
+        versions=", ".join(f"{name} {number}" for name, number in any_run.versions.items()),
+    )
+    return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
+
+
+def _claim(name: str) -> Claim:
+    return next(claim for claim in CLAIMS if claim.name == name)
+
+
+def _rule() -> str:
+    """The docstring of the module that judges, with its numbers."""
+    text = inspect.cleandoc(verdict.__doc__ or "").partition("\n\n")[2]
+    for name in ("LEAST", "NEAR", "ALIKE"):
+        text = re.sub(rf"\b{name}\b", f"{getattr(verdict, name):.2f}", text)
+    return re.sub(r"^  (above|near) +", r"* **\1**: ", text, flags=re.MULTILINE)
+
+
+def _shown(claim: Claim, runs: Runs) -> dict[str, Any]:
+    """What the page says of a claim."""
+    found, judged = judge_claim(claim, runs, STUDY)
+    rows = [ROWS[name] for name in claim.rows]
+    figure = FIGURES.get(claim.name)
+    return {
+        "claim": claim,
+        "anchor": re.sub(r"[^a-z0-9]+", "-", claim.title.lower()).strip("-"),
+        "verdict": WORDS[found],
+        "reason": claim.likely if found in (NOT_SHOWN, CONTRADICTED) else "",
+        "rows": [line for row in rows for line in _row(row, by_row(runs, STUDY, row.name))],
+        "comparisons": [_comparison(one) for one in judged],
+        "notes": "; ".join(f"{row.label}: {row.note}" for row in rows if row.note),
+        "figure": {"file": figure[0], "text": figure[1]} if figure and found != NO_RUNS else None,
+    }
+
+
+def _row(row: Row, found: list[Run]) -> Iterator[list[str]]:
+    """The lines of a row's table: a second one for the kinds of grids that training had not."""
+    if not found:
+        yield [row.label, *["-"] * 10]
+        return
+    one, steps = found[0], [run.reached() for run in found]
+    costs = [
+        f"{one.parameters:,}",
+        f"{one.flops / 1e9:.1f}",
+        f"{one.memory / 2**20:.0f}",
+        _mean([run.seconds_per_step for run in found]),
+    ]
+    yield [row.label, *_scores(found, ""), _steps(steps), *costs]
+    if any(kind.endswith("_unseen") for kind in one.scores):
+        yield [f"{row.label}: the held-out grids", *_scores(found, "_unseen"), *[""] * 5]
+
+
+def _scores(found: list[Run], ending: str) -> list[str]:
+    digits = [run.score([f"{kind}{ending}" for kind in DIGITS]) for run in found]
+    return [_spread(digits), *(_spread([run.scores[f"{one['name']}{ending}"] for run in found]) for one in KINDS)]
+
+
+def _spread(scores: list[float]) -> str:
+    deviation = f" ± {np.std(scores, ddof=1):.1%}" if len(scores) > 1 else ""
+    return f"{np.mean(scores):.1%}{deviation}"
+
+
+def _steps(steps: list[int | None]) -> str:
+    return ", ".join("never" if step is None else str(step) for step in steps)
+
+
+def _mean(values: list[float | None]) -> str:
+    known = [value for value in values if value is not None]
+    return f"{np.mean(known):.3f}" if known else "-"
+
+
+def _comparison(one: Judged) -> list[str]:
+    sides = [ROWS[side.row].label for side in (one.comparison.first, one.comparison.second)]
+    if one.comparison.first.row == one.comparison.second.row:
+        sides = ["grids that training had not", "grids that it had"]
+    words = {"above": "more than", "near": "no less than"}[one.comparison.expected]
+    if one.verdict == NO_RUNS:
+        return [f"{sides[0]} {words} {sides[1]}", "", NO_RUNS]
+    margin = f" ± {one.margin:.1%}" if math.isfinite(one.margin) else ", one seed"
+    faster = f"; {one.faster:.2f} times as fast" if math.isfinite(one.faster) else ""
+    return [f"{sides[0]} {words} {sides[1]}", f"{one.mean:+.1%}{margin}{faster}", one.verdict]
+
+
+def _flags(row: Row) -> str:
+    """What is changed, as it is typed."""
+    return (
+        " ".join(
+            f'`--config.{key}="{value}"`' if isinstance(value, tuple) else f"`--config.{key}={value}`"
+            for key, value in row.changes.items()
+        )
+        or "none"
+    )

@@ -1,0 +1,238 @@
+"""What is trained and why: a row is a configuration, a claim compares rows, and a rule, not a person, says whether it holds."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from deepstack_jax.data.cards import BOXES
+
+DIGITS = ("fine", "cued", "before")  # kinds of questions whose answers are digits, in the crops alone
+
+
+@dataclass(frozen=True)
+class Row:
+    """One configuration: a base, and what is changed in it."""
+
+    name: str  # of its runs' folders, NAME-SEED
+    label: str  # in tables and figures
+    changes: Mapping[str, Any] = field(default_factory=dict)  # key of the configuration, without "config." -> value
+    note: str = ""  # what is not equal to the other rows, where something is not
+    quick: bool = False  # whether it is one of the headline rows, which --quick trains
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What of a row is compared: the mean of its held-out exact match over kinds of questions."""
+
+    row: str
+    kinds: tuple[str, ...] = DIGITS
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """An expectation about two rows, paired by seed."""
+
+    first: Scores
+    second: Scores
+    expected: str  # "above": the first scores more; "near": no more than NEAR less
+    speed: bool = False  # whether, where both end alike, fewer steps decide
+
+    @property
+    def name(self) -> str:
+        return f"{self.first.row} {self.expected} {self.second.row}"
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A sentence that the numbers may bear out, and those that it is about."""
+
+    name: str
+    title: str
+    sentence: str
+    rows: tuple[str, ...]  # shown in its table, in order
+    comparisons: tuple[Comparison, ...]  # all of which must hold
+    remark: str = ""  # what a reader has to know about the rows, true whatever the numbers are
+    likely: str = ""  # the likely reason where the claim does not show
+
+
+def above(first: str, second: str, kinds: tuple[str, ...] = DIGITS, *, speed: bool = False) -> Comparison:
+    return Comparison(Scores(first, kinds), Scores(second, kinds), "above", speed)
+
+
+def near(first: str, second: str, kinds: tuple[str, ...] = DIGITS) -> Comparison:
+    return Comparison(Scores(first, kinds), Scores(second, kinds), "near")
+
+
+_LOW_RES = {"image.mode": "stretch", "deepstack.stack": "none"}
+_WIDE = {"data.cards.grids": ((1, 2),), "image.grid": "square", "image.crop_filter": "nearest"}
+_V = {"deepstack.into": "vision", "image.grid": "square"}
+_LAYERS = 12
+_FIRST, _FIRST_TWO = ((-1, *range(groups), *[-1] * (_LAYERS - 1 - groups)) for groups in (1, 2))
+_STARTS = (0, 2, 4, 6, 8, 10)
+
+_ROWS = (
+    Row("baseline", "low-res alone (LLaVA's form)", _LOW_RES, quick=True),
+    Row("deepstack", "DeepStack-L", quick=True),
+    Row("dummy", "dummy stack: the low-res tokens again", {"deepstack.stack": "dummy"}, quick=True),
+    Row(
+        "only_global", "nothing in the sequence, low-res injected", {"deepstack.sequence": "zero", "deepstack.stack": "global"}
+    ),
+    Row("upsampled", "DeepStack-L over low-res cards, enlarged", {"data.cards.sharp": False}),
+    Row(
+        "string",
+        "all tokens in the sequence",
+        {
+            "deepstack.sequence": "global_crops",
+            "deepstack.stack": "none",
+            "data.max_length": BOXES * (1 + 4) + 2 * BOXES + 8,
+        },
+        note="five times the visual tokens in the sequence",
+        quick=True,
+    ),
+    Row("sampling_1d", "1d sampling", {"deepstack.sampling": "1d"}),
+    Row("sampling_grid", "grid sampling", {"deepstack.sampling": "grid"}, quick=True),
+    *(
+        Row(
+            f"start_{start}",
+            f"start at layer {start}",
+            {"deepstack.start": start},
+            note="two of the four groups fall past the last layer" if start > _LAYERS - 4 else "",
+        )
+        for start in _STARTS
+    ),
+    *(Row(f"interval_{gap}", f"interval {gap}", {"deepstack.interval": gap}) for gap in (2, 3)),
+    Row("groups_1", "1 of the 4 groups", {"deepstack.schedule": _FIRST}, note="a quarter of the crops' tokens"),
+    Row("groups_2", "2 of the 4 groups", {"deepstack.schedule": _FIRST_TWO}, note="half of the crops' tokens"),
+    Row(
+        "groups_9",
+        "9 groups, crops of 3x3",
+        {"image.num_crops": 9, "image.grid": "square"},
+        note="nine crops, enlarged 1.5 times: more tokens, no more detail",
+    ),
+    *(
+        Row(
+            f"vision_{start}",
+            f"DeepStack-V from tower layer {start}",
+            _V | {"deepstack.vision_start": start},
+            note="crops run through the tower up to that layer only",
+        )
+        for start in (0, 1, 2)
+    ),
+    Row("wide_stretched", "wide cards, both views stretched", _WIDE),
+    Row("wide_letterboxed", "wide cards, crops letterboxed", _WIDE | {"image.fit": "letterbox"}),
+    Row(
+        "grids",
+        "cards of 1x2, 2x1 and 2x2 crops; 1x4 and 4x1 held out",
+        {"data.cards.grids": ((1, 2), (2, 1), (2, 2)), "data.cards.unseen": ((1, 4), (4, 1))},
+    ),
+    Row(
+        "taps",
+        "taps of the low-res tower alone",
+        {"image.mode": "stretch", "deepstack.stack": "taps", "deepstack.taps": ((1, 1), (2, 2), (3, 3), (4, 4))},
+        note="a merger for each tap",
+    ),
+    Row(
+        "crops_taps",
+        "crops, and taps",
+        {"deepstack.stack": "crops_taps", "deepstack.taps": ((1, 5), (2, 6), (3, 7), (4, 8))},
+        note="a merger for each tap",
+    ),
+)
+ROWS = {row.name: row for row in _ROWS}
+
+_UNSEEN = tuple(f"{kind}_unseen" for kind in DIGITS)
+CLAIMS = (
+    Claim(
+        "high_res",
+        "High resolution in the stack",
+        "High-resolution tokens in the stack beat the same context without them.",
+        ("baseline", "deepstack"),
+        (above("deepstack", "baseline"),),
+        "Digits are not in the low-res view, by construction: the question is whether the stack is read at all.",
+    ),
+    Claim(
+        "information",
+        "Information, not additions",
+        "What helps is what the crops show, not that something is added to more layers.",
+        ("deepstack", "dummy", "only_global", "upsampled", "baseline"),
+        (
+            *(above("deepstack", other) for other in ("dummy", "only_global", "upsampled")),
+            *(near("baseline", other) for other in ("dummy", "only_global", "upsampled")),
+        ),
+    ),
+    Claim(
+        "string",
+        "Stack against string",
+        "A stack is nearly as good as all tokens in the sequence, and far cheaper.",
+        ("baseline", "deepstack", "string"),
+        (near("deepstack", "string"),),
+        "FLOPs and memory are those that `plan` counts for a step of training, seconds those measured.",
+    ),
+    Claim(
+        "sampling",
+        "Order of sampling",
+        "2d dilated sampling beats 1d and grid.",
+        ("deepstack", "sampling_1d", "sampling_grid"),
+        (above("deepstack", "sampling_1d", speed=True), above("deepstack", "sampling_grid", speed=True)),
+        "Only in 2d order is everything that is added at a position about the box that the position shows.",
+    ),
+    Claim(
+        "start",
+        "Where the injection starts",
+        "Early layers are good, and a late injection collapses.",
+        ("start_0", "deepstack", *(f"start_{start}" for start in _STARTS[1:])),
+        (near("start_2", "deepstack"), *(above("deepstack", f"start_{start}", speed=True) for start in (8, 10))),
+        "DeepStack-L starts at layer 1. From layer 10 on two of the groups have no layer.",
+    ),
+    Claim(
+        "interval",
+        "Interval between the layers",
+        "The interval from one group's layer to the next matters little.",
+        ("deepstack", "interval_2", "interval_3"),
+        tuple(near(*pair) for gap in (2, 3) for pair in (("deepstack", f"interval_{gap}"), (f"interval_{gap}", "deepstack"))),
+    ),
+    Claim(
+        "groups",
+        "Number of groups",
+        "More groups help, up to a point.",
+        ("baseline", "groups_1", "groups_2", "deepstack", "groups_9"),
+        (
+            above("groups_1", "baseline"),
+            above("groups_2", "groups_1"),
+            above("deepstack", "groups_2"),
+            near("deepstack", "groups_9"),
+        ),
+        "A box's digit is in one of the four groups: with one of them a quarter of the digits can be read, with two half.",
+    ),
+    Claim(
+        "vision",
+        "Inside the vision tower",
+        "DeepStack-V, crops into the tower, works too, and better from later layers.",
+        ("baseline", "vision_0", "vision_1", "vision_2", "deepstack"),
+        (above("vision_2", "baseline"), above("vision_2", "vision_0", speed=True)),
+        "The tower is trained from nothing here; the paper's is pretrained, and early layers of it expect one picture.",
+    ),
+    Claim(
+        "consistent",
+        "One resize for both views",
+        "Crops that are stretched as the global view is beat letterboxed ones.",
+        ("wide_stretched", "wide_letterboxed"),
+        (above("wide_stretched", "wide_letterboxed", speed=True),),
+        "Cards of 1x2 crops on a canvas of 2x2.",
+    ),
+    Claim(
+        "grids",
+        "Crop grids that training did not have",
+        "A model reads pages whose crop grid it was not trained on.",
+        ("grids",),
+        (Comparison(Scores("grids", _UNSEEN), Scores("grids"), "near"),),
+        "Scores on held-out cards of the grids that training had, and of those that it had not.",
+    ),
+    Claim(
+        "taps",
+        "Taps are no substitute for pixels",
+        "Layers of the low-res tower into layers of the decoder (Qwen3-VL's form) do not replace crops.",
+        ("baseline", "taps", "crops_taps", "deepstack"),
+        (above("deepstack", "taps"), near("baseline", "taps"), near("crops_taps", "deepstack")),
+    ),
+)

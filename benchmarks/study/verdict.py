@@ -1,0 +1,92 @@
+"""Whether a claim holds, computed from the scores of its rows by one rule for all claims.
+
+Two rows are compared by the differences of their runs of the same seed, which had the same examples, questions and first
+weights as far as both have them. Of these differences the mean and its 95% interval (Student's t) are taken:
+
+  above  the interval lies above 0, the mean is LEAST or more: shown. Below 0, the mean -LEAST or less: contradicted.
+  near   the interval lies above -NEAR: shown. Below -NEAR: contradicted.
+
+Anything else is not shown. Where two rows end alike (both within ALIKE of each other) and the claim is one of learning too,
+the steps to 90% decide instead: the interval of the logarithm of their ratio lies on one side of 0.
+A claim holds if all its comparisons are shown, and is contradicted if one of them is.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from benchmarks.study.results import Run, by_row
+from benchmarks.study.table import Claim, Comparison
+
+LEAST = 0.02  # of exact match: a smaller difference is none worth a claim, however sure
+NEAR = 0.05  # of exact match: "nearly as good"
+ALIKE = 0.02
+# 97.5% quantile of Student's t, by degrees of freedom: a table of it is all that scipy would be needed for.
+_T = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
+SHOWN, NOT_SHOWN, CONTRADICTED, NO_RUNS = "shown", "not shown", "contradicted", "no runs"
+BY_SPEED = "shown by speed"
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A comparison and what the numbers say of it."""
+
+    comparison: Comparison
+    verdict: str
+    mean: float = math.nan  # of the differences of exact match
+    margin: float = math.nan  # half of the interval
+    faster: float = math.nan  # how many times the steps of the first the second took to 90%, where that decided
+    seeds: int = 0
+
+
+def interval(differences: Sequence[float]) -> tuple[float, float]:
+    """Mean and half of the 95% interval, infinite for a single difference."""
+    values = np.asarray(differences, float)
+    if len(values) < 2:
+        return float(values.mean()), math.inf
+    t = _T.get(len(values) - 1, 1.96)
+    return float(values.mean()), float(t * values.std(ddof=1) / math.sqrt(len(values)))
+
+
+def judge(comparison: Comparison, runs: Mapping[tuple[str, str, int], Run], study: str) -> Judged:
+    """One comparison, over the seeds that both rows have."""
+    first, second = ({run.seed: run for run in by_row(runs, study, side.row)} for side in (comparison.first, comparison.second))
+    seeds = sorted(first.keys() & second.keys())
+    if not seeds:
+        return Judged(comparison, NO_RUNS)
+    differences = [first[seed].score(comparison.first.kinds) - second[seed].score(comparison.second.kinds) for seed in seeds]
+    mean, margin = interval(differences)
+    if comparison.expected == "near":
+        verdict = SHOWN if mean - margin > -NEAR else CONTRADICTED if mean + margin < -NEAR else NOT_SHOWN
+    elif mean - margin > 0 and mean >= LEAST:
+        verdict = SHOWN
+    elif mean + margin < 0 and mean <= -LEAST:
+        verdict = CONTRADICTED
+    else:
+        verdict = NOT_SHOWN
+    judged = Judged(comparison, verdict, mean, margin, seeds=len(seeds))
+    if comparison.speed and verdict == NOT_SHOWN and max(map(abs, differences)) <= ALIKE:
+        return _by_speed(judged, [first[seed] for seed in seeds], [second[seed] for seed in seeds])
+    return judged
+
+
+def _by_speed(judged: Judged, first: Sequence[Run], second: Sequence[Run]) -> Judged:
+    """Rows that end alike, compared by their steps to 90%."""
+    steps = [(one.reached(), other.reached()) for one, other in zip(first, second, strict=True)]
+    if any(None in pair for pair in steps):
+        return judged
+    mean, margin = interval([math.log(theirs / ours) for ours, theirs in steps if ours and theirs])
+    verdict = BY_SPEED if mean - margin > 0 else CONTRADICTED if mean + margin < 0 else NOT_SHOWN
+    return Judged(judged.comparison, verdict, judged.mean, judged.margin, math.exp(mean), judged.seeds)
+
+
+def judge_claim(claim: Claim, runs: Mapping[tuple[str, str, int], Run], study: str) -> tuple[str, list[Judged]]:
+    """The verdict about a claim, and those about its comparisons."""
+    judged = [judge(comparison, runs, study) for comparison in claim.comparisons]
+    verdicts = [one.verdict for one in judged]
+    for word in (CONTRADICTED, NO_RUNS, NOT_SHOWN, BY_SPEED):
+        if word in verdicts:
+            return word, judged
+    return SHOWN, judged
