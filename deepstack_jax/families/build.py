@@ -11,16 +11,26 @@ from deepstack_jax.model.deepstack import DeepStack
 from deepstack_jax.model.variants import DeepStackV, HighResDeepStack, PooledDeepStack
 
 
-def build_model(config: Config, attend: AttentionFn = dot_product, keep_inputs: bool = False, **more: Any) -> DeepStack:
-    """The model that a run's configuration describes; `more`: further fields of DeepStack, such as `crop_shards`.
+def build_model(
+    config: Config,
+    attend: AttentionFn = dot_product,
+    tower_attend: AttentionFn = dot_product,
+    *,
+    keep_inputs: bool = False,
+    **more: Any,
+) -> DeepStack:
+    """The model that a run's configuration describes.
 
-    `keep_inputs`: also give back the input of every decoder layer.
+    Args:
+      attend, tower_attend: attention of the decoder and of the tower.
+      keep_inputs: also give back the input of every decoder layer.
+      more: further fields of DeepStack, such as `crop_shards`.
     """
     stack, views, dtype = config.deepstack, config.layout.max_views, jnp.dtype(config.train.compute_dtype)
     tower, shards = tower_of(config), more.get("crop_shards", (1, 1))
     tapped = stack.tapped(config.vision)
     settings = {
-        "vision_tower": tower.build(config, attend=attend, dtype=dtype, crop_shards=shards, tapped=tapped),
+        "vision_tower": tower.build(config, attend=tower_attend, dtype=dtype, crop_shards=shards, tapped=tapped),
         "layers": decoder_of(config).build(config, attend=attend, dtype=dtype, keep_inputs=keep_inputs),
         "image": config.image,
         "vision": config.vision,

@@ -26,7 +26,14 @@ class Segments:
     window: int = struct.field(pytree_node=False, default=0)
 
 
-AttentionMask = Segments | Bool[Array, "B 1 T S"] | None  # None = everything
+@struct.dataclass
+class Everything:
+    """Every token sees every other of its row, as in a picture."""
+
+    axes: tuple[str, str] = struct.field(pytree_node=False)  # logical axes of the rows and the heads, for kernels of a mesh
+
+
+AttentionMask = Segments | Everything | Bool[Array, "B 1 T S"] | None  # None = everything, on one device
 
 
 @runtime_checkable
@@ -44,7 +51,13 @@ def dot_product(q: Array, k: Array, v: Array, mask: AttentionMask) -> Array:
     Heads come before tokens in every product. `jax.nn.dot_product_attention` puts them after, and its gradient takes 1.1 to
     1.7 times as long on a CPU, in transposes.
     """
-    visible = causal_segment_mask(mask.segment_ids, mask.positions, mask.window) if isinstance(mask, Segments) else mask
+    match mask:
+        case Segments():
+            visible = causal_segment_mask(mask.segment_ids, mask.positions, mask.window)
+        case Everything():
+            visible = None
+        case _:
+            visible = mask
     rows, length, heads, width = q.shape
     kv_heads = k.shape[2]
     q = q.reshape(rows, length, kv_heads, heads // kv_heads, width).transpose(0, 2, 3, 1, 4)  # [B, K, N / K, T, H]

@@ -11,7 +11,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Num
 
 from deepstack_jax.config import VisionConfig
-from deepstack_jax.model.attention import AttentionFn, AttentionMask
+from deepstack_jax.model.attention import AttentionFn, AttentionMask, Everything
 from deepstack_jax.model.layers import ACTIVATIONS, layer_norm, linear, take_rows
 from deepstack_jax.model.merge import STACK_AXES, VisualIndex, inject
 from deepstack_jax.types import HostOrDevice
@@ -33,7 +33,7 @@ class EncoderLayer(nn.Module):
     def __call__(
         self, x: Float[Array, "Z A E"], axes: tuple[str, str, str] = CROP_AXES, mask: AttentionMask = None
     ) -> Float[Array, "Z A E"]:
-        """`axes` are the logical axes of pictures, heads and mlp."""
+        """`axes` are the logical axes of pictures, heads and mlp; `mask` is what tokens see, None = all of their picture."""
         cfg = self.config
         pictures, head_axis, mlp_axis = axes
         heads, scale = (cfg.heads, cfg.width // cfg.heads), 1 / (2 * cfg.layers)
@@ -43,7 +43,7 @@ class EncoderLayer(nn.Module):
             nn.with_logical_constraint(linear(heads, in_axes, bias=True, dtype=self.dtype, name=name)(y), head_axes)
             for name in ("q", "k", "v")
         )
-        y = self.attend(q, k, v, mask)
+        y = self.attend(q, k, v, Everything((pictures, head_axis)) if mask is None else mask)
         out_axes = ("vision_heads", "head_dim", "vision_embed")
         x = x + linear(cfg.width, out_axes, inputs=2, bias=True, scale=scale, dtype=self.dtype, name="o")(y)
         y = layer_norm(cfg.norm_eps, self.dtype, "norm2")(x)

@@ -1,51 +1,106 @@
 """Attention kernels, chosen by the kind of the mesh's devices, which need not be those of this machine."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.sharding import Mesh, PartitionSpec
 
-from deepstack_jax.model.attention import AttentionFn, AttentionMask, Segments, causal_segment_mask, dot_product
-from deepstack_jax.parallel.rules import BATCH_AXES
+from deepstack_jax.config import Config
+from deepstack_jax.model.attention import (
+    AttentionFn,
+    AttentionMask,
+    Everything,
+    Segments,
+    causal_segment_mask,
+    dot_product,
+)
+from deepstack_jax.parallel.cudnn import NEWEST, has_packed_form, installed_cudnn, packed_attention
+from deepstack_jax.parallel.rules import ACTIVATION_RULES, BATCH_AXES
 
-Kernel = Literal["splash", "cudnn", "xla"]
+# "cudnn" computes nothing that is masked; "cudnn_mask" is the same library told of segments by a mask [B, 1, T, T].
+Kernel = Literal["splash", "cudnn", "cudnn_mask", "xla"]
 _BLOCKS = (512, 256, 128)  # of queries and keys that a TPU holds at once; the largest that divides is the fastest
+_WHOLE = (1024, 896, 768, 640, 384)  # of pictures, whose sides of 14 or 16 pixels fill no power of two
 _LANES = 128
 _ROWS = PartitionSpec(BATCH_AXES, None)
-_HEADS = PartitionSpec(BATCH_AXES, None, "tensor", None)
 
 
-def kernel_for(platform: str, dtype: str, head_dim: int) -> Kernel:
-    """The kernel of training attention on devices of a platform: "tpu", "gpu" or "cpu".
+class Kernels(NamedTuple):
+    """Those of a model."""
 
-    The tower, whose 577 tokens need no mask, and decoding with a cache take XLA's everywhere.
+    decoder: Kernel
+    tower: Kernel
+
+    @property
+    def scores_exist(self) -> bool:
+        """Whether the decoder's attention makes its [T, S] scores, as XLA's does; flash kernels hold a block at a time."""
+        return self.decoder == "xla"
+
+    @property
+    def tower_scores_exist(self) -> bool:
+        """The same of the tower's."""
+        return self.tower == "xla"
+
+    @property
+    def masked_computed(self) -> bool:
+        """Whether the decoder's scores that the mask hides are computed."""
+        return self.decoder in ("xla", "cudnn_mask")
+
+
+def kernels_for(platform: str, config: Config) -> Kernels:
+    """The kernels of training."""
+    dtype, vision = config.train.compute_dtype, config.vision
+    return Kernels(
+        kernel_for(platform, dtype, config.decoder.head_dim, packed=config.data.packing.enabled),
+        kernel_for(platform, dtype, vision.width // vision.heads, packed=False),
+    )
+
+
+def kernel_for(platform: str, dtype: str, head_dim: int, *, packed: bool) -> Kernel:
+    """The kernel of attention on devices of a platform: "tpu", "gpu" or "cpu"; decoding with a cache takes XLA's everywhere.
+
+    Args:
+      packed: whether rows hold several segments.
     """
     if platform == "tpu":
         return "splash"
-    if platform == "gpu" and dtype == "bfloat16" and head_dim % 8 == 0 and head_dim <= _widest_head():
-        return "cudnn"
-    return "xla"
+    if platform != "gpu" or dtype != "bfloat16":
+        return "xla"
+    capability, cudnn = _gpu()
+    widest = 256 if capability >= 9 else 128 if capability >= 8 else 0
+    if head_dim % 8 or head_dim > widest:
+        return "xla"
+    return "cudnn" if not packed or (capability >= 9 and has_packed_form(cudnn)) else "cudnn_mask"
 
 
-def _widest_head() -> int:
-    """Of cuDNN's attention on this machine's GPUs, 0 where it has none; of the newest where no GPU is here, as `plan` asks."""
+def _gpu() -> tuple[int, int]:
+    """Compute capability (first number, 0 of AMD's) of this machine's GPUs, and its cuDNN; the newest where none is here."""
     try:
         capability = jax.local_devices(backend="gpu")[0].compute_capability
     except RuntimeError:
-        return 256
+        return 10, NEWEST
     major = capability.split(".")[0]  # AMD's have a name, not a number
-    return (256 if int(major) >= 9 else 128 if int(major) >= 8 else 0) if major.isdigit() else 0
+    return int(major) if major.isdigit() else 0, installed_cudnn()
 
 
-def attention_for(kernel: Kernel, mesh: Mesh, *, packed: bool) -> AttentionFn:
-    """Training attention on `mesh`, of rows that hold several segments where `packed`."""
-    if kernel == "splash":
-        return SplashAttention(mesh)
-    return CudnnAttention(mesh, packed) if kernel == "cudnn" else dot_product
+def attention_for(kernel: Kernel, mesh: Mesh, *, segments: int = 1) -> AttentionFn:
+    """Attention on `mesh`, without a cache.
+
+    Args:
+      segments: most segments of a row, its padding included; 1 = rows hold one example, padded on the right.
+    """
+    match kernel:
+        case "splash":
+            return SplashAttention(mesh)
+        case "cudnn" | "cudnn_mask":
+            return CudnnAttention(mesh, segments, masked=kernel == "cudnn_mask")
+        case "xla":
+            return dot_product
 
 
 @dataclass(frozen=True)
@@ -56,52 +111,41 @@ class SplashAttention:
     interpret: bool = False  # emulate the kernel, on a machine without TPUs
 
     def __call__(self, q: Array, k: Array, v: Array, mask: AttentionMask) -> Array:
-        def local(q: Array, k: Array, v: Array, mask: Segments) -> Array:
-            return _splash(q, k, v, jnp.asarray(mask.segment_ids), mask.window, self.interpret)
+        return _on_each_device(self._local, self.mesh, q, k, v, mask)
 
-        return _on_each_device(local, self.mesh, q, k, v, mask)
+    def _local(self, q: Array, k: Array, v: Array, mask: Segments | Everything) -> Array:
+        """Attention of one device's rows and heads; within a segment positions are consecutive, so a window counts places."""
+        # Pallas takes most of a second to import, which only a TPU's program needs.
+        from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+        from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
+        rows, length, heads, head_dim = q.shape
+        pad = -length % _LANES
+        q, k, v = (jnp.pad(x, ((0, 0), (0, pad), (0, 0), (0, 0))).swapaxes(1, 2) for x in (q * head_dim**-0.5, k, v))
+        shape = length + pad, length + pad
+        if isinstance(mask, Segments):
+            segment_ids, blocks = jnp.asarray(mask.segment_ids), _BLOCKS
+            one = masks.LocalMask(shape, (mask.window, 0), 0) if mask.window else masks.CausalMask(shape)
+        else:  # a picture is small: all of it at once
+            segment_ids, blocks = jnp.ones((rows, length), jnp.int32), (*_WHOLE, *_BLOCKS)
+            one = masks.FullMask(shape)
+        segment_ids = jnp.pad(segment_ids, ((0, 0), (0, pad)))
+        block = next(size for size in blocks if shape[0] % size == 0)
+        kernel = splash.make_splash_mha(
+            masks.MultiHeadMask([one] * heads),
+            block_sizes=splash.BlockSizes(
+                block_q=block, block_kv=block, block_q_dkv=block, block_kv_dkv=block, block_q_dq=block, block_kv_dq=block
+            ),
+            head_shards=1,
+            q_seq_shards=1,
+            interpret=self.interpret,
+        )
 
-def _on_each_device(
-    local: Callable[[Array, Array, Array, Segments], Array], mesh: Mesh, q: Array, k: Array, v: Array, mask: AttentionMask
-) -> Array:
-    """`local` on the rows and heads of each device, which need nothing of each other."""
-    if not isinstance(mask, Segments) or q.shape[0] % (mesh.shape["data"] * mesh.shape["fsdp"]):
-        return dot_product(q, k, v, mask)  # a mask; or the one row that parameters are drawn with
+        def of_row(q: Array, k: Array, v: Array, ids: Array) -> Any:
+            return kernel(q, k, v, splash.SegmentIds(ids, ids))
 
-    spread = jax.shard_map(local, mesh=mesh, in_specs=(_HEADS, _HEADS, _HEADS, _ROWS), out_specs=_HEADS, check_vma=False)
-    return spread(q, k, v, jax.tree.map(jnp.asarray, mask))
-
-
-def _splash(q: Array, k: Array, v: Array, segment_ids: Array, window: int, interpret: bool) -> Array:
-    """Attention of one device's rows and heads; within a segment positions are consecutive, so a window counts places."""
-    # Pallas takes most of a second to import, which only a TPU's program needs.
-    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
-    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
-
-    length, heads, head_dim = q.shape[1:]
-    pad = -length % _LANES
-    q, k, v = (jnp.pad(x, ((0, 0), (0, pad), (0, 0), (0, 0))).swapaxes(1, 2) for x in (q * head_dim**-0.5, k, v))
-    segment_ids = jnp.pad(segment_ids, ((0, 0), (0, pad)))
-    total = length + pad
-    block = next(size for size in _BLOCKS if total % size == 0)
-    shape = (total, total)
-    one = masks.LocalMask(shape, (window, 0), 0) if window else masks.CausalMask(shape)
-    kernel = splash.make_splash_mha(
-        masks.MultiHeadMask([one] * heads),
-        block_sizes=splash.BlockSizes(
-            block_q=block, block_kv=block, block_q_dkv=block, block_kv_dkv=block, block_q_dq=block, block_kv_dq=block
-        ),
-        head_shards=1,
-        q_seq_shards=1,
-        interpret=interpret,
-    )
-
-    def of_row(q: Array, k: Array, v: Array, ids: Array) -> Any:
-        return kernel(q, k, v, splash.SegmentIds(ids, ids))
-
-    out = jax.vmap(of_row)(q, k, v, segment_ids)
-    return out.swapaxes(1, 2)[:, :length]
+        out = jax.vmap(of_row)(q, k, v, segment_ids)
+        return out.swapaxes(1, 2)[:, :length]
 
 
 @dataclass(frozen=True)
@@ -110,22 +154,43 @@ class CudnnAttention:
 
     # Its devices take rows along data and fsdp, heads along tensor. Left to itself jax asks that q, k, v and the mask lie alike
     mesh: Mesh
-    # Rows hold several segments, which cuDNN is told by a mask [B, 1, T, T] added to the scores. Rows of one example, padded on
-    # the right, need no mask: causality alone keeps the padding out
-    packed: bool
-    # "xla" computes from the same arguments without cuDNN, on a machine without GPUs
+    # Most segments of a row. Rows of one example, padded on the right, need no more than causality, which keeps the padding out
+    segments: int = 1
+    masked: bool = False  # segments are told by a mask, where GPU, cuDNN or jax have no packed form
+    # "xla" computes from the same arguments without cuDNN, on a machine without GPUs; not the packed form
     implementation: Literal["cudnn", "xla"] = "cudnn"
 
     def __call__(self, q: Array, k: Array, v: Array, mask: AttentionMask) -> Array:
         return _on_each_device(self._local, self.mesh, q, k, v, mask)
 
-    def _local(self, q: Array, k: Array, v: Array, mask: Segments) -> Array:
-        length = q.shape[1]
+    def _local(self, q: Array, k: Array, v: Array, mask: Segments | Everything) -> Array:
+        rows, length = q.shape[:2]
         pad = length % 2  # jax wants even lengths where there is a gradient
         q, k, v = (jnp.pad(x, ((0, 0), (0, pad), (0, 0), (0, 0))) for x in (q, k, v))
-        if self.packed:
-            segment_ids, positions = (jnp.pad(jnp.asarray(x), ((0, 0), (0, pad))) for x in (mask.segment_ids, mask.positions))
-            rule: dict[str, Any] = {"mask": causal_segment_mask(segment_ids, positions, mask.window)}
+        told: dict[str, Any]
+        if isinstance(mask, Everything):
+            lengths = jnp.full(rows, length, jnp.int32) if pad else None
+            told = {"query_seq_lengths": lengths, "key_value_seq_lengths": lengths}
+        elif self.segments == 1:
+            told = {"is_causal": True, "local_window_size": (mask.window, 0) if mask.window else None}
         else:
-            rule = {"is_causal": True, "local_window_size": (mask.window, 0) if mask.window else None}
-        return jax.nn.dot_product_attention(q, k, v, **rule, implementation=self.implementation)[:, :length]
+            segment_ids, positions = (jnp.pad(jnp.asarray(x), ((0, 0), (0, pad))) for x in (mask.segment_ids, mask.positions))
+            if not self.masked:
+                return packed_attention(q, k, v, segment_ids, segments=self.segments, window=mask.window)[:, :length]
+            # Causal besides, so that blocks above the diagonal are not computed.
+            told = {"mask": causal_segment_mask(segment_ids, positions, mask.window), "is_causal": True}
+        return jax.nn.dot_product_attention(q, k, v, **told, implementation=self.implementation)[:, :length]
+
+
+Local = Callable[[Array, Array, Array, Any], Array]
+
+
+def _on_each_device(local: Local, mesh: Mesh, q: Array, k: Array, v: Array, mask: AttentionMask) -> Array:
+    """`local` on the rows and heads of each device, which need nothing of each other."""
+    rows, heads = mask.axes if isinstance(mask, Everything) else ("batch", "heads")
+    axes: dict[str, Any] = dict(ACTIVATION_RULES)
+    if not isinstance(mask, Segments | Everything) or q.shape[0] % math.prod(mesh.shape[axis] for axis in axes[rows]):
+        return dot_product(q, k, v, mask)  # a mask; or the one row that parameters are drawn with
+    lie = PartitionSpec(axes[rows], None, axes[heads], None)
+    spread = jax.shard_map(local, mesh=mesh, in_specs=(lie, lie, lie, _ROWS), out_specs=lie, check_vma=False)
+    return spread(q, k, v, jax.tree.map(jnp.asarray, mask))

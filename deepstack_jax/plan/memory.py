@@ -70,7 +70,7 @@ def _decoder_saved(program: Program, local: float, length: int) -> float:
     """Elements that the decoder keeps: the inputs of its layers, and under some policies their products."""
     cfg, tensor = program.config.decoder, program.mesh.shape["tensor"]
     layer = decoder_of(program.config).layer(cfg, tensor)
-    scores = 2 * cfg.heads * length / tensor * program.scores_exist
+    scores = 2 * cfg.heads * length / tensor * program.kernels.scores_exist
     each = {
         "block": cfg.width,
         "dots": cfg.width + layer.products,
@@ -86,8 +86,9 @@ def _tower_saved(program: Program, local: float) -> float:
     if not any(path.startswith("vision_tower/") and group != FROZEN for path, group in program.groups.items()):
         return 0.0
     tokens = config.patch_side**2 + tower.prefix_tokens(cfg)
-    # Where nothing is recomputed, scores several times over too, in float32.
-    each = tower.layer(cfg).kept + 8 * cfg.heads * tokens if config.decoder.remat == "none" else cfg.width
+    # Where nothing is recomputed, scores several times over too, in float32, if there are any.
+    scores = 8 * cfg.heads * tokens * program.kernels.tower_scores_exist
+    each = tower.layer(cfg).kept + scores if config.decoder.remat == "none" else cfg.width
     crops = local * config.data_spec.crop_slots / program.mesh.shape["tensor"]
     return crops * tokens * config.deepstack.tower_layers(cfg) * each
 
@@ -105,7 +106,7 @@ def _working(program: Program, local: float, length: int) -> float:
     width = np.dtype(program.model.dtype).itemsize
     rows = max(1.0, local)
     # Scores, probabilities and the gradients of both, in float32: with three of them HD came out a fifth below its compilation.
-    scores = 4 * 4 * rows * cfg.heads / tensor * length**2 * program.scores_exist
+    scores = 4 * 4 * rows * cfg.heads / tensor * length**2 * program.kernels.scores_exist
     layer = decoder_of(config).layer(cfg, tensor)
     products = width * rows * length * layer.working
     trains = any(group != FROZEN for path, group in program.groups.items() if _LAYER_KERNEL.match(path))

@@ -8,7 +8,7 @@ from jax.sharding import Mesh
 
 from deepstack_jax.config import Config, DataConfig, DataSpec
 from deepstack_jax.data.order.batches import packed_rows
-from deepstack_jax.parallel.kernels import kernel_for
+from deepstack_jax.parallel.kernels import kernels_for
 from deepstack_jax.parallel.mesh import check_batch_fits, make_mesh
 from deepstack_jax.plan.collectives import find_collectives
 from deepstack_jax.plan.compile import Compiled, Overflow, compile_step
@@ -50,9 +50,9 @@ def assemble_plan(program: Program, machine: Machine, load: Load, result: Compil
     """The plan of a program, with what its compilation gave."""
     config = program.config
     if not machine.compiler:  # the simulated CPU devices that stand for GPUs have another kernel
-        program = dataclasses.replace(program, kernel=kernel_for("gpu", config.train.compute_dtype, config.decoder.head_dim))
+        program = dataclasses.replace(program, kernels=kernels_for("gpu", config))
     own, more = state_memory(program, load.rows, load.length), activation_memory(program, load.rows, load.length)
-    flops = step_flops(config, program.groups, load.rows, load.length, masked=program.masked_computed)
+    flops = step_flops(config, program.groups, load.rows, load.length, masked=program.kernels.masked_computed)
     if isinstance(result, Compiled):
         collectives = tuple(find_collectives(result.text))
     else:
@@ -67,7 +67,7 @@ def assemble_plan(program: Program, machine: Machine, load: Load, result: Compil
         devices=len(machine.devices),
         hosts=machine.hosts,
         mesh=dict(program.mesh.shape),
-        kernel=program.kernel,
+        kernel=program.kernels.decoder,
         remat=config.decoder.remat,
         accumulation=config.train.accumulation,
         load=load,

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from deepstack_jax.config import Config
 from deepstack_jax.families.base import decoder_of, tower_of
 from deepstack_jax.parallel.chips import Chip
 from deepstack_jax.parallel.mesh import AXES, across_slices
@@ -120,13 +119,14 @@ def memory_traffic(program: Program, rows: int, length: int) -> float:
     update = bytes_per_device(trainable) * 3 + 2 * bytes_per_device(state.opt_state)  # gradient, parameters; moments both ways
     each = decoder_of(config).layer(cfg, tensor).traffic
     activations = local * length * cfg.layers * each * width * passes
-    scores = local * cfg.heads / tensor * length**2 * cfg.layers * 12 * passes * program.scores_exist
-    return weights + update + activations + scores + _tower_traffic(config, local, tensor, width)
+    scores = local * cfg.heads / tensor * length**2 * cfg.layers * 12 * passes * program.kernels.scores_exist
+    return weights + update + activations + scores + _tower_traffic(program, local, tensor, width)
 
 
-def _tower_traffic(config: Config, local: float, tensor: int, width: int) -> float:
+def _tower_traffic(program: Program, local: float, tensor: int, width: int) -> float:
     """The same of the vision tower's forward pass, beside which its backward pass is left out."""
-    cfg, tower = config.vision, tower_of(config)
+    config, cfg, tower = program.config, program.config.vision, tower_of(program.config)
     tokens, each = config.patch_side**2 + tower.prefix_tokens(cfg), tower.layer(cfg).traffic
     crops = local * config.data_spec.crop_slots / tensor  # which lie over all devices
-    return crops * config.deepstack.tower_layers(cfg) * (tokens * each * width + cfg.heads * tokens**2 * 12)
+    scores = 12 * cfg.heads * tokens**2 * program.kernels.tower_scores_exist
+    return crops * config.deepstack.tower_layers(cfg) * (tokens * each * width + scores)

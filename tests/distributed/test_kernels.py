@@ -15,11 +15,13 @@ from jax._src.cudnn import fused_attention_stablehlo  # its check of cuDNN's ver
 from jax.sharding import Mesh
 
 from deepstack_jax.config import MeshConfig
-from deepstack_jax.model.attention import Segments, causal_segment_mask, dot_product
-from deepstack_jax.parallel.kernels import CudnnAttention, SplashAttention, attention_for, kernel_for
+from deepstack_jax.model.attention import Everything, Segments, causal_segment_mask, dot_product
+from deepstack_jax.parallel import cudnn
+from deepstack_jax.parallel.kernels import CudnnAttention, Kernels, SplashAttention, attention_for, kernels_for
 from deepstack_jax.parallel.mesh import AXES, make_mesh
 from deepstack_jax.parallel.rules import use_mesh
 from deepstack_jax.train.core import program as program_module
+from tests.distributed import emulated_cudnn
 from tests.e2e.verb import REPOSITORY
 from tests.unit.tiny import tiny_config
 
@@ -34,25 +36,23 @@ class Chip:
     compute_capability: str = ""
 
 
-def kernel_of(platform, config):
-    return kernel_for(platform, config.train.compute_dtype, config.decoder.head_dim)
-
-
 @pytest.mark.quick
 def test_the_kernel_follows_the_devices_of_the_mesh_not_those_of_this_machine():
     def chosen(platform, **changes):
         mesh = Mesh(np.array([Chip(platform)]).reshape(1, 1, 1), AXES)
-        config = tiny_config({key.replace("__", "."): value for key, value in changes.items()})
-        return attention_for(kernel_of(mesh.devices.flat[0].platform, config), mesh, packed=config.data.packing.enabled)
+        config = tiny_config({key.replace("__", "."): value for key, value in changes.items()} | {"decoder.head_dim": 8})
+        kernels = kernels_for(mesh.devices.flat[0].platform, config)
+        return [attention_for(kernel, mesh) for kernel in kernels]
 
-    assert chosen("cpu") is dot_product
-    assert isinstance(chosen("tpu"), SplashAttention)
-    packed = {"data__packing__enabled": True, "data__packing__max_images": 3}
-    for changes in ({}, packed):
-        attention = chosen("gpu", train__compute_dtype="bfloat16", **changes)
-        assert isinstance(attention, CudnnAttention)
-        assert attention.packed == bool(changes)
-    assert chosen("gpu") is dot_product, "cuDNN has no float32"
+    assert chosen("cpu") == [dot_product, dot_product]
+    assert all(isinstance(attend, SplashAttention) for attend in chosen("tpu"))
+    bfloat16 = {"train__compute_dtype": "bfloat16", "vision__width": 32, "vision__heads": 4}
+    for packed in ({}, {"data__packing__enabled": True, "data__packing__max_images": 3}):
+        decoder, tower = chosen("gpu", **bfloat16, **packed)
+        assert isinstance(decoder, CudnnAttention)
+        assert not decoder.masked
+        assert isinstance(tower, CudnnAttention)
+    assert chosen("gpu") == [dot_product, dot_product], "cuDNN has no float32"
 
 
 @pytest.fixture(scope="module")
@@ -105,83 +105,175 @@ def single(inputs):
     return q, k, v, segments, places * segments
 
 
+@pytest.mark.parametrize("kernel", ["splash", "cudnn"])
+def test_the_towers_attention_equals_xla(kernel, inputs):
+    """77 tokens of four pictures, one on each device: padded to a TPU's lanes, or to an even number."""
+    mesh = make_mesh(MeshConfig(2, 1, 2), jax.devices()[:4])
+    attend = SplashAttention(mesh, interpret=True) if kernel == "splash" else CudnnAttention(mesh, implementation="xla")
+    q, k, v = (jnp.asarray(x.reshape(4, 100, -1, H)[:, :77, :K], jnp.bfloat16) for x in inputs[:3])
+    weights = jnp.asarray(np.random.default_rng(1).normal(size=q.shape))
+
+    def run(attend):
+        def weighed(q, k, v):
+            out = attend(q, k, v, Everything(("crops", "vision_heads")))
+            return (out * weights).sum(), out
+
+        (_, out), gradients = jax.jit(jax.value_and_grad(weighed, argnums=(0, 1, 2), has_aux=True))(q, k, v)
+        return [np.asarray(x, np.float32) for x in (out, *gradients)]
+
+    for mine, theirs in zip(run(attend), run(dot_product), strict=True):
+        assert np.abs(mine - theirs).mean() < 1e-3
+
+
+FORMS = {"causal": {}, "packed": {"segments": 3}, "mask": {"segments": 3, "masked": True}}
+
+
 @pytest.mark.parametrize("window", [0, 20])
-@pytest.mark.parametrize(("packed", "length"), [(False, T), (False, T - 1), (True, T), (True, T - 1)])
-def test_what_cudnn_is_told_means_the_same_to_xla(packed, length, window, inputs, single):
-    rows = [x[:, :length] for x in (inputs if packed else single)]
+@pytest.mark.parametrize(("form", "length"), [("causal", T - 1), ("mask", T), ("mask", T - 1)])
+def test_what_cudnn_is_told_means_the_same_to_xla(form, length, window, inputs, single):
+    rows = [x[:, :length] for x in (single if form == "causal" else inputs)]
     mesh = make_mesh(MeshConfig(2, 1, 2), jax.devices()[:4])
     with jax.set_mesh(mesh):
-        told = attended(CudnnAttention(mesh, packed, implementation="xla"), rows, window, "float32")
+        told = attended(CudnnAttention(mesh, **FORMS[form], implementation="xla"), rows, window, "float32")
     for mine, truth in zip(told, attended(dot_product, rows, window, "float32"), strict=True):
         np.testing.assert_allclose(mine, truth, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("window", [0, 20])
-@pytest.mark.parametrize(("packed", "length"), [(False, T), (False, T - 1), (True, T), (True, T - 1)])
-def test_cudnn_equals_xla(packed, length, window, inputs, single):
+def test_packed_rows_as_cudnn_reads_them_equal_xla(window, inputs, monkeypatch):
+    """Values and gradients in bf16, heads grouped, over four devices; offsets, lengths and strides are jax's own code's."""
+    emulated_cudnn.install(monkeypatch)
+    mesh = make_mesh(MeshConfig(2, 1, 2), jax.devices()[:4])
+    q, k, v, segments, positions = inputs
+    wide = np.concatenate([q, -q], axis=2)  # four heads to a pair of keys and values, two on each device
+    with jax.set_mesh(mesh):
+        ours = attended(CudnnAttention(mesh, segments=3), (wide, k, v, segments, positions), window, "bfloat16")
+    theirs = attended(dot_product, (wide, k, v, segments, positions), window, "bfloat16")
+    for mine, rounded in zip(ours, theirs, strict=True):
+        assert np.abs(mine - rounded).mean() < 2**-8 * np.abs(rounded).mean(), "one rounding"
+
+
+@pytest.mark.parametrize("window", [0, 20])
+@pytest.mark.parametrize(
+    ("form", "length"), [("causal", T), ("causal", T - 1), ("packed", T), ("packed", T - 1), ("mask", T - 1)]
+)
+def test_cudnn_equals_xla(form, length, window, inputs, single):
     """On a GPU, in bf16: as near to the exact values as XLA's own."""
     try:
         gpu = jax.devices("gpu")[0]
     except RuntimeError:
         pytest.skip("no GPU here, or not with JAX_PLATFORMS=cpu,cuda")
-    rows = [x[:, :length] for x in (inputs if packed else single)]
+    if form == "packed" and gpu.compute_capability < "9":
+        pytest.skip(f"a GPU of compute capability {gpu.compute_capability}; packed rows want 9.0")
+    rows = [x[:, :length] for x in (single if form == "causal" else inputs)]
     with jax.default_device(gpu):
-        ours = attended(CudnnAttention(make_mesh(MeshConfig(1, 1, 1), [gpu]), packed), rows, window, "bfloat16")
+        attend = CudnnAttention(make_mesh(MeshConfig(1, 1, 1), [gpu]), **FORMS[form])
+        ours = attended(attend, rows, window, "bfloat16")
         rounded, exact = (attended(dot_product, rows, window, dtype) for dtype in ("bfloat16", "float32"))
     for mine, theirs, truth in zip(ours, rounded, exact, strict=True):
         assert np.abs(mine - truth).mean() < 1.2 * np.abs(theirs - truth).mean() + 1e-4
 
 
-@pytest.mark.parametrize(("head_dim", "window"), [(128, 0), (96, 20)])
-@pytest.mark.parametrize(("packed", "length"), [(False, T), (False, T - 1), (True, T), (True, T - 1)])
-def test_cudnns_attention_and_its_gradient_lower_for_cuda(packed, length, head_dim, window, monkeypatch):
-    """Heads of LLaMA and of Phi-3, over four devices; jax's own checks of shapes, without a GPU."""
-    mesh = make_mesh(MeshConfig(2, 1, 2), jax.devices()[:4])
+def told(text):
+    """What the calls of cuDNN in a lowered program say of masks."""
+    keys = "mask_type|sliding_window_length|max_seg_per_batch"
+    return set(re.findall(rf"({keys})\W+(\w+)", text.replace("\\22", '"')))
+
+
+@pytest.fixture
+def hopper(monkeypatch):
+    """jax's own checks of shapes, for a GPU that is not here."""
     monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91000)
+    monkeypatch.setattr(fused_attention_stablehlo, "check_compute_capability", lambda _: True)
+
+
+@pytest.mark.parametrize(("head_dim", "window"), [(128, 0), (96, 20)])
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.usefixtures("hopper")
+def test_cudnns_attention_and_its_gradient_lower_for_cuda(form, head_dim, window):
+    """Heads of LLaMA and of Phi-3, an odd length, over four devices."""
+    mesh, length = make_mesh(MeshConfig(2, 1, 2), jax.devices()[:4]), T - 1
     q, k, v = (jax.ShapeDtypeStruct((B, length, heads, head_dim), jnp.bfloat16) for heads in (N, K, K))
     segments = jax.ShapeDtypeStruct((B, length), jnp.int32)
 
     def summed(q, k, v, segments, positions):
-        return CudnnAttention(mesh, packed)(q, k, v, Segments(segments, positions, window)).astype(jnp.float32).sum()
+        attend = CudnnAttention(mesh, **FORMS[form])
+        return attend(q, k, v, Segments(segments, positions, window)).astype(jnp.float32).sum()
 
     with jax.set_mesh(mesh):
         traced = jax.jit(jax.grad(summed, argnums=(0, 1, 2))).trace(q, k, v, segments, segments)
         text = traced.lower(lowering_platforms=("cuda",)).as_text()
-    kernel = "fmhaScaleBiasSoftmax" if packed else "fmhaSoftmax"
+    kernel = "fmhaScaleBiasSoftmax" if form == "mask" else "fmhaSoftmax"
     assert re.findall(r"custom_call @__cudnn\$(\w+)", text) == [kernel, f"{kernel}Backward"]
-    told = set(re.findall(r"(mask_type|sliding_window_length)\W+(\w+)", text.replace("\\22", '"')))
-    if packed:
-        assert told == {("mask_type", "NO_MASK"), ("sliding_window_length", "0")}
-    else:  # cuDNN counts the token itself
-        assert told == {("mask_type", "CAUSAL"), ("sliding_window_length", str(window + 1 if window else 0))}
+    inside = window + 1 if window and form != "mask" else 0  # cuDNN counts the token itself
+    assert told(text) == {
+        ("mask_type", "PADDING_CAUSAL" if form == "packed" else "CAUSAL"),
+        ("sliding_window_length", str(inside)),
+        ("max_seg_per_batch", "3" if form == "packed" else "1"),
+    }
+    assert (f"tensor<1x1x{T}x{T}x" in text) == (form == "mask"), "a mask of T x T for every row"
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_the_step_lowers_for_cuda_with_the_kernel_in_it(packed, monkeypatch):
-    """Forward, forward again in remat, and the gradient, on each of four devices."""
-    monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91000)
-    monkeypatch.setattr(program_module, "kernel_for", lambda *_: "cudnn")  # the mesh is of CPUs
+@pytest.mark.usefixtures("hopper")
+def test_the_step_lowers_for_cuda_with_the_kernels_in_it(packed, monkeypatch):
+    """On each of four devices: both forward, then of the decoder and of the tower forward again in remat, and the gradient."""
+    monkeypatch.setattr(program_module, "kernels_for", lambda *_: Kernels("cudnn", "cudnn"))  # the mesh is of CPUs
     changes = {"decoder.vocab_size": 64, "decoder.kv_heads": 2, "decoder.head_dim": 128, "train.compute_dtype": "bfloat16"}
+    changes |= {"vision.width": 32, "vision.heads": 4}
     changes |= {"data.max_length": 64, "data.packing.enabled": packed} | ({"data.packing.max_images": 3} if packed else {})
     program = program_module.build_program(tiny_config(changes), make_mesh(MeshConfig(2, 1, 2), jax.devices()[:4]), 10)
     with use_mesh(program.mesh):
         traced = program.jit_step().trace(program.abstract_state(), program.abstract_batch(8, 64))
         text = traced.lower(lowering_platforms=("cuda",)).as_text()
-    kernel = "fmhaScaleBiasSoftmax" if packed else "fmhaSoftmax"
-    assert re.findall(r"custom_call @__cudnn\$(\w+)", text) == [kernel, kernel, f"{kernel}Backward"]
+    kernels = ["fmhaSoftmax"] * 2 + ["fmhaSoftmax", "fmhaSoftmaxBackward"] * 2
+    assert re.findall(r"custom_call @__cudnn\$(\w+)", text) == kernels
+    assert ("mask_type", "PADDING") in told(text), "the tower's five tokens, and one to make them even"
+    assert ("mask_type", "PADDING_CAUSAL" if packed else "CAUSAL") in told(text)
     assert "CustomSPMDPartitioning" not in text, "rows and heads would have to lie as jax hopes"
 
 
 @pytest.mark.quick
 @pytest.mark.parametrize(
-    ("capability", "head_dim", "kernel"),
-    [("9.0", 256, "cudnn"), ("8.0", 128, "cudnn"), ("8.0", 256, "xla"), ("7.0", 128, "xla"), ("gfx942", 128, "xla")],
+    ("capability", "head_dim", "kernel", "packed"),
+    [
+        ("12.0", 128, "cudnn", "cudnn"),
+        ("9.0", 256, "cudnn", "cudnn"),
+        ("8.0", 128, "cudnn", "cudnn_mask"),
+        ("8.0", 256, "xla", "xla"),
+        ("7.0", 128, "xla", "xla"),
+        ("gfx942", 128, "xla", "xla"),
+    ],
 )
-def test_gpus_whose_cudnn_has_no_such_attention_take_xlas(capability, head_dim, kernel, monkeypatch):
-    config = tiny_config({"train.compute_dtype": "bfloat16", "decoder.head_dim": head_dim})
-    assert kernel_of("gpu", config) == "cudnn", "planned on a machine without GPUs"
+def test_gpus_whose_cudnn_has_no_such_attention_take_another(capability, head_dim, kernel, packed, monkeypatch):
+    changes = {"train.compute_dtype": "bfloat16", "decoder.head_dim": head_dim}
+    plain, several = (
+        tiny_config(changes | more) for more in ({}, {"data.packing.enabled": True, "data.packing.max_images": 3})
+    )
+    assert kernels_for("gpu", several).decoder == "cudnn", "planned on a machine without GPUs"
     monkeypatch.setattr(jax, "local_devices", lambda **_: [Chip("gpu", capability)])
-    assert kernel_of("gpu", config) == kernel
+    monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91000)
+    assert (kernels_for("gpu", plain).decoder, kernels_for("gpu", several).decoder) == (kernel, packed)
+    monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 90500)
+    assert kernels_for("gpu", several).decoder != "cudnn", "an older cuDNN has no packed form"
+
+
+@pytest.mark.quick
+def test_a_jax_that_has_moved_the_packed_form_is_not_asked_for_it(monkeypatch):
+    assert cudnn.has_packed_form(91000)
+    monkeypatch.setattr(fused_attention_stablehlo, "dot_product_attention", lambda q, k, v, mask_type, offsets: q)
+    assert not cudnn.has_packed_form(91000)
+    monkeypatch.setitem(sys.modules, "jax._src.cudnn.fused_attention_stablehlo", None)
+    assert not cudnn.has_packed_form(91000)
+    assert cudnn.installed_cudnn() == 0
+
+
+@pytest.mark.quick
+def test_segments_begin_where_ids_change_and_padding_is_one():
+    ids = jnp.asarray([[1, 1, 2, 2, 2, 0], [1, 1, 1, 1, 1, 1], [0, 0, 0, 0, 0, 0], [1, 2, 3, 0, 0, 0], [0, 0, 7, 7, 1, 0]])
+    starts, lengths = cudnn.spans(ids, 4)
+    assert starts.tolist() == [[0, 2, 5, -1], [0, -1, -1, -1], [0, -1, -1, -1], [0, 1, 2, 3], [0, 2, 4, 5]]
+    assert lengths.tolist() == [[2, 3, 1, -1], [6, -1, -1, -1], [6, -1, -1, -1], [1, 1, 1, 3], [2, 2, 1, 1]]
 
 
 def test_a_window_and_a_second_segment_change_something(inputs):
@@ -202,7 +294,8 @@ def test_masks_and_rows_that_do_not_lie_over_the_mesh_go_to_xla(inputs):
     expected = dot_product(q, k, v, mask)
     np.testing.assert_array_equal(attend(q, k, v, mask), expected)
     np.testing.assert_array_equal(attend(q, k, v, Segments(segments, positions)), expected)
-    np.testing.assert_array_equal(CudnnAttention(attend.mesh, packed=True)(q, k, v, mask), expected)
+    np.testing.assert_array_equal(CudnnAttention(attend.mesh, segments=3)(q, k, v, mask), expected)
+    np.testing.assert_array_equal(attend(q, k, v, Everything(("crops", "vision_heads"))), dot_product(q, k, v, None))
 
 
 STEP = """

@@ -19,7 +19,7 @@ from deepstack_jax.errors import ConfigError
 from deepstack_jax.families.build import build_model
 from deepstack_jax.model.deepstack import DeepStack
 from deepstack_jax.model.quantised import QuantisedKernel, boxed_quantised, quantise
-from deepstack_jax.parallel.kernels import Kernel, attention_for, kernel_for
+from deepstack_jax.parallel.kernels import Kernels, attention_for, kernels_for
 from deepstack_jax.parallel.mesh import check_model_fits
 from deepstack_jax.parallel.rules import batch_sharding, crop_shards, param_shardings, replicated, shards_of
 from deepstack_jax.train.checkpoint.checksums import base_checksum
@@ -47,7 +47,7 @@ class Program:
     """A run's model, optimizer and step, and where every leaf of its state lies.
 
     Attributes:
-      kernel: of training attention.
+      kernels: of training attention.
       sample: a blank batch of one row, enough to trace the model.
       shapes: the abstract parameters, as they are drawn or read.
       places: their shardings; `shardings` has those of what is kept of them.
@@ -62,7 +62,7 @@ class Program:
 
     config: Config
     mesh: Mesh
-    kernel: Kernel
+    kernels: Kernels
     model: DeepStack
     sample: Batch
     shapes: PyTree
@@ -87,16 +87,6 @@ class Program:
         """Of what does not train and is not quantised."""
         kind = self.config.lora.base_dtype if self.adapted else self.config.train.frozen_dtype
         return "bfloat16" if kind in QUANTISED else kind
-
-    @property
-    def scores_exist(self) -> bool:
-        """Whether attention makes its [T, S] scores, as XLA's does; flash kernels hold a block of them at a time."""
-        return self.kernel == "xla"
-
-    @property
-    def masked_computed(self) -> bool:
-        """Whether scores that the mask hides are computed: XLA's, and cuDNN's under the mask of packed rows."""
-        return self.kernel == "xla" or (self.kernel == "cudnn" and self.config.data.packing.enabled)
 
     def abstract_state(self) -> TrainState:
         """Shapes, dtypes and shardings of the state: what a checkpoint is restored to and a step is compiled for."""
@@ -171,9 +161,9 @@ def build_program(config: Config, mesh: Mesh, steps: int) -> Program:
       ConfigError: parameters that no group covers, or sizes that do not divide over the mesh.
     """
     check_model_fits(config.decoder, config.vision, mesh)
-    kernel = kernel_for(mesh.devices.flat[0].platform, config.train.compute_dtype, config.decoder.head_dim)
-    attention = attention_for(kernel, mesh, packed=config.data.packing.enabled)
-    model = build_model(config, attention, crop_shards=crop_shards(mesh))
+    kernels, packing = kernels_for(mesh.devices.flat[0].platform, config), config.data.packing
+    attend = attention_for(kernels.decoder, mesh, segments=packing.max_examples + 1 if packing.enabled else 1)  # and padding
+    model = build_model(config, attend, attention_for(kernels.tower, mesh), crop_shards=crop_shards(mesh))
     sample = empty_batch(config.data_spec.batch_shape(1, config.data.max_length))
     drawn = flatten(jax.eval_shape(model.init, jax.random.key(config.seed), sample)["params"])
     groups, adapted = adapt_groups(assign_groups(list(drawn), config.optimizer.table), config.optimizer)
@@ -197,7 +187,7 @@ def build_program(config: Config, mesh: Mesh, steps: int) -> Program:
     return Program(
         config=config,
         mesh=mesh,
-        kernel=kernel,
+        kernels=kernels,
         model=model,
         sample=sample,
         shapes=shapes,
