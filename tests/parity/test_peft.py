@@ -15,12 +15,14 @@ from deepstack_jax.weights.names import NameTable
 from deepstack_jax.weights.open_checkpoint import open_checkpoint
 from deepstack_jax.weights.peft import Adapter, write_peft
 from deepstack_jax.weights.save import save_checkpoint
+from tests.parity.family_cases import CASES, MEAN_STD, PROCESSORS, picture, prompt
 from tests.parity.goldens import build_batch, load_case, write_folder
 from tests.unit.test_peft import draw_adapter
 
 torch = pytest.importorskip("torch", reason="torch is not installed: the package does not need it, only this comparison does")
 peft = pytest.importorskip("peft", reason="peft is not installed: the package does not need it, only this comparison does")
 transformers = pytest.importorskip("transformers")
+from tests.parity.write_families import inputs_of, make_model, outputs_of  # noqa: E402, since it needs torch
 
 LOGITS = 5e-4
 IDS = np.array([[1, 17, 5, 99, 23, 42, 7, 300, 11, 64]])
@@ -152,3 +154,53 @@ def test_peft_merges_to_what_convert_merges(llava, tmp_path):
             mine = ours[f"model.layers.{layer}.{module}.weight"].read()
             np.testing.assert_allclose(theirs[f"model.language_model.layers.{layer}.{module}.weight"], mine, atol=1e-5)
     assert adapter_paths("layers/layers/block/attention/q/kernel")[0] in adapter.leaves
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CASES)
+def test_adapters_over_every_family_in_both_directions(name, tmp_path):
+    """Those that PEFT draws and saves give its logits here; those that are written here give ours there."""
+    base, theirs, ours = (tmp_path / part for part in ("base", "theirs", "ours"))
+    for folder in (base, ours):
+        folder.mkdir()
+    model, tower = make_model(name, base), CASES[name][1]
+    (base / "preprocessor_config.json").write_text(json.dumps(PROCESSORS[tower]))
+    inputs, words = inputs_of(name, model, *MEAN_STD[tower]), ([prompt()], [[picture(name)]])
+
+    def of_transformers(adapted):
+        with torch.no_grad():
+            return outputs_of(adapted.eval().base_model.model, inputs).logits.numpy()
+
+    plain = dsx.load(base).logits(*words)
+    modules = [
+        "q_proj",
+        "k_proj",
+        "v_proj",
+        "o_proj",
+        "gate_proj",
+        "up_proj",
+        "down_proj",
+        "fc1",
+        "fc2",
+        "out_proj",
+        "linear_1",
+    ]
+    torch.manual_seed(0)
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=3, lora_alpha=6, target_modules=modules))
+    with torch.no_grad():
+        for parameter_name, parameter in adapted.named_parameters():
+            if "lora_B" in parameter_name:
+                parameter.normal_(0, 0.1)
+    adapted.save_pretrained(theirs)
+    found = dsx.load(base, adapter=theirs).logits(*words)
+    assert np.abs(found - plain).max() > 0.1
+    np.testing.assert_allclose(found, of_transformers(adapted), atol=LOGITS)
+
+    lmm = dsx.load(base)
+    kernels = ("block/attention/q/kernel", "block/mlp/down/kernel", "vision_tower/layers/block/fc1/kernel", "fc2/kernel")
+    write_peft(ours, draw_adapter(lmm.config, kernels, whole=("projector/fc1",)), lmm.config, "peft-llava-hf")
+    found = dsx.load(base, adapter=ours).logits(*words)
+    assert np.abs(found - plain).max() > 0.1
+    fresh = transformers.LlavaForConditionalGeneration.from_pretrained(base, dtype=torch.float32, attn_implementation="eager")
+    there = of_transformers(peft.PeftModel.from_pretrained(fresh, ours))
+    np.testing.assert_allclose(found, there, atol=LOGITS * max(1, np.abs(there).max()))

@@ -12,7 +12,7 @@ from deepstack_jax.train.core.optimizer import FROZEN
 from deepstack_jax.train.core.program import Program, build_program
 from deepstack_jax.train.flops import Flops, step_flops
 from tests.unit.lora import LORA
-from tests.unit.tiny import tiny_config
+from tests.unit.tiny import FAMILIES, tiny_config
 
 # Wide enough that the matrix products outweigh the rest, which only XLA counts.
 WIDE = {
@@ -45,6 +45,11 @@ CASES = {
     "one large view": {"image.grid": "square", "deepstack.high_res": "view"},
     "pooled": {"deepstack.pool": 2},
 }
+# A wider MLP, since XLA counts the norms of heads and SigLIP's activation too.
+OF_FAMILIES = {name: changes | {"image.size": 16, "decoder.mlp": 512} for name, changes in FAMILIES.items()}
+ADAPTED = {f"LoRA over {name}": changes | LORA | {"lora.rank": 16} for name, changes in OF_FAMILIES.items()}
+# One of all families in the short suite.
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in [*OF_FAMILIES, *ADAPTED] if name != next(iter(ADAPTED))]
 ROWS = 8
 
 
@@ -74,9 +79,9 @@ def lower(program: Program) -> jax.stages.Lowered:
         return program.jit_step().lower(program.abstract_state(), program.abstract_batch(ROWS, length))
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [*CASES, next(iter(ADAPTED)), *SLOW])
 def test_executed_flops_are_those_that_xla_counts(case, unrolled):
-    config = tiny_config(WIDE | CASES[case])
+    config = tiny_config(WIDE | (CASES | OF_FAMILIES | ADAPTED)[case])
     counted = lower(program_of(config)).cost_analysis()["flops"]
     # XLA counts norms, softmax and activations too: 2 to 3% at these widths, never less than the products alone.
     assert 0.96 < flops_of(config).executed / counted < 1

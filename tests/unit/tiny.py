@@ -47,6 +47,7 @@ TINY = {
 _SIGLIP = {"vision.architecture": "siglip", "image.size": 9}
 FAMILIES: dict[str, dict[str, Any]] = {
     "Qwen3, tied, over SigLIP": _SIGLIP | {"decoder.architecture": "qwen3", "decoder.tied_head": True},
+    "SmolLM2 (LLaMA, tied) over SigLIP": _SIGLIP | {"decoder.tied_head": True},
     "Granite, tied": {"decoder.architecture": "granite", "decoder.tied_head": True, "decoder.embedding_multiplier": 2.0},
     "V, Qwen2 over SigLIP": _SIGLIP
     | {
