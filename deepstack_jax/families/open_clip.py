@@ -70,11 +70,12 @@ def clip_values(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def clip_processor(values: Mapping[str, Any]) -> dict[str, Any]:
-    """preprocessor_config.json of the same tower."""
+    """preprocessor_config.json of the same tower, which may see the whole image squashed into a square."""
     given = section(values, "preprocess_cfg")
-    expect(given, "resize_mode", "shortest", move="choose another tower")
+    expect(given, "resize_mode", "shortest", "squash", move="choose another tower")
     expect(given, "interpolation", "bicubic", move="choose another tower")
     expect(given, "mode", "RGB", move="choose another tower")
     if unknown := sorted(set(given) - {"mean", "std", "resize_mode", "interpolation", "mode", "size", "fill_color"}):
         raise WeightsError(f"{CONFIG}: preprocess_cfg has {quote(unknown[0])}, which is not known; choose another tower")
-    return {f"image_{key}": given[key] for key in ("mean", "std") if key in given}
+    numbers = {f"image_{key}": given[key] for key in ("mean", "std") if key in given}
+    return numbers | ({"do_center_crop": False} if given.get("resize_mode") == "squash" else {})

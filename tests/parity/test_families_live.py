@@ -18,7 +18,7 @@ from deepstack_jax.generate.prompts import cut_image, example, pad_prompts
 from deepstack_jax.train.core.optimizer import flatten
 from deepstack_jax.weights.names import NameTable
 from deepstack_jax.weights.save import save_checkpoint
-from tests.parity.family_cases import CASES, MEAN_STD, PROCESSORS, picture, prompt
+from tests.parity.family_cases import CASES, IMAGE_TOKEN, MEAN_STD, PROCESSORS, llava_config, picture, prompt
 
 torch = pytest.importorskip("torch", reason="torch is not installed: the package does not need it, only this comparison does")
 transformers = pytest.importorskip("transformers")
@@ -110,3 +110,36 @@ def test_deepstack_v_inside_siglip(tmp_path):
         whole = tower.encoder.layers[1](x[:1] + groups[0], attention_mask=None) + groups[1]  # the input of the last layer
         wanted = model.model.multi_modal_projector(whole)[0].numpy()
     np.testing.assert_allclose(np.asarray(mine)[0, : len(wanted)], wanted, atol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [(50, 70), (80, 30)])
+def test_siglip_inside_llava_next(size, tmp_path):
+    """Crops as a mosaic with newlines, unpadded, over SmolLM2's form: all scores, from the file of a picture."""
+    points = [[30, 60], [60, 30], [60, 60]]
+    values = llava_config("smollm2") | {"image_grid_pinpoints": points}
+    torch.manual_seed(2)
+    model = transformers.LlavaNextForConditionalGeneration(transformers.LlavaNextConfig(**values)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(float(parameter.ndim == 1), 0.15)
+    model.save_pretrained(tmp_path)
+    whole = {"height": 30, "width": 30}
+    settings = {
+        "size": whole,
+        "crop_size": whole,
+        "image_grid_pinpoints": points,
+        "image_mean": [0.5] * 3,
+        "image_std": [0.5] * 3,
+    }
+    processor = transformers.LlavaNextImageProcessorPil(**settings)
+    processor.save_pretrained(tmp_path)
+    lmm = dsx.load(tmp_path)
+    noise = Image.fromarray(np.random.default_rng(5).integers(0, 256, (*size, 3), dtype=np.uint8))
+    cut = cut_image(noise, lmm.config, "ignore")
+    given = processor(noise, return_tensors="pt")
+    tokens = cut.layout.tokens.size
+    ids = [token for id in prompt() for token in ([IMAGE_TOKEN] * tokens if id < 0 else [id])]
+    with torch.no_grad():
+        wanted = model(input_ids=torch.tensor([ids]), **given).logits[0].numpy()
+    np.testing.assert_allclose(lmm.logits([prompt()], [[noise]])[0], wanted, atol=5e-4)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from functools import partial
+from itertools import cycle
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,6 +15,7 @@ from deepstack_jax.families.forms import check_against
 from deepstack_jax.generate.decoding import empty_cache
 from deepstack_jax.train.core.optimizer import flatten
 from deepstack_jax.weights.load import stored_leaves
+from deepstack_jax.weights.names import NameTable
 from deepstack_jax.weights.open_checkpoint import open_checkpoint
 from deepstack_jax.weights.save import save_checkpoint
 from tests.unit.tiny import FAMILIES, example, make_batch, model_params, only_rows, tiny_config
@@ -65,3 +69,23 @@ def test_an_export_is_read_as_what_was_written(name, tmp_path):
     assert ("lm_head.weight" in found.tensors) is not config.decoder.tied_head
     for path, leaf in stored_leaves(found.tensors, found.config).items():
         np.testing.assert_array_equal(leaf[tuple(slice(None) for _ in leaf.shape)], leaves[path], err_msg=path)
+
+
+@pytest.mark.parametrize("tower", ["clip", "siglip"])
+def test_towers_of_any_square(tower):
+    """14 x 14 patches to 32 x 32, of 14, 16 and 32 pixels, of SigLIP with an edge that fills none."""
+    for side, patch in zip(range(14, 33), cycle((14, 16, 32)), strict=False):
+        size = side * patch + (patch - 1 if tower == "siglip" else 0)
+        sizes = {"image.size": size, "vision.patch_size": patch, "vision.architecture": tower}
+        config = tiny_config(sizes | {"data.max_images": 1, "data.max_length": side**2 + 8})
+        assert (config.patch_side, config.layout.patches) == (side, side**2)
+        stack = config.layout.layout((2, 2), (64, 48)).stack
+        np.testing.assert_array_equal(np.sort(stack.ravel()), np.arange(side**2, 5 * side**2))
+        positions = NameTable(config).leaves["vision_tower/positions"].shape
+        assert positions == (side**2 + (tower == "clip"), config.vision.width)
+        if side % 8 == 0:
+            pixels = jax.ShapeDtypeStruct((1, 2, size, size, 3), jnp.uint8)
+            made = partial(build_model(config).init_with_output, method="encode")
+            (features,), params = jax.eval_shape(made, jax.random.key(0), pixels)
+            assert features.shape == (1, 2 * side**2, config.vision.width)
+            assert jax.tree.leaves(params["params"]["vision_tower"]["positions"])[0].shape == positions

@@ -96,7 +96,7 @@ def test_it_is_the_same_tower(safetensors, folder):
         ("vision_cfg", "timm_model_name", "vit_base", "vision_cfg has timm_model_name, expected a ViT"),
         ("vision_cfg", "layers", [3, 4, 6, 3], r"layers is \[3, 4, 6, 3\], expected a whole number"),
         ("vision_cfg", "head_width", 7, "width is 32, expected a multiple of head_width 7"),
-        ("preprocess_cfg", "resize_mode", "squash", "resize_mode is 'squash', expected 'shortest'"),
+        ("preprocess_cfg", "resize_mode", "longest", "resize_mode is 'longest', expected 'shortest' or 'squash'"),
         ("preprocess_cfg", "blur", 1, "preprocess_cfg has 'blur'"),
     ],
 )

@@ -159,3 +159,18 @@ def test_siglips_own_processor_stretches(settings, tmp_path):
     write(tmp_path, SIGLIP | {"size": {"shortest_edge": 30}})
     with pytest.raises(WeightsError, match=r"size is .*, expected \{'height': 30, 'width': 30\}"):
         from_hf(config, None, processor_of(tmp_path))
+
+
+def test_siglip_inside_llava_next(tmp_path):
+    """Views of LLaVA-NeXT's processor, to the last bit, for a tower whose features are all of its tokens."""
+    tower = {"model_type": "siglip_vision_model", "image_size": 30, "patch_size": 14, "num_attention_heads": 2}
+    points = [[30, 60], [60, 30], [60, 60]]
+    settings = {"crop_size": {"height": 30, "width": 30}, "size": {"shortest_edge": 30}, "image_mean": [0.5] * 3}
+    write(tmp_path, NEXT | settings | {"image_std": [0.5] * 3, "image_grid_pinpoints": points})
+    config = CONFIG | {"model_type": "llava_next", "image_grid_pinpoints": points}
+    config |= {"vision_config": tower | {"hidden_size": 32}, "vision_feature_select_strategy": "full"}
+    found = from_hf(config, None, processor_of(tmp_path))
+    assert (found.image.mode, found.patch_side, found.vision.architecture) == ("anyres", 2, "siglip")
+    np.testing.assert_array_equal(ours(tmp_path, config), theirs(tmp_path))
+    with pytest.raises(WeightsError, match="vision_feature_select_strategy is 'default', expected 'full'"):
+        from_hf(config | {"vision_feature_select_strategy": "default"}, None, processor_of(tmp_path))
