@@ -126,6 +126,17 @@ _ROWS = (
         {"data.cards.grids": ((1, 2), (2, 1), (2, 2)), "data.cards.unseen": ((1, 4), (4, 1))},
     ),
     Row(
+        "input",
+        "the groups added at the input",
+        {"deepstack.into": "input"},
+    ),
+    Row(
+        "channels",
+        "the groups joined along channels, before the projector",
+        {"deepstack.into": "channels"},
+        note="the projector's first map takes five tokens at once, and has as many times the parameters",
+    ),
+    Row(
         "taps",
         "taps of the low-res tower alone",
         {"image.mode": "stretch", "deepstack.stack": "taps", "deepstack.taps": ((1, 1), (2, 2), (3, 3), (4, 4))},
@@ -227,6 +238,14 @@ CLAIMS = (
         ("grids",),
         (Comparison(Scores("grids", _UNSEEN), Scores("grids"), "near"),),
         "Scores on held-out cards of the grids that training had, and of those that it had not.",
+    ),
+    Claim(
+        "fusion",
+        "Fusing at the input",
+        "The same groups, fused with the sequence's tokens at the input, are as good as an injection into layers or better.",
+        ("deepstack", "input", "channels"),
+        (near("input", "deepstack"), near("channels", "deepstack")),
+        "arXiv 2503.06063 finds fusing at the input better; the DeepStack paper finds channels joined worse.",
     ),
     Claim(
         "taps",

@@ -22,7 +22,7 @@ Made = TypeVar("Made")
 class Layer(NamedTuple):
     """A layer at whose input a group of the stack is added."""
 
-    kind: str  # "layer" of the decoder | "vision layer" of the tower (DeepStack-V)
+    kind: str  # "layer" of the decoder | "vision layer" of the tower (DeepStack-V) | "part" of what the projector takes
     number: int  # from 0
     group: int
     state: int | None = None  # the tower's hidden state that the group is made of, where it is a tap
@@ -40,6 +40,10 @@ class Layer(NamedTuple):
 def injecting_layers(config: Config) -> tuple[Layer, ...]:
     """The layers that get a group, in order; none for a baseline."""
     stack, groups = config.deepstack, config.layout.groups
+    if stack.into == "input":
+        return tuple(Layer("layer", 0, group) for group in range(groups))
+    if stack.into == "channels":
+        return tuple(Layer("part", 1 + group, group) for group in range(groups))
     schedule = stack.tower_schedule(config.vision, groups) or stack.decoder_schedule(config.decoder.layers, groups)
     kind = "vision layer" if stack.into == "vision" else "layer"
     states = dict(enumerate((state for state, _ in stack.taps), groups - len(stack.taps)))

@@ -114,7 +114,11 @@ def method(config: Config) -> str:
     }[stack.stack_of_views]
     taps = "the global view's tokens by other layers of the tower (taps)" if stack.taps else ""
     what = " and ".join(filter(None, (of_views, taps)))
-    where = "hidden states of the decoder" if stack.into == "decoder" else "global view's tokens inside the vision tower"
+    if stack.into == "channels":
+        return f"{first}. With each of them {what} are joined along channels, before the projector. Parts count from 0."
+    where = (
+        "hidden states of the decoder" if stack.into in ("decoder", "input") else "global view's tokens inside the vision tower"
+    )
     return f"{first}. At the inputs of the layers below, {what} are added to the {where}. Layers count from 0."
 
 

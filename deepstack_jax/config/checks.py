@@ -35,6 +35,8 @@ def _problems(config: Config) -> Iterator[str]:
     yield from _in_taps(config)
     if config.deepstack.into == "vision":
         yield from _in_vision_injection(config)
+    elif config.deepstack.into != "decoder":
+        yield from _in_fusion(config)
 
 
 def _in_optimizer(optimizer: OptimizerConfig) -> Iterator[str]:
@@ -253,6 +255,20 @@ def _in_vision_injection(config: Config) -> Iterator[str]:
         )
 
 
+def _in_fusion(config: Config) -> Iterator[str]:
+    """All groups at once, into the sequence's tokens."""
+    stack = config.deepstack
+    wanted = {"taps": (stack.taps, ()), "schedule": (stack.schedule, ()), "pool": (stack.pool, 1)}
+    wanted |= {"high_res": (stack.high_res, "crops")}
+    wrong = [f"config.deepstack.{key} is {got!r}, set it to {want!r}" for key, (got, want) in wanted.items() if got != want]
+    if stack.stack_of_views == "none":
+        wrong.append("config.deepstack.stack gives no groups, set it to 'crops'")
+    if config.image.kind.upsampled:
+        wrong.append(f"config.image.mode is {config.image.mode!r}, set it to 'deepstack'")
+    if wrong:
+        yield f"config.deepstack.into={stack.into!r} takes the groups of the views alone: {'; '.join(wrong)}"
+
+
 def _in_deepstack(config: Config) -> Iterator[str]:
     layers, stack, every = config.decoder.layers, config.deepstack, config.layout.groups
     groups = every - len(stack.taps)
@@ -266,7 +282,7 @@ def _in_deepstack(config: Config) -> Iterator[str]:
         return
     if stack.start < 0:
         yield f"config.deepstack.start {stack.start} is negative; the first layer is 0"
-    if stack.into == "vision":
+    if stack.into != "decoder":
         return
     if groups and stack.start >= layers:
         yield (

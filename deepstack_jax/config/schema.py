@@ -144,8 +144,9 @@ class DeepStackConfig:
     start: int = 1  # group k is added at the input of layer start + k * interval
     interval: Annotated[int, positive()] = 1  # layers from one group to the next
     schedule: tuple[int, ...] = ()  # overrides start and interval: the group (or -1) of every layer, without taps
-    # Where: DeepStack-L, or DeepStack-V: crops into the global view, inside the tower
-    into: Literal["decoder", "vision"] = "decoder"
+    # Where: layers of the decoder (DeepStack-L); layers of the tower, into the global view (DeepStack-V); or all groups at
+    # once into the sequence's tokens, added to them (input) or joined with them along channels, before the projector
+    into: Literal["decoder", "vision", "input", "channels"] = "decoder"
     # DeepStack-V: map j enters tower layer vision_start + j
     vision_start: Annotated[int, Range(-1, "-1 (half of the tower's layers) or a layer from 0 on")] = -1
     pool: Annotated[int, positive()] = 1  # side of the squares of projected tokens that are averaged (`2d_scaledown`: 2)
@@ -186,7 +187,7 @@ class DeepStackConfig:
         """As `decoder_schedule`, without the taps."""
         if self.schedule:
             return self.schedule
-        return layer_schedule(layers, 0 if self.into == "vision" else groups - len(self.taps), self.start, self.interval)
+        return layer_schedule(layers, groups - len(self.taps) if self.into == "decoder" else 0, self.start, self.interval)
 
     def decoder_schedule(self, layers: int, groups: int) -> tuple[int, ...]:
         """The group injected at the input of each of the decoder's layers, or -1; taps have the last of all groups."""
@@ -354,6 +355,11 @@ class Config:
     def layout(self) -> LayoutSpec:
         """Where every visual token of an image goes."""
         return self.deepstack.layout(self.image, self.patch_side)
+
+    @property
+    def projected(self) -> int:
+        """Width of what the projector takes: the tower's, times the tokens that are joined along channels."""
+        return self.vision.width * (1 + self.layout.groups if self.deepstack.into == "channels" else 1)
 
     @property
     def data_spec(self) -> DataSpec:

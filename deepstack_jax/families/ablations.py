@@ -83,6 +83,10 @@ def ablations_to(config: Config) -> str:
     """The official string of a configuration; WeightsError where the official code has no such combination."""
     image, stack = config.image, config.deepstack
     flags = []
+    if stack.into in ("input", "channels"):
+        raise WeightsError(
+            f"config.deepstack.into={stack.into!r} has no official form: that adds groups to layers; keep the workdir"
+        )
     if image.kind.single:
         return _POOLED if stack.pool > 1 else ""
     if image.grid == "square":

@@ -147,9 +147,9 @@ def projector_names(config: Config) -> Iterator[Names]:
 
     Upstream counts the activations between a projector's layers too, and does not count a single layer.
     """
-    layers, sizes = config.projector.layers, {"E": config.vision.width, "D": config.decoder.width}
+    layers, sizes = config.projector.layers, {"C": config.projected, "E": config.vision.width, "D": config.decoder.width}
     places = [PROJECTOR if layers == 1 else f"{PROJECTOR}{2 * at}." for at in range(layers)]
-    shared = [_linear(f"projector/fc{at}", place, "E" if at == 1 else "D", "D") for at, place in enumerate(places, 1)]
+    shared = [_linear(f"projector/fc{at}", place, "C" if at == 1 else "D", "D") for at, place in enumerate(places, 1)]
     yield Names(tuple(row for rows in shared for row in rows), sizes)
     for number in range(len(config.deepstack.taps)):
         ours, theirs = f"deepstack_mergers_{number}", f"{MERGERS}{number}."

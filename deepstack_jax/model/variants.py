@@ -7,6 +7,7 @@ from jaxtyping import Array, Float, Int, Num
 from deepstack_jax.batch import Batch
 from deepstack_jax.model.deepstack import DeepStack
 from deepstack_jax.model.layers import take_rows
+from deepstack_jax.model.merge import STACK_AXES
 from deepstack_jax.types import HostOrDevice
 
 
@@ -24,6 +25,27 @@ class DeepStackV(DeepStack):
         source = jnp.asarray(batch.token_source)  # counts the tokens of all crops; here are those of the global views
         whole = source // (self.views * patches) * patches + source % patches
         return self.gather_project(features, jnp.where(source >= 0, whole, source)), None
+
+
+class FusedDeepStack(DeepStack):
+    """All groups at once, into the sequence's tokens at the decoder's input: added, or joined along channels (the paper's
+    "channel concat").
+    """
+
+    joined: bool = False  # along channels before the projector, whose first map is then as many times as wide
+
+    def visual_tokens(self, batch: Batch) -> tuple[Float[Array, "B M D"], None]:
+        """What is in the sequence, the groups in it; nothing is left to inject."""
+        if not self.joined:
+            tokens, stack = super().visual_tokens(batch)
+            return tokens if stack is None else tokens + stack.sum(0), None
+        (features,) = self.encode(batch.pixels)
+        source = jnp.concatenate([batch.token_source[:, None], batch.stack_source], axis=1)
+        rows, groups, visual = source.shape
+        chosen = take_rows(features, source.reshape(rows, -1))
+        chosen = jnp.where((source.reshape(rows, -1) >= 0)[..., None], chosen, 0).reshape(rows, groups, visual, -1)
+        chosen = jnp.moveaxis(chosen, 1, 2).reshape(rows, visual, -1)
+        return nn.with_logical_constraint(self.projector(chosen), STACK_AXES[1:]), None
 
 
 class PooledDeepStack(DeepStack):

@@ -96,7 +96,7 @@ def _tower_saved(program: Program, local: float) -> float:
 def _stack(config: Config, local: float) -> float:
     """Elements of the groups that are injected, over all devices along tensor: in decoder width, or in the tower's own."""
     shape = config.data_spec.batch_shape(1, config.data.max_length)
-    width = config.vision.width if config.deepstack.into == "vision" else config.decoder.width
+    width = config.vision.width if config.deepstack.into in ("vision", "channels") else config.decoder.width
     return local * shape.groups * shape.visual * width
 
 

@@ -184,7 +184,7 @@ def _encoded(config: Config, rows: int) -> Iterator[tuple[int, int, int]]:
 def _projectors(config: Config, rows: int) -> Iterator[_Product]:
     """On the tokens that are used, of the sequence and of every group, each tap's by its merger; recomputed as a layer is."""
     shape, stack = config.data_spec.batch_shape(rows, config.data.max_length), config.deepstack
-    views = 1 if stack.into == "vision" else 1 + shape.groups - len(stack.taps)
+    views = 1 if stack.into in ("vision", "channels") else 1 + shape.groups - len(stack.taps)
     for merger, names in enumerate(projector_names(config)):
         tokens = rows * shape.visual * (1 if merger else views)
         if stack.pool > 1:

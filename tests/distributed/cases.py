@@ -55,6 +55,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     },
     "HD": {"image.mode": "hd", "image.merge": "spatial_unpad", "data.max_images": 1},
 }
+# All groups at once into the sequence's tokens
+FUSED = {into: {"deepstack.into": into} for into in ("input", "channels")}
 # Most of such a model does not move.
 ADAPTED: dict[str, dict[str, Any]] = {"LoRA": LORA, "quantised": LORA | {"lora.base_dtype": "nf4"}}
 MESHES = {
@@ -70,7 +72,7 @@ MESHES = {
 
 
 def config_of(variant: str, accumulation: int = 1) -> Config:
-    return tiny_config(DIVISIBLE | (VARIANTS | ADAPTED | FAMILIES)[variant] | {"train.accumulation": accumulation})
+    return tiny_config(DIVISIBLE | (VARIANTS | FUSED | ADAPTED | FAMILIES)[variant] | {"train.accumulation": accumulation})
 
 
 def program_of(config: Config, sizes: tuple[int, int, int]) -> Program:

@@ -12,7 +12,18 @@ from deepstack_jax.generate.decoding import greedy
 from deepstack_jax.parallel.distributed import put_batch
 from deepstack_jax.parallel.rules import use_mesh
 from deepstack_jax.train.checkpoint.manager import Checkpoints
-from tests.distributed.cases import ADAPTED, MESHES, VARIANTS, batches, config_of, parameters, program_of, start, two_steps
+from tests.distributed.cases import (
+    ADAPTED,
+    FUSED,
+    MESHES,
+    VARIANTS,
+    batches,
+    config_of,
+    parameters,
+    program_of,
+    start,
+    two_steps,
+)
 from tests.unit.tiny import FAMILIES, example, make_batch
 
 
@@ -63,7 +74,7 @@ def test_two_steps_equal_those_of_one_device(variant, mesh, accumulation):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("variant", [*VARIANTS, *ADAPTED, *FAMILIES])
+@pytest.mark.parametrize("variant", [*VARIANTS, *FUSED, *ADAPTED, *FAMILIES])
 @pytest.mark.parametrize(("mesh", "accumulation"), [*((mesh, 1) for mesh in MESHES), ("fsdp8", 2), ("dp2xfsdp2xtp2", 2)])
 def test_two_steps_equal_those_of_one_device_everywhere(mesh, accumulation, variant):
     same(variant, MESHES[mesh], accumulation)

@@ -187,6 +187,21 @@ def test_vision_injection_names_layers_of_the_tower_and_groups_past_the_last_are
     assert sheets_of(config, seen(config, SQUARE))["crops"].unused == 2 * SIDE**2
 
 
+@pytest.mark.parametrize(
+    ("into", "layers", "said"),
+    [
+        ("input", {"layer 0"}, "hidden states of the decoder"),
+        ("channels", {"part 1", "part 2", "part 3", "part 4"}, "channels"),
+    ],
+)
+def test_groups_that_enter_at_once_are_all_used(into, layers, said):
+    config = small_config(deepstack__into=into)
+    assert {layer.name for layer in injecting_layers(config)} == layers
+    assert not any("never added" in tag.label for tag in layer_tags(config))
+    assert said in method(config)
+    assert sheets_of(config, seen(config, SQUARE))["crops"].unused == 0
+
+
 def test_letterbox_that_spatial_unpad_cuts_away_is_unused():
     config = small_config(
         image__mode="anyres", image__merge="spatial_unpad", image__pinpoints=((64, 64),), deepstack__stack="none"

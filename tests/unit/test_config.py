@@ -189,7 +189,7 @@ def test_every_number_is_bounded():
     }
 
     assert {"train.batch_size", "data.seed", "optimizer.groups.default.lr", "image.std[2]"} < RANGES.keys()
-    assert len(POSITIVE) == 45
+    assert len(POSITIVE) == 47
     for key, leaf in LEAVES.items():
         if isinstance(leaf.value, int | float) and not isinstance(leaf.value, bool):
             assert (key in RANGES) != (key in elsewhere), key

@@ -44,6 +44,7 @@ CASES = {
     "HD": {"image.mode": "hd", "image.merge": "spatial_unpad", "data.max_length": 128, "data.max_images": 1},
     "one large view": {"image.grid": "square", "deepstack.high_res": "view"},
     "pooled": {"deepstack.pool": 2},
+    "joined along channels": {"deepstack.into": "channels"},
 }
 # A wider MLP, since XLA counts the norms of heads and SigLIP's activation too.
 OF_FAMILIES = {name: changes | {"image.size": 16, "decoder.mlp": 512} for name, changes in FAMILIES.items()}

@@ -6,12 +6,14 @@ import numpy as np
 import pytest
 
 from deepstack_jax.config import RopeConfig
-from deepstack_jax.errors import ConfigError
+from deepstack_jax.errors import ConfigError, WeightsError
+from deepstack_jax.families.ablations import ablations_to
 from deepstack_jax.families.build import build_model
 from deepstack_jax.model.attention import causal_segment_mask, dot_product, last_positions, rotary_angles, rotary_table
 from deepstack_jax.model.deepstack import DeepStack
-from deepstack_jax.model.variants import DeepStackV, HighResDeepStack, PooledDeepStack
+from deepstack_jax.model.variants import DeepStackV, FusedDeepStack, HighResDeepStack, PooledDeepStack
 from deepstack_jax.model.vision import EncoderLayer, _bicubic, interpolate_positions
+from deepstack_jax.weights.names import NameTable
 from tests.unit.tiny import example, make_batch, model_params, tiny_config, tower_schedule
 
 SQUARE = {"image.grid": "square"}
@@ -122,6 +124,57 @@ def test_pooled_tokens_by_their_definition():
     mosaic = squares[1, 1:5].reshape(2, 2, 2, 2, 32).transpose(0, 2, 1, 3, 4).reshape(4, 4, 32)
     for group in range(4):
         np.testing.assert_allclose(stack[group, 1, :4], mosaic[group // 2 :: 2, group % 2 :: 2].reshape(4, -1), atol=1e-5)
+
+
+def test_groups_summed_at_the_input_are_the_groups_that_layers_would_get():
+    _, model, params, batch = build({"deepstack.into": "input"})
+    assert isinstance(model, FusedDeepStack)
+    assert set(model.layers.schedule) == {-1}
+    visual, stack = apply(model, params, batch, method="visual_tokens")
+    assert stack is None
+    tokens, groups = apply(build_model(tiny_config({})), params, batch, method="visual_tokens")  # the same parameters
+    np.testing.assert_allclose(visual, tokens + groups.sum(0), atol=1e-5)
+    # One group at layer 0 is that group at the input: the place is the one that DeepStack-L has.
+    one = {"image.mode": "stretch", "deepstack.stack": "global"}
+    summed, injected = (build(one | more, grids=(None, None)) for more in ({"deepstack.into": "input"}, {"deepstack.start": 0}))
+    hidden = [apply(model, summed[2], summed[3]).hidden for model in (summed[1], injected[1])]
+    np.testing.assert_allclose(*hidden, atol=1e-5)
+
+
+def test_groups_joined_along_channels_by_their_definition():
+    config, model, params, batch = build({"deepstack.into": "channels"})
+    assert params["projector"]["fc1"]["kernel"].shape == (5 * config.vision.width, config.decoder.width)
+    assert config.projected == 5 * config.vision.width
+    visual, stack = apply(model, params, batch, method="visual_tokens")
+    assert stack is None
+    (features,) = apply(model, params, batch.pixels, method="encode")
+    side, features = config.patch_side, np.asarray(features)
+    views = features[1].reshape(3, 5, side, side, -1)[0]  # the first image of the row with two, of three slots
+    mosaic = views[1:].reshape(2, 2, side, side, -1).transpose(0, 2, 1, 3, 4).reshape(2 * side, 2 * side, -1)
+    joined = np.concatenate([views[0], *(mosaic[y::2, x::2] for y in range(2) for x in range(2))], axis=-1)
+    expected = apply(model, params, joined.reshape(side**2, -1), method=lambda model, x: model.projector(x))
+    np.testing.assert_allclose(visual[1, : side**2], expected, atol=1e-5)
+    assert NameTable(config).leaves["projector/fc1/kernel"].layer_shape == params["projector"]["fc1"]["kernel"].shape
+
+
+@pytest.mark.parametrize("into", ["input", "channels"])
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"deepstack.stack": "none"}, "gives no groups, set it to 'crops'"),
+        ({"deepstack.schedule": (0, -1, -1, -1, -1)}, "schedule is"),
+        ({"deepstack.pool": 2, "image.size": 16}, "pool is 2, set it to 1"),
+    ],
+)
+def test_fusing_at_the_input_refuses_what_it_does_not_mean(into, changes, said):
+    with pytest.raises(ConfigError, match=said):
+        tiny_config({"deepstack.into": into} | changes)
+
+
+def test_fusing_at_the_input_has_no_official_form():
+    for into in ("input", "channels"):
+        with pytest.raises(WeightsError, match="has no official form"):
+            ablations_to(tiny_config({"deepstack.into": into}))
 
 
 def test_high_res_view_sees_the_crops_as_one_picture():
