@@ -14,6 +14,7 @@ import pytest
 from jax._src.cudnn import fused_attention_stablehlo  # its check of cuDNN's version has no public name
 from jax.sharding import Mesh
 
+from benchmarks import attention_check
 from deepstack_jax.config import MeshConfig
 from deepstack_jax.model.attention import Everything, Segments, causal_segment_mask, dot_product
 from deepstack_jax.parallel import cudnn
@@ -153,6 +154,15 @@ def test_packed_rows_as_cudnn_reads_them_equal_xla(window, inputs, monkeypatch):
         assert np.abs(mine - rounded).mean() < 2**-8 * np.abs(rounded).mean(), "one rounding"
 
 
+def test_the_check_of_a_devices_kernels_sees_another_segment(monkeypatch):
+    emulated_cudnn.install(monkeypatch)
+    mesh = make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
+    packed = CudnnAttention(mesh, segments=5)
+    assert attention_check.check(attention_check.TINY[0], attend=packed, repeats=1)["equal"]
+    for wrong in (CudnnAttention(mesh, implementation="xla"), CudnnAttention(mesh, segments=2)):
+        assert not attention_check.check(attention_check.TINY[0], attend=wrong, repeats=0)["equal"]
+
+
 @pytest.mark.parametrize("window", [0, 20])
 @pytest.mark.parametrize(
     ("form", "length"), [("causal", T), ("causal", T - 1), ("packed", T), ("packed", T - 1), ("mask", T - 1)]
@@ -163,7 +173,7 @@ def test_cudnn_equals_xla(form, length, window, inputs, single):
         gpu = jax.devices("gpu")[0]
     except RuntimeError:
         pytest.skip("no GPU here, or not with JAX_PLATFORMS=cpu,cuda")
-    if form == "packed" and gpu.compute_capability < "9":
+    if form == "packed" and int(gpu.compute_capability.split(".")[0]) < 9:
         pytest.skip(f"a GPU of compute capability {gpu.compute_capability}; packed rows want 9.0")
     rows = [x[:, :length] for x in (single if form == "causal" else inputs)]
     with jax.default_device(gpu):
@@ -300,6 +310,7 @@ def test_masks_and_rows_that_do_not_lie_over_the_mesh_go_to_xla(inputs):
 
 STEP = """
 from jax.experimental import topologies
+from benchmarks import attention_check
 from deepstack_jax.config import MeshConfig
 from deepstack_jax.parallel.mesh import make_mesh
 from deepstack_jax.parallel.rules import use_mesh
