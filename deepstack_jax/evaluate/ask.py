@@ -7,6 +7,7 @@ from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
+from deepstack_jax.background import in_background
 from deepstack_jax.data.encode.batch_rows import EncodedExample
 from deepstack_jax.data.encode.encoder import try_record
 from deepstack_jax.data.encode.templates import AnyTemplate
@@ -30,29 +31,22 @@ Result = Prediction | Refusal | BadExample
 """What became of a question, or of a row without one."""
 
 
-class _Asked(NamedTuple):
+class Asked(NamedTuple):
+    """A question as the model reads it."""
+
     question: Question
     prompt: EncodedExample
 
 
-def ask(
-    task: Task,
-    answerer: MeshAnswerer,
-    options: Options,
-    batch_size: int,
-    rows: Iterable[int],
-    *,
-    only: Container[tuple[int, int]] | None = None,
-    remarks: Counter[str] | None = None,
-) -> Iterator[list[Result]]:
+Prepared = Asked | Refusal | BadExample
+"""A question, or why there is none."""
+
+
+def ask(task: Task, answerer: MeshAnswerer, options: Options, batch_size: int, rows: Iterable[int]) -> Iterator[list[Result]]:
     """Answer the questions of some rows, `batch_size` at a time, in their order.
 
-    Images are decoded batch by batch. Where a run has several hosts, each asks rows of its own, and all take part in every
-    batch until none has a question left.
-
-    Args:
-      only: questions that are asked, as (row, turn); None = all.
-      remarks: what was done to images is counted here (`encoder.REMARKS`).
+    The images of the next batch are decoded while one is answered. Where a run has several hosts, each asks rows of its own,
+    and all take part in every batch until none has a question left.
 
     Yields:
       What became of a batch, with the questions in between that could not be asked; or alone, a row that cannot be asked.
@@ -60,27 +54,32 @@ def ask(
     Raises:
       RequestError: no such template.
     """
-    found = _prompts(task, answerer, options, rows, only, remarks)
+    found = in_background(prepare(task, answerer, options, rows), batch_size)
     while True:
-        batch: list[_Asked | Refusal] = []
-        asked: list[_Asked] = []
-        while len(asked) < batch_size and (one := next(found, None)) is not None:
-            if isinstance(one, _Asked):
-                asked.append(one)
-            elif not isinstance(one, Refusal):
+        batch: list[Prepared] = []
+        count = 0
+        while count < batch_size and (one := next(found, None)) is not None:
+            if isinstance(one, BadExample) and not isinstance(one, Refusal):
                 yield [one]
                 continue
+            count += isinstance(one, Asked)
             batch.append(one)
-        more = max_over_hosts(len(asked))
-        answers = iter(_answers(task, answerer, options, batch_size, asked) if more else ())
+        answered = answer(task, answerer, options, batch_size, batch)
         if batch:
-            template = find_template(options.template or answerer.template, answerer.tokenizer)
-            yield [_scored(task, one.question, next(answers), template) if isinstance(one, _Asked) else one for one in batch]
-        if not more:
+            yield answered
+        if not max_over_hosts(count):
             return
 
 
-def _answers(task: Task, answerer: MeshAnswerer, options: Options, batch_size: int, asked: Sequence[_Asked]) -> list[Measured]:
+def answer(task: Task, answerer: MeshAnswerer, options: Options, batch_size: int, prepared: Sequence[Prepared]) -> list[Result]:
+    """What becomes of at most `batch_size` questions; all hosts take part, also those without one."""
+    asked = [one for one in prepared if isinstance(one, Asked)]
+    answers = iter(_answers(task, answerer, options, batch_size, asked) if max_over_hosts(len(asked)) else ())
+    template = find_template(options.template or answerer.template, answerer.tokenizer)
+    return [_scored(task, one.question, next(answers), template) if isinstance(one, Asked) else one for one in prepared]
+
+
+def _answers(task: Task, answerer: MeshAnswerer, options: Options, batch_size: int, asked: Sequence[Asked]) -> list[Measured]:
     """Generated, or where the task says so and there are options, the likeliest of their letters."""
     if not task.by_likelihood:
         return answerer.answer_batch([one.prompt for one in asked], options, batch_size)
@@ -91,17 +90,26 @@ def _answers(task: Task, answerer: MeshAnswerer, options: Options, batch_size: i
     return [next(chosen if one.question.options else made) for one in asked]
 
 
-def _prompts(
+def prepare(
     task: Task,
     answerer: MeshAnswerer,
     options: Options,
     rows: Iterable[int],
-    only: Container[tuple[int, int]] | None,
-    remarks: Counter[str] | None,
-) -> Iterator[_Asked | Refusal | BadExample]:
+    only: Container[tuple[int, int]] | None = None,
+    remarks: Counter[str] | None = None,
+) -> Iterator[Prepared]:
+    """The questions of some rows, read and encoded on the host: nothing here touches a device, so a thread may do it.
+
+    Args:
+      only: questions that are asked, as (row, turn); None = all.
+      remarks: what was done to images is counted here (`encoder.REMARKS`).
+
+    Raises:
+      RequestError: no such template.
+    """
     template = find_template(options.template or answerer.template, answerer.tokenizer)  # a wrong name is not the rows' fault
 
-    def prompts_of(example: Example) -> list[_Asked | Refusal]:
+    def prompts_of(example: Example) -> list[Asked | Refusal]:
         images = answerer.cut_images(example.images, options)
         if remarks is not None:
             remarks.update(remark for image in images for remark in image.remarks)
@@ -113,11 +121,11 @@ def _prompts(
         yield from [found] if isinstance(found, BadExample) else found
 
 
-def _encode(question: Question, answerer: MeshAnswerer, options: Options) -> _Asked | Refusal:
+def _encode(question: Question, answerer: MeshAnswerer, options: Options) -> Asked | Refusal:
     try:
         if question.problem:
             raise RequestError(question.problem)
-        return _Asked(question, answerer.encode(question.turns, options, placed=True))
+        return Asked(question, answerer.encode(question.turns, options, placed=True))
     except RequestError as error:
         return Refusal(question.row, question.id, f"turn {question.turn}: {error}", question.turn)
 

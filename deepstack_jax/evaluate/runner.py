@@ -12,11 +12,12 @@ import jax
 from jax.sharding import Mesh
 
 from deepstack_jax.atomic import write_json, write_lines, write_whole
+from deepstack_jax.background import in_background
 from deepstack_jax.config import Config, to_dict
 from deepstack_jax.data.example import BadExample, SourceError
 from deepstack_jax.data.formats import files
 from deepstack_jax.errors import ConfigError
-from deepstack_jax.evaluate.ask import Refusal, Result, ask, of_all_hosts, result_of
+from deepstack_jax.evaluate.ask import Prepared, Refusal, Result, answer, of_all_hosts, prepare, result_of
 from deepstack_jax.evaluate.batches import Place, batches_of
 from deepstack_jax.evaluate.benchmarks.registry import TASKS, find_task
 from deepstack_jax.evaluate.checkpoint import EvalCheckpoint
@@ -152,14 +153,16 @@ def ask_all(
     if done:
         console.print(f"goes on after {plural(len(done), 'question')} answered before, in {checkpoint.file}", soft_wrap=True)
     remarks = Counter[str]()
+    left = [left for batch in batches if (left := [place for place in batch if place not in done])]
+    prepared = in_background((prepare_part(answerer, evaluation, batch, part, remarks) for batch in left), 1)
     with Progress("questions", sum(map(len, batches)), console, first=len(done), lines=LINES) as progress:
-        for left in ([place for place in batch if place not in done] for batch in batches):
-            if left:
-                found = of_all_hosts(ask_part(answerer, evaluation, left, part, remarks), part)
-                checkpoint.add(found)
-                take(found, predictions, bad, evaluation, console)
-                done.update(left)
-                progress.show(len(done))
+        for batch, mine in zip(left, prepared, strict=True):
+            share = share_of_process(evaluation, part)
+            found = of_all_hosts(answer(evaluation.task, answerer, evaluation.options, share, mine), part)
+            checkpoint.add(found)
+            take(found, predictions, bad, evaluation, console)
+            done.update(batch)
+            progress.show(len(done))
     for remark, count in remarks.items():
         console.print(f"{remark}: {count:,}", soft_wrap=True)
     if not predictions:
@@ -209,16 +212,19 @@ def evaluate_one(
     return results, checkpoint
 
 
-def ask_part(
+def share_of_process(evaluation: EvaluationRequest, part: ProcessSlice) -> int:
+    """Questions of a batch that a process asks at most."""
+    return -(-evaluation.batch_size // part.count)
+
+
+def prepare_part(
     answerer: MeshAnswerer, evaluation: EvaluationRequest, batch: Sequence[Place], part: ProcessSlice, remarks: Counter[str]
-) -> list[Result]:
-    """What became of this process' share of a batch."""
-    share = -(-evaluation.batch_size // part.count)
+) -> list[Prepared]:
+    """This process' share of a batch, read and encoded."""
+    share = share_of_process(evaluation, part)
     mine = batch[part.index * share : (part.index + 1) * share]
     rows = list(dict.fromkeys(place.row for place in mine))
-    how = (answerer, evaluation.options, share)
-    asked = ask(evaluation.task, *how, rows, only=frozenset(mine), remarks=remarks)
-    return [one for found in asked for one in found]
+    return list(prepare(evaluation.task, answerer, evaluation.options, rows, frozenset(mine), remarks))
 
 
 def take(

@@ -13,12 +13,15 @@ import pytest
 
 from deepstack_jax.config import Config, DataConfig
 from deepstack_jax.data.example import SourceError
+from deepstack_jax.evaluate import runner
 from deepstack_jax.evaluate.ask import Refusal
 from deepstack_jax.evaluate.checkpoint import EvalCheckpoint
 from deepstack_jax.evaluate.on_mesh import Measured
-from deepstack_jax.evaluate.runner import EvaluationRequest, ask_all, checkpoint_digest, key_of
+from deepstack_jax.evaluate.runner import EvaluationRequest, ask_all, checkpoint_digest, key_of, prepare_part
 from deepstack_jax.evaluate.tasks import Task
 from deepstack_jax.generate.options import Options
+from deepstack_jax.json_lines import read_lines
+from deepstack_jax.parallel.distributed import ProcessSlice
 from deepstack_jax.printing import Console
 from deepstack_jax.progress import Progress
 from tests.unit.test_held_out import Echo, Rows, row
@@ -85,6 +88,33 @@ def test_stopped_anywhere_it_ends_like_one_that_was_not(calls, torn, tmp_path):
     for file in tmp_path.glob("*.unfinished") if torn else ():
         file.write_bytes(file.read_bytes()[:-5])
     assert run(tmp_path, ROWS)[0] == alone
+
+
+@pytest.mark.parametrize("before", [1, 2, 3])
+@pytest.mark.parametrize("after", [1, 2, 3])
+def test_another_number_of_processes_goes_on(before, after, tmp_path, monkeypatch):
+    """A batch of three questions is prepared in one part, two or three, which together are the batch."""
+
+    def in_parts(answerer: Any, evaluation: EvaluationRequest, batch: Any, part: ProcessSlice, remarks: Any) -> list:
+        parts = [ProcessSlice(index, part.count, is_leader=True) for index in range(part.count)]
+        return [one for each in parts for one in prepare_part(answerer, evaluation, batch, each, remarks)]
+
+    monkeypatch.setattr(runner, "prepare_part", in_parts)
+    monkeypatch.setattr(runner, "share_of_process", lambda evaluation, _part: evaluation.batch_size)
+
+    def attempt(folder: Path, count: int, calls: int | None = None) -> list[str]:
+        asked: Any = Stopping(calls)
+        part, printed = ProcessSlice(0, count, is_leader=True), Console(file=io.StringIO())
+        lines, _ = ask_all(asked, evaluation_of(ROWS), EvalCheckpoint(folder, KEY), printed, part)
+        return [line.prediction.partition(" of ")[0] for line in lines]
+
+    (tmp_path / "alone").mkdir()
+    alone = attempt(tmp_path / "alone", 1)
+    with pytest.raises(KeyboardInterrupt):
+        attempt(tmp_path, before, calls=3)
+    kept = sum(len(line["batch"]) for line in read_lines(next(tmp_path.glob("*.unfinished"))))
+    assert kept > 0
+    assert attempt(tmp_path, after) == alone
 
 
 def test_what_was_answered_is_not_asked_again(tmp_path):

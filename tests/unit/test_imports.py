@@ -18,6 +18,7 @@ ALLOWED = {
     "jax_messages": set(),
     "stop_signals": set(),
     "progress": set(),
+    "background": set(),
     "layout": {"batch"},
     "config": {"batch", "layout"},
     "types": {"batch"},
