@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import numpy as np
 from PIL import Image
@@ -18,11 +19,12 @@ CONFIG = tiny_config({"decoder.vocab_size": 259, "data.template": "direct", "dec
 LIMITS = Limits(slots=3, waiting=40, context=64, images=2, answer=20)
 
 
-def talker() -> LMM:
+def talker(vocabulary: int = 259) -> LMM:
     """The model; a token is a byte, and only some of ASCII are ever said."""
-    params = model_params(build_model(CONFIG), make_batch(CONFIG, [[]]), seed=3)
-    params["head"]["kernel"] = params["head"]["kernel"].at[:, [*range(36), *range(130, 259)]].set(0)
-    return LMM(CONFIG, params, load_tokenizer("bytes"), "direct")
+    config = replace(CONFIG, decoder=replace(CONFIG.decoder, vocab_size=vocabulary))
+    params = model_params(build_model(config), make_batch(config, [[]]), seed=3)
+    params["head"]["kernel"] = params["head"]["kernel"].at[:, [*range(36), *range(130, vocabulary)]].set(0)
+    return LMM(config, params, load_tokenizer("bytes"), "direct")
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from deepstack_jax.evaluate.checkpoint import EvalCheckpoint
 from deepstack_jax.evaluate.on_mesh import MeshAnswerer, near_length, over_mesh, share_of
 from deepstack_jax.evaluate.questions import Question, answered_turns
 from deepstack_jax.evaluate.results import NEAR, protocol_of, summarise
-from deepstack_jax.evaluate.runner import EvaluationRequest, ask_all, open_task
+from deepstack_jax.evaluate.runner import EvaluationRequest, ask_all, checkpoint_digest, open_task
 from deepstack_jax.evaluate.tasks import Prediction, Task
 from deepstack_jax.generate.options import Options
 from deepstack_jax.parallel.mesh import make_mesh
@@ -73,11 +73,32 @@ def test_answers_do_not_depend_on_the_batch_or_the_devices(lmm):
     assert_same(predictions(over(lmm, 1), Task(source), 1), together)
 
 
+@pytest.fixture(scope="module")
+def even():
+    """Of a size that two devices can cut."""
+    return talker(260)
+
+
+def test_nor_on_how_the_parameters_are_cut(even):
+    source: Any = Asked(["What?", "Who is it", "?", "How many are there"])
+    whole, cut = over(even, 1), over(even, 2, tensor=2)
+    assert {leaf.size // leaf.addressable_shards[0].data.size for leaf in jax.tree.leaves(cut.params)} == {1, 2}
+    assert checkpoint_digest(cut) == checkpoint_digest(whole), "or a resumed evaluation would begin again on another mesh"
+    assert_same(predictions(cut, Task(source), 4), predictions(whole, Task(source), 4))
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("mesh", [{}, {"data": 2, "fsdp": 2}])
-def test_nor_with_images_of_all_numbers_and_parameters_that_are_cut(mesh, lmm):
+@pytest.mark.parametrize("mesh", [{}, {"fsdp": 2}, {"tensor": 2}, {"fsdp": 2, "tensor": 2}])
+def test_nor_with_images_of_all_numbers_and_parameters_that_are_cut(mesh, even):
     task = Task(MadeExamples(16))
-    assert_same(predictions(over(lmm, 4, **mesh), task, 8), predictions(over(lmm, 1), task, 3))
+    assert_same(predictions(over(even, 4, **mesh), task, 8), predictions(over(even, 1), task, 3))
+
+
+@pytest.mark.slow
+def test_the_likeliest_letter_does_not_depend_on_how_the_parameters_are_cut(even):
+    source: Any = Asked(["A. red\nB. blue", "Which of the letters", "Choose"])
+    task = Task(source, with_options, by_likelihood=True)
+    assert_same(predictions(over(even, 4, tensor=2), task, 4), predictions(over(even, 1), task, 3))
 
 
 def with_options(example: Example, images: Sequence[Any], template: Any) -> list[Question]:
