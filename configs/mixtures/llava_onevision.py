@@ -2,7 +2,8 @@
 
 Set names are the folders' without their brackets. Rows of the first 39 are as the data set's page on the hub rounds them, to
 three digits; of the others as the training recipe's names of JSON files tell them (`mathqa_29837.json`), at times a few more
-than were released; 0 where they tell none. `ureader_kg` and `ureader_qa` are released as JSON and archives, not as parquet.
+than were released. Four that neither tells (`sharegpt4o`, `sharegpt4v(sam)`, `ureader_cap`, `ureader_ie`) are as FineVision has
+them, which took them from here; `tqa` is 0, told by nobody. `ureader_kg` and `ureader_qa` are released as JSON and archives.
 """
 
 import re
@@ -27,10 +28,10 @@ ROWS = {
     "mathqa": 29_837, "mavis_math_metagen": 87_358, "mavis_math_rule_geo": 100_000, "multihiertt(cauldron)": 7_619,
     "orand_car_a": 2_009, "raven(cauldron)": 42_000, "rendered_text(cauldron)": 10_000, "robut_sqa(cauldron)": 8_514,
     "robut_wikisql(cauldron)": 74_989, "robut_wtq(cauldron,llava_format)": 38_246, "scienceqa(cauldron,llava_format)": 4_976,
-    "scienceqa(nona_context)": 19_218, "screen2words(cauldron)": 15_730, "sharegpt4o": 0, "sharegpt4v(coco)": 50_000,
-    "sharegpt4v(knowledge)": 2_000, "sharegpt4v(llava)": 30_000, "sharegpt4v(sam)": 0, "sroie": 33_626,
+    "scienceqa(nona_context)": 19_218, "screen2words(cauldron)": 15_730, "sharegpt4o": 57_284, "sharegpt4v(coco)": 50_000,
+    "sharegpt4v(knowledge)": 2_000, "sharegpt4v(llava)": 30_000, "sharegpt4v(sam)": 8_990, "sroie": 33_626,
     "st_vqa(cauldron,llava_format)": 17_247, "tabmwp(cauldron)": 22_722, "tallyqa(cauldron,llava_format)": 98_680,
-    "textcaps": 21_952, "textocr(gpt4v)": 25_114, "tqa(cauldron,llava_format)": 0, "ureader_cap": 0, "ureader_ie": 0,
+    "textcaps": 21_952, "textocr(gpt4v)": 25_114, "tqa(cauldron,llava_format)": 0, "ureader_cap": 91_215, "ureader_ie": 17_320,
     "vision_flan(filtered)": 186_070, "vistext(cauldron)": 9_969, "visual7w(cauldron,llava_format)": 14_366,
     "visualmrc(cauldron)": 3_027, "vqarad(cauldron,llava_format)": 313, "vsr(cauldron,llava_format)": 2_157,
     "websight(cauldron)": 10_000,

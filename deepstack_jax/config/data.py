@@ -105,7 +105,7 @@ class SetConfig:
     repeat: Annotated[float, Range(0, "a number above 0; to leave the set out, remove it", above=True)] = 1.0
     keep_images: tuple[str, ...] = ()  # beginnings of image paths; empty = all rows
     drop_images: tuple[str, ...] = ()  # beginnings of image paths that are not wanted, whatever else holds
-    keep_sources: tuple[str, ...] = ()  # values of the rows' "data_source", else "source"; empty = all rows
+    keep_sources: tuple[str, ...] = ()  # values of the rows' "data_source", else "source", else their first turn's; empty = all
     min_relevance: Annotated[int, _RATING] = 0  # least "relevance" that the worst of a row's turns may have; 0 = any
     min_image_correspondence: Annotated[int, _RATING] = 0  # the same of FineVision's "image_correspondence"
     min_visual_dependency: Annotated[int, _RATING] = 0  # of its "visual_dependency"

@@ -44,7 +44,7 @@ class RecordMetadata(NamedTuple):
 
     name: str  # as of its Example
     images: tuple[str, ...]  # relative to the image root, as the record names them but without "./"; embedded ones have none
-    data_source: str  # the record's "data_source", else its "source"; "" where it has neither
+    data_source: str  # the record's "data_source", else its "source", else its first turn's; "" where none says it
     # The worst of its turns' ratings by each of `RATINGS`, None where it has none; () where it has none at all
     ratings: tuple[float | None, ...] = ()
 

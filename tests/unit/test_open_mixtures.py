@@ -140,3 +140,20 @@ def test_the_cauldron_and_onevision_are_read_beside_each_other(tmp_path):
     assert mixture[0].messages == mixture[3].messages == (Message("human", "<image>\nWhich?"), Message("gpt", "A"))
     assert mixture[1].images == mixture[4].images == (picture(1)["bytes"],)
     assert (mixture[5].name, mixture[5].images) == ("text", ())
+
+
+@pytest.mark.parametrize("form", ["parquet", "arrow"])
+def test_turns_say_where_a_row_is_from_where_the_row_does_not(form, tmp_path):
+    """The Cauldron's; its other columns are not read for it."""
+    entry = SetConfig(file=f"ai2d.{form}", keep_sources=("AI2D",))
+    turns = [[{"user": "Which?", "assistant": f"{n}", "source": name}] for n, name in enumerate(("AI2D", "TQA", "AI2D", None))]
+    rows = [{"images": [picture(n)], "texts": [*turn, {**turn[0], "source": "later"}]} for n, turn in enumerate(turns)]
+    table = pa.Table.from_pylist(rows, schema=CAULDRON)
+    if form == "parquet":
+        pq.write_table(table, tmp_path / entry.file, row_group_size=2)
+    else:
+        with pa.OSFile(str(tmp_path / entry.file), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
+            writer.write_table(table)
+    with pytest.warns(UserWarning, match="2 records belong to none of the sets one, .*'TQA' 1"):
+        mixture = opened({"one": entry}, tmp_path)
+    assert [mixture[row].messages[1].text for row in range(2)] == ["0", "2"]

@@ -85,10 +85,17 @@ def to_metadata(row: object, index: int) -> RecordMetadata:
         values = []
     named = [value.get("path") if isinstance(value, dict) and not value.get("bytes") else value for value in values]
     paths = tuple(posixpath.normpath(value) for value in named if isinstance(value, str) and value and not _escapes(value))
-    source = next((row[key] for key in ("data_source", "source") if isinstance(row.get(key), str)), "")
     ratings = tuple(_worst(row, name) for name in RATINGS)
     rated = any(rating is not None for rating in ratings)
-    return RecordMetadata(record_name(row, index), paths, source, ratings if rated else ())
+    return RecordMetadata(record_name(row, index), paths, _source(row), ratings if rated else ())
+
+
+def _source(row: dict[str, Any]) -> str:
+    """The set that a record was taken from: as it says itself, else as its first turn does in the Cauldron's style."""
+    turns = row.get("texts")
+    first = turns[0] if isinstance(turns, list) and turns and isinstance(turns[0], dict) else {}
+    found = (row.get("data_source"), row.get("source"), first.get("source"))
+    return next((value for value in found if isinstance(value, str)), "")
 
 
 def _worst(row: dict[str, Any], name: str) -> float | None:
@@ -260,6 +267,8 @@ _READERS: dict[str, Callable[[list[dict[str, Any]], int], list[Message]]] = {
     "texts": _cauldron,
 }
 STYLES = tuple(_READERS)
+TURN_SOURCES = re.compile(r"texts\..+\.source")
+"""Path of the leaf of a table that holds the sources of turns."""
 _RATED = tuple(f"{name}_{end}" for name in RATINGS for end in ("min", "ratings"))
 CONVERSATIONS = Columns(needed_keys(), ("id", "data_source", "source", *IMAGE_KEYS, *_RATED), check_columns)
 _EXPECTED = {

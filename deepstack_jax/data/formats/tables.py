@@ -12,12 +12,13 @@ from deepstack_jax.data.example import SourceError
 from deepstack_jax.data.formats import files
 from deepstack_jax.data.formats.columns import VALUE_BYTES, carried, scanned, settled, short_reason, to_row, warn_of
 from deepstack_jax.data.formats.footers import ColumnChunk, decompressed_bytes, messages_of, read_chunks
-from deepstack_jax.data.formats.styles import CONVERSATIONS, IMAGE_KEYS, Columns, RecordError
+from deepstack_jax.data.formats.styles import CONVERSATIONS, IMAGE_KEYS, TURN_SOURCES, Columns, RecordError
 
 _CACHE_BYTES = 128 << 20  # of decoded row groups that a process keeps; the one in use stays, however large it is
 _FOOTER_BYTES = 64 << 10  # fetched at once from a remote file: its footer, or the gap between two columns
 _END_OF_STREAM = b"\xff\xff\xff\xff\x00\x00\x00\x00"
 _MAX_ROWS = 2**31
+_SOURCES = {"data_source", "source"}
 _BATCH_ROWS, _STEP_ROWS = 1 << 16, 64  # read at once where texts are dictionaries; where each may be as long as all in the file
 
 
@@ -84,6 +85,7 @@ class ParquetRecords(_Groups):
         self._columns = carried(path, read, wanted.needed)
         self._check_groups()
         self._outlined = [name for name in self._columns if _is_outlined(name, first.columns[name], wanted)]
+        self._by_turn = "texts" in self._columns and not _SOURCES & set(self._outlined)  # these may say where they are from
         self._count([footer.rows for footer in self._footers])
         self._tables = files.ProcessCache()  # of row groups: the table, and what a row of it may take
 
@@ -114,14 +116,15 @@ class ParquetRecords(_Groups):
 
     def scan(self) -> Iterator[object]:
         """All rows in order, only the columns that are short and that an outline needs."""
-        if not self._outlined:
-            yield from ({} for _ in range(len(self)))
-            return
         for part, footer in zip(self._parts, self._footers, strict=True):
+            outlined = [*self._outlined, *(footer.turn_sources if self._by_turn else ())]
+            if not outlined:
+                yield from ({} for _ in range(sum(footer.rows)))
+                continue
             try:
                 with _open_parquet(part, footer.texts) as parquet:
                     for group in range(len(footer.rows)):  # lists of texts cannot be read across two groups at once
-                        for batch in parquet.iter_batches(footer.step, [group], self._outlined):
+                        for batch in parquet.iter_batches(footer.step, [group], outlined):
                             yield from scanned(batch, self._limits, self._needed, mapped=False)
             except (pa.ArrowException, OSError) as error:
                 raise _failure(part, error) from error
@@ -218,6 +221,8 @@ class ArrowRecords(_Groups):
         """All rows in order, only the columns that are short and that an outline needs."""
         for batch in self._batches:
             names = [field.name for field in batch.schema if _is_outlined(field.name, field.type, CONVERSATIONS)]
+            if not _SOURCES & set(names) and "texts" in batch.schema.names:
+                names.append("texts")
             rows = scanned(batch.select(names), self._limits, CONVERSATIONS.needed, mapped=True)
             yield from rows if names else ({} for _ in range(len(batch)))
 
@@ -230,6 +235,7 @@ class _Footer(NamedTuple):
     columns: dict[str, pa.DataType]
     names: tuple[str, ...]  # of the columns, as often as they are there
     texts: tuple[str, ...]  # paths of the leaves that are read as dictionaries
+    turn_sources: tuple[str, ...]  # paths of the leaves that say where turns are from
     step: int  # rows that may be read at once
     size: int  # bytes of the file
 
@@ -251,7 +257,8 @@ def _read_footer(path: str) -> _Footer:
                     raise ValueError(f"row group {number} has {count} rows, a column in it {fewest} values")
             sizes = [_sizes(group, leaves, schema.names) for group in chunks]
             step = _STEP_ROWS if delta else _BATCH_ROWS
-            return _Footer(rows, sizes, columns, tuple(schema.names), tuple(texts), step, files.size(path))
+            sources = tuple(path for path in held if TURN_SOURCES.fullmatch(path))
+            return _Footer(rows, sizes, columns, tuple(schema.names), tuple(texts), sources, step, files.size(path))
     except (pa.ArrowException, OSError, ValueError, RecursionError) as error:
         raise _failure(path, error) from error
 

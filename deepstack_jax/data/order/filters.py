@@ -21,7 +21,7 @@ from deepstack_jax.printing import Console, label
 # Stands for the image path of a record without an image file, so that filters can tell these: text, or embedded images.
 TEXT_ROWS = "<text>"
 
-_FORMAT = 2  # of the cached files; a change of it makes old ones unread
+_FORMAT = 3  # of the cached files; a change of it makes old ones unread
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class RowFilter:
 
     keep_images: tuple[str, ...] = ()  # beginnings of paths below the image root; one image under one of them is enough
     drop_images: tuple[str, ...] = ()  # the same; such a record is not wanted, and not missed either
-    keep_sources: tuple[str, ...] = ()  # values of the records' "data_source", else "source"
+    keep_sources: tuple[str, ...] = ()  # values of the records' "data_source", else "source", else their first turn's
     min_ratings: tuple[int, ...] = ()  # least of the worst rating by each of `RATINGS`; 0 = any
 
     def drops(self, outline: RecordMetadata) -> bool:
