@@ -1,0 +1,188 @@
+"""What one GPU does with this package, beside PyTorch, in at most nine minutes: `python -m benchmarks.gpu_check`.
+
+  --list          print the stages with their seconds, and end
+  --only=A,B      these stages alone, again where they are done
+  --size=tiny     small models, which a CPU runs to the end too
+  --output=FILE   where the results go; benchmarks/results/gpu-NAME.json, by the name of the device, unless given
+  --work=DIR      logs and compiled programs; .cache/gpu_check unless given
+  --budget=N      seconds that all stages may take together; 540 unless given
+
+Every stage runs in a process of its own, prints and saves each figure as it is known, and is ended at its limit. A stage that
+is done is not run again: the same call made again goes on with what failed, ran out of time or came too late. Results of
+another device, size, jax or other sources are begun anew. Then `python -m benchmarks.gpu_check.tables` writes the tables of
+the documents. Exits with 1 where a stage failed or was late. What it needs beyond the package is in
+benchmarks/gpu_check/requirements.txt.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from benchmarks.gpu_check.stages import BUDGET, EXIT_ABSENT, NAMES, STAGES, Stage, listing
+from deepstack_jax.atomic import write_json
+
+REPOSITORY = Path(__file__).parents[2]
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "torch", "transformers", "nvidia-cudnn-cu12", "nvidia-cudnn-cu13")
+SAME = ("device", "sources")  # of the machine, in results that are gone on with
+LEAST = 20  # seconds that must be left for a stage to begin
+SHOWN = 12  # last lines of what a stage that failed wrote to stderr
+# As launch/slurm.sbatch; in a process that computes on the GPU the rest of the memory is the driver's and the libraries'.
+ENVIRONMENT = {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.92", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.5"}
+QUERY = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"]
+
+
+def machine() -> dict[str, Any]:
+    """Device, driver, processor, versions and revision, without starting jax."""
+    try:
+        found = subprocess.run(QUERY, capture_output=True, text=True, check=True).stdout.splitlines()[0]
+        name, driver, memory = (part.strip() for part in found.split(","))
+    except (OSError, subprocess.CalledProcessError, IndexError, ValueError):
+        name, driver, memory = "cpu", "", ""
+    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    return {
+        "device": name,
+        "driver": driver,
+        "memory": memory,
+        "cores": os.cpu_count(),
+        "python": sys.version.split()[0],
+        "versions": {package: version for package in PACKAGES if (version := _version(package))},
+        "revision": git.stdout.strip() or "unknown",
+        "sources": digest(),
+    }
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return ""
+
+
+def digest() -> str:
+    """Of what is measured and what measures: results of other sources are not gone on with."""
+    found = hashlib.sha256()
+    for folder in ("deepstack_jax", "configs", "benchmarks/gpu_check"):
+        for file in sorted((REPOSITORY / folder).rglob("*.py")):
+            found.update(file.read_bytes())
+    return found.hexdigest()[:16]
+
+
+def slug(device: str) -> str:
+    """A device's name as a part of a file's."""
+    return re.sub(r"[^a-z0-9]+", "-", device.lower().removeprefix("nvidia")).strip("-")
+
+
+def open_results(file: Path, here: dict[str, Any], size: str) -> dict[str, Any]:
+    """Those of the file where they are of the same machine, sources and size, else none."""
+    fresh = {"size": size, "machine": here, "stages": {}}
+    if not file.exists():
+        return fresh
+    found = json.loads(file.read_text())
+    before, now = ({key: one["machine"][key] for key in SAME} | {"size": one["size"]} for one in (found, fresh))
+    before["jax"], now["jax"] = (one["machine"]["versions"]["jax"] for one in (found, fresh))
+    changed = [key for key in now if before[key] != now[key]]
+    if not changed:
+        return found | {"machine": here}
+    print(f"{file} is of another {', '.join(changed)}; its stages are run anew", flush=True)
+    return fresh
+
+
+def run_stage(stage: Stage, results: dict[str, Any], size: str, work: Path, limit: float) -> dict[str, Any]:
+    """What is saved of a stage: status, seconds, figures, and the end of its log where it failed."""
+    figures, earlier, log = (work / f"{stage.name}{end}" for end in (".json", ".earlier.json", ".log"))
+    figures.unlink(missing_ok=True)
+    write_json(earlier, {name: one["figures"] for name, one in results["stages"].items()})
+    command = child_command(stage, size, figures, earlier, limit)
+    began = time.monotonic()
+    with log.open("w") as file:
+        process = subprocess.Popen(command, cwd=REPOSITORY, env=environment(stage, work), stderr=file)
+        try:
+            code = process.wait(timeout=limit)
+        except subprocess.TimeoutExpired:
+            code = None
+        finally:
+            if process.poll() is None:
+                process.kill()
+                process.wait()
+    status = "late" if code is None else {0: "done", EXIT_ABSENT: "absent"}.get(code, "failed")
+    found = {"status": status, "seconds": round(time.monotonic() - began, 1), "limit": round(limit)}
+    found["figures"] = json.loads(figures.read_text()) if figures.exists() else {}
+    if status in ("failed", "absent"):
+        found["said"] = log.read_text(errors="replace").strip().splitlines()[-SHOWN:]
+    return found
+
+
+def child_command(stage: Stage, size: str, figures: Path, earlier: Path, limit: float) -> list[str]:
+    """What a stage's process is started by."""
+    return [sys.executable, "-m", "benchmarks.gpu_check.child", stage.name, size, str(figures), str(earlier), str(limit)]
+
+
+def environment(stage: Stage, work: Path) -> Mapping[str, str]:
+    """Of a stage's process: what it compiles is kept, so that a stage that is run again begins sooner."""
+    chosen = {**ENVIRONMENT, "JAX_COMPILATION_CACHE_DIR": str(work.resolve() / "jax"), **os.environ}
+    if stage.platforms and os.environ.get("JAX_PLATFORMS") != "cpu":
+        chosen["JAX_PLATFORMS"] = stage.platforms
+    return chosen
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--list", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--only", default="", help=argparse.SUPPRESS)
+    parser.add_argument("--size", default="full", choices=("full", "tiny"), help=argparse.SUPPRESS)
+    parser.add_argument("--output", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--work", type=Path, default=REPOSITORY / ".cache" / "gpu_check", help=argparse.SUPPRESS)
+    parser.add_argument("--budget", type=float, default=BUDGET, help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    only = given.only.split(",") if given.only else []
+    if unknown := set(only) - set(NAMES):
+        parser.error(f"--only={given.only} names {', '.join(sorted(unknown))}, expected some of {', '.join(NAMES)}")
+    if given.list:
+        print(listing())
+        return 0
+    here = machine()
+    if here["device"] == "cpu" and given.size == "full":
+        parser.error("there is no NVIDIA GPU here (nvidia-smi); on a CPU run it with --size=tiny")
+    output = given.output or REPOSITORY / "benchmarks" / "results" / f"gpu-{slug(here['device'])}.json"
+    given.work.mkdir(parents=True, exist_ok=True)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    return run_all(open_results(output, here, given.size), output, only, given.work, given.budget)
+
+
+def run_all(results: dict[str, Any], output: Path, only: list[str], work: Path, budget: float) -> int:
+    """Every stage that is still to run, as long as time is left; the file is whole after each."""
+    ends, stages = time.monotonic() + budget, results["stages"]
+    for stage in STAGES:
+        done = stages.get(stage.name, {}).get("status") == "done"
+        if stage.name not in only if only else done:
+            continue
+        left = ends - time.monotonic()
+        if left < LEAST:
+            print(f"{stage.name}: no time is left; make the same call again", flush=True)
+            continue
+        print(f"{stage.name} ({stage.part}): {stage.what}", flush=True)
+        stages[stage.name] = run_stage(stage, results, results["size"], work, min(stage.limit, left))
+        write_json(output, results)
+        found = stages[stage.name]
+        print(f"{stage.name}: {found['status']} in {found['seconds']:.0f} s{_said(found)}", flush=True)
+    print(f"results: {output}")
+    return int(any(one["status"] in ("failed", "late") for one in stages.values()))
+
+
+def _said(found: dict[str, Any]) -> str:
+    return f": {found['said'][-1]}" if found.get("said") else ""
+
+
+if __name__ == "__main__":
+    sys.exit(main())

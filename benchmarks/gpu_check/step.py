@@ -1,0 +1,232 @@
+"""Training steps of the package, timed: the packed step itself, and beside it what one choice costs."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks.gpu_check.programs import build, config_of, fitting, made_state, packed_batch, planned, policies, with_decoder
+from benchmarks.gpu_check.record import AbsentError, Record, target
+from deepstack_jax.batch import Batch
+from deepstack_jax.config import Config, TrainConfig, build_config, to_dict
+from deepstack_jax.parallel.chips import CHIPS
+from deepstack_jax.parallel.distributed import put_batch
+from deepstack_jax.parallel.rules import use_mesh
+from deepstack_jax.plan.topology import open_machine
+from deepstack_jax.train.core.program import Program
+from deepstack_jax.train.flops import step_flops
+
+CHECKED = 3  # steps whose losses are compared
+WARM = 2  # more steps that are not timed
+MATMULS = 20  # of the plain product, in one program
+MFU, OVER_STRING, INJECTION = 0.55, 2.0, 1.03  # to reach
+SECOND = 70  # seconds that a second program may take to compile and run
+
+
+def full(record: Record) -> None:
+    """The step by the fastest remat policy that there is, and by the recipes' own; the best plain product before them."""
+    peak = plain_matmul(record)
+    machine = open_machine("here")
+    config = fitting(record.size, {}, machine, record.size.rows)
+    measure(record, "step", config, peak)
+    if policies()[0] != "block" and record.left() > SECOND:
+        measure(record, "step, remat block", with_decoder(config, remat="block"), peak)
+
+
+def injection(record: Record) -> None:
+    """The same batch and parameters, with all groups injected and with none: the tower sees the same crops in both."""
+    config = as_in_step(record)
+    off = dataclasses.replace(config, deepstack=dataclasses.replace(config.deepstack, schedule=(-1,) * config.decoder.layers))
+    runs = {"on": measure(record, "on", config), "off": measure(record, "off", off)}
+    added = runs["on"]["s/step"] - runs["off"]["s/step"]
+    layers = config.decoder.layers
+    # What is injected costs the same at any depth: beside 32 layers it is so much less.
+    per_layer = runs["off"]["s/step"] * runs["off"]["decoder share"] / layers
+    whole = runs["off"]["s/step"] + (32 - layers) * per_layer
+    record.add(
+        "injection", {"added, s": added, "on / off here": 1 + added / runs["off"]["s/step"], "at 32 layers": 1 + added / whole}
+    )
+    record.add("goal: injection, on / off at 32 layers", target(1 + added / whole, INJECTION, at_most=True))
+
+
+def string(record: Record) -> None:
+    """DeepStack-L beside a LLaVA that reads all 2880 visual tokens of an image in its sequence, by examples per second."""
+    config = as_in_step(record)
+    rows, length = record.size.string
+    changes = {"deepstack.sequence": "global_crops", "deepstack.stack": "none", "data.max_length": length}
+    longer = config_of(record.size, {**changes, "decoder.layers": config.decoder.layers, "decoder.remat": config.decoder.remat})
+    mine = record.figures_of("step", "step")["samples/s"]
+    theirs = measure(record, "string", longer, rows=rows)["samples/s"]
+    record.add("goal: L / string, samples/s", target(mine / theirs, OVER_STRING))
+
+
+def lora(record: Record) -> None:
+    """Adapters of rank 64 in every map of the decoder over a bfloat16 base, beside training it all."""
+    config = as_in_step(record)
+    values = to_dict(config)
+    values["optimizer"]["table"] = (
+        (r"^layers/.*/kernel$", "lora"),
+        (r"^projector/", "projector"),
+        (r"^(vision_tower|embed|layers|head)/", "frozen"),
+    )
+    group = values["optimizer"]["groups"]["language"]
+    values["optimizer"]["groups"] = {"lora": group | {"lora": True}, "projector": group}
+    found = measure(record, "lora", build_config(values), drawn=True)
+    whole = record.figures_of("step", "step")
+    record.add(
+        "lora / full",
+        {"s/step": found["s/step"] / whole["s/step"], "peak memory": _ratio(found["peak, GiB"], whole["peak, GiB"])},
+    )
+
+
+def fp8(record: Record) -> None:
+    """The step with `train.matmul=fp8` beside the same in bfloat16."""
+    if "matmul" not in {field.name for field in dataclasses.fields(TrainConfig)}:
+        raise AbsentError("the package has no train.matmul yet, so there are no FP8 products to measure")
+    config = as_in_step(record)
+    values = to_dict(config)
+    values["train"]["matmul"] = "fp8"
+    found, whole = measure(record, "fp8", build_config(values)), record.figures_of("step", "step")
+    apart = max(abs(a - b) for a, b in zip(found["losses"], whole["losses"], strict=True))
+    record.add("bf16 / fp8", {"s/step": whole["s/step"] / found["s/step"], "losses differ by": apart})
+
+
+def as_in_step(record: Record) -> Config:
+    """The configuration that stage `step` measured."""
+    found = record.figures_of("step", "step")
+    return config_of(record.size, {"decoder.layers": found["layers"], "decoder.remat": found["remat"]})
+
+
+def measure(
+    record: Record,
+    name: str,
+    config: Config,
+    peak: float = 0.0,
+    rows: int = 0,
+    *,
+    drawn: bool = False,
+    then: Callable[[Callable[[], Any]], None] | None = None,
+) -> dict[str, Any]:
+    """Compile the step, run it on one packed batch, and record what it took.
+
+    Args:
+      peak: FLOP/s of the best plain product, 0 = not measured.
+      rows: of the batch, 0 = the size's own.
+      drawn: parameters are drawn as a run draws them, not made from their names.
+      then: is given the step, to run it more.
+    """
+    rows = rows or record.size.rows
+    program, batch = build(config), packed_batch(config, rows)
+    with use_mesh(program.mesh):
+        placed = put_batch(program.mesh, batch)
+        began = time.perf_counter()
+        compiled = (
+            program.jit_step().lower(program.abstract_state(), program.abstract_batch(rows, config.data.max_length)).compile()
+        )
+        compiling = time.perf_counter() - began
+        state = (
+            jax.jit(lambda key: program.begin(program.draw(key)), out_shardings=program.shardings)(jax.random.key(0))
+            if drawn
+            else made_state(program)
+        )
+        held = [state]
+        del state
+
+        def step() -> Any:
+            held[0], metrics = compiled(held[0], placed)
+            return jax.block_until_ready(metrics)
+
+        losses = [float(step()["loss"]) for _ in range(CHECKED)]
+        for _ in range(WARM):
+            step()
+        seconds = timed(step, record.size.repeats)
+        squares = float(step()["segment_squares"])
+        memory: Any = compiled.memory_analysis()
+        figures = describe(program, batch, seconds, squares, peak)
+        sizes = (
+            memory.argument_size_in_bytes,
+            memory.output_size_in_bytes,
+            memory.temp_size_in_bytes,
+            memory.generated_code_size_in_bytes,
+        )
+        figures |= {
+            "losses": losses,
+            "peak, GiB": _peak(),
+            "compiler says, GiB": (sum(sizes) - memory.alias_size_in_bytes) / 2**30,
+            "plan says, GiB": planned(program, open_machine("here"), rows).used / 2**30,
+            "compiled in, s": compiling,
+        }
+        record.add(name, figures)
+        if peak and figures["MFU"] is not None:
+            record.add(f"goal: {name}, MFU", target(figures["MFU"], MFU))
+        if then:
+            then(step)
+    return figures
+
+
+def describe(program: Program, batch: Batch, seconds: list[float], squares: float, peak: float) -> dict[str, Any]:
+    """What a step of so many seconds does: of every position and crop slot, filled or not, as `train/flops.py` counts."""
+    config, taken = program.config, float(np.median(seconds))
+    rows, length = batch.tokens.shape
+    flops = step_flops(config, program.groups, rows, length, squares=squares)
+    chip = CHIPS.get(jax.devices()[0].device_kind)
+    examples = int((batch.example_id >= 0).sum())
+    return {
+        "s/step": taken,
+        "tokens/s": float((batch.segment_ids > 0).sum()) / taken,
+        "samples/s": examples / taken,
+        "TFLOP/s": flops.model / taken / 1e12,
+        "MFU": flops.model / taken / chip.flops if chip else None,
+        "of the best product": flops.model / taken / peak if peak else None,
+        "layers": config.decoder.layers,
+        "rows": rows,
+        "length": length,
+        "examples": examples,
+        "useful positions": float((batch.segment_ids > 0).mean()),
+        "remat": config.decoder.remat,
+        "kernel": program.kernels.decoder,
+        "decoder share": sum(part.model for part in flops.parts if part.name in ("decoder", "attention")) / flops.model,
+        "model TFLOPs": {part.name: part.model / 1e12 for part in flops.parts},
+        "seconds": seconds,
+    }
+
+
+def plain_matmul(record: Record) -> float:
+    """FLOP/s of large bfloat16 products, each of the last one's result."""
+    side = record.size.square
+    a, b = (jnp.asarray(np.random.default_rng(seed).normal(0, side**-0.5, (side, side)), jnp.bfloat16) for seed in (0, 1))
+    run = jax.jit(lambda a, b: jax.lax.fori_loop(0, MATMULS, lambda _, x: x @ b, a))
+    jax.block_until_ready(run(a, b))
+    seconds = timed(lambda: jax.block_until_ready(run(a, b)), 5)
+    best = 2.0 * side**3 * MATMULS / min(seconds)
+    chip = CHIPS.get(jax.devices()[0].device_kind)
+    record.add(
+        "plain product", {"TFLOP/s": best / 1e12, "of the data sheet": best / chip.flops if chip else None, "seconds": seconds}
+    )
+    return best
+
+
+def timed(run: Callable[[], Any], repeats: int) -> list[float]:
+    """Seconds of every call; each ends when the device is done."""
+    seconds = []
+    for _ in range(repeats):
+        began = time.perf_counter()
+        run()
+        seconds.append(time.perf_counter() - began)
+    return seconds
+
+
+def _peak() -> float | None:
+    """GiB that this process had in use at once, None where the device keeps no count."""
+    found = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use", 0)
+    return found / 2**30 if found else None
+
+
+def _ratio(one: float | None, other: float | None) -> float | None:
+    return one / other if one and other else None
