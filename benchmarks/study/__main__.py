@@ -1,6 +1,6 @@
 """Train the injection laboratory's table and write docs/study.md: `python -m benchmarks.study`.
 
-  --only=baseline,start_   rows of these names, or whose names begin so
+  --only=baseline,start_   rows of these names, or whose names begin so; those on real images begin with lines_
   --seeds=3                runs of each row, seeds 0, 1, ...
   --size=gpu               the larger size (default: cpu)
   --jobs=2                 runs at once, each with its share of the cores (default: 1)
@@ -28,11 +28,10 @@ from rich.table import Table
 
 from benchmarks.study import report
 from benchmarks.study.results import FILE, Run, add_run, by_row, read_runs
-from benchmarks.study.table import DIGITS, ROWS, Row
-from benchmarks.study.train import Job, RunError, train
+from benchmarks.study.table import DIGITS, STUDIES, Row, Study
+from benchmarks.study.train import REPOSITORY, Job, RunError, train
 from deepstack_jax.printing import Console, plural
 
-STUDY, BASE = "cards", "configs/study.py"
 QUICK_SEED = 100  # none of the study's: --quick draws other cards
 SPREADS, SLACK = 3.0, 0.05  # standard deviations, or share, that a quick run may lie from the study's mean
 GUESSED = 200.0  # seconds of a run, before any is done
@@ -44,10 +43,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if asked.report:
         return report.write(read_runs(asked.results), console)
     jobs = [
-        Job(STUDY, BASE, asked.size, row, seed)
+        Job(study_of(row), asked.size, row, seed)
         for seed in ([QUICK_SEED] if asked.quick else range(asked.seeds))  # all rows once before any twice
         for row in chosen(asked.only, asked.quick)
     ]
+    for study in {job.study.name: job.study for job in jobs}.values():
+        if study.needs and not (REPOSITORY / study.needs).is_dir():
+            jobs = [job for job in jobs if job.study is not study]
+            console.print(
+                f"left out: rows of {study.name}, for {study.needs} is not there; benchmarks.study.{study.name} writes it"
+            )
     known = read_runs(asked.results)
     waiting = [job for job in jobs if not is_done(job, known)]
     console.print(listed(jobs, known, asked.jobs) if asked.list else estimate(waiting, known, asked.jobs), soft_wrap=True)
@@ -95,22 +100,27 @@ def chosen(only: str, quick: bool) -> list[Row]:
     Raises:
       ValueError: a name that no row has.
     """
-    rows = [row for row in ROWS.values() if row.quick or not quick]
+    rows = [row for study in STUDIES.values() for row in study.rows.values() if row.quick or not quick]
     names = [name for name in only.split(",") if name]
     if unknown := [name for name in names if not any(row.name.startswith(name) for row in rows)]:
         raise ValueError(f"--only: no row is named, or begins with, {', '.join(unknown)}; --list shows them all")
     return [row for row in rows if not names or row.name in names or any(row.name.startswith(name) for name in names)]
 
 
+def study_of(row: Row) -> Study:
+    """The study that a row is of."""
+    return next(study for study in STUDIES.values() if row.name in study.rows)
+
+
 def is_done(job: Job, known: dict[tuple[str, str, int], Run]) -> bool:
     """Whether the results hold this very configuration."""
-    run = known.get((job.study, job.row.name, job.seed))
+    run = known.get((job.study.name, job.row.name, job.seed))
     return run is not None and run.digest == job.digest
 
 
 def seconds_of(job: Job, known: dict[tuple[str, str, int], Run]) -> float:
     """How long a run takes: as others of its row did, else as all did."""
-    rows = by_row(known, job.study, job.row.name) or [run for run in known.values() if run.study == job.study]
+    rows = by_row(known, job.study.name, job.row.name) or [run for run in known.values() if run.study == job.study.name]
     return float(np.median([run.seconds for run in rows])) if rows else GUESSED
 
 
@@ -176,7 +186,7 @@ def compared(jobs: Sequence[Job], runs: dict[tuple[str, str, int], Run], study: 
     """Quick runs beside the study's mean and spread."""
     table = Table("row", "digits", "the study's", "within its spread", box=SIMPLE_HEAD)
     for job in jobs:
-        run, others = runs.get((job.study, job.row.name, job.seed)), by_row(study, job.study, job.row.name)
+        run, others = runs.get((job.study.name, job.row.name, job.seed)), by_row(study, job.study.name, job.row.name)
         if run is None or not others:
             table.add_row(job.row.label, "-" if run is None else f"{run.score(DIGITS):.1%}", "-", "no runs to compare")
             continue

@@ -12,8 +12,8 @@ import numpy as np
 
 from benchmarks.study import figures, verdict
 from benchmarks.study.results import WINDOW, Run, by_row
-from benchmarks.study.table import CLAIMS, DIGITS, ROWS, Claim, Row
-from benchmarks.study.train import SEEDS, Job
+from benchmarks.study.table import CARDS, CLAIMS, DIGITS, LINES, ROWS, Claim, Row
+from benchmarks.study.train import Job
 from benchmarks.study.verdict import BY_SPEED, CONTRADICTED, NO_RUNS, NOT_SHOWN, SHOWN, Judged, judge_claim
 from deepstack_jax.atomic import write_whole
 from deepstack_jax.data.cards import CHANCE
@@ -22,7 +22,7 @@ from deepstack_jax.printing import Console
 Runs = Mapping[tuple[str, str, int], Run]
 REPOSITORY = Path(__file__).parents[2]
 TEMPLATE = Path(__file__).with_name("study.md.j2")
-STUDY, BASE = "cards", "configs/study.py"
+STUDY = CARDS.name
 WANTED_SEEDS = 3
 KINDS = (
     {"name": "coarse", "question": "which colour has the box at this place?", "takes": "the low-res view"},
@@ -79,17 +79,18 @@ def write(runs: Runs, console: Console, folder: Path = REPOSITORY / "docs") -> i
     for name, (file, _, draw) in FIGURES.items():
         if any(by_row(mine, STUDY, row) for row in _claim(name).rows):
             figures.save(draw(mine, STUDY), folder / "images" / file)
-    write_whole(folder / "study.md", page(mine))
+    write_whole(folder / "study.md", page(runs))
     console.print(f"written to {folder}: study.md and images/study-*.png", soft_wrap=True)
     return 0
 
 
-def page(runs: Runs) -> str:
+def page(all_runs: Runs) -> str:
     """docs/study.md as text."""
+    runs = {key: run for key, run in all_runs.items() if key[0] == STUDY}
     any_run = next(iter(runs.values()))
     environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined, autoescape=False)
     reference = by_row(runs, STUDY, "deepstack") or [any_run]
-    config = Job(STUDY, BASE, "cpu", ROWS["deepstack"], 0).config
+    config = Job(CARDS, "cpu", ROWS["deepstack"], 0).config
     text = environment.from_string(TEMPLATE.read_text()).render(
         complete=len(runs) == WANTED_SEEDS * len(ROWS),
         done=len(runs),
@@ -105,13 +106,25 @@ def page(runs: Runs) -> str:
         where="",
         rule=_rule(),
         chances=[f"{np.mean([CHANCE[kind] for kind in DIGITS]):.0%}", *(f"{CHANCE[one['name']]:.0%}" for one in KINDS)],
-        base=BASE,
+        base=CARDS.base,
+        lines=list(_lines(all_runs)),
         size="cpu",
-        seed_flags=" ".join(f"`--config.{key}=SEED`" for key in SEEDS),
+        seed_flags=" ".join(f"`--config.{key}=SEED`" for key in CARDS.seeds),
         flags=[{"label": row.label, "flags": _flags(row)} for row in ROWS.values()],
         versions=", ".join(f"{name} {number}" for name, number in any_run.versions.items()),
     )
     return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
+
+
+def _lines(runs: Runs) -> Iterator[list[str]]:
+    """The table of real images: a line a row that has runs."""
+    for row in LINES.rows.values():
+        if found := by_row(runs, LINES.name, row.name):
+            scores = [_spread([run.scores[name] for run in found]) for name in ("exact_match", "character_errors")]
+            last = _spread([run.curve[-1][1] for run in found if run.curve]) if all(run.curve for run in found) else "-"
+            one = found[0]
+            costs = [f"{one.parameters:,}", f"{one.flops / 1e9:.1f}", f"{one.memory / 2**20:.0f}"]
+            yield [row.label, *scores, last, *costs, _mean([run.seconds_per_step for run in found])]
 
 
 def _claim(name: str) -> Claim:

@@ -151,6 +151,42 @@ _ROWS = (
 )
 ROWS = {row.name: row for row in _ROWS}
 
+# Real images: the same three forms, over lines of receipts.
+_LINE_ROWS = (
+    Row("lines_baseline", "low-res alone", {"image.mode": "stretch", "deepstack.stack": "none"}),
+    Row("lines_deepstack", "DeepStack-L"),
+    Row(
+        "lines_string",
+        "all tokens in the sequence",
+        {"deepstack.sequence": "global_crops", "deepstack.stack": "none", "data.max_length": 64 * (1 + 4) + 128},
+        note="five times the visual tokens in the sequence",
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Study:
+    """Rows over one base."""
+
+    name: str
+    base: str  # file of the base configuration, from the repository's root
+    rows: Mapping[str, Row]
+    seeds: tuple[str, ...]  # keys that a run's seed is given to: of parameters, order and generated examples
+    needs: str  # folder that must be there, from the repository's root; empty = none
+    curve: str  # number of metrics.jsonl over the steps that is kept: of examples that training has not had
+
+
+CARDS = Study("cards", "configs/study.py", ROWS, ("seed", "data.seed", "data.cards.seed"), "", "token_accuracy")
+LINES = Study(
+    "lines",
+    "configs/study_lines.py",
+    {row.name: row for row in _LINE_ROWS},
+    ("seed", "data.seed"),
+    "runs/study/lines-data",
+    "validation_token_accuracy",
+)
+STUDIES = {study.name: study for study in (CARDS, LINES)}
+
 _UNSEEN = tuple(f"{kind}_unseen" for kind in DIGITS)
 CLAIMS = (
     Claim(

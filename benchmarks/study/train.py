@@ -13,15 +13,15 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.study.results import Run, digest_of, run_name
-from benchmarks.study.table import Row
+from benchmarks.study.table import Row, Study
 from deepstack_jax import __version__
 from deepstack_jax.config import Config, build_config
+from deepstack_jax.evaluate.scorers.texts import levenshtein
 from deepstack_jax.plan.planner import Wanted, make_plan
 from deepstack_jax.plan.topology import open_machine
 from deepstack_jax.train.run.metrics import read_metrics, seconds_per_step
 
 REPOSITORY = Path(__file__).parents[2]
-SEEDS = ("seed", "data.seed", "data.cards.seed")  # of parameters, order and cards: all that is drawn
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")
 
 
@@ -33,8 +33,7 @@ class RunError(Exception):
 class Job:
     """A row with a seed and a size."""
 
-    study: str
-    base: str  # file of its base configuration, from the repository's root
+    study: Study
     size: str
     row: Row
     seed: int
@@ -45,12 +44,12 @@ class Job:
 
     @property
     def changes(self) -> dict[str, Any]:
-        return dict(self.row.changes) | dict.fromkeys(SEEDS, self.seed)
+        return dict(self.row.changes) | dict.fromkeys(self.study.seeds, self.seed)
 
     @property
     def config(self) -> Config:
         """The configuration that the command below trains."""
-        config = runpy.run_path(str(REPOSITORY / self.base))["get_config"](self.size)
+        config = runpy.run_path(str(REPOSITORY / self.study.base))["get_config"](self.size)
         config.update_from_flattened_dict(self.changes)
         return build_config(config)
 
@@ -61,7 +60,7 @@ class Job:
     def command(self, folder: Path) -> list[str]:
         """The arguments of python that train it, as a user types them."""
         flags = [f"--config.{key}={value}" for key, value in self.changes.items()]
-        return ["-m", "deepstack_jax.train", f"--config={self.base}:{self.size}", *flags, f"--workdir={folder}"]
+        return ["-m", "deepstack_jax.train", f"--config={self.study.base}:{self.size}", *flags, f"--workdir={folder}"]
 
 
 def train(job: Job, folder: Path, cores: Sequence[int] = ()) -> Run:
@@ -98,18 +97,20 @@ def read_run(job: Job, workdir: Path, seconds: float) -> Run:
     """
     try:
         found = json.loads((workdir / "results.json").read_text())
-        by_kind = found["scores"]["exact_match"]
+        exact = found["scores"]["exact_match"]
+        scores = exact.get("by_kind") or {"exact_match": exact["score"], "character_errors": character_errors(workdir)}
     except (OSError, ValueError, KeyError) as error:
         raise RunError(f"{workdir / 'results.json'} has no scores ({error!r}); delete {workdir} and run again") from error
     plan = make_plan(job.config, open_machine("here"), Wanted(), compiled=False)
-    curve = [(line["step"], round(line["token_accuracy"], 4)) for line in read_metrics(workdir) if "token_accuracy" in line]
+    kept = job.study.curve
+    curve = [(line["step"], round(line[kept], 4)) for line in read_metrics(workdir) if kept in line]
     return Run(
-        study=job.study,
+        study=job.study.name,
         row=job.row.name,
         seed=job.seed,
         digest=job.digest,
         changes=dict(job.row.changes),
-        scores={kind: round(score, 4) for kind, score in by_kind.get("by_kind", {"all": by_kind["score"]}).items()},
+        scores={name: round(score, 4) for name, score in scores.items()},
         curve=curve,
         steps=found["steps"],
         parameters=found["parameters"],
@@ -121,3 +122,10 @@ def read_run(job: Job, workdir: Path, seconds: float) -> Run:
         seconds=round(seconds, 1),
         versions={"deepstack_jax": __version__, **{name: version(name) for name in PACKAGES}},
     )
+
+
+def character_errors(workdir: Path) -> float:
+    """Character error rate: edits that turn all answers into the references, per character of these; 0 is perfect."""
+    rows = [json.loads(line) for line in (workdir / "predictions.jsonl").read_text().splitlines()]
+    edits = sum(levenshtein(row["prediction"].strip(), row["references"][0]) for row in rows)
+    return edits / sum(len(row["references"][0]) for row in rows)

@@ -10,7 +10,7 @@ from benchmarks.study import __main__ as study
 from benchmarks.study import train
 from benchmarks.study.report import page, write
 from benchmarks.study.results import Run, add_run, digest_of, read_runs
-from benchmarks.study.table import CLAIMS, DIGITS, ROWS, Claim, above, near
+from benchmarks.study.table import CARDS, CLAIMS, DIGITS, LINES, ROWS, Claim, above, near
 from benchmarks.study.train import Job, RunError
 from benchmarks.study.verdict import BY_SPEED, CONTRADICTED, NO_RUNS, NOT_SHOWN, SHOWN, interval, judge, judge_claim
 from deepstack_jax.data.cards import KINDS
@@ -50,14 +50,14 @@ def runs_of(**scores):
 
 @pytest.fixture(scope="module")
 def configs():
-    return {name: Job("cards", study.BASE, "cpu", row, 0).config for name, row in ROWS.items()}
+    return {name: Job(CARDS, "cpu", row, 0).config for name, row in ROWS.items()}
 
 
 @pytest.mark.filterwarnings("ignore:.*never used")
 def test_every_row_is_a_configuration_of_its_own(configs):
     assert len({digest_of(config) for config in configs.values()}) == len(ROWS)
     for name, row in ROWS.items():
-        assert Job("cards", study.BASE, "gpu", row, 0).digest != digest_of(configs[name])
+        assert Job(CARDS, "gpu", row, 0).digest != digest_of(configs[name])
 
 
 @pytest.mark.filterwarnings("ignore:.*never used")
@@ -74,6 +74,24 @@ def test_rows_differ_in_what_is_compared_and_in_nothing_else(configs):
             continue  # all groups at once
         used = [group for group in tower or config.deepstack.decoder_schedule(layers, groups) if group >= 0]
         assert used == list(range(groups)) or ROWS[name].note, name
+
+
+def test_rows_of_real_images_differ_in_what_is_compared_and_in_nothing_else():
+    low, deepstack, string = (Job(LINES, "cpu", row, 0).config for row in LINES.rows.values())
+    for config in (low, string):
+        assert (config.vision, config.projector, config.decoder) == (deepstack.vision, deepstack.projector, deepstack.decoder)
+        assert (config.optimizer, config.train, config.data.sets) == (deepstack.optimizer, deepstack.train, deepstack.data.sets)
+    assert (low.layout.groups, deepstack.layout.groups, string.layout.groups) == (0, 4, 0)
+    assert (low.layout.max_tokens, string.layout.max_tokens) == (64, 5 * 64)
+    for row in LINES.rows.values():
+        assert Job(LINES, "gpu", row, 0).digest != Job(LINES, "cpu", row, 0).digest
+
+
+def test_rows_whose_data_are_not_there_are_left_out_and_said(tmp_path, trained, monkeypatch, capsys):
+    monkeypatch.setattr(study, "REPOSITORY", tmp_path)
+    assert ask(tmp_path, "--only=lines_,baseline", "--seeds=1") == 0
+    assert trained[0] == ["baseline-0"]
+    assert "left out: rows of lines, for runs/study/lines-data is not there" in capsys.readouterr().out
 
 
 def test_claims_compare_rows_that_are_there_and_shown():
@@ -216,7 +234,7 @@ runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
 
 @pytest.mark.parametrize("row", ["wide_letterboxed", "groups_2", "taps"])
 def test_what_is_typed_is_the_configuration_whose_digest_is_remembered(tmp_path, row):
-    job = Job("cards", study.BASE, "cpu", ROWS[row], 2)
+    job = Job(CARDS, "cpu", ROWS[row], 2)
     code = READ_FLAGS.format(arguments=job.command(tmp_path / "run")[1:])
     done = ask_fork(code=code, folder=str(train.REPOSITORY), variables={})
     assert done["out"].split() == [job.digest], done
