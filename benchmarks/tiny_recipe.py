@@ -32,7 +32,7 @@ from deepstack_jax.config.chat_template import OWN
 from deepstack_jax.families.base import TOWER, decoder_of
 from deepstack_jax.families.forms import DRAWN
 from deepstack_jax.families.official import tower_to_hf
-from deepstack_jax.families.processor import preprocessor_to_hf
+from deepstack_jax.families.processor import RESAMPLE, preprocessor_to_hf
 from deepstack_jax.printing import Console
 from deepstack_jax.weights.names import NameTable
 
@@ -103,7 +103,11 @@ def write_weights(folder: Path, config: Config, template: str = "", seed: int = 
     kind = config.decoder.architecture
     described = {
         "llm": {"config.json": decoder_of(config).to_hf(config.decoder) | {"model_type": kind}},
-        "clip": {"config.json": tower_to_hf(config), "preprocessor_config.json": preprocessor_to_hf(config)},
+        # As published: the filter that the tower was trained with, SigLIP 2's bilinear.
+        "clip": {
+            "config.json": tower_to_hf(config),
+            "preprocessor_config.json": preprocessor_to_hf(config) | {"resample": RESAMPLE[config.image.global_filter]},
+        },
     }
     for part, tensors in parts.items():
         (folder / part).mkdir(parents=True)

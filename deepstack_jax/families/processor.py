@@ -24,7 +24,7 @@ _CLASS = re.compile(r"(\w+?)(?:ImageProcessor|FeatureExtractor)(?:Fast|Pil)?")
 
 def _kinds(model: str, own: Processor) -> tuple[str, ...]:
     """The processors that a kind of model can have; the last one where none is named."""
-    return {"official": (own.name,), "llava": (own.name, "Llava"), "llava_next": ("LlavaNext",)}[model]
+    return {"official": (own.name,), "bare": (own.name,), "llava": (own.name, "Llava"), "llava_next": ("LlavaNext",)}[model]
 
 
 def own_mode(values: Mapping[str, Any], model: str, own: Processor) -> str:
@@ -47,7 +47,7 @@ def image_values(values: Mapping[str, Any], size: int, mode: ImageMode, model: s
 
     Args:
       values: the processor's settings. size: side of the tower's picture in pixels.
-      model: official | llava | llava_next: what the processor is for. own: that of the tower.
+      model: official | llava | llava_next, or bare, a tower to build on: what the processor is for. own: that of the tower.
 
     Raises:
       WeightsError: a setting that gives other pixels than can be made here; it is named.

@@ -254,7 +254,7 @@ def _describe(
     built = dataclasses.replace(
         run,
         vision=dataclasses.replace(vision, feature_layer=run.vision.feature_layer, post_layers=run.vision.post_layers),
-        image=dataclasses.replace(run.image, size=size, **image_values(pixels, size, run.image.kind, "official", own)),
+        image=dataclasses.replace(run.image, size=size, **image_values(pixels, size, run.image.kind, "bare", own)),
         decoder=decoder_from(values, kind),
     )
     return with_data(built, built.decoder.max_positions, language_models()[kind].template)

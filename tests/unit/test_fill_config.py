@@ -113,10 +113,11 @@ def test_a_bare_language_model_takes_the_method_from_the_defaults_and_the_rest_f
     tiny = load_recipe(Run("llava15", "finetune", ""))
     write_weights(tmp_path, tiny)
     pixels = tmp_path / "clip" / "preprocessor_config.json"
-    pixels.write_text(json.dumps(json.loads(pixels.read_text()) | {"image_mean": [0.5, 0.5, 0.5]}))
+    pixels.write_text(json.dumps(json.loads(pixels.read_text()) | {"image_mean": [0.5, 0.5, 0.5], "resample": 2}))
     config = filled(tmp_path / "llm", train__tower=str(tmp_path / "clip"))
     assert (config.vision, config.decoder) == (tiny.vision, tiny.decoder)
     assert (config.image.mode, config.image.size, config.image.mean[0]) == ("deepstack", tiny.image.size, 0.5)
+    assert config.image.crop_filter == config.image.global_filter == "bilinear", "which no official folder may say of crops"
     assert config.deepstack == Config().deepstack
     wider = filled(tmp_path / "llm", train__tower=str(tmp_path / "clip"), vision__feature_layer=-1, projector__layers=1)
     assert (wider.vision.feature_layer, wider.projector.layers) == (-1, 1)
