@@ -12,7 +12,7 @@ from pathlib import Path
 
 OUTPUT = Path(__file__).parents[1] / "docs" / "runs.md"
 CONFIG, TOPOLOGY = "configs/llava15.py:finetune", "v5p:4x4x4"
-POLICIES = ("none", "block", "dots")
+POLICIES = ("none", "block", "minimal", "dots")
 START, END = "<!-- remat -->\n", "<!-- end of remat -->"
 GIB = 2**30
 

@@ -106,9 +106,9 @@ class DecoderConfig:
     sliding_window: Annotated[int, count("all tokens before")] = 0  # tokens that a token attends to, itself included
     rope: RopeConfig = field(default_factory=RopeConfig)
     scan: Annotated[bool, MAY_CHANGE] = True  # False unrolls the layers: slower to compile, equal results
-    # What the backward pass recomputes: nothing, all of a layer, all but its matrix products, or all of a layer whose input is
-    # kept in the host's memory
-    remat: Annotated[Literal["none", "block", "dots", "offload"], MAY_CHANGE] = "block"
+    # What the backward pass recomputes: nothing, all of a layer, all but what attention computes and adds, all but its matrix
+    # products, or all of a layer whose input is kept in the host's memory
+    remat: Annotated[Literal["none", "block", "minimal", "dots", "offload"], MAY_CHANGE] = "block"
     embed_std: Annotated[float, NOT_NEGATIVE] = 0.02  # spread of a freshly drawn token embedding
     head_std: Annotated[float, NOT_NEGATIVE] = 0.02  # spread of a freshly drawn head
     tied_head: bool = False  # whether the embeddings are the head too: one parameter, both uses

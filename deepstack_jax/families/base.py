@@ -119,6 +119,7 @@ class DecoderFamily(Family):
     """A language model."""
 
     section: type[DecoderConfig] = DecoderConfig
+    middle_kernel: str  # the last kernel before the hidden states between attention and MLP, which remat="minimal" keeps
     template: str  # of the conversations that such a model is usually trained with
     official: Mapping[str, str]  # model_type of an official folder -> that of the language model alone
     passthrough: Mapping[str, Any]  # what an official config.json says beside the sizes where nothing else is known

@@ -53,6 +53,7 @@ class Llama(DecoderFamily):
     official = _OFFICIAL
     passthrough = _PASSTHROUGH
     last_kernel = "mlp/down"
+    middle_kernel = "attention/o"
     defaults: Mapping[str, Mapping[str, Any]] = _DEFAULTS
     refused_scalings: tuple[str, ...] = ("yarn",)
     any_head_dim = False  # whether heads may be of another width than width / heads

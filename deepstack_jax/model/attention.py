@@ -1,12 +1,14 @@
 """Rotary positions, masks, and the attention kernel's signature. The kernel itself is a callable handed in."""
 
 import math
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
+from jax.ad_checkpoint import checkpoint_name
+from jax.extend.core import Primitive
 from jaxtyping import Array, Bool, Float, Int
 
 from deepstack_jax.config import RopeConfig
@@ -31,6 +33,16 @@ class Everything:
     """Every token sees every other of its row, as in a picture."""
 
     axes: tuple[str, str] = struct.field(pytree_node=False)  # logical axes of the rows and the heads, for kernels of a mesh
+
+
+# The name that remat knows attention's output by, and what else of its forward pass the backward pass reads.
+ATTENDED = "attended"
+_UNNAMED = "dot_product_attention_fwd_wrapper"  # the primitive of cuDNN's attention in jax, which gives its results no name
+
+
+def keeps_attention(primitive: Primitive, *_: Any, **params: Any) -> bool:
+    """A policy of remat: attention's output, and the sums of its softmax, are not computed again."""
+    return params.get("name") == ATTENDED if primitive.name == "name" else primitive.name == _UNNAMED
 
 
 AttentionMask = Segments | Everything | Bool[Array, "B 1 T S"] | None  # None = everything, on one device
@@ -66,6 +78,7 @@ def dot_product(q: Array, k: Array, v: Array, mask: AttentionMask) -> Array:
     if visible is not None:
         scores = jnp.where(visible[:, :, None], scores, jnp.finfo(jnp.float32).min)
     y = jnp.einsum("bkgts,bksh->bkgth", jax.nn.softmax(scores, axis=-1).astype(v.dtype), v)
+    y = checkpoint_name(y, ATTENDED)
     return y.transpose(0, 3, 1, 2, 4).reshape(rows, length, heads, width)
 
 

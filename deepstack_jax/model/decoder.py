@@ -18,6 +18,7 @@ from deepstack_jax.model.attention import (
     AttentionFn,
     AttentionMask,
     Rotary,
+    keeps_attention,
     last_positions,
     rotary_angles,
     rotary_table,
@@ -27,10 +28,14 @@ from deepstack_jax.model.layers import ACTIVATIONS, PRODUCT, RMSNorm, linear, sc
 from deepstack_jax.model.merge import VisualIndex, inject
 from deepstack_jax.types import DecoderOutput, HostOrDevice, KVCache
 
-LAYER_INPUT = "layer_input"  # the name that remat knows the hidden states at the input of a layer by
+# The names that remat knows the hidden states at the input of a layer by, and those between attention and MLP.
+LAYER_INPUT, MIDDLE = "layer_input", "middle"
 # What a layer keeps for its backward pass, by `remat`. Matrix products with weights are most of a layer's work.
 REMAT = {
     "block": jax.checkpoint_policies.nothing_saveable,
+    "minimal": jax.checkpoint_policies.save_from_both_policies(
+        keeps_attention, jax.checkpoint_policies.save_only_these_names(MIDDLE)
+    ),
     "dots": jax.checkpoint_policies.save_only_these_names(PRODUCT),
     "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
         names_which_can_be_saved=[], names_which_can_be_offloaded=[LAYER_INPUT], offload_src="device", offload_dst="pinned_host"
@@ -148,6 +153,7 @@ class InjectedBlock(nn.Module):
         normed = RMSNorm(cfg.norm_eps, name="attention_norm")(x)
         attended, cache = Attention(cfg, self.attend, self.dtype, cfg.qkv_bias, name="attention")(normed, call)
         x = nn.with_logical_constraint(x + scaled(attended, cfg.residual_multiplier), ACTIVATION_AXES)
+        x = checkpoint_name(x, MIDDLE)
         added = SwiGLU(cfg, self.dtype, name="mlp")(RMSNorm(cfg.norm_eps, name="mlp_norm")(x))
         return x + scaled(added, cfg.residual_multiplier), cache
 

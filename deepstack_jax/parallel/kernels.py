@@ -12,6 +12,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from deepstack_jax.config import Config
 from deepstack_jax.model.attention import (
+    ATTENDED,
     AttentionFn,
     AttentionMask,
     Everything,
@@ -50,6 +51,12 @@ class Kernels(NamedTuple):
     def masked_computed(self) -> bool:
         """Whether the decoder's scores that the mask hides are computed."""
         return self.decoder in ("xla", "cudnn_mask")
+
+
+def most_segments(config: Config) -> int:
+    """Segments that a training row has room for, its padding included; 1 where it holds one example, padded on the right."""
+    packing = config.data.packing
+    return packing.max_examples + 1 if packing.enabled else 1
 
 
 def kernels_for(platform: str, config: Config) -> Kernels:
@@ -92,7 +99,7 @@ def attention_for(kernel: Kernel, mesh: Mesh, *, segments: int = 1) -> Attention
     """Attention on `mesh`, without a cache.
 
     Args:
-      segments: most segments of a row, its padding included; 1 = rows hold one example, padded on the right.
+      segments: of `most_segments`.
     """
     match kernel:
         case "splash":
@@ -138,6 +145,7 @@ class SplashAttention:
             ),
             head_shards=1,
             q_seq_shards=1,
+            residual_checkpoint_name=ATTENDED,
             interpret=self.interpret,
         )
 

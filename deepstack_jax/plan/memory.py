@@ -9,6 +9,7 @@ import numpy as np
 
 from deepstack_jax.config import Config
 from deepstack_jax.families.base import decoder_of, tower_of
+from deepstack_jax.parallel.kernels import most_segments
 from deepstack_jax.train.core.optimizer import FROZEN, split
 from deepstack_jax.train.core.program import Program
 from deepstack_jax.types import PyTree
@@ -71,8 +72,11 @@ def _decoder_saved(program: Program, local: float, length: int) -> float:
     cfg, tensor = program.config.decoder, program.mesh.shape["tensor"]
     layer = decoder_of(program.config).layer(cfg, tensor)
     scores = 2 * cfg.heads * length / tensor * program.kernels.scores_exist
+    # Of attention's softmax, float32; cuDNN has one for each segment that a row may have.
+    sums = most_segments(program.config) if program.kernels.decoder == "cudnn" else 1
     each = {
         "block": cfg.width,
+        "minimal": 2 * cfg.width + (cfg.heads * cfg.head_dim + 2 * cfg.heads * sums) / tensor,
         "dots": cfg.width + layer.products,
         "offload": 0,  # they lie in the host's memory
         "none": layer.kept + scores,

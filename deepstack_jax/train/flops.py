@@ -197,12 +197,13 @@ def _projectors(config: Config, rows: int) -> Iterator[_Product]:
 
 
 def _decoder(config: Config, tokens: int) -> Iterator[_Product]:
-    """The kernels of all layers. A layer that is recomputed needs all but its last product."""
-    family, remat = decoder_of(config), config.decoder.remat in ("block", "offload")  # the other policies keep the products
+    """The kernels of all layers. A layer that is recomputed needs all but its last product, and those that are kept."""
+    family, remat = decoder_of(config), config.decoder.remat
+    known = [family.last_kernel] + [family.middle_kernel] * (remat == "minimal")
     for row, size in _kernels(family.names(config)):
         if "{}" in row.theirs:
             flops = 2.0 * tokens * config.decoder.layers * size
-            again = remat and not row.ours.endswith(f"/{family.last_kernel}/kernel")
+            again = remat in ("block", "minimal", "offload") and not row.ours.endswith(tuple(f"/{one}/kernel" for one in known))
             yield _Product("decoder", row.ours, flops, flops, again, _LAYERS + 1)
 
 
@@ -210,10 +211,10 @@ def _attention(config: Config, pairs: float, all_pairs: float, masked: bool) -> 
     """Scores and weighted values of all layers; a window counts as the causal triangle that holds it."""
     cfg = config.decoder
     each = 4.0 * cfg.layers * cfg.heads * cfg.head_dim  # of a pair of positions
-    remat = cfg.remat != "none"
+    again = {"none": 0.0, "minimal": 0.5 if masked else 0.0}.get(cfg.remat, 1.0)  # where they exist, scores are never kept
     if masked:
-        return _Product("attention", "", each * pairs / 2, each * all_pairs, remat, _LAYERS + 1)
-    return _Product("attention", "", each * pairs / 2, each * pairs / 2, remat + 0.5, _LAYERS + 1)
+        return _Product("attention", "", each * pairs / 2, each * all_pairs, again, _LAYERS + 1)
+    return _Product("attention", "", each * pairs / 2, each * pairs / 2, again + 0.5, _LAYERS + 1)
 
 
 def _head(config: Config, rows: int, length: int) -> _Product:

@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from dataclasses import dataclass
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,7 @@ from jax.sharding import Mesh
 from benchmarks import attention_check
 from deepstack_jax.config import MeshConfig
 from deepstack_jax.model.attention import Everything, Segments, causal_segment_mask, dot_product
+from deepstack_jax.model.decoder import REMAT
 from deepstack_jax.parallel import cudnn
 from deepstack_jax.parallel.kernels import CudnnAttention, Kernels, SplashAttention, attention_for, kernels_for
 from deepstack_jax.parallel.mesh import AXES, make_mesh
@@ -224,6 +226,31 @@ def test_cudnns_attention_and_its_gradient_lower_for_cuda(form, head_dim, window
     assert (f"tensor<1x1x{T}x{T}x" in text) == (form == "mask"), "a mask of T x T for every row"
 
 
+@pytest.mark.parametrize(("form", "calls"), [("causal", 2), ("packed", 2), ("mask", 2), ("splash", 3)])
+@pytest.mark.usefixtures("hopper")
+def test_minimal_remat_runs_attention_forward_once(form, calls):
+    """Policies see what is within shard_map and custom gradients; splash attention's gradient is two kernels."""
+    mesh = make_mesh(MeshConfig(2, 1, 2), jax.devices()[:4])
+    q, k, v = (jax.ShapeDtypeStruct((B, 128, heads, H), jnp.bfloat16) for heads in (N, K, K))
+    segments = jax.ShapeDtypeStruct((B, 128), jnp.int32)
+    attend = SplashAttention(mesh) if form == "splash" else CudnnAttention(mesh, **FORMS[form])
+
+    def kernels(policy):
+        @partial(jax.checkpoint, policy=policy)
+        def block(q, k, v, segments, positions):
+            return attend(jnp.sin(q), k, v, Segments(segments, positions))
+
+        def summed(*given):
+            return jnp.cos(block(*given)).astype(jnp.float32).sum()
+
+        with jax.set_mesh(mesh):
+            traced = jax.jit(jax.grad(summed, argnums=(0, 1, 2))).trace(q, k, v, segments, segments)
+            text = traced.lower(lowering_platforms=("tpu" if form == "splash" else "cuda",)).as_text()
+        return len(re.findall(r"custom_call @(__cudnn|tpu_custom_call)", text))
+
+    assert (kernels(REMAT["minimal"]), kernels(REMAT["block"])) == (calls, calls + 1)
+
+
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.usefixtures("hopper")
 def test_the_step_lowers_for_cuda_with_the_kernels_in_it(packed, monkeypatch):
@@ -318,7 +345,7 @@ from deepstack_jax.train.core.program import build_program
 from tests.unit.tiny import tiny_config
 
 devices = topologies.get_topology_desc("v5e:2x2", "tpu").devices
-sizes = {"vocab_size": 64, "kv_heads": 2, "head_dim": HEAD_DIM, "sliding_window": WINDOW}
+sizes = {"vocab_size": 64, "kv_heads": 2, "head_dim": HEAD_DIM, "sliding_window": WINDOW, "remat": "REMAT"}
 config = tiny_config(
     {f"decoder.{key}": size for key, size in sizes.items()} | {"train.compute_dtype": "bfloat16", "data.max_length": 320}
 )
@@ -330,14 +357,14 @@ print("kernels", compiled.as_text().count('custom_call_target="tpu_custom_call"'
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("head_dim", "window"), [(128, 0), (96, 64)])
-def test_the_step_compiles_for_a_tpu_with_the_kernel_in_it(head_dim, window):
-    """Heads of LLaMA and of Phi-3. Forward, forward again in remat, and two kernels of the gradient."""
+@pytest.mark.parametrize(("head_dim", "window", "remat", "kernels"), [(128, 0, "block", 8), (96, 64, "minimal", 7)])
+def test_the_step_compiles_for_a_tpu_with_the_kernels_in_it(head_dim, window, remat, kernels):
+    """Heads of LLaMA and of Phi-3. Of decoder and tower: forward, forward again in remat, and two kernels of the gradient."""
     if importlib.util.find_spec("libtpu") is None:
         pytest.skip("the package libtpu, the compiler for TPUs, is not installed: pip install -e '.[plan]'")
     environment = os.environ | {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "JAX_PLATFORMS": "cpu"}
-    code = STEP.replace("HEAD_DIM", str(head_dim)).replace("WINDOW", str(window))
+    code = STEP.replace("HEAD_DIM", str(head_dim)).replace("WINDOW", str(window)).replace("REMAT", remat)
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, env=environment, cwd=REPOSITORY, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert "kernels 4" in done.stdout
+    assert f"kernels {kernels}" in done.stdout

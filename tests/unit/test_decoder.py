@@ -254,20 +254,25 @@ def test_backward_pass_saves_no_stack_per_layer(inputs, remat):
 
 @pytest.mark.quick
 def test_remat_policies_save_what_they_say(inputs):
-    """`dots` keeps a layer's products with weights, e.g. the gate's [B, T, F], one for every layer; `offload` uses the host."""
+    """Of every layer `dots` keeps its products with weights, e.g. the gate's [B, T, F], `minimal` attention's output.
+
+    `offload` uses the host.
+    """
 
     def kept(remat):
         decoder = decoder_of(remat=remat)
         shapes = nn.unbox(jax.eval_shape(decoder.init, jax.random.key(0), *inputs))
         jaxpr = jax.make_jaxpr(jax.grad(objective(decoder, inputs)))(shapes, inputs[0], inputs[3])
-        products = list(shapes_in(jaxpr)).count((decoder.config.layers, B, T, TINY.mlp))
-        return products > 0, "host" in str(jaxpr)
+        shapes = set(shapes_in(jaxpr))
+        products, attended = (TINY.layers, B, T, TINY.mlp), (TINY.layers, B, TINY.kv_heads, 3, T, TINY.head_dim)
+        return products in shapes, attended in shapes, "host" in str(jaxpr)
 
     assert {remat: kept(remat) for remat in ("none", *decoder_module.REMAT)} == {
-        "none": (True, False),
-        "block": (False, False),
-        "dots": (True, False),
-        "offload": (False, True),
+        "none": (True, True, False),
+        "block": (False, False, False),
+        "minimal": (False, True, False),
+        "dots": (True, False, False),
+        "offload": (False, False, True),
     }
 
 

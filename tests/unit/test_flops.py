@@ -32,6 +32,7 @@ WIDE = {
 CASES = {
     "all trains": {},
     "nothing recomputed": {"decoder.remat": "none"},
+    "attention kept": {"decoder.remat": "minimal"},
     "frozen tower": {"optimizer.table": (("^vision_tower/", FROZEN), (".*", "default"))},
     "stage 1": {"optimizer.table": (("^projector/", "default"), (".*", FROZEN))},
     "head only": {"optimizer.table": (("^head/", "default"), (".*", FROZEN))},
