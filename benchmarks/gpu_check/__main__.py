@@ -35,6 +35,7 @@ from deepstack_jax.atomic import write_json
 REPOSITORY = Path(__file__).parents[2]
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "torch", "transformers", "nvidia-cudnn-cu12", "nvidia-cudnn-cu13")
 SAME = ("device", "sources")  # of the machine, in results that are gone on with
+SOURCES = ("deepstack_jax/**/*.py", "configs/*.py", "benchmarks/gpu_check/*.py", "benchmarks/attention_check.py")
 LEAST = 20  # seconds that must be left for a stage to begin
 SHOWN = 12  # last lines of what a stage that failed wrote to stderr
 # As launch/slurm.sbatch; in a process that computes on the GPU the rest of the memory is the driver's and the libraries'.
@@ -72,8 +73,8 @@ def _version(package: str) -> str:
 def digest() -> str:
     """Of what is measured and what measures: results of other sources are not gone on with."""
     found = hashlib.sha256()
-    for folder in ("deepstack_jax", "configs", "benchmarks/gpu_check"):
-        for file in sorted((REPOSITORY / folder).rglob("*.py")):
+    for place in SOURCES:
+        for file in sorted(REPOSITORY.glob(place)):
             found.update(file.read_bytes())
     return found.hexdigest()[:16]
 

@@ -19,8 +19,6 @@ class Size:
       prompt, new: tokens of a prompt, with its image, and of an answer.
       batches: of decoding.
       square: side of the plain product.
-      attention: rows, length, heads and their width, to compare kernels by.
-      tower_attention: crops, tokens, heads, heads of keys and values, and their width.
     """
 
     name: str
@@ -35,29 +33,12 @@ class Size:
     new: int
     batches: tuple[int, ...]
     square: int
-    attention: tuple[int, int, int, int]
-    tower_attention: tuple[int, int, int, int, int]
 
 
 SIZES = {
     size.name: size
     for size in (
-        Size(
-            "full",
-            "finetune",
-            8,
-            2048,
-            (3, 6400),
-            32,
-            12,
-            32,
-            640,
-            128,
-            (1, 8, 64),
-            8192,
-            (2, 2048, 32, 128),
-            (16, 577, 16, 16, 64),
-        ),
-        Size("tiny", "finetune,tiny", 2, 128, (1, 448), 5, 3, 5, 48, 8, (1, 2), 64, (2, 64, 4, 16), (2, 17, 2, 2, 16)),
+        Size("full", "finetune", 8, 2048, (3, 6400), 32, 12, 32, 640, 128, (1, 8, 64), 8192),
+        Size("tiny", "finetune,tiny", 2, 128, (1, 448), 5, 3, 5, 48, 8, (1, 2), 64),
     )
 }

@@ -22,7 +22,7 @@ class Stage:
 
 
 STAGES = (
-    Stage("kernels", "a", "attention:compare", 40, 90, "attention kernels against plain float32: values and gradients"),
+    Stage("kernels", "a", "attention:compare", 45, 90, "attention kernels against the portable one: values and gradients"),
     Stage("step", "b", "step:full", 85, 170, "the packed step at 7B width: s, tokens/s, samples/s, MFU; the best plain matmul"),
     Stage(
         "torch", "c", "torch_step:run", 90, 150, "the same arithmetic in PyTorch, eager and compiled; losses compared", "cpu"
@@ -32,7 +32,7 @@ STAGES = (
     Stage("decode", "f", "decode:ours", 45, 110, "decoding at batch 1, 8, 64 against the bandwidth of the memory"),
     Stage("generate", "f", "decode:theirs", 35, 80, "the same batches by transformers' generate", "cpu"),
     Stage("tests", "a", "attention:tests", 35, 120, "tests/distributed/test_kernels.py with the GPU in it", "cpu,cuda"),
-    Stage("string", "e", "step:string", 45, 110, "DeepStack-L against the 2880 tokens as a string, samples/s"),
+    Stage("string", "e", "step:string", 40, 110, "DeepStack-L against the 2880 tokens as a string, samples/s"),
     Stage("lora", "e", "step:lora", 40, 110, "LoRA against full fine-tuning"),
     Stage("profile", "g", "profile:run", 20, 70, "where the step's time goes, by kind of kernel and by kernel"),
     Stage("fp8", "e", "step:fp8", 40, 110, "FP8 matrix products against bfloat16"),
