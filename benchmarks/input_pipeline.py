@@ -300,6 +300,12 @@ input alone is CPU time of one core.
 {chr(10).join(rows)}
 
 The demo draws its pages; the receipts are decoded from files. The input works on the cores that compute the steps.
+
+## The ceiling on 16 cores, and what one H100 takes
+
+<!-- ceiling -->
+Not written yet: `python -m benchmarks.input_ceiling`.
+<!-- end of ceiling -->
 """
 
 

@@ -36,6 +36,7 @@ REPOSITORY = Path(__file__).parents[2]
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "torch", "transformers", "nvidia-cudnn-cu12", "nvidia-cudnn-cu13")
 SAME = ("device", "sources")  # of the machine, in results that are gone on with
 SOURCES = ("deepstack_jax/**/*.py", "configs/*.py", "benchmarks/gpu_check/*.py", "benchmarks/attention_check.py")
+SLOW = 5  # times its limit that a stage has where the models are small: on a CPU, which may be busy
 LEAST = 20  # seconds that must be left for a stage to begin
 SHOWN = 12  # last lines of what a stage that failed wrote to stderr
 # As launch/slurm.sbatch; in a process that computes on the GPU the rest of the memory is the driver's and the libraries'.
@@ -173,7 +174,8 @@ def run_all(results: dict[str, Any], output: Path, only: list[str], work: Path, 
             print(f"{stage.name}: no time is left; make the same call again", flush=True)
             continue
         print(f"{stage.name} ({stage.part}): {stage.what}", flush=True)
-        stages[stage.name] = run_stage(stage, results, results["size"], work, min(stage.limit, left))
+        limit = stage.limit * (SLOW if results["size"] == "tiny" else 1)
+        stages[stage.name] = run_stage(stage, results, results["size"], work, min(limit, left))
         write_json(output, results)
         found = stages[stage.name]
         print(f"{stage.name}: {found['status']} in {found['seconds']:.0f} s{_said(found)}", flush=True)
