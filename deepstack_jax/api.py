@@ -22,13 +22,12 @@ from deepstack_jax.config.words import as_repr, parts_in_words
 from deepstack_jax.data.encode.rendering import TemplateError
 from deepstack_jax.data.encode.templates import TEMPLATES
 from deepstack_jax.data.encode.tokenizer import (
-    HFTokenizer,
-    SentencePieceTokenizer,
     Tokenizer,
     fitting_templates,
     lacking_end_of_turn,
     load_tokenizer,
     template_problem,
+    tokenizer_files,
 )
 from deepstack_jax.data.formats.image_files import ImageError
 from deepstack_jax.errors import ConfigError, flags_as
@@ -37,6 +36,7 @@ from deepstack_jax.generate.answers import Answer, Answerer, Chat
 from deepstack_jax.generate.logits import next_token_logits
 from deepstack_jax.generate.options import Options, RequestError
 from deepstack_jax.generate.prompts import Turn, find_template, image_list
+from deepstack_jax.generate.text import ends_beside
 from deepstack_jax.printing import label, one_line, quote
 from deepstack_jax.train.checkpoint.adapter import open_adapter, over_base
 from deepstack_jax.train.checkpoint.init_weights import draw_absent, run_leaves
@@ -46,7 +46,7 @@ from deepstack_jax.train.core.optimizer import flatten, unflatten
 from deepstack_jax.types import PyTree
 from deepstack_jax.weights.adapters import is_adapter, merged
 from deepstack_jax.weights.load import load_params, stored_leaves
-from deepstack_jax.weights.open_checkpoint import StoredModel, end_tokens, find_folder, open_checkpoint
+from deepstack_jax.weights.open_checkpoint import StoredModel, find_folder, open_checkpoint
 from deepstack_jax.weights.save import LeafLike, save_checkpoint
 
 __all__ = ["LMM", "Answer", "Chat", "CheckpointError", "ImageError", "Options", "RequestError", "load", "save_hf"]
@@ -333,7 +333,7 @@ def _load_workdir(workdir: Path, kind: str, template: str, adapter: str) -> LMM:
     tokenizer = _tokenizer(config.data.tokenizer, config)
     params = placed(leaves, kind)
     passthrough, files = token_ids(tokenizer), tokenizer_files(tokenizer)
-    ends = end_tokens(Path(files)) if files else ()  # what a run was begun with lies beside its tokenizer
+    ends = ends_beside(tokenizer)  # of what the run was begun with
     return LMM(config, params, tokenizer, config.data.template, tokenizer.pad_id, files, passthrough, ends)
 
 
@@ -341,13 +341,6 @@ def token_ids(tokenizer: Tokenizer) -> dict[str, int]:
     """What a config.json says of the tokenizer."""
     ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
     return {key: id for key, id in ids.items() if id is not None}
-
-
-def tokenizer_files(tokenizer: Tokenizer) -> str:
-    """Where the tokenizer's files lie, "" for one that has none."""
-    if isinstance(tokenizer, SentencePieceTokenizer):
-        return str(tokenizer.folder)
-    return str(tokenizer.file.parent) if isinstance(tokenizer, HFTokenizer) else ""
 
 
 def _computing_in(config: Config, kind: str, template: str) -> Config:

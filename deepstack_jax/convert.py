@@ -15,11 +15,11 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from rich.table import Table
 
 from deepstack_jax import cli
-from deepstack_jax.api import LMM, placed, token_ids, tokenizer_files
+from deepstack_jax.api import LMM, placed, token_ids
 from deepstack_jax.config import Config
 from deepstack_jax.config.words import parts_in_words
 from deepstack_jax.data.encode.labels import IMAGE_TOKEN
-from deepstack_jax.data.encode.tokenizer import load_tokenizer
+from deepstack_jax.data.encode.tokenizer import load_tokenizer, tokenizer_files
 from deepstack_jax.errors import ConfigError, WeightsError
 from deepstack_jax.families.forms import FORMATS
 from deepstack_jax.printing import Console

@@ -21,6 +21,7 @@ from deepstack_jax.evaluate.tasks import Prediction, Task
 from deepstack_jax.generate.decoding import greedy
 from deepstack_jax.generate.options import Options, RequestError
 from deepstack_jax.generate.prompts import CutImage, Turn
+from deepstack_jax.generate.text import ends_beside
 from deepstack_jax.model.deepstack import DeepStack
 from deepstack_jax.parallel import distributed
 from deepstack_jax.parallel.distributed import put_batch
@@ -77,6 +78,7 @@ class HeldOut:
         self.task, self.options = Task(source), run_options(config)
         self._config, self._mesh, self._model, self._slice = config, mesh, model, distributed.process_slice(mesh)
         self._tokenizer = load_tokenizer(config.data.tokenizer)
+        self._ends = ends_beside(self._tokenizer)
         self._loss = jax.jit(loss, out_shardings=replicated(mesh))
         self._how = {"decode": make_decode(model, mesh, decode), "likelihood": make_likelihood(model, mesh)}
 
@@ -106,7 +108,7 @@ class HeldOut:
 
         Every host asks the questions of its own share of the examples, all of them at the same time.
         """
-        about = (self._config, self._tokenizer, self._config.data.template)
+        about = (self._config, self._tokenizer, self._config.data.template, self._ends)
         answerer = RunAnswerer(self._model, params, *about, **self._how)
         rows = range(self._slice.index, min(examples, len(self.task.source)), self._slice.count)
         batches = ask(self.task, answerer, self.options, self._rows_per_host(), rows)

@@ -23,6 +23,7 @@ from deepstack_jax.evaluate.runner import (
     titles_of,
 )
 from deepstack_jax.generate.options import Options
+from deepstack_jax.generate.text import ends_beside
 from deepstack_jax.parallel.distributed import is_first_host
 from deepstack_jax.printing import Console
 from deepstack_jax.train.core.program import Program
@@ -99,8 +100,8 @@ class TrainingTasks:
     def _ask(self, params: PyTree, asked: list[EvaluationRequest], out: Path | None) -> dict[str, dict[str, Any]]:
         if not asked:
             return {}
-        config = self._config
-        about = (config, load_tokenizer(config.data.tokenizer), config.data.template)
+        config, tokenizer = self._config, load_tokenizer(self._config.data.tokenizer)
+        about = (config, tokenizer, config.data.template, ends_beside(tokenizer))
         answerer = MeshAnswerer(self._model, params, *about, **self._how)
         digest = "" if out is None else checkpoint_digest(answerer)
         tasks, kept = dict[str, dict[str, Any]](), []

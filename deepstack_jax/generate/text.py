@@ -1,9 +1,11 @@
 """Tokens of an answer into its text while they come: whole characters only, nothing of a stop string, no white space around."""
 
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 from deepstack_jax.data.encode.templates import AnyTemplate
-from deepstack_jax.data.encode.tokenizer import HALF_CHARACTER, Tokenizer, known_ids
+from deepstack_jax.data.encode.tokenizer import HALF_CHARACTER, Tokenizer, known_ids, tokenizer_files
+from deepstack_jax.weights.open_checkpoint import end_tokens
 
 
 def end_of_turn(template: AnyTemplate, tokenizer: Tokenizer) -> tuple[list[int], tuple[str, ...]]:
@@ -19,6 +21,16 @@ def end_of_turn(template: AnyTemplate, tokenizer: Tokenizer) -> tuple[list[int],
         ids = sorted({*ids, *found})
     shows = bool(end) and not (len(found) == 1 and not tokenizer.decode(found))
     return ids, (end,) if shows else ()
+
+
+def ends_beside(tokenizer: Tokenizer) -> tuple[int, ...]:
+    """Ids that end an answer by what lies beside the tokenizer's files: generation_config.json or config.json of its model.
+
+    Raises:
+      WeightsError: that is damaged.
+    """
+    folder = tokenizer_files(tokenizer)
+    return end_tokens(Path(folder)) if folder else ()
 
 
 class AnswerText:

@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,14 @@ import pytest
 from deepstack_jax.config import Config
 from deepstack_jax.data.example import SourceError
 from deepstack_jax.errors import ConfigError
+from deepstack_jax.evaluate import training_tasks
 from deepstack_jax.evaluate.benchmarks.registry import TASKS, find_task
+from deepstack_jax.evaluate.held_out import HeldOut
 from deepstack_jax.evaluate.training_tasks import TrainingTasks, scores_of
 from deepstack_jax.parallel.mesh import make_mesh
 from deepstack_jax.printing import Console
 from deepstack_jax.train.core.program import build_program
+from tests.parity.goldens import GOLDEN
 from tests.unit.made_benchmarks import MADE
 from tests.unit.made_examples import MadeExamples
 from tests.unit.tiny import model_params, tiny_config
@@ -65,6 +69,32 @@ def test_a_few_rows_now_and_all_at_the_end_with_their_files(root, tmp_path):
     assert {file.name for file in (tmp_path / "tasks" / "pope").iterdir()} == {"predictions.jsonl", "results.json"}
     assert "questions 3/3" in printed.getvalue()
     assert "questions 2/2" in printed.getvalue()
+
+
+def test_answers_end_where_those_of_the_verb_do(root, tmp_path, monkeypatch):
+    """By generation_config.json beside the tokenizer, too."""
+    folder = Path(shutil.copytree(GOLDEN / "tokenizer" / "llama_legacy_false", tmp_path / "tokenizer"))
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 7]}))
+    asked: list[tuple[int, ...]] = []
+
+    def note(answerer: Any, *_: Any) -> None:
+        asked.append(answerer.ends)
+        raise SourceError("nothing more is wanted")
+
+    monkeypatch.setattr(training_tasks, "evaluate_one", note)
+    named = {"evaluation.tasks_root": str(root), "data.tokenizer": str(folder), "decoder.vocab_size": 32064}
+    config = tiny_config(SETTINGS | named)
+    tasks = TrainingTasks(config, tmp_path, Console(file=io.StringIO()))
+    tasks.open(MadeExamples(4), starts=True)
+    program = build_program(config, make_mesh(config.mesh, jax.devices()[:1]), 1)
+    tasks.begin(program)
+    tasks.report({}, 1)
+    assert asked == [(2, 7)]
+    rows: Any = MadeExamples(4)
+    held_out = HeldOut(rows, config, program.loss, program.model, program.mesh)
+    monkeypatch.setattr("deepstack_jax.evaluate.held_out.ask", lambda _task, answerer, *_: asked.append(answerer.ends) or [])
+    held_out.predictions({}, 2)
+    assert asked == [(2, 7)] * 2
 
 
 MISTAKES = [

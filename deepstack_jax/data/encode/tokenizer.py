@@ -216,3 +216,10 @@ def known_ids(text: str, tokenizer: Tokenizer) -> list[int]:
         return tokenizer.encode(text)[0].tolist()
     except ValueError:
         return []
+
+
+def tokenizer_files(tokenizer: Tokenizer) -> str:
+    """Where the tokenizer's files lie, "" for one that has none."""
+    if isinstance(tokenizer, SentencePieceTokenizer):
+        return str(tokenizer.folder)
+    return str(tokenizer.file.parent) if isinstance(tokenizer, HFTokenizer) else ""
