@@ -138,6 +138,14 @@ def test_mmmu_numbers():
         assert set(subjects) == {mmmu.subject_of(one) for one in row["extra"]["ids"]}
 
 
+def test_mmmu_disciplines_are_means_over_their_questions():
+    subjects = [subject for names in mmmu.DISCIPLINES.values() for subject in names]
+    assert len(subjects) == len(set(subjects)) == 30
+    ids = [f"validation_{name}_{number}" for number, name in enumerate(("Art", "Art_Theory", "Art_Theory", "Math", "Cooking"))]
+    found = mmmu.mmmu_disciplines(ids, [1.0, 1.0, 0.0, 0.0, 1.0])
+    assert found == {"Art_and_Design": 0.66667, "Science": 0.0}
+
+
 def test_mmvet_files():
     found = rows("mmvet_judge_input", 20)
     for row in found:

@@ -37,7 +37,14 @@ from deepstack_jax.evaluate.scorers.choices import (
     ai2d_letter,
     first_letter,
 )
-from deepstack_jax.evaluate.scorers.mmmu import MMMU_ACCURACY, mmmu_letter, mmmu_numbers, open_answers
+from deepstack_jax.evaluate.scorers.mmmu import (
+    MMMU_ACCURACY,
+    mmmu_disciplines,
+    mmmu_letter,
+    mmmu_numbers,
+    open_answers,
+    subject_of,
+)
 from deepstack_jax.evaluate.scorers.texts import Scorer
 from deepstack_jax.evaluate.tasks import Prediction, of_answer
 
@@ -184,7 +191,8 @@ def _mmmu_item(row: Row, _number: int) -> Item:
     answer = row.get("answer")
     right = read_literal(answer, "answer") if open_ended and isinstance(answer, str) and answer.startswith("[") else answer
     known = texts(right) if answer != "?" else ()
-    return Item(name, field(row, "question", str), known, options, split=name.split("_")[0], details={"open": open_ended})
+    about = {"kind": subject_of(name) or "all", "split": name.split("_")[0], "details": {"open": open_ended}}
+    return Item(name, field(row, "question", str), known, options, **about)
 
 
 def _mmmu_numbers(text: str) -> list[int]:
@@ -213,9 +221,9 @@ def mmmu_parse(question: Question, answer: str) -> Any:
 
 
 def _mmmu_aggregate(predictions: Sequence[Prediction], digits: int) -> dict[str, dict[str, Any]]:
-    scores = [one.scores["accuracy"] for one in predictions]
-    total, subjects = mmmu_numbers([one.id for one in predictions], scores, digits)
-    return {"accuracy": {"score": total, "by_kind": subjects}}
+    ids, scores = [one.id for one in predictions], [one.scores["accuracy"] for one in predictions]
+    total, subjects = mmmu_numbers(ids, scores, digits)
+    return {"accuracy": {"score": total, "by_kind": mmmu_disciplines(ids, scores, digits) | subjects}}
 
 
 def _mmmu(words: str, *, paper: bool) -> Protocol:

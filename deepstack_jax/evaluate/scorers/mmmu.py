@@ -11,6 +11,20 @@ from deepstack_jax.evaluate.scorers.texts import Scorer
 _ENDS = ",.!?;:'"
 _KEY_WORDS = ("could be ", "so ", "is ", "thus ", "therefore ", "final ", "answer ", "result ")
 _NOTHING = (*_ENDS, "")
+# Discipline -> its subjects, as MMMU groups them
+DISCIPLINES = {
+    "Art_and_Design": ("Art", "Art_Theory", "Design", "Music"),
+    "Business": ("Accounting", "Economics", "Finance", "Manage", "Marketing"),
+    "Science": ("Biology", "Chemistry", "Geography", "Math", "Physics"),
+    "Health_and_Medicine": (
+        *("Basic_Medical_Science", "Clinical_Medicine", "Diagnostics_and_Laboratory_Medicine", "Pharmacy", "Public_Health"),
+    ),
+    "Humanities_and_Social_Science": ("History", "Literature", "Psychology", "Sociology"),
+    "Tech_and_Engineering": (
+        *("Agriculture", "Architecture_and_Engineering", "Computer_Science", "Electronics", "Energy_and_Power"),
+        *("Materials", "Mechanical_Engineering"),
+    ),
+}
 _LONG = 5  # words; a longer reply is searched for the words of an option
 _NUMBERS = (
     re.compile(r"-?\b\d{1,3}(?:,\d{3})+\b"),  # 1,000
@@ -112,6 +126,16 @@ def mmmu_numbers(ids: Sequence[str], scores: Sequence[float], digits: int = 5) -
     means = {subject: sum(found) / len(found) for subject, found in sorted(subjects.items())}
     total = sum(means[subject] * len(found) for subject, found in subjects.items()) / max(1, len(scores))
     return round(total, digits), {subject: round(one, digits) for subject, one in means.items()}
+
+
+def mmmu_disciplines(ids: Sequence[str], scores: Sequence[float], digits: int = 5) -> dict[str, float]:
+    """Accuracy over the questions of every discipline, rounded; a subject that MMMU does not list is of none."""
+    discipline = {subject: name for name, subjects in DISCIPLINES.items() for subject in subjects}
+    found: dict[str, list[float]] = defaultdict(list)
+    for question, score in zip(ids, scores, strict=True):
+        if (name := discipline.get(subject_of(question))) is not None:
+            found[name].append(score)
+    return {name: round(sum(found[name]) / len(found[name]), digits) for name in DISCIPLINES if name in found}
 
 
 MMMU_ACCURACY = Scorer(
