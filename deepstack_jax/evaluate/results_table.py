@@ -48,10 +48,11 @@ def table_of_paper(ours: Mapping[str, str]) -> str:
 
 
 def cell_of(title: str, name: str, results: Mapping[str, Any]) -> str:
-    """A score in percent, with whose it is, and on how many rows where not on all."""
+    """A score in percent, with whose it is, and what it is not of."""
     benchmark = TASKS[title.partition(":")[0]]
     score = flat_scores(dict(results)).get(benchmark.metric)
     if score is None:
         return f"to be scored ({name})"
     part = f", the first {results['rows']:,} rows" if results["rows"] < results["rows_in_all"] else ""
+    part += f", {results['bad_examples']:,} left out" if results["bad_examples"] else ""
     return f"{100 * score:.1f} ({name}{part})"

@@ -253,5 +253,5 @@ def leave_out(more: Sequence[BadExample], bad: list[BadExample], evaluation: Eva
         where = f"in {evaluation.data}" if evaluation.task.name else "image paths start at --images=DIR"
         raise SourceError(
             f"{rows} of {plural(evaluation.rows, 'row')} cannot be asked, the last one: {bad[-1].reason}; fix them ({where}), "
-            "or the score would be of another set"
+            "or the score would be of another set; --config.data.max_bad_fraction=1 scores those that can be asked"
         )

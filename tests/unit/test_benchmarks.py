@@ -95,6 +95,25 @@ def test_a_task_reads_its_files(name, form, tmp_path):
         task.source[len(task.source)]
 
 
+UNPACKED = {
+    "gqa": ("testdev_balanced_questions.json", "questions1.2"),
+    "docvqa": ("val_v1.0_withQT.json", "spdocvqa_qas"),
+    "docvqa_test": ("test_v1.0.json", "spdocvqa_qas"),
+    "infovqa": ("infographicsVQA_val_v1.0_withQT.json", "infographicsvqa_qas"),
+    "infovqa_test": ("infographicsVQA_test_v1.0.json", "infographicsvqa_qas"),
+}
+
+
+@pytest.mark.parametrize("name", UNPACKED)
+def test_files_are_found_where_their_archive_puts_them(name, tmp_path):
+    file, place = UNPACKED[name]
+    folder = tmp_path / TASKS[name].folder
+    before = [one.words for one in questions_of(made(tmp_path, name))]
+    (folder / place).mkdir()
+    (folder / file).rename(folder / place / file)
+    assert [one.words for one in questions_of(find_task(name, str(tmp_path)))] == before
+
+
 RIGHT = {
     ("vqav2", "own"): (["Yes.", "no", "2"], {"vqa_accuracy": 1.0}),
     ("vqav2", "deepstack-paper"): (["Yes.", "no", "the two"], {"vqa_accuracy": 1.0}),
@@ -173,6 +192,13 @@ def test_an_mmmu_letter_that_is_drawn_depends_on_the_question_alone(tmp_path):
     assert [task.parse(one, "I see nothing") for one in questions] == [task.parse(one, "I see nothing") for one in questions]
     drawn = {task.parse(replace(questions[0], id=f"validation_Art_{number}"), "?") for number in range(40)}
     assert drawn == {"A", "B", "C", "D"}
+
+
+def test_mmmu_is_told_by_subject_and_by_discipline(tmp_path):
+    task = made(tmp_path, "mmmu", "parquet")
+    found = task.aggregate(predictions(task, ["(A)", "The answer is C", "it is 7"]))["accuracy"]
+    assert found == {"score": 0.66667, "by_kind": {"Art_and_Design": 0.66667, "Art_Theory": 0.66667}}
+    assert {one.kind for one in questions_of(task)} == {"Art_Theory"}
 
 
 def test_submission_files_are_in_the_servers_format(tmp_path):

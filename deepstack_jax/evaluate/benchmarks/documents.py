@@ -182,7 +182,7 @@ DOCVQA = _documents(
     "docvqa",
     _DOC_ORIGIN,
     (
-        _files(("val_v1.0_withQT.json", "val_v1.0.json"), "documents"),
+        _files(("val_v1.0_withQT.json", "spdocvqa_qas/val_v1.0_withQT.json", "val_v1.0.json"), "documents"),
         parquet(("DocVQA/validation-*.parquet", "data/validation-*.parquet", "validation-*.parquet"), _DOC_COLUMNS),
     ),
     _DOC_IMAGES,
@@ -194,7 +194,7 @@ DOCVQA_TEST = _documents(
     "docvqa",
     _DOC_ORIGIN,
     (
-        _files(("test_v1.0.json",), "documents"),
+        _files(("test_v1.0.json", "spdocvqa_qas/test_v1.0.json"), "documents"),
         parquet(("DocVQA/test-*.parquet", "data/test-*.parquet", "test-*.parquet"), _TEST_COLUMNS),
     ),
     _DOC_IMAGES,
@@ -206,7 +206,14 @@ INFOVQA = _documents(
     "infovqa",
     _INFO_ORIGIN,
     (
-        _files(("infographicsVQA_val_v1.0_withQT.json", "infographicsVQA_val_v1.0.json"), "infographicsvqa_images"),
+        _files(
+            (
+                "infographicsVQA_val_v1.0_withQT.json",
+                "infographicsvqa_qas/infographicsVQA_val_v1.0_withQT.json",
+                "infographicsVQA_val_v1.0.json",
+            ),
+            "infographicsvqa_images",
+        ),
         parquet(("InfographicVQA/validation-*.parquet", "data/validation-*.parquet", "validation-*.parquet"), _DOC_COLUMNS),
     ),
     _INFO_IMAGES,
@@ -218,7 +225,9 @@ INFOVQA_TEST = _documents(
     "infovqa",
     _INFO_ORIGIN,
     (
-        _files(("infographicsVQA_test_v1.0.json",), "infographicsvqa_images"),
+        _files(
+            ("infographicsVQA_test_v1.0.json", "infographicsvqa_qas/infographicsVQA_test_v1.0.json"), "infographicsvqa_images"
+        ),
         parquet(("InfographicVQA/test-*.parquet", "data/test-*.parquet", "test-*.parquet"), _TEST_COLUMNS),
     ),
     _INFO_IMAGES,

@@ -37,7 +37,7 @@ MMVET = Benchmark(
     origin="from yuweihao/MM-Vet on GitHub, or lmms-lab/MMVet of the Hugging Face hub",
     metric="",
     forms=(
-        by_name("mm-vet.json", "question_id", "images"),
+        by_name(("mm-vet.json",), "question_id", "images"),
         parquet(("data/test-*.parquet", "test-*.parquet"), ("question_id", "question", "answer")),
     ),
     item=_item,

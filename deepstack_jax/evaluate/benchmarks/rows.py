@@ -173,14 +173,18 @@ def named(rows: Mapping[str, Any], key: str) -> list[Row]:
     return [(row if isinstance(row, dict) else {}) | {key: name} for name, row in rows.items()]
 
 
-def by_name(file: str, key: str, images: str) -> Form:
-    """A JSON object that has every question by its name, which becomes its `key`; beside it the folder `images`."""
+def by_name(files: Sequence[str], key: str, images: str) -> Form:
+    """A JSON object, the first that is there, that has every question by its name, which becomes its `key`.
+
+    Args:
+      images: the folder of images beside it, for people.
+    """
 
     def find(folder: str, _limits: LimitsConfig) -> Rows | None:
-        path = first_file(folder, (file,))
+        path = first_file(folder, files)
         return None if path is None else ListRows(path, named(read_object(path), key))
 
-    return Form(f"{file}, {images}/", find)
+    return Form(f"{files[0]}, {images}/", find)
 
 
 def joined(questions: Sequence[Any], answers: Sequence[Any], key: str, question_file: str, answer_file: str) -> list[Row]:

@@ -77,7 +77,7 @@ GQA = Benchmark(
     origin="from the GQA site of Stanford, or lmms-lab/GQA of the Hugging Face hub (testdev_balanced_*)",
     metric="exact_match",
     forms=(
-        by_name("testdev_balanced_questions.json", "id", "images"),
+        by_name(("testdev_balanced_questions.json", "questions1.2/testdev_balanced_questions.json"), "id", "images"),
         Form("testdev_balanced_instructions/ and testdev_balanced_images/ (parquet)", _gqa_tables),
     ),
     item=lambda row, _number: Item(str(field(row, "id")), field(row, "question", str), texts(row.get("answer"))),
