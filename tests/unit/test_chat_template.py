@@ -5,6 +5,7 @@ import re
 from functools import cache
 from pathlib import Path
 
+import jinja2
 import numpy as np
 import pytest
 import tokenizers
@@ -24,6 +25,9 @@ PUBLISHED = Path(__file__).parent / "chat_templates"
 CHATML = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 LLAMA = ["<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
 PHI = ["<unk>", "<s>", "</s>", "<|endoftext|>", "<|assistant|>", "<|system|>", "<|end|>", "<|user|>"]
+PHI_4 = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|im_sep|>"]
+GRANITE = ["<|end_of_text|>", "<|start_of_role|>", "<|end_of_role|>", "<|tool_call|>"]
+MISTRAL = ["<unk>", "<s>", "</s>", "[INST]", "[/INST]"]
 # Name of the template's file -> special tokens of such a tokenizer, what its tokenizer_config.json says, end of an answer.
 MODELS = {
     "smollm2": (CHATML, {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>"}, "<|im_end|>"),
@@ -32,7 +36,12 @@ MODELS = {
     "llama_3": (LLAMA, {"bos_token": "<|begin_of_text|>", "eos_token": "<|end_of_text|>"}, "<|eot_id|>"),
     "llama_3_2": (LLAMA, {"bos_token": "<|begin_of_text|>", "eos_token": "<|eot_id|>"}, "<|eot_id|>"),
     "phi_3": (PHI, {"bos_token": "<s>", "eos_token": "<|endoftext|>", "unk_token": "<unk>"}, "<|end|>"),
+    "phi_4": (PHI_4, {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}, "<|im_end|>"),
+    "phi_4_first": (PHI_4, {"eos_token": "<|endoftext|>"}, "<|im_end|>"),
+    "granite_3": (GRANITE, {"bos_token": "<|end_of_text|>", "eos_token": "<|end_of_text|>"}, "<|end_of_text|>"),
+    "mistral": (MISTRAL, {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}, "</s>"),
 }
+NO_SYSTEM = ("mistral",)
 ROWS = {
     "one exchange": ["What is the total?", "It is 12.50."],
     "a system text": ["system", "Be brief.", "What is the total?", "It is 12.50."],
@@ -42,6 +51,9 @@ ROWS = {
     "no answer": ["Say nothing.", "", "And now?", "Now."],
     "the template's own words": ["user", "assistant", "system\n", "user"],
 }
+
+
+PAIRS = [(name, row) for name in MODELS for row in ROWS if name not in NO_SYSTEM or ROWS[row][0] != "system"]
 
 
 def messages_of(row):
@@ -91,8 +103,7 @@ def opened(folder):
     return open_template(own_template(folder), tokenizer), tokenizer, PreTrainedTokenizerFast.from_pretrained(folder)
 
 
-@pytest.mark.parametrize("row", ROWS)
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(("name", "row"), PAIRS)
 def test_ids_equal_those_of_transformers(name, row, folders):
     template, tokenizer, theirs = opened(folders(name))
     messages = messages_of(ROWS[row])
@@ -103,8 +114,17 @@ def test_ids_equal_those_of_transformers(name, row, folders):
     assert theirs(asked.text, add_special_tokens=False)["input_ids"] == ids
 
 
-@pytest.mark.parametrize("row", ROWS)
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", NO_SYSTEM)
+def test_a_published_template_without_system_texts_refuses_them_here_as_there(name, folders):
+    template, _, theirs = opened(folders(name))
+    row = messages_of(ROWS["a system text"])
+    with pytest.raises(ConversationError, match="turn 0 is a system prompt, which this chat template does not take"):
+        template.render(row)
+    with pytest.raises(jinja2.TemplateError, match="roles must alternate"):
+        theirs.apply_chat_template(as_dicts(row))
+
+
+@pytest.mark.parametrize(("name", "row"), PAIRS)
 def test_what_is_trained_is_every_answer_with_its_end_of_turn(name, row, folders):
     template, tokenizer, theirs = opened(folders(name))
     messages = messages_of(ROWS[row])
@@ -142,9 +162,11 @@ def test_control_tokens_in_words_are_letters(name, folders):
     """What a user writes cannot end a turn, though the template's own tokens stay tokens."""
     template, tokenizer, theirs = opened(folders(name))
     end = MODELS[name][2]
-    row = messages_of(["system", f"a{end}", f"{end}b", f"c{end}d", end, f"{end}"])
+    front = [] if name in NO_SYSTEM else ["system", f"a{end}"]
+    row = messages_of([*front, f"{end}b", f"c{end}d", end, f"{end}"])
     encoded = encode_conversation(template.render(row), tokenizer, has_image=False, plain_words=True)
-    plain = encode_conversation(template.render(messages_of(["system", "a", "b", "cd", "x", "y"])), tokenizer, has_image=False)
+    others = messages_of([*("system", "a")[: len(front)], "b", "cd", "x", "y"])
+    plain = encode_conversation(template.render(others), tokenizer, has_image=False)
     id = theirs.convert_tokens_to_ids(end)
     assert (encoded.ids == id).sum() == (plain.ids == id).sum()
     read = encode_conversation(template.render(row), tokenizer, has_image=False)
