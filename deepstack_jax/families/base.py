@@ -72,6 +72,7 @@ class TowerFamily(Family):
 
     section: type[VisionConfig] = VisionConfig
     folder: str  # what an export calls its own folder
+    not_built: Mapping[str, str]  # model_type of a relative of it -> why there is none here, and which to take
     processor: Processor
 
     def build(self, config: Config, **settings: Any) -> nn.Module:
@@ -196,8 +197,9 @@ def tower_family(values: Mapping[str, Any]) -> TowerFamily:
     kind = word(present(values), "model_type")
     known = {name: family for family in TOWERS.values() for name in family.model_types}
     if kind not in known:
+        why = next((family.not_built[kind] for family in TOWERS.values() if kind in family.not_built), "")
         raise WeightsError(
-            f"the vision tower's config.json has model_type {quote(kind)}, expected {' or '.join(known)}; "
+            f"the vision tower's config.json has model_type {quote(kind)}{why and ', ' + why}, expected {' or '.join(known)}; "
             "give one with --tower=DIR"
         )
     return known[kind]

@@ -27,6 +27,7 @@ _INSIDE = TOWER + "vision_model."
 _PARTS = ("embeddings.", "encoder.", "pre_layrnorm.", "post_layernorm.")
 # Of a whole CLIP, what the tower does not need.
 _NOT_THE_TOWER = ("text_model.", "text_projection", "visual_projection.", "logit_scale", *open_clip.NOT_THE_TOWER)
+_NOT_BUILT: dict[str, str] = {}
 _KERNELS = (  # ours, theirs, sizes
     ("q", "self_attn.q_proj", "E | n h"),
     ("k", "self_attn.k_proj", "E | n h"),
@@ -44,6 +45,7 @@ class Clip(TowerFamily):
     model_types = ("clip", "clip_vision_model", open_clip.MODEL_TYPE)
     last_kernel = "fc2"
     folder = "clip"
+    not_built: Mapping[str, str] = _NOT_BUILT
     defaults: Mapping[str, Any] = DEFAULTS
     processor = Processor("CLIP", "centre", CLIP_MEAN, CLIP_STD)
 

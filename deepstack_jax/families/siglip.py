@@ -17,6 +17,8 @@ _DEFAULTS = DEFAULTS | {  # transformers' SiglipVisionConfig
 _NOT_THERE = ("vision_tower/cls", "vision_tower/pre_norm/")
 # Of a whole SigLIP, what the tower does not need beside what it has in common with CLIP: it pools the patches.
 _POOLING = ("head.", "vision_model.head.", "logit_bias")
+_NAFLEX = "SigLIP 2's NaFlex, which sees pictures of any aspect (those of fixed resolution say siglip)"
+_NOT_BUILT: dict[str, str] = dict.fromkeys(("siglip2", "siglip2_vision_model"), _NAFLEX)
 _HALF = (0.5, 0.5, 0.5)
 
 
@@ -37,6 +39,7 @@ class Siglip(Clip):
     section = SiglipConfig
     model_types = ("siglip", "siglip_vision_model")
     folder = "siglip"
+    not_built = _NOT_BUILT
     defaults = _DEFAULTS
     processor = Processor("Siglip", "stretch", _HALF, _HALF)
 

@@ -340,12 +340,29 @@ def test_what_is_not_computed_is_refused_in_one_line(changes, message):
             {"text_config": {"model_type": "qwen2_moe"}},
             "text_config has model_type 'qwen2_moe', expected llama, mistral, granite, phi3, qwen2, qwen3",
         ),
-        ({"vision_config": {"model_type": "siglip2_vision_model"}}, "model_type 'siglip2_vision_model', expected clip"),
+        (
+            {"vision_config": {"model_type": "siglip2_vision_model"}},
+            r"model_type 'siglip2_vision_model', SigLIP 2's NaFlex, .* \(those of fixed resolution say siglip\), expected clip",
+        ),
+        ({"vision_config": {"model_type": "dinov2"}}, "model_type 'dinov2', expected clip or"),
+        (
+            {"text_config": {"model_type": "qwen2", "use_sliding_window": True}},
+            "use_sliding_window is True, expected False; choose a checkpoint without it",
+        ),
+        (
+            {"text_config": {"model_type": "qwen3", "layer_types": ["sliding_attention", "full_attention"]}},
+            r"layer_types is \['full_attention', 'sliding_attention'\], expected .*; choose a checkpoint without it",
+        ),
+        (
+            {"text_config": {"model_type": "qwen3", "rope_scaling": {"type": "yarn", "factor": 4.0}}},
+            "rope_scaling has type 'yarn', expected linear, llama3",
+        ),
     ],
 )
 def test_what_llava_hf_can_ask_for_beyond_this(changes, message):
-    with pytest.raises(WeightsError, match=message):
+    with pytest.raises(WeightsError, match=message) as caught:
         from_hf(VICUNA_HF | changes)
+    assert "\n" not in str(caught.value)
 
 
 def test_what_the_official_code_cannot_say_is_refused():
