@@ -2,8 +2,8 @@
 
   python -m deepstack_jax.train --config=configs/study_lines.py:cpu --workdir=runs/study/lines/lines_deepstack-0
 
-The argument is the size: `cpu`, minutes on two cores, which shows that everything runs, or `gpu`, minutes on one card. A
-picture is 256x64 pixels, four crops of 64x64 side by side; the low-res view has a quarter of its width.
+The argument is the size: `cpu`, minutes on two cores, which shows that everything runs; `slice`, its first steps; or `gpu`,
+minutes on one card. A picture is 256x64 pixels, four crops of 64x64 side by side; the low-res view has a quarter of its width.
 """
 
 from deepstack_jax.config import ConfigError, default_config
@@ -12,6 +12,7 @@ ROOT = "runs/study/lines-data"
 # tower and decoder: width, layers, heads, mlp; steps and examples of a step
 SIZES = {
     "cpu": {"vision": (96, 5, 4, 288), "decoder": (128, 8, 4, 256), "steps": 300, "batch_size": 16},
+    "slice": {"vision": (96, 5, 4, 288), "decoder": (128, 8, 4, 256), "steps": 30, "batch_size": 16},
     "gpu": {"vision": (384, 7, 6, 1152), "decoder": (512, 12, 8, 1408), "steps": 6000, "batch_size": 128},
 }
 TURNS = 3 * (6 + 32 + 2)  # a line's question, its text, and their ends, in bytes
@@ -33,7 +34,7 @@ def get_config(size: str = "cpu"):
     config.decoder.width, config.decoder.layers, config.decoder.mlp = width, layers, mlp
     config.decoder.heads = config.decoder.kv_heads = heads
     config.decoder.head_dim = width // heads
-    config.decoder.remat = "block" if size == "cpu" else "none"
+    config.decoder.remat = "none" if size == "gpu" else "block"
     config.decoder.embed_std = 0.5
     config.decoder.head_std = 0.5 / width**0.5
 
@@ -56,7 +57,7 @@ def get_config(size: str = "cpu"):
     config.train.steps = sizes["steps"]
     config.train.batch_size = sizes["batch_size"]
     config.train.checkpoint_every = 500
-    config.train.compute_dtype = "float32" if size == "cpu" else "bfloat16"
+    config.train.compute_dtype = "bfloat16" if size == "gpu" else "float32"
     config.evaluation.every = sizes["steps"] // 6
     config.evaluation.examples = 64
     config.evaluation.batch_size = 64

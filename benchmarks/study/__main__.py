@@ -2,7 +2,7 @@
 
   --only=baseline,start_   rows of these names, or whose names begin so; those on real images begin with lines_
   --seeds=3                runs of each row, seeds 0, 1, ...
-  --size=gpu               the larger size (default: cpu)
+  --size=gpu               the larger size, or slice, the first steps of the small one (default: cpu)
   --jobs=2                 runs at once, each with its share of the cores (default: 1)
   --runs=runs/study        folder of the workdirs
   --list                   the rows, which of their runs are done, and how long the others will take; trains nothing
@@ -34,7 +34,7 @@ from deepstack_jax.printing import Console, plural
 
 QUICK_SEED = 100  # none of the study's: --quick draws other cards
 SPREADS, SLACK = 3.0, 0.05  # standard deviations, or share, that a quick run may lie from the study's mean
-GUESSED = 200.0  # seconds of a run, before any is done
+GUESSED = 400.0  # seconds of a run on one core, before any is done
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -72,7 +72,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.study", description=usage)
     parser.add_argument("--only", default="", help="names of rows, or their beginnings, between commas")
     parser.add_argument("--seeds", type=int, default=3, help="runs of each row (default: %(default)s)")
-    parser.add_argument("--size", choices=("cpu", "gpu"), default="cpu")
+    parser.add_argument("--size", choices=("cpu", "slice", "gpu"), default="cpu")
     parser.add_argument("--jobs", type=int, default=1, help="runs at once (default: %(default)s)")
     parser.add_argument("--runs", type=Path, default=Path("runs/study"), help="folder of the workdirs (default: %(default)s)")
     parser.add_argument("--results", type=Path, help="file of the results (default: the study's own; with --size=gpu another)")
@@ -85,7 +85,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         asked.runs /= "quick"
     if asked.results is None:
         asked.results = (
-            asked.runs / "results.jsonl" if asked.quick else FILE.with_stem("results" + "_gpu" * (asked.size == "gpu"))
+            asked.runs / "results.jsonl"
+            if asked.quick
+            else FILE.with_stem("results" + f"_{asked.size}" * (asked.size != "cpu"))
         )
     try:
         chosen(asked.only, asked.quick)
@@ -118,16 +120,17 @@ def is_done(job: Job, known: dict[tuple[str, str, int], Run]) -> bool:
     return run is not None and run.digest == job.digest
 
 
-def seconds_of(job: Job, known: dict[tuple[str, str, int], Run]) -> float:
+def seconds_of(job: Job, known: dict[tuple[str, str, int], Run], at_once: int) -> float:
     """How long a run takes: as others of its row did, else as all did."""
     rows = by_row(known, job.study.name, job.row.name) or [run for run in known.values() if run.study == job.study.name]
-    return float(np.median([run.seconds for run in rows])) if rows else GUESSED
+    each = max(1, (os.cpu_count() or 1) // at_once)
+    return float(np.median([run.seconds for run in rows])) if rows else GUESSED / each
 
 
 def estimate(waiting: Sequence[Job], known: dict[tuple[str, str, int], Run], at_once: int) -> str:
-    hours = sum(seconds_of(job, known) for job in waiting) / 3600
-    like = "as those before took" if known else f"at {GUESSED:.0f} s each, a guess"
-    return f"{plural(len(waiting), 'run')} to do, about {hours:.1f} hours of computing {like}, {at_once} at once"
+    hours = sum(seconds_of(job, known, at_once) for job in waiting) / at_once / 3600
+    like = "as those before took" if known else "a guess"
+    return f"{plural(len(waiting), 'run')} to do, {at_once} at once: about {hours:.1f} hours, {like}"
 
 
 def listed(jobs: Sequence[Job], known: dict[tuple[str, str, int], Run], at_once: int) -> Table:
@@ -137,7 +140,7 @@ def listed(jobs: Sequence[Job], known: dict[tuple[str, str, int], Run], at_once:
     for name in dict.fromkeys(job.row.name for job in jobs):
         mine = [job for job in jobs if job.row.name == name]
         done = sum(is_done(job, known) for job in mine)
-        table.add_row(name, mine[0].row.label, f"{done}/{len(mine)}", f"{seconds_of(mine[0], known):.0f}")
+        table.add_row(name, mine[0].row.label, f"{done}/{len(mine)}", f"{seconds_of(mine[0], known, at_once):.0f}")
     return table
 
 

@@ -65,7 +65,7 @@ class CardsConfig:
 
     seed: Seed = 0  # seed of the cards
     length: Annotated[int, positive()] = 1_000_000  # cards; they are drawn when asked for
-    questions: Annotated[int, positive(16)] = 16  # questions about a card
+    questions: Annotated[int, positive(9)] = 9  # questions about a card
     # Crop grids (rows, cols), one of which each card has the shape of; one of the two numbers is even
     grids: tuple[tuple[Cells, Cells], ...] = ((2, 2),)
     unseen: tuple[tuple[Cells, Cells], ...] = ()  # further ones, which held-out cards alone have

@@ -1,6 +1,6 @@
 """The laboratory's task: cards on which something coarse, visible at any resolution, must be bound to something fine.
 
-A card is 4x4 boxes. Each box is one token of the low-res view and `rows x cols` tokens of the crops, where (rows, cols) is the
+A card is 3x3 boxes. Each box is one token of the low-res view and `rows x cols` tokens of the crops, where (rows, cols) is the
 card's crop grid. A box has a colour, its *mark*, in which no other box of the card is: visible in every view. One of its
 patches, drawn at random, holds a digit of cells whose area mean is exactly the mark: digits exist in the crops alone.
 
@@ -13,6 +13,7 @@ Four kinds of questions, each of one word, ask for one box each:
 No box is asked for twice, so that no answer tells another.
 """
 
+import itertools
 import operator
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -24,19 +25,19 @@ from deepstack_jax.data.example import Example, Message
 from deepstack_jax.data.synthetic import FONT, SPLITS
 from deepstack_jax.layout.grid import Grid
 
-SIDE = 4  # boxes along a side of the card, and tokens along one of the low-res view
+SIDE = 3  # boxes along a side of the card, and tokens along one of the low-res view
 BOXES = SIDE**2
 PATCH = 16  # side of a patch in pixels, of which the low-res view has SIDE along each side
 CELL = 2  # side of a cell in pixels; the area mean of a cell, of its rows and of its columns is that of paper
-AMPLITUDE = 90  # half the contrast within a cell, as large as the marks leave room for
+AMPLITUDE = 60  # half the contrast within a cell; what is left of the range of a pixel is the marks'
 GLYPH = (0, 1)  # first row and column of the 7x5 digit among the patch's 8x8 cells: always the same, or the tower learns longer
-_LEVELS = ((104, 152), (104, 152), (92, 116, 140, 164))  # red, green, blue
-MARKS = np.stack(np.meshgrid(*_LEVELS, indexing="ij"), axis=-1).reshape(-1, 3)  # i64[16, 3], a colour each
-MARK_WORDS = tuple(f"m{mark:02d}" for mark in range(len(MARKS)))
+# i64[9, 3], a colour each: the corners of a cube around gray, and gray. Far apart, and room for AMPLITUDE on both sides
+MARKS = np.array([*itertools.product((64, 192), repeat=3), (128, 128, 128)])
+MARK_WORDS = tuple(f"m{mark}" for mark in range(len(MARKS)))
 KINDS = MappingProxyType({"coarse": 0.2, "fine": 0.25, "cued": 0.3, "before": 0.25})  # the share of each of the questions
 # Exact match of the best constant guess: digits are uniform, and the marks of a card a permutation of all.
-CHANCE = MappingProxyType({"coarse": 1 / 16, "fine": 0.1, "cued": 0.1, "before": 0.1})
-QUESTION_WORDS = MappingProxyType({kind: tuple(f"{kind}?{number:02d}" for number in range(BOXES)) for kind in KINDS})
+CHANCE = MappingProxyType({"coarse": 1 / 9, "fine": 0.1, "cued": 0.1, "before": 0.1})
+QUESTION_WORDS = MappingProxyType({kind: tuple(f"{kind}?{number}" for number in range(BOXES)) for kind in KINDS})
 # Every word of questions and answers; each is one token of a whitespace tokenizer.
 VOCABULARY: tuple[str, ...] = (
     *map(str, range(10)),
@@ -51,7 +52,7 @@ class Cards:
 
     seed: int  # non-negative; names the family of cards
     length: int  # number of cards; any size, nothing is stored
-    questions: int = BOXES  # question-answer turns a card, 1..16
+    questions: int = BOXES  # question-answer turns a card, 1..9
     grids: tuple[Grid, ...] = ((2, 2),)  # crop grids, one of which each card has the shape of
     unseen: tuple[Grid, ...] = ()  # further ones, of held-out cards alone: their kinds end in "_unseen"
     sharp: bool = True  # False: what the low-res view shows, enlarged to the size of the card
@@ -77,8 +78,8 @@ class Cards:
         """Card `index` with its questions.
 
         Returns:
-          An `Example` with one image `u8[64 * rows, 64 * cols, 3]`. `info` holds "kinds" per question, "grid", and by box, in
-          reading order, `i64[16]` "digits" 0..9, "marks" 0..15, and "places", the patch that holds the digit, row-major.
+          An `Example` with one image `u8[48 * rows, 48 * cols, 3]`. `info` holds "kinds" per question, "grid", and by box, in
+          reading order, `i64[9]` "digits" 0..9, "marks" 0..8, and "places", the patch that holds the digit, row-major.
         """
         index = operator.index(index)
         if not 0 <= index < self.length:
@@ -119,8 +120,8 @@ class Cards:
 
 def draw_card(
     grid: Grid, digits: np.ndarray, marks: np.ndarray, places: np.ndarray, sharp: bool
-) -> np.ndarray:  # u8[64 * rows, 64 * cols, 3]
-    """A card from per-box numbers, `int[16]`: digits 0..9, marks 0..15, places 0..rows*cols-1."""
+) -> np.ndarray:  # u8[48 * rows, 48 * cols, 3]
+    """A card from per-box numbers, `int[9]`: digits 0..9, marks 0..8, places 0..rows*cols-1."""
     rows, cols = grid
     ink = np.zeros((BOXES, rows * cols, PATCH // CELL, PATCH // CELL), bool)
     _, height, width = FONT.shape

@@ -13,7 +13,7 @@ GRIDS = ((2, 2), (1, 2), (2, 1), (1, 4), (4, 1), (4, 3))
 
 
 def low_res(card: np.ndarray) -> np.ndarray:
-    return np.asarray(Image.fromarray(card).resize((64, 64), Image.Resampling.BOX))
+    return np.asarray(Image.fromarray(card).resize((48, 48), Image.Resampling.BOX))
 
 
 @pytest.mark.parametrize("grid", GRIDS)
@@ -21,7 +21,7 @@ def test_the_low_res_view_shows_the_marks_and_nothing_else(grid):
     source = Cards(0, 10, grids=(grid,))
     for index in range(3):
         example = source[index]
-        marks = MARKS[example.info["marks"]].reshape(4, 4, 3).repeat(16, 0).repeat(16, 1)
+        marks = MARKS[example.info["marks"]].reshape(3, 3, 3).repeat(16, 0).repeat(16, 1)
         np.testing.assert_array_equal(low_res(example.images[0]), marks)
 
 
@@ -30,9 +30,9 @@ def test_every_digit_can_be_read_from_one_patch_of_the_card(grid):
     example = Cards(1, 10, grids=(grid,))[4]
     rows, cols = grid
     card = example.images[0]
-    assert card.shape == (64 * rows, 64 * cols, 3)
+    assert card.shape == (48 * rows, 48 * cols, 3)
     for box, (digit, place) in enumerate(zip(example.info["digits"], example.info["places"], strict=True)):
-        y, x = (box // 4 * rows + place // cols) * 16, (box % 4 * cols + place % cols) * 16
+        y, x = (box // 3 * rows + place // cols) * 16, (box % 3 * cols + place % cols) * 16
         patch = card[y : y + 16, x : x + 16, 0].astype(int)
         ink = patch[::2, ::2] > patch[::2, 1::2]
         np.testing.assert_array_equal(ink[:7, 1:6], FONT[digit])
@@ -95,7 +95,7 @@ def test_splits_and_seeds_share_no_card():
     ("arguments", "message"),
     [
         ({"split": "test"}, "expected one of train, validation"),
-        ({"questions": 17}, "questions 17: expected"),
+        ({"questions": 10}, "questions 10: expected"),
         ({"grids": ((3, 3),)}, "grid 3x3 must have an even side"),
         ({"grids": ()}, "name at least one"),
     ],
@@ -128,12 +128,12 @@ def test_the_configuration_opens_them():
 @pytest.mark.parametrize("grid", [(1, 2), (2, 1), (2, 2), (1, 4), (4, 1)])
 def test_crops_keep_every_pixel(grid):
     config = default_config()
-    config.image.size, config.image.crop_filter, config.image.global_filter = 64, "nearest", "box"
+    config.image.size, config.image.crop_filter, config.image.global_filter = 48, "nearest", "box"
     config.vision.patch_size = 16
-    zeros = np.zeros(16, int)
-    card = draw_card(grid, zeros + 8, np.arange(16), zeros, True)
+    zeros = np.zeros(9, int)
+    card = draw_card(grid, zeros + 8, np.arange(9), zeros, True)
     views = make_views(Image.fromarray(card), build_config(config).image)
     assert views.grid == grid
     rows, cols = grid
-    joined = views.pixels[1:].reshape(rows, cols, 64, 64, 3).swapaxes(1, 2).reshape(card.shape)
+    joined = views.pixels[1:].reshape(rows, cols, 48, 48, 3).swapaxes(1, 2).reshape(card.shape)
     np.testing.assert_array_equal(joined, card)
