@@ -14,7 +14,17 @@ from benchmarks.study import figures, verdict
 from benchmarks.study.results import WINDOW, Run, by_row
 from benchmarks.study.table import CARDS, CLAIMS, DIGITS, LINES, ROWS, Claim, Row
 from benchmarks.study.train import Job
-from benchmarks.study.verdict import BY_SPEED, CONTRADICTED, NO_RUNS, NOT_SHOWN, SHOWN, Judged, judge_claim
+from benchmarks.study.verdict import (
+    BY_SPEED,
+    CONTRADICTED,
+    IN_PART,
+    NO_RUNS,
+    NOT_SHOWN,
+    PART_CONTRADICTED,
+    SHOWN,
+    Judged,
+    judge_claim,
+)
 from deepstack_jax.atomic import write_whole
 from deepstack_jax.data.cards import CHANCE
 from deepstack_jax.printing import Console
@@ -43,6 +53,8 @@ WORDS = {
     BY_SPEED: "holds, in speed of learning",
     NOT_SHOWN: "not shown",
     CONTRADICTED: "contradicted",
+    IN_PART: "holds in part",
+    PART_CONTRADICTED: "contradicted in part",
     NO_RUNS: "not run yet",
 }
 # A figure of some claims: file, what it shows, and how it is drawn
@@ -148,7 +160,7 @@ def _shown(claim: Claim, runs: Runs) -> dict[str, Any]:
         "claim": claim,
         "anchor": re.sub(r"[^a-z0-9]+", "-", claim.title.lower()).strip("-"),
         "verdict": WORDS[found],
-        "reason": claim.likely if found in (NOT_SHOWN, CONTRADICTED) else "",
+        "reason": claim.likely if found not in (SHOWN, BY_SPEED, NO_RUNS) else "",
         "rows": [line for row in rows for line in _row(row, by_row(runs, STUDY, row.name))],
         "comparisons": [_comparison(one) for one in judged],
         "notes": "; ".join(f"{row.label}: {row.note}" for row in rows if row.note),

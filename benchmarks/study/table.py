@@ -196,6 +196,7 @@ CLAIMS = (
         ("baseline", "deepstack"),
         (above("deepstack", "baseline"),),
         "Digits are not in the low-res view, by construction: the question is whether the stack is read at all.",
+        likely="the steps are too few.",
     ),
     Claim(
         "information",
@@ -206,6 +207,7 @@ CLAIMS = (
             *(above("deepstack", other) for other in ("dummy", "only_global", "upsampled")),
             *(near("baseline", other) for other in ("dummy", "only_global", "upsampled")),
         ),
+        likely="one of the blind rows is not, or a row has not learnt what its view does show: the kinds tell.",
     ),
     Claim(
         "string",
@@ -214,6 +216,7 @@ CLAIMS = (
         ("baseline", "deepstack", "string"),
         (near("deepstack", "string"),),
         "FLOPs and memory are those that `plan` counts for a step of training, seconds those measured.",
+        likely="the steps are too few for one of the two; the curves tell which.",
     ),
     Claim(
         "sampling",
@@ -222,6 +225,7 @@ CLAIMS = (
         ("deepstack", "sampling_1d", "sampling_grid"),
         (above("deepstack", "sampling_1d", speed=True), above("deepstack", "sampling_grid", speed=True)),
         "Only in 2d order is everything that is added at a position about the box that the position shows.",
+        likely="nine boxes of four tokens are few enough for the decoder to sort out what other orders mix.",
     ),
     Claim(
         "start",
@@ -230,6 +234,7 @@ CLAIMS = (
         ("start_0", "deepstack", *(f"start_{start}" for start in _STARTS[1:])),
         (near("start_2", "deepstack"), *(above("deepstack", f"start_{start}", speed=True) for start in (8, 10))),
         "DeepStack-L starts at layer 1. From layer 10 on two of the groups have no layer.",
+        likely="an answer takes a step of attention or two, for which the last layers here are enough.",
     ),
     Claim(
         "interval",
@@ -237,6 +242,7 @@ CLAIMS = (
         "The interval from one group's layer to the next matters little.",
         ("deepstack", "interval_2", "interval_3"),
         tuple(near(*pair) for gap in (2, 3) for pair in (("deepstack", f"interval_{gap}"), (f"interval_{gap}", "deepstack"))),
+        likely="layers between the groups are few here, so that an interval also moves the last group towards the end.",
     ),
     Claim(
         "groups",
@@ -250,6 +256,7 @@ CLAIMS = (
             near("deepstack", "groups_9"),
         ),
         "A box's digit is in one of the four groups: with one of them a quarter of the digits can be read, with two half.",
+        likely="nine groups are of enlarged crops, in which a digit lies across tokens, and take nine of the twelve layers.",
     ),
     Claim(
         "vision",
@@ -258,6 +265,7 @@ CLAIMS = (
         ("baseline", "vision_0", "vision_1", "vision_2", "deepstack"),
         (above("vision_2", "baseline"), above("vision_2", "vision_0", speed=True)),
         "The tower is trained from nothing here; the paper's is pretrained, and early layers of it expect one picture.",
+        likely="no layer of a tower that begins from nothing expects one picture, so early ones are as good.",
     ),
     Claim(
         "consistent",
@@ -266,6 +274,7 @@ CLAIMS = (
         ("wide_stretched", "wide_letterboxed"),
         (above("wide_stretched", "wide_letterboxed", speed=True),),
         "Cards of 1x2 crops on a canvas of 2x2.",
+        likely="nothing but the card is on the letterboxed canvas: its tokens are displaced, none is lost.",
     ),
     Claim(
         "grids",
@@ -274,6 +283,7 @@ CLAIMS = (
         ("grids",),
         (Comparison(Scores("grids", _UNSEEN), Scores("grids"), "near"),),
         "Scores on held-out cards of the grids that training had, and of those that it had not.",
+        likely="the tokens of four crops in a row are dealt to the groups otherwise than in any grid that training had.",
     ),
     Claim(
         "fusion",
@@ -282,6 +292,7 @@ CLAIMS = (
         ("deepstack", "input", "channels"),
         (near("input", "deepstack"), near("channels", "deepstack")),
         "arXiv 2503.06063 finds fusing at the input better; the DeepStack paper finds channels joined worse.",
+        likely="a sum, or one wide map, must make one token of five; layers could tell the groups apart.",
     ),
     Claim(
         "taps",
@@ -289,5 +300,6 @@ CLAIMS = (
         "Layers of the low-res tower into layers of the decoder (Qwen3-VL's form) do not replace crops.",
         ("baseline", "taps", "crops_taps", "deepstack"),
         (above("deepstack", "taps"), near("baseline", "taps"), near("crops_taps", "deepstack")),
+        likely="mergers add parameters and change how the low-res view is learnt.",
     ),
 )

@@ -8,7 +8,8 @@ weights as far as both have them. Of these differences the mean and its 95% inte
 
 Anything else is not shown. Where two rows end alike (both within ALIKE of each other) and the claim is one of learning too,
 the steps to 90% decide instead: the interval of the logarithm of their ratio lies on one side of 0.
-A claim holds if all its comparisons are shown, and is contradicted if one of them is.
+A claim holds if all its comparisons are shown, and is contradicted if one is and none is shown; between the two it holds in
+part, or is contradicted in part.
 """
 
 import math
@@ -27,6 +28,7 @@ ALIKE = 0.02
 _T = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
 SHOWN, NOT_SHOWN, CONTRADICTED, NO_RUNS = "shown", "not shown", "contradicted", "no runs"
 BY_SPEED = "shown by speed"
+IN_PART, PART_CONTRADICTED = "shown in part", "contradicted in part"  # of claims alone
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,11 @@ def judge_claim(claim: Claim, runs: Mapping[tuple[str, str, int], Run], study: s
     """The verdict about a claim, and those about its comparisons."""
     judged = [judge(comparison, runs, study) for comparison in claim.comparisons]
     verdicts = [one.verdict for one in judged]
-    for word in (CONTRADICTED, NO_RUNS, NOT_SHOWN, BY_SPEED):
-        if word in verdicts:
-            return word, judged
-    return SHOWN, judged
+    shown = any(verdict in (SHOWN, BY_SPEED) for verdict in verdicts)
+    if CONTRADICTED in verdicts:
+        return PART_CONTRADICTED if shown else CONTRADICTED, judged
+    if NO_RUNS in verdicts:
+        return NO_RUNS, judged
+    if NOT_SHOWN in verdicts:
+        return IN_PART if shown else NOT_SHOWN, judged
+    return BY_SPEED if BY_SPEED in verdicts else SHOWN, judged

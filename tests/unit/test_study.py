@@ -12,7 +12,18 @@ from benchmarks.study.report import page, write
 from benchmarks.study.results import Run, add_run, digest_of, read_runs
 from benchmarks.study.table import CARDS, CLAIMS, DIGITS, LINES, ROWS, Claim, above, near
 from benchmarks.study.train import Job, RunError
-from benchmarks.study.verdict import BY_SPEED, CONTRADICTED, NO_RUNS, NOT_SHOWN, SHOWN, interval, judge, judge_claim
+from benchmarks.study.verdict import (
+    BY_SPEED,
+    CONTRADICTED,
+    IN_PART,
+    NO_RUNS,
+    NOT_SHOWN,
+    PART_CONTRADICTED,
+    SHOWN,
+    interval,
+    judge,
+    judge_claim,
+)
 from deepstack_jax.data.cards import KINDS
 from deepstack_jax.printing import Console
 from tests.docs.blocks import of_text, unfenced
@@ -143,10 +154,13 @@ def test_rows_that_end_alike_are_compared_by_speed_where_the_claim_is_one_of_lea
     assert RUN.reached() is None
 
 
-def test_a_claim_is_as_good_as_its_worst_comparison():
+def test_a_claim_holds_in_part_where_its_comparisons_disagree():
     claim = Claim("c", "", "", ("a", "b", "c"), (above("a", "b"), above("b", "c")))
     good, bad = [0.9, 0.91, 0.92], [0.1, 0.12, 0.11]
-    assert judge_claim(claim, runs_of(a=good, b=bad, c=good), "cards")[0] == CONTRADICTED
+    assert judge_claim(claim, runs_of(a=good, b=bad, c=good), "cards")[0] == PART_CONTRADICTED
+    assert judge_claim(claim, runs_of(a=bad, b=good, c=[0.97, 0.98, 0.99]), "cards")[0] == CONTRADICTED
+    assert judge_claim(claim, runs_of(a=good, b=bad, c=bad), "cards")[0] == IN_PART
+    assert judge_claim(claim, runs_of(a=good, b=good, c=good), "cards")[0] == NOT_SHOWN
     assert judge_claim(claim, runs_of(a=good, b=bad), "cards")[0] == NO_RUNS
     assert judge_claim(claim, runs_of(a=good, b=[0.5, 0.51, 0.53], c=bad), "cards")[0] == SHOWN
 
@@ -248,7 +262,7 @@ def test_the_page_says_what_the_numbers_say(tmp_path):
     assert text == page(runs)
     assert f"**Not finished**: 15 of {3 * len(ROWS)} runs are done" in text
     assert "| [High resolution in the stack](#high-resolution-in-the-stack) | **holds** |" in text
-    assert "| [Information, not additions](#information-not-additions) | **contradicted** |" in text
+    assert "| [Information, not additions](#information-not-additions) | **contradicted in part** |" in text
     assert "| [Order of sampling](#order-of-sampling) | **not run yet** |" in text
     assert "| DeepStack-L more than nothing in the sequence, low-res injected | +0.0% ± 0.0% | not shown |" in text
     assert "| DeepStack-L | 96.0% ± 1.0% |" in text
