@@ -1,7 +1,7 @@
 """The laboratory's base: DeepStack-L on cards (`deepstack_jax/data/cards.py`); each row of
 benchmarks/study/table.py changes some of its keys.
 
-  python -m deepstack_jax.train --config=configs/study.py:cpu --workdir=runs/study/cards/deepstack-0
+  python -m deepstack_jax.train --config=configs/study.py:cpu --workdir=runs/study/cpu/deepstack-0
 
 The argument is the size: `cpu`, minutes on two cores; `slice`, its first steps alone; or `gpu`. Twelve layers, so that every
 start and interval of the table has room for all four groups.
@@ -13,7 +13,7 @@ from deepstack_jax.data.cards import BOXES, PATCH, SIDE, VOCABULARY
 # tower and decoder: width, layers, heads, mlp; steps and cards of a step
 SIZES = {
     "cpu": {"vision": (64, 6, 4, 192), "decoder": (64, 12, 2, 160), "steps": 800, "batch_size": 48},
-    "slice": {"vision": (64, 6, 4, 192), "decoder": (64, 12, 2, 160), "steps": 250, "batch_size": 48},
+    "slice": {"vision": (64, 6, 4, 192), "decoder": (64, 12, 2, 160), "steps": 300, "batch_size": 48},
     "gpu": {"vision": (256, 9, 4, 768), "decoder": (512, 12, 8, 1408), "steps": 4000, "batch_size": 256},
 }
 

@@ -1,6 +1,6 @@
 """The laboratory on real images: read lines of receipts (benchmarks/study/lines.py writes the files), learnt with drawn ones.
 
-  python -m deepstack_jax.train --config=configs/study_lines.py:cpu --workdir=runs/study/lines/lines_deepstack-0
+  python -m deepstack_jax.train --config=configs/study_lines.py:cpu --workdir=runs/study/cpu/lines_deepstack-0
 
 The argument is the size: `cpu`, minutes on two cores, which shows that everything runs; `slice`, its first steps; or `gpu`,
 minutes on one card. A picture is 256x64 pixels, four crops of 64x64 side by side; the low-res view has a quarter of its width.

@@ -83,12 +83,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         parser.error("--seeds and --jobs are at least 1")
     if asked.quick:
         asked.runs /= "quick"
-    if asked.results is None:
-        asked.results = (
-            asked.runs / "results.jsonl"
-            if asked.quick
-            else FILE.with_stem("results" + f"_{asked.size}" * (asked.size != "cpu"))
-        )
+    if asked.results is None:  # of a part, beside its runs; of the whole, where it is committed
+        kept = FILE if asked.size == "cpu" else FILE.with_stem(f"results_{asked.size}")
+        asked.results = asked.runs / "results.jsonl" if asked.quick or asked.size == "slice" else kept
     try:
         chosen(asked.only, asked.quick)
     except ValueError as error:

@@ -115,7 +115,6 @@ def page(all_runs: Runs) -> str:
         batch=config.train.batch_size,
         held_out=config.evaluation.examples,
         seeds=", ".join(map(str, sorted({run.seed for run in runs.values()}))),
-        where="",
         rule=_rule(),
         chances=[f"{np.mean([CHANCE[kind] for kind in DIGITS]):.0%}", *(f"{CHANCE[one['name']]:.0%}" for one in KINDS)],
         base=CARDS.base,
