@@ -58,6 +58,7 @@ def protocol_of(config: Config, options: Options, template: str, task: Task, che
         "max_new_tokens": options.max_new_tokens,
         "template": template_in_words(options.template or template),
         "suffix": task.suffix,
+        **({} if task.open_suffix is None else {"open_suffix": task.open_suffix}),
         "earlier_turns": "true answers",
         "image": asdict(config.image) | {"exif": options.exif, "max_pixels": config.data.max_pixels},
         "dtype": config.train.compute_dtype,

@@ -76,6 +76,7 @@ class Task:
     name: str = ""  # in the registry of benchmarks; "" = one's own rows
     protocol: str = ""  # its name there: "own" is the benchmark's own definition
     suffix: str = ""  # what follows every question, for the record; `questions` has added it
+    open_suffix: str | None = None  # in its place behind questions without options, where that is another
     parse: Callable[[Question, str], Any] = stripped  # what of an answer is scored: becomes `Prediction.parsed`
     by_likelihood: bool = False  # a question with options is answered by the likeliest of its letters, not by generation
     max_new_tokens: int | None = None  # most tokens of an answer; None = as whoever asks says

@@ -185,3 +185,6 @@ def test_near_ties_are_counted_and_the_protocol_says_all_that_scores_depend_on(l
     assert protocol["image"]["size"] == lmm.config.image.size
     assert protocol["versions"]["jax"] == jax.__version__
     assert protocol["scorers"].keys() == task.scorers.keys()
+    assert "open_suffix" not in protocol
+    mmmu = protocol_of(lmm.config, OPTIONS, "direct", replace(task, open_suffix="\nIn a word."))
+    assert mmmu["open_suffix"] == "\nIn a word."

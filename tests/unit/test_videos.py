@@ -227,6 +227,15 @@ def test_a_task_reads_its_files(name, form, seen, tmp_path):
     assert questions_of(frames)[1].turns[0].words == "<image>\n" * 6 + words
 
 
+def test_choices_about_videos_go_by_likelihood_too(tmp_path):
+    _nextqa_csv(tmp_path / "nextqa")
+    assert find_task("nextqa", str(tmp_path), "likelihood").by_likelihood
+    words = {name: TASKS[name].protocols["likelihood"].words for name in ("egoschema", "nextqa", "nextqa_test")}
+    assert set(words.values()) == {
+        "a choice by the likelihood of the letters, nothing is generated; 6 frames as a mosaic of 2 x 3, resized to a square"
+    }
+
+
 def test_letters_and_judged_answers(seen, tmp_path):
     _nextqa_csv(tmp_path / "nextqa")
     _activitynetqa(tmp_path / "activitynetqa")

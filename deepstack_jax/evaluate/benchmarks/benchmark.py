@@ -54,7 +54,9 @@ class Protocol:
 
     def likelihood(self) -> "Protocol":
         """The same, answered by the likeliest letter."""
-        return replace(self, words="a choice by the likelihood of the letters, nothing is generated", by_likelihood=True)
+        _, and_more, shown = self.words.partition("; ")
+        words = f"a choice by the likelihood of the letters, nothing is generated{and_more}{shown}"
+        return replace(self, words=words, by_likelihood=True)
 
 
 @dataclass(frozen=True)
@@ -117,6 +119,7 @@ class Benchmark:
             {} if self.hidden else chosen.scorers,
             chosen.aggregate,
             suffix=chosen.suffix,
+            open_suffix=chosen.open_suffix,
             parse=chosen.parse,
             by_likelihood=chosen.by_likelihood,
             max_new_tokens=chosen.max_new_tokens,

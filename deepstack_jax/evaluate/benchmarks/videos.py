@@ -90,6 +90,11 @@ def _protocols(make: Callable[[str, Callable], Protocol], find: Callable[[Row, s
     return {"own": one, "deepstack-paper": one, "frames": several}
 
 
+def _choices(find: Callable[[Row, str], str]) -> dict[str, Protocol]:
+    protocols = _protocols(_by_letter, find)
+    return {**protocols, "likelihood": protocols["own"].likelihood()}
+
+
 def _by_letter(words: str, images: Callable) -> Protocol:
     return Protocol(
         words=f"accuracy by letter; {words}",
@@ -177,7 +182,7 @@ EGOSCHEMA = Benchmark(
     ),
     item=_egoschema_item,
     images=_stills(_EGO_VIDEO, grid=True),
-    protocols=_protocols(_by_letter, _EGO_VIDEO),
+    protocols=_choices(_EGO_VIDEO),
     paper={"DeepStack-L": "38.4"},
 )
 
@@ -216,7 +221,7 @@ NEXTQA = Benchmark(
     forms=(_nextqa_csv("val.csv"),),
     item=_nextqa_item,
     images=_stills(_nextqa_video, grid=True),
-    protocols=_protocols(_by_letter, _nextqa_video),
+    protocols=_choices(_nextqa_video),
     paper={"DeepStack-L": "61.0"},
 )
 
