@@ -2,8 +2,9 @@
 
 import ast
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from typing import NamedTuple
 
 from deepstack_jax.config import LimitsConfig
 from deepstack_jax.data.formats.styles import RecordError
@@ -149,91 +150,82 @@ def _short(words: str, **scorers) -> Protocol:
     return Protocol(words=words, suffix=PHRASE, scorers=scorers, max_new_tokens=32)
 
 
-def _documents(
-    title: str, folder: str, origin: str, forms: Sequence[Form], images: Callable, split: str, paper: dict[str, str]
-) -> Benchmark:
-    return Benchmark(
-        title=title,
-        folder=folder,
-        origin=origin,
-        metric="" if split == "test" else "anls",
-        forms=forms,
-        item=_document_item,
-        images=images,
-        protocols={
-            "own": _short("ANLS", anls=ANLS),
-            "deepstack-paper": _short("share of questions with ANLS >= 0.5, called ANLS there", anls=BINARISED_ANLS),
-        },
-        split=split,
-        hidden=split == "test",
-        submission=document_submission,
-        paper=paper,
-    )
+_HUB = "lmms-lab/DocVQA of the Hugging Face hub"
 
 
-_DOC_ORIGIN = "from the DocVQA challenge at rrc.cvc.uab.es (task 1), or lmms-lab/DocVQA of the Hugging Face hub"
-_INFO_ORIGIN = "from the DocVQA challenge at rrc.cvc.uab.es (task 3), or lmms-lab/DocVQA of the Hugging Face hub"
-_DOC_IMAGES = one_image("image", "{}", "spdocvqa_images/{file}")
-_INFO_IMAGES = one_image("image_local_name", "infographicsvqa_images/{}", "images/{}", "{}")
-_DOC_COLUMNS = ("questionId", "question", "answers", "data_split")
-_TEST_COLUMNS = ("questionId", "question", "data_split")
-DOCVQA = _documents(
-    "DocVQA, validation",
-    "docvqa",
-    _DOC_ORIGIN,
-    (
-        _files(("val_v1.0_withQT.json", "spdocvqa_qas/val_v1.0_withQT.json", "val_v1.0.json"), "documents"),
-        parquet(("DocVQA/validation-*.parquet", "data/validation-*.parquet", "validation-*.parquet"), _DOC_COLUMNS),
-    ),
-    _DOC_IMAGES,
-    "val",
-    {"DeepStack-L": "39.1", "DeepStack-V": "41.0", "DeepStack-L-HD": "78.8"},
-)
-DOCVQA_TEST = _documents(
-    "DocVQA, test",
-    "docvqa",
-    _DOC_ORIGIN,
-    (
-        _files(("test_v1.0.json", "spdocvqa_qas/test_v1.0.json"), "documents"),
-        parquet(("DocVQA/test-*.parquet", "data/test-*.parquet", "test-*.parquet"), _TEST_COLUMNS),
-    ),
-    _DOC_IMAGES,
-    "test",
-    {},
-)
-INFOVQA = _documents(
-    "InfoVQA, validation",
-    "infovqa",
-    _INFO_ORIGIN,
-    (
-        _files(
-            (
-                "infographicsVQA_val_v1.0_withQT.json",
-                "infographicsvqa_qas/infographicsVQA_val_v1.0_withQT.json",
-                "infographicsVQA_val_v1.0.json",
+class _Documents(NamedTuple):
+    """A part of the DocVQA challenge: what tells its files from those of another."""
+
+    title: str
+    folder: str
+    number: int  # of the challenge's task
+    table: str  # the folder of its tables
+    prefix: str  # of its JSON files
+    questions: str  # the folder that its archive puts them into
+    shown: str  # the folder of its images, for people
+    images: Callable[[Row, str], Sequence[object]]
+
+    def validation(self, paper: Mapping[str, str]) -> Benchmark:
+        """With answers."""
+        names = ("val_v1.0_withQT.json", f"{self.questions}/val_v1.0_withQT.json", "val_v1.0.json")
+        return self._benchmark("val", "validation", names, ("questionId", "question", "answers", "data_split"), paper)
+
+    def test(self) -> Benchmark:
+        """Whose answers are hidden."""
+        names = ("test_v1.0.json", f"{self.questions}/test_v1.0.json")
+        return self._benchmark("test", "test", names, ("questionId", "question", "data_split"), {})
+
+    def _benchmark(
+        self, split: str, words: str, names: Sequence[str], columns: Sequence[str], paper: Mapping[str, str]
+    ) -> Benchmark:
+        tables = tuple(f"{place}{words}-*.parquet" for place in (f"{self.table}/", "data/", ""))
+        folders = [name.rpartition("/") for name in names]
+        return Benchmark(
+            title=f"{self.title}, {words}",
+            folder=self.folder,
+            origin=f"from the DocVQA challenge at rrc.cvc.uab.es (task {self.number}), or {_HUB}",
+            metric="" if split == "test" else "anls",
+            forms=(
+                _files([f"{place}{slash}{self.prefix}{name}" for place, slash, name in folders], self.shown),
+                parquet(tables, columns),
             ),
-            "infographicsvqa_images",
-        ),
-        parquet(("InfographicVQA/validation-*.parquet", "data/validation-*.parquet", "validation-*.parquet"), _DOC_COLUMNS),
-    ),
-    _INFO_IMAGES,
-    "val",
-    {"DeepStack-L": "29.8", "DeepStack-V": "30.0", "DeepStack-L-HD": "41.2"},
+            item=_document_item,
+            images=self.images,
+            protocols={
+                "own": _short("ANLS", anls=ANLS),
+                "deepstack-paper": _short("share of questions with ANLS >= 0.5, called ANLS there", anls=BINARISED_ANLS),
+            },
+            split=split,
+            hidden=split == "test",
+            submission=document_submission,
+            paper=paper,
+        )
+
+
+_DOCVQA = _Documents(
+    title="DocVQA",
+    folder="docvqa",
+    number=1,
+    table="DocVQA",
+    prefix="",
+    questions="spdocvqa_qas",
+    shown="documents",
+    images=one_image("image", "{}", "spdocvqa_images/{file}"),
 )
-INFOVQA_TEST = _documents(
-    "InfoVQA, test",
-    "infovqa",
-    _INFO_ORIGIN,
-    (
-        _files(
-            ("infographicsVQA_test_v1.0.json", "infographicsvqa_qas/infographicsVQA_test_v1.0.json"), "infographicsvqa_images"
-        ),
-        parquet(("InfographicVQA/test-*.parquet", "data/test-*.parquet", "test-*.parquet"), _TEST_COLUMNS),
-    ),
-    _INFO_IMAGES,
-    "test",
-    {},
+_INFOVQA = _Documents(
+    title="InfoVQA",
+    folder="infovqa",
+    number=3,
+    table="InfographicVQA",
+    prefix="infographicsVQA_",
+    questions="infographicsvqa_qas",
+    shown="infographicsvqa_images",
+    images=one_image("image_local_name", "infographicsvqa_images/{}", "images/{}", "{}"),
 )
+DOCVQA = _DOCVQA.validation({"DeepStack-L": "39.1", "DeepStack-V": "41.0", "DeepStack-L-HD": "78.8"})
+DOCVQA_TEST = _DOCVQA.test()
+INFOVQA = _INFOVQA.validation({"DeepStack-L": "29.8", "DeepStack-V": "30.0", "DeepStack-L-HD": "41.2"})
+INFOVQA_TEST = _INFOVQA.test()
 _MULTIDOC = _short("ANLS and accuracy, MP-DocVQA's", anls=MP_DOCVQA_ANLS, accuracy=MP_DOCVQA_ACCURACY)
 MULTIDOCVQA = Benchmark(
     title="MP-DocVQA, validation, all pages of a document",
