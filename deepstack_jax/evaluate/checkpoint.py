@@ -29,6 +29,8 @@ class EvalCheckpoint:
         self._lines = Lines(self.file)
         lines = read_lines(self.file) if self.file and self.file.exists() else []
         self.results = [result_of(one) for line in lines for one in line["batch"]]
+        found = [] if folder is None else sorted(folder.glob("predictions-*.unfinished"))
+        self.others = [file for file in found if file != self.file]  # of another key
 
     def add(self, batch: Sequence[Result]) -> None:
         """Append a batch, rows that could not be read left out: they may be fixed by the next attempt."""

@@ -152,6 +152,9 @@ def ask_all(
     }
     if done:
         console.print(f"goes on after {plural(len(done), 'question')} answered before, in {checkpoint.file}", soft_wrap=True)
+    for file in () if done else checkpoint.others:
+        what = "another model, other data, another batch size or other options"
+        console.print(f"begins anew: {file} has answers with {what}; remove it if it is not wanted", soft_wrap=True)
     remarks = Counter[str]()
     left = [left for batch in batches if (left := [place for place in batch if place not in done])]
     prepared = in_background((prepare_part(answerer, evaluation, batch, part, remarks) for batch in left), 1)

@@ -123,7 +123,10 @@ def test_what_was_answered_is_not_asked_again(tmp_path):
     again, answerer, printed = run(tmp_path, ROWS)
     assert (again, answerer.asked) == (whole, [])
     assert "goes on after 12 questions" in printed
-    assert run(tmp_path, ROWS, key={"model": "b"})[1].asked, "answers of another model"
+    _, answerer, printed = run(tmp_path, ROWS, key={"model": "b"})
+    assert answerer.asked, "answers of another model"
+    assert "begins anew: " in printed
+    assert "goes on after" in run(tmp_path, ROWS, key={"model": "b"})[2]
 
 
 def test_rows_that_were_mended_meanwhile_are_asked_and_no_other_again(tmp_path):
