@@ -16,7 +16,7 @@ import numpy as np
 from jax import numpy as jnp
 from jax.typing import DTypeLike
 
-from deepstack_jax.config import Config
+from deepstack_jax.config import Config, MeshConfig
 from deepstack_jax.config.chat_template import own_template, template_in_words
 from deepstack_jax.config.words import as_repr, parts_in_words
 from deepstack_jax.data.encode.rendering import TemplateError
@@ -37,6 +37,9 @@ from deepstack_jax.generate.logits import next_token_logits
 from deepstack_jax.generate.options import Options, RequestError
 from deepstack_jax.generate.prompts import Turn, find_template, image_list
 from deepstack_jax.generate.text import ends_beside
+from deepstack_jax.model.attention import AttentionFn, dot_product
+from deepstack_jax.parallel.kernels import attentions, kernels_for
+from deepstack_jax.parallel.mesh import make_mesh
 from deepstack_jax.printing import label, one_line, quote
 from deepstack_jax.train.checkpoint.adapter import open_adapter, over_base
 from deepstack_jax.train.checkpoint.init_weights import draw_absent, run_leaves
@@ -92,7 +95,8 @@ class LMM:
     @cached_property
     def answerer(self) -> Answerer:
         """What answers; it keeps the one module that all compiled programs belong to."""
-        return Answerer(build_model(self.config), self.params, self.config, self.tokenizer, self.template, self.ends)
+        model = build_model(self.config, *_kernels(self.config, self.params))
+        return Answerer(model, self.params, self.config, self.tokenizer, self.template, self.ends)
 
     def generate(self, images: Any, prompt: str | Sequence[str], *, batch_size: int = 8, **options: Any) -> Any:
         """Answer a prompt about images, or a list of prompts.
@@ -175,6 +179,14 @@ class LMM:
         model = self.answerer.model
         exif = Options().replace({"exif": exif}).exif
         return next_token_logits(model, self.params, self.config, input_ids, images, attention_mask, self.pad_id, exif)
+
+
+def _kernels(config: Config, params: PyTree) -> tuple[AttentionFn, AttentionFn]:
+    """Attention for the device that the parameters are on; the portable kernel, where somebody spread them over several."""
+    devices = {device for leaf in jax.tree.leaves(params) if isinstance(leaf, jax.Array) for device in leaf.devices()}
+    device, *others = devices or jax.devices()[:1]
+    kernels = kernels_for(device.platform, config)
+    return (dot_product, dot_product) if others else attentions(kernels, make_mesh(MeshConfig(), [device]))
 
 
 # What `convert` has as a flag.

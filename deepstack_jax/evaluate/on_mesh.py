@@ -20,6 +20,7 @@ from deepstack_jax.generate.options import Options
 from deepstack_jax.generate.prompts import PromptShape, pad_prompts
 from deepstack_jax.model.deepstack import DeepStack
 from deepstack_jax.parallel.distributed import local_rows, max_over_hosts, process_slice, put_batch
+from deepstack_jax.parallel.kernels import attentions, kernels_for
 from deepstack_jax.parallel.mesh import check_model_fits
 from deepstack_jax.parallel.rules import batch_sharding, crop_shards, param_shardings, replicated, use_mesh
 from deepstack_jax.train.core.optimizer import flatten, unflatten
@@ -132,7 +133,8 @@ def over_mesh(answerer: Answerer, mesh: Mesh) -> MeshAnswerer:
     """
     config = answerer.config
     check_model_fits(config.decoder, config.vision, mesh)
-    model = build_model(config, crop_shards=crop_shards(mesh))
+    kernels = kernels_for(mesh.devices.flat[0].platform, config)
+    model = build_model(config, *attentions(kernels, mesh), crop_shards=crop_shards(mesh))
     sample = empty_batch(config.data_spec.padded_shape(1, STEP))
     shapes = jax.eval_shape(model.init, jax.random.key(0), sample)["params"]
     places = flatten(param_shardings(mesh, shapes))

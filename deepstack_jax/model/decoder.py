@@ -18,6 +18,7 @@ from deepstack_jax.model.attention import (
     AttentionFn,
     AttentionMask,
     Rotary,
+    Segments,
     keeps_attention,
     last_positions,
     rotary_angles,
@@ -67,7 +68,10 @@ class LayerCall(NamedTuple):
 
 
 def _through_cache(call: LayerCall, new: tuple[Array, Array]) -> tuple[Cache | None, tuple[Array, Array]]:
-    """The cache with new keys and values at this layer's next slots, and all of this layer's; without one they are all."""
+    """The cache with new keys and values at this layer's next slots, and those that its queries may see.
+
+    With a mask over the cache's slots these are all of this layer's; segments are of the tokens of this call alone.
+    """
     cache, layer, filled = call.cache, call.layer, call.filled
     if cache is None:
         return None, new
@@ -77,6 +81,8 @@ def _through_cache(call: LayerCall, new: tuple[Array, Array]) -> tuple[Cache | N
         jax.lax.dynamic_update_slice(whole, part[None], (layer, 0, filled, 0, 0))
         for whole, part in zip(cache, new, strict=True)
     )
+    if isinstance(call.mask, Segments):
+        return (keys, values), new
     k, v = (jax.lax.dynamic_index_in_dim(whole, layer, 0, keepdims=False) for whole in (keys, values))
     return (keys, values), (k, v)
 
@@ -207,7 +213,8 @@ class Decoder(nn.Module):
         Args:
           x: input embeddings, visual tokens already merged in.
           rotary: cosine and sine at each token's position.
-          mask: what each token attends to, as segments, or as a mask over S keys: T without a cache, else the cache's slots.
+          mask: what each token attends to: as segments, of these T tokens alone; or as a mask over S keys, the cache's slots if
+            there is one.
           layer_inject: the stack, or None: then nothing is injected (text only, baselines, decoding after prefill).
           index: where visual tokens are; needed with `layer_inject`.
           cache: keys and values so far; this call's T tokens are written at slots `filled`..`filled` + T.

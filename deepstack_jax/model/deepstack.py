@@ -3,11 +3,11 @@
 import flax.linen as nn
 import jax.numpy as jnp
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float, Int, Num
+from jaxtyping import Array, Float, Int, Num
 
 from deepstack_jax.batch import NEWLINE, ZERO, Batch
 from deepstack_jax.config import DecoderConfig, ImageConfig, ProjectorConfig, VisionConfig
-from deepstack_jax.model.attention import Segments, causal_segment_mask, within_window
+from deepstack_jax.model.attention import Segments, within_window
 from deepstack_jax.model.decoder import ACTIVATION_AXES, Decoder
 from deepstack_jax.model.layers import Linear, by_rows, scaled, take_rows
 from deepstack_jax.model.merge import STACK_AXES, VisualIndex, invert_visual_index, merge
@@ -136,10 +136,13 @@ class DeepStack(nn.Module):
         return scaled(scores, 1 / self.decoder.logits_scaling)
 
     def prefill(self, batch: Batch, cache: KVCache) -> DecoderOutput:
-        """Fill the cache with the prompts, the stack injected. The cache is empty and has room for more than T slots."""
+        """Fill the cache with the prompts, the stack injected. The cache is empty and has room for T slots or more.
+
+        Nothing is in the cache but what is put there now, so attention is that of training, by its kernel.
+        """
         x, stack, index = self.inputs(batch)
-        length, slots = batch.tokens.shape[1], cache.valid.shape[1]
-        mask = jnp.pad(self.mask(batch), ((0, 0), (0, 0), (0, 0), (0, slots - length)))
+        length = batch.tokens.shape[1]
+        mask = Segments(batch.segment_ids, batch.positions, self.decoder.sliding_window)
         cache = cache._replace(
             positions=cache.positions.at[:, :length].set(batch.positions),
             valid=cache.valid.at[:, :length].set(batch.segment_ids > 0),
@@ -154,7 +157,3 @@ class DeepStack(nn.Module):
         mask = cache.valid[:, None] & within_window(positions, cache.positions, self.decoder.sliding_window)
         rotary = self.layers.rotary(positions, jnp.ones_like(positions))
         return self.layers(self.embed_tokens(tokens), rotary, mask[:, None], None, None, cache)
-
-    def mask(self, batch: Batch) -> Bool[Array, "B 1 T T"]:
-        """Which tokens of a row see each other."""
-        return causal_segment_mask(batch.segment_ids, batch.positions, self.decoder.sliding_window)

@@ -28,6 +28,7 @@ Kernel = Literal["splash", "cudnn", "cudnn_mask", "xla"]
 _BLOCKS = (512, 256, 128)  # of queries and keys that a TPU holds at once; the largest that divides is the fastest
 _WHOLE = (1024, 896, 768, 640, 384)  # of pictures, whose sides of 14 or 16 pixels fill no power of two
 _LANES = 128
+_SMALL = 512  # patches of a picture whose scores XLA keeps on the chip as well, by what the compiler says of the tower
 _ROWS = PartitionSpec(BATCH_AXES, None)
 
 
@@ -64,18 +65,19 @@ def kernels_for(platform: str, config: Config) -> Kernels:
     dtype, vision = config.train.compute_dtype, config.vision
     return Kernels(
         kernel_for(platform, dtype, config.decoder.head_dim, packed=config.data.packing.enabled),
-        kernel_for(platform, dtype, vision.width // vision.heads, packed=False),
+        kernel_for(platform, dtype, vision.width // vision.heads, packed=False, picture=config.patch_side**2),
     )
 
 
-def kernel_for(platform: str, dtype: str, head_dim: int, *, packed: bool) -> Kernel:
+def kernel_for(platform: str, dtype: str, head_dim: int, *, packed: bool, picture: int = 0) -> Kernel:
     """The kernel of attention on devices of a platform: "tpu", "gpu" or "cpu"; decoding with a cache takes XLA's everywhere.
 
     Args:
       packed: whether rows hold several segments.
+      picture: patches of a picture, which all see each other; 0 = a causal row.
     """
     if platform == "tpu":
-        return "splash"
+        return "xla" if 0 < picture < _SMALL else "splash"
     if platform != "gpu" or dtype != "bfloat16":
         return "xla"
     capability, cudnn = _gpu()
@@ -93,6 +95,15 @@ def _gpu() -> tuple[int, int]:
         return 10, NEWEST
     major = capability.split(".")[0]  # AMD's have a name, not a number
     return int(major) if major.isdigit() else 0, installed_cudnn()
+
+
+def attentions(kernels: Kernels, mesh: Mesh, segments: int = 1) -> tuple[AttentionFn, AttentionFn]:
+    """Attention of decoder and tower, as `build_model` takes them. Prompts are rows of one segment, padded on the right.
+
+    Args:
+      segments: of `most_segments`.
+    """
+    return attention_for(kernels.decoder, mesh, segments=segments), attention_for(kernels.tower, mesh)
 
 
 def attention_for(kernel: Kernel, mesh: Mesh, *, segments: int = 1) -> AttentionFn:

@@ -2,19 +2,25 @@
 
 import functools
 import inspect
+import re
+from functools import partial
 
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax._src.cudnn import fused_attention_stablehlo  # its check of cuDNN's version has no public name
 
 from deepstack_jax.batch import empty_batch
+from deepstack_jax.config import MeshConfig
 from deepstack_jax.data.encode.batch_rows import Cursor, place_example
 from deepstack_jax.families.build import build_model
 from deepstack_jax.generate.decoding import CHUNK, NO_TOKEN, answer_ids, empty_cache, greedy, prefill, stop_array
 from deepstack_jax.generate.options import Options
 from deepstack_jax.generate.sampling import greedy_sampling
+from deepstack_jax.parallel.kernels import CudnnAttention
+from deepstack_jax.parallel.mesh import make_mesh
 from tests.unit.tiny import example, model_params, tiny_config
 
 CONFIG = tiny_config()
@@ -255,6 +261,36 @@ def test_an_empty_row_gives_no_token(batch, params):
     blank = empty_batch(CONFIG.data_spec.batch_shape(4, PROMPT))
     answers = greedy(MODEL, params, blank, max_new_tokens=NEW, stop_ids=(NEVER,)).tokens
     assert (np.asarray(answers) == NO_TOKEN).all()
+
+
+@pytest.fixture
+def with_cudnn():
+    """(what stands for cuDNN) -> the model as it is on a GPU."""
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+
+    def build(implementation, **changes):
+        attend = CudnnAttention(mesh, implementation=implementation)
+        return build_model(tiny_config(changes), attend, attend)
+
+    return build
+
+
+def test_prefill_with_a_gpus_attention_equals_that_with_the_portable_one(batch, params, with_cudnn):
+    model = with_cudnn("xla")
+    cache = empty_cache(model, 4, PROMPT)
+    ours, theirs = (jax.jit(partial(one.apply, method="prefill"))({"params": params}, batch, cache) for one in (model, MODEL))
+    real = (np.asarray(batch.segment_ids) > 0)[..., None]
+    np.testing.assert_allclose(ours.hidden * real, theirs.hidden * real, atol=1e-4)
+    np.testing.assert_allclose(ours.cache.keys[:, real[..., 0]], theirs.cache.keys[:, real[..., 0]], atol=1e-4)
+
+
+def test_prefill_lowers_for_cuda_with_the_kernels_and_without_a_mask(batch, params, with_cudnn, monkeypatch):
+    monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91000)
+    model = with_cudnn("cudnn", **{"train.compute_dtype": "bfloat16"})
+    traced = jax.jit(partial(model.apply, method="prefill")).trace({"params": params}, batch, empty_cache(model, 4, PROMPT))
+    text = traced.lower(lowering_platforms=("cuda",)).as_text().replace("\\22", '"')
+    calls = re.findall(r'@__cudnn\$(\w+)\(.*?"mask_type": "(\w+)', text)
+    assert calls == [("fmhaSoftmax", "PADDING"), ("fmhaSoftmax", "CAUSAL")], "the tower, its five tokens made even; the prompt"
 
 
 @pytest.mark.quick

@@ -19,7 +19,7 @@ from deepstack_jax.errors import ConfigError
 from deepstack_jax.families.build import build_model
 from deepstack_jax.model.deepstack import DeepStack
 from deepstack_jax.model.quantised import QuantisedKernel, boxed_quantised, quantise
-from deepstack_jax.parallel.kernels import Kernels, attention_for, kernels_for, most_segments
+from deepstack_jax.parallel.kernels import Kernels, attentions, kernels_for, most_segments
 from deepstack_jax.parallel.mesh import check_model_fits
 from deepstack_jax.parallel.rules import batch_sharding, crop_shards, param_shardings, replicated, shards_of
 from deepstack_jax.train.checkpoint.checksums import base_checksum
@@ -162,8 +162,7 @@ def build_program(config: Config, mesh: Mesh, steps: int) -> Program:
     """
     check_model_fits(config.decoder, config.vision, mesh)
     kernels = kernels_for(mesh.devices.flat[0].platform, config)
-    attend = attention_for(kernels.decoder, mesh, segments=most_segments(config))
-    model = build_model(config, attend, attention_for(kernels.tower, mesh), crop_shards=crop_shards(mesh))
+    model = build_model(config, *attentions(kernels, mesh, most_segments(config)), crop_shards=crop_shards(mesh))
     sample = empty_batch(config.data_spec.batch_shape(1, config.data.max_length))
     drawn = flatten(jax.eval_shape(model.init, jax.random.key(config.seed), sample)["params"])
     groups, adapted = adapt_groups(assign_groups(list(drawn), config.optimizer.table), config.optimizer)
