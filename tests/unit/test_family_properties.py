@@ -10,9 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from deepstack_jax.families.base import decoder_of
 from deepstack_jax.families.build import build_model
 from deepstack_jax.families.forms import check_against
 from deepstack_jax.generate.decoding import empty_cache
+from deepstack_jax.model.attention import Rotary
+from deepstack_jax.model.decoder import Attention, LayerCall
 from deepstack_jax.train.core.optimizer import flatten
 from deepstack_jax.weights.load import stored_leaves
 from deepstack_jax.weights.names import NameTable
@@ -89,3 +92,26 @@ def test_towers_of_any_square(tower):
             (features,), params = jax.eval_shape(made, jax.random.key(0), pixels)
             assert features.shape == (1, 2 * side**2, config.vision.width)
             assert jax.tree.leaves(params["params"]["vision_tower"]["positions"])[0].shape == positions
+
+
+def test_norms_of_heads_keep_what_a_plan_says():
+    """Beside LLaMA of the same sizes, in elements of bfloat16 for each token: what the backward pass of attention is given."""
+    tokens = 64
+
+    def kept(name: str) -> tuple[float, float]:
+        sizes = {"decoder.width": 64, "decoder.heads": 8, "decoder.kv_heads": 4, "decoder.head_dim": 64}
+        config = tiny_config({"decoder.architecture": name} | sizes)
+        attention = Attention(config.decoder, lambda q, k, v, mask: q + jnp.repeat(k + v, 2, axis=2), jnp.bfloat16)
+        angles, x = jnp.ones((1, tokens, 32)), jnp.ones((1, tokens, 64), jnp.bfloat16)
+        at = jnp.int32(0)
+        call = LayerCall(x, None, at, at, None, None, None, Rotary(angles, angles), None)
+        params = jax.eval_shape(attention.init, jax.random.key(0), x, call)
+        residuals = jax.eval_shape(
+            lambda params, x: jax.vjp(lambda *into: attention.apply(*into, call)[0], params, x)[1], params, x
+        )
+        held = [leaf for leaf in jax.tree.leaves(residuals) if tokens in leaf.shape]
+        total = sum(leaf.size * leaf.dtype.itemsize for leaf in held) / 2 / tokens
+        return total, decoder_of(config).layer(config.decoder, 1).kept
+
+    (normed, planned), (plain, without) = kept("qwen3"), kept("llama")
+    assert planned - without == pytest.approx(normed - plain, rel=0.03)
