@@ -3,7 +3,8 @@
   --list          print the stages with their seconds, and end
   --only=A,B      these stages alone, again where they are done
   --size=tiny     small models, which a CPU runs to the end too
-  --output=FILE   where the results go; benchmarks/results/gpu-NAME.json, by the name of the device, unless given
+  --output=FILE   where the results go; benchmarks/results/gpu-NAME.json, by the name of the device, unless given; those of
+                  small models, which no document shows, are left in --work
   --work=DIR      logs and compiled programs; .cache/gpu_check unless given
   --budget=N      seconds that all stages may take together; 540 unless given
 
@@ -24,7 +25,6 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -108,7 +108,7 @@ def run_stage(stage: Stage, results: dict[str, Any], size: str, work: Path, limi
     command = child_command(stage, size, figures, earlier, limit)
     began = time.monotonic()
     with log.open("w") as file:
-        process = subprocess.Popen(command, cwd=REPOSITORY, env=environment(stage, work), stderr=file)
+        process = subprocess.Popen(command, cwd=REPOSITORY, env=environment(stage, size, work), stderr=file)
         try:
             code = process.wait(timeout=limit)
         except subprocess.TimeoutExpired:
@@ -130,9 +130,11 @@ def child_command(stage: Stage, size: str, figures: Path, earlier: Path, limit: 
     return [sys.executable, "-m", "benchmarks.gpu_check.child", stage.name, size, str(figures), str(earlier), str(limit)]
 
 
-def environment(stage: Stage, work: Path) -> Mapping[str, str]:
+def environment(stage: Stage, size: str, work: Path) -> dict[str, str]:
     """Of a stage's process: what it compiles is kept, so that a stage that is run again begins sooner."""
     chosen = {**ENVIRONMENT, "JAX_COMPILATION_CACHE_DIR": str(work.resolve() / "jax"), **os.environ}
+    if size == "tiny":
+        chosen.setdefault("OMP_NUM_THREADS", "1")  # torch's threads wait for each other by spinning, for minutes on a busy CPU
     if stage.platforms and os.environ.get("JAX_PLATFORMS") != "cpu":
         chosen["JAX_PLATFORMS"] = stage.platforms
     return chosen
@@ -156,7 +158,8 @@ def main() -> int:
     here = machine()
     if here["device"] == "cpu" and given.size == "full":
         parser.error("there is no NVIDIA GPU here (nvidia-smi); on a CPU run it with --size=tiny")
-    output = given.output or REPOSITORY / "benchmarks" / "results" / f"gpu-{slug(here['device'])}.json"
+    folder = REPOSITORY / "benchmarks" / "results" if given.size == "full" else given.work
+    output = given.output or folder / f"gpu-{slug(here['device'])}.json"
     given.work.mkdir(parents=True, exist_ok=True)
     output.parent.mkdir(parents=True, exist_ok=True)
     return run_all(open_results(output, here, given.size), output, only, given.work, given.budget)

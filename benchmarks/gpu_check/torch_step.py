@@ -1,8 +1,8 @@
 """The step of stage `step` in PyTorch: transformers' modules, the same parameters, batch and rule, bfloat16 by autocast.
 
-Master weights, gradients and moments are float32 and the residual stream bfloat16, as in the package; every decoder layer is
-checkpointed; the tower is frozen and without gradient. Attention is flash attention over segments (`varlen_attn`) where it
-runs, else SDPA under a mask. This process leaves the GPU to torch: jax runs on the CPU.
+Master weights, gradients and moments are float32 and the residual stream bfloat16, as in the package; decoder layers are
+checkpointed where the memory asks for it; the tower is frozen and without gradient. Attention is flash attention over
+segments (`varlen_attn`) where it runs, else SDPA under a mask. This process leaves the GPU to torch: jax runs on the CPU.
 """
 
 from __future__ import annotations
@@ -50,7 +50,13 @@ def run(record: Record) -> None:
     for name, wanted in forms.items():
         if name == "compiled" and (record.left() < SECOND or not torch.cuda.is_available()):
             continue
-        peer.begin(compiled=name == "compiled")
+        compiled = name == "compiled"
+        try:
+            peer.begin(compiled=compiled)
+            peer.step()
+        except torch.OutOfMemoryError:
+            peer.checkpointed = True
+        peer.begin(compiled=compiled)
         found = measure(peer, record.size.repeats)
         apart = [abs(a - b) for a, b in zip(found["losses"], ours["losses"], strict=True)]
         record.add(name, found | {"losses differ by": apart, "torch": torch.__version__})
@@ -75,6 +81,7 @@ def measure(peer: Peer, repeats: int) -> dict[str, Any]:
         "samples/s": int((batch.example_id >= 0).sum()) / taken,
         "tokens/s": float((batch.segment_ids > 0).sum()) / taken,
         "attention": peer.attention,
+        "checkpointed": peer.checkpointed,
         "peak, GiB": peer.peak(),
         "losses": losses,
         "seconds": seconds,
@@ -95,6 +102,7 @@ class Peer:
 
     Attributes:
       attention: "varlen" or "sdpa".
+      checkpointed: whether layers are recomputed in the backward pass, as where the memory does not hold what they keep.
     """
 
     def __init__(self, torch: Any, config: Config, batch: Batch) -> None:
@@ -127,16 +135,23 @@ class Peer:
         self._place()
         self.attention = self._choose_attention()
         self.layers: list[Callable[..., Any]] = []
+        self.checkpointed = False
 
     def begin(self, *, compiled: bool) -> None:
         """The state before the first step, and the layers in the form that is measured next."""
         table = ((self.decoder, ""), (self.projector, "model.mm_projector."), (self.tower, f"{TOWER}vision_model."))
         for module, prefix in table:
             self._fill(module, prefix)
+        self.optimizer.zero_grad(set_to_none=True)
         self.optimizer.state.clear()
         layers = self.decoder.model.layers
-        self.layers = [self.torch.compile(layer) for layer in layers] if compiled else list(layers)
+        self.layers = list(layers)
+        if compiled:
+            # They are compiled one by one, and would else fall back to eager unseen after a few.
+            self.torch._dynamo.config.recompile_limit = 64
+            self.layers = [self.torch.compile(layer) for layer in layers]
         if self.device == "cuda":
+            self.torch.cuda.empty_cache()
             self.torch.cuda.reset_peak_memory_stats()
 
     def peak(self) -> float | None:
@@ -227,14 +242,11 @@ class Peer:
                     source = self.given["stack_source"][:, group]
                     added = torch.where((source >= 0)[..., None], tokens[self.rows, source.clamp(min=0)], 0)
                     hidden = hidden + torch.where(self.visual[..., None], added[self.rows, self.at], 0)
-                hidden = torch.utils.checkpoint.checkpoint(
-                    layer,
-                    hidden,
-                    attention_mask=self.mask,
-                    position_ids=positions,
-                    position_embeddings=rotary,
-                    use_reentrant=False,
-                )
+                given = {"attention_mask": self.mask, "position_ids": positions, "position_embeddings": rotary}
+                if self.checkpointed:
+                    hidden = torch.utils.checkpoint.checkpoint(layer, hidden, use_reentrant=False, **given)
+                else:
+                    hidden = layer(hidden, **given)
             hidden = self.decoder.model.norm(hidden)
             return sum(self._head(*part) for part in self._chunks(hidden)) / self.weights.sum()
 
