@@ -218,7 +218,7 @@ def _attention(config: Config, pairs: float, all_pairs: float, masked: bool) -> 
 
 
 def _head(config: Config, rows: int, length: int) -> _Product:
-    """Logits, a chunk of positions at a time, each chunk computed again in the backward pass."""
+    """Logits, a chunk of positions at a time, and with them their gradients."""
     chunk, path = min(config.train.loss_chunk, length), "embed/embedding" if config.decoder.tied_head else "head/kernel"
     each = 2.0 * rows * config.decoder.width * config.decoder.vocab_size
-    return _Product("head", path, each * length, each * -(-length // chunk) * chunk, 1, _NORM + 1)
+    return _Product("head", path, each * length, each * -(-length // chunk) * chunk, 0, _NORM + 1)

@@ -313,6 +313,21 @@ def test_chunk_size_changes_neither_loss_nor_gradient(head, chunk):
     assert float(sums.correct) == pytest.approx(float(hits.sum()), rel=1e-6)
 
 
+@pytest.mark.parametrize("alone", [0, 1], ids=["frozen head", "head only"])
+def test_what_needs_no_gradient_costs_no_product(head, alone):
+    """The other's gradient is the same, times what the loss is multiplied by, and one product of three is not made."""
+
+    def loss(*args):
+        return 3 * token_loss(lambda h: h @ args[1], args[0], *head[2:], 4).loss
+
+    def products(argnums):
+        return str(jax.make_jaxpr(jax.grad(loss, argnums))(*head[:2])).count("dot_general")
+
+    expected = jax.jit(chunked(4))(*head)[1][alone]
+    chex.assert_trees_all_close(jax.jit(jax.grad(loss, alone))(*head[:2]), 3 * expected, rtol=1e-6)
+    assert (products((0, 1)), products(alone)) == (3, 2)
+
+
 @pytest.mark.quick
 def test_full_logits_never_exist_in_training(head):
     """Neither at once nor stacked over the chunks for the backward pass."""

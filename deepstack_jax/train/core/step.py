@@ -2,11 +2,13 @@
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
 from jaxtyping import Array, Float, Int
 
 from deepstack_jax.batch import Batch
@@ -28,7 +30,10 @@ class LossSums(NamedTuple):
 
     loss: Float[Array, ""]
     weight: Float[Array, ""]
-    correct: Float[Array, ""]  # weighted count of targets that the argmax hits
+    correct: Float[Array, ""]  # weighted count of targets than which no word has a larger logit
+
+
+LogitsFn = Callable[..., Float[Array, "B T V"]]
 
 
 def token_loss(
@@ -38,7 +43,10 @@ def token_loss(
     weights: Float[Array, "B T"],
     chunk: int,
 ) -> LossSums:
-    """Summed cross-entropy. Logits exist for `chunk` positions at a time and are recomputed in the backward pass."""
+    """Summed cross-entropy. Logits exist for `chunk` positions at a time, once: with the loss of a chunk comes its gradient.
+
+    The gradient flows into `hidden` and into the arrays that `logits_fn` closes over; `weights` are constants of the loss.
+    """
     length = hidden.shape[1]
     chunk = min(chunk, length)
     chunks = -(-length // chunk)
@@ -48,17 +56,65 @@ def token_loss(
         x = jnp.pad(x, [(0, 0), (0, pad)] + [(0, 0)] * (x.ndim - 2))
         return jnp.moveaxis(x.reshape(x.shape[0], chunks, -1, *x.shape[2:]), 1, 0)
 
-    @jax.checkpoint
-    def one(sums: LossSums, part: tuple[Array, Array, Array]) -> tuple[LossSums, None]:
-        hidden, targets, weights = part
-        logits = logits_fn(hidden)
-        losses = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
-        hits = jnp.argmax(logits, axis=-1) == targets
-        new = LossSums((losses * weights).sum(), weights.sum(), (hits * weights).sum())
-        return LossSums(*(a + b for a, b in zip(sums, new, strict=True))), None
+    parts = split(hidden), split(targets), split(weights)
+    logits_fn, used = jax.closure_convert(logits_fn, parts[0][0])
+    return _summed(logits_fn, used, *parts)
 
-    zero = LossSums(*(jnp.zeros((), jnp.float32),) * 3)
-    return jax.lax.scan(one, zero, (split(hidden), split(targets), split(weights)))[0]
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _summed(logits_fn: LogitsFn, used: list[Array], hidden: Array, targets: Array, weights: Array) -> LossSums:
+    """Sums over chunks, which are the first axis of the last three; `used` is what the logits depend on beside them."""
+
+    def one(sums: LossSums, part: tuple[Array, Array, Array]) -> tuple[LossSums, None]:
+        return add_up(sums, loss_sums(logits_fn(part[0], *used), *part[1:])), None
+
+    return jax.lax.scan(one, no_sums(), (hidden, targets, weights))[0]
+
+
+def _summed_forward(
+    logits_fn: LogitsFn, used: list[CustomVJPPrimal], *parts: CustomVJPPrimal
+) -> tuple[LossSums, tuple[list[Array | None], Array | None]]:
+    """The sums, and the gradients of the loss, made while a chunk's logits are there; None where nothing asks for them."""
+    trained = [array.value for array in used if array.perturbed]
+    hidden_too = parts[0].perturbed
+
+    def one(carry: tuple[LossSums, list[Array]], part: tuple[Array, Array, Array]) -> tuple[tuple[LossSums, list[Array]], Any]:
+        def loss(trained: list[Array], hidden: Array) -> tuple[Array, LossSums]:
+            rest = iter(trained)
+            sums = loss_sums(logits_fn(hidden, *(next(rest) if one.perturbed else one.value for one in used)), *part[1:])
+            return sums.loss, sums
+
+        (of_trained, *of_hidden), sums = jax.grad(loss, (0, 1)[: 1 + hidden_too], has_aux=True)(trained, part[0])
+        return add_up(carry, (sums, of_trained)), of_hidden
+
+    zero = (no_sums(), jax.tree.map(jnp.zeros_like, trained))
+    (sums, gradients), of_hidden = jax.lax.scan(one, zero, tuple(part.value for part in parts))
+    rest = iter(gradients)
+    return sums, ([next(rest) if one.perturbed else None for one in used], of_hidden[0] if hidden_too else None)
+
+
+def _summed_backward(logits_fn: LogitsFn, kept: tuple[list[Array | None], Array | None], cotangent: LossSums) -> tuple:
+    del logits_fn
+    factor = 0.0 if isinstance(cotangent.loss, SymbolicZero) else cotangent.loss
+    return *jax.tree.map(lambda gradient: (gradient * factor).astype(gradient.dtype), kept), None, None
+
+
+_summed.defvjp(_summed_forward, _summed_backward, symbolic_zeros=True)
+
+
+def add_up(*terms: PyTree) -> PyTree:
+    return jax.tree.map(jnp.add, *terms)
+
+
+def no_sums() -> LossSums:
+    return LossSums(*(jnp.zeros((), jnp.float32),) * 3)
+
+
+def loss_sums(logits: Float[Array, "B T V"], targets: Int[Array, "B T"], weights: Float[Array, "B T"]) -> LossSums:
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
+    # The loss has looked for the largest logit already; argmax would be a pass of its own, the slowest of all on a CPU.
+    hits = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0] >= logits.max(axis=-1)
+    return LossSums((losses * weights).sum(), weights.sum(), (hits * weights).sum())
 
 
 def make_loss(model: ModelFns, chunk: int) -> Callable[[PyTree, Batch], LossSums]:
@@ -150,7 +206,7 @@ def _accumulate(grad_fn: Callable, trainable: PyTree, batch: Batch, parts: int) 
     micro = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, parts, *x.shape[1:]), 1, 0), batch)
 
     def add(total: PyTree, part: Batch) -> tuple[PyTree, None]:
-        return jax.tree.map(jnp.add, total, grad_fn(trainable, part)), None
+        return add_up(total, grad_fn(trainable, part)), None
 
-    zero = (jax.tree.map(jnp.zeros_like, trainable), LossSums(*(jnp.zeros((), jnp.float32),) * 3))
+    zero = (jax.tree.map(jnp.zeros_like, trainable), no_sums())
     return jax.lax.scan(add, zero, micro)[0]
