@@ -278,6 +278,8 @@ class TrainConfig:
     keep_best: Annotated[int, count(), MAY_CHANGE] = 0
     max_bad_steps: Annotated[int, positive(), MAY_CHANGE] = 10  # steps without a finite loss, in a row; then the run stops
     compute_dtype: Literal["float32", "bfloat16"] = "bfloat16"  # dtype of activations; parameters are float32
+    # What steps multiply the kernels of the decoder's layers in; fp8 rounds operands to 8 bits, with one scale for each array
+    matmul: Literal["compute_dtype", "fp8"] = "compute_dtype"
     # Dtype of parameters that do not train, where nothing has adapters; bfloat16 halves their memory
     frozen_dtype: Literal["float32", "bfloat16"] = "float32"
     # What to do where a run goes on and its data changed

@@ -8,6 +8,7 @@ from deepstack_jax.config import Config
 from deepstack_jax.families.base import decoder_of, tower_of
 from deepstack_jax.model.attention import AttentionFn, dot_product
 from deepstack_jax.model.deepstack import DeepStack
+from deepstack_jax.model.layers import PLAIN, Rounding
 from deepstack_jax.model.variants import DeepStackV, FusedDeepStack, HighResDeepStack, PooledDeepStack
 
 
@@ -17,6 +18,7 @@ def build_model(
     tower_attend: AttentionFn = dot_product,
     *,
     keep_inputs: bool = False,
+    rounding: Rounding = PLAIN,
     **more: Any,
 ) -> DeepStack:
     """The model that a run's configuration describes.
@@ -24,6 +26,7 @@ def build_model(
     Args:
       attend, tower_attend: attention of the decoder and of the tower.
       keep_inputs: also give back the input of every decoder layer.
+      rounding: of the products with the kernels of the decoder's layers.
       more: further fields of DeepStack, such as `crop_shards`.
     """
     stack, views, dtype = config.deepstack, config.layout.max_views, jnp.dtype(config.train.compute_dtype)
@@ -31,7 +34,7 @@ def build_model(
     tapped = stack.tapped(config.vision)
     settings = {
         "vision_tower": tower.build(config, attend=tower_attend, dtype=dtype, crop_shards=shards, tapped=tapped),
-        "layers": decoder_of(config).build(config, attend=attend, dtype=dtype, keep_inputs=keep_inputs),
+        "layers": decoder_of(config).build(config, attend=attend, dtype=dtype, keep_inputs=keep_inputs, rounding=rounding),
         "image": config.image,
         "vision": config.vision,
         "project": config.projector,

@@ -4,6 +4,7 @@ The scan compiles one block whatever the depth. `layer_inject` is forwarded by t
 wraps injection and block together: so the backward pass saves one hidden state per layer and never the stack.
 """
 
+from functools import partial
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -25,7 +26,7 @@ from deepstack_jax.model.attention import (
     rotary_table,
     rotate,
 )
-from deepstack_jax.model.layers import ACTIVATIONS, PRODUCT, RMSNorm, linear, scaled
+from deepstack_jax.model.layers import ACTIVATIONS, PLAIN, PRODUCT, RMSNorm, Rounding, linear, scaled
 from deepstack_jax.model.merge import VisualIndex, inject
 from deepstack_jax.types import DecoderOutput, HostOrDevice, KVCache
 
@@ -95,13 +96,15 @@ class Attention(nn.Module):
     dtype: DTypeLike
     bias: bool = False  # of q, k and v
     out_bias: bool = False
+    rounding: Rounding = PLAIN
 
     @nn.compact
     def __call__(self, x: Float[Array, "B T D"], call: LayerCall) -> tuple[Float[Array, "B T D"], Cache | None]:
         cfg = self.config
         sizes = {"q": (cfg.heads, "heads"), "k": (cfg.kv_heads, "kv_heads"), "v": (cfg.kv_heads, "kv_heads")}
+        make = partial(linear, dtype=self.dtype, rounding=self.rounding)
         q, k, v = (
-            linear((heads, cfg.head_dim), ("embed", axis, "head_dim"), bias=self.bias, dtype=self.dtype, name=name)(x)
+            make((heads, cfg.head_dim), ("embed", axis, "head_dim"), bias=self.bias, name=name)(x)
             for name, (heads, axis) in sizes.items()
         )
         if cfg.head_norm:
@@ -111,8 +114,7 @@ class Attention(nn.Module):
         cache, (k, v) = _through_cache(call, (rotate(k, call.rotary), v))
         y = self.attend(q, k, v, call.mask)
         axes, scale = ("heads", "head_dim", "embed"), 1 / (2 * cfg.layers)
-        out = linear(cfg.width, axes, inputs=2, bias=self.out_bias, scale=scale, dtype=self.dtype, name="o")
-        return out(y), cache
+        return make(cfg.width, axes, inputs=2, bias=self.out_bias, scale=scale, name="o")(y), cache
 
 
 class SwiGLU(nn.Module):
@@ -121,16 +123,15 @@ class SwiGLU(nn.Module):
     config: DecoderConfig
     dtype: DTypeLike
     bias: bool = False
+    rounding: Rounding = PLAIN
 
     @nn.compact
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         cfg = self.config
-        gate, up = (
-            linear(cfg.mlp, ("embed", "mlp"), bias=self.bias, dtype=self.dtype, name=name)(x) for name in ("gate", "up")
-        )
+        make = partial(linear, bias=self.bias, dtype=self.dtype, rounding=self.rounding)
+        gate, up = (make(cfg.mlp, ("embed", "mlp"), name=name)(x) for name in ("gate", "up"))
         hidden = nn.with_logical_constraint(ACTIVATIONS["silu"](gate) * up, ("batch", "sequence", "mlp"))
-        scale = 1 / (2 * cfg.layers)
-        return linear(cfg.width, ("mlp", "embed"), bias=self.bias, scale=scale, dtype=self.dtype, name="down")(hidden)
+        return make(cfg.width, ("mlp", "embed"), scale=1 / (2 * cfg.layers), name="down")(hidden)
 
 
 class InjectedBlock(nn.Module):
@@ -142,6 +143,7 @@ class InjectedBlock(nn.Module):
     config: DecoderConfig
     attend: AttentionFn
     dtype: DTypeLike
+    rounding: Rounding = PLAIN  # of the products with the layer's kernels
 
     @nn.compact
     def __call__(self, call: LayerCall) -> tuple[Array, Array, Cache | None]:
@@ -157,10 +159,11 @@ class InjectedBlock(nn.Module):
         """LLaMA's pre-norm block; called within `__call__`, so that submodules may be made here."""
         cfg = self.config
         normed = RMSNorm(cfg.norm_eps, name="attention_norm")(x)
-        attended, cache = Attention(cfg, self.attend, self.dtype, cfg.qkv_bias, name="attention")(normed, call)
+        attention = Attention(cfg, self.attend, self.dtype, cfg.qkv_bias, rounding=self.rounding, name="attention")
+        attended, cache = attention(normed, call)
         x = nn.with_logical_constraint(x + scaled(attended, cfg.residual_multiplier), ACTIVATION_AXES)
         x = checkpoint_name(x, MIDDLE)
-        added = SwiGLU(cfg, self.dtype, name="mlp")(RMSNorm(cfg.norm_eps, name="mlp_norm")(x))
+        added = SwiGLU(cfg, self.dtype, rounding=self.rounding, name="mlp")(RMSNorm(cfg.norm_eps, name="mlp_norm")(x))
         return x + scaled(added, cfg.residual_multiplier), cache
 
 
@@ -176,6 +179,7 @@ class ScanBody(nn.Module):
     dtype: DTypeLike
     keep_inputs: bool
     block: type[InjectedBlock]
+    rounding: Rounding
 
     @nn.compact
     def __call__(self, carry, per_layer, shared):
@@ -184,7 +188,7 @@ class ScanBody(nn.Module):
         block = self.block if remat == "none" else nn.remat(self.block, prevent_cse=False, policy=REMAT[remat])
         (group, layer), (filled, index, rotary, mask) = per_layer, shared
         call = LayerCall(x, layer_inject, group, layer, cache, filled, index, rotary, mask)
-        x, injected, cache = block(self.config, self.attend, self.dtype, name="block")(call)
+        x, injected, cache = block(self.config, self.attend, self.dtype, self.rounding, name="block")(call)
         return (x, layer_inject, cache), injected if self.keep_inputs else None
 
 
@@ -197,6 +201,7 @@ class Decoder(nn.Module):
     dtype: DTypeLike
     keep_inputs: bool = False  # also return the input of every layer, for tests and inspection
     block: type[InjectedBlock] = InjectedBlock
+    rounding: Rounding = PLAIN  # of the products with the layers' kernels
 
     @nn.compact
     def __call__(
@@ -233,7 +238,7 @@ class Decoder(nn.Module):
         )
         kv, filled = (None, None) if cache is None else ((cache.keys, cache.values), cache.filled)
         per_layer = (jnp.asarray(self.schedule, jnp.int32), jnp.arange(cfg.layers, dtype=jnp.int32))
-        body = scanned(cfg, self.attend, self.dtype, self.keep_inputs, self.block, name="layers")
+        body = scanned(cfg, self.attend, self.dtype, self.keep_inputs, self.block, self.rounding, name="layers")
         (x, _, kv), inputs = body((x, layer_inject, kv), per_layer, (filled, index, rotary, mask))
         if cache is not None:
             cache = cache._replace(keys=kv[0], values=kv[1], filled=cache.filled + x.shape[1])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
@@ -78,43 +79,64 @@ def _take_rows_backward(dtype: DTypeLike | None, axes: tuple[str | None, ...] | 
 _take_rows.defvjp(_take_rows_forward, _take_rows_backward)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _product(inputs: int, out: DTypeLike, x: Array, kernel: Kernel) -> Array:
+def as_they_are(x: Kernel, dtype: DTypeLike) -> Array:
+    """An operand of a product, in the product's dtype."""
+    return x.astype(dtype)
+
+
+class Rounding(NamedTuple):
+    """What the operands of a product are rounded to first: functions of (array, dtype), whose result has this dtype."""
+
+    value: Callable[[Kernel, DTypeLike], Array] = as_they_are  # inputs and kernels
+    gradient: Callable[[Array, DTypeLike], Array] = as_they_are  # of results
+
+
+PLAIN = Rounding()
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def product(rounding: Rounding, inputs: int, out: DTypeLike, x: Array, kernel: Kernel) -> Array:
     """x[..., *in] @ kernel[*in, *out], multiplied in the dtype of x, in dtype `out`.
 
     The gradient of the kernel, a sum over all positions, leaves its product in float32: rounded to bfloat16 there, the parts of
     many devices would be added up in bfloat16 too.
     """
-    return jnp.tensordot(x, kernel.astype(x.dtype), axes=inputs, preferred_element_type=out)
+    value = rounding.value
+    return jnp.tensordot(value(x, x.dtype), value(kernel, x.dtype), axes=inputs, preferred_element_type=out)
 
 
-def _product_forward(inputs: int, out: DTypeLike, x: Array, kernel: Kernel) -> tuple[Array, tuple[Array, Kernel]]:
-    return _product(inputs, out, x, kernel), (x, kernel)
+def _product_forward(
+    rounding: Rounding, inputs: int, out: DTypeLike, x: Array, kernel: Kernel
+) -> tuple[Array, tuple[Array, Kernel]]:
+    return product(rounding, inputs, out, x, kernel), (x, kernel)
 
 
-def _product_backward(inputs: int, out: DTypeLike, kept: tuple[Array, Kernel], cotangent: Array) -> tuple[Array, Kernel]:
+def _product_backward(
+    rounding: Rounding, inputs: int, out: DTypeLike, kept: tuple[Array, Kernel], cotangent: Array
+) -> tuple[Array, Kernel]:
     del out
     x, kernel = kept
-    cotangent = cotangent.astype(x.dtype)
+    cotangent = rounding.gradient(cotangent, x.dtype)
     positions = tuple(range(x.ndim - inputs))
     outs = tuple(range(len(positions), cotangent.ndim))
     to_x = ((outs, tuple(range(inputs, kernel.ndim))), ((), ()))
     to_kernel = ((positions, positions), ((), ()))
-    to_input = jax.lax.dot_general(cotangent, kernel.astype(x.dtype), to_x)
+    to_input = jax.lax.dot_general(cotangent, rounding.value(kernel, x.dtype), to_x)
     if isinstance(kernel, QuantisedKernel):
         return to_input, kernel.no_gradient()
-    gradient = jax.lax.dot_general(x, cotangent, to_kernel, preferred_element_type=jnp.float32)
+    value = rounding.value(x, x.dtype)
+    gradient = jax.lax.dot_general(value, cotangent, to_kernel, preferred_element_type=jnp.float32)
     return to_input, gradient.astype(kernel.dtype)
 
 
-_product.defvjp(_product_forward, _product_backward)
+product.defvjp(_product_forward, _product_backward)
 
 
 @jax.custom_vjp
 def by_rows(x: Float[Array, "B T D"], table: Float[Array, "V D"]) -> Float[Array, "B T V"]:
     """x @ table.T, multiplied in the dtype of x, in float32; the gradient of the table, too, is added up in float32.
 
-    `_product` with a turned table would do, but a CPU has no product of bfloat16 in the layout that its gradient then gets.
+    `product` with a turned table would do, but a CPU has no product of bfloat16 in the layout that its gradient then gets.
     """
     return jnp.einsum("btd,vd->btv", x, table.astype(x.dtype), preferred_element_type=jnp.float32)
 
@@ -151,6 +173,7 @@ class Linear(nn.Module):
     scale: float = 1.0
     std: float | None = None  # of the freshly drawn kernel, in place of `scale`
     out: DTypeLike | None = None  # dtype of y; None = that of the product
+    rounding: Rounding = PLAIN  # of the product with the kernel; an adapter's are made in `dtype`
 
     @nn.compact
     def __call__(self, x: Float[Array, ...]) -> Float[Array, ...]:
@@ -163,11 +186,11 @@ class Linear(nn.Module):
         else:
             kernel = self.param("kernel", nn.with_logical_partitioning(draw, self.axes), shape, jnp.float32)
         x, out = x.astype(self.dtype), self.out or self.dtype
-        y: Array = _product(self.inputs, out, x, kernel)
+        y: Array = product(self.rounding, self.inputs, out, x, kernel)
         if self.has_variable("params", LORA[0]):
             a, b, scale = (self.get_variable("params", name) for name in LORA)
-            low = checkpoint_name(_product(self.inputs, self.dtype, x, a), PRODUCT)
-            added: Array = _product(1, out, low, b)
+            low = checkpoint_name(product(PLAIN, self.inputs, self.dtype, x, a), PRODUCT)
+            added: Array = product(PLAIN, 1, out, low, b)
             y = (y.astype(jnp.float32) + scale * added.astype(jnp.float32)).astype(out)
         y = checkpoint_name(y, PRODUCT)
         if self.use_bias:
@@ -186,10 +209,11 @@ def linear(
     inputs: int = 1,
     bias: bool = False,
     scale: float = 1.0,
+    rounding: Rounding = PLAIN,
 ) -> Linear:
     """A named Linear; `features` may be a plain number."""
     features = (features,) if isinstance(features, int) else features
-    return Linear(features, axes, dtype, inputs, bias, scale, name=name)
+    return Linear(features, axes, dtype, inputs, bias, scale, rounding=rounding, name=name)
 
 
 def scaled(x: Float[Array, "*B"], factor: float) -> Float[Array, "*B"]:

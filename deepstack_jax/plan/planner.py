@@ -8,15 +8,16 @@ from jax.sharding import Mesh
 
 from deepstack_jax.config import Config, DataConfig, DataSpec
 from deepstack_jax.data.order.batches import packed_rows
+from deepstack_jax.errors import ConfigError
 from deepstack_jax.parallel.kernels import kernels_for
 from deepstack_jax.parallel.mesh import check_batch_fits, make_mesh
 from deepstack_jax.plan.collectives import find_collectives
 from deepstack_jax.plan.compile import Compiled, Overflow, compile_step
 from deepstack_jax.plan.memory import ActivationMemory, StateMemory, activation_memory, state_memory
 from deepstack_jax.plan.report import Load, Plan
-from deepstack_jax.plan.roofline import estimate, guess_collectives
+from deepstack_jax.plan.roofline import at_peak, estimate, guess_collectives
 from deepstack_jax.plan.topology import Machine
-from deepstack_jax.train.core.program import Program, build_program
+from deepstack_jax.train.core.program import Program, build_program, no_fp8
 from deepstack_jax.train.flops import step_flops
 
 # Text tokens of an example, where packed rows are to be counted without their data: about the mean of LLaVA's 665k.
@@ -37,8 +38,10 @@ def make_plan(config: Config, machine: Machine, wanted: Wanted, *, compiled: boo
     Machines without a compiler here, GPUs that is, are estimated only.
 
     Raises:
-      ConfigError: a mesh or a batch that does not divide, with the nearest valid numbers.
+      ConfigError: a mesh or a batch that does not divide, with the nearest valid numbers; fp8 on chips that have none.
     """
+    if config.train.matmul == "fp8" and machine.chip and not machine.chip.fp8:
+        raise ConfigError(no_fp8(machine.name))
     mesh = make_mesh(config.mesh, machine.devices)
     load = plan_load(config, mesh, machine.hosts, wanted)
     program = build_program(config, mesh, max(load.steps, 1))
@@ -60,7 +63,8 @@ def assemble_plan(program: Program, machine: Machine, load: Load, result: Compil
     roofline = mfu = None
     if machine.chip:
         roofline = estimate(program, machine.chip, flops, collectives, load.rows, load.length, slices=machine.slices)
-        mfu = flops.model / (roofline.step * len(machine.devices) * machine.chip.flops)
+        mfu = at_peak(config, machine.chip, {part.name: part.model for part in flops.parts})
+        mfu /= roofline.step * len(machine.devices)
     return Plan(
         name=config.name,
         topology=machine.name,

@@ -1,10 +1,11 @@
 """How long a step takes at least, by what it computes, moves through each chip's memory, and moves between the chips."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
+from deepstack_jax.config import Config
 from deepstack_jax.families.base import decoder_of, tower_of
 from deepstack_jax.parallel.chips import Chip
 from deepstack_jax.parallel.mesh import AXES, across_slices
@@ -54,10 +55,16 @@ def estimate(
     """The roofline of a step of `rows` rows of `length` positions, on a mesh of so many slices of chips of a kind."""
     devices = program.mesh.size
     return Roofline(
-        compute=flops.executed / (devices * ATTAINED * chip.flops),
+        compute=at_peak(program.config, chip, {part.name: part.executed for part in flops.parts}) / (devices * ATTAINED),
         memory=memory_traffic(program, rows, length) / chip.hbm_bandwidth,
         links=sum(one.total / link_rate(chip, one, devices // slices) for one in collectives),
     )
+
+
+def at_peak(config: Config, chip: Chip, flops: Mapping[str, float]) -> float:
+    """Seconds of one chip at its peak for FLOPs by part of the step, the decoder's kernels in fp8 where it trains so."""
+    fast = flops["decoder"] if config.train.matmul == "fp8" else 0.0
+    return chip.seconds(sum(flops.values()) - fast, fast)
 
 
 def link_rate(chip: Chip, one: Collective, devices: int) -> float:

@@ -71,7 +71,7 @@ def test_a_packed_kernel_is_the_one_with_a_byte_for_each_code(inputs):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_product_and_its_gradient_are_those_of_the_kernel_as_an_array(kind):
-    from deepstack_jax.model.layers import _product
+    from deepstack_jax.model.layers import PLAIN, product
 
     rng = np.random.default_rng(0)
     x, kernel = (jnp.asarray(rng.normal(0, 1, shape), jnp.float32) for shape in ((2, 5, 64), (1, 64, 4, 8)))
@@ -79,7 +79,7 @@ def test_a_product_and_its_gradient_are_those_of_the_kernel_as_an_array(kind):
     one = jax.tree.map(lambda leaf: leaf[0], stack)
 
     def loss(x, kernel):
-        return jnp.sum(jnp.sin(_product(1, jnp.float32, x, kernel)))
+        return jnp.sum(jnp.sin(product(PLAIN, 1, jnp.float32, x, kernel)))
 
     for ours, theirs in zip(
         jax.value_and_grad(loss)(x, one), jax.value_and_grad(loss)(x, one.astype(jnp.float32)), strict=True

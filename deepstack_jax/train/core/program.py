@@ -4,8 +4,10 @@
 """
 
 import importlib.util
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import jax
 import numpy as np
@@ -18,7 +20,10 @@ from deepstack_jax.config import Config
 from deepstack_jax.errors import ConfigError
 from deepstack_jax.families.build import build_model
 from deepstack_jax.model.deepstack import DeepStack
+from deepstack_jax.model.fp8 import FP8
+from deepstack_jax.model.layers import PLAIN, Rounding
 from deepstack_jax.model.quantised import QuantisedKernel, boxed_quantised, quantise
+from deepstack_jax.parallel.chips import CHIPS
 from deepstack_jax.parallel.kernels import Kernels, attentions, kernels_for, most_segments
 from deepstack_jax.parallel.mesh import check_model_fits
 from deepstack_jax.parallel.rules import batch_sharding, crop_shards, param_shardings, replicated, shards_of
@@ -56,7 +61,7 @@ class Program:
       adapted: kernels that have a LoRA adapter, which trains in their place.
       shardings: of every leaf of the state.
       functions: the model as functions of parameters.
-      loss: (params, batch) -> LossSums.
+      loss: (params, batch) -> LossSums, of the model as it is used: `train.matmul` rounds nothing in it.
       step: the train step as a pure function.
     """
 
@@ -154,6 +159,39 @@ def quantised_paths(adapted: tuple[str, ...], base: frozenset[str], config: Conf
     return frozenset(path for path in base if path.startswith("layers/layers/") and path.endswith("/kernel"))
 
 
+def rounding_for(config: Config, mesh: Mesh) -> Rounding:
+    """What a step rounds the operands of the decoder's products to.
+
+    Raises:
+      ConfigError: fp8 on devices that multiply no such numbers. CPUs compute the same in their own way, slowly.
+    """
+    if config.train.matmul != "fp8":
+        return PLAIN
+    device = mesh.devices.flat[0]
+    kind = device.device_kind
+    if device.platform == "gpu":
+        found = re.fullmatch(r"(\d+)\.(\d+)", device.compute_capability)  # AMD's have a name, not a number
+        able = found is not None and (int(found[1]), int(found[2])) >= (8, 9)
+    else:
+        able = device.platform == "cpu" or (kind in CHIPS and CHIPS[kind].fp8 > 0)
+    if not able:
+        raise ConfigError(no_fp8(kind))
+    return FP8
+
+
+def no_fp8(kind: str) -> str:
+    able = ", ".join(name for name, chip in CHIPS.items() if chip.fp8)
+    return f"config.train.matmul='fp8': {kind} has no products in fp8; these have: {able}; drop config.train.matmul"
+
+
+def model_functions(model: DeepStack) -> ModelFns:
+    """What the step needs of it."""
+    return ModelFns(
+        hidden=lambda params, batch: model.apply({"params": params}, batch).hidden,
+        logits=lambda params, hidden: model.apply({"params": params}, hidden, method="logits"),
+    )
+
+
 def build_program(config: Config, mesh: Mesh, steps: int) -> Program:
     """Put together what a run of `steps` steps computes, on devices that are here or on descriptions of some that are not.
 
@@ -162,7 +200,9 @@ def build_program(config: Config, mesh: Mesh, steps: int) -> Program:
     """
     check_model_fits(config.decoder, config.vision, mesh)
     kernels = kernels_for(mesh.devices.flat[0].platform, config)
-    model = build_model(config, *attentions(kernels, mesh, most_segments(config)), crop_shards=crop_shards(mesh))
+    attend = attentions(kernels, mesh, most_segments(config))
+    build = partial(build_model, config, *attend, crop_shards=crop_shards(mesh))
+    model, trained = build(), build(rounding=rounding_for(config, mesh))
     sample = empty_batch(config.data_spec.batch_shape(1, config.data.max_length))
     drawn = flatten(jax.eval_shape(model.init, jax.random.key(config.seed), sample)["params"])
     groups, adapted = adapt_groups(assign_groups(list(drawn), config.optimizer.table), config.optimizer)
@@ -178,10 +218,7 @@ def build_program(config: Config, mesh: Mesh, steps: int) -> Program:
     held = param_shardings(mesh, unflatten(kept))
     schedule = make_schedule(config.optimizer.schedule, steps)
     optimizer = make_optimizer(config.optimizer, groups, schedule, matrix_axes(NameTable(config).leaves))
-    functions = ModelFns(
-        hidden=lambda params, batch: model.apply({"params": params}, batch).hidden,
-        logits=lambda params, hidden: model.apply({"params": params}, hidden, method="logits"),
-    )
+    functions = model_functions(model)
     accumulation, chunk = config.train.accumulation, config.train.loss_chunk
     return Program(
         config=config,
@@ -199,5 +236,5 @@ def build_program(config: Config, mesh: Mesh, steps: int) -> Program:
         shardings=state_shardings(mesh, held, shapes, groups, optimizer, adapted=bool(adapted)),
         functions=functions,
         loss=make_loss(functions, chunk),
-        step=make_train_step(functions, optimizer, groups, schedule, accumulation=accumulation, chunk=chunk),
+        step=make_train_step(model_functions(trained), optimizer, groups, schedule, accumulation=accumulation, chunk=chunk),
     )
