@@ -26,6 +26,7 @@ from deepstack_jax.train.account.journal import DataWait, Journal
 from deepstack_jax.train.checkpoint.manager import Checkpoints
 from deepstack_jax.train.core.program import Program
 from deepstack_jax.train.core.state import new_state
+from deepstack_jax.train.run import loop as loop_module
 from deepstack_jax.train.run.loop import loop
 from deepstack_jax.train.run.metrics import MetricsLog, Quarantine, QuarantineError
 from deepstack_jax.train.run.replay import ReplayError, read_bundle, replay
@@ -230,6 +231,39 @@ def test_neither_saving_nor_evaluating_is_charged_with_the_step_before_it(tmp_pa
     checkpoints = AfterTheStep(tmp_path, run.train)
     go(dataclasses.replace(run, journal=journal, checkpoints=checkpoints, evaluate=lambda params, step: wait_for_all()))
     assert waits == ["step"] * STEPS
+
+
+def test_the_next_batch_is_on_its_way_while_a_step_runs_and_no_number_is_fetched_before_a_log_line(tmp_path, monkeypatch):
+    """Transfer and step of number n are given to the devices before the loop waits for step n - 1."""
+    events, steps, made = [], Steps(), []
+
+    def step(state, batch):
+        state, numbers = steps(state, batch)
+        made.append(numbers)
+        events.append(("step", len(made)))
+        return state, numbers
+
+    def put(mesh, batch):
+        assert batch.pixels.dtype == np.uint8
+        events.append(("put", len(made) + 1))
+        return put_batch(mesh, batch)
+
+    def wait(tree):
+        if isinstance(tree, dict) and threading.current_thread() is threading.main_thread():
+            events.append(("wait", 1 + next(at for at, numbers in enumerate(made) if numbers is tree)))
+        return tree
+
+    def fetch(tree):
+        events.append(("fetch", len(tree) if isinstance(tree, list) else 0))
+        return get(tree)
+
+    get, put_batch = jax.device_get, loop_module.put_batch
+    monkeypatch.setattr(loop_module, "put_batch", put)
+    monkeypatch.setattr(jax, "block_until_ready", wait)
+    monkeypatch.setattr(jax, "device_get", fetch)
+    go(make_run(tmp_path, step, train__log_every=3, train__checkpoint_every=STEPS))
+    first = [("put", 1), ("step", 1), ("put", 2), ("step", 2), ("wait", 1), ("put", 3), ("step", 3), ("wait", 2), ("fetch", 3)]
+    assert events[: len(first)] == first
 
 
 def waited(tmp_path, numbers, clock: Callable[[], float], before: Callable[[DataWait], None]) -> float:

@@ -258,6 +258,9 @@ def test_frozen_parameters_cost_neither_optimizer_state_nor_gradients_in_the_com
     saved = all_memory.argument_size_in_bytes - memory.argument_size_in_bytes
     assert saved == pytest.approx(2 * (total - trainable), rel=0.01), "two moments of every frozen parameter"
     assert memory.argument_size_in_bytes - half.argument_size_in_bytes == pytest.approx((total - trainable) / 2, rel=0.01)
+    for one, counted in ((every, all_memory), (program, memory)):
+        state = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(one.abstract_state()))
+        assert counted.alias_size_in_bytes == state, "every buffer of the state becomes one of the next"
     assert all_memory.temp_size_in_bytes - memory.temp_size_in_bytes > 0.7 * (total - trainable), "their gradients"
 
 
