@@ -59,7 +59,9 @@ def run(record: Record) -> None:
         peer.begin(compiled=compiled)
         found = measure(peer, record.size.repeats)
         apart = [abs(a - b) for a, b in zip(found["losses"], ours["losses"], strict=True)]
-        record.add(name, found | {"losses differ by": apart, "torch": torch.__version__})
+        faster = ours["s/step"] / found["s/step"]  # of the same arithmetic
+        rates = {key: ours[key] * faster if ours[key] else None for key in ("TFLOP/s", "MFU", "of the best product")}
+        record.add(name, found | rates | {"losses differ by": apart, "torch": torch.__version__})
         ratio = ours["samples/s"] / found["samples/s"]
         record.add(f"goal: samples/s, ours / torch {name}", target(ratio, wanted))
 
