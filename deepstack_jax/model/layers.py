@@ -14,6 +14,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
+from deepstack_jax.model.cut_weights import Axes, gradient, whole
 from deepstack_jax.model.quantised import QuantisedKernel
 from deepstack_jax.types import LORA, HostOrDevice
 
@@ -50,30 +51,34 @@ def take_rows(
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _take_rows(dtype: DTypeLike | None, axes: tuple[str | None, ...] | None, x: Array, index: Array) -> Array:
+def _take_rows(dtype: DTypeLike | None, axes: Axes | None, x: Array, index: Array) -> Array:
     x = x.astype(dtype or x.dtype)
-    x = x if axes is None else nn.with_logical_constraint(x, axes)
+    x = x if axes is None else nn.with_logical_constraint(whole(x, axes), axes)
     return jnp.take_along_axis(x, jnp.maximum(index, 0)[..., None], axis=1, mode="clip")
 
 
-def _take_rows_forward(dtype: DTypeLike | None, axes: tuple[str | None, ...] | None, x: Array, index: Array) -> tuple:
+def _take_rows_forward(dtype: DTypeLike | None, axes: Axes | None, x: Array, index: Array) -> tuple:
     # Of x the backward pass needs the shape and the dtype alone, which an array without elements carries.
     return _take_rows(dtype, axes, x, index), (index, jnp.zeros((x.shape[1], 0), x.dtype))
 
 
-def _take_rows_backward(dtype: DTypeLike | None, axes: tuple[str | None, ...] | None, kept: tuple, cotangent: Array) -> tuple:
-    del dtype, axes
+def _take_rows_backward(dtype: DTypeLike | None, axes: Axes | None, kept: tuple, cotangent: Array) -> tuple:
+    del dtype
     index, like = kept
-    rows, taken = like.shape[0], jnp.maximum(index, 0)
-    if rows * index.shape[1] > ONE_HOT_LIMIT:
-        zeros = jnp.zeros((index.shape[0], rows, cotangent.shape[-1]), jnp.float32)
-        gradient = jax.vmap(lambda out, at, terms: out.at[at].add(terms, mode="clip"))(
-            zeros, taken, cotangent.astype(jnp.float32)
-        )
-    else:
+    rows = like.shape[0]
+
+    def put(taken: Array, cotangent: Array) -> Array:
+        if rows * taken.shape[1] > ONE_HOT_LIMIT:
+            zeros = jnp.zeros((taken.shape[0], rows, cotangent.shape[-1]), jnp.float32)
+            return jax.vmap(lambda out, at, terms: out.at[at].add(terms, mode="clip"))(
+                zeros, taken, cotangent.astype(jnp.float32)
+            )
         one_hot = jax.nn.one_hot(taken, rows, dtype=cotangent.dtype)
-        gradient = jnp.einsum("bqr,bqe->bre", one_hot, cotangent, preferred_element_type=jnp.float32)
-    return gradient.astype(like.dtype), np.zeros(index.shape, jax.dtypes.float0)
+        return jnp.einsum("bqr,bqe->bre", one_hot, cotangent, preferred_element_type=jnp.float32)
+
+    operands = jnp.maximum(index, 0), cotangent
+    summed = put(*operands) if axes is None else gradient(put, operands, (1, 1), axes)
+    return summed.astype(like.dtype), np.zeros(index.shape, jax.dtypes.float0)
 
 
 _take_rows.defvjp(_take_rows_forward, _take_rows_backward)
@@ -94,25 +99,31 @@ class Rounding(NamedTuple):
 PLAIN = Rounding()
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def product(rounding: Rounding, inputs: int, out: DTypeLike, x: Array, kernel: Kernel) -> Array:
-    """x[..., *in] @ kernel[*in, *out], multiplied in the dtype of x, in dtype `out`.
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
+def product(rounding: Rounding, inputs: int, out: DTypeLike, axes: Axes, x: Array, kernel: Kernel) -> Array:
+    """x[..., *in] @ kernel[*in, *out], multiplied in the dtype of x, in dtype `out`; `axes` are the kernel's logical ones.
 
     The gradient of the kernel, a sum over all positions, leaves its product in float32: rounded to bfloat16 there, the parts of
     many devices would be added up in bfloat16 too.
     """
-    value = rounding.value
-    return jnp.tensordot(value(x, x.dtype), value(kernel, x.dtype), axes=inputs, preferred_element_type=out)
+    value = rounding.value(x, x.dtype)
+    return jnp.tensordot(value, _whole(rounding, kernel, axes, x.dtype), axes=inputs, preferred_element_type=out)
+
+
+def _whole(rounding: Rounding, kernel: Kernel, axes: Axes, dtype: DTypeLike) -> Array:
+    """The kernel as a product takes it. Codes of a quantised one are a half or a quarter of it: they travel, not the kernel."""
+    value = rounding.value(kernel, dtype)
+    return value if isinstance(kernel, QuantisedKernel) else whole(value, axes)
 
 
 def _product_forward(
-    rounding: Rounding, inputs: int, out: DTypeLike, x: Array, kernel: Kernel
+    rounding: Rounding, inputs: int, out: DTypeLike, axes: Axes, x: Array, kernel: Kernel
 ) -> tuple[Array, tuple[Array, Kernel]]:
-    return product(rounding, inputs, out, x, kernel), (x, kernel)
+    return product(rounding, inputs, out, axes, x, kernel), (x, kernel)
 
 
 def _product_backward(
-    rounding: Rounding, inputs: int, out: DTypeLike, kept: tuple[Array, Kernel], cotangent: Array
+    rounding: Rounding, inputs: int, out: DTypeLike, axes: Axes, kept: tuple[Array, Kernel], cotangent: Array
 ) -> tuple[Array, Kernel]:
     del out
     x, kernel = kept
@@ -121,15 +132,20 @@ def _product_backward(
     outs = tuple(range(len(positions), cotangent.ndim))
     to_x = ((outs, tuple(range(inputs, kernel.ndim))), ((), ()))
     to_kernel = ((positions, positions), ((), ()))
-    to_input = jax.lax.dot_general(cotangent, rounding.value(kernel, x.dtype), to_x)
+    to_input = jax.lax.dot_general(cotangent, _whole(rounding, kernel, axes, x.dtype), to_x)
     if isinstance(kernel, QuantisedKernel):
         return to_input, kernel.no_gradient()
-    value = rounding.value(x, x.dtype)
-    gradient = jax.lax.dot_general(value, cotangent, to_kernel, preferred_element_type=jnp.float32)
-    return to_input, gradient.astype(kernel.dtype)
+
+    def of_rows(x: Array, cotangent: Array) -> Array:
+        return jax.lax.dot_general(x, cotangent, to_kernel, preferred_element_type=jnp.float32)
+
+    operands = rounding.value(x, x.dtype), cotangent
+    return to_input, gradient(of_rows, operands, (0, 0), axes).astype(kernel.dtype)
 
 
 product.defvjp(_product_forward, _product_backward)
+
+_TABLE = ("vocab", "embed")
 
 
 @jax.custom_vjp
@@ -138,7 +154,7 @@ def by_rows(x: Float[Array, "B T D"], table: Float[Array, "V D"]) -> Float[Array
 
     `product` with a turned table would do, but a CPU has no product of bfloat16 in the layout that its gradient then gets.
     """
-    return jnp.einsum("btd,vd->btv", x, table.astype(x.dtype), preferred_element_type=jnp.float32)
+    return jnp.einsum("btd,vd->btv", x, whole(table.astype(x.dtype), _TABLE), preferred_element_type=jnp.float32)
 
 
 def _by_rows_forward(x: Array, table: Array) -> tuple[Array, tuple[Array, Array]]:
@@ -148,8 +164,12 @@ def _by_rows_forward(x: Array, table: Array) -> tuple[Array, tuple[Array, Array]
 def _by_rows_backward(kept: tuple[Array, Array], cotangent: Array) -> tuple[Array, Array]:
     x, table = kept
     cotangent = cotangent.astype(x.dtype)
-    gradient = jnp.einsum("btv,btd->vd", cotangent, x, preferred_element_type=jnp.float32)
-    return jnp.einsum("btv,vd->btd", cotangent, table.astype(x.dtype)), gradient.astype(table.dtype)
+
+    def of_rows(cotangent: Array, x: Array) -> Array:
+        return jnp.einsum("btv,btd->vd", cotangent, x, preferred_element_type=jnp.float32)
+
+    to_table = gradient(of_rows, (cotangent, x), (0, 0), _TABLE).astype(table.dtype)
+    return jnp.einsum("btv,vd->btd", cotangent, whole(table.astype(x.dtype), _TABLE)), to_table
 
 
 by_rows.defvjp(_by_rows_forward, _by_rows_backward)
@@ -186,11 +206,12 @@ class Linear(nn.Module):
         else:
             kernel = self.param("kernel", nn.with_logical_partitioning(draw, self.axes), shape, jnp.float32)
         x, out = x.astype(self.dtype), self.out or self.dtype
-        y: Array = product(self.rounding, self.inputs, out, x, kernel)
+        y: Array = product(self.rounding, self.inputs, out, self.axes, x, kernel)
         if self.has_variable("params", LORA[0]):
             a, b, scale = (self.get_variable("params", name) for name in LORA)
-            low = checkpoint_name(product(PLAIN, self.inputs, self.dtype, x, a), PRODUCT)
-            added: Array = product(PLAIN, 1, out, low, b)
+            ins, outs = (*self.axes[: self.inputs], "rank"), ("rank", *self.axes[self.inputs :])
+            low = checkpoint_name(product(PLAIN, self.inputs, self.dtype, ins, x, a), PRODUCT)
+            added: Array = product(PLAIN, 1, out, outs, low, b)
             y = (y.astype(jnp.float32) + scale * added.astype(jnp.float32)).astype(out)
         y = checkpoint_name(y, PRODUCT)
         if self.use_bias:

@@ -10,6 +10,8 @@ import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from deepstack_jax.errors import ConfigError
+from deepstack_jax.model.cut_weights import cut_weights
+from deepstack_jax.parallel.fsdp import AXIS, explicit_fsdp
 
 BATCH_AXES = ("data", "fsdp")
 ALL_AXES = (*BATCH_AXES, "tensor")
@@ -39,12 +41,13 @@ RULES = (
 # tensor, so its heads are not.
 _CROPS_TAKE = ("vision_heads", "vision_mlp")
 ACTIVATION_RULES = tuple((name, None if axes == "fsdp" or name in _CROPS_TAKE else axes) for name, axes in RULES)
+_CUT_WEIGHTS = frozenset(name for name, axes in RULES if axes == AXIS)
 
 
 @contextmanager
 def use_mesh(mesh: Mesh) -> Iterator[None]:
-    """Within: jitted code runs on `mesh`, and the model's activation axes mean what ACTIVATION_RULES say."""
-    with jax.set_mesh(mesh), nn.logical_axis_rules(ACTIVATION_RULES):
+    """Within: jitted code runs on `mesh`, the model's activation axes mean what ACTIVATION_RULES say, weights are gathered."""
+    with jax.set_mesh(mesh), nn.logical_axis_rules(ACTIVATION_RULES), cut_weights(explicit_fsdp(mesh, _CUT_WEIGHTS)):
         yield
 
 

@@ -81,6 +81,12 @@ def test_a_device_gathers_one_layer_and_one_group_at_a_time(variant, mesh):
     if fsdp > 1:
         per_layer = [gather for gather in gathers if "layers/while/body" in gather.where and "mlp/gate" in gather.where]
         assert per_layer, "the weights of a layer are gathered inside the scan"
+        # Gradients of weights are scattered: what is added up whole is small (norms, biases, counts).
+        scattered = {size * fsdp for one in found if one.kind == "reduce-scatter" for size in one.sizes}
+        assert largest_layer(program)[0] // tensor in scattered
+        small = config.decoder.width * config.decoder.heads
+        over_fsdp = [one for one in found if one.kind == "all-reduce" and "shard_map" not in one.where and tensor == 1]
+        assert [one for one in over_fsdp if max(one.sizes) > small] == []
 
 
 @pytest.mark.parametrize("mesh", ["dp2xfsdp2xtp2", pytest.param("tp8", marks=pytest.mark.slow)])

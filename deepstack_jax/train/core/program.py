@@ -24,6 +24,7 @@ from deepstack_jax.model.fp8 import FP8
 from deepstack_jax.model.layers import PLAIN, Rounding
 from deepstack_jax.model.quantised import QuantisedKernel, boxed_quantised, quantise
 from deepstack_jax.parallel.chips import CHIPS
+from deepstack_jax.parallel.compiler import compiler_options
 from deepstack_jax.parallel.kernels import Kernels, attentions, kernels_for, most_segments
 from deepstack_jax.parallel.mesh import check_model_fits
 from deepstack_jax.parallel.rules import batch_sharding, crop_shards, param_shardings, replicated, shards_of
@@ -146,7 +147,8 @@ class Program:
 
     def jit_step(self) -> jax.stages.Wrapped:
         """The step under jit: the old state's buffers are reused, the metrics are on every device."""
-        return jax.jit(self.step, donate_argnums=0, out_shardings=(self.shardings, replicated(self.mesh)))
+        outs = self.shardings, replicated(self.mesh)
+        return jax.jit(self.step, donate_argnums=0, out_shardings=outs, compiler_options=compiler_options(self.mesh))
 
 
 def quantised_paths(adapted: tuple[str, ...], base: frozenset[str], config: Config) -> frozenset[str]:

@@ -1,0 +1,124 @@
+"""FSDP written out: weights gathered along fsdp for each product, in its dtype; their gradients scattered back, in float32.
+
+Left to itself the compiler gathers and scatters where it has one operation for all devices of the axis. The TPU's has none that
+scatters over a whole slice, nor one that gathers over three dimensions of a torus: it adds up zero-padded weights and whole
+gradients instead, which moves twice as much. Over one dimension after the other both exist, and each piece still enters a
+device once.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.sharding import Mesh, PartitionSpec
+
+from deepstack_jax.model.cut_weights import Axes
+
+AXIS = "fsdp"
+_ROWS = ("data", AXIS)  # axes of the mesh that rows of a batch lie over
+Stage = tuple[tuple[int, ...], ...]  # places along fsdp that exchange with each other
+
+
+@dataclass(frozen=True)
+class ExplicitFsdp:
+    """How the devices of a mesh make weights whole, and add up and cut their gradients."""
+
+    mesh: Mesh
+    cut: frozenset[str]  # logical axes of weights that lie along fsdp
+    stages: tuple[Stage, ...]  # of scattering; gathering runs them backwards
+
+    def whole(self, weight: Array, axes: Axes) -> Array:
+        """The weight, gathered along fsdp."""
+        at = self._cut_axis(axes)
+        if at is None:
+            return weight
+        run = self._on_each_device(partial(self._gather, at=at), (_spec(at, AXIS),), PartitionSpec())
+        return run(weight)
+
+    def gradient(self, local: Callable[..., Array], operands: tuple[Array, ...], batch: tuple[int, ...], axes: Axes) -> Array:
+        """The gradient of each device's rows, then added up over all and scattered along fsdp."""
+        at = self._cut_axis(axes)
+        rows = [operand.shape[axis] for operand, axis in zip(operands, batch, strict=True)]
+        if at is None or any(size % (self.mesh.shape["data"] * self.mesh.shape[AXIS]) for size in rows):
+            return local(*operands)  # as for the one row that parameters are drawn with
+
+        def one(*operands: Array) -> Array:
+            found = self._scatter(local(*operands), at)
+            return jax.lax.psum(found, "data") if self.mesh.shape["data"] > 1 else found
+
+        return self._on_each_device(one, tuple(_spec(axis, _ROWS) for axis in batch), _spec(at, AXIS))(*operands)
+
+    def _on_each_device(self, run: Callable[..., Array], ins: Any, outs: Any) -> Callable[..., Array]:
+        # What lies along tensor stays so, and with the compiler.
+        return jax.shard_map(run, mesh=self.mesh, in_specs=ins, out_specs=outs, axis_names={*_ROWS}, check_vma=False)
+
+    def _cut_axis(self, axes: Axes) -> int | None:
+        return next((at for at, name in enumerate(axes) if name in self.cut), None)
+
+    # The cut axis goes first: last, its pieces would be smaller than the tile of 8 x 128 that a TPU's memory consists of.
+
+    def _gather(self, weight: Array, at: int) -> Array:
+        weight = jnp.moveaxis(weight, at, 0)
+        for stage in reversed(self.stages):
+            weight = jax.lax.all_gather(weight, AXIS, axis_index_groups=_groups(stage), axis=0, tiled=True)
+        return jnp.moveaxis(weight, 0, at)
+
+    def _scatter(self, gradient: Array, at: int) -> Array:
+        gradient = jnp.moveaxis(gradient, at, 0)
+        for stage in self.stages:
+            gradient = jax.lax.psum_scatter(gradient, AXIS, scatter_dimension=0, axis_index_groups=_groups(stage), tiled=True)
+        return jnp.moveaxis(gradient, 0, at)
+
+
+def explicit_fsdp(mesh: Mesh, cut: frozenset[str]) -> ExplicitFsdp | None:
+    """How a mesh does it; None where nothing lies along fsdp."""
+    if mesh.shape[AXIS] == 1:
+        return None
+    return ExplicitFsdp(mesh, cut, stages_of(mesh.devices[0, :, 0].tolist()))
+
+
+def stages_of(devices: Sequence[Any]) -> tuple[Stage, ...]:
+    """The devices along fsdp as a stage for each dimension of the torus that they fill, the slowest first.
+
+    Where they are no such box, or in no torus, one stage of all.
+    """
+    count = len(devices)
+    if any(getattr(device, "coords", None) is None for device in devices):
+        return stages_of_sizes((count,))
+    places = np.array([(getattr(device, "slice_index", 0), *device.coords) for device in devices])
+    sizes, stride = [], 1
+    while stride < count:
+        size = 2
+        while size * stride < count and _is_line(places[: size * stride + 1 : stride]):
+            size += 1
+        if not _is_line(places[: size * stride : stride]) or count % (size * stride):
+            return stages_of_sizes((count,))
+        sizes.insert(0, size)
+        stride *= size
+    return stages_of_sizes(tuple(sizes))
+
+
+def stages_of_sizes(sizes: tuple[int, ...]) -> tuple[Stage, ...]:
+    """A stage for each dimension of places numbered row by row."""
+    places = np.arange(np.prod(sizes)).reshape(sizes)
+    return tuple(
+        tuple(map(tuple, np.moveaxis(places, at, -1).reshape(-1, size).tolist())) for at, size in enumerate(sizes) if size > 1
+    )
+
+
+def _is_line(places: np.ndarray) -> bool:
+    """Whether places differ along one dimension alone."""
+    return int(np.any(places != places[0], axis=0).sum()) == 1
+
+
+def _groups(stage: Stage) -> list[list[int]] | None:
+    return [list(group) for group in stage] if len(stage) > 1 else None
+
+
+def _spec(at: int, axes: Any) -> PartitionSpec:
+    return PartitionSpec(*[None] * at, axes)

@@ -1,0 +1,64 @@
+"""Weights gathered and gradients scattered in stages, one for each dimension of a torus, beside what they should come to."""
+
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from deepstack_jax.config import MeshConfig
+from deepstack_jax.parallel.fsdp import ExplicitFsdp, explicit_fsdp, stages_of, stages_of_sizes
+from deepstack_jax.parallel.mesh import make_mesh
+
+
+def chips(shape, order=None):
+    """Devices of a torus of this shape, row by row, or in another order of their numbers."""
+    places = [SimpleNamespace(coords=place, slice_index=0) for place in np.ndindex(*shape)]
+    return [places[at] for at in (range(len(places)) if order is None else order)]
+
+
+@pytest.mark.parametrize(
+    ("devices", "sizes"),
+    [
+        (chips((4, 4, 4)), (4, 4, 4)),
+        (chips((16, 16, 1)), (16, 16)),
+        (chips((2, 2, 4)), (2, 2, 4)),
+        (chips((8, 1, 1)), (8,)),
+        (chips((2, 4), order=[0, 1, 2, 3, 7, 6, 5, 4]), (8,)),  # a ring, no rows
+        ([SimpleNamespace(platform="gpu")] * 8, (8,)),
+    ],
+)
+def test_a_stage_for_each_dimension_of_the_torus(devices, sizes):
+    assert stages_of(devices) == stages_of_sizes(sizes)
+
+
+def test_the_places_of_a_stage():
+    assert stages_of_sizes((2, 3)) == (((0, 3), (1, 4), (2, 5)), ((0, 1, 2), (3, 4, 5)))
+
+
+@pytest.mark.parametrize("mesh", [(1, 8, 1), (2, 4, 1), (2, 2, 2)])
+def test_stages_come_to_the_whole_weight_and_the_whole_sum(mesh):
+    laid = make_mesh(MeshConfig(*mesh))
+    stages = stages_of_sizes({8: (2, 2, 2), 4: (2, 2), 2: (2,)}[mesh[1]])
+    how = ExplicitFsdp(laid, frozenset({"embed"}), stages)
+    x, y = (jax.random.normal(jax.random.key(at), (8, 3, size)) for at, size in enumerate((6, 16)))
+    weight = jax.random.normal(jax.random.key(2), (6, 16))
+    cut = NamedSharding(laid, PartitionSpec(None, "fsdp"))
+    axes = ("mlp", "embed")
+    with jax.set_mesh(laid):
+        gathered = jax.jit(lambda w: how.whole(w, axes), in_shardings=cut)(weight)
+        summed = jax.jit(lambda x, y: how.gradient(lambda x, y: jnp.einsum("btd,btf->df", x, y), (x, y), (0, 0), axes))(x, y)
+    np.testing.assert_array_equal(gathered, weight)
+    np.testing.assert_allclose(summed, np.einsum("btd,btf->df", x, y), rtol=1e-5, atol=1e-5)
+    assert summed.sharding.shard_shape(summed.shape) == (6, 16 // mesh[1])
+
+
+def test_what_is_not_cut_stays_with_the_compiler():
+    assert explicit_fsdp(make_mesh(MeshConfig(8, 1, 1)), frozenset({"embed"})) is None
+    how = explicit_fsdp(make_mesh(MeshConfig(1, 8, 1)), frozenset({"embed"}))
+    assert how is not None
+    weight = jnp.ones((4, 4))
+    assert how.whole(weight, ("heads", None)) is weight
+    assert float(how.gradient(jnp.sum, (jnp.ones((3, 2)),), (0,), ("embed",))) == 6  # three rows on eight devices
