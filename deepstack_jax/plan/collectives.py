@@ -16,6 +16,9 @@ _CALLED = re.compile(r"(?:calls|to_apply|true_computation|false_computation)=%?(
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 # What a TPU receives from other slices, by way of its host.
 _ACROSS = re.compile(r' = \(\(?(.*?), u32\[\], token\[\]\) recv\(.*_xla_megascale_transfer_type="(\w+)"')
+# The TPU's computations of a product and a piece of a collective that runs beside it.
+_FUSED = "async_collective_fusion"
+_ANY = "1"  # the channel of many collectives that shard_map wrote out, which their operation tells apart
 _SHAPE = re.compile(r"\b[a-z]+(\d*)\w*\[([\d,]*)\]")  # bits of an element, none for "pred"; dimensions
 
 
@@ -31,6 +34,7 @@ class Collective:
     stride: int  # from one of them to the next, in the order of the mesh
     source: str  # the operation of the model that it belongs to
     across: bool = False  # between slices, over the data center's network; then `group` counts slices
+    hidden: bool = False  # runs beside computation: started and waited for apart, or fused with a product
 
     @property
     def total(self) -> float:
@@ -46,16 +50,18 @@ class Collective:
 def find_collectives(text: str) -> list[Collective]:
     """Every collective of a compiled program, by its HLO after partitioning (`compiled.as_text()`), most traffic first.
 
-    Instructions that the compiler split into pieces, to run beside others, share a channel and count once.
+    Instructions that the compiler split into pieces, to run beside others, share a channel (or an operation) and a size: they
+    count once.
     """
     computations, entry = _computations(text)
     times = _executions(computations, entry)
     devices = int(found[1]) if (found := re.search(r"num_partitions=(\d+)", text)) else 1
-    seen: dict[str, Collective] = {}
+    seen: dict[tuple[str, int], Collective] = {}
     for name, lines in computations.items():
         for channel, one in _in_computation(name, lines, devices) if times[name] else ():
-            if channel not in seen or seen[channel].times < times[name]:
-                seen[channel] = replace(one, times=times[name])
+            known = seen.get((channel, one.size), one)
+            most, hidden = max(known.times, times[name]), known.hidden or one.hidden
+            seen[channel, one.size] = replace(one, times=most, hidden=hidden, source=known.source or one.source)
     return sorted(seen.values(), key=lambda one: -one.total)
 
 
@@ -153,13 +159,17 @@ def _in_computation(name: str, lines: list[str], devices: int) -> Iterator[tuple
             size //= 2
         elif kind == "all-reduce" and name.startswith("all-reduce-scatter"):
             kind, size = "reduce-scatter", size // group
-        yield _once(line, kind, size, group, stride)
+        channel, one = _once(line, kind, size, group, stride)
+        yield channel, replace(one, hidden=bool(started) or name.startswith(_FUSED))
 
 
 def _once(line: str, kind: str, size: int, group: int, stride: int, across: bool = False) -> tuple[str, Collective]:
-    channel, source = re.search(r"channel_id=(\d+)", line), re.search(r'op_name="([^"]*)"', line)
-    one = Collective(kind, 1, size, size * ring(kind, group), group, stride, source[1] if source else "", across)
-    return channel[1] if channel else line.split(" = ")[0], one
+    channel, found = re.search(r"channel_id=(\d+)", line), re.search(r'op_name="([^"]*)"', line)
+    source = found[1] if found else ""
+    one = Collective(kind, 1, size, size * ring(kind, group), group, stride, source, across)
+    if channel and channel[1] != _ANY:
+        return channel[1], one
+    return source or line.split(" = ")[0], one
 
 
 def _bytes(shape: str) -> int:

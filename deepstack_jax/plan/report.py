@@ -98,7 +98,7 @@ class Plan:
         more: dict[str, Any] = {name: getattr(self, name) for name in ("used", "margin", "samples_per_second", "hours")}
         more["fits"] = None if self.margin is None else self.fits()
         if self.roofline:
-            bounds = {name: getattr(self.roofline, name) for name in ("step", "serial", "bound")}
+            bounds = {name: getattr(self.roofline, name) for name in ("step", "least", "serial", "bound")}
             more["roofline"] = asdict(self.roofline) | bounds
         return asdict(self) | more
 
@@ -160,9 +160,10 @@ def flops_table(plan: Plan) -> Table:
 
 def traffic_tables(plan: Plan) -> tuple[Table, Table]:
     """What enters each device per step, by kind; and the single collectives with most of it, with where they come from."""
-    kinds = Table("collective", "per step", "GB into each device")
+    kinds = Table("collective", "per step", "GB into each device", "beside computation")
+    beside = by_kind(tuple(one for one in plan.collectives if one.hidden))
     for kind, (count, size) in by_kind(plan.collectives).items():
-        kinds.add_row(kind, f"{count:,}", f"{size / 1e9:,.3f}")
+        kinds.add_row(kind, f"{count:,}", f"{size / 1e9:,.3f}", f"{beside[kind][1] / size:.0%}" if kind in beside else "0%")
     largest = Table("most traffic", "times", "MB of result", "GB into each device", "belongs to")
     for one in plan.collectives[:SHOWN]:
         largest.add_row(one.name, str(one.times), f"{one.size / 1e6:,.1f}", f"{one.total / 1e9:,.3f}", belongs_to(one.source))
@@ -199,7 +200,8 @@ def time_lines(plan: Plan) -> list[str]:
         line, load = plan.roofline, plan.load
         lines.append(
             f"step, roofline: {line.step:.3f} s, bound by {line.bound} (compute {line.compute:.3f}, memory {line.memory:.3f}, "
-            f"links {line.links:.3f} s; nothing overlapped: {line.serial:.3f} s)"
+            f"links {line.links:.3f} s, of which nothing runs beside {line.exposed:.3f}; everything overlapped: "
+            f"{line.least:.3f} s, nothing: {line.serial:.3f} s)"
         )
         hours = (
             f"; {plural(load.steps, 'step')} in {plan.hours:.1f} hours" if plan.hours else "; the number of steps is not known"

@@ -27,21 +27,22 @@ class Roofline:
     compute: float  # executed FLOPs at the share of the peak that large products reach
     memory: float  # traffic to and from each chip's memory, estimated
     links: float  # traffic between chips at the links' published rate
+    exposed: float  # of the links' time that of collectives which nothing runs beside
 
     @property
     def step(self) -> float:
-        """All three at once, perfectly overlapped: the estimate, and a lower bound."""
+        """The estimate: what overlaps at once, perfectly, and then what does not."""
+        return max(self.compute, self.memory, self.links - self.exposed) + self.exposed
+
+    @property
+    def least(self) -> float:
+        """All three at once, perfectly overlapped: a lower bound."""
         return max(self.compute, self.memory, self.links)
 
     @property
     def serial(self) -> float:
         """One after the other, nothing overlapped."""
         return self.compute + self.memory + self.links
-
-    @property
-    def likely(self) -> float:
-        """Half overlapped: what candidates are compared by, since the largest alone ties where compute is the bound."""
-        return (self.step + self.serial) / 2
 
     @property
     def bound(self) -> str:
@@ -54,10 +55,14 @@ def estimate(
 ) -> Roofline:
     """The roofline of a step of `rows` rows of `length` positions, on a mesh of so many slices of chips of a kind."""
     devices = program.mesh.size
+    seconds = {True: 0.0, False: 0.0}
+    for one in collectives:
+        seconds[one.hidden] += one.total / link_rate(chip, one, devices // slices)
     return Roofline(
         compute=at_peak(program.config, chip, {part.name: part.executed for part in flops.parts}) / (devices * ATTAINED),
         memory=memory_traffic(program, rows, length) / chip.hbm_bandwidth,
-        links=sum(one.total / link_rate(chip, one, devices // slices) for one in collectives),
+        links=sum(seconds.values()),
+        exposed=seconds[False],
     )
 
 
@@ -86,7 +91,8 @@ def guess_collectives(program: Program, rows: int, length: int, slices: int = 1)
 
     Kernels are gathered along fsdp for every pass of every micro-batch and their gradients scattered back, gradients added
     up along data, and hidden states along tensor, twice a layer and pass. Along an axis that crosses slices each device first
-    exchanges its own share with its like in the others.
+    exchanges its own share with its like in the others. Weights and gradients are taken to travel beside products, which do not
+    wait for them; hidden states are waited for.
     """
     config, mesh, cfg = program.config, program.mesh.shape, program.config.decoder
     width, parts = np.dtype(program.model.dtype).itemsize, config.train.accumulation
@@ -110,7 +116,8 @@ def guess_collectives(program: Program, rows: int, length: int, slices: int = 1)
         within, beyond = (size * far, size) if kind == "reduce-scatter" else (size, size / near)
         for part, group, across in ((within, near, False), (beyond, far, True)):
             moved, stride = part * ring(kind, group), 1 if across else strides[axis]
-            collectives.append(Collective(kind, times, int(part), moved, group, stride, f"{source}, estimated", across))
+            said = f"{source}, estimated"
+            collectives.append(Collective(kind, times, int(part), moved, group, stride, said, across, axis != "tensor"))
     return [one for one in collectives if one.group > 1]
 
 

@@ -14,7 +14,7 @@ from deepstack_jax.plan.topology import Machine
 from deepstack_jax.train.core.program import Program, build_program
 
 TENSOR = (1, 2, 4, 8)  # beyond a host's devices tensor parallelism waits for slower links
-REMAT = ("none", "dots", "block")  # not "offload", whose traffic with the host is not in the estimate
+REMAT = ("none", "minimal", "dots", "block")  # not "offload", whose traffic with the host is not in the estimate
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ def order(plan: Plan, margin: float, like: Plan | None) -> tuple[bool, int, floa
     if not plan.fits(margin):
         return (True, 0, plan.used, plan.used)
     changes = _changes(plan, like) if like else 0
-    return (False, changes, plan.roofline.likely / plan.load.examples if plan.roofline else 0.0, plan.used)
+    return (False, changes, plan.roofline.step / plan.load.examples if plan.roofline else 0.0, plan.used)
 
 
 def _changes(plan: Plan, like: Plan) -> int:

@@ -108,7 +108,11 @@ def test_plan_in_numbers(planned):
     assert plan.samples_per_second == pytest.approx(8 / plan.roofline.step)
     assert plan.model_flops == step_flops(program.config, program.groups, 8, 16).model
     assert plan.mfu == pytest.approx(plan.model_flops / (plan.roofline.step * 8 * CHIP.flops))
-    assert plan.roofline.step == getattr(plan.roofline, plan.roofline.bound) < plan.roofline.likely < plan.roofline.serial
+    line = plan.roofline
+    assert line.least == getattr(line, line.bound) <= line.step <= line.serial
+    assert line.exposed == line.links > 0, "a CPU waits for every collective"
+    assert line.step == pytest.approx(max(line.compute, line.memory) + line.exposed)
+    assert dataclasses.replace(line, exposed=0.0).step == line.least
     assert plan.compile_seconds > 0
     assert (plan.margin, numbers["fits"]) == (None, None)
 
@@ -448,7 +452,7 @@ def test_search_compiles_until_one_fits():
     assert search.found.compile_seconds > 0
     assert search.found.fits(0.1)
     assert search.compiled == ()
-    assert search.estimates[0].roofline.likely == min(one.roofline.likely for one in search.estimates)
+    assert search.estimates[0].roofline.step == min(one.roofline.step for one in search.estimates)
 
 
 def test_a_search_whose_compilations_do_not_fit_recommends_nothing(monkeypatch):
