@@ -57,7 +57,7 @@ def test_zeros_stay_zero_and_what_is_not_finite_stays_so(name):
 
 def gradients(rounding, x, kernel):
     def loss(x, kernel):
-        return jnp.sin(product(rounding, 2, jnp.bfloat16, x, kernel).astype(jnp.float32)).sum()
+        return jnp.sin(product(rounding, 2, jnp.bfloat16, ("heads", "head_dim", "embed"), x, kernel).astype(jnp.float32)).sum()
 
     return jax.grad(loss, (0, 1))
 

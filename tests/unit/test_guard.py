@@ -1,0 +1,43 @@
+"""What the main recipes' steps cost is what benchmarks/results/guard.json keeps, and what makes them cost more is seen."""
+
+import json
+
+import jax
+import pytest
+
+from benchmarks import guard
+from deepstack_jax.model import attention
+from deepstack_jax.parallel import kernels
+from deepstack_jax.parallel.fsdp import ExplicitFsdp
+
+KEPT = json.loads(guard.FILE.read_text())
+HOW = "if it is meant to: python -m benchmarks.guard --write, and say why in the commit"
+
+
+def moved(name: str) -> list[str]:
+    now = {"jax": jax.__version__, "traced": {name: guard.traced(guard.program_of(guard.recipe(name)))}}
+    return guard.moved(KEPT | {"traced": {name: KEPT["traced"][name]}}, now)
+
+
+@pytest.mark.parametrize("name", guard.RECIPES)
+def test_the_full_size_step_costs_what_it_did(name):
+    assert moved(name) == [], HOW
+
+
+def test_a_slower_step_is_seen(monkeypatch):
+    """The same result with attention computed twice."""
+    once = attention.dot_product
+    monkeypatch.setattr(kernels, "dot_product", lambda *args: (once(*args) + once(*args)) / 2)
+    lines = moved("L")
+    assert any("/flops" in line for line in lines), lines
+
+
+def test_a_gradient_added_up_whole_is_seen(monkeypatch):
+    def whole(self, gradient, at):
+        summed, size = jax.lax.psum(gradient, "fsdp"), gradient.shape[at] // guard.DEVICES
+        return jax.lax.dynamic_slice_in_dim(summed, jax.lax.axis_index("fsdp") * size, size, at)
+
+    monkeypatch.setattr(ExplicitFsdp, "_scatter", whole)
+    lines = moved("L")
+    assert any("all-reduce/bytes: 0 ->" in line for line in lines), lines
+    assert any("reduce-scatter/count" in line and "-> 0" in line for line in lines), lines
