@@ -23,7 +23,7 @@ GOLDEN = Path(__file__).with_name("curve.json")
 STEPS = 20
 
 
-def small() -> Config:
+def small(matmul: str) -> Config:
     """DeepStack-L on the demo's pages, under AdamW: Muon's first steps would blow rounding up."""
     config = default_config()
     changes = {
@@ -39,15 +39,16 @@ def small() -> Config:
         "decoder.vocab_size": 260,
         "train.steps": STEPS,
         "train.accumulation": 2,
+        "train.matmul": matmul,
         "optimizer.groups": {"default": {"algorithm": "adamw", "lr": 1e-3, "eps": 1e-4}},
     }
     config.update_from_flattened_dict(TINY | changes)
     return build_config(config)
 
 
-def curve(mesh_config: MeshConfig) -> list[float]:
+def curve(mesh_config: MeshConfig, matmul: str = "compute_dtype") -> list[float]:
     """Loss of every step. Parameters are drawn by numpy, so that they do not change with jax's random bits."""
-    config = small()
+    config = small(matmul)
     mesh = make_mesh(mesh_config, jax.devices()[: mesh_config.data * mesh_config.fsdp * mesh_config.tensor])
     program = build_program(config, mesh, STEPS)
     stream = TrainingStream(open_source(config.data, "train"), config.data_spec)
@@ -67,6 +68,14 @@ def test_the_losses_are_those_written_down(mesh):
     golden = json.loads(GOLDEN.read_text())
     assert golden[0] - golden[-1] > 0.3, "a curve on which nothing is learnt would hide much"
     np.testing.assert_allclose(curve(MeshConfig(*mesh)), golden, atol=1e-5, rtol=0)
+
+
+@pytest.mark.slow
+def test_the_losses_in_fp8_are_near_them():
+    golden, rounded = json.loads(GOLDEN.read_text()), curve(MeshConfig(1, 1, 1), "fp8")
+    apart = np.abs(np.divide(rounded, golden) - 1)
+    assert 1e-5 < apart.max() < 0.02, f"{apart.max():.2%} apart"
+    assert apart.mean() < 0.01, f"{apart.mean():.2%} apart in the mean"
 
 
 if __name__ == "__main__":
