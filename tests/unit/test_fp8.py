@@ -28,7 +28,7 @@ from tests.unit.lora import ADAMW, LORA
 from tests.unit.tiny import draw_params, example, make_batch, tiny_config
 
 CODES = {"value": ml_dtypes.float8_e4m3fn, "gradient": ml_dtypes.float8_e5m2}
-FEW = {"decoder.layers": 2, "vision.layers": 2, "data.max_images": 1}
+FEW = {"decoder.layers": 2, "decoder.vocab_size": 62, "vision.layers": 2, "data.max_images": 1}
 IN_FP8 = FEW | {"train.matmul": "fp8"}
 
 
