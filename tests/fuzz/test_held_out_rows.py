@@ -11,7 +11,7 @@ from PIL import Image
 from deepstack_jax.api import LMM
 from deepstack_jax.data.encode.tokenizer import load_tokenizer
 from deepstack_jax.data.open import open_files
-from deepstack_jax.evaluate.ask import _Asked, _prompts
+from deepstack_jax.evaluate.ask import Asked, prepare
 from deepstack_jax.evaluate.held_out import HeldOut, run_options
 from deepstack_jax.evaluate.questions import check_questions, check_rows
 from deepstack_jax.evaluate.tasks import Task
@@ -82,6 +82,6 @@ def test_any_row_is_asked_or_left_out_by_its_id(rows, folder):
             assert len(asked) == sum(turn["from"] == "gpt" for turn in spoken[1:])
 
     answerer = LMM(CONFIG, {}, load_tokenizer("bytes"), CONFIG.data.template).answerer
-    found = _prompts(Task(source), answerer, run_options(CONFIG), range(len(rows)), None, None)
-    theirs = {(one.question.row, one.question.turn): [*one.question.references] for one in found if isinstance(one, _Asked)}
+    found = prepare(Task(source), answerer, run_options(CONFIG), range(len(rows)))
+    theirs = {(one.question.row, one.question.turn): [*one.question.references] for one in found if isinstance(one, Asked)}
     assert ours.items() <= theirs.items()

@@ -20,7 +20,7 @@ from deepstack_jax.data.encode.templates import TEMPLATES, get_template
 from deepstack_jax.data.encode.tokenizer import load_tokenizer
 from deepstack_jax.data.example import BadExample, Source
 from deepstack_jax.data.open import open_files
-from deepstack_jax.evaluate.ask import _Asked, _prompts, ask
+from deepstack_jax.evaluate.ask import Asked, ask, prepare
 from deepstack_jax.evaluate.held_out import HeldOut, RunAnswerer, fill_batch, run_options
 from deepstack_jax.evaluate.on_mesh import MeshAnswerer, over_mesh
 from deepstack_jax.evaluate.questions import check_questions, check_rows, uninterrupted
@@ -255,7 +255,7 @@ def test_a_run_and_the_verb_leave_out_the_same(source):
     config = tiny_config(SETTINGS | {"data.template": "v0", "data.max_length": 400})
     ours, ours_bad = asked_with(silence, source, config)
     answerer = LMM(config, {}, load_tokenizer("bytes"), "v0").answerer
-    found = list(_prompts(Task(source), answerer, run_options(config), range(len(source)), None, None))
-    asked = {(one.question.row, one.question.turn) for one in found if isinstance(one, _Asked)}
+    found = list(prepare(Task(source), answerer, run_options(config), range(len(source))))
+    asked = {(one.question.row, one.question.turn) for one in found if isinstance(one, Asked)}
     assert asked - {(one.row, one.turn) for one in ours} == {(13, 0)}
     assert {one.name for one in found if isinstance(one, BadExample)} <= {one.name for one in ours_bad}
