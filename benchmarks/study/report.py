@@ -35,7 +35,7 @@ TEMPLATE = Path(__file__).with_name("study.md.j2")
 STUDY = CARDS.name
 WANTED_SEEDS = 3
 KINDS = (
-    {"name": "coarse", "question": "which colour has the box at this place?", "takes": "the low-res view"},
+    {"name": "coarse", "question": "which half of the box of this colour is darker?", "takes": "the low-res view"},
     {"name": "fine", "question": "which digit is in the box at this place?", "takes": "crops, found by position"},
     {
         "name": "cued",

@@ -1,11 +1,12 @@
 """The laboratory's task: cards on which something coarse, visible at any resolution, must be bound to something fine.
 
 A card is 3x3 boxes. Each box is one token of the low-res view and `rows x cols` tokens of the crops, where (rows, cols) is the
-card's crop grid. A box has a colour, its *mark*, in which no other box of the card is: visible in every view. One of its
-patches, drawn at random, holds a digit of cells whose area mean is exactly the mark: digits exist in the crops alone.
+card's crop grid. A box has a colour, its *mark*, in which no other box of the card is: visible in every view, and so is
+which half of it is darker. One of its patches, drawn at random, holds a digit, drawn in cells whose area mean is exactly that
+of the paper: digits exist in the crops alone.
 
 Four kinds of questions, each of one word, ask for one box each:
-  coarse  which mark has the box at this place? The low-res view answers.
+  coarse  which side is dark in the box of this mark? The low-res view answers.
   fine    which digit has the box at this place? The crops answer, addressed by position.
   cued    which digit has the box of this mark? The crops answer, addressed by what the low-res view shows.
   before  which digit has the box before, in reading order, the box of this mark? Needs a second step of attention
@@ -29,19 +30,20 @@ SIDE = 3  # boxes along a side of the card, and tokens along one of the low-res 
 BOXES = SIDE**2
 PATCH = 16  # side of a patch in pixels, of which the low-res view has SIDE along each side
 CELL = 2  # side of a cell in pixels; the area mean of a cell, of its rows and of its columns is that of paper
-AMPLITUDE = 60  # half the contrast within a cell; what is left of the range of a pixel is the marks'
+AMPLITUDE = 48  # half the contrast within a cell; what is left of the range of a pixel is the marks'
 GLYPH = (0, 1)  # first row and column of the 7x5 digit among the patch's 8x8 cells: always the same, or the tower learns longer
 # i64[9, 3], a colour each: the corners of a cube around gray, and gray. Far apart, and room for AMPLITUDE on both sides
-MARKS = np.array([*itertools.product((64, 192), repeat=3), (128, 128, 128)])
-MARK_WORDS = tuple(f"m{mark}" for mark in range(len(MARKS)))
+MARKS = np.array([*itertools.product((80, 200), repeat=3), (140, 140, 140)])
+DARKER = 28  # how much darker than the rest one half of a box is
+SIDES = ("top", "bottom", "left", "right")
 KINDS = MappingProxyType({"coarse": 0.2, "fine": 0.25, "cued": 0.3, "before": 0.25})  # the share of each of the questions
-# Exact match of the best constant guess: digits are uniform, and the marks of a card a permutation of all.
-CHANCE = MappingProxyType({"coarse": 1 / 9, "fine": 0.1, "cued": 0.1, "before": 0.1})
+# Exact match of the best constant guess: digits and sides are uniform.
+CHANCE = MappingProxyType({"coarse": 0.25, "fine": 0.1, "cued": 0.1, "before": 0.1})
 QUESTION_WORDS = MappingProxyType({kind: tuple(f"{kind}?{number}" for number in range(BOXES)) for kind in KINDS})
 # Every word of questions and answers; each is one token of a whitespace tokenizer.
 VOCABULARY: tuple[str, ...] = (
     *map(str, range(10)),
-    *MARK_WORDS,
+    *SIDES,
     *(word for words in QUESTION_WORDS.values() for word in words),
 )
 
@@ -79,14 +81,14 @@ class Cards:
 
         Returns:
           An `Example` with one image `u8[48 * rows, 48 * cols, 3]`. `info` holds "kinds" per question, "grid", and by box, in
-          reading order, `i64[9]` "digits" 0..9, "marks" 0..8, and "places", the patch that holds the digit, row-major.
+          reading order, `i64[9]` "digits" 0..9, "marks" 0..8, "sides" 0..3 and "places", the patch with the digit, row-major.
         """
         index = operator.index(index)
         if not 0 <= index < self.length:
             raise IndexError(f"card {index} is outside 0..{self.length - 1}")
         rng = np.random.default_rng(np.random.SeedSequence((self.seed, *self.split.encode()), spawn_key=(index,)))
-        digits, marks = rng.integers(10, size=BOXES), rng.permutation(BOXES)
-        messages, kinds = self._conversation(rng, digits, marks)
+        digits, marks, sides = rng.integers(10, size=BOXES), rng.permutation(BOXES), rng.integers(len(SIDES), size=BOXES)
+        messages, kinds = self._conversation(rng, digits, marks, sides)
         # Drawn last, so that cards of other shapes ask the same questions.
         shapes = (*self.grids, *(self.unseen if self.split == "validation" else ()))
         shape = int(rng.integers(len(shapes)))
@@ -97,13 +99,13 @@ class Cards:
         return Example(
             index=index,
             name=f"card_{self.split}_{self.seed}_{index}",
-            images=(draw_card((rows, cols), digits, marks, places, self.sharp),),
+            images=(draw_card((rows, cols), digits, marks, sides, places, self.sharp),),
             messages=messages,
-            info={"kinds": kinds, "grid": (rows, cols), "digits": digits, "marks": marks, "places": places},
+            info={"kinds": kinds, "grid": (rows, cols), "digits": digits, "marks": marks, "sides": sides, "places": places},
         )
 
     def _conversation(
-        self, rng: np.random.Generator, digits: np.ndarray, marks: np.ndarray
+        self, rng: np.random.Generator, digits: np.ndarray, marks: np.ndarray, sides: np.ndarray
     ) -> tuple[tuple[Message, ...], tuple[str, ...]]:
         """Question-answer turns over boxes that do not repeat; `<image>` opens the first question."""
         boxes = rng.permutation(BOXES)[: self.questions].tolist()
@@ -111,17 +113,17 @@ class Cards:
         kinds = ["cued" if kind == "before" and box == BOXES - 1 else kind for kind, box in zip(kinds, boxes, strict=True)]
         messages: list[Message] = []
         for kind, box in zip(kinds, boxes, strict=True):
-            named = {"coarse": box, "fine": box, "cued": marks[box], "before": marks[min(box + 1, BOXES - 1)]}[kind]
+            named = {"fine": box, "coarse": marks[box], "cued": marks[box], "before": marks[min(box + 1, BOXES - 1)]}[kind]
             question = QUESTION_WORDS[kind][named]
-            answer = MARK_WORDS[marks[box]] if kind == "coarse" else str(digits[box])
+            answer = SIDES[sides[box]] if kind == "coarse" else str(digits[box])
             messages += [Message("human", question if messages else f"<image>\n{question}"), Message("gpt", answer)]
         return tuple(messages), tuple(kinds)
 
 
 def draw_card(
-    grid: Grid, digits: np.ndarray, marks: np.ndarray, places: np.ndarray, sharp: bool
+    grid: Grid, digits: np.ndarray, marks: np.ndarray, sides: np.ndarray, places: np.ndarray, sharp: bool
 ) -> np.ndarray:  # u8[48 * rows, 48 * cols, 3]
-    """A card from per-box numbers, `int[9]`: digits 0..9, marks 0..8, places 0..rows*cols-1."""
+    """A card from per-box numbers, `int[9]`: digits 0..9, marks 0..8, sides 0..3, places 0..rows*cols-1."""
     rows, cols = grid
     ink = np.zeros((BOXES, rows * cols, PATCH // CELL, PATCH // CELL), bool)
     _, height, width = FONT.shape
@@ -131,5 +133,9 @@ def draw_card(
     texture = np.kron(sign, np.array([[1, -1], [-1, 1]])) * AMPLITUDE  # [box, patch, y, x]
     texture = texture.reshape(SIDE, SIDE, rows, cols, PATCH, PATCH).transpose(0, 2, 4, 1, 3, 5)
     texture = texture.reshape(SIDE * rows * PATCH, SIDE * cols * PATCH, 1)
-    paper = MARKS[marks].reshape(SIDE, SIDE, 3).repeat(rows * PATCH, axis=0).repeat(cols * PATCH, axis=1)
+    y, x = np.indices((rows * PATCH, cols * PATCH))
+    halves = np.stack([y < rows * PATCH // 2, y >= rows * PATCH // 2, x < cols * PATCH // 2, x >= cols * PATCH // 2])
+    boxes = MARKS[marks][:, None, None] - DARKER * halves[sides][..., None]  # [box, y, x, 3]
+    paper = boxes.reshape(SIDE, SIDE, rows * PATCH, cols * PATCH, 3).transpose(0, 2, 1, 3, 4)
+    paper = paper.reshape(SIDE * rows * PATCH, SIDE * cols * PATCH, 3)
     return (paper + texture).astype(np.uint8)

@@ -5,7 +5,19 @@ import pytest
 from PIL import Image
 
 from deepstack_jax.config import ConfigError, build_config, default_config
-from deepstack_jax.data.cards import BOXES, CHANCE, FONT, KINDS, MARK_WORDS, MARKS, QUESTION_WORDS, VOCABULARY, Cards, draw_card
+from deepstack_jax.data.cards import (
+    BOXES,
+    CHANCE,
+    DARKER,
+    FONT,
+    KINDS,
+    MARKS,
+    QUESTION_WORDS,
+    SIDES,
+    VOCABULARY,
+    Cards,
+    draw_card,
+)
 from deepstack_jax.data.encode.image import make_views
 from deepstack_jax.data.open import open_source
 
@@ -17,12 +29,18 @@ def low_res(card: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.parametrize("grid", GRIDS)
-def test_the_low_res_view_shows_the_marks_and_nothing_else(grid):
+def test_the_low_res_view_shows_marks_and_dark_halves_and_nothing_else(grid):
     source = Cards(0, 10, grids=(grid,))
     for index in range(3):
         example = source[index]
-        marks = MARKS[example.info["marks"]].reshape(3, 3, 3).repeat(16, 0).repeat(16, 1)
-        np.testing.assert_array_equal(low_res(example.images[0]), marks)
+        plain = MARKS[example.info["marks"]].reshape(3, 3, 3).repeat(16, 0).repeat(16, 1)
+        view = low_res(example.images[0]).astype(int)
+        for box, side in enumerate(example.info["sides"]):
+            y, x = box // 3 * 16, box % 3 * 16
+            darker = plain[y : y + 16, x : x + 16] - view[y : y + 16, x : x + 16]
+            half = {"top": np.s_[:8], "bottom": np.s_[8:], "left": np.s_[:, :8], "right": np.s_[:, 8:]}[SIDES[side]]
+            assert (darker[half] == DARKER).all()
+            assert darker.sum() == darker[half].sum()  # and the rest is the mark itself
 
 
 @pytest.mark.parametrize("grid", GRIDS)
@@ -55,8 +73,8 @@ def test_answers_are_those_of_the_boxes_asked_for():
         for question, answer, kind in turns:
             word = question.text.removeprefix("<image>\n")
             number = QUESTION_WORDS[kind].index(word)
-            box = {"coarse": number, "fine": number, "cued": of_mark[number], "before": of_mark[number] - 1}[kind]
-            assert answer.text == (MARK_WORDS[info["marks"][box]] if kind == "coarse" else str(info["digits"][box]))
+            box = {"coarse": of_mark[number], "fine": number, "cued": of_mark[number], "before": of_mark[number] - 1}[kind]
+            assert answer.text == (SIDES[info["sides"][box]] if kind == "coarse" else str(info["digits"][box]))
             asked.append(box)
         assert sorted(asked) == list(range(BOXES))  # none twice, none of the wrapped -1
 
@@ -131,7 +149,7 @@ def test_crops_keep_every_pixel(grid):
     config.image.size, config.image.crop_filter, config.image.global_filter = 48, "nearest", "box"
     config.vision.patch_size = 16
     zeros = np.zeros(9, int)
-    card = draw_card(grid, zeros + 8, np.arange(9), zeros, True)
+    card = draw_card(grid, zeros + 8, np.arange(9), zeros, zeros, True)
     views = make_views(Image.fromarray(card), build_config(config).image)
     assert views.grid == grid
     rows, cols = grid
