@@ -31,6 +31,9 @@ class ExplicitFsdp:
     mesh: Mesh
     cut: frozenset[str]  # logical axes of weights that lie along fsdp
     stages: tuple[Stage, ...]  # of scattering; gathering runs them backwards
+    # Whether the cut axis goes first for the exchange: last, its pieces would be smaller than the tile of 8 x 128 that a TPU's
+    # memory consists of. A CPU has no product of bfloat16 for gradients that are turned
+    turned: bool = False
 
     def whole(self, weight: Array, axes: Axes) -> Array:
         """The weight, gathered along fsdp."""
@@ -60,26 +63,29 @@ class ExplicitFsdp:
     def _cut_axis(self, axes: Axes) -> int | None:
         return next((at for at, name in enumerate(axes) if name in self.cut), None)
 
-    # The cut axis goes first: last, its pieces would be smaller than the tile of 8 x 128 that a TPU's memory consists of.
-
     def _gather(self, weight: Array, at: int) -> Array:
-        weight = jnp.moveaxis(weight, at, 0)
+        place = 0 if self.turned else at
+        weight = jnp.moveaxis(weight, at, place)
         for stage in reversed(self.stages):
-            weight = jax.lax.all_gather(weight, AXIS, axis_index_groups=_groups(stage), axis=0, tiled=True)
-        return jnp.moveaxis(weight, 0, at)
+            weight = jax.lax.all_gather(weight, AXIS, axis_index_groups=_groups(stage), axis=place, tiled=True)
+        return jnp.moveaxis(weight, place, at)
 
     def _scatter(self, gradient: Array, at: int) -> Array:
-        gradient = jnp.moveaxis(gradient, at, 0)
+        place = 0 if self.turned else at
+        gradient = jnp.moveaxis(gradient, at, place)
         for stage in self.stages:
-            gradient = jax.lax.psum_scatter(gradient, AXIS, scatter_dimension=0, axis_index_groups=_groups(stage), tiled=True)
-        return jnp.moveaxis(gradient, 0, at)
+            gradient = jax.lax.psum_scatter(
+                gradient, AXIS, scatter_dimension=place, axis_index_groups=_groups(stage), tiled=True
+            )
+        return jnp.moveaxis(gradient, place, at)
 
 
 def explicit_fsdp(mesh: Mesh, cut: frozenset[str]) -> ExplicitFsdp | None:
     """How a mesh does it; None where nothing lies along fsdp."""
     if mesh.shape[AXIS] == 1:
         return None
-    return ExplicitFsdp(mesh, cut, stages_of(mesh.devices[0, :, 0].tolist()))
+    turned = mesh.devices.flat[0].platform == "tpu"
+    return ExplicitFsdp(mesh, cut, stages_of(mesh.devices[0, :, 0].tolist()), turned)
 
 
 def stages_of(devices: Sequence[Any]) -> tuple[Stage, ...]:

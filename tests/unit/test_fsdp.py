@@ -38,11 +38,11 @@ def test_the_places_of_a_stage():
     assert stages_of_sizes((2, 3)) == (((0, 3), (1, 4), (2, 5)), ((0, 1, 2), (3, 4, 5)))
 
 
-@pytest.mark.parametrize("mesh", [(1, 8, 1), (2, 4, 1), (2, 2, 2)])
-def test_stages_come_to_the_whole_weight_and_the_whole_sum(mesh):
+@pytest.mark.parametrize(("mesh", "turned"), [((1, 8, 1), True), ((2, 4, 1), False), ((2, 2, 2), True)])
+def test_stages_come_to_the_whole_weight_and_the_whole_sum(mesh, turned):
     laid = make_mesh(MeshConfig(*mesh))
     stages = stages_of_sizes({8: (2, 2, 2), 4: (2, 2), 2: (2,)}[mesh[1]])
-    how = ExplicitFsdp(laid, frozenset({"embed"}), stages)
+    how = ExplicitFsdp(laid, frozenset({"embed"}), stages, turned)
     x, y = (jax.random.normal(jax.random.key(at), (8, 3, size)) for at, size in enumerate((6, 16)))
     weight = jax.random.normal(jax.random.key(2), (6, 16))
     cut = NamedSharding(laid, PartitionSpec(None, "fsdp"))
