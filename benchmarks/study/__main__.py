@@ -6,7 +6,7 @@
   --jobs=2                 runs at once, each with its share of the cores (default: 1)
   --runs=runs/study        folder of the workdirs
   --list                   the rows, which of their runs are done, and how long the others will take; trains nothing
-  --report                 writes docs/study.md and its figures from results.jsonl; trains nothing
+  --report                 writes docs/study.md (study-gpu.md of --size=gpu) and its figures from the results; trains nothing
   --quick                  the headline rows with a seed of their own, into runs/study/quick: are they as the study's?
 
 Whatever is done is never done again: a finished run is in benchmarks/study/results.jsonl, one that was stopped goes on from its
@@ -22,14 +22,15 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import jax
 import numpy as np
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from benchmarks.study import report
-from benchmarks.study.results import FILE, Run, add_run, by_row, read_runs
+from benchmarks.study.results import Run, add_run, by_row, committed, read_runs
 from benchmarks.study.table import DIGITS, STUDIES, Row, Study
-from benchmarks.study.train import REPOSITORY, Job, RunError, train
+from benchmarks.study.train import Job, RunError, train
 from deepstack_jax.printing import Console, plural
 
 QUICK_SEED = 100  # none of the study's: --quick draws other cards
@@ -40,30 +41,32 @@ GUESSED = 400.0  # seconds of a run on one core, before any is done
 def main(arguments: Sequence[str] | None = None) -> int:
     asked = parse(arguments)
     console = Console()
+    # Runs are processes of their own: this one only counts what they cost, and leaves a GPU's memory to them.
+    jax.config.update("jax_platforms", "cpu")
     if asked.report:
-        return report.write(read_runs(asked.results), console)
+        return report.write(read_runs(asked.results), console, asked.size)
     jobs = [
         Job(study_of(row), asked.size, row, seed)
         for seed in ([QUICK_SEED] if asked.quick else range(asked.seeds))  # all rows once before any twice
         for row in chosen(asked.only, asked.quick)
     ]
     for study in {job.study.name: job.study for job in jobs}.values():
-        if study.needs and not (REPOSITORY / study.needs).is_dir():
+        if not all(job.is_possible for job in jobs if job.study is study):
             jobs = [job for job in jobs if job.study is not study]
             console.print(
                 f"left out: rows of {study.name}, for {study.needs} is not there; benchmarks.study.{study.name} writes it"
             )
     known = read_runs(asked.results)
-    waiting = [job for job in jobs if not is_done(job, known)]
+    waiting = [job for job in jobs if not job.is_of(known.get(job.key))]
     console.print(listed(jobs, known, asked.jobs) if asked.list else estimate(waiting, known, asked.jobs), soft_wrap=True)
     if asked.list:
         return 0
     failed = train_all(waiting, asked.runs / asked.size, asked.results, asked.jobs, console)
     runs = read_runs(asked.results)
     if asked.quick:
-        console.print(compared(jobs, runs, read_runs(FILE)))
-    elif asked.results == FILE:
-        report.write(runs, console)
+        console.print(compared(jobs, runs, report.current(read_runs(committed(asked.size)), asked.size)))
+    elif asked.results == committed(asked.size):
+        report.write(runs, console, asked.size)
     return 1 if failed else 0
 
 
@@ -81,11 +84,12 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     asked = parser.parse_args(arguments)
     if asked.seeds < 1 or asked.jobs < 1:
         parser.error("--seeds and --jobs are at least 1")
-    if asked.quick:
-        asked.runs /= "quick"
+    if asked.report and asked.size not in report.PAGES:
+        parser.error(f"--report: --size is one of {', '.join(report.PAGES)}; there is no page of a {asked.size}")
+    asked.runs = asked.runs.resolve() / ("quick" if asked.quick else "")  # runs are started from the repository's root
     if asked.results is None:  # of a part, beside its runs; of the whole, where it is committed
-        kept = FILE if asked.size == "cpu" else FILE.with_stem(f"results_{asked.size}")
-        asked.results = asked.runs / "results.jsonl" if asked.quick or asked.size == "slice" else kept
+        part = asked.quick or asked.size not in report.PAGES
+        asked.results = asked.runs / asked.size / "results.jsonl" if part else committed(asked.size)
     try:
         chosen(asked.only, asked.quick)
     except ValueError as error:
@@ -111,12 +115,6 @@ def study_of(row: Row) -> Study:
     return next(study for study in STUDIES.values() if row.name in study.rows)
 
 
-def is_done(job: Job, known: dict[tuple[str, str, int], Run]) -> bool:
-    """Whether the results hold this very configuration."""
-    run = known.get((job.study.name, job.row.name, job.seed))
-    return run is not None and run.digest == job.digest
-
-
 def seconds_of(job: Job, known: dict[tuple[str, str, int], Run], at_once: int) -> float:
     """How long a run takes: as others of its row did, else as all did."""
     rows = by_row(known, job.study.name, job.row.name) or [run for run in known.values() if run.study == job.study.name]
@@ -132,11 +130,11 @@ def estimate(waiting: Sequence[Job], known: dict[tuple[str, str, int], Run], at_
 
 def listed(jobs: Sequence[Job], known: dict[tuple[str, str, int], Run], at_once: int) -> Table:
     """Rows, and what of each is done."""
-    waiting = [job for job in jobs if not is_done(job, known)]
+    waiting = [job for job in jobs if not job.is_of(known.get(job.key))]
     table = Table("row", "what it is", "done", "seconds a run", box=SIMPLE_HEAD, caption=estimate(waiting, known, at_once))
     for name in dict.fromkeys(job.row.name for job in jobs):
         mine = [job for job in jobs if job.row.name == name]
-        done = sum(is_done(job, known) for job in mine)
+        done = sum(job.is_of(known.get(job.key)) for job in mine)
         table.add_row(name, mine[0].row.label, f"{done}/{len(mine)}", f"{seconds_of(mine[0], known, at_once):.0f}")
     return table
 
@@ -152,17 +150,20 @@ def train_all(jobs: Iterable[Job], folder: Path, results: Path, at_once: int, co
     def one(job: Job) -> None:
         cores = shares.get()
         try:
-            run = train(job, folder, cores)
-        except RunError as error:
+            if cores:
+                os.sched_setaffinity(0, cores)  # of this thread, and so of the process that it starts
+            run = train(job, folder, at_once)
+            with saving:
+                results.parent.mkdir(parents=True, exist_ok=True)
+                add_run(run, results)
+        except Exception as error:  # whatever it is, the other runs go on
             failed.append(job.name)
-            console.print(f"failed: {error}", soft_wrap=True)
-            return
+            said = str(error) if isinstance(error, RunError) else f"{job.name}: {error!r}"
+            console.print(f"failed: {said}", soft_wrap=True)
+        else:
+            console.print(f"{job.name}: {scores_in_words(run)}, {run.seconds:.0f} s", soft_wrap=True)
         finally:
             shares.put(cores)
-        with saving:
-            results.parent.mkdir(parents=True, exist_ok=True)
-            add_run(run, results)
-            console.print(f"{job.name}: {scores_in_words(run)}, {run.seconds:.0f} s", soft_wrap=True)
 
     with ThreadPoolExecutor(at_once) as pool:
         list(pool.map(one, jobs))
@@ -182,11 +183,11 @@ def scores_in_words(run: Run) -> str:
     return ", ".join(f"{kind} {score:.1%}" for kind, score in run.scores.items())
 
 
-def compared(jobs: Sequence[Job], runs: dict[tuple[str, str, int], Run], study: dict[tuple[str, str, int], Run]) -> Table:
+def compared(jobs: Sequence[Job], runs: report.Runs, study: report.Runs) -> Table:
     """Quick runs beside the study's mean and spread."""
     table = Table("row", "digits", "the study's", "within its spread", box=SIMPLE_HEAD)
     for job in jobs:
-        run, others = runs.get((job.study.name, job.row.name, job.seed)), by_row(study, job.study.name, job.row.name)
+        run, others = runs.get(job.key), by_row(study, job.study.name, job.row.name)
         if run is None or not others:
             table.add_row(job.row.label, "-" if run is None else f"{run.score(DIGITS):.1%}", "-", "no runs to compare")
             continue

@@ -1,6 +1,6 @@
 """Text lines of real receipts, and drawn ones to learn to read from, as files that the train verb takes.
 
-  python -m benchmarks.study.lines --receipts=../shared/data/receipts --out=runs/study/lines-data
+  python -m benchmarks.study.lines --receipts=DIR --out=runs/study/lines-data
 
 DIR of --receipts holds images/, boxes.json (image -> [x0, y0, x1, y1, text] of every piece of text) and val.json, whose images
 are held out: no receipt is in both. An example is LINES lines that follow each other, cut out and brought to WIDTH x HEIGHT

@@ -3,6 +3,7 @@
 import inspect
 import math
 import re
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,8 @@ import jinja2
 import numpy as np
 
 from benchmarks.study import figures, verdict
-from benchmarks.study.results import WINDOW, Run, by_row
-from benchmarks.study.table import CARDS, CLAIMS, DIGITS, LINES, ROWS, Claim, Row
+from benchmarks.study.results import WINDOW, Run, by_row, committed
+from benchmarks.study.table import CARDS, CLAIMS, DIGITS, LINES, ROWS, STUDIES, Claim, Row
 from benchmarks.study.train import Job
 from benchmarks.study.verdict import (
     BY_SPEED,
@@ -27,7 +28,7 @@ from benchmarks.study.verdict import (
 )
 from deepstack_jax.atomic import write_whole
 from deepstack_jax.data.cards import CHANCE
-from deepstack_jax.printing import Console
+from deepstack_jax.printing import Console, plural
 
 Runs = Mapping[tuple[str, str, int], Run]
 REPOSITORY = Path(__file__).parents[2]
@@ -60,52 +61,64 @@ WORDS = {
 # A figure of some claims: file, what it shows, and how it is drawn
 _START = [(0, "start_0"), (1, "deepstack"), *((start, f"start_{start}") for start in (2, 4, 6, 8, 10))]
 _GROUPS = [(0, "baseline"), (1, "groups_1"), (2, "groups_2"), (4, "deepstack"), (9, "groups_9")]
+PAGES = {"cpu": "study", "gpu": "study-gpu"}  # size -> stem of its page, and of its figures' names
 FIGURES = {
-    "high_res": ("study-curves.png", "Accuracy over the steps of training", figures.draw_curves),
+    "high_res": ("curves.png", "Accuracy over the steps of training", figures.draw_curves),
     "string": (
-        "study-costs.png",
+        "costs.png",
         "Exact match against FLOPs, memory and time of a step",
         lambda runs, study: figures.draw_costs(runs, study, ("baseline", "deepstack", "string")),
     ),
     "start": (
-        "study-start.png",
+        "start.png",
         "Exact match over the layer at which the injection starts",
         lambda runs, study: figures.draw_along(runs, study, _START, "where the injection starts", "layer of the first group"),
     ),
     "groups": (
-        "study-groups.png",
+        "groups.png",
         "Exact match over the number of groups",
         lambda runs, study: figures.draw_along(runs, study, _GROUPS, "how many groups are injected", "groups"),
     ),
 }
 
 
-def write(runs: Runs, console: Console, folder: Path = REPOSITORY / "docs") -> int:
-    """Write the page and its figures; returns the exit code."""
+def write(runs: Runs, console: Console, size: str = "cpu", folder: Path = REPOSITORY / "docs") -> int:
+    """Write the page of a size and its figures; returns the exit code."""
+    runs, given, stem = current(runs, size), len(runs), PAGES[size]
+    if len(runs) < given:
+        console.print(f"left out: {plural(given - len(runs), 'run')} of configurations that are no longer the table's")
     mine = {key: run for key, run in runs.items() if key[0] == STUDY}
     if not mine:
         console.print("no run is done yet: nothing to write")
         return 1
-    (folder / "images").mkdir(parents=True, exist_ok=True)
-    figures.save(figures.draw_scores(mine, STUDY), folder / "images" / "study-scores.png")
+    images = folder / "images"
+    images.mkdir(parents=True, exist_ok=True)
+    figures.save(figures.draw_scores(mine, STUDY), images / f"{stem}-scores.png")
     for name, (file, _, draw) in FIGURES.items():
         if any(by_row(mine, STUDY, row) for row in _claim(name).rows):
-            figures.save(draw(mine, STUDY), folder / "images" / file)
-    write_whole(folder / "study.md", page(runs))
-    console.print(f"written to {folder}: study.md and images/study-*.png", soft_wrap=True)
+            figures.save(draw(mine, STUDY), images / f"{stem}-{file}")
+    write_whole(folder / f"{stem}.md", page(runs, size))
+    console.print(f"written to {folder}: {stem}.md and images/{stem}-*.png", soft_wrap=True)
     return 0
 
 
-def page(all_runs: Runs) -> str:
-    """docs/study.md as text."""
+def current(runs: Runs, size: str) -> Runs:
+    """Runs of what the table is today."""
+    studies = {key: STUDIES[key[0]] for key in runs if key[0] in STUDIES and key[1] in STUDIES[key[0]].rows}
+    return {key: runs[key] for key, study in studies.items() if Job(study, size, study.rows[key[1]], key[2]).is_of(runs[key])}
+
+
+def page(all_runs: Runs, size: str = "cpu") -> str:
+    """The page of a size as text."""
     runs = {key: run for key, run in all_runs.items() if key[0] == STUDY}
     any_run = next(iter(runs.values()))
     environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined, autoescape=False)
     reference = by_row(runs, STUDY, "deepstack") or [any_run]
-    config = Job(CARDS, "cpu", ROWS["deepstack"], 0).config
+    config = Job(CARDS, size, ROWS["deepstack"], 0).config
+    done = [min(len(by_row(runs, STUDY, row)), WANTED_SEEDS) for row in ROWS]
     text = environment.from_string(TEMPLATE.read_text()).render(
-        complete=len(runs) == WANTED_SEEDS * len(ROWS),
-        done=len(runs),
+        complete=sum(done) == WANTED_SEEDS * len(ROWS),
+        done=sum(done),
         wanted=WANTED_SEEDS * len(ROWS),
         claims=[_shown(claim, runs) for claim in CLAIMS],
         kinds=[one | {"chance": f"{CHANCE[one['name']]:.1%}"} for one in KINDS],
@@ -116,13 +129,18 @@ def page(all_runs: Runs) -> str:
         held_out=config.evaluation.examples,
         seeds=", ".join(map(str, sorted({run.seed for run in runs.values()}))),
         rule=_rule(),
+        compared=sum(len(claim.comparisons) for claim in CLAIMS),
+        shared=_shared(all_runs),
         chances=[f"{np.mean([CHANCE[kind] for kind in DIGITS]):.0%}", *(f"{CHANCE[one['name']]:.0%}" for one in KINDS)],
         base=CARDS.base,
         lines=list(_lines(all_runs)),
-        size="cpu",
+        size=size,
+        size_flag="" if size == "cpu" else f" --size={size}",
+        stem=PAGES[size],
+        results=committed(size).name,
         seed_flags=" ".join(f"`--config.{key}=SEED`" for key in CARDS.seeds),
         flags=[{"label": row.label, "flags": _flags(row)} for row in ROWS.values()],
-        versions=", ".join(f"{name} {number}" for name, number in any_run.versions.items()),
+        versions=_versions(all_runs),
     )
     return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
 
@@ -135,7 +153,7 @@ def _lines(runs: Runs) -> Iterator[list[str]]:
             last = _spread([run.curve[-1][1] for run in found if run.curve]) if all(run.curve for run in found) else "-"
             one = found[0]
             costs = [f"{one.parameters:,}", f"{one.flops / 1e9:.1f}", f"{one.memory / 2**20:.0f}"]
-            yield [row.label, *scores, last, *costs, _mean([run.seconds_per_step for run in found])]
+            yield [row.label, *scores, last, *costs, _seconds(found)]
 
 
 def _claim(name: str) -> Claim:
@@ -145,7 +163,7 @@ def _claim(name: str) -> Claim:
 def _rule() -> str:
     """The docstring of the module that judges, with its numbers."""
     text = inspect.cleandoc(verdict.__doc__ or "").partition("\n\n")[2]
-    for name in ("LEAST", "NEAR", "ALIKE"):
+    for name in ("LEAST", "NEAR", "ALIKE", "FASTER"):
         text = re.sub(rf"\b{name}\b", f"{getattr(verdict, name):.2f}", text)
     return re.sub(r"^  (above|near) +", r"* **\1**: ", text, flags=re.MULTILINE)
 
@@ -177,7 +195,7 @@ def _row(row: Row, found: list[Run]) -> Iterator[list[str]]:
         f"{one.parameters:,}",
         f"{one.flops / 1e9:.1f}",
         f"{one.memory / 2**20:.0f}",
-        _mean([run.seconds_per_step for run in found]),
+        _seconds(found),
     ]
     yield [row.label, *_scores(found, ""), _steps(steps), *costs]
     if any(kind.endswith("_unseen") for kind in one.scores):
@@ -198,9 +216,31 @@ def _steps(steps: list[int | None]) -> str:
     return ", ".join("never" if step is None else str(step) for step in steps)
 
 
-def _mean(values: list[float | None]) -> str:
-    known = [value for value in values if value is not None]
-    return f"{np.mean(known):.3f}" if known else "-"
+def _seconds(found: list[Run]) -> str:
+    """Mean seconds a step; those of runs that shared the machine otherwise are not mixed."""
+    by_share = defaultdict(list)
+    for run in found:
+        if run.seconds_per_step is not None:
+            by_share[run.at_once, run.cores].append(run.seconds_per_step)
+    texts = [f"{np.mean(seconds):.3f}" for seconds in by_share.values()]
+    if len(texts) > 1:
+        texts = [f"{text} ({share[0]} at once)" for text, share in zip(texts, by_share, strict=True)]
+    return ", ".join(texts) or "-"
+
+
+def _shared(runs: Runs) -> str:
+    """How the measured runs shared the machine."""
+    shares = sorted({(run.at_once, run.cores) for run in runs.values()})
+    return ", or ".join(f"{plural(at_once, 'run')} at once of {plural(cores, 'core')} each" for at_once, cores in shares)
+
+
+def _versions(runs: Runs) -> str:
+    """Of every package all that some run had."""
+    found = defaultdict(set)
+    for run in runs.values():
+        for name, number in run.versions.items():
+            found[name].add(number)
+    return ", ".join(f"{name} {' and '.join(sorted(numbers))}" for name, numbers in found.items())
 
 
 def _comparison(one: Judged) -> list[str]:

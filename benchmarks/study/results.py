@@ -18,8 +18,8 @@ from deepstack_jax.config import Config, to_dict
 FILE = Path(__file__).with_name("results.jsonl")
 REACHED = 0.9  # token accuracy of training whose first step is reported
 WINDOW = 3  # records of the log, over whose mean it is looked for: one batch is a small sample
-# Sections and keys that change no result, or that say where something is on the machine.
-_NOT_OF_THE_RESULT = ("name", "evaluation", "mesh", "profile", "train.checkpoint_every", "train.keep", "train.log_every")
+# Sections and keys that change nothing of what is kept of a run.
+_NOT_OF_THE_RESULT = ("name", "mesh", "profile", "train.checkpoint_every", "train.keep")
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,7 @@ class Run:
     row: str
     seed: int
     digest: str  # of its whole configuration
+    data: str  # fingerprint of its examples, of which a configuration says the settings alone
     changes: dict[str, Any]  # of the study's base
     scores: dict[str, float]  # kind of question -> held-out exact match
     curve: list[tuple[int, float]]  # (step, token accuracy of that step's batch): every example is new, so it is held out too
@@ -41,6 +42,8 @@ class Run:
     memory: float  # bytes of a step, as `plan` estimates them
     seconds_per_step: float | None
     seconds: float  # of all, from the command's start to its end
+    at_once: int  # runs that the machine had at the same time
+    cores: int  # that this one could use
     versions: dict[str, str]
 
     @property
@@ -58,6 +61,11 @@ class Run:
             if np.mean(values[end - WINDOW : end]) >= REACHED:
                 return self.curve[end - 1][0]
         return None
+
+
+def committed(size: str) -> Path:
+    """The file of a size's results."""
+    return FILE if size == "cpu" else FILE.with_stem(f"results_{size}")
 
 
 def run_name(row: str, seed: int) -> str:

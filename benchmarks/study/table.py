@@ -13,7 +13,7 @@ DIGITS = ("fine", "cued", "before")  # kinds of questions whose answers are digi
 class Row:
     """One configuration: a base, and what is changed in it."""
 
-    name: str  # of its runs' folders, NAME-SEED
+    name: str  # of its runs' folders, NAME-SEED-DIGEST
     label: str  # in tables and figures
     changes: Mapping[str, Any] = field(default_factory=dict)  # key of the configuration, without "config." -> value
     note: str = ""  # what is not equal to the other rows, where something is not

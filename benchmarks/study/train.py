@@ -1,21 +1,27 @@
 """One run of the study: its command, that of the train verb, and what its workdir says when it is done."""
 
+import hashlib
 import json
 import os
 import runpy
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from benchmarks.study.results import Run, digest_of, run_name
 from benchmarks.study.table import Row, Study
 from deepstack_jax import __version__
 from deepstack_jax.config import Config, build_config
+from deepstack_jax.data.cards import Cards
+from deepstack_jax.data.synthetic import SPLITS
 from deepstack_jax.evaluate.scorers.texts import levenshtein
 from deepstack_jax.plan.planner import Wanted, make_plan
 from deepstack_jax.plan.topology import open_machine
@@ -23,6 +29,8 @@ from deepstack_jax.train.run.metrics import read_metrics, seconds_per_step
 
 REPOSITORY = Path(__file__).parents[2]
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")
+SAMPLED = 8  # cards of each split that a fingerprint is of: all kinds of questions, all shapes
+_PLANNING = threading.Lock()  # runs may end at the same time
 
 
 class RunError(Exception):
@@ -43,10 +51,15 @@ class Job:
         return run_name(self.row.name, self.seed)
 
     @property
+    def key(self) -> tuple[str, str, int]:
+        """Of its run among the results."""
+        return self.study.name, self.row.name, self.seed
+
+    @property
     def changes(self) -> dict[str, Any]:
         return dict(self.row.changes) | dict.fromkeys(self.study.seeds, self.seed)
 
-    @property
+    @cached_property
     def config(self) -> Config:
         """The configuration that the command below trains."""
         config = runpy.run_path(str(REPOSITORY / self.study.base))["get_config"](self.size)
@@ -57,39 +70,67 @@ class Job:
     def digest(self) -> str:
         return digest_of(self.config)
 
+    @cached_property
+    def data(self) -> str:
+        """Fingerprint of the examples; empty where they are files that are not here."""
+        found = hashlib.sha256()
+        if self.study.needs:
+            for file in sorted((REPOSITORY / self.study.needs).glob("*.json")):
+                found.update(file.name.encode() + file.read_bytes())
+        else:
+            cards = self.config.data.cards
+            for split in SPLITS:
+                source = Cards(cards.seed, SAMPLED, grids=cards.grids, unseen=cards.unseen, sharp=cards.sharp, split=split)
+                for card in source:
+                    found.update(repr(card.messages).encode() + np.asarray(card.images[0]).tobytes())
+        return "" if self.study.needs and not self.is_possible else found.hexdigest()[:16]
+
+    @property
+    def is_possible(self) -> bool:
+        """Whether the files are there that it is trained on."""
+        return (REPOSITORY / self.study.needs).is_dir()
+
+    @property
+    def folder(self) -> str:
+        """Of its workdir: another for another configuration or other examples."""
+        return f"{self.name}-{hashlib.sha256((self.digest + self.data).encode()).hexdigest()[:8]}"
+
+    def is_of(self, run: Run | None) -> bool:
+        """Whether a run is of this very configuration and, as far as they are here, of these examples."""
+        return run is not None and run.digest == self.digest and self.data in ("", run.data)
+
     def command(self, folder: Path) -> list[str]:
         """The arguments of python that train it, as a user types them."""
         flags = [f"--config.{key}={value}" for key, value in self.changes.items()]
         return ["-m", "deepstack_jax.train", f"--config={self.study.base}:{self.size}", *flags, f"--workdir={folder}"]
 
 
-def train(job: Job, folder: Path, cores: Sequence[int] = ()) -> Run:
-    """Train a row, or go on with it where it was stopped.
+def train(job: Job, folder: Path, at_once: int = 1) -> Run:
+    """Train a row, or go on with it where it was stopped, on the cores of the calling thread.
 
     Args:
       folder: of all runs of this study and size.
-      cores: that the process may use; none = all.
+      at_once: runs that this machine has at the same time, which is kept beside the seconds.
 
     Raises:
       RunError: the command failed; its output is in the log beside the workdir.
     """
-    workdir = folder / job.name
+    workdir = folder / job.folder
     folder.mkdir(parents=True, exist_ok=True)
     # The compiled step of a row serves all of its seeds.
     cache = {"JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
     begun = time.monotonic()
-    with (folder / f"{job.name}.log").open("a") as log:
-        pin = (lambda: os.sched_setaffinity(0, cores)) if cores else None
+    with (folder / f"{job.folder}.log").open("a") as log:
         command = [sys.executable, *job.command(workdir)]
         ended = subprocess.run(
-            command, cwd=REPOSITORY, env=os.environ | cache, stdout=log, stderr=subprocess.STDOUT, preexec_fn=pin, check=False
+            command, cwd=REPOSITORY, env=os.environ | cache, stdout=log, stderr=subprocess.STDOUT, check=False
         )
     if ended.returncode:
         raise RunError(f"{job.name} ended with exit code {ended.returncode}; see {log.name}; the same command goes on with it")
-    return read_run(job, workdir, time.monotonic() - begun)
+    return read_run(job, workdir, time.monotonic() - begun, at_once)
 
 
-def read_run(job: Job, workdir: Path, seconds: float) -> Run:
+def read_run(job: Job, workdir: Path, seconds: float, at_once: int = 1) -> Run:
     """What is kept of a finished workdir.
 
     Raises:
@@ -101,7 +142,9 @@ def read_run(job: Job, workdir: Path, seconds: float) -> Run:
         scores = exact.get("by_kind") or {"exact_match": exact["score"], "character_errors": character_errors(workdir)}
     except (OSError, ValueError, KeyError) as error:
         raise RunError(f"{workdir / 'results.json'} has no scores ({error!r}); delete {workdir} and run again") from error
-    plan = make_plan(job.config, open_machine("here"), Wanted(), compiled=False)
+    here = open_machine("here")
+    with _PLANNING:
+        plan = make_plan(job.config, replace(here, devices=here.devices[:1]), Wanted(), compiled=False)
     kept = job.study.curve
     curve = [(line["step"], round(line[kept], 4)) for line in read_metrics(workdir) if kept in line]
     return Run(
@@ -109,6 +152,7 @@ def read_run(job: Job, workdir: Path, seconds: float) -> Run:
         row=job.row.name,
         seed=job.seed,
         digest=job.digest,
+        data=job.data,
         changes=dict(job.row.changes),
         scores={name: round(score, 4) for name, score in scores.items()},
         curve=curve,
@@ -120,6 +164,8 @@ def read_run(job: Job, workdir: Path, seconds: float) -> Run:
         memory=sum(plan.memory.values()),
         seconds_per_step=seconds_per_step(workdir),
         seconds=round(seconds, 1),
+        at_once=at_once,
+        cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
         versions={"deepstack_jax": __version__, **{name: version(name) for name in PACKAGES}},
     )
 

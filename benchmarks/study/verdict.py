@@ -7,7 +7,8 @@ weights as far as both have them. Of these differences the mean and its 95% inte
   near   the interval lies above -NEAR: shown. Below -NEAR: contradicted.
 
 Anything else is not shown. Where two rows end alike (both within ALIKE of each other) and the claim is one of learning too,
-the steps to 90% decide instead: the interval of the logarithm of their ratio lies on one side of 0.
+the steps to 90% decide instead: the interval of the logarithm of their ratio lies on one side of 0, the mean ratio is FASTER
+or more, and the mean difference is that from one logged step to the next or more.
 A claim holds if all its comparisons are shown, and is contradicted if one is and none is shown; between the two it holds in
 part, or is contradicted in part.
 """
@@ -17,6 +18,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from scipy.stats import t as student
 
 from benchmarks.study.results import Run, by_row
 from benchmarks.study.table import Claim, Comparison
@@ -24,8 +26,7 @@ from benchmarks.study.table import Claim, Comparison
 LEAST = 0.02  # of exact match: a smaller difference is none worth a claim, however sure
 NEAR = 0.05  # of exact match: "nearly as good"
 ALIKE = 0.02
-# 97.5% quantile of Student's t, by degrees of freedom: a table of it is all that scipy would be needed for.
-_T = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
+FASTER = 1.1  # ratio of steps: a smaller one is none worth a claim
 SHOWN, NOT_SHOWN, CONTRADICTED, NO_RUNS = "shown", "not shown", "contradicted", "no runs"
 BY_SPEED = "shown by speed"
 IN_PART, PART_CONTRADICTED = "shown in part", "contradicted in part"  # of claims alone
@@ -48,8 +49,8 @@ def interval(differences: Sequence[float]) -> tuple[float, float]:
     values = np.asarray(differences, float)
     if len(values) < 2:
         return float(values.mean()), math.inf
-    t = _T.get(len(values) - 1, 1.96)
-    return float(values.mean()), float(t * values.std(ddof=1) / math.sqrt(len(values)))
+    quantile = student.ppf(0.975, len(values) - 1)
+    return float(values.mean()), float(quantile * values.std(ddof=1) / math.sqrt(len(values)))
 
 
 def judge(comparison: Comparison, runs: Mapping[tuple[str, str, int], Run], study: str) -> Judged:
@@ -80,6 +81,10 @@ def _by_speed(judged: Judged, first: Sequence[Run], second: Sequence[Run]) -> Ju
     if any(None in pair for pair in steps):
         return judged
     mean, margin = interval([math.log(theirs / ours) for ours, theirs in steps if ours and theirs])
+    logged = first[0].curve[1][0] - first[0].curve[0][0]
+    apart = abs(float(np.mean([theirs - ours for ours, theirs in steps if ours and theirs])))
+    if abs(mean) < math.log(FASTER) or apart < logged:
+        return judged
     verdict = BY_SPEED if mean - margin > 0 else CONTRADICTED if mean + margin < 0 else NOT_SHOWN
     return Judged(judged.comparison, verdict, judged.mean, judged.margin, math.exp(mean), judged.seeds)
 

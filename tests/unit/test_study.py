@@ -1,16 +1,16 @@
 """The injection laboratory: its table, the rule of its verdicts, what is never done twice, and the page made of results."""
 
 import math
+import shutil
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
 from benchmarks.study import __main__ as study
 from benchmarks.study import train
 from benchmarks.study.report import page, write
-from benchmarks.study.results import Run, add_run, digest_of, read_runs
-from benchmarks.study.table import CARDS, CLAIMS, DIGITS, LINES, ROWS, Claim, above, near
+from benchmarks.study.results import WINDOW, Run, add_run, digest_of, read_runs
+from benchmarks.study.table import CARDS, CLAIMS, LINES, ROWS, Claim, above, near
 from benchmarks.study.train import Job, RunError
 from benchmarks.study.verdict import (
     BY_SPEED,
@@ -27,13 +27,31 @@ from benchmarks.study.verdict import (
 from deepstack_jax.data.cards import KINDS
 from deepstack_jax.printing import Console
 from tests.docs.blocks import of_text, unfenced
-from tests.e2e.verb import ask_fork
+from tests.e2e.verb import REPOSITORY, ask_fork, read_json, verb
 
+TINY = {
+    "vision.width": 8,
+    "vision.layers": 2,
+    "vision.heads": 2,
+    "vision.mlp": 16,
+    "decoder.width": 16,
+    "decoder.layers": 5,
+    "decoder.mlp": 16,
+    "decoder.heads": 2,
+    "decoder.kv_heads": 2,
+    "decoder.head_dim": 8,
+    "train.steps": 2,
+    "train.batch_size": 2,
+    "train.log_every": 1,
+    "evaluation.examples": 12,
+    "evaluation.batch_size": 4,
+}
 RUN = Run(
     study="cards",
     row="deepstack",
     seed=0,
     digest="",
+    data="",
     changes={},
     scores=dict.fromkeys(KINDS, 0.5),
     curve=[(10, 0.1), (20, 0.3), (30, 0.5)],
@@ -45,8 +63,16 @@ RUN = Run(
     memory=2.0**24,
     seconds_per_step=0.25,
     seconds=100.0,
+    at_once=1,
+    cores=2,
     versions={"jax": "0"},
 )
+
+
+def of_job(run, size="cpu"):
+    """The run as one of what the table is today."""
+    job = Job(CARDS, size, ROWS[run.row], run.seed)
+    return replace(run, digest=job.digest, data=job.data)
 
 
 def runs_of(**scores):
@@ -99,7 +125,8 @@ def test_rows_of_real_images_differ_in_what_is_compared_and_in_nothing_else():
 
 
 def test_rows_whose_data_are_not_there_are_left_out_and_said(tmp_path, trained, monkeypatch, capsys):
-    monkeypatch.setattr(study, "REPOSITORY", tmp_path)
+    monkeypatch.setattr(train, "REPOSITORY", tmp_path)
+    shutil.copytree(REPOSITORY / "configs", tmp_path / "configs")
     assert ask(tmp_path, "--only=lines_,baseline", "--seeds=1") == 0
     assert trained[0] == ["baseline-0"]
     assert "left out: rows of lines, for runs/study/lines-data is not there" in capsys.readouterr().out
@@ -115,8 +142,9 @@ def test_claims_compare_rows_that_are_there_and_shown():
 
 
 def test_the_interval_is_student_s():
-    """Mean 0.2, deviation 0.1, n = 3: t = 4.303 of the published tables."""
-    assert interval([0.1, 0.2, 0.3]) == pytest.approx((0.2, 4.303 * 0.1 / math.sqrt(3)))
+    """Mean 0.2, deviation 0.1, n = 3: t = 4.303 of the published tables; 2.131 for 15 degrees of freedom."""
+    assert interval([0.1, 0.2, 0.3]) == pytest.approx((0.2, 4.303 * 0.1 / math.sqrt(3)), rel=1e-4)
+    assert interval([0.0, 1.0] * 8) == pytest.approx((0.5, 2.131 * math.sqrt(4 / 15) / 4), rel=1e-3)
     assert interval([0.1]) == (0.1, math.inf)
 
 
@@ -154,6 +182,17 @@ def test_rows_that_end_alike_are_compared_by_speed_where_the_claim_is_one_of_lea
     assert RUN.reached() is None
 
 
+@pytest.mark.parametrize(("later", "verdict"), [(1, NOT_SHOWN), (3, BY_SPEED)])
+def test_a_speed_within_a_tenth_is_no_difference(later, verdict):
+    """90% at step 200, and at 210 and 230: sure, as no seed differs, but worth a claim from 1.1 times on."""
+    curves = {"a": 20, "b": 20 + later}
+    runs = {
+        key: replace(run, curve=[(10 * at, 0.95 if at > curves[key[1]] - WINDOW else 0.0) for at in range(1, 30)])
+        for key, run in runs_of(a=[0.99, 0.98, 0.99], b=[0.99, 0.99, 0.98]).items()
+    }
+    assert judge(above("a", "b", speed=True), runs, "cards").verdict == verdict
+
+
 def test_a_claim_holds_in_part_where_its_comparisons_disagree():
     claim = Claim("c", "", "", ("a", "b", "c"), (above("a", "b"), above("b", "c")))
     good, bad = [0.9, 0.91, 0.92], [0.1, 0.12, 0.11]
@@ -178,14 +217,14 @@ def test_results_come_back_and_a_run_takes_the_place_of_its_own(tmp_path):
 
 @pytest.fixture
 def trained(monkeypatch):
-    """Names of the runs that were trained, by something that is quicker than training; those of `failing` fail."""
-    names, failing = [], set()
+    """Names of the runs that were trained, by something that is quicker than training; those of `failing` raise its errors."""
+    names, failing = [], {}
 
-    def stand_in(job, folder, cores=()):
+    def stand_in(job, folder, at_once=1):
         names.append(job.name)
         if job.name in failing:
-            raise RunError(f"{job.name} ended with exit code 1")
-        return replace(RUN, row=job.row.name, seed=job.seed, digest=job.digest)
+            raise failing[job.name]
+        return replace(RUN, row=job.row.name, seed=job.seed, digest=job.digest, data=job.data)
 
     monkeypatch.setattr(study, "train", stand_in)
     return names, failing
@@ -197,14 +236,16 @@ def ask(tmp_path, *flags):
 
 def test_a_row_is_never_trained_twice_and_a_failed_one_again(tmp_path, trained, capsys):
     names, failing = trained
-    failing.add("dummy-1")
+    failing |= {"dummy-0": KeyError("steps"), "baseline-1": RunError("baseline-1 ended with exit code 1")}
     assert ask(tmp_path, "--only=baseline,dummy", "--seeds=2") == 1
     assert names == ["baseline-0", "dummy-0", "baseline-1", "dummy-1"]
-    assert "failed: dummy-1 ended with exit code 1" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "failed: baseline-1 ended with exit code 1" in printed
+    assert "failed: dummy-0: KeyError('steps')" in printed
     names.clear()
     failing.clear()
     assert ask(tmp_path, "--only=baseline,dummy", "--seeds=2", "--jobs=2") == 0
-    assert names == ["dummy-1"]
+    assert sorted(names) == ["baseline-1", "dummy-0"]
     names.clear()
     assert ask(tmp_path, "--only=baseline,dummy", "--seeds=2") == 0
     assert ask(tmp_path, "--only=baseline", "--seeds=2", "--list") == 0
@@ -223,10 +264,19 @@ def test_quick_trains_the_headline_rows_with_cards_of_their_own(tmp_path, traine
     names, _ = trained
     assert ask(tmp_path, "--quick") == 0
     assert names == [f"{name}-{study.QUICK_SEED}" for name, row in ROWS.items() if row.quick]
-    assert "within its spread" in capsys.readouterr().out
+    assert "no runs to compare" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("flags", [["--only=bas,nothing"], ["--seeds=0"], ["--jobs=0"]])
+def test_a_quick_run_is_compared_with_the_study_s_mean_and_spread():
+    """0.5 beside 0.46 and 0.5 (mean 0.48, within the slack), and beside 0.8 and 0.82."""
+    quick = {name: Job(CARDS, "cpu", ROWS[name], study.QUICK_SEED) for name in ("baseline", "deepstack", "dummy")}
+    runs = {job.key: replace(RUN, row=name, seed=study.QUICK_SEED) for name, job in quick.items()}
+    table = study.compared(list(quick.values()), runs, runs_of(baseline=[0.46, 0.5], deepstack=[0.8, 0.82]))
+    assert list(table.columns[3].cells) == ["yes", "no", "no runs to compare"]
+    assert list(table.columns[2].cells) == ["48.0% ± 2.8%", "81.0% ± 1.4%", "-"]
+
+
+@pytest.mark.parametrize("flags", [["--only=bas,nothing"], ["--seeds=0"], ["--jobs=0"], ["--report", "--size=slice"]])
 def test_wrong_arguments_are_said(tmp_path, flags, trained):
     with pytest.raises(SystemExit) as ended:
         ask(tmp_path, *flags)
@@ -257,7 +307,11 @@ def test_what_is_typed_is_the_configuration_whose_digest_is_remembered(tmp_path,
 def test_the_page_says_what_the_numbers_say(tmp_path):
     high, low = [0.95, 0.96, 0.97], [0.1, 0.1, 0.11]
     runs = runs_of(deepstack=high, baseline=low, dummy=low, only_global=high, upsampled=low)
-    assert write(runs, Console(), tmp_path) == 0
+    runs = {key: of_job(run) for key, run in runs.items()}
+    runs["cards", "deepstack", 0] = replace(
+        runs["cards", "deepstack", 0], at_once=2, cores=1, seconds_per_step=0.5, versions={"jax": "1"}
+    )
+    assert write(runs, Console(), folder=tmp_path) == 0
     text = (tmp_path / "study.md").read_text()
     assert text == page(runs)
     assert f"**Not finished**: 15 of {3 * len(ROWS)} runs are done" in text
@@ -267,6 +321,9 @@ def test_the_page_says_what_the_numbers_say(tmp_path):
     assert "| DeepStack-L more than nothing in the sequence, low-res injected | +0.0% ± 0.0% | not shown |" in text
     assert "| DeepStack-L | 96.0% ± 1.0% |" in text
     assert "the mean is 0.02 or more" in text
+    assert "0.500 (2 at once), 0.250 (1 at once)" in text
+    assert "1 run at once of 2 cores each, or 2 runs at once of 1 core each" in text
+    assert text.endswith("Versions: jax 0 and 1.\n")
     for name in ("scores", "curves"):
         assert f"images/study-{name}.png" in text
         assert (tmp_path / "images" / f"study-{name}.png").stat().st_size > 5000
@@ -274,7 +331,61 @@ def test_the_page_says_what_the_numbers_say(tmp_path):
     assert unfenced(text) == []
 
 
-def test_no_run_is_no_page(tmp_path, capsys):
-    assert write({}, Console(), Path(tmp_path)) == 1
+def test_the_larger_size_has_a_page_of_its_own(tmp_path):
+    runs = {key: of_job(run, "gpu") for key, run in runs_of(deepstack=[0.9], baseline=[0.1]).items()}
+    assert write(runs, Console(), "gpu", tmp_path) == 0
+    text = (tmp_path / "study-gpu.md").read_text()
+    assert "configs/study.py:gpu" in text
+    assert "results_gpu.jsonl" in text
+    assert "(images/study-gpu-curves.png)" in text
+    assert (tmp_path / "images" / "study-gpu-scores.png").exists()
     assert not (tmp_path / "study.md").exists()
-    assert DIGITS == ("fine", "cued", "before")
+
+
+def test_runs_of_another_configuration_are_left_out_and_said(tmp_path, capsys):
+    old = {key: replace(of_job(run), data="of other cards") for key, run in runs_of(baseline=[0.1]).items()}
+    assert write(old | {key: of_job(run) for key, run in runs_of(deepstack=[0.9]).items()}, Console(), folder=tmp_path) == 0
+    assert "left out: 1 run of configurations" in capsys.readouterr().out
+    assert "| low-res alone (LLaVA's form) | - |" in (tmp_path / "study.md").read_text()
+    assert write(old, Console(), folder=tmp_path / "none") == 1
+    assert not (tmp_path / "none").exists()
+
+
+def test_no_run_is_no_page(tmp_path, capsys):
+    assert write({}, Console(), folder=tmp_path) == 1
+    assert "nothing to write" in capsys.readouterr().out
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_finished_workdir_is_read(tiny_job, tmp_path):
+    """Two steps of a tiny model on cards: what is kept is what its files and the plan say."""
+    job, workdir = tiny_job, tmp_path / tiny_job.folder
+    done = verb("train", *job.command(workdir)[2:])
+    assert done.returncode == 0, done.stderr
+    run = train.read_run(job, workdir, 12.34, at_once=2)
+    assert job.is_of(run)
+    assert run.scores.keys() == set(KINDS)
+    assert [step for step, _ in run.curve] == [1, 2]
+    assert (run.steps, run.context, run.visual, run.seconds, run.at_once) == (2, 35, 45, 12.3, 2)
+    assert run.parameters > 1000
+    assert run.flops > 6 * run.parameters * 35  # of one row, forward and backward
+    assert run.memory > 16 * run.parameters
+    assert read_json(workdir / "results.json")["scores"]["exact_match"]["by_kind"] == pytest.approx(run.scores, abs=1e-4)
+    (workdir / "results.json").unlink()
+    with pytest.raises(RunError, match="has no scores"):
+        train.read_run(job, workdir, 1.0)
+
+
+@pytest.fixture
+def tiny_job(tmp_path):
+    """A job of the study's base, made tiny."""
+    (tmp_path / "tiny.py").write_text(
+        f"""import runpy
+
+def get_config(size):
+    config = runpy.run_path({str(REPOSITORY / CARDS.base)!r})["get_config"](size)
+    config.update_from_flattened_dict({TINY})
+    return config
+"""
+    )
+    return Job(replace(CARDS, base=str(tmp_path / "tiny.py")), "cpu", ROWS["deepstack"], 0)
