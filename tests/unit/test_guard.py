@@ -40,4 +40,4 @@ def test_a_gradient_added_up_whole_is_seen(monkeypatch):
     monkeypatch.setattr(ExplicitFsdp, "_scatter", whole)
     lines = moved("L")
     assert any("all-reduce/bytes: 0 ->" in line for line in lines), lines
-    assert any("reduce-scatter/count" in line and "-> 0" in line for line in lines), lines
+    assert any("reduce-scatter/bytes" in line and "-> 0" in line for line in lines), lines
