@@ -75,6 +75,19 @@ def of_job(run, size="cpu"):
     return replace(run, digest=job.digest, data=job.data)
 
 
+def tiny_job(of, row, folder, **changes):
+    """A job of a row of a study whose base is made tiny."""
+    file = folder / "tiny.py"
+    file.write_text(f"""import runpy
+
+def get_config(size):
+    config = runpy.run_path({str(REPOSITORY / of.base)!r})["get_config"](size)
+    config.update_from_flattened_dict({TINY | changes})
+    return config
+""")
+    return Job(replace(of, base=str(file)), "cpu", of.rows[row], 0)
+
+
 def runs_of(**scores):
     """Runs of rows by name, a score a seed."""
     made = [
@@ -357,9 +370,10 @@ def test_no_run_is_no_page(tmp_path, capsys):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_finished_workdir_is_read(tiny_job, tmp_path):
+def test_a_finished_workdir_is_read(tmp_path):
     """Two steps of a tiny model on cards: what is kept is what its files and the plan say."""
-    job, workdir = tiny_job, tmp_path / tiny_job.folder
+    job = tiny_job(CARDS, "deepstack", tmp_path)
+    workdir = tmp_path / job.folder
     done = verb("train", *job.command(workdir)[2:])
     assert done.returncode == 0, done.stderr
     run = train.read_run(job, workdir, 12.34, at_once=2)
@@ -374,18 +388,3 @@ def test_a_finished_workdir_is_read(tiny_job, tmp_path):
     (workdir / "results.json").unlink()
     with pytest.raises(RunError, match="has no scores"):
         train.read_run(job, workdir, 1.0)
-
-
-@pytest.fixture
-def tiny_job(tmp_path):
-    """A job of the study's base, made tiny."""
-    (tmp_path / "tiny.py").write_text(
-        f"""import runpy
-
-def get_config(size):
-    config = runpy.run_path({str(REPOSITORY / CARDS.base)!r})["get_config"](size)
-    config.update_from_flattened_dict({TINY})
-    return config
-"""
-    )
-    return Job(replace(CARDS, base=str(tmp_path / "tiny.py")), "cpu", ROWS["deepstack"], 0)

@@ -1,14 +1,18 @@
 """Lines of receipts as training data: what a line is, which receipts are held out, and that the same seed draws the same."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from benchmarks.study.lines import DRAWN, FONTS, HEIGHT, HELD_OUT, LINES, LONGEST, TRAIN, WIDTH, lines_of, main
-from benchmarks.study.train import character_errors
+from benchmarks.study.table import LINES as STUDY
+from benchmarks.study.train import character_errors, read_run
 from deepstack_jax.data.open import open_files
+from tests.e2e.verb import verb
+from tests.unit.test_study import tiny_job
 
 
 @pytest.fixture(scope="module")
@@ -81,6 +85,26 @@ def test_a_folder_without_receipts_is_said_in_one_line(tmp_path, capsys):
 def test_fonts_are_those_with_letters():
     names = ["DejaVuSans.ttf", "DejaVuSansMono-Bold.ttf", "STIXGeneralBol.ttf", "STIXSizOneSymReg.ttf", "cmsy10.ttf"]
     assert [bool(FONTS.fullmatch(name)) for name in names] == [True, True, True, False, False]
+
+
+@pytest.mark.slow
+def test_a_finished_workdir_is_read(receipts, tmp_path):
+    """Two steps of a tiny model on lines: the curve is that of the held-out ones."""
+    write(receipts, tmp_path / "data")
+    changes = {"data.root": str(tmp_path / "data"), "evaluation.every": 1, "evaluation.max_new_tokens": 2}
+    job = tiny_job(replace(STUDY, needs=str(tmp_path / "data")), "lines_deepstack", tmp_path, **changes)
+    workdir = tmp_path / job.folder
+    done = verb("train", *job.command(workdir)[2:])
+    assert done.returncode == 0, done.stderr
+    run = read_run(job, workdir, 1.0)
+    assert job.is_of(run)
+    assert run.scores["exact_match"] <= 1.0
+    assert run.scores["character_errors"] == pytest.approx(character_errors(workdir), abs=1e-4)
+    assert run.scores["character_errors"] > 0.5, "after two steps it cannot read"
+    assert [step for step, _ in run.curve] == [1, 2]
+    assert run.visual == 5 * 64
+    (tmp_path / "data" / DRAWN).write_text("[]")
+    assert not tiny_job(replace(STUDY, needs=str(tmp_path / "data")), "lines_deepstack", tmp_path, **changes).is_of(run)
 
 
 def test_character_errors_are_edits_per_character(tmp_path):
