@@ -2,6 +2,7 @@
 
   --list          print the stages with their seconds, and end
   --only=A,B      these stages alone, again where they are done
+  --anew          leave out what was found before
   --size=tiny     small models, which a CPU runs to the end too
   --output=FILE   where the results go; benchmarks/results/gpu-NAME.json, by the name of the device, unless given; those of
                   small models, which no document shows, are left in --work
@@ -10,9 +11,9 @@
 
 Every stage runs in a process of its own, prints and saves each figure as it is known, and is ended at its limit. A stage that
 is done is not run again: the same call made again goes on with what failed, ran out of time or came too late. Results of
-another device, size, jax or other sources are begun anew. Then `python -m benchmarks.gpu_check.tables` writes the tables of
-the documents. Exits with 1 where a stage failed or was late. What it needs beyond the package is in
-benchmarks/gpu_check/requirements.txt.
+another device, size, jax or other sources are begun anew, which --only refuses without --anew; those of another torch lose
+PyTorch's stages. Then `python -m benchmarks.gpu_check.tables` writes the tables of the documents. Exits with 1 where a stage
+failed, was late or found no time left. What it needs beyond the package is in benchmarks/gpu_check/requirements.txt.
 """
 
 from __future__ import annotations
@@ -22,9 +23,11 @@ import hashlib
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -35,7 +38,15 @@ from deepstack_jax.atomic import write_json
 REPOSITORY = Path(__file__).parents[2]
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "torch", "transformers", "nvidia-cudnn-cu12", "nvidia-cudnn-cu13")
 SAME = ("device", "sources")  # of the machine, in results that are gone on with
-SOURCES = ("deepstack_jax/**/*.py", "configs/*.py", "benchmarks/gpu_check/*.py", "benchmarks/attention_check.py")
+SOURCES = (
+    "deepstack_jax/**/*.py",
+    "configs/*.py",
+    "benchmarks/gpu_check/*.py",
+    "benchmarks/attention_check.py",
+    "benchmarks/decode.py",
+)
+SHOWS = "tables.py"  # measures nothing
+PEERS = ("torch", "transformers")  # packages that the stages in PyTorch measure
 SLOW = 5  # times its limit that a stage has where the models are small: on a CPU, which may be busy
 LEAST = 20  # seconds that must be left for a stage to begin
 SHOWN = 12  # last lines of what a stage that failed wrote to stderr
@@ -76,7 +87,8 @@ def digest() -> str:
     found = hashlib.sha256()
     for place in SOURCES:
         for file in sorted(REPOSITORY.glob(place)):
-            found.update(file.read_bytes())
+            if file.name != SHOWS:
+                found.update(file.read_bytes())
     return found.hexdigest()[:16]
 
 
@@ -85,17 +97,32 @@ def slug(device: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", device.lower().removeprefix("nvidia")).strip("-")
 
 
-def open_results(file: Path, here: dict[str, Any], size: str) -> dict[str, Any]:
-    """Those of the file where they are of the same machine, sources and size, else none."""
+def open_results(
+    file: Path, here: dict[str, Any], size: str, only: Sequence[str] = (), *, anew: bool = False
+) -> dict[str, Any]:
+    """Those of the file where they are of the same machine, sources and size, else none.
+
+    Raises:
+      SystemExit: they are not, and some stages alone are to be run in their place.
+    """
     fresh = {"size": size, "machine": here, "stages": {}}
-    if not file.exists():
+    if anew or not file.exists():
         return fresh
     found = json.loads(file.read_text())
     before, now = ({key: one["machine"][key] for key in SAME} | {"size": one["size"]} for one in (found, fresh))
     before["jax"], now["jax"] = (one["machine"]["versions"]["jax"] for one in (found, fresh))
     changed = [key for key in now if before[key] != now[key]]
     if not changed:
+        if any(found["machine"]["versions"].get(name) != here["versions"].get(name) for name in PEERS):
+            for stage in STAGES:
+                if stage.peer:
+                    found["stages"].pop(stage.name, None)
         return found | {"machine": here}
+    if only:
+        raise SystemExit(
+            f"{file} is of another {', '.join(changed)}; --only={','.join(only)} would leave nothing of it but these stages: "
+            f"run all, add --anew, or name another file by --output"
+        )
     print(f"{file} is of another {', '.join(changed)}; its stages are run anew", flush=True)
     return fresh
 
@@ -108,18 +135,21 @@ def run_stage(stage: Stage, results: dict[str, Any], size: str, work: Path, limi
     command = child_command(stage, size, figures, earlier, limit)
     began = time.monotonic()
     with log.open("w") as file:
-        process = subprocess.Popen(command, cwd=REPOSITORY, env=environment(stage, size, work), stderr=file)
+        process = subprocess.Popen(
+            command, cwd=REPOSITORY, env=environment(stage, size, work), stderr=file, start_new_session=True
+        )
         try:
             code = process.wait(timeout=limit)
         except subprocess.TimeoutExpired:
             code = None
         finally:
             if process.poll() is None:
-                process.kill()
+                os.killpg(process.pid, signal.SIGKILL)  # and what it started itself, which would keep the GPU
                 process.wait()
     status = "late" if code is None else {0: "done", EXIT_ABSENT: "absent"}.get(code, "failed")
     found = {"status": status, "seconds": round(time.monotonic() - began, 1), "limit": round(limit)}
-    found["figures"] = json.loads(figures.read_text()) if figures.exists() else {}
+    before = {} if status == "done" else results["stages"].get(stage.name, {}).get("figures", {})
+    found["figures"] = before | (json.loads(figures.read_text()) if figures.exists() else {})
     if status in ("failed", "absent"):
         found["said"] = log.read_text(errors="replace").strip().splitlines()[-SHOWN:]
     return found
@@ -144,6 +174,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--list", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--only", default="", help=argparse.SUPPRESS)
+    parser.add_argument("--anew", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--size", default="full", choices=("full", "tiny"), help=argparse.SUPPRESS)
     parser.add_argument("--output", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--work", type=Path, default=REPOSITORY / ".cache" / "gpu_check", help=argparse.SUPPRESS)
@@ -162,12 +193,13 @@ def main() -> int:
     output = given.output or folder / f"gpu-{slug(here['device'])}.json"
     given.work.mkdir(parents=True, exist_ok=True)
     output.parent.mkdir(parents=True, exist_ok=True)
-    return run_all(open_results(output, here, given.size), output, only, given.work, given.budget)
+    results = open_results(output, here, given.size, only, anew=given.anew)
+    return run_all(results, output, only, given.work, given.budget)
 
 
 def run_all(results: dict[str, Any], output: Path, only: list[str], work: Path, budget: float) -> int:
     """Every stage that is still to run, as long as time is left; the file is whole after each."""
-    ends, stages = time.monotonic() + budget, results["stages"]
+    ends, stages, whole = time.monotonic() + budget, results["stages"], True
     for stage in STAGES:
         done = stages.get(stage.name, {}).get("status") == "done"
         if stage.name not in only if only else done:
@@ -175,6 +207,7 @@ def run_all(results: dict[str, Any], output: Path, only: list[str], work: Path, 
         left = ends - time.monotonic()
         if left < LEAST:
             print(f"{stage.name}: no time is left; make the same call again", flush=True)
+            whole = False
             continue
         print(f"{stage.name} ({stage.part}): {stage.what}", flush=True)
         limit = stage.limit * (SLOW if results["size"] == "tiny" else 1)
@@ -183,7 +216,7 @@ def run_all(results: dict[str, Any], output: Path, only: list[str], work: Path, 
         found = stages[stage.name]
         print(f"{stage.name}: {found['status']} in {found['seconds']:.0f} s{_said(found)}", flush=True)
     print(f"results: {output}")
-    return int(any(one["status"] in ("failed", "late") for one in stages.values()))
+    return int(not whole or any(one["status"] in ("failed", "late") for one in stages.values()))
 
 
 def _said(found: dict[str, Any]) -> str:

@@ -20,7 +20,7 @@ SHOWN = 25  # kernels that take most
 # What a kernel of cuBLAS, cuDNN, Triton or XLA is by its name; the first that is found counts.
 KINDS = {
     "attention": r"fmha|attention|flash|sdpa|mosaic",
-    "matrix products": r"gemm|xmma|cutlass|cublas|nvjet|wgmma|dot|matmul|conv",
+    "matrix products": r"gemm|xmma|cutlass|cublas|nvjet|wgmma|dot|matmul|conv(?!ert)",
     "copies": r"memcpy|memset|copy|transpose",
     "collectives": r"nccl|all_reduce|all_gather|reduce_scatter",
     "reductions": r"reduce|softmax|norm",

@@ -19,19 +19,27 @@ class Stage:
     limit: int  # seconds after which it is ended; figures that it had by then stay
     what: str
     platforms: str = ""  # JAX_PLATFORMS of its process; empty = as the machine has it
+    peer: bool = False  # of PyTorch, whose version counts
 
 
 STAGES = (
     Stage("kernels", "a", "attention:compare", 45, 90, "attention kernels against the portable one: values and gradients"),
     Stage("step", "b", "step:full", 85, 170, "the packed step at 7B width: s, tokens/s, samples/s, MFU; the best plain matmul"),
     Stage(
-        "torch", "c", "torch_step:run", 90, 150, "the same arithmetic in PyTorch, eager and compiled; losses compared", "cpu"
+        "torch",
+        "c",
+        "torch_step:run",
+        90,
+        150,
+        "the same arithmetic in PyTorch, eager and compiled; losses compared",
+        "cpu",
+        peer=True,
     ),
     Stage("memory", "d", "memory:against_plan", 10, 40, "peak memory of the step against `plan`", "cpu"),
     Stage("injection", "e", "step:injection", 50, 110, "the step with the stack injected and without"),
     Stage("decode", "f", "decode:ours", 45, 110, "decoding at batch 1, 8, 64 against the bandwidth of the memory"),
-    Stage("generate", "f", "decode:theirs", 35, 80, "the same batches by transformers' generate", "cpu"),
-    Stage("tests", "a", "attention:tests", 35, 120, "tests/distributed/test_kernels.py with the GPU in it", "cpu,cuda"),
+    Stage("generate", "f", "decode:theirs", 35, 80, "the same batches by transformers' generate", "cpu", peer=True),
+    Stage("tests", "a", "attention:tests", 35, 120, "of tests/distributed/test_kernels.py, those of a GPU", "cpu,cuda"),
     Stage("string", "e", "step:string", 40, 110, "DeepStack-L against the 2880 tokens as a string, samples/s"),
     Stage("lora", "e", "step:lora", 40, 110, "LoRA against full fine-tuning"),
     Stage("profile", "g", "profile:run", 20, 70, "where the step's time goes, by kind of kernel and by kernel"),

@@ -11,7 +11,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.gpu_check.programs import build, config_of, fitting, made_state, packed_batch, planned, policies, with_decoder
+from benchmarks.gpu_check.programs import (
+    PROBED,
+    SHARE,
+    build,
+    config_of,
+    fitting,
+    made_state,
+    packed_batch,
+    planned,
+    policies,
+    with_decoder,
+)
 from benchmarks.gpu_check.record import Record, target
 from deepstack_jax.batch import Batch
 from deepstack_jax.config import Config, build_config, to_dict
@@ -33,11 +44,26 @@ SECOND = 70  # seconds that a second program may take to compile and run
 def full(record: Record) -> None:
     """The step by the fastest remat policy that there is, and by the recipes' own; the best plain product before them."""
     peak = plain_matmul(record)
-    machine = open_machine("here")
-    config = fitting(record.size, {}, machine, record.size.rows)
-    measure(record, "step", config, peak)
+    config = measure_fitting(record, peak)
     if policies()[0] != "block" and record.left() > SECOND:
         measure(record, "step, remat block", with_decoder(config, remat="block"), peak)
+
+
+def measure_fitting(record: Record, peak: float) -> Config:
+    """Measure the step with as many layers as fit, and once more with fewer where `plan` took it for smaller than it is."""
+    config = fitting(record.size, {}, open_machine("here"), record.size.rows)
+    try:
+        measure(record, "step", config, peak)
+        return config
+    except (jax.errors.JaxRuntimeError, MemoryError) as error:
+        layers = max(PROBED, int(SHARE * config.decoder.layers))
+        small = isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)
+        if not small or layers >= config.decoder.layers:
+            raise
+        print(f"  {config.decoder.layers} layers do not fit: {str(error).splitlines()[0][:160]}", flush=True)
+    config = config_of(record.size, {"decoder.layers": layers, "decoder.remat": config.decoder.remat})
+    measure(record, "step", config, peak)
+    return config
 
 
 def injection(record: Record) -> None:
@@ -120,6 +146,9 @@ def measure(
       rows: of the batch, 0 = the size's own.
       drawn: parameters are drawn as a run draws them, not made from their names.
       then: is given the step, to run it more.
+
+    Raises:
+      MemoryError: the compiled step asks for more than the device has, said before it is run.
     """
     rows = rows or record.size.rows
     program, batch = build(config), packed_batch(config, rows)
@@ -130,6 +159,9 @@ def measure(
             program.jit_step().lower(program.abstract_state(), program.abstract_batch(rows, config.data.max_length)).compile()
         )
         compiling = time.perf_counter() - began
+        needed, usable = compiled_memory(compiled), open_machine("here").usable
+        if usable and needed > usable:
+            raise MemoryError(f"the compiled step asks for {needed / 2**30:.1f} GiB of {usable / 2**30:.1f}")
         state = (
             jax.jit(lambda key: program.begin(program.draw(key)), out_shardings=program.shardings)(jax.random.key(0))
             if drawn
@@ -137,6 +169,7 @@ def measure(
         )
         held = [state]
         del state
+        before = _peak()
 
         def step() -> Any:
             held[0], metrics = compiled(held[0], placed)
@@ -147,18 +180,13 @@ def measure(
             step()
         seconds = timed(step, record.size.repeats)
         squares = float(step()["segment_squares"])
-        memory: Any = compiled.memory_analysis()
         figures = describe(program, batch, seconds, squares, peak)
-        sizes = (
-            memory.argument_size_in_bytes,
-            memory.output_size_in_bytes,
-            memory.temp_size_in_bytes,
-            memory.generated_code_size_in_bytes,
-        )
+        after = _peak()
         figures |= {
             "losses": losses,
-            "peak, GiB": _peak(),
-            "compiler says, GiB": (sum(sizes) - memory.alias_size_in_bytes) / 2**30,
+            # The count is of the process's life: where it did not grow, the step's own is not known.
+            "peak, GiB": after / 2**30 if after > before else None,
+            "compiler says, GiB": needed / 2**30,
             "plan says, GiB": planned(program, open_machine("here"), rows).used / 2**30,
             "compiled in, s": compiling,
         }
@@ -222,10 +250,16 @@ def timed(run: Callable[[], Any], repeats: int) -> list[float]:
     return seconds
 
 
-def _peak() -> float | None:
-    """GiB that this process had in use at once, None where the device keeps no count."""
-    found = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use", 0)
-    return found / 2**30 if found else None
+def compiled_memory(compiled: Any) -> int:
+    """Bytes that the compiler says the program takes: arguments, results that reuse none of them, temporaries and code."""
+    memory = compiled.memory_analysis()
+    results = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    return memory.argument_size_in_bytes + results + memory.temp_size_in_bytes + memory.generated_code_size_in_bytes
+
+
+def _peak() -> int:
+    """Bytes that this process had in use at once so far, 0 where the device keeps no count."""
+    return (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use", 0)
 
 
 def _ratio(one: float | None, other: float | None) -> float | None:

@@ -53,11 +53,13 @@ def run(record: Record) -> None:
         compiled = name == "compiled"
         try:
             peer.begin(compiled=compiled)
-            peer.step()
+            found = measure(peer, record.size.repeats)
         except torch.OutOfMemoryError:
+            found = None
+        if found is None:
             peer.checkpointed = True
-        peer.begin(compiled=compiled)
-        found = measure(peer, record.size.repeats)
+            peer.begin(compiled=compiled)
+            found = measure(peer, record.size.repeats)
         apart = [abs(a - b) for a, b in zip(found["losses"], ours["losses"], strict=True)]
         faster = ours["s/step"] / found["s/step"]  # of the same arithmetic
         rates = {key: ours[key] * faster if ours[key] else None for key in ("TFLOP/s", "MFU", "of the best product")}

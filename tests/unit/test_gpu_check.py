@@ -1,15 +1,19 @@
 """The check of a GPU, on a CPU: its stages go on without each other, the tables say what the results say."""
 
+import dataclasses
+import fcntl
 import json
 import os
+import subprocess
 import sys
+import threading
 
 import jax
 import numpy as np
 import pytest
 
 from benchmarks.gpu_check import __main__ as check
-from benchmarks.gpu_check import child, programs, tables
+from benchmarks.gpu_check import attention, child, profile, programs, step, tables
 from benchmarks.gpu_check.record import AbsentError, Record, target
 from benchmarks.gpu_check.sizes import SIZES
 from benchmarks.gpu_check.stages import BUDGET, NAMES, STAGES, Stage, listing
@@ -85,16 +89,50 @@ def test_a_stage_beyond_its_limit_is_ended_and_the_next_one_runs(stages, tmp_pat
     assert (code, found["crash"]["status"], found["last"]["status"]) == (1, "late", "done")
 
 
+def test_what_a_stage_started_ends_with_it(stages, tmp_path, monkeypatch):
+    held = tmp_path / "held"
+    held.touch()
+    keeps = "import fcntl, subprocess; file = open(r'%s'); fcntl.flock(file, fcntl.LOCK_EX); "
+    keeps += "subprocess.Popen([sys.executable, '-c', 'import signal; signal.pause()'], pass_fds=[file.fileno()]); "
+    monkeypatch.setitem(ENDS, "well", keeps % held + "signal.pause()")
+    monkeypatch.setattr(check, "STAGES", (Stage("well", "a", "", 1, 1, ""),))
+    assert run(tmp_path)[1]["well"]["status"] == "late"
+    with held.open() as file:
+        free = threading.Thread(target=fcntl.flock, args=(file, fcntl.LOCK_EX), daemon=True)
+        free.start()
+        free.join(60)
+        assert not free.is_alive(), "a process of the stage still holds the file"
+
+
+def test_a_stage_that_is_run_again_and_ends_badly_keeps_what_it_had(stages, tmp_path, monkeypatch):
+    run(tmp_path)
+    monkeypatch.setattr(check, "child_command", lambda *_: [sys.executable, "-c", "raise SystemExit(1)"])
+    _, found = run(tmp_path, only=["well"])
+    assert (found["well"]["status"], found["well"]["figures"]) == ("failed", {"one": {"got": 1}})
+
+
 def test_without_time_left_no_stage_begins(stages, tmp_path, capsys):
     code, found = run(tmp_path, budget=check.LEAST / 2)
-    assert (code, found, stages) == (0, {}, [])
+    assert (code, found, stages) == (1, {}, [])
     assert "make the same call again" in capsys.readouterr().out
 
 
 def test_results_of_another_device_are_not_gone_on_with(stages, tmp_path):
     run(tmp_path)
     other = {"device": "gpu", "sources": "x", "versions": {"jax": "1"}}
-    assert check.open_results(tmp_path / "results.json", other, "tiny")["stages"] == {}
+    file = tmp_path / "results.json"
+    assert check.open_results(file, other, "tiny")["stages"] == {}
+    with pytest.raises(SystemExit, match=r"another device; --only=well would leave nothing .* add --anew"):
+        check.open_results(file, other, "tiny", ["well"])
+    assert check.open_results(file, other, "tiny", ["well"], anew=True)["stages"] == {}
+
+
+def test_results_of_another_torch_lose_its_stages_alone(stages, tmp_path, monkeypatch):
+    run(tmp_path)
+    monkeypatch.setattr(check, "STAGES", tuple(Stage(name, "a", "", 1, 60, "", peer=name == "last") for name in ENDS))
+    other = {"device": "cpu", "sources": "x", "versions": {"jax": "1", "torch": "2"}}
+    kept = check.open_results(tmp_path / "results.json", other, "tiny")["stages"]
+    assert list(kept) == [name for name in ENDS if name != "last"]
 
 
 def test_the_list_names_every_stage_and_together_they_fit_the_budget(capsys):
@@ -159,17 +197,55 @@ def test_lengths_are_those_of_the_mixture():
     assert tokens[~has_image].mean() > 500
 
 
+@pytest.mark.slow
 def test_the_step_is_measured_on_a_cpu_and_its_figures_are_kept(tmp_path):
     record = Record(TINY, tmp_path / "step.json", {}, SECOND / 2)
     full(record)
     kept = json.loads((tmp_path / "step.json").read_text())
     assert list(kept) == ["plain product", "step"], "no second program where no time is left"
-    step = kept["step"]
-    assert len(step["seconds"]) == TINY.repeats
-    assert step["losses"] == sorted(step["losses"], reverse=True)
-    assert step["tokens/s"] * step["s/step"] == pytest.approx(TINY.rows * TINY.length * step["useful positions"])
-    assert set(step["model TFLOPs"]) == {"tower", "projector", "decoder", "attention", "head"}
-    assert step["MFU"] is None, "nothing is published of a CPU"
+    found = kept["step"]
+    assert len(found["seconds"]) == TINY.repeats
+    assert found["losses"] == sorted(found["losses"], reverse=True)
+    assert found["tokens/s"] * found["s/step"] == pytest.approx(TINY.rows * TINY.length * found["useful positions"])
+    assert set(found["model TFLOPs"]) == {"tower", "projector", "decoder", "attention", "head"}
+    assert found["MFU"] is None, "nothing is published of a CPU"
+
+
+def test_a_step_that_does_not_fit_is_measured_with_fewer_layers(tmp_path, monkeypatch):
+    tried = []
+
+    def measure(record, name, config, peak):
+        tried.append(config.decoder.layers)
+        if len(tried) == 1:
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")
+
+    monkeypatch.setattr(step, "measure", measure)
+    record = Record(dataclasses.replace(TINY, layers=10), tmp_path / "step.json", {}, 60)
+    assert step.measure_fitting(record, 0.0).decoder.layers == 8
+    assert tried == [10, 8]
+
+
+@pytest.mark.parametrize(
+    ("kernel", "kind"),
+    [
+        ("wrapped_convert", "elementwise"),
+        ("cudnn_convolve_sgrad", "matrix products"),
+        ("nvjet_hsh_128x256", "matrix products"),
+        ("cudnn_generated_fort_native_sdpa_sm90_flash_fprop", "attention"),
+        ("ncclDevKernel", "collectives"),
+        ("MemcpyD2D", "copies"),
+        ("unheard_of", "other"),
+    ],
+)
+def test_kernels_are_known_by_their_names(kernel, kind):
+    assert profile.kind_of(kernel) == kind
+
+
+def test_without_a_test_on_the_gpu_the_stage_fails(tmp_path, monkeypatch):
+    said = subprocess.CompletedProcess([], 0, "SKIPPED [10] no GPU here\n10 skipped, 40 deselected in 3.00s\n", "")
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: said)
+    with pytest.raises(RuntimeError, match=r"no test ran on the GPU: SKIPPED .* no GPU here"):
+        attention.tests(Record(SIZES["full"], tmp_path / "tests.json", {}, 60))
 
 
 def test_what_a_stage_lacks_is_said(tmp_path, monkeypatch, capsys):
