@@ -18,7 +18,7 @@ _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _ACROSS = re.compile(r' = \(\(?(.*?), u32\[\], token\[\]\) recv\(.*_xla_megascale_transfer_type="(\w+)"')
 # The TPU's computations of a product and a piece of a collective that runs beside it.
 _FUSED = "async_collective_fusion"
-_ANY = "1"  # the channel of many collectives that shard_map wrote out, which their operation tells apart
+_ANY = "1"  # the channel of every collective that shard_map wrote out
 _SHAPE = re.compile(r"\b[a-z]+(\d*)\w*\[([\d,]*)\]")  # bits of an element, none for "pred"; dimensions
 
 
@@ -50,7 +50,7 @@ class Collective:
 def find_collectives(text: str) -> list[Collective]:
     """Every collective of a compiled program, by its HLO after partitioning (`compiled.as_text()`), most traffic first.
 
-    Instructions that the compiler split into pieces, to run beside others, share a channel (or an operation) and a size: they
+    Instructions that the compiler split into pieces, to run beside others, share a channel (or a chain) and a size: they
     count once.
     """
     computations, entry = _computations(text)
@@ -58,10 +58,12 @@ def find_collectives(text: str) -> list[Collective]:
     devices = int(found[1]) if (found := re.search(r"num_partitions=(\d+)", text)) else 1
     seen: dict[tuple[str, int], Collective] = {}
     for name, lines in computations.items():
-        for channel, one in _in_computation(name, lines, devices) if times[name] else ():
-            known = seen.get((channel, one.size), one)
+        found = _in_computation(name, lines, devices) if times[name] else ()
+        for at, (pieces, one) in enumerate(found):
+            pieces = pieces or f"{name} {at}"
+            known = seen.get((pieces, one.size), one)
             most, hidden = max(known.times, times[name]), known.hidden or one.hidden
-            seen[channel, one.size] = replace(one, times=most, hidden=hidden, source=known.source or one.source)
+            seen[pieces, one.size] = replace(one, times=most, hidden=hidden, source=known.source or one.source)
     return sorted(seen.values(), key=lambda one: -one.total)
 
 
@@ -138,7 +140,7 @@ def _counter_step(condition: list[str], body: list[str]) -> int:
 
 
 def _in_computation(name: str, lines: list[str], devices: int) -> Iterator[tuple[str, Collective]]:
-    """(what the pieces of one collective share, the collective as one that runs once).
+    """(what the pieces of one collective share, "" where it is whole; the collective as one that runs once).
 
     The TPU's reduce-scatter is written as an all-reduce that its computation, by name, cuts at once.
     """
@@ -164,12 +166,13 @@ def _in_computation(name: str, lines: list[str], devices: int) -> Iterator[tuple
 
 
 def _once(line: str, kind: str, size: int, group: int, stride: int, across: bool = False) -> tuple[str, Collective]:
-    channel, found = re.search(r"channel_id=(\d+)", line), re.search(r'op_name="([^"]*)"', line)
+    channel, chain = re.search(r"channel_id=(\d+)", line), re.search(r'chain_id="(\d+)"', line)
+    found = re.search(r'op_name="([^"]*)"', line)
     source = found[1] if found else ""
     one = Collective(kind, 1, size, size * ring(kind, group), group, stride, source, across)
     if channel and channel[1] != _ANY:
         return channel[1], one
-    return source or line.split(" = ")[0], one
+    return f"chain {chain[1]} of {source}" if chain else "", one
 
 
 def _bytes(shape: str) -> int:

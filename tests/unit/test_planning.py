@@ -251,6 +251,63 @@ def test_collectives_of_a_program_with_loops():
     assert len(find_collectives(LOOPED)) == 6
 
 
+WRITTEN_OUT = """HloModule jit_step, is_scheduled=true, num_partitions=8
+
+%begun (p: bf16[8,64]) -> bf16[64,64] {
+  %all-gather.4 = bf16[64,64]{1,0} all-gather(%p), channel_id=1, <groups>, frontend_attributes={chain_id="2"}, <k>
+}
+
+%async_collective_fusion.1 (p: bf16[8,64]) -> bf16[64,64] {
+  %all-gather.5 = bf16[64,64]{1,0} all-gather(%p), channel_id=1, <groups>, frontend_attributes={chain_id="2"}, <k>
+}
+
+%other (p: bf16[8,64]) -> bf16[8,64] {
+  %all-gather.6 = bf16[64,32]{1,0} all-gather(%p), channel_id=1, <groups>, <q>
+}
+
+ENTRY %main (p0: bf16[8,64]) -> bf16[8,64] {
+  %all-gather.1 = bf16[64,32]{1,0} all-gather(%p0), channel_id=1, <groups>, <q>
+  %all-gather.2 = bf16[64,32]{1,0} all-gather(%p1), channel_id=1, <groups>, <q>
+  %first = bf16[64,64]{1,0} fusion(%p2), kind=kLoop, calls=%begun
+  %rest = bf16[64,64]{1,0} fusion(%first), kind=kOutput, calls=%async_collective_fusion.1
+  %loop = bf16[8,64] while(%p3), condition=%until, body=%other, backend_config={"known_trip_count":{"n":"11"}}
+}
+
+%until (p: bf16[8,64]) -> pred[] {
+}
+"""
+for name in "qk":
+    WRITTEN_OUT = WRITTEN_OUT.replace(f"<{name}>", f'metadata={{op_name="jit(step)/block/{name}/shard_map/all_gather"}}')
+WRITTEN_OUT = WRITTEN_OUT.replace("<groups>", "replica_groups=[1,8]<=[8], dimensions={0}")
+
+
+def test_collectives_of_one_name_and_channel_add_up_but_for_pieces_of_one():
+    """As `shard_map` writes them: layers that are unrolled, or that a second loop goes on with, all have one name."""
+    found = find_collectives(WRITTEN_OUT)
+    assert [(one.times, one.hidden) for one in found if one.source.endswith("/q/shard_map/all_gather")] == [
+        (11, False),
+        (1, False),
+        (1, False),
+    ]
+    assert [(one.times, one.hidden) for one in found if one.source.endswith("/k/shard_map/all_gather")] == [(1, True)]
+
+
+def test_unrolled_layers_gather_as_often_as_looped_ones():
+    def gathered(scan: bool) -> dict[str, float]:
+        config = config_on((1, 8, 1), {"decoder.scan": scan})
+        sums: dict[str, float] = {}
+        for one in make_plan(config, machine(), Wanted()).collectives:
+            name = belongs_to(one.source)
+            # Backward the compiler may find that unrolled layers have their weights already.
+            if one.kind == "all-gather" and "/mlp/" in name and "," not in name:
+                sums[name] = sums.get(name, 0) + one.total
+        return sums
+
+    looped = gathered(True)
+    assert len(looped) == 3
+    assert gathered(False) == looped
+
+
 def test_a_ring_moves_what_the_others_hold():
     assert ring("all-gather", 1) == ring("all-reduce", 1) == ring("reduce-scatter", 1) == 0
     # reduce-scatter, then all-gather, is an all-reduce: per byte of the whole.
