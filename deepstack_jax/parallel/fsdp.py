@@ -29,7 +29,7 @@ class ExplicitFsdp:
     """How the devices of a mesh make weights whole, and add up and cut their gradients."""
 
     mesh: Mesh
-    cut: frozenset[str]  # logical axes of weights that lie along fsdp
+    cut_axis: Callable[[Axes], int | None]  # which axis of a weight lies along fsdp, by their logical names
     stages: tuple[Stage, ...]  # of scattering; gathering runs them backwards
     # Whether the cut axis goes first for the exchange: last, its pieces would be smaller than the tile of 8 x 128 that a TPU's
     # memory consists of. A CPU has no product of bfloat16 for gradients that are turned
@@ -37,7 +37,7 @@ class ExplicitFsdp:
 
     def whole(self, weight: Array, axes: Axes) -> Array:
         """The weight, gathered along fsdp."""
-        at = self._cut_axis(axes)
+        at = self.cut_axis(axes)
         if at is None:
             return weight
         run = self._on_each_device(partial(self._gather, at=at), (_spec(at, AXIS),), PartitionSpec())
@@ -45,7 +45,7 @@ class ExplicitFsdp:
 
     def gradient(self, local: Callable[..., Array], operands: tuple[Array, ...], batch: tuple[int, ...], axes: Axes) -> Array:
         """The gradient of each device's rows, then added up over all and scattered along fsdp."""
-        at = self._cut_axis(axes)
+        at = self.cut_axis(axes)
         rows = [operand.shape[axis] for operand, axis in zip(operands, batch, strict=True)]
         if at is None or any(size % (self.mesh.shape["data"] * self.mesh.shape[AXIS]) for size in rows):
             return local(*operands)  # as for the one row that parameters are drawn with
@@ -59,9 +59,6 @@ class ExplicitFsdp:
     def _on_each_device(self, run: Callable[..., Array], ins: Any, outs: Any) -> Callable[..., Array]:
         # What lies along tensor stays so, and with the compiler.
         return jax.shard_map(run, mesh=self.mesh, in_specs=ins, out_specs=outs, axis_names={*_ROWS}, check_vma=False)
-
-    def _cut_axis(self, axes: Axes) -> int | None:
-        return next((at for at, name in enumerate(axes) if name in self.cut), None)
 
     def _gather(self, weight: Array, at: int) -> Array:
         place = 0 if self.turned else at
@@ -80,12 +77,12 @@ class ExplicitFsdp:
         return jnp.moveaxis(gradient, place, at)
 
 
-def explicit_fsdp(mesh: Mesh, cut: frozenset[str]) -> ExplicitFsdp | None:
+def explicit_fsdp(mesh: Mesh, cut_axis: Callable[[Axes], int | None]) -> ExplicitFsdp | None:
     """How a mesh does it; None where nothing lies along fsdp."""
     if mesh.shape[AXIS] == 1:
         return None
     turned = mesh.devices.flat[0].platform == "tpu"
-    return ExplicitFsdp(mesh, cut, stages_of(mesh.devices[0, :, 0].tolist()), turned)
+    return ExplicitFsdp(mesh, cut_axis, stages_of(mesh.devices[0, :, 0].tolist()), turned)
 
 
 def stages_of(devices: Sequence[Any]) -> tuple[Stage, ...]:
@@ -96,7 +93,8 @@ def stages_of(devices: Sequence[Any]) -> tuple[Stage, ...]:
     count = len(devices)
     if any(getattr(device, "coords", None) is None for device in devices):
         return stages_of_sizes((count,))
-    places = np.array([(getattr(device, "slice_index", 0), *device.coords) for device in devices])
+    # The two cores of a TPU v7x chip are devices of their own at the same coordinates.
+    places = np.array([(getattr(one, "slice_index", 0), *one.coords, getattr(one, "core_on_chip", 0)) for one in devices])
     sizes, stride = [], 1
     while stride < count:
         size = 2

@@ -10,12 +10,13 @@ import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from deepstack_jax.errors import ConfigError
-from deepstack_jax.model.cut_weights import cut_weights
+from deepstack_jax.model.cut_weights import Axes, cut_weights
 from deepstack_jax.parallel.fsdp import AXIS, explicit_fsdp
 
 BATCH_AXES = ("data", "fsdp")
 ALL_AXES = (*BATCH_AXES, "tensor")
-# Parameters and what is computed from them. A name that occurs twice in an array counts the first time.
+# Parameters and what is computed from them. Where two names of an array want the same axis of the mesh, the one that comes
+# first here has it.
 RULES = (
     ("batch", BATCH_AXES),
     ("crops", ALL_AXES),  # the tower is small and crops are many: each device encodes whole crops
@@ -41,13 +42,18 @@ RULES = (
 # tensor, so its heads are not.
 _CROPS_TAKE = ("vision_heads", "vision_mlp")
 ACTIVATION_RULES = tuple((name, None if axes == "fsdp" or name in _CROPS_TAKE else axes) for name, axes in RULES)
-_CUT_WEIGHTS = frozenset(name for name, axes in RULES if axes == AXIS)
+
+
+def cut_axis(axes: Axes) -> int | None:
+    """Which axis of a parameter lies along fsdp, None = none of them."""
+    spec = nn.logical_to_mesh_axes(axes, RULES)
+    return next((at for at, name in enumerate(spec or ()) if name == AXIS), None)
 
 
 @contextmanager
 def use_mesh(mesh: Mesh) -> Iterator[None]:
     """Within: jitted code runs on `mesh`, the model's activation axes mean what ACTIVATION_RULES say, weights are gathered."""
-    with jax.set_mesh(mesh), nn.logical_axis_rules(ACTIVATION_RULES), cut_weights(explicit_fsdp(mesh, _CUT_WEIGHTS)):
+    with jax.set_mesh(mesh), nn.logical_axis_rules(ACTIVATION_RULES), cut_weights(explicit_fsdp(mesh, cut_axis)):
         yield
 
 

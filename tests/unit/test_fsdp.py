@@ -11,11 +11,15 @@ from jax.sharding import NamedSharding, PartitionSpec
 from deepstack_jax.config import MeshConfig
 from deepstack_jax.parallel.fsdp import ExplicitFsdp, explicit_fsdp, stages_of, stages_of_sizes
 from deepstack_jax.parallel.mesh import make_mesh
+from deepstack_jax.parallel.rules import cut_axis, param_shardings
+from deepstack_jax.train.core.optimizer import flatten, unflatten
+from deepstack_jax.weights.adapters import boxed_adapters
+from tests.distributed.cases import config_of, program_of
 
 
 def chips(shape, order=None):
-    """Devices of a torus of this shape, row by row, or in another order of their numbers."""
-    places = [SimpleNamespace(coords=place, slice_index=0) for place in np.ndindex(*shape)]
+    """Devices of a torus of this shape, row by row, or in another order of their numbers; a fourth size: cores of a chip."""
+    places = [SimpleNamespace(coords=at[:3], core_on_chip=sum(at[3:]), slice_index=0) for at in np.ndindex(*shape)]
     return [places[at] for at in (range(len(places)) if order is None else order)]
 
 
@@ -26,6 +30,7 @@ def chips(shape, order=None):
         (chips((16, 16, 1)), (16, 16)),
         (chips((2, 2, 4)), (2, 2, 4)),
         (chips((8, 1, 1)), (8,)),
+        (chips((2, 2, 4, 2)), (2, 2, 4, 2)),
         (chips((2, 4), order=[0, 1, 2, 3, 7, 6, 5, 4]), (8,)),  # a ring, no rows
         ([SimpleNamespace(platform="gpu")] * 8, (8,)),
     ],
@@ -42,7 +47,7 @@ def test_the_places_of_a_stage():
 def test_stages_come_to_the_whole_weight_and_the_whole_sum(mesh, turned):
     laid = make_mesh(MeshConfig(*mesh))
     stages = stages_of_sizes({8: (2, 2, 2), 4: (2, 2), 2: (2,)}[mesh[1]])
-    how = ExplicitFsdp(laid, frozenset({"embed"}), stages, turned)
+    how = ExplicitFsdp(laid, cut_axis, stages, turned)
     x, y = (jax.random.normal(jax.random.key(at), (8, 3, size)) for at, size in enumerate((6, 16)))
     weight = jax.random.normal(jax.random.key(2), (6, 16))
     cut = NamedSharding(laid, PartitionSpec(None, "fsdp"))
@@ -56,9 +61,24 @@ def test_stages_come_to_the_whole_weight_and_the_whole_sum(mesh, turned):
 
 
 def test_what_is_not_cut_stays_with_the_compiler():
-    assert explicit_fsdp(make_mesh(MeshConfig(8, 1, 1)), frozenset({"embed"})) is None
-    how = explicit_fsdp(make_mesh(MeshConfig(1, 8, 1)), frozenset({"embed"}))
+    assert explicit_fsdp(make_mesh(MeshConfig(8, 1, 1)), cut_axis) is None
+    how = explicit_fsdp(make_mesh(MeshConfig(1, 8, 1)), cut_axis)
     assert how is not None
     weight = jnp.ones((4, 4))
     assert how.whole(weight, ("heads", None)) is weight
     assert float(how.gradient(jnp.sum, (jnp.ones((3, 2)),), (0,), ("embed",))) == 6  # three rows on eight devices
+
+
+@pytest.mark.parametrize("variant", ["L", "V", "taps", "LoRA"])
+def test_a_weight_is_gathered_along_the_axis_that_it_is_cut_along(variant):
+    config = config_of(variant)
+    program = program_of(config, (1, 8, 1))
+    drawn = flatten(jax.eval_shape(program.model.init, jax.random.key(0), program.sample)["params"])
+    boxed = drawn | boxed_adapters({path: drawn[path] for path in program.adapted}, config)
+    places = flatten(param_shardings(program.mesh, unflatten(boxed)))
+    axes = {path: getattr(box, "names", ()) for path, box in boxed.items()}
+    assert ("vision_embed", "embed") in axes.values()
+    for path, names in axes.items():
+        stacked = sum(name in ("layers", "vision_layers") for name in names)  # a product sees one layer
+        at = cut_axis(names[stacked:])
+        assert [None if at is None else at + stacked] == ([*np.flatnonzero([p == "fsdp" for p in places[path].spec])] or [None])
