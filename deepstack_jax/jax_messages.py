@@ -54,6 +54,12 @@ def is_cluster_missing(error: ValueError) -> bool:
     return NO_CLUSTER in str(error)
 
 
+def unknown_option(error: BaseException) -> str:
+    """The option that the compiler does not know, "" where it says something else."""
+    found = re.search(r"No such compile option: '(\w+)'", str(error))
+    return found[1] if found else ""
+
+
 def is_unknown_topology(error: BaseException) -> bool:
     """Whether libtpu refuses the shape of a slice."""
     return "INVALID_ARGUMENT" in str(error)

@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from deepstack_jax.errors import ConfigError
+
 _ASKED = ("mask_type", "q_seqlen", "kv_seqlen", "q_offsets", "kv_offsets", "scale", "sliding_window_length")
 _OLDEST = 90600  # cuDNN that has it, as its library counts versions
 NEWEST = 10**9  # cuDNN, where nothing is known of it
@@ -64,14 +66,17 @@ def packed_attention(
       segments: most runs of equal ids in a row, padding included. A place in a later one stays unwritten. The softmax's sums,
         which the backward pass reads, take B * segments * N * T floats.
       window: positions before its own that a token sees; 0 = all.
+
+    Raises:
+      ConfigError: more elements than cuDNN counts; how many rows a step has is known only now, where examples are packed.
     """
     from jax._src.cudnn.fused_attention_stablehlo import MaskType, dot_product_attention
 
     heads, groups = q.shape[2], q.shape[2] // k.shape[2]
     if q.size >= 2**31:
-        raise ValueError(
+        raise ConfigError(
             f"{q.shape[0]} rows of {q.shape[1]} tokens and {heads} heads of {q.shape[3]} are more elements on a device than "
-            "cuDNN counts; raise config.train.accumulation"
+            "cuDNN counts, 2**31; raise config.train.accumulation"
         )
     if groups > 1 and jax.__version_info__ < _GROUPED_HEADS_RIGHT:
         k, v = (jnp.repeat(x, groups, axis=2) for x in (k, v))

@@ -9,6 +9,9 @@ from jax.sharding import Mesh
 
 from deepstack_jax.config import MeshConfig
 from deepstack_jax.errors import ConfigError
+from deepstack_jax.parallel import compiler
+from deepstack_jax.parallel.compiler import compiler_options
+from deepstack_jax.parallel.cudnn import packed_attention
 from deepstack_jax.parallel.distributed import local_rows, process_slice
 from deepstack_jax.parallel.mesh import AXES, check_batch_fits, check_model_fits, make_mesh
 from deepstack_jax.parallel.rules import batch_sharding
@@ -154,3 +157,20 @@ def test_rows_come_back_in_their_order():
     rows = np.arange(24).reshape(8, 3)
     np.testing.assert_array_equal(local_rows(jax.device_put(rows, batch_sharding(mesh))), rows)
     np.testing.assert_array_equal(local_rows(jax.device_put(rows, jax.devices()[3])), rows)
+
+
+def test_options_that_a_compiler_does_not_know_are_left_out(monkeypatch):
+    known = {"xla_cpu_enable_fast_math": False}
+    monkeypatch.setattr(compiler, "_OPTIONS", {"cpu": {"xla_no_such": True, **known, "xla_nor_this": True}})
+    with pytest.warns(UserWarning, match="^the cpu compiler of this machine does not know xla_") as said:
+        assert compiler_options(make_mesh(MeshConfig(1, 8, 1))) == known
+    assert [str(one.message).split(";")[0].split()[-1] for one in said] == ["xla_no_such", "xla_nor_this"]
+    assert compiler_options(make_mesh(MeshConfig(8, 1, 1))) == {}
+
+
+def test_more_elements_than_cudnn_counts_is_one_line():
+    rows, ids = jax.ShapeDtypeStruct((64, 8192, 32, 128), "bfloat16"), jax.ShapeDtypeStruct((64, 8192), "int32")
+    with pytest.raises(
+        ConfigError, match=r"^64 rows of 8192 tokens and 32 heads of 128 are more .*config\.train\.accumulation"
+    ):
+        jax.eval_shape(lambda q, ids: packed_attention(q, q, q, ids, segments=2), rows, ids)
