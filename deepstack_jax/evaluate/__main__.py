@@ -1,5 +1,6 @@
 """Score a model on held-out rows: `python -m deepstack_jax.evaluate --model=DIR --data=val.json --images=DIR`."""
 
+import json
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -126,6 +127,10 @@ def main() -> int:
         raise ConfigError("--tasks needs --data=ROOT, the folder that holds a folder for every benchmark")
     if given["suffix"] is not None and not given["tasks"]:
         raise ConfigError("--suffix is of --tasks; the questions of one's own rows are asked as the rows have them")
+    if given["suffix"] is not None and given["into"]:
+        raise ConfigError(
+            f"--into={given['into']} holds scores of each task's own protocol, and --suffix asks otherwise; drop one of the two"
+        )
     join_processes(*(flag.value for flag in cli.PROCESSES))
     console = Console(quiet=not is_first_host())
     asked = open_tasks(given, console) if given["tasks"] else [open_rows(given, console)]
@@ -148,7 +153,8 @@ def main() -> int:
             write_json(out / RESULTS, {"name": given["model"], "tasks": tasks})
         if given["into"] and is_first_host():
             fill_table(Path(given["into"]).expanduser(), Path(given["model"]).name, tasks)
-        console.print(tasks_table(given["model"], tasks))
+        asked_with = "" if given["suffix"] is None else f", every question with --suffix={json.dumps(given['suffix'])}"
+        console.print(tasks_table(given["model"] + asked_with, tasks))
     else:
         console.print(table_of(*tasks.values()))
     for checkpoint in kept:  # now that nothing of it is asked again by the same command

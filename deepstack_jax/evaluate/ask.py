@@ -4,6 +4,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
@@ -54,21 +55,21 @@ def ask(task: Task, answerer: MeshAnswerer, options: Options, batch_size: int, r
     Raises:
       RequestError: no such template.
     """
-    found = in_background(prepare(task, answerer, options, rows), batch_size)
-    while True:
-        batch: list[Prepared] = []
-        count = 0
-        while count < batch_size and (one := next(found, None)) is not None:
-            if isinstance(one, BadExample) and not isinstance(one, Refusal):
-                yield [one]
-                continue
-            count += isinstance(one, Asked)
-            batch.append(one)
-        answered = answer(task, answerer, options, batch_size, batch)
-        if batch:
-            yield answered
-        if not max_over_hosts(count):
-            return
+    with closing(in_background(prepare(task, answerer, options, rows), batch_size)) as found:
+        while True:
+            batch: list[Prepared] = []
+            count = 0
+            while count < batch_size and (one := next(found, None)) is not None:
+                if isinstance(one, BadExample) and not isinstance(one, Refusal):
+                    yield [one]
+                    continue
+                count += isinstance(one, Asked)
+                batch.append(one)
+            answered = answer(task, answerer, options, batch_size, batch)
+            if batch:
+                yield answered
+            if not max_over_hosts(count):
+                return
 
 
 def answer(task: Task, answerer: MeshAnswerer, options: Options, batch_size: int, prepared: Sequence[Prepared]) -> list[Result]:

@@ -11,6 +11,7 @@ from rich.table import Table
 
 from deepstack_jax.errors import ConfigError
 from deepstack_jax.evaluate.results import PREDICTIONS, RESULTS, flat_scores
+from deepstack_jax.evaluate.scorers.mmmu import DISCIPLINES
 from deepstack_jax.json_lines import read_lines
 from deepstack_jax.printing import label, plural
 
@@ -151,14 +152,16 @@ def _compare(title: str, first: Evaluated, second: Evaluated) -> Comparison:
 
 
 def _intervals(pairs: Sequence[Pair]) -> dict[str, Interval]:
-    """By scorer, of all questions and of those of each kind."""
+    """By scorer, of all questions and of those of each kind, and of each discipline that subjects of MMMU belong to."""
     shared = [name for name in pairs[0].first["scores"] if all(name in _scores(pair) for pair in pairs)]
     kinds = sorted({pair.first["kind"] for pair in pairs} - {"all"})
+    groups = {name: subjects for name, subjects in DISCIPLINES.items() if {*subjects} & {*kinds}}
+    groups |= {kind: (kind,) for kind in kinds}
     found = {}
     for name in shared:
         found[name] = paired_bootstrap([pair.gain(name) for pair in pairs])
-        for kind in kinds:
-            found[f"{kind}_{name}"] = paired_bootstrap([pair.gain(name) for pair in pairs if pair.first["kind"] == kind])
+        for group, members in groups.items():
+            found[f"{group}_{name}"] = paired_bootstrap([pair.gain(name) for pair in pairs if pair.first["kind"] in members])
     return found
 
 

@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -114,7 +115,7 @@ def checkpoint_digest(answerer: MeshAnswerer) -> str:
 def key_of(answerer: MeshAnswerer, digest: str, evaluation: EvaluationRequest) -> dict[str, Any]:
     """All that the answers depend on: another key, other answers."""
     asked = evaluation.task
-    task = {"task": asked.name, "protocol": asked.protocol, "suffix": asked.suffix}
+    task = {"task": asked.name, "protocol": asked.protocol, "suffix": asked.suffix, "open_suffix": asked.open_suffix}
     how = asdict(evaluation.options) | {"batch_size": evaluation.batch_size, "rows": evaluation.rows}
     model = {"weights": digest, "config": to_dict(answerer.config), "template": answerer.template}
     return {"data": evaluation.origin, "device": jax.default_backend(), **task, **how, **model}
@@ -157,8 +158,9 @@ def ask_all(
         console.print(f"begins anew: {file} has answers with {what}; remove it if it is not wanted", soft_wrap=True)
     remarks = Counter[str]()
     left = [left for batch in batches if (left := [place for place in batch if place not in done])]
-    prepared = in_background((prepare_part(answerer, evaluation, batch, part, remarks) for batch in left), 1)
-    with Progress("questions", sum(map(len, batches)), console, first=len(done), lines=LINES) as progress:
+    parts = in_background((prepare_part(answerer, evaluation, batch, part, remarks) for batch in left), 1)
+    shown = Progress("questions", sum(map(len, batches)), console, first=len(done), lines=LINES)
+    with closing(parts) as prepared, shown as progress:
         for batch, mine in zip(left, prepared, strict=True):
             share = share_of_process(evaluation, part)
             found = of_all_hosts(answer(evaluation.task, answerer, evaluation.options, share, mine), part)

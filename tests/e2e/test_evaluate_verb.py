@@ -106,6 +106,10 @@ def test_rows_that_cannot_be_asked_stop_it_before_anything_is_written(model, dat
 
 
 MISTAKES = {
+    "another suffix in the table": (
+        ["--model=MODEL", "--tasks=docvqa", "--data=DATA", "--suffix=", "--into=docs/results.md"],
+        "and --suffix asks otherwise; drop one of the two",
+    ),
     "no model": ([], "--model is missing; e.g. --model=DIR"),
     "no data": (
         ["--model=MODEL", "--limit=3"],

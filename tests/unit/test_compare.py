@@ -21,10 +21,20 @@ from deepstack_jax.printing import Console
 PROTOCOL = {"decoding": "greedy", "template": "v1", "image": {"mode": "pad", "size": 336}, "checkpoint": "01"}
 
 
-def written(folder: Path, scores: list[float], name: str = "a", **protocol: Any) -> str:
-    """An evaluation of one's own rows with these scores."""
+def written(folder: Path, scores: list[float], name: str = "a", kinds: tuple[str, ...] = ("all",), **protocol: Any) -> str:
+    """An evaluation of one's own rows with these scores, of these kinds in turn."""
     lines = [
-        Prediction(f"id{row}", row, 0, "all", f"Question {row}?", ["yes"], f"answer {score}", 1, {"exact_match": score})
+        Prediction(
+            f"id{row}",
+            row,
+            0,
+            kinds[row % len(kinds)],
+            f"Question {row}?",
+            ["yes"],
+            f"answer {score}",
+            1,
+            {"exact_match": score},
+        )
         for row, score in enumerate(scores)
     ]
     known = {"exact_match": {"score": float(np.mean(scores)), "protocol": "equal"}}
@@ -43,6 +53,22 @@ def as_task(folder: Path, **tasks: str) -> str:
         Path(path).rename((folder.mkdir(exist_ok=True), folder / title)[1])
     write_json(folder / "results.json", {"name": folder.name, "tasks": parts})
     return str(folder)
+
+
+def test_groups_of_kinds_have_intervals_too(tmp_path):
+    """Subjects of MMMU, and the disciplines that they belong to."""
+    kinds = ("Art", "Music", "Physics")
+    a, b = (written(tmp_path / name, scores, kinds=kinds) for name, scores in (("a", [0.0, 1, 0]), ("b", [1.0, 1, 0])))
+    (found,) = compare(a, b)
+    gains = {name: interval.difference for name, interval in found.intervals.items()}
+    assert gains == {
+        "exact_match": pytest.approx(1 / 3),
+        "Art_and_Design_exact_match": 0.5,
+        "Science_exact_match": 0,
+        "Art_exact_match": 1,
+        "Music_exact_match": 0,
+        "Physics_exact_match": 0,
+    }
 
 
 def test_known_numbers(tmp_path):
