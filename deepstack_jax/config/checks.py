@@ -6,13 +6,14 @@ import warnings
 from collections.abc import Iterator
 
 from deepstack_jax.config.fields import leaves
-from deepstack_jax.config.schema import TAPPED, Config, OptimizerConfig, RopeConfig
+from deepstack_jax.config.schema import TAPPED, Config, DeepStackConfig, OptimizerConfig, RopeConfig
 from deepstack_jax.errors import ConfigError, nearest
 from deepstack_jax.layout.grid import anyres_grids
 from deepstack_jax.printing import label, plural, quote
 
 # At most: of a model, of the visual tokens of a row, of the pixels of a batch, of the crops of an image.
 PARAMETERS, TOKENS, BYTES, CROPS = 10**13, 2**24, 2**40, 1024
+DEEPSTACK = DeepStackConfig()
 
 
 def check_config(config: Config) -> None:
@@ -259,7 +260,8 @@ def _in_fusion(config: Config) -> Iterator[str]:
     """All groups at once, into the sequence's tokens."""
     stack = config.deepstack
     wanted = {"taps": (stack.taps, ()), "schedule": (stack.schedule, ()), "pool": (stack.pool, 1)}
-    wanted |= {"high_res": (stack.high_res, "crops")}
+    unused = ("start", "interval", "vision_start")
+    wanted |= {"high_res": (stack.high_res, "crops")} | {key: (getattr(stack, key), getattr(DEEPSTACK, key)) for key in unused}
     wrong = [f"config.deepstack.{key} is {got!r}, set it to {want!r}" for key, (got, want) in wanted.items() if got != want]
     if stack.stack_of_views == "none":
         wrong.append("config.deepstack.stack gives no groups, set it to 'crops'")

@@ -169,6 +169,10 @@ class DataConfig:
         """The section of a source that draws its examples; None where they come from files."""
         return {"files": None, "pages": self.synthetic, "cards": self.cards}[self.source]
 
+    def file_of(self, split: str) -> str:
+        """The file of "train" or "validation"; "" where none is named."""
+        return self.train if split == "train" else self.validation
+
 
 @dataclass(frozen=True)
 class DataSpec:

@@ -35,8 +35,7 @@ def describe_options(data: DataConfig, split: str, source: Source, shard_rows: i
         return options | {f"config.data.{'cards' if data.source == 'cards' else 'synthetic'}": asdict(data.generated)}
     if isinstance(source, Mixture):
         return redacted(options | {f"config.data.sets.{name}": row_choice(entry) for name, entry in data.sets.items()})
-    name = data.train if split == "train" else data.validation
-    return redacted(options | {f"config.data.{split}": name, "config.data.images": data.images})
+    return redacted(options | {f"config.data.{split}": data.file_of(split), "config.data.images": data.images})
 
 
 def describe_files(data: DataConfig, split: str, source: Source) -> dict[str, str]:
@@ -48,10 +47,7 @@ def _named(data: DataConfig, split: str, source: Source) -> dict[str, str]:
     """Data file as configured -> its path or URL."""
     if data.generated is not None:
         return {}
-    if isinstance(source, Mixture):
-        names = {entry.file for entry in data.sets.values()}
-    else:
-        names = {data.train if split == "train" else data.validation}
+    names = {entry.file for entry in data.sets.values()} if isinstance(source, Mixture) else {data.file_of(split)}
     return {name: files.join(data.root, name) for name in sorted(names)}
 
 

@@ -44,7 +44,7 @@ def open_source(data: DataConfig, split: str) -> Source:
     if data.generated is not None:
         drawn = {"pages": DocumentPages, "cards": Cards}[data.source]
         return drawn(**vars(data.generated), split=split)
-    name = data.train if split == "train" else data.validation
+    name = data.file_of(split)
     if split == "train" and data.sets and not name:
         return open_mixture(data.sets, data.root, partial(open_files, limits=data.limits))
     if not name:

@@ -9,7 +9,7 @@ from deepstack_jax.families.base import decoder_of, tower_of
 from deepstack_jax.model.attention import AttentionFn, dot_product
 from deepstack_jax.model.deepstack import DeepStack
 from deepstack_jax.model.layers import PLAIN, Rounding
-from deepstack_jax.model.variants import DeepStackV, FusedDeepStack, HighResDeepStack, PooledDeepStack
+from deepstack_jax.model.variants import AddedDeepStack, DeepStackV, HighResDeepStack, JoinedDeepStack, PooledDeepStack
 
 
 def build_model(
@@ -47,8 +47,8 @@ def build_model(
     if stack.into == "vision":
         schedule = stack.tower_schedule(config.vision, config.layout.groups)
         return DeepStackV(**settings, vision_schedule=schedule, views=views)
-    if stack.into != "decoder":
-        return FusedDeepStack(**settings, joined=stack.into == "channels")
+    if stack.into in ("input", "channels"):
+        return {"input": AddedDeepStack, "channels": JoinedDeepStack}[stack.into](**settings)
     if stack.pool > 1:
         return PooledDeepStack(**settings, pool=stack.pool)
     if stack.high_res == "view":

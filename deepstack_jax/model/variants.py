@@ -4,8 +4,8 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Num
 
-from deepstack_jax.batch import Batch
-from deepstack_jax.model.deepstack import DeepStack
+from deepstack_jax.batch import ZERO, Batch
+from deepstack_jax.model.deepstack import TOKEN_AXES, DeepStack
 from deepstack_jax.model.layers import take_rows
 from deepstack_jax.model.merge import STACK_AXES
 from deepstack_jax.types import HostOrDevice
@@ -27,25 +27,32 @@ class DeepStackV(DeepStack):
         return self.gather_project(features, jnp.where(source >= 0, whole, source)), None
 
 
-class FusedDeepStack(DeepStack):
-    """All groups at once, into the sequence's tokens at the decoder's input: added, or joined along channels (the paper's
-    "channel concat").
-    """
-
-    joined: bool = False  # along channels before the projector, whose first map is then as many times as wide
+class AddedDeepStack(DeepStack):
+    """All groups at once, added to the sequence's tokens at the decoder's input."""
 
     def visual_tokens(self, batch: Batch) -> tuple[Float[Array, "B M D"], None]:
         """What is in the sequence, the groups in it; nothing is left to inject."""
-        if not self.joined:
-            tokens, stack = super().visual_tokens(batch)
-            return tokens if stack is None else tokens + stack.sum(0), None
+        tokens, stack = super().visual_tokens(batch)
+        return tokens if stack is None else tokens + stack.sum(0), None
+
+
+class JoinedDeepStack(DeepStack):
+    """All groups at once, joined with the sequence's tokens along channels (the paper's "channel concat") before the projector,
+    whose first map is then as many times as wide.
+    """
+
+    def visual_tokens(self, batch: Batch) -> tuple[Float[Array, "B M D"], None]:
+        """What is in the sequence, the groups in it; nothing is left to inject."""
         (features,) = self.encode(batch.pixels)
         source = jnp.concatenate([batch.token_source[:, None], batch.stack_source], axis=1)
-        rows, groups, visual = source.shape
+        rows, _, visual = source.shape
+        source = jnp.pad(source, ((0, 0), (0, 0), (0, -visual % self.crop_shards[1])), constant_values=ZERO)
         chosen = take_rows(features, source.reshape(rows, -1))
-        chosen = jnp.where((source.reshape(rows, -1) >= 0)[..., None], chosen, 0).reshape(rows, groups, visual, -1)
-        chosen = jnp.moveaxis(chosen, 1, 2).reshape(rows, visual, -1)
-        return nn.with_logical_constraint(self.projector(chosen), STACK_AXES[1:]), None
+        chosen = jnp.where((source.reshape(rows, -1) >= 0)[..., None], chosen, 0).reshape(*source.shape, -1)
+        chosen = jnp.moveaxis(chosen, 1, 2).reshape(rows, source.shape[2], -1)
+        tokens = self.projector(nn.with_logical_constraint(chosen, TOKEN_AXES))
+        tokens = nn.with_logical_constraint(tokens, TOKEN_AXES)
+        return nn.with_logical_constraint(tokens, STACK_AXES[1:])[:, :visual], None
 
 
 class PooledDeepStack(DeepStack):

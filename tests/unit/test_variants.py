@@ -11,7 +11,7 @@ from deepstack_jax.families.ablations import ablations_to
 from deepstack_jax.families.build import build_model
 from deepstack_jax.model.attention import causal_segment_mask, dot_product, last_positions, rotary_angles, rotary_table
 from deepstack_jax.model.deepstack import DeepStack
-from deepstack_jax.model.variants import DeepStackV, FusedDeepStack, HighResDeepStack, PooledDeepStack
+from deepstack_jax.model.variants import AddedDeepStack, DeepStackV, HighResDeepStack, PooledDeepStack
 from deepstack_jax.model.vision import EncoderLayer, _bicubic, interpolate_positions
 from deepstack_jax.weights.names import NameTable
 from tests.unit.tiny import example, make_batch, model_params, tiny_config, tower_schedule
@@ -128,7 +128,7 @@ def test_pooled_tokens_by_their_definition():
 
 def test_groups_summed_at_the_input_are_the_groups_that_layers_would_get():
     _, model, params, batch = build({"deepstack.into": "input"})
-    assert isinstance(model, FusedDeepStack)
+    assert isinstance(model, AddedDeepStack)
     assert set(model.layers.schedule) == {-1}
     visual, stack = apply(model, params, batch, method="visual_tokens")
     assert stack is None
@@ -164,6 +164,9 @@ def test_groups_joined_along_channels_by_their_definition():
         ({"deepstack.stack": "none"}, "gives no groups, set it to 'crops'"),
         ({"deepstack.schedule": (0, -1, -1, -1, -1)}, "schedule is"),
         ({"deepstack.pool": 2, "image.size": 16}, "pool is 2, set it to 1"),
+        ({"deepstack.start": 2}, "start is 2, set it to 1"),
+        ({"deepstack.interval": 2}, "interval is 2, set it to 1"),
+        ({"deepstack.vision_start": 3}, "vision_start is 3, set it to -1"),
     ],
 )
 def test_fusing_at_the_input_refuses_what_it_does_not_mean(into, changes, said):
