@@ -182,11 +182,15 @@ class LMM:
 
 
 def _kernels(config: Config, params: PyTree) -> tuple[AttentionFn, AttentionFn]:
-    """Attention for the device that the parameters are on; the portable kernel, where somebody spread them over several."""
+    """Attention for the device that the parameters are on; the portable kernel, where somebody spread them over several.
+
+    And in float32, where parity is looked for: its products follow `jax.default_matmul_precision`.
+    """
     devices = {device for leaf in jax.tree.leaves(params) if isinstance(leaf, jax.Array) for device in leaf.devices()}
     device, *others = devices or jax.devices()[:1]
-    kernels = kernels_for(device.platform, config)
-    return (dot_product, dot_product) if others else attentions(kernels, make_mesh(MeshConfig(), [device]))
+    if others or config.train.compute_dtype == "float32":
+        return dot_product, dot_product
+    return attentions(kernels_for(device.platform, config), make_mesh(MeshConfig(), [device]))
 
 
 # What `convert` has as a flag.

@@ -36,7 +36,11 @@ _how: ContextVar[CutWeights | None] = ContextVar("cut_weights", default=None)
 
 @contextmanager
 def cut_weights(how: CutWeights | None) -> Iterator[None]:
-    """Within: traced products make weights whole as `how` says."""
+    """Within: traced products make weights whole as `how` says.
+
+    It is asked while a function is traced, and jit's cache knows nothing of it: a function that was traced under one is not
+    traced again under another. Whoever sets it therefore sets the mesh with it, which the cache does know.
+    """
     token = _how.set(how)
     try:
         yield

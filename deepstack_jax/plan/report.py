@@ -163,7 +163,8 @@ def traffic_tables(plan: Plan) -> tuple[Table, Table]:
     kinds = Table("collective", "per step", "GB into each device", "beside computation")
     beside = by_kind(tuple(one for one in plan.collectives if one.hidden))
     for kind, (count, size) in by_kind(plan.collectives).items():
-        kinds.add_row(kind, f"{count:,}", f"{size / 1e9:,.3f}", f"{beside[kind][1] / size:.0%}" if kind in beside else "0%")
+        share = beside[kind][1] / size if size and kind in beside else 0.0  # a group of one moves nothing
+        kinds.add_row(kind, f"{count:,}", f"{size / 1e9:,.3f}", f"{share:.0%}")
     largest = Table("most traffic", "times", "MB of result", "GB into each device", "belongs to")
     for one in plan.collectives[:SHOWN]:
         largest.add_row(one.name, str(one.times), f"{one.size / 1e6:,.1f}", f"{one.total / 1e9:,.3f}", belongs_to(one.source))

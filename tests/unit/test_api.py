@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 import deepstack_jax as dsx
+from deepstack_jax import api
 from deepstack_jax.api import LMM, Options
 from deepstack_jax.data.encode.image import ImageError
 from deepstack_jax.data.encode.labels import IMAGE_TOKEN
@@ -16,6 +17,8 @@ from deepstack_jax.data.encode.tokenizer import load_tokenizer
 from deepstack_jax.families.build import build_model
 from deepstack_jax.generate.logits import padded_left, real_tokens
 from deepstack_jax.generate.options import RequestError
+from deepstack_jax.model.attention import dot_product
+from deepstack_jax.parallel.kernels import Kernels, SplashAttention
 from tests.unit.tiny import make_batch, model_params, tiny_config
 
 CONFIG = tiny_config({"decoder.vocab_size": 259, "data.template": "v0", "decoder.max_positions": 256})
@@ -252,3 +255,10 @@ def test_importing_the_package_stays_light():
 def test_a_value_of_the_wrong_type_is_one_line(lmm, ask, message):
     with pytest.raises(RequestError, match=message):
         ask(lmm)
+
+
+def test_float32_takes_the_portable_kernel_on_a_tpu_too(monkeypatch):
+    monkeypatch.setattr(api, "kernels_for", lambda platform, config: Kernels("splash", "splash"))
+    assert api._kernels(CONFIG, {}) == (dot_product, dot_product)
+    rounded = tiny_config({"train.compute_dtype": "bfloat16"})
+    assert all(isinstance(one, SplashAttention) for one in api._kernels(rounded, {}))

@@ -178,7 +178,7 @@ class Device:
         (Device("gpu", "NVIDIA A100-SXM4-80GB", "8.0"), False),
         (Device("gpu", "AMD Instinct MI300X", "gfx942"), False),
         (Device("tpu", "TPU v5"), False),
-        (Device("tpu", "TPU7x"), True),
+        (Device("tpu", "TPU7x"), False),
     ],
     ids=lambda value: getattr(value, "device_kind", ""),
 )
