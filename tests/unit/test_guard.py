@@ -24,20 +24,24 @@ def test_the_full_size_step_costs_what_it_did(name):
     assert moved(name) == [], HOW
 
 
-def test_a_slower_step_is_seen(monkeypatch):
-    """The same result with attention computed twice."""
-    once = attention.dot_product
-    monkeypatch.setattr(kernels, "dot_product", lambda *args: (once(*args) + once(*args)) / 2)
-    lines = moved("L")
-    assert any("/flops" in line for line in lines), lines
+def test_a_step_that_costs_more_is_seen(monkeypatch):
+    """The same result with attention computed twice, and gradients added up whole; one program, as each takes seconds."""
 
-
-def test_a_gradient_added_up_whole_is_seen(monkeypatch):
     def whole(self, gradient, at):
         summed, size = jax.lax.psum(gradient, "fsdp"), gradient.shape[at] // guard.DEVICES
         return jax.lax.dynamic_slice_in_dim(summed, jax.lax.axis_index("fsdp") * size, size, at)
 
+    once = attention.dot_product
+    monkeypatch.setattr(kernels, "dot_product", lambda *args: (once(*args) + once(*args)) / 2)
     monkeypatch.setattr(ExplicitFsdp, "_scatter", whole)
     lines = moved("L")
+    assert any("/flops" in line for line in lines), lines
     assert any("all-reduce/bytes: 0 ->" in line for line in lines), lines
     assert any("reduce-scatter/bytes" in line and "-> 0" in line for line in lines), lines
+
+
+def test_numbers_of_operations_and_collectives_are_compared_under_the_jax_that_wrote_them():
+    one = {"jax": "1", "operations": 10, "collectives": {"all-gather": {"count": 10, "bytes": 100.0}}}
+    more = {"jax": "1", "operations": 20, "collectives": {"all-gather": {"count": 20, "bytes": 200.0}}}
+    assert len(guard.moved(one, more)) == 3
+    assert guard.moved(one, more | {"jax": "2"}) == ["collectives/all-gather/bytes: 100 -> 200 (+100.0%)"]
