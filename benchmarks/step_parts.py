@@ -76,7 +76,7 @@ def gated(multiply: Callable[[Params, Array], list[Array]], params: Params, x: A
 
 def once(sizes: Sizes, params: Params, x: Array) -> Array:
     targets, weights = jnp.arange(x.shape[0] * x.shape[1]).reshape(x.shape[:2]), jnp.ones(x.shape[:2])
-    return token_loss(partial(logits, params), x, targets % sizes.vocabulary, weights, chunk=512).loss
+    return token_loss(logits, params, x, targets % sizes.vocabulary, weights, chunk=512).loss
 
 
 def again(sizes: Sizes, params: Params, x: Array) -> Array:

@@ -292,7 +292,7 @@ def head():
 
 def chunked(chunk):
     def loss(hidden, kernel, targets, weights):
-        sums = token_loss(lambda h: h @ kernel, hidden, targets, weights, chunk)
+        sums = token_loss(lambda kernel, h: h @ kernel, kernel, hidden, targets, weights, chunk)
         return sums.loss, sums
 
     return jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)
@@ -321,7 +321,7 @@ def test_what_needs_no_gradient_costs_no_product(head, alone):
     """The other's gradient is the same, times what the loss is multiplied by, and one product of three is not made."""
 
     def loss(*args):
-        return 3 * token_loss(lambda h: h @ args[1], args[0], *head[2:], 4).loss
+        return 3 * token_loss(lambda kernel, h: h @ kernel, args[1], args[0], *head[2:], 4).loss
 
     def products(argnums):
         return str(jax.make_jaxpr(jax.grad(loss, argnums))(*head[:2])).count("dot_general")

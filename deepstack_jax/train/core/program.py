@@ -188,9 +188,11 @@ def no_fp8(kind: str) -> str:
 
 def model_functions(model: DeepStack) -> ModelFns:
     """What the step needs of it."""
+    needed = ["embed" if model.decoder.tied_head else "head"] + ["image_newline"] * model.newline  # which every call reads
     return ModelFns(
         hidden=lambda params, batch: model.apply({"params": params}, batch).hidden,
         logits=lambda params, hidden: model.apply({"params": params}, hidden, method="logits"),
+        head=lambda params: {name: params[name] for name in needed},
     )
 
 

@@ -23,6 +23,7 @@ class ModelFns(NamedTuple):
 
     hidden: Callable[[PyTree, Batch], Float[Array, "B T D"]]
     logits: Callable[[PyTree, Float[Array, "B T D"]], Float[Array, "B T V"]]  # float32
+    head: Callable[[PyTree], PyTree] = lambda params: params  # the parameters that the logits need, of all; `logits` takes both
 
 
 class LossSums(NamedTuple):
@@ -37,7 +38,8 @@ LogitsFn = Callable[..., Float[Array, "B T V"]]
 
 
 def token_loss(
-    logits_fn: Callable[[Float[Array, "B T D"]], Float[Array, "B T V"]],
+    logits_fn: Callable[[PyTree, Float[Array, "B T D"]], Float[Array, "B T V"]],
+    params: PyTree,
     hidden: Float[Array, "B T D"],
     targets: Int[Array, "B T"],
     weights: Float[Array, "B T"],
@@ -45,7 +47,8 @@ def token_loss(
 ) -> LossSums:
     """Summed cross-entropy. Logits exist for `chunk` positions at a time, once: with the loss of a chunk comes its gradient.
 
-    The gradient flows into `hidden` and into the arrays that `logits_fn` closes over; `weights` are constants of the loss.
+    The gradient flows into `hidden` and into `params`, which `logits_fn` takes: what it closes over are constants, and so are
+    `weights`.
     """
     length = hidden.shape[1]
     chunk = min(chunk, length)
@@ -57,8 +60,8 @@ def token_loss(
         return jnp.moveaxis(x.reshape(x.shape[0], chunks, -1, *x.shape[2:]), 1, 0)
 
     parts = split(hidden), split(targets), split(weights)
-    logits_fn, used = jax.closure_convert(logits_fn, parts[0][0])
-    return _summed(logits_fn, used, *parts)
+    used, tree = jax.tree.flatten(params)
+    return _summed(lambda hidden, *used: logits_fn(tree.unflatten(used), hidden), used, *parts)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -81,7 +84,8 @@ def _summed_forward(
     def one(carry: tuple[LossSums, list[Array]], part: tuple[Array, Array, Array]) -> tuple[tuple[LossSums, list[Array]], Any]:
         def loss(trained: list[Array], hidden: Array) -> tuple[Array, LossSums]:
             rest = iter(trained)
-            sums = loss_sums(logits_fn(hidden, *(next(rest) if one.perturbed else one.value for one in used)), *part[1:])
+            arrays = [next(rest) if array.perturbed else array.value for array in used]
+            sums = loss_sums(logits_fn(hidden, *arrays), *part[1:])
             return sums.loss, sums
 
         (of_trained, *of_hidden), sums = jax.grad(loss, (0, 1)[: 1 + hidden_too], has_aux=True)(trained, part[0])
@@ -90,7 +94,7 @@ def _summed_forward(
     zero = (no_sums(), jax.tree.map(jnp.zeros_like, trained))
     (sums, gradients), of_hidden = jax.lax.scan(one, zero, tuple(part.value for part in parts))
     rest = iter(gradients)
-    return sums, ([next(rest) if one.perturbed else None for one in used], of_hidden[0] if hidden_too else None)
+    return sums, ([next(rest) if array.perturbed else None for array in used], of_hidden[0] if hidden_too else None)
 
 
 def _summed_backward(logits_fn: LogitsFn, kept: tuple[list[Array | None], Array | None], cotangent: LossSums) -> tuple:
@@ -122,7 +126,7 @@ def make_loss(model: ModelFns, chunk: int) -> Callable[[PyTree, Batch], LossSums
 
     def loss(params: PyTree, batch: Batch) -> LossSums:
         hidden = model.hidden(params, batch)
-        return token_loss(lambda h: model.logits(params, h), hidden, batch.targets, batch.loss_weights, chunk)
+        return token_loss(model.logits, model.head(params), hidden, batch.targets, batch.loss_weights, chunk)
 
     return loss
 

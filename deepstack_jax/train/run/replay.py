@@ -105,8 +105,8 @@ def examine(program: Program, state: TrainState, batch: Batch) -> Findings:
 
 def _row_losses(program: Program, params: PyTree, batch: Batch) -> Float[Array, " B"]:
     def one(hidden: Array, targets: Array, weights: Array) -> Array:
-        logits = partial(program.functions.logits, params)
-        sums = token_loss(logits, hidden[None], targets[None], weights[None], program.config.train.loss_chunk)
+        rows = hidden[None], targets[None], weights[None]
+        sums = token_loss(program.functions.logits, program.functions.head(params), *rows, program.config.train.loss_chunk)
         return sums.loss / jnp.maximum(sums.weight, 1.0)
 
     return jax.vmap(one)(program.functions.hidden(params, batch), batch.targets, batch.loss_weights)
