@@ -1,6 +1,7 @@
 """Whether the input keeps up with one H100: `python -m benchmarks.input_ceiling` writes the section of docs/input_pipeline.md.
 
-Images per second and core are read from the page's own tables; what a GPU takes is `plan`'s bound from above for recipes.
+Images per second and core are read from the page's own tables; what a GPU takes is by `plan`'s step with everything overlapped,
+at the share of the peak that `plan` reckons with.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ def section(per_core: dict[str, float], taken: dict[str, float]) -> str:
     return f"""\
 {CORES} cores make at most {supply} a second: the images/s of one core above times {CORES}. That was
 measured on two cores, not on sixteen, and reading from a disk comes on top. What a GPU takes is examples, of one image each,
-over `plan`'s bound of the step from below ([plan.md](plan.md)): no run takes more, most take less.
+over `plan`'s step with everything overlapped, at 80% of the peak ([plan.md](plan.md)): most runs take less.
 
 {chr(10).join(lines)}
 
@@ -56,7 +57,7 @@ that decode ahead, and the third column says how many are busy. Where a small mo
 - `prepare` puts examples into shards with their images **as they were stored**: that saves looking for files and parsing
   JSON, not decoding and resizing, which are nearly all of the time (above);
 - crops that are cut beforehand would save those too, and are **not offered**: {VIEWS} views are {raw:.1f} MB as they are,
-  many times a JPEG, and compressed with loss they would have other pixels. For the first row that were {slow:.0f} MB/s
+  many times a JPEG, and compressed with loss they would have other pixels. For the first row that would be {slow:.0f} MB/s
   from the disk for each GPU, which is little; a small model, which would need it, asks for {fast:.1f} GB/s;
 - a machine with more cores for each GPU."""
 
@@ -67,7 +68,7 @@ def main() -> None:
         found = plan(config, topology, "--estimate_only", *more)
         if isinstance(found, str):
             raise SystemExit(found)
-        taken[name] = found["samples_per_second"] / found["devices"]
+        taken[name] = round(found["load"]["examples"] / found["roofline"]["least"] / found["devices"], 1)
         print(f"{name}: {taken[name]:.1f} images/s", flush=True)
     write_section("ceiling", section(rates(PAGE.read_text()), taken), PAGE)
 

@@ -52,7 +52,7 @@ class Record:
 
 
 def target(got: float, wanted: float, *, at_most: bool = False) -> dict[str, Any]:
-    """A goal, what was reached, and the ratio of the two, 1 or more where the goal is met."""
+    """A goal, the figure that was reached, and their ratio, 1 or more where the goal is met."""
     better, worse = (wanted, got) if at_most else (got, wanted)
     ratio = better / worse if worse > 0 else MOST
     return {"target": wanted, "got": got, "ratio": ratio, "at_most": at_most}

@@ -16,7 +16,8 @@ from deepstack_jax.train.core.optimizer import split
 from deepstack_jax.train.core.program import Program
 from deepstack_jax.train.flops import Flops
 
-# Share of the peak that large bf16 products reach: 770 to 798 of 989 TFLOP/s on an H200, the best that was measured there.
+# Share of the peak that large bf16 products are taken to reach: 770 to 798 of 989 TFLOP/s are reported for plain products on an
+# H200. No step of this package was measured on one.
 ATTAINED = 0.8
 
 
