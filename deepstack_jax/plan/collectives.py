@@ -34,7 +34,7 @@ class Collective:
     stride: int  # from one of them to the next, in the order of the mesh
     source: str  # the operation of the model that it belongs to
     across: bool = False  # between slices, over the data center's network; then `group` counts slices
-    hidden: bool = False  # runs beside computation: started and waited for apart, or fused with a product
+    hidden: float = 0.0  # share of it that runs beside computation: started and waited for apart, or fused with a product
 
     @property
     def total(self) -> float:
@@ -62,7 +62,7 @@ def find_collectives(text: str) -> list[Collective]:
         for at, (pieces, one) in enumerate(found):
             pieces = pieces or f"{name} {at}"
             known = seen.get((pieces, one.size), one)
-            most, hidden = max(known.times, times[name]), known.hidden or one.hidden
+            most, hidden = max(known.times, times[name]), max(known.hidden, one.hidden)
             seen[pieces, one.size] = replace(one, times=most, hidden=hidden, source=known.source or one.source)
     return sorted(seen.values(), key=lambda one: -one.total)
 
@@ -162,7 +162,7 @@ def _in_computation(name: str, lines: list[str], devices: int) -> Iterator[tuple
         elif kind == "all-reduce" and name.startswith("all-reduce-scatter"):
             kind, size = "reduce-scatter", size // group
         channel, one = _once(line, kind, size, group, stride)
-        yield channel, replace(one, hidden=bool(started) or name.startswith(_FUSED))
+        yield channel, replace(one, hidden=float(bool(started) or name.startswith(_FUSED)))
 
 
 def _once(line: str, kind: str, size: int, group: int, stride: int, across: bool = False) -> tuple[str, Collective]:

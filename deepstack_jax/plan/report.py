@@ -2,7 +2,7 @@
 
 import re
 from collections import defaultdict
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from rich.table import Table
@@ -161,7 +161,7 @@ def flops_table(plan: Plan) -> Table:
 def traffic_tables(plan: Plan) -> tuple[Table, Table]:
     """What enters each device per step, by kind; and the single collectives with most of it, with where they come from."""
     kinds = Table("collective", "per step", "GB into each device", "beside computation")
-    beside = by_kind(tuple(one for one in plan.collectives if one.hidden))
+    beside = by_kind(tuple(replace(one, moved=one.moved * one.hidden) for one in plan.collectives if one.hidden))
     for kind, (count, size) in by_kind(plan.collectives).items():
         share = beside[kind][1] / size if size and kind in beside else 0.0  # a group of one moves nothing
         kinds.add_row(kind, f"{count:,}", f"{size / 1e9:,.3f}", f"{share:.0%}")

@@ -1,13 +1,14 @@
 """How long a step takes at least, by what it computes, moves through each chip's memory, and moves between the chips."""
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from deepstack_jax.config import Config
 from deepstack_jax.families.base import decoder_of, tower_of
 from deepstack_jax.parallel.chips import Chip
+from deepstack_jax.parallel.fsdp import stages_of
 from deepstack_jax.parallel.mesh import AXES, across_slices
 from deepstack_jax.plan.collectives import Collective, ring
 from deepstack_jax.plan.memory import bytes_per_device
@@ -19,6 +20,10 @@ from deepstack_jax.train.flops import Flops
 # Share of the peak that large bf16 products are taken to reach: 770 to 798 of 989 TFLOP/s are reported for plain products on an
 # H200. No step of this package was measured on one.
 ATTAINED = 0.8
+# Share of the gathered bytes that travels beside products, where nothing is compiled: libtpu 0.0.42 comes to 63% on v5p:4x4x4
+# and to 71% on v6e:8x8 for configs/llava15.py:finetune. Of scattered gradients it is none there (docs/scaling.md).
+GATHERED_BESIDE = 0.67
+GRADIENTS = "gradients, estimated"
 
 
 @dataclass(frozen=True)
@@ -56,14 +61,16 @@ def estimate(
 ) -> Roofline:
     """The roofline of a step of `rows` rows of `length` positions, on a mesh of so many slices of chips of a kind."""
     devices = program.mesh.size
-    seconds = {True: 0.0, False: 0.0}
+    links = exposed = 0.0
     for one in collectives:
-        seconds[one.hidden] += one.total / link_rate(chip, one, devices // slices)
+        seconds = one.total / link_rate(chip, one, devices // slices)
+        links += seconds
+        exposed += seconds * (1 - one.hidden)
     return Roofline(
         compute=at_peak(program.config, chip, {part.name: part.executed for part in flops.parts}) / (devices * ATTAINED),
         memory=memory_traffic(program, rows, length) / chip.hbm_bandwidth,
-        links=sum(seconds.values()),
-        exposed=seconds[False],
+        links=links,
+        exposed=exposed,
     )
 
 
@@ -88,38 +95,76 @@ def link_rate(chip: Chip, one: Collective, devices: int) -> float:
 
 
 def guess_collectives(program: Program, rows: int, length: int, slices: int = 1) -> list[Collective]:
-    """The collectives that a step cannot do without, where nothing is compiled.
+    """The collectives of a step where nothing is compiled: those that the program writes out and cannot do without.
 
-    Kernels are gathered along fsdp for every pass of every micro-batch and their gradients scattered back, gradients added
-    up along data, and hidden states along tensor, twice a layer and pass. Along an axis that crosses slices each device first
-    exchanges its own share with its like in the others. Weights and gradients are taken to travel beside products, which do not
-    wait for them; hidden states are waited for.
+    Kernels are gathered along fsdp and their gradients scattered back, one dimension of the torus after the other, gradients
+    added up along data, and hidden states along tensor, twice a layer and pass. Beside products runs what compilers were seen
+    to run there: a share of the gathering, and nothing else.
     """
     config, mesh, cfg = program.config, program.mesh.shape, program.config.decoder
     width, parts = np.dtype(program.model.dtype).itemsize, config.train.accumulation
-    trainable, _ = split(program.abstract_state().params, program.groups)
-    whole = sum(program.sizes.values()) / mesh["tensor"] * width
-    trained = sum(program.sizes[path] for path in trainable) / mesh["tensor"] * 4  # float32, whatever activations are
+    gathered, scattered = (elements / mesh["tensor"] for elements in _travelling(program, length))
+    own = 4 * scattered / mesh["fsdp"]  # float32, as gradients are
     hidden = width * rows * length * cfg.width / (mesh["data"] * mesh["fsdp"] * parts)
-    remat = cfg.remat != "none"
-    strides = {"data": mesh["fsdp"] * mesh["tensor"], "fsdp": mesh["tensor"], "tensor": 1}
+    far, along_fsdp, _ = across_slices(tuple(mesh[axis] for axis in AXES), slices)
+    stages = _stages(program, along_fsdp)
     found = [
-        ("all-gather", "fsdp", (2 + remat) * parts, whole, "parameters"),
-        ("reduce-scatter", "fsdp", parts, trained / mesh["fsdp"], "gradients"),
-        ("all-reduce", "data", parts, trained / mesh["fsdp"], "gradients"),
-        ("all-reduce", "tensor", 2 * cfg.layers * (2 + (cfg.remat in ("block", "offload"))) * parts, hidden, "hidden states"),
+        *_over_stages("all-gather", width * gathered, mesh["tensor"], stages, along_fsdp > 1),
+        *_over_stages("reduce-scatter", 4 * scattered, mesh["tensor"], stages, along_fsdp > 1),
     ]
-    between: dict[str, int] = dict(zip(AXES, across_slices(tuple(mesh.values()), slices), strict=True))
-    collectives = []
-    for kind, axis, times, size, source in found:
-        far, near = between[axis], mesh[axis] // between[axis]
-        # Gradients are scattered within the slice first, so that across slices goes the share of one device.
-        within, beyond = (size * far, size) if kind == "reduce-scatter" else (size, size / near)
-        for part, group, across in ((within, near, False), (beyond, far, True)):
-            moved, stride = part * ring(kind, group), 1 if across else strides[axis]
-            said = f"{source}, estimated"
-            collectives.append(Collective(kind, times, int(part), moved, group, stride, said, across, axis != "tensor"))
-    return [one for one in collectives if one.group > 1]
+    near, stride = mesh["data"] // far, mesh["fsdp"] * mesh["tensor"]
+    # Within a slice first, so that each device exchanges its own share with its like in the others.
+    for size, group, across in ((own, near, False), (own / near, far, True)):
+        moved = size * ring("all-reduce", group)
+        found.append(Collective("all-reduce", 1, int(size), moved, group, 1 if across else stride, GRADIENTS, across))
+    passes = 2 * cfg.layers * (2 + (cfg.remat in ("block", "offload")))
+    moved = hidden * ring("all-reduce", mesh["tensor"])
+    found.append(Collective("all-reduce", passes, int(hidden), moved, mesh["tensor"], 1, "hidden states, estimated"))
+    return [replace(one, times=one.times * parts) for one in found if one.group > 1]
+
+
+def _travelling(program: Program, length: int) -> tuple[float, float]:
+    """Elements that a micro-batch gathers and that it scatters, over all devices along tensor.
+
+    A kernel is gathered for its product forward and once more backward, which what is recomputed shares; a frozen tower has no
+    backward pass, the embedding none that reads it, and the head is gathered, and its gradient scattered, for each chunk.
+    """
+    config = program.config
+    trainable, _ = split(program.abstract_state().params, program.groups)
+    in_tower = 1 + any(path.startswith("vision_tower/") for path in trainable)
+    chunks = -(-length // min(config.train.loss_chunk, length))
+    embedding, head = "embed/embedding", "embed/embedding" if config.decoder.tied_head else "head/kernel"
+    gathered = scattered = 0
+    for path, size in program.sizes.items():
+        times = (in_tower if path.startswith("vision_tower/") else 2), 1
+        if path in (embedding, head):  # one after the other where they are the same array
+            times = ((path == embedding) + chunks * (path == head),) * 2
+        gathered += times[0] * size
+        scattered += times[1] * size * (path in trainable)
+    return gathered, scattered
+
+
+def _stages(program: Program, slices: int) -> list[int]:
+    """How many devices exchange in each stage along fsdp, which so many slices lie along, the slowest first."""
+    line = program.mesh.devices[0, :, 0].tolist()
+    within = [len(stage[0]) for stage in stages_of(line[: len(line) // slices])]
+    return [slices, *within] if slices > 1 else within
+
+
+def _over_stages(kind: str, size: float, stride: int, stages: Sequence[int], across: bool) -> Iterator[Collective]:
+    """Gathering or scattering so many bytes in stages of so many devices, the first of them between slices where `across`.
+
+    Scattering begins with the first stage and gathering ends with it, when all is there.
+    """
+    behind = np.prod(stages)
+    for place, group in enumerate(stages):
+        behind //= group  # devices of the stages still to come
+        moved = size * (group - 1) / group
+        result = int(size if kind == "all-gather" else size / group)
+        beyond, said = across and place == 0, GRADIENTS if kind == "reduce-scatter" else "parameters, estimated"
+        beside = 0.0 if kind == "reduce-scatter" or beyond else GATHERED_BESIDE
+        yield Collective(kind, 1, result, moved, group, 1 if beyond else stride * int(behind), said, beyond, beside)
+        size /= group
 
 
 def memory_traffic(program: Program, rows: int, length: int) -> float:

@@ -6,19 +6,22 @@ from fractions import Fraction
 import jax
 import numpy as np
 import pytest
+from jax.sharding import Mesh
 
+from benchmarks import guard
 from deepstack_jax.data.order.batches import packed_rows
 from deepstack_jax.errors import ConfigError
 from deepstack_jax.parallel.chips import CHIPS
 from deepstack_jax.parallel.distributed import put_batch
-from deepstack_jax.parallel.mesh import make_mesh
+from deepstack_jax.parallel.kernels import kernels_for
+from deepstack_jax.parallel.mesh import AXES, make_mesh
 from deepstack_jax.parallel.rules import use_mesh
 from deepstack_jax.plan.collectives import Collective, find_collectives, ring
 from deepstack_jax.plan.compile import Compiled, Overflow
 from deepstack_jax.plan.memory import activation_memory, state_memory
 from deepstack_jax.plan.planner import Wanted, make_plan, memory_by_kind, plan_load
 from deepstack_jax.plan.report import Plan, belongs_to, by_kind, verdict
-from deepstack_jax.plan.roofline import estimate, guess_collectives, link_rate
+from deepstack_jax.plan.roofline import GATHERED_BESIDE, estimate, guess_collectives, link_rate
 from deepstack_jax.plan.search import candidates, find_best
 from deepstack_jax.plan.topology import SLICES, Machine, open_machine, with_shape
 from deepstack_jax.train.core.optimizer import FROZEN
@@ -34,6 +37,8 @@ SMALL = {
     "data.max_images": 1,
     "data.max_length": 16,
 }
+# Shape of the torus, chip, seconds of a step, bytes gathered and scattered into each device.
+COMPILED = [((4, 4, 4), "TPU v5", 0.792, 28.5e9, 28.6e9), ((8, 8), "TPU v6 lite", 0.487, 28.5e9, 28.2e9)]
 MESHES = {"fsdp": (1, 8, 1), "all three": (2, 2, 2)}
 
 
@@ -232,6 +237,28 @@ def test_slices_are_estimated_along_data_then_fsdp():
     apart = dataclasses.replace(machine(), slices=2)
     near, far = (make_plan(config, one, Wanted(), compiled=False).roofline.links for one in (machine(), apart))
     assert far > near
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """A chip, as far as a plan looks at it."""
+
+    coords: tuple[int, ...]
+
+
+@pytest.mark.parametrize(("shape", "chip", "seconds", "gathered", "scattered"), COMPILED)
+def test_what_is_estimated_is_what_was_compiled(shape, chip, seconds, gathered, scattered):
+    """docs/scaling.md and docs/plan.md have the compiled steps of DeepStack-L at 7B, whole slices along fsdp."""
+    program = guard.program_of(guard.recipe("L"))
+    chips = np.array([Place(coords) for coords in np.ndindex(shape)], object).reshape(1, -1, 1)
+    laid = dataclasses.replace(program, mesh=Mesh(chips, AXES), kernels=kernels_for("tpu", program.config))
+    found = guess_collectives(laid, 128, 2048)
+    assert {one.group for one in found} == {shape[0]}, "a stage for each dimension of the torus"
+    assert {one.kind: one.hidden for one in found} == {"all-gather": GATHERED_BESIDE, "reduce-scatter": 0}
+    for kind, moved in (("all-gather", gathered), ("reduce-scatter", scattered)):
+        assert sum(one.total for one in found if one.kind == kind) == pytest.approx(moved, rel=0.05)
+    flops = step_flops(program.config, program.groups, 128, 2048, masked=laid.kernels.masked_computed)
+    assert estimate(laid, CHIPS[chip], flops, found, 128, 2048).step == pytest.approx(seconds, rel=0.03)
 
 
 def test_collectives_of_a_program_with_loops():
