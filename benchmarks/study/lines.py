@@ -60,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def write_data(receipts: Path, out: Path, drawn: int, seed: int) -> None:
     """The three files and their pictures; what an earlier call finished stays."""
-    boxes = json.loads((receipts / "boxes.json").read_text())
+    boxes = {name: [Piece(*box) for box in found] for name, found in json.loads((receipts / "boxes.json").read_text()).items()}
     held = {Path(row["image"]).stem for row in json.loads((receipts / "val.json").read_text())}
     for file, wanted in ((TRAIN, boxes.keys() - held), (HELD_OUT, boxes.keys() & held)):
         if not (out / file).exists():
@@ -69,14 +69,14 @@ def write_data(receipts: Path, out: Path, drawn: int, seed: int) -> None:
             order = np.random.default_rng((seed, len(rows))).permutation(len(rows))
             write_whole(out / file, json.dumps([rows[at] for at in order], indent=0))
     if not (out / DRAWN).exists():
-        words = sorted({word for name in boxes.keys() - held for box in boxes[name] for word in str(box[4]).split()})
+        words = sorted({word for name in boxes.keys() - held for piece in boxes[name] for word in piece.text.split()})
         write_whole(out / DRAWN, json.dumps([draw(number, words, out, seed) for number in range(drawn)], indent=0))
 
 
-def lines_of(boxes: Sequence[Sequence[int | str]]) -> list[list[Piece]]:
+def lines_of(pieces: Sequence[Piece]) -> list[list[Piece]]:
     """Pieces that stand beside each other as one line, from the top; a line's pieces from the left."""
     lines: list[list[Piece]] = []
-    for piece in sorted((Piece(*box) for box in boxes), key=lambda piece: (piece.top + piece.bottom, piece.left)):  # type: ignore[arg-type]
+    for piece in sorted(pieces, key=lambda piece: (piece.top + piece.bottom, piece.left)):
         middle = (piece.top + piece.bottom) / 2
         if lines and middle < max(other.bottom for other in lines[-1]) - (piece.bottom - piece.top) / 4:
             lines[-1].append(piece)
@@ -85,9 +85,9 @@ def lines_of(boxes: Sequence[Sequence[int | str]]) -> list[list[Piece]]:
     return [sorted(line) for line in lines]
 
 
-def cut_receipt(receipts: Path, name: str, boxes: Sequence[Sequence[int | str]], out: Path, seed: int) -> Iterator[dict]:
+def cut_receipt(receipts: Path, name: str, pieces: Sequence[Piece], out: Path, seed: int) -> Iterator[dict]:
     """Every LINES lines that follow each other, each line in one example at most."""
-    lines = lines_of(boxes)
+    lines = lines_of(pieces)
     picture = None
     for first in range(0, len(lines) - LINES + 1, LINES):
         window = lines[first : first + LINES]

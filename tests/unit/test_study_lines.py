@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from benchmarks.study.lines import DRAWN, FONTS, HEIGHT, HELD_OUT, LINES, LONGEST, TRAIN, WIDTH, lines_of, main
+from benchmarks.study.lines import DRAWN, FONTS, HEIGHT, HELD_OUT, LINES, LONGEST, TRAIN, WIDTH, Piece, lines_of, main
 from benchmarks.study.table import LINES as STUDY
 from benchmarks.study.train import character_errors, read_run
 from deepstack_jax.data.open import open_files
@@ -37,7 +37,10 @@ def write(receipts, out, *flags):
 
 def test_pieces_beside_each_other_are_one_line():
     boxes = [[100, 12, 130, 30, "9.90"], [10, 10, 90, 32, "TEA"], [10, 40, 90, 60, "TOTAL"], [95, 41, 130, 62, "9.90"]]
-    assert [[piece.text for piece in line] for line in lines_of(boxes)] == [["TEA", "9.90"], ["TOTAL", "9.90"]]
+    assert [[piece.text for piece in line] for line in lines_of([Piece(*box) for box in boxes])] == [
+        ["TEA", "9.90"],
+        ["TOTAL", "9.90"],
+    ]
 
 
 def test_every_row_is_a_picture_with_its_lines(receipts, tmp_path):
