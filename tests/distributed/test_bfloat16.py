@@ -16,7 +16,7 @@ from deepstack_jax.parallel.distributed import put_batch
 from deepstack_jax.parallel.rules import use_mesh
 from deepstack_jax.train.core.optimizer import flatten, unflatten
 from deepstack_jax.train.core.state import new_state
-from tests.distributed.cases import MESHES, VARIANTS, program_of
+from tests.distributed.cases import FUSED, MESHES, VARIANTS, program_of
 from tests.unit.tiny import FAMILIES, FIRST_WORD, draw_params, example, make_batch, tiny_config
 
 pytestmark = pytest.mark.usefixtures("optimized")  # as real steps are
@@ -46,7 +46,7 @@ SIZES = {
 
 def config_of(variant: str, dtype: str, accumulation: int = 1) -> Config:
     return tiny_config(
-        SIZES | (VARIANTS | FAMILIES)[variant] | {"train.compute_dtype": dtype, "train.accumulation": accumulation}
+        SIZES | (VARIANTS | FUSED | FAMILIES)[variant] | {"train.compute_dtype": dtype, "train.accumulation": accumulation}
     )
 
 
@@ -131,6 +131,6 @@ def test_gradients(variant, mesh, packed, accumulation):
 @pytest.mark.parametrize("accumulation", [1, 2])
 @pytest.mark.parametrize("packed", [True, False])
 @pytest.mark.parametrize("mesh", ["one", "fsdp8", "dp2xfsdp2xtp2"])
-@pytest.mark.parametrize("variant", [*VARIANTS, *FAMILIES])
+@pytest.mark.parametrize("variant", [*VARIANTS, *FUSED, *FAMILIES])
 def test_gradients_everywhere(variant, mesh, packed, accumulation):
     check(variant, mesh, packed, accumulation)
