@@ -16,6 +16,8 @@ from deepstack_jax.train.core.optimizer import FROZEN
 from deepstack_jax.weights.adapters import adapter_paths
 from deepstack_jax.weights.names import NameTable
 
+ADAPTERS = "adapters"  # the part of a step that no part of the model is: they are multiplied as they are, fp8 or not
+
 
 @dataclass(frozen=True)
 class Part:
@@ -36,7 +38,8 @@ class Part:
 class Flops:
     """FLOPs of a step, by part."""
 
-    parts: tuple[Part, ...]  # in the order of the forward pass: tower, projector, decoder, attention, head
+    # In the order of the forward pass: tower, projector, decoder, attention, head; what LoRA adds, wherever, is "adapters"
+    parts: tuple[Part, ...]
 
     @property
     def model(self) -> float:
@@ -119,9 +122,8 @@ def _with_adapters(config: Config, groups: dict[str, str], products: list[_Produ
                 (a, config.lora.rank / math.prod(leaf.layer_shape[leaf.inputs :]), product.below),
                 (b, config.lora.rank / math.prod(leaf.layer_shape[: leaf.inputs]), _UNUSED + 1),
             ):
-                yield product._replace(
-                    kernel=path, forward=product.forward * share, executed=product.executed * share, below=below
-                )
+                forward, executed = product.forward * share, product.executed * share
+                yield product._replace(part=ADAPTERS, kernel=path, forward=forward, executed=executed, below=below)
 
 
 # In the order of the forward pass; a gradient flows through the input of a product where something of a stage before trains.

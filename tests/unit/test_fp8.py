@@ -24,6 +24,7 @@ from deepstack_jax.plan.roofline import at_peak
 from deepstack_jax.plan.topology import open_machine
 from deepstack_jax.train.core.optimizer import flatten
 from deepstack_jax.train.core.program import build_program, rounding_for
+from deepstack_jax.train.flops import step_flops
 from tests.unit.lora import ADAMW, LORA
 from tests.unit.tiny import draw_params, example, make_batch, tiny_config
 
@@ -203,3 +204,24 @@ def test_a_plan_counts_fp8_against_its_own_peak():
     assert at_peak(plain, chip, flops) == pytest.approx(4e15 / chip.flops)
     with pytest.raises(ConfigError, match=r"^config.train.matmul='fp8': gpu:1xA100 has no products in fp8; these have: .*H100"):
         make_plan(config, open_machine("gpu:1xA100"), Wanted(), compiled=False)
+
+
+def test_a_plan_counts_adapters_as_they_are_multiplied():
+    """By the sizes of the kernels: gradients flow through frozen ones to their inputs, and to both matrices of an adapter."""
+    config, chip = tiny_config(IN_FP8 | LORA | {"decoder.remat": "none"}), CHIPS["NVIDIA H100 80GB HBM3"]
+    cfg, tokens = config.decoder, 8 * 16
+    program = build_program(config, make_mesh(MeshConfig(), jax.devices()[:1]), 10)
+    flops = {part.name: part for part in step_flops(config, program.groups, 8, 16).parts}
+    queries, keys = cfg.heads * cfg.head_dim, cfg.kv_heads * cfg.head_dim
+    kernels = [(cfg.width, queries), (cfg.width, keys), (cfg.width, keys), (queries, cfg.width)]
+    kernels += [(cfg.width, cfg.mlp)] * 2 + [(cfg.mlp, cfg.width)]
+    in_fp8 = 2 * (2 * tokens * cfg.layers * sum(a * b for a, b in kernels))
+    assert flops["decoder"].executed == pytest.approx(in_fp8)
+    tower = config.vision
+    views = 8 * config.data_spec.crop_slots * (config.patch_side**2 + 1) * tower.layers_run
+    beside = tokens * cfg.layers * sum(a + b for a, b in kernels)
+    in_tower = views * (4 * 2 * tower.width + 2 * (tower.width + tower.mlp))
+    assert flops["adapters"].executed == pytest.approx(3 * 2 * config.lora.rank * (beside + in_tower))
+    executed = {name: part.executed for name, part in flops.items()}
+    rest = sum(executed.values()) - in_fp8
+    assert at_peak(config, chip, executed) == pytest.approx(in_fp8 / chip.fp8 + rest / chip.flops)
