@@ -9,16 +9,19 @@
   --work=DIR      logs and compiled programs; .cache/gpu_check unless given
   --budget=N      seconds that all stages may take together; 540 unless given
 
-Every stage runs in a process of its own, prints and saves each figure as it is known, and is ended at its limit. A stage that
-is done is not run again: the same call made again goes on with what failed, ran out of time or came too late. Results of
+Every stage runs in a process of its own, prints and saves each figure as it is known, and is ended at its limit, with all that
+it started. SIGTERM or Ctrl-C ends the stage that runs and then the check; a check that is killed takes its stage along. A stage
+that is done is not run again: the same call made again goes on with what failed, ran out of time or came too late. Results of
 another device, size, jax or other sources are begun anew, which --only refuses without --anew; those of another torch lose
 PyTorch's stages. Then `python -m benchmarks.gpu_check.tables` writes the tables of the documents. Exits with 1 where a stage
-failed, was late or found no time left. What it needs beyond the package is in benchmarks/gpu_check/requirements.txt.
+failed, was late or found no time left, with 75 after SIGTERM, with 130 after Ctrl-C. What it needs beyond the package is in
+benchmarks/gpu_check/requirements.txt.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import json
 import os
@@ -27,13 +30,14 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu_check.stages import BUDGET, EXIT_ABSENT, NAMES, STAGES, Stage, listing
 from deepstack_jax.atomic import write_json
+from deepstack_jax.stop_signals import StopSignals
 
 REPOSITORY = Path(__file__).parents[2]
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "torch", "transformers", "nvidia-cudnn-cu12", "nvidia-cudnn-cu13")
@@ -50,8 +54,12 @@ PEERS = ("torch", "transformers")  # packages that the stages in PyTorch measure
 SLOW = 5  # times its limit that a stage has where the models are small: on a CPU, which may be busy
 LEAST = 20  # seconds that must be left for a stage to begin
 SHOWN = 12  # last lines of what a stage that failed wrote to stderr
+PLACE = 40  # the same of one that was late: where its threads were then
+TICK = 1.0  # seconds between looks at a stage that runs
+LEAVE = 10  # seconds that a killed process has to go: one that waits within the driver may never
 # As launch/slurm.sbatch; in a process that computes on the GPU the rest of the memory is the driver's and the libraries'.
 ENVIRONMENT = {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.92", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.5"}
+ENVIRONMENT["HF_HUB_OFFLINE"] = "1"  # nothing is fetched, and no stage waits for a network that is not there
 QUERY = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"]
 
 
@@ -62,7 +70,11 @@ def machine() -> dict[str, Any]:
         name, driver, memory = (part.strip() for part in found.split(","))
     except (OSError, subprocess.CalledProcessError, IndexError, ValueError):
         name, driver, memory = "cpu", "", ""
-    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    try:
+        git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=REPOSITORY, capture_output=True, text=True, check=False)
+        revision = git.stdout.strip()
+    except OSError:  # no git here
+        revision = ""
     return {
         "device": name,
         "driver": driver,
@@ -70,7 +82,7 @@ def machine() -> dict[str, Any]:
         "cores": os.cpu_count(),
         "python": sys.version.split()[0],
         "versions": {package: version for package in PACKAGES if (version := _version(package))},
-        "revision": git.stdout.strip() or "unknown",
+        "revision": revision or "unknown",
         "sources": digest(),
     }
 
@@ -127,32 +139,62 @@ def open_results(
     return fresh
 
 
-def run_stage(stage: Stage, results: dict[str, Any], size: str, work: Path, limit: float) -> dict[str, Any]:
-    """What is saved of a stage: status, seconds, figures, and the end of its log where it failed."""
+def run_stage(
+    stage: Stage, results: dict[str, Any], output: Path, work: Path, limit: float, stop: StopSignals
+) -> dict[str, Any]:
+    """Run it, and keep in the results what is known of it while it runs: status, seconds, figures, and the end of its log."""
     figures, earlier, log = (work / f"{stage.name}{end}" for end in (".json", ".earlier.json", ".log"))
     figures.unlink(missing_ok=True)
     write_json(earlier, {name: one["figures"] for name, one in results["stages"].items()})
-    command = child_command(stage, size, figures, earlier, limit)
+    before = results["stages"].get(stage.name, {}).get("figures", {})
+    command = child_command(stage, results["size"], figures, earlier, limit)
     began = time.monotonic()
+
+    def keep(status: str, **more: Any) -> dict[str, Any]:
+        found = json.loads(figures.read_text()) if figures.exists() else {}
+        kept = found if status == "done" else before | found
+        seconds = round(time.monotonic() - began, 1)
+        results["stages"][stage.name] = {"status": status, "seconds": seconds, "limit": round(limit), "figures": kept, **more}
+        write_json(output, results)
+        return results["stages"][stage.name]
+
     with log.open("w") as file:
         process = subprocess.Popen(
-            command, cwd=REPOSITORY, env=environment(stage, size, work), stderr=file, start_new_session=True
+            command, cwd=REPOSITORY, env=environment(stage, results["size"], work), stderr=file, start_new_session=True
         )
         try:
-            code = process.wait(timeout=limit)
-        except subprocess.TimeoutExpired:
-            code = None
+            code = _watch(process, began + limit, stop, figures, lambda: keep("cut off"))
         finally:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)  # and what it started itself, which would keep the GPU
-                process.wait()
-    status = "late" if code is None else {0: "done", EXIT_ABSENT: "absent"}.get(code, "failed")
-    found = {"status": status, "seconds": round(time.monotonic() - began, 1), "limit": round(limit)}
-    before = {} if status == "done" else results["stages"].get(stage.name, {}).get("figures", {})
-    found["figures"] = before | (json.loads(figures.read_text()) if figures.exists() else {})
-    if status in ("failed", "absent"):
-        found["said"] = log.read_text(errors="replace").strip().splitlines()[-SHOWN:]
-    return found
+            _end(process)
+    said = log.read_text(errors="replace").strip().splitlines()
+    if code is None:
+        return keep("stopped") if stop.received else keep("late", where=said[-PLACE:])
+    if code == 0:
+        return keep("done")
+    said += [f"ended by signal {-code}"] if code < 0 else []
+    return keep("absent" if code == EXIT_ABSENT else "failed", said=said[-SHOWN:])
+
+
+def _watch(
+    process: subprocess.Popen[bytes], ends: float, stop: StopSignals, figures: Path, save: Callable[[], Any]
+) -> int | None:
+    """What it exits with, None where it did not until then or a signal came; whenever it has new figures they are saved."""
+    seen = 0
+    while not stop.received and (left := ends - time.monotonic()) > 0:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            return process.wait(timeout=min(TICK, left))
+        if figures.exists() and (now := figures.stat().st_mtime_ns) != seen:
+            seen = now
+            save()
+    return None
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """End it if it runs, and what it started itself, which would keep the GPU."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(LEAVE)
 
 
 def child_command(stage: Stage, size: str, figures: Path, earlier: Path, limit: float) -> list[str]:
@@ -162,9 +204,12 @@ def child_command(stage: Stage, size: str, figures: Path, earlier: Path, limit: 
 
 def environment(stage: Stage, size: str, work: Path) -> dict[str, str]:
     """Of a stage's process: what it compiles is kept, so that a stage that is run again begins sooner."""
-    chosen = {**ENVIRONMENT, "JAX_COMPILATION_CACHE_DIR": str(work.resolve() / "jax"), **os.environ}
-    if size == "tiny":
-        chosen.setdefault("OMP_NUM_THREADS", "1")  # torch's threads wait for each other by spinning, for minutes on a busy CPU
+    caches = {"JAX_COMPILATION_CACHE_DIR": "jax", "TORCHINDUCTOR_CACHE_DIR": "torch"}
+    chosen = {**ENVIRONMENT, **{name: str(work.resolve() / folder) for name, folder in caches.items()}, **os.environ}
+    if size == "full":
+        chosen["JAX_PLATFORMS"] = stage.platforms or "cuda,cpu"  # or jax would take the CPU where CUDA does not start
+        return chosen
+    chosen.setdefault("OMP_NUM_THREADS", "1")  # torch's threads wait for each other by spinning, for minutes on a busy CPU
     if stage.platforms and os.environ.get("JAX_PLATFORMS") != "cpu":
         chosen["JAX_PLATFORMS"] = stage.platforms
     return chosen
@@ -198,23 +243,27 @@ def main() -> int:
 
 
 def run_all(results: dict[str, Any], output: Path, only: list[str], work: Path, budget: float) -> int:
-    """Every stage that is still to run, as long as time is left; the file is whole after each."""
-    ends, stages, whole = time.monotonic() + budget, results["stages"], True
-    for stage in STAGES:
-        done = stages.get(stage.name, {}).get("status") == "done"
-        if stage.name not in only if only else done:
-            continue
-        left = ends - time.monotonic()
-        if left < LEAST:
-            print(f"{stage.name}: no time is left; make the same call again", flush=True)
-            whole = False
-            continue
-        print(f"{stage.name} ({stage.part}): {stage.what}", flush=True)
-        limit = stage.limit * (SLOW if results["size"] == "tiny" else 1)
-        stages[stage.name] = run_stage(stage, results, results["size"], work, min(limit, left))
-        write_json(output, results)
-        found = stages[stage.name]
-        print(f"{stage.name}: {found['status']} in {found['seconds']:.0f} s{_said(found)}", flush=True)
+    """Every stage that is still to run, as long as time is left; the file is whole after each, and whenever one has figures."""
+    ends, stages, whole, stop = time.monotonic() + budget, results["stages"], True, StopSignals()
+    try:
+        for stage in STAGES:
+            done = stages.get(stage.name, {}).get("status") == "done"
+            if stage.name not in only if only else done:
+                continue
+            left = ends - time.monotonic()
+            if left < LEAST:
+                print(f"{stage.name}: no time is left; make the same call again", flush=True)
+                whole = False
+                continue
+            print(f"{stage.name} ({stage.part}): {stage.what}", flush=True)
+            limit = stage.limit * (SLOW if results["size"] == "tiny" else 1)
+            found = run_stage(stage, results, output, work, min(limit, left), stop)
+            print(f"{stage.name}: {found['status']} in {found['seconds']:.0f} s{_said(found)}", flush=True)
+            if stop.received:
+                print(f"stopped by a signal; what was found is in {output}, and the same call made again goes on", flush=True)
+                return stop.exit_code
+    finally:
+        stop.release()
     print(f"results: {output}")
     return int(not whole or any(one["status"] in ("failed", "late") for one in stages.values()))
 

@@ -2,21 +2,42 @@
 
 from __future__ import annotations
 
+import ctypes
+import faulthandler
 import importlib
 import json
+import signal
 import sys
 from pathlib import Path
+
+import jax
 
 from benchmarks.gpu_check.record import AbsentError, Record
 from benchmarks.gpu_check.sizes import SIZES
 from benchmarks.gpu_check.stages import EXIT_ABSENT, STAGES
 
+SET_PDEATHSIG = 1  # of Linux's prctl
+BEFORE = 2.0  # seconds before its limit, at which a stage writes where it is
+
 
 def run(name: str, record: Record) -> None:
-    """Call the stage's function."""
+    """Call the stage's function.
+
+    Raises:
+      RuntimeError: jax does not compute on the GPU. A CPU would take the whole time for nothing.
+    """
     stage = next(stage for stage in STAGES if stage.name == name)
+    if record.size.name == "full" and not stage.platforms and jax.default_backend() != "gpu":
+        raise RuntimeError(f"jax computes on a {jax.default_backend()} here, not on the GPU: has it its plugin for CUDA?")
     module, function = stage.function.split(":")
     getattr(importlib.import_module(f"benchmarks.gpu_check.{module}"), function)(record)
+
+
+def watched(seconds: float) -> None:
+    """Let this process end with the one that started it, and say where it is shortly before it is ended for being late."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(SET_PDEATHSIG, signal.SIGKILL)
+    faulthandler.dump_traceback_later(max(0.1, seconds - BEFORE))  # by a thread that does not wait for Python's
 
 
 def main() -> int:
@@ -31,4 +52,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    watched(float(sys.argv[-1]))
     sys.exit(main())

@@ -4,9 +4,11 @@ import dataclasses
 import fcntl
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -102,6 +104,74 @@ def test_what_a_stage_started_ends_with_it(stages, tmp_path, monkeypatch):
         free.start()
         free.join(60)
         assert not free.is_alive(), "a process of the stage still holds the file"
+
+
+@pytest.fixture
+def check_process(tmp_path):
+    """The check as a process, whose only stage starts a process, saves a figure, and then hangs where no signal is heard."""
+    held, code = tmp_path / "held", tmp_path / "code.py"
+    held.touch()
+    hangs = f"import fcntl, signal, subprocess; file = open({str(held)!r}); fcntl.flock(file, fcntl.LOCK_EX); "
+    hangs += "[signal.signal(one, signal.SIG_IGN) for one in (signal.SIGINT, signal.SIGTERM)]; "
+    hangs += "subprocess.Popen(['sleep', '600'], pass_fds=[file.fileno()]); " + WRITES + "signal.sigwait([signal.SIGUSR1])"
+    started = "from benchmarks.gpu_check import child; child.watched(600.0); " + hangs
+    code.write_text(
+        "import sys\nfrom pathlib import Path\nfrom benchmarks.gpu_check import __main__ as check\n"
+        f"check.STAGES = (check.Stage('one', 'a', '', 1, 600, ''), check.Stage('two', 'a', '', 1, 600, ''))\n"
+        f"check.child_command = lambda stage, size, figures, *_: [sys.executable, '-c', {started!r}, str(figures)]\n"
+        "results = {'size': 'tiny', 'machine': {}, 'stages': {}}\n"
+        f"sys.exit(check.run_all(results, Path({str(tmp_path / 'out.json')!r}), [], Path({str(tmp_path)!r}), 1000.0))\n"
+    )
+    environment = os.environ | ENVIRONMENT | {"PYTHONPATH": str(REPOSITORY)}
+    process = subprocess.Popen([sys.executable, str(code)], stdout=subprocess.PIPE, text=True, env=environment)
+    yield process
+    process.kill()
+    process.wait()
+
+
+def saved(tmp_path):
+    """The results as soon as they have a figure."""
+    for _ in range(6000):
+        if (file := tmp_path / "out.json").exists() and (found := json.loads(file.read_text())["stages"])["one"]["figures"]:
+            return found
+        threading.Event().wait(0.02)
+    raise AssertionError("no figure was saved")
+
+
+def freed(tmp_path):
+    """Whether all processes end that hold the file."""
+    with (tmp_path / "held").open() as file:
+        free = threading.Thread(target=fcntl.flock, args=(file, fcntl.LOCK_EX), daemon=True)
+        free.start()
+        free.join(60)
+        return not free.is_alive()
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
+def test_a_signal_ends_the_stage_with_what_it_started_and_keeps_its_figures(number, code, check_process, tmp_path):
+    assert saved(tmp_path)["one"]["status"] == "cut off", "as it would be told if nothing came after"
+    check_process.send_signal(number)
+    said, _ = check_process.communicate(timeout=60)
+    assert check_process.returncode == code
+    assert said.splitlines()[-1].startswith(f"stopped by a signal; what was found is in {tmp_path / 'out.json'}")
+    found = json.loads((tmp_path / "out.json").read_text())["stages"]
+    assert list(found) == ["one"]
+    assert (found["one"]["status"], found["one"]["figures"]) == ("stopped", {"one": {"got": 1}})
+    assert freed(tmp_path)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process that its parent was killed")
+def test_a_check_that_is_killed_leaves_its_figures_and_no_stage_behind(check_process, tmp_path):
+    saved(tmp_path)
+    stage = subprocess.run(["ps", "-o", "pid=", "--ppid", str(check_process.pid)], capture_output=True, text=True, check=True)
+    check_process.kill()
+    check_process.wait()
+    for _ in range(3000):
+        if not Path(f"/proc/{int(stage.stdout)}").exists():
+            break
+        threading.Event().wait(0.02)
+    assert not Path(f"/proc/{int(stage.stdout)}").exists()
+    assert json.loads((tmp_path / "out.json").read_text())["stages"]["one"]["figures"] == {"one": {"got": 1}}
 
 
 def test_a_stage_that_is_run_again_and_ends_badly_keeps_what_it_had(stages, tmp_path, monkeypatch):
