@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import traceback
 from pathlib import Path
 
 from benchmarks.attention_check import CASES, TINY, check
@@ -13,13 +14,20 @@ from benchmarks.gpu_check.record import Record, target
 
 REPOSITORY = Path(__file__).parents[2]
 ON_GPU = "test_cudnn_equals_xla"  # skipped where jax sees no GPU
+FAR = 0.1  # in the mean, where values are of the order of one: such a kernel computes something else
 
 
 def compare(record: Record) -> None:
     """Every case, those of a 7B decoder first: values, gradients and times beside the portable kernel's."""
     cases, equal = TINY if record.size.name == "tiny" else CASES, 0
     for number, case in enumerate(cases, 1):
-        found = check(case)
+        try:
+            found = check(case)
+        except Exception as error:  # of whatever kind: other cases may run, and the step takes other attention
+            traceback.print_exc()
+            found = {"equal": False, "refused": f"{type(error).__name__} {error}".splitlines()[0][:200]}
+        if not max(found.get("apart", [0.0])) <= FAR:  # not a number either
+            found["refused"] = "its results are other ones"
         equal += found["equal"]
         record.add(case.name, found)
         record.add("goal: share of kernels that are equal", target(equal / number, 1.0))

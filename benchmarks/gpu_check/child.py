@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import faulthandler
 import importlib
+import importlib.util
 import json
 import signal
 import sys
@@ -24,9 +25,12 @@ def run(name: str, record: Record) -> None:
     """Call the stage's function.
 
     Raises:
+      AbsentError: it measures PyTorch, which is not installed.
       RuntimeError: jax does not compute on the GPU. A CPU would take the whole time for nothing.
     """
     stage = next(stage for stage in STAGES if stage.name == name)
+    if stage.peer and importlib.util.find_spec("torch") is None:
+        raise AbsentError("torch is not installed; see benchmarks/gpu_check/requirements.txt")
     if record.size.name == "full" and not stage.platforms and jax.default_backend() != "gpu":
         raise RuntimeError(f"jax computes on a {jax.default_backend()} here, not on the GPU: has it its plugin for CUDA?")
     module, function = stage.function.split(":")

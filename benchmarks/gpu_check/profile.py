@@ -12,7 +12,7 @@ from typing import Any
 import jax
 
 from benchmarks.gpu_check.record import Record
-from benchmarks.gpu_check.step import as_in_step, measure
+from benchmarks.gpu_check.step import measure, with_fewer
 
 STEPS = 3
 WAITS = "ThunkExecutor"  # of XLA on a CPU, around what it waits for
@@ -30,7 +30,6 @@ KINDS = {
 
 def run(record: Record) -> None:
     """The step of stage `step`, a few times under the profiler."""
-    config = as_in_step(record)
 
     def traced(step: Callable[[], Any]) -> None:
         with tempfile.TemporaryDirectory() as folder:
@@ -39,7 +38,7 @@ def run(record: Record) -> None:
                     step()
             summarise(record, Path(folder))
 
-    measure(record, "step", config, then=traced)
+    with_fewer(record, lambda record, config: measure(record, "step", config, then=traced))
 
 
 def summarise(record: Record, folder: Path) -> None:

@@ -19,6 +19,7 @@ from deepstack_jax.data.encode.labels import IMAGE_TOKEN
 from deepstack_jax.data.order.packing import RowCapacity, pack
 from deepstack_jax.errors import ConfigError
 from deepstack_jax.model.decoder import REMAT
+from deepstack_jax.parallel.kernels import Kernels
 from deepstack_jax.parallel.mesh import make_mesh
 from deepstack_jax.plan.planner import assemble_plan
 from deepstack_jax.plan.report import Load, Plan
@@ -56,9 +57,9 @@ def config_of(size: Size, changes: dict[str, Any]) -> Config:
     return build_config(config)
 
 
-def build(config: Config) -> Program:
-    """Its program on the first device."""
-    return build_program(config, make_mesh(config.mesh, jax.devices()[:1]), steps=10**6)
+def build(config: Config, kernels: Kernels | None = None) -> Program:
+    """Its program on the first device, with the attention that the device has or with another."""
+    return build_program(config, make_mesh(config.mesh, jax.devices()[:1]), 10**6, kernels)
 
 
 def lengths(count: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:

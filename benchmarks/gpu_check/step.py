@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks.attention_check import CASES
 from benchmarks.gpu_check.programs import (
     PROBED,
     SHARE,
@@ -28,6 +29,7 @@ from deepstack_jax.batch import Batch
 from deepstack_jax.config import Config, build_config, to_dict
 from deepstack_jax.parallel.chips import CHIPS
 from deepstack_jax.parallel.distributed import put_batch
+from deepstack_jax.parallel.kernels import Kernels, kernels_for
 from deepstack_jax.parallel.rules import use_mesh
 from deepstack_jax.plan.topology import open_machine
 from deepstack_jax.train.core.program import Program
@@ -38,6 +40,8 @@ WARM = 2  # more steps that are not timed
 MATMULS = 20  # of the plain product, in one program
 MFU, OVER_STRING, INJECTION = 0.55, 2.0, 1.03  # to reach
 FP8 = 700.0  # model TFLOP/s to reach, of an H100
+# Attention that is taken in turn where the device's own does not run: told of segments by a mask, then XLA's.
+FALLBACKS = (Kernels("cudnn_mask", "cudnn"), Kernels("xla", "xla"))
 SECOND = 70  # seconds that a second program may take to compile and run
 
 
@@ -50,25 +54,69 @@ def full(record: Record) -> None:
 
 
 def measure_fitting(record: Record, peak: float) -> Config:
-    """Measure the step with as many layers as fit, and once more with fewer where `plan` took it for smaller than it is."""
+    """Measure the step with as many layers as fit: fewer where `plan` took it for smaller than it is.
+
+    Where the device's own attention does not run, or the losses are no numbers, another one is taken, as the figures say; what
+    stage `kernels` saw fail is not tried at all.
+    """
     config = fitting(record.size, {}, open_machine("here"), record.size.rows)
-    try:
-        measure(record, "step", config, peak)
-        return config
-    except (jax.errors.JaxRuntimeError, MemoryError) as error:
-        layers = max(PROBED, int(SHARE * config.decoder.layers))
-        small = isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)
-        if not small or layers >= config.decoder.layers:
-            raise
-        print(f"  {config.decoder.layers} layers do not fit: {str(error).splitlines()[0][:160]}", flush=True)
-    config = config_of(record.size, {"decoder.layers": layers, "decoder.remat": config.decoder.remat})
-    measure(record, "step", config, peak)
-    return config
+    kernels = [kernels_for(jax.devices()[0].platform, config), *FALLBACKS]
+    if "refused" in record.earlier.get("kernels", {}).get(CASES[0].name, {}):
+        kernels = list(FALLBACKS)
+    while True:
+        try:
+            measure(record, "step", config, peak, kernels=kernels[0])
+            return config
+        except (jax.errors.JaxRuntimeError, MemoryError, ArithmeticError, NotImplementedError) as error:
+            if not is_of_memory(error) and len(kernels) > 1:
+                print(f"  {kernels[0].decoder} does not run: {_line(error)}", flush=True)
+                kernels = kernels[1:]
+            else:
+                config = fewer(record, config, error)
+
+
+def fewer(record: Record, config: Config, error: Exception) -> Config:
+    """The same with fewer layers, where the error is that they do not fit; else the error again."""
+    layers = max(PROBED, int(SHARE * config.decoder.layers))
+    if not is_of_memory(error) or layers >= config.decoder.layers:
+        raise error
+    print(f"  {config.decoder.layers} layers do not fit: {_line(error)}", flush=True)
+    return config_of(record.size, {"decoder.layers": layers, "decoder.remat": config.decoder.remat})
+
+
+def is_of_memory(error: Exception) -> bool:
+    """Whether the device's memory was too small."""
+    return isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)
+
+
+def _line(error: Exception) -> str:
+    return f"{type(error).__name__} {error}".splitlines()[0][:160]
+
+
+def with_fewer(record: Record, run: Callable[[Record, Config], Any]) -> None:
+    """`run` with the configuration that stage `step` measured, and with fewer layers where that does not fit."""
+    config = as_in_step(record)
+    while True:
+        try:
+            run(record, config)
+            return
+        except (jax.errors.JaxRuntimeError, MemoryError) as error:
+            config = fewer(record, config, error)
+
+
+def whole_step(record: Record, config: Config) -> dict[str, Any]:
+    """What the step of so many layers took: stage `step` knows, but where they had to be fewer since."""
+    found = record.figures_of("step", "step")
+    layers = config.decoder.layers
+    return found if found["layers"] == layers else measure(record, f"step of {layers} layers", config)
 
 
 def injection(record: Record) -> None:
     """The same batch and parameters, with all groups injected and with none: the tower sees the same crops in both."""
-    config = as_in_step(record)
+    with_fewer(record, _injection)
+
+
+def _injection(record: Record, config: Config) -> None:
     off = dataclasses.replace(config, deepstack=dataclasses.replace(config.deepstack, schedule=(-1,) * config.decoder.layers))
     runs = {"on": measure(record, "on", config), "off": measure(record, "off", off)}
     added = runs["on"]["s/step"] - runs["off"]["s/step"]
@@ -84,18 +132,23 @@ def injection(record: Record) -> None:
 
 def string(record: Record) -> None:
     """DeepStack-L beside a LLaVA that reads all 2880 visual tokens of an image in its sequence, by examples per second."""
-    config = as_in_step(record)
+    with_fewer(record, _string)
+
+
+def _string(record: Record, config: Config) -> None:
     rows, length = record.size.string
     changes = {"deepstack.sequence": "global_crops", "deepstack.stack": "none", "data.max_length": length}
     longer = config_of(record.size, {**changes, "decoder.layers": config.decoder.layers, "decoder.remat": config.decoder.remat})
-    mine = record.figures_of("step", "step")["samples/s"]
     theirs = measure(record, "string", longer, rows=rows)["samples/s"]
-    record.add("goal: L / string, samples/s", target(mine / theirs, OVER_STRING))
+    record.add("goal: L / string, samples/s", target(whole_step(record, config)["samples/s"] / theirs, OVER_STRING))
 
 
 def lora(record: Record) -> None:
     """Adapters of rank 64 in every map of the decoder over a bfloat16 base, beside training it all."""
-    config = as_in_step(record)
+    with_fewer(record, _lora)
+
+
+def _lora(record: Record, config: Config) -> None:
     values = to_dict(config)
     values["optimizer"]["table"] = (
         (r"^layers/.*/kernel$", "lora"),
@@ -105,7 +158,7 @@ def lora(record: Record) -> None:
     group = values["optimizer"]["groups"]["language"]
     values["optimizer"]["groups"] = {"lora": group | {"lora": True}, "projector": group}
     found = measure(record, "lora", build_config(values), drawn=True)
-    whole = record.figures_of("step", "step")
+    whole = whole_step(record, config)
     record.add(
         "lora / full",
         {"s/step": found["s/step"] / whole["s/step"], "peak memory": _ratio(found["peak, GiB"], whole["peak, GiB"])},
@@ -114,10 +167,13 @@ def lora(record: Record) -> None:
 
 def fp8(record: Record) -> None:
     """The step with `train.matmul=fp8` beside the same in bfloat16."""
-    config = as_in_step(record)
+    with_fewer(record, _fp8)
+
+
+def _fp8(record: Record, config: Config) -> None:
     values = to_dict(config)
     values["train"]["matmul"] = "fp8"
-    found, whole = measure(record, "fp8", build_config(values)), record.figures_of("step", "step")
+    found, whole = measure(record, "fp8", build_config(values)), whole_step(record, config)
     apart = max(abs(a - b) for a, b in zip(found["losses"], whole["losses"], strict=True))
     record.add("bf16 / fp8", {"s/step": whole["s/step"] / found["s/step"], "losses differ by": apart})
     record.add("goal: fp8, model TFLOP/s", target(found["TFLOP/s"], FP8))
@@ -129,6 +185,12 @@ def as_in_step(record: Record) -> Config:
     return config_of(record.size, {"decoder.layers": found["layers"], "decoder.remat": found["remat"]})
 
 
+def kernels_in_step(record: Record) -> Kernels | None:
+    """The attention with which stage `step` ran, None before it has."""
+    found = record.earlier.get("step", {}).get("step")
+    return Kernels(found["kernel"], found["tower kernel"]) if found else None
+
+
 def measure(
     record: Record,
     name: str,
@@ -136,6 +198,7 @@ def measure(
     peak: float = 0.0,
     rows: int = 0,
     *,
+    kernels: Kernels | None = None,
     drawn: bool = False,
     then: Callable[[Callable[[], Any]], None] | None = None,
 ) -> dict[str, Any]:
@@ -144,14 +207,16 @@ def measure(
     Args:
       peak: FLOP/s of the best plain product, 0 = not measured.
       rows: of the batch, 0 = the size's own.
+      kernels: of attention, None = those of stage `step`.
       drawn: parameters are drawn as a run draws them, not made from their names.
       then: is given the step, to run it more.
 
     Raises:
       MemoryError: the compiled step asks for more than the device has, said before it is run.
+      FloatingPointError: its losses are not finite.
     """
     rows = rows or record.size.rows
-    program, batch = build(config), packed_batch(config, rows)
+    program, batch = build(config, kernels or kernels_in_step(record)), packed_batch(config, rows)
     with use_mesh(program.mesh):
         placed = put_batch(program.mesh, batch)
         began = time.perf_counter()
@@ -176,6 +241,8 @@ def measure(
             return jax.block_until_ready(metrics)
 
         losses = [float(step()["loss"]) for _ in range(CHECKED)]
+        if not np.isfinite(losses).all():
+            raise FloatingPointError(f"losses {losses}")
         for _ in range(WARM):
             step()
         seconds = timed(step, record.size.repeats)
@@ -219,6 +286,7 @@ def describe(program: Program, batch: Batch, seconds: list[float], squares: floa
         "useful positions": float((batch.segment_ids > 0).mean()),
         "remat": config.decoder.remat,
         "kernel": program.kernels.decoder,
+        "tower kernel": program.kernels.tower,
         "decoder share": sum(part.model for part in flops.parts if part.name in ("decoder", "attention")) / flops.model,
         "model TFLOPs": {part.name: part.model / 1e12 for part in flops.parts},
         "seconds": seconds,

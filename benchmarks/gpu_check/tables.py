@@ -100,12 +100,16 @@ def _goals(results: dict[str, Any]) -> list[str]:
 
 def _steps(results: dict[str, Any]) -> list[str]:
     """Every training step that was measured, ours and PyTorch's."""
-    lines = [f"| step | layers, rows, remat | {' | '.join(STEP)} | losses |", "|---" * (3 + len(STEP)) + "|"]
+    lines = [f"| step | layers, rows, remat, attention | {' | '.join(STEP)} | losses |", "|---" * (3 + len(STEP)) + "|"]
     for stage in STAGES:
         for name, one in _figures(results, stage.name).items():
             if "s/step" not in one or "losses" not in one:
                 continue
-            what = f"{one['layers']}, {one['rows']} of {one['length']}, `{one['remat']}`" if "layers" in one else "the same"
+            what = (
+                f"{one['layers']}, {one['rows']} of {one['length']}, `{one['remat']}`, {one['kernel']}"
+                if "layers" in one
+                else "the same"
+            )
             cells = " | ".join(_cell(one.get(key), key) for key in STEP)
             losses = ", ".join(f"{loss:.4f}" for loss in one["losses"])
             lines.append(f"| {name if name == stage.name else f'{stage.name}: {name}'} | {what} | {cells} | {losses} |")
@@ -131,7 +135,9 @@ def _kernels(results: dict[str, Any]) -> list[str]:
         "|---" * 8 + "|",
     ]
     for name, one in _figures(results, "kernels").items():
-        if "kernel" in one:
+        if "refused" in one:
+            lines.append(f"| {name} | does not run: {one['refused']}{' |' * 7}")
+        elif "kernel" in one:
             times = " | ".join(f"{1000 * one[key]:.2f}" for key in ("seconds", "portable_seconds"))
             errors = " | ".join(f"{max(one[key]):.1e}" for key in ("apart", "errors", "portable_errors"))
             lines.append(f"| {name} | {one['kernel']} | {times} | {errors} | {'yes' if one['equal'] else 'no'} |")

@@ -284,15 +284,75 @@ def test_the_step_is_measured_on_a_cpu_and_its_figures_are_kept(tmp_path):
 def test_a_step_that_does_not_fit_is_measured_with_fewer_layers(tmp_path, monkeypatch):
     tried = []
 
-    def measure(record, name, config, peak):
+    def measure(record, name, config, peak=0.0, **_):
         tried.append(config.decoder.layers)
-        if len(tried) == 1:
+        if tried[-1] > 7:
             raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")
+        return {"layers": config.decoder.layers}
 
     monkeypatch.setattr(step, "measure", measure)
     record = Record(dataclasses.replace(TINY, layers=10), tmp_path / "step.json", {}, 60)
-    assert step.measure_fitting(record, 0.0).decoder.layers == 8
-    assert tried == [10, 8]
+    assert step.measure_fitting(record, 0.0).decoder.layers == 6
+    assert tried == [10, 8, 6]
+    record.earlier["step"] = {"step": {"layers": 10, "remat": "dots"}}
+    compared = []
+    step.with_fewer(
+        record, lambda *given: compared.append((step.measure(*given[:1], "lora", given[1]), step.whole_step(*given)))
+    )
+    assert compared == [({"layers": 6}, {"layers": 6})], "with the step of as many layers"
+
+
+OURS, MASKED = ("xla", "xla"), ("cudnn_mask", "cudnn")
+
+
+@pytest.mark.parametrize(
+    ("seen", "raised", "tried"),
+    [
+        ({}, [], [OURS]),
+        ({}, [jax.errors.JaxRuntimeError("INTERNAL: no engine for this graph")], [OURS, MASKED]),
+        ({}, [FloatingPointError("losses [nan]")], [OURS, MASKED]),
+        ({"refused": "its results are other ones"}, [NotImplementedError("cuDNN 9.1")], [MASKED, ("xla", "xla")]),
+    ],
+    ids=["runs", "does not compile", "no numbers", "seen before"],
+)
+def test_attention_that_does_not_run_is_replaced_and_the_figures_say_so(seen, raised, tried, tmp_path, monkeypatch):
+    found = []
+
+    def measure(record, name, config, peak, kernels):
+        found.append(tuple(kernels))
+        if len(found) <= len(raised):
+            raise raised[len(found) - 1]
+
+    monkeypatch.setattr(step, "measure", measure)
+    record = Record(TINY, tmp_path / "step.json", {"kernels": {attention.CASES[0].name: seen}}, 60)
+    step.measure_fitting(record, 0.0)
+    assert found == tried
+    record.earlier["step"] = {"step": {"kernel": "cudnn_mask", "tower kernel": "cudnn"}}
+    monkeypatch.setattr(programs, "build_program", lambda *given: given[-1])
+    assert programs.build(programs.config_of(TINY, {}), step.kernels_in_step(record)) == MASKED, "what later stages build"
+
+
+def test_a_kernel_that_fails_or_computes_something_else_does_not_end_the_others(tmp_path, monkeypatch):
+    ways = iter(
+        [ValueError("no such layout\nmore"), {"apart": [float("nan")], "equal": False}, {"apart": [1e-4], "equal": True}]
+    )
+
+    def check(case):
+        way = next(ways)
+        if isinstance(way, Exception):
+            raise way
+        return way
+
+    monkeypatch.setattr(attention, "check", check)
+    attention.compare(Record(TINY, tmp_path / "kernels.json", {}, 60))
+    found = json.loads((tmp_path / "kernels.json").read_text())
+    goal = found.pop("goal: share of kernels that are equal")
+    assert [one.get("refused") for one in found.values()] == [
+        "ValueError no such layout",
+        "its results are other ones",
+        None,
+    ]
+    assert goal["got"] == pytest.approx(1 / 3)
 
 
 @pytest.mark.parametrize(
@@ -334,11 +394,21 @@ def test_a_goal_has_the_ratio_that_says_whether_it_was_met():
 
 
 STEP = {"s/step": 0.5, "tokens/s": 32000.0, "samples/s": 46.0, "TFLOP/s": 560.0, "MFU": 0.566, "of the best product": 0.71}
-STEP |= {"peak, GiB": 61.5, "plan says, GiB": 60.0, "layers": 11, "rows": 8, "length": 2048, "remat": "dots", "losses": [10.4]}
+STEP |= {
+    "kernel": "cudnn",
+    "peak, GiB": 61.5,
+    "plan says, GiB": 60.0,
+    "layers": 11,
+    "rows": 8,
+    "length": 2048,
+    "remat": "dots",
+    "losses": [10.4],
+}
 FOUND = {
     "kernels": {
         "packed": {"kernel": "cudnn", "seconds": 0.002, "portable_seconds": 0.01, "apart": [3e-4], "equal": True}
         | {"errors": [1e-3, 2e-3], "portable_errors": [2e-3]},
+        "window": {"equal": False, "refused": "ValueError no such layout"},
         "goal: share of kernels that are equal": target(1.0, 1.0),
     },
     "step": {"step": STEP, "goal: step, MFU": target(0.566, 0.55)},
@@ -365,10 +435,11 @@ def test_tables_say_what_the_results_say(tmp_path):
     for line in (
         "| step, MFU | at least 0.55 | 0.566 | 1.03 |",
         "| ours / torch | at least 1.3 | 1.2 | 0.92, missed |",
-        "| step | 11, 8 of 2048, `dots` | 0.5 | 32,000 | 46 | 560 | 56.6% | 71.0% | 61.5 | 60 | 10.4000 |",
+        "| step | 11, 8 of 2048, `dots`, cudnn | 0.5 | 32,000 | 46 | 560 | 56.6% | 71.0% | 61.5 | 60 | 10.4000 |",
         "| torch: eager | the same | 0.7 | - | 33 | - | - | - | - | - | 10.4100 |",
         "| batch 1, prompt 640 | 180.0 | 78% | 30 | 6 |",
         "| packed | cudnn | 2.00 | 10.00 | 3.0e-04 | 2.0e-03 | 2.0e-03 | yes |",
+        "| window | does not run: ValueError no such layout | | | | | | |",
         "| attention | 100.0 | 20% |",
     ):
         assert line in text.splitlines()

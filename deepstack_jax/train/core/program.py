@@ -196,14 +196,17 @@ def model_functions(model: DeepStack) -> ModelFns:
     )
 
 
-def build_program(config: Config, mesh: Mesh, steps: int) -> Program:
+def build_program(config: Config, mesh: Mesh, steps: int, kernels: Kernels | None = None) -> Program:
     """Put together what a run of `steps` steps computes, on devices that are here or on descriptions of some that are not.
+
+    Args:
+      kernels: of attention; None = those that `kernels_for` chooses for the mesh's devices.
 
     Raises:
       ConfigError: parameters that no group covers, or sizes that do not divide over the mesh.
     """
     check_model_fits(config.decoder, config.vision, mesh)
-    kernels = kernels_for(mesh.devices.flat[0].platform, config)
+    kernels = kernels or kernels_for(mesh.devices.flat[0].platform, config)
     attend = attentions(kernels, mesh, most_segments(config))
     build = partial(build_model, config, *attend, crop_shards=crop_shards(mesh))
     model, trained = build(), build(rounding=rounding_for(config, mesh))
