@@ -1,7 +1,7 @@
 """Train the injection laboratory's table and write docs/study.md: `python -m benchmarks.study`.
 
-  --only=baseline,start_   rows of these names, or whose names begin so; those on real images begin with lines_
-  --seeds=3                runs of each row, seeds 0, 1, ...
+  --only=baseline,start_   rows of these names, or whose names begin so; those on real images begin with lines_ and smollm2_
+  --seeds=3                runs of each row, seeds 0, 1, ...; rows of smollm2_ have one
   --size=gpu               the larger size, or slice, the first steps of the small one (default: cpu)
   --jobs=2                 runs at once, each with its share of the cores (default: 1)
   --runs=runs/study        folder of the workdirs
@@ -49,13 +49,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         Job(study_of(row), asked.size, row, seed)
         for seed in ([QUICK_SEED] if asked.quick else range(asked.seeds))  # all rows once before any twice
         for row in chosen(asked.only, asked.quick)
+        if asked.quick or seed < study_of(row).runs
     ]
-    for study in {job.study.name: job.study for job in jobs}.values():
-        if not all(job.is_possible for job in jobs if job.study is study):
-            jobs = [job for job in jobs if job.study is not study]
-            console.print(
-                f"left out: rows of {study.name}, for {study.needs} is not there; benchmarks.study.{study.name} writes it"
-            )
+    for name, missing in {job.study.name: job.missing for job in jobs}.items():
+        if missing:
+            jobs = [job for job in jobs if job.study.name != name]
+            console.print(f"left out: rows of {name}, for {missing}", soft_wrap=True)
     known = read_runs(asked.results)
     waiting = [job for job in jobs if not job.is_of(known.get(job.key))]
     console.print(listed(jobs, known, asked.jobs) if asked.list else estimate(waiting, known, asked.jobs), soft_wrap=True)

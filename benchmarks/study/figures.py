@@ -2,13 +2,14 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from benchmarks.study.results import REACHED, Run, by_row
-from benchmarks.study.table import DIGITS, ROWS
+from benchmarks.study.table import DIGITS, ROWS, Study
 from deepstack_jax.data.cards import CHANCE
 
 Runs = Mapping[tuple[str, str, int], Run]
@@ -48,20 +49,31 @@ def draw_curves(runs: Runs, study: str) -> Figure:
     figure = Figure(figsize=(9.5, 4.6), layout="constrained", facecolor="white")
     plot = figure.subplots()
     for name, (color, style) in CURVES.items():
-        found = by_row(runs, study, name)
-        if not found:
-            continue
-        length = min(len(run.curve) for run in found)
-        steps = [step for step, _ in found[0].curve[:length]]
-        values = np.array([[accuracy for _, accuracy in run.curve[:length]] for run in found])
-        plot.plot(steps, values.mean(0), color=color, linestyle=style, linewidth=2.2, label=ROWS[name].label)
-        plot.fill_between(steps, values.min(0), values.max(0), color=color, alpha=0.15, linewidth=0)
+        if found := by_row(runs, study, name):
+            _curve(plot, found, color=color, linestyle=style, label=ROWS[name].label)
     plot.axhline(REACHED, color="black", linestyle=(0, (4, 3)), linewidth=1)
     plot.set(xlabel="step", title="accuracy on the cards of each batch, none seen before", ylim=(0, 1.02))
     plot.set_xlim(left=0)
     plot.legend(frameon=False, fontsize=9)
     _share(plot.yaxis)
     _plain(plot)
+    return figure
+
+
+def draw_held_out(runs: Runs, studies: Sequence[Study]) -> Figure:
+    """Held-out token accuracy over the steps, a plot for each study of real images that has runs."""
+    figure = Figure(figsize=(9.5, 3.8), layout="constrained", facecolor="white")
+    for plot, study in zip(figure.subplots(1, len(studies), sharey=True, squeeze=False)[0], studies, strict=True):
+        for row in study.rows.values():
+            if found := by_row(runs, study.name, row.name):
+                color, style = CURVES[row.name.removeprefix(f"{study.name}_")]
+                _curve(plot, found, color=color, linestyle=style, marker=".", label=row.label)
+        plot.set(xlabel="step", title=study.title)
+        plot.set_xlim(left=0)
+        plot.set_ylim(bottom=0)
+        plot.legend(frameon=False, fontsize=9)
+        _share(plot.yaxis)
+        _plain(plot)
     return figure
 
 
@@ -107,6 +119,15 @@ def draw_costs(runs: Runs, study: str, names: Sequence[str]) -> Figure:
 def save(figure: Figure, file: Path) -> None:
     """As a PNG that is the same whenever the numbers are."""
     figure.savefig(file, dpi=DPI, metadata={"Software": None})
+
+
+def _curve(plot: Axes, found: Sequence[Run], color: str, **how: Any) -> None:
+    """The mean of a row's runs over the steps that all of them have, and their range."""
+    length = min(len(run.curve) for run in found)
+    steps = [step for step, _ in found[0].curve[:length]]
+    values = np.array([[accuracy for _, accuracy in run.curve[:length]] for run in found])
+    plot.plot(steps, values.mean(0), color=color, linewidth=2.2, **how)
+    plot.fill_between(steps, values.min(0), values.max(0), color=color, alpha=0.15, linewidth=0)
 
 
 def _share(axis) -> None:

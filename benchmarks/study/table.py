@@ -151,17 +151,20 @@ _ROWS = (
 )
 ROWS = {row.name: row for row in _ROWS}
 
-# Real images: the same three forms, over lines of receipts.
-_LINE_ROWS = (
-    Row("lines_baseline", "low-res alone", {"image.mode": "stretch", "deepstack.stack": "none"}),
-    Row("lines_deepstack", "DeepStack-L"),
-    Row(
-        "lines_string",
-        "all tokens in the sequence",
-        {"deepstack.sequence": "global_crops", "deepstack.stack": "none", "data.max_length": 64 * (1 + 4) + 128},
-        note="five times the visual tokens in the sequence",
-    ),
-)
+
+def _line_rows(study: str, text: int) -> dict[str, Row]:
+    """The same three forms over lines of receipts, `text` positions for their words."""
+    rows = (
+        Row(f"{study}_baseline", "low-res alone", {"image.mode": "stretch", "deepstack.stack": "none"}),
+        Row(f"{study}_deepstack", "DeepStack-L"),
+        Row(
+            f"{study}_string",
+            "all tokens in the sequence",
+            {"deepstack.sequence": "global_crops", "deepstack.stack": "none", "data.max_length": 64 * (1 + 4) + text},
+            note="five times the visual tokens in the sequence",
+        ),
+    )
+    return {row.name: row for row in rows}
 
 
 @dataclass(frozen=True)
@@ -169,23 +172,41 @@ class Study:
     """Rows over one base."""
 
     name: str
+    title: str  # what is trained, in words
     base: str  # file of the base configuration, from the repository's root
     rows: Mapping[str, Row]
     seeds: tuple[str, ...]  # keys that a run's seed is given to: of parameters, order and generated examples
-    needs: str  # folder that must be there, from the repository's root; empty = none
+    needs: Mapping[str, str]  # folders that must be there, from the repository's root, with SIZE in them -> what makes each
     curve: str  # number of metrics.jsonl over the steps that is kept: of examples that training has not had
+    runs: int = 3  # most of a row, a seed each
 
 
-CARDS = Study("cards", "configs/study.py", ROWS, ("seed", "data.seed", "data.cards.seed"), "", "token_accuracy")
+CARDS = Study("cards", "Cards", "configs/study.py", ROWS, ("seed", "data.seed", "data.cards.seed"), {}, "token_accuracy")
+_LINES_DATA = {"runs/study/lines-data": "python -m benchmarks.study.lines --receipts=DIR --out=runs/study/lines-data"}
 LINES = Study(
     "lines",
+    "A small model from nothing",
     "configs/study_lines.py",
-    {row.name: row for row in _LINE_ROWS},
+    _line_rows("lines", 128),
     ("seed", "data.seed"),
-    "runs/study/lines-data",
+    _LINES_DATA,
     "validation_token_accuracy",
 )
-STUDIES = {study.name: study for study in (CARDS, LINES)}
+SMOLLM2 = Study(
+    "smollm2",
+    "SmolLM2-135M-Instruct",
+    "configs/study_smollm2.py",
+    _line_rows("smollm2", 160),
+    ("seed", "data.seed"),
+    _LINES_DATA
+    | {
+        "runs/study/pretrained/language": "ln -s /PATH/TO/SmolLM2-135M-Instruct runs/study/pretrained/language",
+        "runs/study/pretrained/SIZE/clip": "python -m deepstack_jax.convert --from=WORKDIR --to=runs/study/pretrained/SIZE",
+    },
+    "validation_token_accuracy",
+    runs=1,
+)
+STUDIES = {study.name: study for study in (CARDS, LINES, SMOLLM2)}
 
 _UNSEEN = tuple(f"{kind}_unseen" for kind in DIGITS)
 CLAIMS = (

@@ -72,23 +72,29 @@ class Job:
 
     @cached_property
     def data(self) -> str:
-        """Fingerprint of the examples; empty where they are files that are not here."""
+        """Fingerprint of the examples, and of weights that it begins with; empty where they are files that are not here."""
         found = hashlib.sha256()
-        if self.study.needs:
-            for file in sorted((REPOSITORY / self.study.needs).glob("*.json")):
+        for folder in (REPOSITORY / name for name in self.needs):
+            for file in sorted([*folder.glob("*.json"), *folder.glob("*.safetensors")]):
                 found.update(file.name.encode() + file.read_bytes())
-        else:
+        if not self.needs:
             cards = self.config.data.cards
             for split in SPLITS:
                 source = Cards(cards.seed, SAMPLED, grids=cards.grids, unseen=cards.unseen, sharp=cards.sharp, split=split)
                 for card in source:
                     found.update(repr(card.messages).encode() + np.asarray(card.images[0]).tobytes())
-        return "" if self.study.needs and not self.is_possible else found.hexdigest()[:16]
+        return "" if self.missing else found.hexdigest()[:16]
 
     @property
-    def is_possible(self) -> bool:
-        """Whether the files are there that it is trained on."""
-        return (REPOSITORY / self.study.needs).is_dir()
+    def needs(self) -> dict[str, str]:
+        """The folders that it is trained on and begins with -> the command that makes each."""
+        return {folder.replace("SIZE", self.size): how.replace("SIZE", self.size) for folder, how in self.study.needs.items()}
+
+    @property
+    def missing(self) -> str:
+        """The first of them that is not there, and its command; empty where all are."""
+        gone = ((folder, how) for folder, how in self.needs.items() if not (REPOSITORY / folder).is_dir())
+        return next((f"{folder} is not there; {how} makes it" for folder, how in gone), "")
 
     @property
     def folder(self) -> str:

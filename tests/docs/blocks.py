@@ -25,7 +25,7 @@ SECONDS = 120  # after which a block that waits for something is given up, on a 
 # Programs that a block may call. `test_blocks.py` has rules for the first; nobody here knows the flags of the others.
 KNOWN = ("python", "python3", "python3.12", "pip", "uv", "hf", "make", "sbatch", "docker")
 OTHERS = ("curl", "gcloud", "gcsfuse", "kubectl", "tar", "unzip", "wget")
-SYSTEM = ("bash", "cat", "mkdir", "dirname", "basename", "sed", "awk", "head", "mktemp", "rm", "git", "base64")
+SYSTEM = ("bash", "cat", "mkdir", "dirname", "basename", "sed", "awk", "head", "mktemp", "rm", "ln", "git", "base64")
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from benchmarks.study import __main__ as study
 from benchmarks.study import train
 from benchmarks.study.report import page, write
 from benchmarks.study.results import WINDOW, Run, add_run, digest_of, read_runs
-from benchmarks.study.table import CARDS, CLAIMS, LINES, ROWS, Claim, above, near
+from benchmarks.study.table import CARDS, CLAIMS, LINES, ROWS, SMOLLM2, Claim, above, near
 from benchmarks.study.train import Job, RunError
 from benchmarks.study.verdict import (
     BY_SPEED,
@@ -126,23 +126,33 @@ def test_rows_differ_in_what_is_compared_and_in_nothing_else(configs):
         assert used == list(range(groups)) or ROWS[name].note, name
 
 
-def test_rows_of_real_images_differ_in_what_is_compared_and_in_nothing_else():
-    low, deepstack, string = (Job(LINES, "cpu", row, 0).config for row in LINES.rows.values())
+@pytest.mark.parametrize("of", [LINES, SMOLLM2], ids=lambda of: of.name)
+def test_rows_of_real_images_differ_in_what_is_compared_and_in_nothing_else(of):
+    low, deepstack, string = (Job(of, "cpu", row, 0).config for row in of.rows.values())
     for config in (low, string):
         assert (config.vision, config.projector, config.decoder) == (deepstack.vision, deepstack.projector, deepstack.decoder)
         assert (config.optimizer, config.train, config.data.sets) == (deepstack.optimizer, deepstack.train, deepstack.data.sets)
     assert (low.layout.groups, deepstack.layout.groups, string.layout.groups) == (0, 4, 0)
     assert (low.layout.max_tokens, string.layout.max_tokens) == (64, 5 * 64)
-    for row in LINES.rows.values():
-        assert Job(LINES, "gpu", row, 0).digest != Job(LINES, "cpu", row, 0).digest
+    assert string.data.max_length - deepstack.data.max_length == 4 * 64
+    for row in of.rows.values():
+        assert Job(of, "gpu", row, 0).digest != Job(of, "cpu", row, 0).digest
 
 
 def test_rows_whose_data_are_not_there_are_left_out_and_said(tmp_path, trained, monkeypatch, capsys):
     monkeypatch.setattr(train, "REPOSITORY", tmp_path)
     shutil.copytree(REPOSITORY / "configs", tmp_path / "configs")
-    assert ask(tmp_path, "--only=lines_,baseline", "--seeds=1") == 0
+    assert ask(tmp_path, "--only=lines_,smollm2_,baseline", "--seeds=1") == 0
     assert trained[0] == ["baseline-0"]
-    assert "left out: rows of lines, for runs/study/lines-data is not there" in capsys.readouterr().out
+    said = capsys.readouterr().out.splitlines()
+    assert said[0].startswith("left out: rows of lines, for runs/study/lines-data is not there; python -m benchmarks.study.l")
+    assert said[1].startswith("left out: rows of smollm2, for runs/study/lines-data is not there")
+    (tmp_path / "runs/study/lines-data").mkdir(parents=True)
+    (tmp_path / "runs/study/pretrained/language").mkdir(parents=True)
+    assert ask(tmp_path, "--only=lines_baseline,smollm2_", "--seeds=1") == 0
+    assert trained[0] == ["baseline-0", "lines_baseline-0"]
+    left_out, *_ = capsys.readouterr().out.splitlines()
+    assert "runs/study/pretrained/cpu/clip is not there; python -m deepstack_jax.convert --from=WORKDIR --to=runs/" in left_out
 
 
 def test_claims_compare_rows_that_are_there_and_shown():

@@ -9,8 +9,12 @@ from PIL import Image
 
 from benchmarks.study.lines import DRAWN, FONTS, HEIGHT, HELD_OUT, LINES, LONGEST, TRAIN, WIDTH, Piece, lines_of, main
 from benchmarks.study.table import LINES as STUDY
+from benchmarks.study.table import SMOLLM2
 from benchmarks.study.train import character_errors, read_run
+from benchmarks.tiny_recipe import write_weights
 from deepstack_jax.data.open import open_files
+from deepstack_jax.train.checkpoint.init_weights import find_weights
+from deepstack_jax.weights.load import absent_leaves
 from tests.e2e.verb import verb
 from tests.unit.test_study import tiny_job
 
@@ -95,7 +99,8 @@ def test_a_finished_workdir_is_read(receipts, tmp_path):
     """Two steps of a tiny model on lines: the curve is that of the held-out ones."""
     write(receipts, tmp_path / "data")
     changes = {"data.root": str(tmp_path / "data"), "evaluation.every": 1, "evaluation.max_new_tokens": 2}
-    job = tiny_job(replace(STUDY, needs=str(tmp_path / "data")), "lines_deepstack", tmp_path, **changes)
+    study = replace(STUDY, needs={str(tmp_path / "data"): ""})
+    job = tiny_job(study, "lines_deepstack", tmp_path, **changes)
     workdir = tmp_path / job.folder
     done = verb("train", *job.command(workdir)[2:])
     assert done.returncode == 0, done.stderr
@@ -107,7 +112,45 @@ def test_a_finished_workdir_is_read(receipts, tmp_path):
     assert [step for step, _ in run.curve] == [1, 2]
     assert run.visual == 5 * 64
     (tmp_path / "data" / DRAWN).write_text("[]")
-    assert not tiny_job(replace(STUDY, needs=str(tmp_path / "data")), "lines_deepstack", tmp_path, **changes).is_of(run)
+    assert not tiny_job(study, "lines_deepstack", tmp_path, **changes).is_of(run)
+
+
+def over_parts(folder):
+    """A job of DeepStack-L over a tiny bare language model and tower, which are written too."""
+    parts = {"train.weights": "llm", "train.tower": "clip", "data.tokenizer": "llm", "data.root": "data"}
+    changes = {key: str(folder / name) for key, name in parts.items()}
+    changes |= {"decoder.vocab_size": 300, "data.max_length": 400, "evaluation.every": 1, "evaluation.max_new_tokens": 2}
+    study = replace(SMOLLM2, needs={str(folder / name): "" for name in dict.fromkeys(parts.values())})
+    job = tiny_job(study, "smollm2_deepstack", folder, **changes)
+    write_weights(folder, job.config, job.config.data.template)
+    return job
+
+
+def test_a_language_model_and_a_tower_are_begun_with_and_only_the_projector_is_drawn(tmp_path):
+    (tmp_path / "data").mkdir()
+    job = over_parts(tmp_path)
+    found = find_weights(job.config)
+    assert {path.partition("/")[0] for path in absent_leaves(found.tensors, job.config)} == {"projector"}
+    before = job.data
+    with (tmp_path / "clip" / "model.safetensors").open("ab") as file:
+        file.write(b" ")
+    assert replace(job).data != before, "another tower is another beginning"
+
+
+@pytest.mark.slow
+def test_a_run_over_a_language_model_is_read(receipts, tmp_path):
+    """Adapters, projector and tower learn; the words are those of the model's own template."""
+    write(receipts, tmp_path / "data")
+    job = over_parts(tmp_path)
+    workdir = tmp_path / job.folder
+    done = verb("train", *job.command(workdir)[2:])
+    assert done.returncode == 0, done.stderr
+    run = read_run(job, workdir, 1.0)
+    assert job.is_of(run)
+    assert [step for step, _ in run.curve] == [1, 2]
+    assert run.scores["character_errors"] > 0.5
+    table = {line.split("│")[1].strip() for line in done.stdout.splitlines() if line.count("│") == 6}
+    assert {"lora", "projector", "tower", "frozen"} <= table
 
 
 def test_character_errors_are_edits_per_character(tmp_path):
