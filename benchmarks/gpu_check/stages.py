@@ -24,7 +24,7 @@ class Stage:
 
 STAGES = (
     Stage("kernels", "a", "attention:compare", 45, 90, "attention kernels against the portable one: values and gradients"),
-    Stage("step", "b", "step:full", 85, 170, "the packed step at 7B width: s, tokens/s, samples/s, MFU; the best plain matmul"),
+    Stage("step", "b", "step:full", 55, 200, "the packed step at 7B width: s, tokens/s, samples/s, MFU; the best plain matmul"),
     Stage(
         "torch",
         "c",
@@ -37,13 +37,14 @@ STAGES = (
     ),
     Stage("memory", "d", "memory:against_plan", 10, 40, "peak memory of the step against `plan`", "cpu"),
     Stage("injection", "e", "step:injection", 50, 110, "the step with the stack injected and without"),
+    Stage("string", "e", "step:string", 40, 110, "DeepStack-L against the 2880 tokens as a string, samples/s"),
     Stage("decode", "f", "decode:ours", 45, 110, "decoding at batch 1, 8, 64 against the bandwidth of the memory"),
     Stage("generate", "f", "decode:theirs", 35, 80, "the same batches by transformers' generate", "cpu", peer=True),
-    Stage("tests", "a", "attention:tests", 35, 120, "of tests/distributed/test_kernels.py, those of a GPU", "cpu,cuda"),
-    Stage("string", "e", "step:string", 40, 110, "DeepStack-L against the 2880 tokens as a string, samples/s"),
-    Stage("lora", "e", "step:lora", 40, 110, "LoRA against full fine-tuning"),
     Stage("profile", "g", "profile:run", 20, 70, "where the step's time goes, by kind of kernel and by kernel"),
+    Stage("tests", "a", "attention:tests", 35, 120, "of tests/distributed/test_kernels.py, those of a GPU", "cpu,cuda"),
+    Stage("lora", "e", "step:lora", 40, 110, "LoRA against full fine-tuning"),
     Stage("fp8", "e", "step:fp8", 40, 110, "FP8 matrix products against bfloat16"),
+    Stage("block", "b", "step:block", 35, 90, "the step with the recipes' remat policy, `block`"),
 )
 NAMES = tuple(stage.name for stage in STAGES)
 

@@ -21,7 +21,6 @@ from benchmarks.gpu_check.programs import (
     made_state,
     packed_batch,
     planned,
-    policies,
     with_decoder,
 )
 from benchmarks.gpu_check.record import Record, target
@@ -42,15 +41,21 @@ MFU, OVER_STRING, INJECTION = 0.55, 2.0, 1.03  # to reach
 FP8 = 700.0  # model TFLOP/s to reach, of an H100
 # Attention that is taken in turn where the device's own does not run: told of segments by a mask, then XLA's.
 FALLBACKS = (Kernels("cudnn_mask", "cudnn"), Kernels("xla", "xla"))
-SECOND = 70  # seconds that a second program may take to compile and run
 
 
 def full(record: Record) -> None:
-    """The step by the fastest remat policy that there is, and by the recipes' own; the best plain product before them."""
-    peak = plain_matmul(record)
-    config = measure_fitting(record, peak)
-    if policies()[0] != "block" and record.left() > SECOND:
-        measure(record, "step, remat block", with_decoder(config, remat="block"), peak)
+    """The step by the fastest remat policy that there is; the best plain product before it."""
+    measure_fitting(record, plain_matmul(record))
+
+
+def block(record: Record) -> None:
+    """The step by the recipes' own remat policy."""
+    peak = record.figures_of("step", "plain product")["TFLOP/s"] * 1e12
+
+    def run(record: Record, config: Config) -> None:
+        measure(record, "remat block", with_decoder(config, remat="block"), peak)
+
+    with_fewer(record, run)
 
 
 def measure_fitting(record: Record, peak: float) -> Config:
