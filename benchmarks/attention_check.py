@@ -85,9 +85,14 @@ def check(case: Case, device: Any = None, attend: AttentionFn | None = None, rep
     mesh = make_mesh(MeshConfig(1, 1, 1), [device])
     attend = attend or attention_for(kernel, mesh, segments=len(case.parts) + 1 if case.packed else 1)
     with jax.default_device(device), jax.set_mesh(mesh):
-        mine, seconds = _both_ways(attend, case, "bfloat16", repeats)
-        rounded, portable_seconds = _both_ways(dot_product, case, "bfloat16", repeats)
-        exact, _ = _both_ways(dot_product, case, "float32", 0)
+        mine, seconds = both_ways(attend, case, "bfloat16", repeats)
+        rounded, portable_seconds = both_ways(dot_product, case, "bfloat16", repeats)
+        exact, _ = both_ways(dot_product, case, "float32", 0)
+    return {"kernel": kernel, **compare(mine, rounded, exact), "seconds": seconds, "portable_seconds": portable_seconds}
+
+
+def compare(mine: list[np.ndarray], rounded: list[np.ndarray], exact: list[np.ndarray]) -> dict[str, Any]:
+    """`apart`, `errors`, `portable_errors` and `equal` of `check`: a kernel's, the portable one's and the exact results."""
     apart, errors, portable_errors = (
         [float(np.abs(a - b).mean()) for a, b in zip(*pair, strict=True)]
         for pair in ((mine, rounded), (mine, exact), (rounded, exact))
@@ -95,18 +100,10 @@ def check(case: Case, device: Any = None, attend: AttentionFn | None = None, rep
     near = [max(NEAR, float(np.abs(truth).mean()) * 2**-8) for truth in exact]
     equal = all(a <= limit for a, limit in zip(apart, near, strict=True))
     equal &= all(a <= 1.25 * b + 1e-4 for a, b in zip(errors, portable_errors, strict=True))
-    return {
-        "kernel": kernel,
-        "apart": apart,
-        "errors": errors,
-        "portable_errors": portable_errors,
-        "seconds": seconds,
-        "portable_seconds": portable_seconds,
-        "equal": equal,
-    }
+    return {"apart": apart, "errors": errors, "portable_errors": portable_errors, "equal": equal}
 
 
-def _both_ways(attend: AttentionFn, case: Case, dtype: str, repeats: int) -> tuple[list[np.ndarray], float]:
+def both_ways(attend: AttentionFn, case: Case, dtype: str, repeats: int) -> tuple[list[np.ndarray], float]:
     """Output at tokens, gradients of a sum that weighs them all differently, and the median seconds; NaN stays NaN."""
     rng = np.random.default_rng(0)
     shapes = [(case.rows, case.length, count, case.head_dim) for count in (case.heads, case.kv_heads, case.kv_heads)]
