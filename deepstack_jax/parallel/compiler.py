@@ -9,18 +9,27 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from deepstack_jax.jax_messages import unknown_option
+from deepstack_jax.parallel.chips import has_sparse_cores
 
-# Gathering runs in pieces beside products. The TPU's compiler does none of it unless it is told; MaxText's recipes for v5e, v5p
-# and v6e set the same. LIBTPU_INIT_ARGS adds to these.
+# The TPU's compiler runs nothing that is gathered or scattered beside products unless it is told. Where a chip has sparse
+# cores, these do both, over two dimensions of the torus at once, while the others compute; else gathering is cut into pieces
+# that run beside products. LIBTPU_INIT_ARGS adds to these.
+SPARSE_CORES = "sparse cores"
 _OPTIONS: Mapping[str, Mapping[str, bool]] = MappingProxyType(
     {
+        SPARSE_CORES: {
+            "xla_tpu_enable_sparse_core_collective_offload_all_gather": True,
+            "xla_tpu_enable_sparse_core_collective_offload_2d_all_gather": True,
+            "xla_tpu_enable_sparse_core_collective_offload_reduce_scatter": True,
+            "xla_tpu_enable_sparse_core_collective_offload_nd_reduce_scatter": True,
+        },
         "tpu": {
             "xla_enable_async_all_gather": True,
             "xla_tpu_enable_async_collective_fusion": True,
             "xla_tpu_enable_async_collective_fusion_fuse_all_gather": True,
             "xla_tpu_enable_async_collective_fusion_multiple_steps": True,
             "xla_tpu_overlap_compute_collective_tc": True,
-        }
+        },
     }
 )
 
@@ -30,8 +39,10 @@ def compiler_options(mesh: Mesh) -> dict[str, bool]:
 
     They are no fixed part of the compiler: what the installed one does not know is left out, with a warning.
     """
-    platform = mesh.devices.flat[0].platform
-    options = dict(_OPTIONS.get(platform, {})) if mesh.shape["fsdp"] > 1 else {}
+    device = mesh.devices.flat[0]
+    platform = device.platform
+    kind = SPARSE_CORES if has_sparse_cores(device) else platform
+    options = dict(_OPTIONS.get(kind, {})) if mesh.shape["fsdp"] > 1 else {}
     while options and (name := _refused(options, mesh)) in options:
         del options[name]
         warnings.warn(f"the {platform} compiler of this machine does not know {name}; compiling without it", stacklevel=2)

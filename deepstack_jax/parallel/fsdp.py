@@ -1,11 +1,12 @@
 """FSDP written out: weights gathered along fsdp for each product, in its dtype; their gradients scattered back, in float32.
 
-Left to itself the compiler gathers and scatters where it has one operation for all devices of the axis. The TPU's has none that
-scatters over a whole slice, nor one that gathers over three dimensions of a torus: it adds up zero-padded weights and whole
-gradients instead, which moves twice as much. Over one dimension after the other both exist, and each piece still enters a
-device once.
+Left to itself the compiler gathers and scatters where it has one operation for all devices of the axis. The TPU's has none
+over three dimensions of a torus, and without sparse cores none that scatters over two: it adds up zero-padded weights and
+whole gradients instead, which moves twice as much. Over one dimension after the other, or with sparse cores two at a time,
+both exist, and each piece still enters a device once.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -18,6 +19,7 @@ from jax import Array
 from jax.sharding import Mesh, PartitionSpec
 
 from deepstack_jax.model.cut_weights import Axes
+from deepstack_jax.parallel.chips import has_sparse_cores
 
 AXIS = "fsdp"
 _ROWS = ("data", AXIS)  # axes of the mesh that rows of a batch lie over
@@ -82,17 +84,26 @@ def explicit_fsdp(mesh: Mesh, cut_axis: Callable[[Axes], int | None]) -> Explici
     if mesh.shape[AXIS] == 1:
         return None
     turned = mesh.devices.flat[0].platform == "tpu"
-    return ExplicitFsdp(mesh, cut_axis, stages_of(mesh.devices[0, :, 0].tolist()), turned)
+    return ExplicitFsdp(mesh, cut_axis, stages_of_sizes(stage_sizes(mesh.devices[0, :, 0].tolist())), turned)
 
 
-def stages_of(devices: Sequence[Any]) -> tuple[Stage, ...]:
-    """The devices along fsdp as a stage for each dimension of the torus that they fill, the slowest first.
+def stage_sizes(devices: Sequence[Any]) -> tuple[int, ...]:
+    """How many devices along fsdp exchange in each stage, the slowest first: a dimension of their torus, or two of them."""
+    sizes = torus_of(devices)
+    if not has_sparse_cores(devices[0]):
+        return sizes
+    far = int(len({getattr(device, "slice_index", 0) for device in devices}) > 1)  # the first is from slice to slice
+    return *sizes[:far], *(math.prod(sizes[at : at + 2]) for at in range(far, len(sizes), 2))
 
-    Where they are no such box, or in no torus, one stage of all.
+
+def torus_of(devices: Sequence[Any]) -> tuple[int, ...]:
+    """The dimensions of the torus that the devices fill in this order, the slowest first.
+
+    Where they are no such box, or in no torus, one of all.
     """
     count = len(devices)
     if any(getattr(device, "coords", None) is None for device in devices):
-        return stages_of_sizes((count,))
+        return (count,)
     # The two cores of a TPU v7x chip are devices of their own at the same coordinates.
     places = np.array([(getattr(one, "slice_index", 0), *one.coords, getattr(one, "core_on_chip", 0)) for one in devices])
     sizes, stride = [], 1
@@ -101,14 +112,14 @@ def stages_of(devices: Sequence[Any]) -> tuple[Stage, ...]:
         while size * stride < count and _is_line(places[: size * stride + 1 : stride]):
             size += 1
         if not _is_line(places[: size * stride : stride]) or count % (size * stride):
-            return stages_of_sizes((count,))
+            return (count,)
         sizes.insert(0, size)
         stride *= size
-    return stages_of_sizes(tuple(sizes))
+    return tuple(sizes)
 
 
 def stages_of_sizes(sizes: tuple[int, ...]) -> tuple[Stage, ...]:
-    """A stage for each dimension of places numbered row by row."""
+    """A stage for each of these sizes, of places numbered row by row."""
     places = np.arange(np.prod(sizes)).reshape(sizes)
     return tuple(
         tuple(map(tuple, np.moveaxis(places, at, -1).reshape(-1, size).tolist())) for at, size in enumerate(sizes) if size > 1

@@ -2,18 +2,14 @@
 
 import math
 import re
-from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
 
-KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
-_HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
+from deepstack_jax.plan.hlo import KINDS, computations_of, executions, windows_of
+
 _COLLECTIVE = re.compile(rf" = (.*?) ({'|'.join(KINDS)})(-start)?\(")
-_WHILE = re.compile(r" while\(.*condition=%?([\w.\-]+), body=%?([\w.\-]+)")
-_CALLED = re.compile(r"(?:calls|to_apply|true_computation|false_computation)=%?([\w.\-]+)")
-_BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 # What a TPU receives from other slices, by way of its host.
 _ACROSS = re.compile(r' = \(\(?(.*?), u32\[\], token\[\]\) recv\(.*_xla_megascale_transfer_type="(\w+)"')
 # The TPU's computations of a product and a piece of a collective that runs beside it.
@@ -34,7 +30,8 @@ class Collective:
     stride: int  # from one of them to the next, in the order of the mesh
     source: str  # the operation of the model that it belongs to
     across: bool = False  # between slices, over the data center's network; then `group` counts slices
-    hidden: float = 0.0  # share of it that runs beside computation: started and waited for apart, or fused with a product
+    hidden: float = 0.0  # share of it that may run beside computation: started and waited for apart, or fused with a product
+    beside: float | None = None  # the compiler's estimate of what runs beside it, in cycles; None = as much as it needs
 
     @property
     def total(self) -> float:
@@ -53,12 +50,13 @@ def find_collectives(text: str) -> list[Collective]:
     Instructions that the compiler split into pieces, to run beside others, share a channel (or a chain) and a size: they
     count once.
     """
-    computations, entry = _computations(text)
-    times = _executions(computations, entry)
+    computations, entry = computations_of(text)
+    times = executions(computations, entry)
+    windows = windows_of(computations)
     devices = int(found[1]) if (found := re.search(r"num_partitions=(\d+)", text)) else 1
     seen: dict[tuple[str, int], Collective] = {}
     for name, lines in computations.items():
-        found = _in_computation(name, lines, devices) if times[name] else ()
+        found = _in_computation(name, lines, devices, windows) if times[name] else ()
         for at, (pieces, one) in enumerate(found):
             pieces = pieces or f"{name} {at}"
             known = seen.get((pieces, one.size), one)
@@ -67,79 +65,9 @@ def find_collectives(text: str) -> list[Collective]:
     return sorted(seen.values(), key=lambda one: -one.total)
 
 
-def _computations(text: str) -> tuple[dict[str, list[str]], str]:
-    """The lines of every computation by its name, and the name of the entry."""
-    found, entry, lines = {}, "", []
-    for line in text.splitlines():
-        if header := _HEADER.match(line):
-            found[header[2]] = lines = []
-            entry = header[2] if header[1] else entry
-        else:
-            lines.append(line)
-    return found, entry
-
-
-def _executions(computations: dict[str, list[str]], entry: str) -> dict[str, int]:
-    """How often each computation runs per step: loops multiply, conditions count as taken."""
-    calls: dict[str, list[tuple[str, int]]] = {}
-    for name, lines in computations.items():
-        calls[name] = [call for line in lines for call in _calls(line, computations) if call[0] in computations]
-    times: dict[str, int] = defaultdict(int)
-    callers: dict[str, int] = defaultdict(int)
-    for called in calls.values():
-        for name, _ in called:
-            callers[name] += 1
-    ready, times[entry] = [name for name in computations if not callers[name]], 1
-    while ready:  # a computation is counted once all its callers are
-        name = ready.pop()
-        for called, often in calls[name]:
-            times[called] += times[name] * often
-            callers[called] -= 1
-            if not callers[called]:
-                ready.append(called)
-    return times
-
-
-def _calls(line: str, computations: dict[str, list[str]]) -> Iterator[tuple[str, int]]:
-    if loop := _WHILE.search(line):
-        condition, body = loop.groups()
-        yield body, _trips(line, computations[condition], computations[body])
-        yield condition, 1
-    for name in _CALLED.findall(line):
-        yield name, 1
-    for names in _BRANCHES.findall(line):
-        for name in names.split(","):
-            yield name.strip().lstrip("%"), 1
-
-
-def _trips(line: str, condition: list[str], body: list[str]) -> int:
-    """How often a loop runs: as the compiler says, or the number that its condition compares the counter with, by its step."""
-    if known := re.search(r'known_trip_count"?:\{"n":"(\d+)"', line):
-        return int(known[1])
-    limit = max(_constants(condition).values(), default=1)
-    return -(-limit // _counter_step(condition, body))
-
-
-def _constants(lines: list[str]) -> dict[str, int]:
-    """Whole numbers by the name that the lines give them."""
-    found = (re.match(r" *(?:ROOT )?%?([\w.\-]+) = [su]32\[\]\S* constant\((\d+)\)", line) for line in lines)
-    return {one[1]: int(one[2]) for one in found if one}
-
-
-def _counter_step(condition: list[str], body: list[str]) -> int:
-    """What a loop's body adds to the counter that its condition looks at: 2 where the compiler unrolled it once."""
-    read = next((found for line in condition if (found := re.search(r" get-tuple-element\(.*\), index=(\d+)", line))), None)
-    root = next((line for line in body if " ROOT " in line and " tuple(" in line), None)
-    if not read or not root:
-        return 1
-    operands = re.findall(r"%?([\w.\-]+)", re.sub(r"/\*.*?\*/", "", root.split(" tuple(")[1].split(")")[0]))
-    name, constants = operands[int(read[1])], _constants(body)
-    added = next((found for line in body if (found := re.match(rf" *%?{re.escape(name)} = \S+ add\(([^)]*)\)", line))), None)
-    steps = [constants[one] for one in re.findall(r"%?([\w.\-]+)", added[1]) if one in constants] if added else []
-    return max(1, steps[0]) if steps else 1
-
-
-def _in_computation(name: str, lines: list[str], devices: int) -> Iterator[tuple[str, Collective]]:
+def _in_computation(
+    name: str, lines: list[str], devices: int, windows: Mapping[str, float]
+) -> Iterator[tuple[str, Collective]]:
     """(what the pieces of one collective share, "" where it is whole; the collective as one that runs once).
 
     The TPU's reduce-scatter is written as an all-reduce that its computation, by name, cuts at once.
@@ -162,7 +90,15 @@ def _in_computation(name: str, lines: list[str], devices: int) -> Iterator[tuple
         elif kind == "all-reduce" and name.startswith("all-reduce-scatter"):
             kind, size = "reduce-scatter", size // group
         channel, one = _once(line, kind, size, group, stride)
-        yield channel, replace(one, hidden=float(bool(started) or name.startswith(_FUSED)))
+        if name.startswith(_FUSED):
+            one = replace(one, hidden=1.0)
+        elif (window := windows.get(name, windows.get(_name(line)))) is not None:
+            one = replace(one, hidden=1.0, beside=window)
+        yield channel, one
+
+
+def _name(line: str) -> str:
+    return line.split(" = ")[0].strip().removeprefix("ROOT ").lstrip("%")
 
 
 def _once(line: str, kind: str, size: int, group: int, stride: int, across: bool = False) -> tuple[str, Collective]:

@@ -160,7 +160,7 @@ def flops_table(plan: Plan) -> Table:
 
 def traffic_tables(plan: Plan) -> tuple[Table, Table]:
     """What enters each device per step, by kind; and the single collectives with most of it, with where they come from."""
-    kinds = Table("collective", "per step", "GB into each device", "beside computation")
+    kinds = Table("collective", "per step", "GB into each device", "started apart or fused")
     beside = by_kind(tuple(replace(one, moved=one.moved * one.hidden) for one in plan.collectives if one.hidden))
     for kind, (count, size) in by_kind(plan.collectives).items():
         share = beside[kind][1] / size if size and kind in beside else 0.0  # a group of one moves nothing

@@ -1,5 +1,6 @@
 """How long a step takes at least, by what it computes, moves through each chip's memory, and moves between the chips."""
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -7,8 +8,8 @@ import numpy as np
 
 from deepstack_jax.config import Config
 from deepstack_jax.families.base import decoder_of, tower_of
-from deepstack_jax.parallel.chips import Chip
-from deepstack_jax.parallel.fsdp import stages_of
+from deepstack_jax.parallel.chips import Chip, has_sparse_cores
+from deepstack_jax.parallel.fsdp import stage_sizes, torus_of
 from deepstack_jax.parallel.mesh import AXES, across_slices
 from deepstack_jax.plan.collectives import Collective, ring
 from deepstack_jax.plan.memory import bytes_per_device
@@ -20,9 +21,11 @@ from deepstack_jax.train.flops import Flops
 # Share of the peak that large bf16 products are taken to reach: 770 to 798 of 989 TFLOP/s are reported for plain products on an
 # H200. No step of this package was measured on one.
 ATTAINED = 0.8
-# Share of the gathered bytes that travels beside products, where nothing is compiled: libtpu 0.0.42 comes to 63% on v5p:4x4x4
-# and to 71% on v6e:8x8 for configs/llava15.py:finetune. Of scattered gradients it is none there (docs/scaling.md).
-GATHERED_BESIDE = 0.67
+# Shares of the time of gathering and of scattering that pass beside computation, where nothing is compiled, as libtpu 0.0.42
+# does it for configs/llava15.py:finetune (docs/scaling.md): with sparse cores, 87% of both on v5p:4x4x4 and 94% on v6e:8x8;
+# without, of the gathered bytes 63 and 71% on the same slices, of the scattered ones none.
+BESIDE_SPARSE_CORES = {"all-gather": 0.9, "reduce-scatter": 0.9}
+BESIDE = {"all-gather": 0.67, "reduce-scatter": 0.0}
 GRADIENTS = "gradients, estimated"
 
 
@@ -61,11 +64,13 @@ def estimate(
 ) -> Roofline:
     """The roofline of a step of `rows` rows of `length` positions, on a mesh of so many slices of chips of a kind."""
     devices = program.mesh.size
+    torus = torus_of(program.mesh.devices.ravel()[: devices // slices].tolist())
     links = exposed = 0.0
     for one in collectives:
-        seconds = one.total / link_rate(chip, one, devices // slices)
+        seconds = one.total / link_rate(chip, one, torus)
+        beside = seconds if one.beside is None or not chip.clock else one.times * one.beside / chip.clock
         links += seconds
-        exposed += seconds * (1 - one.hidden)
+        exposed += seconds - one.hidden * min(seconds, beside)
     return Roofline(
         compute=at_peak(program.config, chip, {part.name: part.executed for part in flops.parts}) / (devices * ATTAINED),
         memory=memory_traffic(program, rows, length) / chip.hbm_bandwidth,
@@ -80,16 +85,20 @@ def at_peak(config: Config, chip: Chip, flops: Mapping[str, float]) -> float:
     return chip.seconds(sum(flops.values()) - fast, fast)
 
 
-def link_rate(chip: Chip, one: Collective, devices: int) -> float:
+def link_rate(chip: Chip, one: Collective, torus: Sequence[int]) -> float:
     """Bytes per second that enter a device in a collective.
 
-    In a torus: over all links where all devices of the slice take part, else over those of one dimension; between slices, over
-    the network. Behind a switch: at its rate within a host, else through the adapters of the host's devices that take part.
+    In a torus, whose sizes are in the order of the mesh: over the links of the dimensions that its devices lie along, all of
+    them where the whole slice takes part; between slices, over the network. Behind a switch: at its rate within a host, else
+    through the adapters of the host's devices that take part.
     """
     if one.across:
         return chip.network
     if chip.links > 1:
-        return chip.link_bandwidth if one.group == devices else chip.link_bandwidth / chip.links
+        behind = [math.prod(torus[at + 1 :]) for at in range(len(torus))]
+        along = sum(one.stride <= stride < one.stride * one.group for stride in behind)
+        share = 1.0 if one.group == math.prod(torus) else min(1.0, max(1, along) / chip.links)
+        return chip.link_bandwidth * share
     neighbours = max(1, min(one.group, GPUS_PER_HOST // one.stride))
     return chip.link_bandwidth if neighbours == one.group else min(chip.link_bandwidth, chip.network * neighbours)
 
@@ -97,9 +106,9 @@ def link_rate(chip: Chip, one: Collective, devices: int) -> float:
 def guess_collectives(program: Program, rows: int, length: int, slices: int = 1) -> list[Collective]:
     """The collectives of a step where nothing is compiled: those that the program writes out and cannot do without.
 
-    Kernels are gathered along fsdp and their gradients scattered back, one dimension of the torus after the other, gradients
-    added up along data, and hidden states along tensor, twice a layer and pass. Beside products runs what compilers were seen
-    to run there: a share of the gathering, and nothing else.
+    Kernels are gathered along fsdp and their gradients scattered back, in the stages of `parallel/fsdp.py`, gradients added up
+    along data, and hidden states along tensor, twice a layer and pass. Beside products runs what a compiler was seen to run
+    there: a share of gathering and scattering, and nothing else.
     """
     config, mesh, cfg = program.config, program.mesh.shape, program.config.decoder
     width, parts = np.dtype(program.model.dtype).itemsize, config.train.accumulation
@@ -108,9 +117,10 @@ def guess_collectives(program: Program, rows: int, length: int, slices: int = 1)
     hidden = width * rows * length * cfg.width / (mesh["data"] * mesh["fsdp"] * parts)
     far, along_fsdp, _ = across_slices(tuple(mesh[axis] for axis in AXES), slices)
     stages = _stages(program, along_fsdp)
+    beside = BESIDE_SPARSE_CORES if has_sparse_cores(program.mesh.devices.flat[0]) else BESIDE
     found = [
-        *_over_stages("all-gather", width * gathered, mesh["tensor"], stages, along_fsdp > 1),
-        *_over_stages("reduce-scatter", 4 * scattered, mesh["tensor"], stages, along_fsdp > 1),
+        *_over_stages("all-gather", width * gathered, mesh["tensor"], stages, along_fsdp > 1, beside["all-gather"]),
+        *_over_stages("reduce-scatter", 4 * scattered, mesh["tensor"], stages, along_fsdp > 1, beside["reduce-scatter"]),
     ]
     near, stride = mesh["data"] // far, mesh["fsdp"] * mesh["tensor"]
     # Within a slice first, so that each device exchanges its own share with its like in the others.
@@ -144,14 +154,16 @@ def _travelling(program: Program, length: int) -> tuple[float, float]:
     return gathered, scattered
 
 
-def _stages(program: Program, slices: int) -> list[int]:
+def _stages(program: Program, slices: int) -> tuple[int, ...]:
     """How many devices exchange in each stage along fsdp, which so many slices lie along, the slowest first."""
     line = program.mesh.devices[0, :, 0].tolist()
-    within = [len(stage[0]) for stage in stages_of(line[: len(line) // slices])]
-    return [slices, *within] if slices > 1 else within
+    within = stage_sizes(line[: len(line) // slices])
+    return (slices, *within) if slices > 1 else within
 
 
-def _over_stages(kind: str, size: float, stride: int, stages: Sequence[int], across: bool) -> Iterator[Collective]:
+def _over_stages(
+    kind: str, size: float, stride: int, stages: Sequence[int], across: bool, beside: float
+) -> Iterator[Collective]:
     """Gathering or scattering so many bytes in stages of so many devices, the first of them between slices where `across`.
 
     Scattering begins with the first stage and gathering ends with it, when all is there.
@@ -162,8 +174,8 @@ def _over_stages(kind: str, size: float, stride: int, stages: Sequence[int], acr
         moved = size * (group - 1) / group
         result = int(size if kind == "all-gather" else size / group)
         beyond, said = across and place == 0, GRADIENTS if kind == "reduce-scatter" else "parameters, estimated"
-        beside = 0.0 if kind == "reduce-scatter" or beyond else GATHERED_BESIDE
-        yield Collective(kind, 1, result, moved, group, 1 if beyond else stride * int(behind), said, beyond, beside)
+        hidden = 0.0 if beyond else beside
+        yield Collective(kind, 1, result, moved, group, 1 if beyond else stride * int(behind), said, beyond, hidden)
         size /= group
 
 

@@ -1,6 +1,6 @@
-"""Weights gathered and gradients scattered in stages, one for each dimension of a torus, beside what they should come to."""
+"""Weights gathered and gradients scattered in stages over the dimensions of a torus, beside what they should come to."""
 
-from types import SimpleNamespace
+from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from deepstack_jax.config import MeshConfig
-from deepstack_jax.parallel.fsdp import ExplicitFsdp, explicit_fsdp, stages_of, stages_of_sizes
+from deepstack_jax.parallel.fsdp import ExplicitFsdp, explicit_fsdp, stage_sizes, stages_of_sizes, torus_of
 from deepstack_jax.parallel.mesh import make_mesh
 from deepstack_jax.parallel.rules import cut_axis, param_shardings
 from deepstack_jax.train.core.optimizer import flatten, unflatten
@@ -19,8 +19,18 @@ from tests.distributed.cases import config_of, program_of
 
 def chips(shape, order=None):
     """Devices of a torus of this shape, row by row, or in another order of their numbers; a fourth size: cores of a chip."""
-    places = [SimpleNamespace(coords=at[:3], core_on_chip=sum(at[3:]), slice_index=0) for at in np.ndindex(*shape)]
+    places = [Place(at[:3], sum(at[3:])) for at in np.ndindex(*shape)]
     return [places[at] for at in (range(len(places)) if order is None else order)]
+
+
+@dataclass(frozen=True)
+class Place:
+    """A device, as far as its stages are concerned."""
+
+    coords: tuple[int, ...] | None = None
+    core_on_chip: int = 0
+    slice_index: int = 0
+    device_kind: str = "TPU v5 lite"
 
 
 @pytest.mark.parametrize(
@@ -32,11 +42,18 @@ def chips(shape, order=None):
         (chips((8, 1, 1)), (8,)),
         (chips((2, 2, 4, 2)), (2, 2, 4, 2)),
         (chips((2, 4), order=[0, 1, 2, 3, 7, 6, 5, 4]), (8,)),  # a ring, no rows
-        ([SimpleNamespace(platform="gpu")] * 8, (8,)),
+        ([Place()] * 8, (8,)),
     ],
 )
 def test_a_stage_for_each_dimension_of_the_torus(devices, sizes):
-    assert stages_of(devices) == stages_of_sizes(sizes)
+    assert torus_of(devices) == stage_sizes(devices) == sizes
+
+
+@pytest.mark.parametrize(("shape", "sizes"), [((4, 4, 4), (16, 4)), ((8, 8), (64,)), ((2, 2, 4), (4, 4)), ((4, 1, 1), (4,))])
+def test_sparse_cores_take_two_dimensions_at_once(shape, sizes):
+    assert stage_sizes([replace(one, device_kind="TPU v5") for one in chips(shape)]) == sizes
+    two_slices = [replace(one, device_kind="TPU v5", slice_index=at) for at in range(2) for one in chips(shape)]
+    assert stage_sizes(two_slices) == (2, *sizes), "the network between slices is no dimension of a torus"
 
 
 def test_the_places_of_a_stage():

@@ -9,6 +9,7 @@ from jax.sharding import Mesh
 
 from deepstack_jax.config import MeshConfig
 from deepstack_jax.errors import ConfigError
+from deepstack_jax.parallel import chips as chips_table
 from deepstack_jax.parallel import compiler
 from deepstack_jax.parallel.compiler import compiler_options
 from deepstack_jax.parallel.cudnn import packed_attention
@@ -166,6 +167,16 @@ def test_options_that_a_compiler_does_not_know_are_left_out(monkeypatch):
         assert compiler_options(make_mesh(MeshConfig(1, 8, 1))) == known
     assert [str(one.message).split(";")[0].split()[-1] for one in said] == ["xla_no_such", "xla_nor_this"]
     assert compiler_options(make_mesh(MeshConfig(8, 1, 1))) == {}
+
+
+def test_chips_with_sparse_cores_have_options_of_their_own(monkeypatch):
+    of_cpu, of_sparse = {"xla_cpu_enable_fast_math": False}, {"xla_cpu_use_fusion_emitters": True}
+    monkeypatch.setattr(compiler, "_OPTIONS", {"cpu": of_cpu, compiler.SPARSE_CORES: of_sparse})
+    mesh = make_mesh(MeshConfig(1, 8, 1))
+    assert compiler_options(mesh) == of_cpu
+    kind = mesh.devices.flat[0].device_kind
+    monkeypatch.setitem(chips_table.CHIPS, kind, chips_table.CHIPS["TPU v6 lite"])
+    assert compiler_options(mesh) == of_sparse
 
 
 def test_more_elements_than_cudnn_counts_is_one_line():
