@@ -11,6 +11,8 @@ _CALLED = re.compile(r"(?:calls|to_apply|true_computation|false_computation)=%?(
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 # What is started and waited for apart: a collective, or a computation of its own that holds one, for another kind of core.
 _STARTED = re.compile(rf"^ *%?([\w.\-]+) = .*? (?:call|async|{'|'.join(KINDS)})-start\(")
+# From libtpu 0.0.50 on the operands are handed over after the start, and it begins then.
+_HANDED = re.compile(rf"^ *%?([\w.\-]+) = .*? (?:call|async|{'|'.join(KINDS)})-update\(%?([\w.\-]+)")
 _WAITED = re.compile(rf" (?:call|async|{'|'.join(KINDS)})-done\(.*?%?([\w.\-]+)\)")
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 
@@ -107,15 +109,19 @@ def windows_of(computations: dict[str, list[str]]) -> dict[str, float]:
             costs[name] = sum(map(cost, computations[name]))
         return costs[name]
 
-    found, within = dict[str, float](), dict[str, str]()
+    found, within, origin = dict[str, float](), dict[str, str](), dict[str, str]()
     for lines in computations.values():
         begun: dict[str, float] = {}
         for line in lines:
             if started := _STARTED.match(line):
                 begun[started[1]] = 0.0
                 within |= dict.fromkeys(_CALLED.findall(line), started[1])
+            elif (handed := _HANDED.match(line)) and handed[2] in begun:
+                del begun[handed[2]]
+                begun[handed[1]] = 0.0
+                origin[handed[1]] = origin.get(handed[2], handed[2])
             elif (waited := _WAITED.search(line)) and waited[1] in begun:
-                found[waited[1]] = begun.pop(waited[1])
+                found[origin.get(waited[1], waited[1])] = begun.pop(waited[1])
             elif begun and (cycles := cost(line)):
                 begun = {name: window + cycles / len(begun) for name, window in begun.items()}
     return found | {name: found[start] for name, start in within.items() if start in found}

@@ -355,6 +355,11 @@ def test_what_runs_beside_a_collective_is_what_lies_between_its_start_and_the_wa
     scatter, gather = sorted(find_collectives(APART), key=lambda one: one.source)
     assert (gather.kind, gather.times, gather.hidden, gather.beside) == ("all-gather", 1, 1, 1000 + 2 * 50 / 2)
     assert (scatter.kind, scatter.times, scatter.hidden, scatter.beside) == ("reduce-scatter", 1, 1, 2 * 50 / 2 + 300)
+    later = APART.replace("call-done(%first.call-start)", "call-done(%first.call-update)").replace(
+        "  %kernel",
+        "  %first.call-update = ((bf16[8,64]{1,0}), bf16[64,64]{1,0}) call-update(%first.call-start, %p0)\n  %kernel",
+    )
+    assert min(find_collectives(later), key=lambda one: one.kind).beside == 2 * 50 / 2, "it begins when it has its operands"
     config = config_on((1, 8, 1))
     program = build_program(config, make_mesh(config.mesh), 1)
     flops = step_flops(config, program.groups, 8, 16)
