@@ -7,6 +7,7 @@ import faulthandler
 import importlib
 import importlib.util
 import json
+import os
 import signal
 import sys
 from pathlib import Path
@@ -57,4 +58,7 @@ def main() -> int:
 
 if __name__ == "__main__":
     watched(float(sys.argv[-1]))
-    sys.exit(main())
+    code = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # all is saved: what libraries do when Python ends takes seconds, and may hang
