@@ -276,7 +276,7 @@ CLAIMS = (
             above("deepstack", "groups_2"),
             near("deepstack", "groups_9"),
         ),
-        "A box's digit is in one of the four groups: with one of them a quarter of the digits can be read, with two half.",
+        "A box's digit is in one of the four groups; of it the others have what the tower's attention brings over.",
         likely="nine groups are of enlarged crops, in which a digit lies across tokens, and take nine of the twelve layers.",
     ),
     Claim(
