@@ -296,9 +296,11 @@ def test_a_step_that_does_not_fit_is_measured_with_fewer_layers(tmp_path, monkey
     assert tried == [10, 8, 6]
     record.earlier["step"] = {"step": {"layers": 10, "remat": "dots"}}
     compared = []
-    step.with_fewer(
-        record, lambda *given: compared.append((step.measure(*given[:1], "lora", given[1]), step.whole_step(*given)))
-    )
+
+    def beside(record, config):
+        compared.append((step.measure(record, "lora", config), step.whole_step(record, config)))
+
+    step.with_fewer(record, beside)
     assert compared == [({"layers": 6}, {"layers": 6})], "with the step of as many layers"
 
 
