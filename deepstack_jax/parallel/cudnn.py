@@ -79,7 +79,8 @@ def packed_attention(
             "cuDNN counts, 2**31; raise config.train.accumulation"
         )
     if groups > 1 and jax.__version_info__ < _GROUPED_HEADS_RIGHT:
-        k, v = (jnp.repeat(x, groups, axis=2) for x in (k, v))
+        # By way of float32, in which the gradients of the repeated heads are then added up.
+        k, v = (jnp.repeat(x.astype(jnp.float32), groups, axis=2).astype(x.dtype) for x in (k, v))
     starts, lengths = spans(segment_ids, segments)
     starts = jnp.pad(starts, ((0, 0), (0, 1)), constant_values=-1)
     out: Any = dot_product_attention(
