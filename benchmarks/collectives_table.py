@@ -27,8 +27,8 @@ from deepstack_jax.train.core.program import Program, build_program
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "collectives.json"
 PAGE = ROOT / "docs" / "scaling.md"
-# 128 rows are not one for each of 256 chips: there tensor takes two.
-MESHES = {"v5p:4x4x4": MeshConfig(1, 64, 1), "v6e:8x8": MeshConfig(1, 64, 1), "v5e:16x16": MeshConfig(1, 128, 2)}
+# 128 rows are not one for each of 256 chips: there tensor takes two, beside data; fsdp has a dimension of the torus of its own.
+MESHES = {"v5p:4x4x4": MeshConfig(1, 64, 1), "v6e:8x8": MeshConfig(1, 64, 1), "v5e:16x16": MeshConfig(8, 16, 2)}
 BFLOAT16, FLOAT32 = 2, 4
 
 

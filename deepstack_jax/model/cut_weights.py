@@ -21,12 +21,12 @@ class CutWeights(Protocol):
         """The weight, whole where each of the devices that share it computes with all of it."""
         ...
 
-    def gradient(self, local: Callable[..., Array], operands: tuple[Array, ...], batch: tuple[int, ...], axes: Axes) -> Array:
+    def gradient(self, local: Callable[..., Array], operands: tuple[Array, ...], taken: tuple[Axes, ...], axes: Axes) -> Array:
         """The gradient of a weight, cut as the weight is.
 
         Args:
           local: makes the gradient of some rows of the batch from those rows of the operands; gradients add up.
-          batch: the axis of each operand that holds the rows.
+          taken: the logical axes of each operand: "batch" where its rows are, the weight's own where they are that axis.
         """
         ...
 
@@ -54,7 +54,7 @@ def whole(weight: Array, axes: Axes) -> Array:
     return how.whole(weight, axes) if how else weight
 
 
-def gradient(local: Callable[..., Array], operands: tuple[Array, ...], batch: tuple[int, ...], axes: Axes) -> Array:
+def gradient(local: Callable[..., Array], operands: tuple[Array, ...], taken: tuple[Axes, ...], axes: Axes) -> Array:
     """`local(*operands)`, the gradient of a weight; see `CutWeights`."""
     how = _how.get()
-    return how.gradient(local, operands, batch, axes) if how else local(*operands)
+    return how.gradient(local, operands, taken, axes) if how else local(*operands)

@@ -77,7 +77,7 @@ def _take_rows_backward(dtype: DTypeLike | None, axes: Axes | None, kept: tuple,
         return jnp.einsum("bqr,bqe->bre", one_hot, cotangent, preferred_element_type=jnp.float32)
 
     operands = jnp.maximum(index, 0), cotangent
-    summed = put(*operands) if axes is None else gradient(put, operands, (1, 1), axes)
+    summed = put(*operands) if axes is None else gradient(put, operands, ((None, "batch"), (None, "batch", *axes[2:])), axes)
     return summed.astype(like.dtype), np.zeros(index.shape, jax.dtypes.float0)
 
 
@@ -140,7 +140,9 @@ def _product_backward(
         return jax.lax.dot_general(x, cotangent, to_kernel, preferred_element_type=jnp.float32)
 
     operands = rounding.value(x, x.dtype), cotangent
-    return to_input, gradient(of_rows, operands, (0, 0), axes).astype(kernel.dtype)
+    rows = ("batch", *[None] * (len(positions) - 1))
+    taken = (*rows, *axes[:inputs]), (*rows, *axes[inputs:])
+    return to_input, gradient(of_rows, operands, taken, axes).astype(kernel.dtype)
 
 
 product.defvjp(_product_forward, _product_backward)
@@ -168,7 +170,9 @@ def _by_rows_backward(kept: tuple[Array, Array], cotangent: Array) -> tuple[Arra
     def of_rows(cotangent: Array, x: Array) -> Array:
         return jnp.einsum("btv,btd->vd", cotangent, x, preferred_element_type=jnp.float32)
 
-    to_table = gradient(of_rows, (cotangent, x), (0, 0), _TABLE).astype(table.dtype)
+    to_table = gradient(of_rows, (cotangent, x), (("batch", None, "vocab"), ("batch", None, "embed")), _TABLE).astype(
+        table.dtype
+    )
     return jnp.einsum("btv,vd->btd", cotangent, whole(table.astype(x.dtype), _TABLE)), to_table
 
 

@@ -20,7 +20,7 @@ class Projector(nn.Module):
         x = linear(self.width, ("vision_embed", "embed"), bias=True, dtype=self.dtype, name="fc1")(x)
         for number in range(2, self.config.layers + 1):
             x = ACTIVATIONS["gelu"](x)
-            x = linear(self.width, ("mlp", "embed"), bias=True, dtype=self.dtype, name=f"fc{number}")(x)
+            x = linear(self.width, ("vision_mlp", "embed"), bias=True, dtype=self.dtype, name=f"fc{number}")(x)
         return x
 
 

@@ -32,6 +32,7 @@ class ExplicitFsdp:
 
     mesh: Mesh
     cut_axis: Callable[[Axes], int | None]  # which axis of a weight lies along fsdp, by their logical names
+    computed: Callable[[Axes], PartitionSpec]  # where an array lies in computation: rows, and what is cut along tensor
     stages: tuple[Stage, ...]  # of scattering; gathering runs them backwards
     # Whether the cut axis goes first for the exchange: last, its pieces would be smaller than the tile of 8 x 128 that a TPU's
     # memory consists of. A CPU has no product of bfloat16 for gradients that are turned
@@ -42,13 +43,12 @@ class ExplicitFsdp:
         at = self.cut_axis(axes)
         if at is None:
             return weight
-        run = self._on_each_device(partial(self._gather, at=at), (_spec(at, AXIS),), PartitionSpec())
-        return run(weight)
+        return self._on_each_device(partial(self._gather, at=at), (self._cut(axes, at),), self.computed(axes), axes)(weight)
 
-    def gradient(self, local: Callable[..., Array], operands: tuple[Array, ...], batch: tuple[int, ...], axes: Axes) -> Array:
+    def gradient(self, local: Callable[..., Array], operands: tuple[Array, ...], taken: tuple[Axes, ...], axes: Axes) -> Array:
         """The gradient of each device's rows, then added up over all and scattered along fsdp."""
         at = self.cut_axis(axes)
-        rows = [operand.shape[axis] for operand, axis in zip(operands, batch, strict=True)]
+        rows = [operand.shape[names.index("batch")] for operand, names in zip(operands, taken, strict=True)]
         if at is None or any(size % (self.mesh.shape["data"] * self.mesh.shape[AXIS]) for size in rows):
             return local(*operands)  # as for the one row that parameters are drawn with
 
@@ -56,11 +56,20 @@ class ExplicitFsdp:
             found = self._scatter(local(*operands), at)
             return jax.lax.psum(found, "data") if self.mesh.shape["data"] > 1 else found
 
-        return self._on_each_device(one, tuple(_spec(axis, _ROWS) for axis in batch), _spec(at, AXIS))(*operands)
+        # An axis that no operand has, as the words of an embedding, is made whole on each device.
+        axes = tuple(name if any(name in names for names in taken) else None for name in axes)
+        return self._on_each_device(one, tuple(map(self.computed, taken)), self._cut(axes, at), axes)(*operands)
 
-    def _on_each_device(self, run: Callable[..., Array], ins: Any, outs: Any) -> Callable[..., Array]:
-        # What lies along tensor stays so, and with the compiler.
-        return jax.shard_map(run, mesh=self.mesh, in_specs=ins, out_specs=outs, axis_names={*_ROWS}, check_vma=False)
+    def _cut(self, axes: Axes, at: int) -> PartitionSpec:
+        """Where a weight lies when it is not whole."""
+        spec = [*self.computed(axes), *[None] * len(axes)][: len(axes)]
+        return PartitionSpec(*spec[:at], AXIS, *spec[at + 1 :])
+
+    def _on_each_device(self, run: Callable[..., Array], ins: Any, outs: Any, axes: Axes) -> Callable[..., Array]:
+        # An axis along tensor is written out too: left to the compiler, it would be gathered for the exchange along fsdp.
+        # Weights without one, as those of the tower, whose crops lie along tensor, leave tensor to the compiler.
+        names = {*_ROWS, *(name for name in self.computed(axes) if name is not None)}
+        return jax.shard_map(run, mesh=self.mesh, in_specs=ins, out_specs=outs, axis_names=names, check_vma=False)
 
     def _gather(self, weight: Array, at: int) -> Array:
         place = 0 if self.turned else at
@@ -79,12 +88,14 @@ class ExplicitFsdp:
         return jnp.moveaxis(gradient, place, at)
 
 
-def explicit_fsdp(mesh: Mesh, cut_axis: Callable[[Axes], int | None]) -> ExplicitFsdp | None:
+def explicit_fsdp(
+    mesh: Mesh, cut_axis: Callable[[Axes], int | None], computed: Callable[[Axes], PartitionSpec]
+) -> ExplicitFsdp | None:
     """How a mesh does it; None where nothing lies along fsdp."""
     if mesh.shape[AXIS] == 1:
         return None
     turned = mesh.devices.flat[0].platform == "tpu"
-    return ExplicitFsdp(mesh, cut_axis, stages_of_sizes(stage_sizes(mesh.devices[0, :, 0].tolist())), turned)
+    return ExplicitFsdp(mesh, cut_axis, computed, stages_of_sizes(stage_sizes(mesh.devices[0, :, 0].tolist())), turned)
 
 
 def stage_sizes(devices: Sequence[Any]) -> tuple[int, ...]:
@@ -133,7 +144,3 @@ def _is_line(places: np.ndarray) -> bool:
 
 def _groups(stage: Stage) -> list[list[int]] | None:
     return [list(group) for group in stage] if len(stage) > 1 else None
-
-
-def _spec(at: int, axes: Any) -> PartitionSpec:
-    return PartitionSpec(*[None] * at, axes)

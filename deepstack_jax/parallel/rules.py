@@ -50,10 +50,15 @@ def cut_axis(axes: Axes) -> int | None:
     return next((at for at, name in enumerate(spec or ()) if name == AXIS), None)
 
 
+def computed_spec(axes: Axes) -> PartitionSpec:
+    """Where an array lies in computation, by its logical axes."""
+    return nn.logical_to_mesh_axes(axes, ACTIVATION_RULES) or PartitionSpec()
+
+
 @contextmanager
 def use_mesh(mesh: Mesh) -> Iterator[None]:
     """Within: jitted code runs on `mesh`, the model's activation axes mean what ACTIVATION_RULES say, weights are gathered."""
-    with jax.set_mesh(mesh), nn.logical_axis_rules(ACTIVATION_RULES), cut_weights(explicit_fsdp(mesh, cut_axis)):
+    with jax.set_mesh(mesh), nn.logical_axis_rules(ACTIVATION_RULES), cut_weights(explicit_fsdp(mesh, cut_axis, computed_spec)):
         yield
 
 

@@ -11,7 +11,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from deepstack_jax.config import MeshConfig
 from deepstack_jax.parallel.fsdp import ExplicitFsdp, explicit_fsdp, stage_sizes, stages_of_sizes, torus_of
 from deepstack_jax.parallel.mesh import make_mesh
-from deepstack_jax.parallel.rules import cut_axis, param_shardings
+from deepstack_jax.parallel.rules import computed_spec, cut_axis, param_shardings
 from deepstack_jax.train.core.optimizer import flatten, unflatten
 from deepstack_jax.weights.adapters import boxed_adapters
 from tests.distributed.cases import config_of, program_of
@@ -60,30 +60,36 @@ def test_the_places_of_a_stage():
     assert stages_of_sizes((2, 3)) == (((0, 3), (1, 4), (2, 5)), ((0, 1, 2), (3, 4, 5)))
 
 
+TAKEN = ("batch", None, "mlp"), ("batch", None, "embed")
+
+
 @pytest.mark.parametrize(("mesh", "turned"), [((1, 8, 1), True), ((2, 4, 1), False), ((2, 2, 2), True)])
 def test_stages_come_to_the_whole_weight_and_the_whole_sum(mesh, turned):
     laid = make_mesh(MeshConfig(*mesh))
     stages = stages_of_sizes({8: (2, 2, 2), 4: (2, 2), 2: (2,)}[mesh[1]])
-    how = ExplicitFsdp(laid, cut_axis, stages, turned)
+    how = ExplicitFsdp(laid, cut_axis, computed_spec, stages, turned)
     x, y = (jax.random.normal(jax.random.key(at), (8, 3, size)) for at, size in enumerate((6, 16)))
     weight = jax.random.normal(jax.random.key(2), (6, 16))
     cut = NamedSharding(laid, PartitionSpec(None, "fsdp"))
     axes = ("mlp", "embed")
     with jax.set_mesh(laid):
         gathered = jax.jit(lambda w: how.whole(w, axes), in_shardings=cut)(weight)
-        summed = jax.jit(lambda x, y: how.gradient(lambda x, y: jnp.einsum("btd,btf->df", x, y), (x, y), (0, 0), axes))(x, y)
+        summed = jax.jit(lambda x, y: how.gradient(lambda x, y: jnp.einsum("btd,btf->df", x, y), (x, y), TAKEN, axes))(x, y)
     np.testing.assert_array_equal(gathered, weight)
     np.testing.assert_allclose(summed, np.einsum("btd,btf->df", x, y), rtol=1e-5, atol=1e-5)
-    assert summed.sharding.shard_shape(summed.shape) == (6, 16 // mesh[1])
+    assert gathered.sharding.shard_shape(gathered.shape) == (6 // mesh[2], 16), "what lies along tensor stays so"
+    assert summed.sharding.shard_shape(summed.shape) == (6 // mesh[2], 16 // mesh[1])
 
 
 def test_what_is_not_cut_stays_with_the_compiler():
-    assert explicit_fsdp(make_mesh(MeshConfig(8, 1, 1)), cut_axis) is None
-    how = explicit_fsdp(make_mesh(MeshConfig(1, 8, 1)), cut_axis)
+    assert explicit_fsdp(make_mesh(MeshConfig(8, 1, 1)), cut_axis, computed_spec) is None
+    how = explicit_fsdp(make_mesh(MeshConfig(1, 8, 1)), cut_axis, computed_spec)
     assert how is not None
     weight = jnp.ones((4, 4))
     assert how.whole(weight, ("heads", None)) is weight
-    assert float(how.gradient(jnp.sum, (jnp.ones((3, 2)),), (0,), ("embed",))) == 6  # three rows on eight devices
+    assert (
+        float(how.gradient(jnp.sum, (jnp.ones((3, 2)),), (("batch", "embed"),), ("embed",))) == 6
+    )  # three rows on eight devices
 
 
 @pytest.mark.parametrize("variant", ["L", "V", "taps", "LoRA"])
