@@ -19,10 +19,11 @@ from benchmarks.study.verdict import (
     BY_SPEED,
     CONTRADICTED,
     IN_PART,
-    NO_RUNS,
     NOT_SHOWN,
     PART_CONTRADICTED,
+    SEEDS,
     SHOWN,
+    TOO_FEW,
     Judged,
     judge_claim,
 )
@@ -34,7 +35,6 @@ Runs = Mapping[tuple[str, str, int], Run]
 REPOSITORY = Path(__file__).parents[2]
 TEMPLATE = Path(__file__).with_name("study.md.j2")
 STUDY = CARDS.name
-WANTED_SEEDS = 3
 READ = 0.05  # share of the held-out lines, written without a mistake, below which nothing was learnt
 # Studies on real images, and what the page says of each
 REAL = {
@@ -66,7 +66,7 @@ WORDS = {
     CONTRADICTED: "contradicted",
     IN_PART: "holds in part",
     PART_CONTRADICTED: "contradicted in part",
-    NO_RUNS: "not run yet",
+    TOO_FEW: "too few runs yet",
 }
 # A figure of some claims: file, what it shows, and how it is drawn
 _START = [(0, "start_0"), (1, "deepstack"), *((start, f"start_{start}") for start in (2, 4, 6, 8, 10))]
@@ -127,11 +127,11 @@ def page(all_runs: Runs, size: str = "cpu") -> str:
     environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined, autoescape=False)
     reference = by_row(runs, STUDY, "deepstack") or [any_run]
     config = Job(CARDS, size, ROWS["deepstack"], 0).config
-    done = [min(len(by_row(runs, STUDY, row)), WANTED_SEEDS) for row in ROWS]
+    done = [min(len(by_row(runs, STUDY, row)), SEEDS) for row in ROWS]
     text = environment.from_string(TEMPLATE.read_text()).render(
-        complete=sum(done) == WANTED_SEEDS * len(ROWS),
+        complete=sum(done) == SEEDS * len(ROWS),
         done=sum(done),
-        wanted=WANTED_SEEDS * len(ROWS),
+        wanted=SEEDS * len(ROWS),
         claims=[_shown(claim, runs) for claim in CLAIMS],
         kinds=[one | {"chance": f"{CHANCE[one['name']]:.1%}"} for one in KINDS],
         window=WINDOW,
@@ -190,8 +190,8 @@ def _claim(name: str) -> Claim:
 def _rule() -> str:
     """The docstring of the module that judges, with its numbers."""
     text = inspect.cleandoc(verdict.__doc__ or "").partition("\n\n")[2]
-    for name in ("LEAST", "NEAR", "ALIKE", "FASTER"):
-        text = re.sub(rf"\b{name}\b", f"{getattr(verdict, name):.2f}", text)
+    for name in ("LEAST", "NEAR", "ALIKE", "FASTER", "SEEDS"):
+        text = re.sub(rf"\b{name}\b", f"{getattr(verdict, name):.3g}", text)
     return re.sub(r"^  (above|near) +", r"* **\1**: ", text, flags=re.MULTILINE)
 
 
@@ -199,16 +199,16 @@ def _shown(claim: Claim, runs: Runs) -> dict[str, Any]:
     """What the page says of a claim."""
     found, judged = judge_claim(claim, runs, STUDY)
     rows = [ROWS[name] for name in claim.rows]
-    figure = FIGURES.get(claim.name)
+    figure, drawn = FIGURES.get(claim.name), any(by_row(runs, STUDY, row.name) for row in rows)
     return {
         "claim": claim,
         "anchor": re.sub(r"[^a-z0-9]+", "-", claim.title.lower()).strip("-"),
         "verdict": WORDS[found],
-        "reason": claim.likely if found not in (SHOWN, BY_SPEED, NO_RUNS) else "",
+        "reason": claim.likely if found not in (SHOWN, BY_SPEED, TOO_FEW) else "",
         "rows": [line for row in rows for line in _row(row, by_row(runs, STUDY, row.name))],
         "comparisons": [_comparison(one) for one in judged],
         "notes": "; ".join(f"{row.label}: {row.note}" for row in rows if row.note),
-        "figure": {"file": figure[0], "text": figure[1]} if figure and found != NO_RUNS else None,
+        "figure": {"file": figure[0], "text": figure[1]} if figure and drawn else None,
     }
 
 
@@ -244,12 +244,12 @@ def _steps(steps: list[int | None]) -> str:
 
 
 def _seconds(found: list[Run]) -> str:
-    """Mean seconds a step; those of runs that shared the machine otherwise are not mixed."""
+    """Seconds a step of the quickest seed, as a machine does other work too; those of runs that shared it otherwise apart."""
     by_share = defaultdict(list)
     for run in found:
         if run.seconds_per_step is not None:
             by_share[run.at_once, run.cores].append(run.seconds_per_step)
-    texts = [f"{np.mean(seconds):.3f}" for seconds in by_share.values()]
+    texts = [f"{min(seconds):.3f}" for seconds in by_share.values()]
     if len(texts) > 1:
         texts = [f"{text} ({share[0]} at once)" for text, share in zip(texts, by_share, strict=True)]
     return ", ".join(texts) or "-"
@@ -275,8 +275,8 @@ def _comparison(one: Judged) -> list[str]:
     if one.comparison.first.row == one.comparison.second.row:
         sides = ["grids that training had not", "grids that it had"]
     words = {"above": "more than", "near": "no less than"}[one.comparison.expected]
-    if one.verdict == NO_RUNS:
-        return [f"{sides[0]} {words} {sides[1]}", "", NO_RUNS]
+    if not one.seeds:
+        return [f"{sides[0]} {words} {sides[1]}", "", one.verdict]
     margin = f" ± {one.margin:.1%}" if math.isfinite(one.margin) else ", one seed"
     faster = f"; {one.faster:.2f} times as fast" if math.isfinite(one.faster) else ""
     return [f"{sides[0]} {words} {sides[1]}", f"{one.mean:+.1%}{margin}{faster}", one.verdict]

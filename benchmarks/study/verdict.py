@@ -6,9 +6,9 @@ weights as far as both have them. Of these differences the mean and its 95% inte
   above  the interval lies above 0, the mean is LEAST or more: shown. Below 0, the mean -LEAST or less: contradicted.
   near   the interval lies above -NEAR: shown. Below -NEAR: contradicted.
 
-Anything else is not shown. Where two rows end alike (both within ALIKE of each other) and the claim is one of learning too,
-the steps to 90% decide instead: the interval of the logarithm of their ratio lies on one side of 0, the mean ratio is FASTER
-or more, and the mean difference is that from one logged step to the next or more.
+Anything else is not shown, and of fewer than SEEDS seeds nothing is said. Where two rows end alike (both within ALIKE of each
+other) and the claim is one of learning too, the steps to 90% decide instead: the interval of the logarithm of their ratio lies
+on one side of 0, the mean ratio is FASTER or more, and the mean difference is that from one logged step to the next or more.
 A claim holds if all its comparisons are shown, and is contradicted if one is and none is shown; between the two it holds in
 part, or is contradicted in part.
 """
@@ -26,8 +26,9 @@ from benchmarks.study.table import Claim, Comparison
 LEAST = 0.02  # of exact match: a smaller difference is none worth a claim, however sure
 NEAR = 0.05  # of exact match: "nearly as good"
 ALIKE = 0.02
+SEEDS = 3  # that a verdict needs
 FASTER = 1.1  # ratio of steps: a smaller one is none worth a claim
-SHOWN, NOT_SHOWN, CONTRADICTED, NO_RUNS = "shown", "not shown", "contradicted", "no runs"
+SHOWN, NOT_SHOWN, CONTRADICTED, TOO_FEW = "shown", "not shown", "contradicted", "too few runs"
 BY_SPEED = "shown by speed"
 IN_PART, PART_CONTRADICTED = "shown in part", "contradicted in part"  # of claims alone
 
@@ -58,9 +59,11 @@ def judge(comparison: Comparison, runs: Mapping[tuple[str, str, int], Run], stud
     first, second = ({run.seed: run for run in by_row(runs, study, side.row)} for side in (comparison.first, comparison.second))
     seeds = sorted(first.keys() & second.keys())
     if not seeds:
-        return Judged(comparison, NO_RUNS)
+        return Judged(comparison, TOO_FEW)
     differences = [first[seed].score(comparison.first.kinds) - second[seed].score(comparison.second.kinds) for seed in seeds]
     mean, margin = interval(differences)
+    if len(seeds) < SEEDS:
+        return Judged(comparison, TOO_FEW, mean, margin, seeds=len(seeds))
     if comparison.expected == "near":
         verdict = SHOWN if mean - margin > -NEAR else CONTRADICTED if mean + margin < -NEAR else NOT_SHOWN
     elif mean - margin > 0 and mean >= LEAST:
@@ -96,8 +99,8 @@ def judge_claim(claim: Claim, runs: Mapping[tuple[str, str, int], Run], study: s
     shown = any(verdict in (SHOWN, BY_SPEED) for verdict in verdicts)
     if CONTRADICTED in verdicts:
         return PART_CONTRADICTED if shown else CONTRADICTED, judged
-    if NO_RUNS in verdicts:
-        return NO_RUNS, judged
+    if TOO_FEW in verdicts:
+        return TOO_FEW, judged
     if NOT_SHOWN in verdicts:
         return IN_PART if shown else NOT_SHOWN, judged
     return BY_SPEED if BY_SPEED in verdicts else SHOWN, judged

@@ -16,10 +16,10 @@ from benchmarks.study.verdict import (
     BY_SPEED,
     CONTRADICTED,
     IN_PART,
-    NO_RUNS,
     NOT_SHOWN,
     PART_CONTRADICTED,
     SHOWN,
+    TOO_FEW,
     interval,
     judge,
     judge_claim,
@@ -178,12 +178,12 @@ def test_the_interval_is_student_s():
         ([0.5, 0.52, 0.51], [0.9, 0.91, 0.92], above, CONTRADICTED),
         ([0.9, 0.5, 0.7], [0.5, 0.6, 0.4], above, NOT_SHOWN),  # more in the mean, within the noise
         ([0.91, 0.92, 0.93], [0.9, 0.91, 0.92], above, NOT_SHOWN),  # sure, and too little
-        ([0.9], [0.1], above, NOT_SHOWN),  # one seed has no spread
+        ([0.9, 0.9], [0.1, 0.1], above, TOO_FEW),
         ([0.9, 0.91, 0.92], [0.91, 0.93, 0.92], near, SHOWN),
         ([0.99, 0.98, 0.99], [0.5, 0.52, 0.51], near, SHOWN),
         ([0.7, 0.71, 0.72], [0.9, 0.91, 0.92], near, CONTRADICTED),
         ([0.8, 0.95, 0.9], [0.9, 0.9, 0.95], near, NOT_SHOWN),
-        ([], [0.9], near, NO_RUNS),
+        ([], [0.9], near, TOO_FEW),
     ],
 )
 def test_verdicts_follow_from_the_differences(first, second, comparison, expected):
@@ -223,7 +223,7 @@ def test_a_claim_holds_in_part_where_its_comparisons_disagree():
     assert judge_claim(claim, runs_of(a=bad, b=good, c=[0.97, 0.98, 0.99]), "cards")[0] == CONTRADICTED
     assert judge_claim(claim, runs_of(a=good, b=bad, c=bad), "cards")[0] == IN_PART
     assert judge_claim(claim, runs_of(a=good, b=good, c=good), "cards")[0] == NOT_SHOWN
-    assert judge_claim(claim, runs_of(a=good, b=bad), "cards")[0] == NO_RUNS
+    assert judge_claim(claim, runs_of(a=good, b=bad), "cards")[0] == TOO_FEW
     assert judge_claim(claim, runs_of(a=good, b=[0.5, 0.51, 0.53], c=bad), "cards")[0] == SHOWN
 
 
@@ -340,7 +340,7 @@ def test_the_page_says_what_the_numbers_say(tmp_path):
     assert f"**Not finished**: 15 of {3 * len(ROWS)} runs are done" in text
     assert "| [High resolution in the stack](#high-resolution-in-the-stack) | **holds** |" in text
     assert "| [Information, not additions](#information-not-additions) | **contradicted in part** |" in text
-    assert "| [Order of sampling](#order-of-sampling) | **not run yet** |" in text
+    assert "| [Order of sampling](#order-of-sampling) | **too few runs yet** |" in text
     assert "| DeepStack-L more than nothing in the sequence, low-res injected | +0.0% ± 0.0% | not shown |" in text
     assert "| DeepStack-L | 96.0% ± 1.0% |" in text
     assert "the mean is 0.02 or more" in text
