@@ -13,7 +13,7 @@ import numpy as np
 
 from benchmarks.study import figures, verdict
 from benchmarks.study.results import WINDOW, Run, by_row, committed
-from benchmarks.study.table import CARDS, CLAIMS, DIGITS, LINES, ROWS, SMOLLM2, STUDIES, Claim, Row, Study
+from benchmarks.study.table import CARDS, CLAIMS, COARSE, DIGITS, LINES, ROWS, SMOLLM2, STUDIES, Claim, Row, Study
 from benchmarks.study.train import Job
 from benchmarks.study.verdict import (
     BY_SPEED,
@@ -275,6 +275,7 @@ def _comparison(one: Judged) -> list[str]:
     if one.comparison.first.row == one.comparison.second.row:
         sides = ["grids that training had not", "grids that it had"]
     words = {"above": "more than", "near": "no less than"}[one.comparison.expected]
+    sides[1] += ", coarse" if one.comparison.first.kinds == COARSE else ""
     if not one.seeds:
         return [f"{sides[0]} {words} {sides[1]}", "", one.verdict]
     margin = f" ± {one.margin:.1%}" if math.isfinite(one.margin) else ", one seed"

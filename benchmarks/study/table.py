@@ -9,6 +9,9 @@ from deepstack_jax.data.cards import BOXES
 DIGITS = ("fine", "cued", "before")  # kinds of questions whose answers are digits, in the crops alone
 
 
+COARSE = ("coarse",)  # the kind that the low-res view answers
+
+
 @dataclass(frozen=True)
 class Row:
     """One configuration: a base, and what is changed in it."""
@@ -209,6 +212,7 @@ SMOLLM2 = Study(
 STUDIES = {study.name: study for study in (CARDS, LINES, SMOLLM2)}
 
 _UNSEEN = tuple(f"{kind}_unseen" for kind in DIGITS)
+_ADDED = "Coarse questions are compared as well since the first runs showed that what is added early can hide the low-res view."
 CLAIMS = (
     Claim(
         "high_res",
@@ -253,8 +257,12 @@ CLAIMS = (
         "Where the injection starts",
         "Early layers are good, and a late injection collapses.",
         ("start_0", "deepstack", *(f"start_{start}" for start in _STARTS[1:])),
-        (near("start_2", "deepstack"), *(above("deepstack", f"start_{start}", speed=True) for start in (8, 10))),
-        "DeepStack-L starts at layer 1. From layer 10 on two of the groups have no layer.",
+        (
+            near("start_2", "deepstack"),
+            near("start_0", "deepstack", COARSE),
+            *(above("deepstack", f"start_{start}", speed=True) for start in (8, 10)),
+        ),
+        f"DeepStack-L starts at layer 1. From layer 10 on two of the groups have no layer. {_ADDED}",
         likely="an answer takes a step of attention or two, for which the last layers here are enough.",
     ),
     Claim(
@@ -284,8 +292,8 @@ CLAIMS = (
         "Inside the vision tower",
         "DeepStack-V, crops into the tower, works too, and better from later layers.",
         ("baseline", "vision_0", "vision_1", "vision_2", "deepstack"),
-        (above("vision_2", "baseline"), above("vision_2", "vision_0", speed=True)),
-        "The tower is trained from nothing here; the paper's is pretrained, and early layers of it expect one picture.",
+        (above("vision_2", "baseline"), near("vision_2", "baseline", COARSE), above("vision_2", "vision_0", speed=True)),
+        f"{_ADDED} The tower begins from nothing here; the paper's is pretrained, and early layers of it expect one picture.",
         likely="no layer of a tower that begins from nothing expects one picture, so early ones are as good.",
     ),
     Claim(
@@ -311,8 +319,8 @@ CLAIMS = (
         "Fusing at the input",
         "The same groups, fused with the sequence's tokens at the input, are as good as an injection into layers or better.",
         ("deepstack", "input", "channels"),
-        (near("input", "deepstack"), near("channels", "deepstack")),
-        "arXiv 2503.06063 finds fusing at the input better; the DeepStack paper finds channels joined worse.",
+        tuple(near(fused, "deepstack", kinds) for fused in ("input", "channels") for kinds in (DIGITS, COARSE)),
+        f"{_ADDED} arXiv 2503.06063 finds fusing at the input better; the DeepStack paper finds channels joined worse.",
         likely="a sum, or one wide map, must make one token of five; layers could tell the groups apart.",
     ),
     Claim(
