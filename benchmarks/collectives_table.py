@@ -50,10 +50,10 @@ def ideal(program: Program) -> float:
 
 
 def numbers(plan: Plan, machine: Machine, config: Config) -> dict[str, Any]:
-    """What is kept of a compiled step: along fsdp in bytes, all of it in seconds."""
+    """What is kept of a compiled step: in bytes along fsdp and along the others, all of it in seconds."""
     program = build_program(config, make_mesh(config.mesh, machine.devices), 1)
-    tensor = config.mesh.tensor
-    fsdp = [one for one in plan.collectives if one.group > tensor or one.stride >= tensor]
+    near, far = config.mesh.tensor, config.mesh.tensor * config.mesh.fsdp
+    fsdp = [one for one in plan.collectives if one.group > 1 and near <= one.stride < far]
     assert plan.roofline is not None
     return {
         "ideal": ideal(program),

@@ -52,6 +52,7 @@ SOURCES = (
 SHOWS = "tables.py"  # measures nothing
 PEERS = ("torch", "transformers")  # packages that the stages in PyTorch measure
 SLOW = 5  # times its limit that a stage has where the models are small: on a CPU, which may be busy
+NEEDED = "step"
 LEAST = 20  # seconds that must be left for a stage to begin
 SHOWN = 12  # last lines of what a stage that failed wrote to stderr
 PLACE = 40  # the same of one that was late: where its threads were then
@@ -246,10 +247,10 @@ def run_all(results: dict[str, Any], output: Path, only: list[str], work: Path, 
     """Every stage that is still to run, as long as time is left; the file is whole after each, and whenever one has figures."""
     ends, stages, whole, stop = time.monotonic() + budget, results["stages"], True, StopSignals()
     try:
-        for stage in STAGES:
-            done = stages.get(stage.name, {}).get("status") == "done"
-            if stage.name not in only if only else done:
-                continue
+        waiting = [one for one in STAGES if (one.name in only if only else stages.get(one.name, {}).get("status") != "done")]
+        again = {NEEDED}  # by most others: where attention brought its process down, it takes another one
+        while waiting:
+            stage = waiting.pop(0)
             left = ends - time.monotonic()
             if left < LEAST:
                 print(f"{stage.name}: no time is left; make the same call again", flush=True)
@@ -262,6 +263,9 @@ def run_all(results: dict[str, Any], output: Path, only: list[str], work: Path, 
             if stop.received:
                 print(f"stopped by a signal; what was found is in {output}, and the same call made again goes on", flush=True)
                 return stop.exit_code
+            if stage.name in again and found["status"] in ("failed", "late"):
+                again.remove(stage.name)
+                waiting.insert(0, stage)
     finally:
         stop.release()
     print(f"results: {output}")

@@ -10,6 +10,7 @@ import json
 import os
 import signal
 import sys
+import traceback
 from pathlib import Path
 
 import jax
@@ -58,7 +59,11 @@ def main() -> int:
 
 if __name__ == "__main__":
     watched(float(sys.argv[-1]))
-    code = main()
+    try:
+        code = main()
+    except BaseException:
+        traceback.print_exc()
+        code = 1
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)  # all is saved: what libraries do when Python ends takes seconds, and may hang

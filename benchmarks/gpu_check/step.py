@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.attention_check import CASES
+from benchmarks.attention_check import TINY as KERNELS_TINY
 from benchmarks.gpu_check.programs import (
     PROBED,
     SHARE,
@@ -65,14 +66,20 @@ def measure_fitting(record: Record, peak: float) -> Config:
     stage `kernels` saw fail is not tried at all.
     """
     config = fitting(record.size, {}, open_machine("here"), record.size.rows)
-    kernels = [kernels_for(jax.devices()[0].platform, config), *FALLBACKS]
-    if "refused" in record.earlier.get("kernels", {}).get(CASES[0].name, {}):
-        kernels = list(FALLBACKS)
+    own = kernels_for(jax.devices()[0].platform, config)
+    seen, first = record.earlier.get("kernels", {}), (KERNELS_TINY if record.size.name == "tiny" else CASES)[0].name
+    refused = seen and "refused" in seen.get(first, {"refused": "it ended the process"})
+    tried = list(
+        record.earlier.get("step", {}).get("tried", {}).get("kernels", ())
+    )  # by a process that did not come to its end
+    kernels = [one for one in (*(() if refused else (own,)), *FALLBACKS) if one.decoder not in tried] or [FALLBACKS[-1]]
     while True:
         try:
+            tried.append(kernels[0].decoder)
+            record.add("tried", {"kernels": tried})
             measure(record, "step", config, peak, kernels=kernels[0])
             return config
-        except (jax.errors.JaxRuntimeError, MemoryError, ArithmeticError, NotImplementedError) as error:
+        except Exception as error:  # of whatever kind, as kernels are called by functions that jax keeps to itself
             if not is_of_memory(error) and len(kernels) > 1:
                 print(f"  {kernels[0].decoder} does not run: {_line(error)}", flush=True)
                 kernels = kernels[1:]

@@ -56,7 +56,7 @@ KINDS = (
     {
         "name": "before",
         "question": "which digit is in the box before that of this colour, in reading order?",
-        "takes": "a second step of attention after the digit was injected",
+        "takes": "two steps of attention: to the box of this colour, and on to the one before",
     },
 )
 WORDS = {

@@ -110,7 +110,7 @@ _ROWS = (
         "groups_9",
         "9 groups, crops of 3x3",
         {"image.num_crops": 9, "image.grid": "square"},
-        note="nine crops, enlarged 1.5 times: more tokens, no more detail",
+        note="nine crops, enlarged 1.5 times: more tokens, no more detail, and digits cut by tokens' borders",
     ),
     *(
         Row(
@@ -237,10 +237,10 @@ CLAIMS = (
     Claim(
         "string",
         "Stack against string",
-        "A stack is nearly as good as all tokens in the sequence, and far cheaper.",
+        "A stack is nearly as good as all tokens in the sequence, for fewer FLOPs and less memory.",
         ("baseline", "deepstack", "string"),
         (near("deepstack", "string"),),
-        "FLOPs and memory are those that `plan` counts for a step of training, seconds those measured.",
+        "Rows are compared after the same steps, whether they have learnt to the end or not; FLOPs and memory are `plan`'s.",
         likely="the steps are too few for one of the two; the curves tell which.",
     ),
     Claim(
@@ -250,7 +250,7 @@ CLAIMS = (
         ("deepstack", "sampling_1d", "sampling_grid"),
         (above("deepstack", "sampling_1d", speed=True), above("deepstack", "sampling_grid", speed=True)),
         "Only in 2d order is everything that is added at a position about the box that the position shows.",
-        likely="nine boxes of four tokens are few enough for the decoder to sort out what other orders mix.",
+        likely="in 1d order nine boxes of four tokens are few enough for the decoder to sort out; grid order mixes more.",
     ),
     Claim(
         "start",
@@ -263,7 +263,7 @@ CLAIMS = (
             *(above("deepstack", f"start_{start}", speed=True) for start in (8, 10)),
         ),
         f"DeepStack-L starts at layer 1. From layer 10 on two of the groups have no layer. {_ADDED}",
-        likely="an answer takes a step of attention or two, for which the last layers here are enough.",
+        likely="an answer takes two steps of attention at most, for which the last layers here are enough.",
     ),
     Claim(
         "interval",
@@ -271,7 +271,7 @@ CLAIMS = (
         "The interval from one group's layer to the next matters little.",
         ("deepstack", "interval_2", "interval_3"),
         tuple(near(*pair) for gap in (2, 3) for pair in (("deepstack", f"interval_{gap}"), (f"interval_{gap}", "deepstack"))),
-        likely="layers between the groups are few here, so that an interval also moves the last group towards the end.",
+        likely="the kinds tell: before, which is learnt last and in a jump, comes sooner or later than the steps end.",
     ),
     Claim(
         "groups",
@@ -284,8 +284,8 @@ CLAIMS = (
             above("deepstack", "groups_2"),
             near("deepstack", "groups_9"),
         ),
-        "A box's digit is in one of the four groups; of it the others have what the tower's attention brings over.",
-        likely="nine groups are of enlarged crops, in which a digit lies across tokens, and take nine of the twelve layers.",
+        "A box's digit is drawn in one of the four groups; the tower's attention carries it into the others' tokens.",
+        likely="two groups show nearly all already; nine are of enlarged crops, where tokens' borders cut a digit.",
     ),
     Claim(
         "vision",
@@ -303,7 +303,7 @@ CLAIMS = (
         ("wide_stretched", "wide_letterboxed"),
         (above("wide_stretched", "wide_letterboxed", speed=True),),
         "Cards of 1x2 crops on a canvas of 2x2.",
-        likely="nothing but the card is on the letterboxed canvas: its tokens are displaced, none is lost.",
+        likely="letterboxed digits keep their size: that may be worth more than to lie where the low-res view has them.",
     ),
     Claim(
         "grids",

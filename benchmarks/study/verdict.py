@@ -97,10 +97,10 @@ def judge_claim(claim: Claim, runs: Mapping[tuple[str, str, int], Run], study: s
     judged = [judge(comparison, runs, study) for comparison in claim.comparisons]
     verdicts = [one.verdict for one in judged]
     shown = any(verdict in (SHOWN, BY_SPEED) for verdict in verdicts)
-    if CONTRADICTED in verdicts:
-        return PART_CONTRADICTED if shown else CONTRADICTED, judged
     if TOO_FEW in verdicts:
         return TOO_FEW, judged
+    if CONTRADICTED in verdicts:
+        return PART_CONTRADICTED if shown else CONTRADICTED, judged
     if NOT_SHOWN in verdicts:
         return IN_PART if shown else NOT_SHOWN, judged
     return BY_SPEED if BY_SPEED in verdicts else SHOWN, judged

@@ -15,7 +15,6 @@ class Chip(NamedTuple):
     links: int  # dimensions of the torus that these links form; 1 = a switch within a host
     network: float = 0.0  # bytes/s to other hosts (GPUs) or slices (TPUs), of the adapters that fall to one device
     fp8: float = 0.0  # dense FLOP/s of products of float8_e4m3fn and float8_e5m2; 0 = it has none
-    clock: float = 0.0  # Hz of a TPU's cores, in whose cycles its compiler estimates; 0 = not known
     sparse_cores: bool = False  # whether a TPU has cores that gather and scatter while the others compute
 
     def seconds(self, flops: float, fp8: float = 0.0) -> float:
@@ -31,8 +30,7 @@ class Chip(NamedTuple):
 # (half of what is printed "with sparsity"), links one direction: NVLink, Infinity Fabric, else PCIe 4.0 x16. Memory is what the
 # driver shows. FLOP/s and bandwidths of A100, H100, H200, L40S, L4, MI300X and RTX 3090 were compared with copies of the data
 # sheets; those of B200, A10G, RTX A6000 and RTX 4090 are not confirmed.
-# A TPU's clock is its peak over the products that its units of 128 x 128 or 256 x 256 begin in a cycle. v4 and v7x have sparse
-# cores as well, for which no program of this package was compiled.
+# TPUs v4 and v7x have sparse cores as well, for which no program of this package was compiled.
 # fp8 is that of the same sheets, dense, adding up in float32, not confirmed either; MI300X's 8-bit formats (fnuz) are others.
 # TPU v7x is printed with 4614 TFLOP/s in fp8 as well, but only XLA's rewrite for NVIDIA's GPUs is known to make such products
 # of what `model/fp8.py` writes.
@@ -40,9 +38,9 @@ class Chip(NamedTuple):
 # L40S, 100 for eight A10G); for those that nobody rents so, 100 Gb/s for eight.
 CHIPS = {
     "TPU v4": Chip(275e12, 32 * GIB, 1228e9, 300e9, 3),
-    "TPU v5 lite": Chip(197e12, 16 * GIB, 819e9, 200e9, 2, 3.125e9, clock=1.5e9),  # v5e
-    "TPU v5": Chip(459e12, 95 * GIB, 2765e9, 600e9, 3, 6.25e9, clock=1.75e9, sparse_cores=True),  # v5p
-    "TPU v6 lite": Chip(918e12, 32 * GIB, 1640e9, 400e9, 2, 12.5e9, clock=1.75e9, sparse_cores=True),  # v6e
+    "TPU v5 lite": Chip(197e12, 16 * GIB, 819e9, 200e9, 2, 3.125e9),  # v5e
+    "TPU v5": Chip(459e12, 95 * GIB, 2765e9, 600e9, 3, 6.25e9, sparse_cores=True),  # v5p
+    "TPU v6 lite": Chip(918e12, 32 * GIB, 1640e9, 400e9, 2, 12.5e9, sparse_cores=True),  # v6e
     "TPU7x": Chip(1153.5e12, 96 * GIB, 3690e9, 600e9, 3),  # jax sees the two halves of a chip as two devices
     "NVIDIA A100-SXM4-40GB": Chip(312e12, 40 * GIB, 1555e9, 300e9, 1, 25e9),
     "NVIDIA A100-SXM4-80GB": Chip(312e12, 80 * GIB, 2039e9, 300e9, 1, 25e9),

@@ -19,7 +19,7 @@ from jax import Array
 from jax.sharding import Mesh, PartitionSpec
 
 from deepstack_jax.model.cut_weights import Axes
-from deepstack_jax.parallel.chips import has_sparse_cores
+from deepstack_jax.parallel.compiler import uses_sparse_cores
 
 AXIS = "fsdp"
 _ROWS = ("data", AXIS)  # axes of the mesh that rows of a batch lie over
@@ -67,7 +67,8 @@ class ExplicitFsdp:
 
     def _on_each_device(self, run: Callable[..., Array], ins: Any, outs: Any, axes: Axes) -> Callable[..., Array]:
         # An axis along tensor is written out too: left to the compiler, it would be gathered for the exchange along fsdp.
-        # Weights without one, as those of the tower, whose crops lie along tensor, leave tensor to the compiler.
+        # Weights without one leave tensor to the compiler: those of the tower, whose crops lie along tensor, DeepStack-V's
+        # layers with rows among them.
         names = {*_ROWS, *(name for name in self.computed(axes) if name is not None)}
         return jax.shard_map(run, mesh=self.mesh, in_specs=ins, out_specs=outs, axis_names=names, check_vma=False)
 
@@ -95,13 +96,14 @@ def explicit_fsdp(
     if mesh.shape[AXIS] == 1:
         return None
     turned = mesh.devices.flat[0].platform == "tpu"
-    return ExplicitFsdp(mesh, cut_axis, computed, stages_of_sizes(stage_sizes(mesh.devices[0, :, 0].tolist())), turned)
+    sizes = stage_sizes(mesh.devices[0, :, 0].tolist(), sparse_cores=uses_sparse_cores(mesh))
+    return ExplicitFsdp(mesh, cut_axis, computed, stages_of_sizes(sizes), turned)
 
 
-def stage_sizes(devices: Sequence[Any]) -> tuple[int, ...]:
+def stage_sizes(devices: Sequence[Any], *, sparse_cores: bool) -> tuple[int, ...]:
     """How many devices along fsdp exchange in each stage, the slowest first: a dimension of their torus, or two of them."""
     sizes = torus_of(devices)
-    if not has_sparse_cores(devices[0]):
+    if not sparse_cores:
         return sizes
     far = int(len({getattr(device, "slice_index", 0) for device in devices}) > 1)  # the first is from slice to slice
     return *sizes[:far], *(math.prod(sizes[at : at + 2]) for at in range(far, len(sizes), 2))

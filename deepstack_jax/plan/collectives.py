@@ -31,7 +31,7 @@ class Collective:
     source: str  # the operation of the model that it belongs to
     across: bool = False  # between slices, over the data center's network; then `group` counts slices
     hidden: float = 0.0  # share of it that may run beside computation: started and waited for apart, or fused with a product
-    beside: float | None = None  # the compiler's estimate of what runs beside it, in cycles; None = as much as it needs
+    beside: float | None = None  # what runs beside one execution, as a share of a step's computing; None = as much as it needs
 
     @property
     def total(self) -> float:
@@ -52,7 +52,7 @@ def find_collectives(text: str) -> list[Collective]:
     """
     computations, entry = computations_of(text)
     times = executions(computations, entry)
-    windows = windows_of(computations)
+    windows = windows_of(computations, times)
     devices = int(found[1]) if (found := re.search(r"num_partitions=(\d+)", text)) else 1
     seen: dict[tuple[str, int], Collective] = {}
     for name, lines in computations.items():
@@ -60,8 +60,9 @@ def find_collectives(text: str) -> list[Collective]:
         for at, (pieces, one) in enumerate(found):
             pieces = pieces or f"{name} {at}"
             known = seen.get((pieces, one.size), one)
-            most, hidden = max(known.times, times[name]), max(known.hidden, one.hidden)
-            seen[pieces, one.size] = replace(one, times=most, hidden=hidden, source=known.source or one.source)
+            best = max(known, one, key=lambda piece: piece.hidden)  # whose window goes with it
+            most, source = max(known.times, times[name]), known.source or one.source
+            seen[pieces, one.size] = replace(one, times=most, hidden=best.hidden, beside=best.beside, source=source)
     return sorted(seen.values(), key=lambda one: -one.total)
 
 

@@ -9,11 +9,10 @@ _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
 _WHILE = re.compile(r" while\(.*condition=%?([\w.\-]+), body=%?([\w.\-]+)")
 _CALLED = re.compile(r"(?:calls|to_apply|true_computation|false_computation)=%?([\w.\-]+)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
-# What is started and waited for apart: a collective, or a computation of its own that holds one, for another kind of core.
-_STARTED = re.compile(rf"^ *%?([\w.\-]+) = .*? (?:call|async|{'|'.join(KINDS)})-start\(")
-# From libtpu 0.0.50 on the operands are handed over after the start, and it begins then.
-_HANDED = re.compile(rf"^ *%?([\w.\-]+) = .*? (?:call|async|{'|'.join(KINDS)})-update\(%?([\w.\-]+)")
-_WAITED = re.compile(rf" (?:call|async|{'|'.join(KINDS)})-done\(.*?%?([\w.\-]+)\)")
+# What is started and waited for apart: a collective, or a computation of its own that holds one, for another kind of core. From
+# libtpu 0.0.50 on it gets its operands later, and begins then.
+_STARTED = re.compile(rf"^ *%?([\w.\-]+) = .*? (?:call|async|{'|'.join(KINDS)})-(start|update)\(%?([\w.\-]*)")
+_WAITED = re.compile(rf" (?:call|async|{'|'.join(KINDS)})-done\(.*?%?([\w.\-]+)\)(?:,|$)")
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 
 
@@ -89,39 +88,52 @@ def _counter_step(condition: list[str], body: list[str]) -> int:
     return max(1, steps[0]) if steps else 1
 
 
-def windows_of(computations: dict[str, list[str]]) -> dict[str, float]:
-    """Cycles, by the compiler's estimate, that run between the start of something and the wait for it.
+def windows_of(computations: dict[str, list[str]], times: dict[str, int]) -> dict[str, float]:
+    """What runs between the start of something and the wait for it, as a share of all that the program computes in a step.
 
-    By the name of the instruction that starts it, and of the computation that it starts. The lines of a computation are in the
-    order in which they run. What runs beside several at once counts for each in equal parts; kernels have no estimate.
+    By the name of the instruction that starts it, and of the computation that it starts; shares are of the compiler's estimates
+    of cycles. The lines of a computation are in the order in which they run. What runs beside several at once counts for each
+    in equal parts; kernels have no estimate, of a condition's branches the longest counts, and a loop that starts something
+    itself counts as nothing for what is under way around it.
     """
+    whole = sum(times[name] * _cycles(line) for name, lines in computations.items() for line in lines)
+    starting = {name for name, lines in computations.items() if any(map(_STARTED.match, lines))}
     costs: dict[str, float] = {}
 
     def cost(line: str) -> float:
-        if own := _CYCLES.search(line):
-            return float(own[1])
-        if _STARTED.match(line):
+        if (own := _cycles(line)) or _STARTED.match(line):
+            return own
+        calls = [(name, often) for name, often in _calls(line, computations) if name in computations]
+        if any(name in starting for name, _ in calls):
             return 0.0
-        return sum(times * whole(name) for name, times in _calls(line, computations) if name in computations)
+        each = [often * of_computation(name) for name, often in calls]
+        return max(each, default=0.0) if " conditional(" in line else sum(each)
 
-    def whole(name: str) -> float:
+    def of_computation(name: str) -> float:
         if name not in costs:
             costs[name] = sum(map(cost, computations[name]))
         return costs[name]
 
-    found, within, origin = dict[str, float](), dict[str, str](), dict[str, str]()
+    found, within = dict[str, float](), dict[str, str]()
     for lines in computations.values():
-        begun: dict[str, float] = {}
-        for line in lines:
-            if started := _STARTED.match(line):
-                begun[started[1]] = 0.0
-                within |= dict.fromkeys(_CALLED.findall(line), started[1])
-            elif (handed := _HANDED.match(line)) and handed[2] in begun:
-                del begun[handed[2]]
-                begun[handed[1]] = 0.0
-                origin[handed[1]] = origin.get(handed[2], handed[2])
+        steps = [_STARTED.match(line) for line in lines]
+        handed = {step[3] for step in steps if step and step[2] == "update"}  # what begins there, not where it is started
+        origin, begun = dict[str, str](), dict[str, float]()
+        for line, step in zip(lines, steps, strict=True):
+            if step:
+                name, before = step[1], step[3] if step[2] == "update" else step[1]
+                origin[name] = origin.get(before, before)
+                if name not in handed:
+                    begun[name] = 0.0
+                within |= dict.fromkeys(_CALLED.findall(line), origin[name])
             elif (waited := _WAITED.search(line)) and waited[1] in begun:
-                found[origin.get(waited[1], waited[1])] = begun.pop(waited[1])
+                found[origin[waited[1]]] = begun.pop(waited[1]) / whole if whole else 0.0
             elif begun and (cycles := cost(line)):
                 begun = {name: window + cycles / len(begun) for name, window in begun.items()}
     return found | {name: found[start] for name, start in within.items() if start in found}
+
+
+def _cycles(line: str) -> float:
+    """Of an instruction, by the compiler's estimate; 0 = it has none."""
+    own = _CYCLES.search(line)
+    return float(own[1]) if own else 0.0

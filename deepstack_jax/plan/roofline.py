@@ -22,9 +22,9 @@ from deepstack_jax.train.flops import Flops
 # H200. No step of this package was measured on one.
 ATTAINED = 0.8
 # Shares of the time of gathering and of scattering that pass beside computation, where nothing is compiled, as libtpu 0.0.42
-# does it for configs/llava15.py:finetune (docs/scaling.md): with sparse cores, 87% of both on v5p:4x4x4 and 94% on v6e:8x8;
+# does it for configs/llava15.py:finetune (docs/scaling.md): with sparse cores, 86% of both on v5p:4x4x4 and 87% on v6e:8x8;
 # without, of the gathered bytes 63 and 71% on the same slices, of the scattered ones none.
-BESIDE_SPARSE_CORES = {"all-gather": 0.9, "reduce-scatter": 0.9}
+BESIDE_SPARSE_CORES = {"all-gather": 0.86, "reduce-scatter": 0.86}
 BESIDE = {"all-gather": 0.67, "reduce-scatter": 0.0}
 GRADIENTS = "gradients, estimated"
 
@@ -36,7 +36,7 @@ class Roofline:
     compute: float  # executed FLOPs at the share of the peak that large products reach
     memory: float  # traffic to and from each chip's memory, estimated
     links: float  # traffic between chips at the links' published rate
-    exposed: float  # of the links' time that of collectives which nothing runs beside
+    exposed: float  # of the links' time that in which nothing runs beside a collective
 
     @property
     def step(self) -> float:
@@ -65,18 +65,15 @@ def estimate(
     """The roofline of a step of `rows` rows of `length` positions, on a mesh of so many slices of chips of a kind."""
     devices = program.mesh.size
     torus = torus_of(program.mesh.devices.ravel()[: devices // slices].tolist())
+    compute = at_peak(program.config, chip, {part.name: part.executed for part in flops.parts}) / (devices * ATTAINED)
     links = exposed = 0.0
     for one in collectives:
         seconds = one.total / link_rate(chip, one, torus)
-        beside = seconds if one.beside is None or not chip.clock else one.times * one.beside / chip.clock
+        beside = seconds if one.beside is None else one.times * one.beside * compute
         links += seconds
         exposed += seconds - one.hidden * min(seconds, beside)
-    return Roofline(
-        compute=at_peak(program.config, chip, {part.name: part.executed for part in flops.parts}) / (devices * ATTAINED),
-        memory=memory_traffic(program, rows, length) / chip.hbm_bandwidth,
-        links=links,
-        exposed=exposed,
-    )
+    memory = memory_traffic(program, rows, length) / chip.hbm_bandwidth
+    return Roofline(compute, memory, links, exposed)
 
 
 def at_peak(config: Config, chip: Chip, flops: Mapping[str, float]) -> float:
@@ -157,7 +154,7 @@ def _travelling(program: Program, length: int) -> tuple[float, float]:
 def _stages(program: Program, slices: int) -> tuple[int, ...]:
     """How many devices exchange in each stage along fsdp, which so many slices lie along, the slowest first."""
     line = program.mesh.devices[0, :, 0].tolist()
-    within = stage_sizes(line[: len(line) // slices])
+    within = stage_sizes(line[: len(line) // slices], sparse_cores=has_sparse_cores(line[0]))
     return (slices, *within) if slices > 1 else within
 
 

@@ -272,7 +272,7 @@ def test_the_step_is_measured_on_a_cpu_and_its_figures_are_kept(tmp_path):
     record = Record(TINY, tmp_path / "step.json", {}, 60)
     full(record)
     kept = json.loads((tmp_path / "step.json").read_text())
-    assert list(kept) == ["plain product", "step"]
+    assert list(kept) == ["plain product", "tried", "step"]
     found = kept["step"]
     assert len(found["seconds"]) == TINY.repeats
     assert found["losses"] == sorted(found["losses"], reverse=True)
@@ -326,9 +326,14 @@ def test_attention_that_does_not_run_is_replaced_and_the_figures_say_so(seen, ra
             raise raised[len(found) - 1]
 
     monkeypatch.setattr(step, "measure", measure)
-    record = Record(TINY, tmp_path / "step.json", {"kernels": {attention.CASES[0].name: seen}}, 60)
+    record = Record(TINY, tmp_path / "step.json", {"kernels": {attention.TINY[0].name: seen}}, 60)
     step.measure_fitting(record, 0.0)
     assert found == tried
+    record.earlier["step"] = {"tried": {"kernels": [OURS[0]]}}
+    found.clear()
+    raised.clear()
+    step.measure_fitting(record, 0.0)
+    assert found == [MASKED], "what brought an earlier process down is not tried again"
     record.earlier["step"] = {"step": {"kernel": "cudnn_mask", "tower kernel": "cudnn"}}
     monkeypatch.setattr(programs, "build_program", lambda *given: given[-1])
     assert programs.build(programs.config_of(TINY, {}), step.kernels_in_step(record)) == MASKED, "what later stages build"
@@ -336,7 +341,7 @@ def test_attention_that_does_not_run_is_replaced_and_the_figures_say_so(seen, ra
 
 def test_a_kernel_that_fails_or_computes_something_else_does_not_end_the_others(tmp_path, monkeypatch):
     ways = iter(
-        [ValueError("no such layout\nmore"), {"apart": [float("nan")], "equal": False}, {"apart": [1e-4], "equal": True}]
+        [ValueError("no such layout\nmore"), {"apart": [1e-4, float("nan")], "equal": False}, {"apart": [1e-4], "equal": True}]
     )
 
     def check(case):

@@ -11,7 +11,7 @@ from deepstack_jax.config import MeshConfig
 from deepstack_jax.errors import ConfigError
 from deepstack_jax.parallel import chips as chips_table
 from deepstack_jax.parallel import compiler
-from deepstack_jax.parallel.compiler import compiler_options
+from deepstack_jax.parallel.compiler import compiler_options, uses_sparse_cores
 from deepstack_jax.parallel.cudnn import packed_attention
 from deepstack_jax.parallel.distributed import local_rows, process_slice
 from deepstack_jax.parallel.mesh import AXES, check_batch_fits, check_model_fits, make_mesh
@@ -177,6 +177,10 @@ def test_chips_with_sparse_cores_have_options_of_their_own(monkeypatch):
     kind = mesh.devices.flat[0].device_kind
     monkeypatch.setitem(chips_table.CHIPS, kind, chips_table.CHIPS["TPU v6 lite"])
     assert compiler_options(mesh) == of_sparse
+    assert uses_sparse_cores(mesh)
+    monkeypatch.setitem(compiler._OPTIONS, compiler.SPARSE_CORES, of_sparse | {"xla_no_such_core": True})
+    with pytest.warns(UserWarning, match=r"does not know xla_no_such_core; sparse cores stay unused"):
+        assert compiler_options(mesh) == of_cpu
 
 
 def test_more_elements_than_cudnn_counts_is_one_line():
