@@ -85,7 +85,7 @@ def row(variant: str, topology: str, found: dict[str, Any]) -> str:
 def main() -> None:
     kept: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     lines = [
-        "| recipe | slice | mesh | GB, ideal | GB along fsdp | of them apart or fused | GB along tensor | links, s "
+        "| recipe | slice | mesh | GB, ideal | GB along fsdp | of them apart or fused | GB along others | links, s "
         "| waited for, s | step, s | MFU | GiB |",
         "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
