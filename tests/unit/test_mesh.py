@@ -170,7 +170,7 @@ def test_options_that_a_compiler_does_not_know_are_left_out(monkeypatch):
 
 
 def test_chips_with_sparse_cores_have_options_of_their_own(monkeypatch):
-    of_cpu, of_sparse = {"xla_cpu_enable_fast_math": False}, {"xla_cpu_use_fusion_emitters": True}
+    of_cpu, of_sparse = ({"xla_cpu_enable_fast_math": fast} for fast in (False, True))
     monkeypatch.setattr(compiler, "_OPTIONS", {"cpu": of_cpu, compiler.SPARSE_CORES: of_sparse})
     mesh = make_mesh(MeshConfig(1, 8, 1))
     assert compiler_options(mesh) == of_cpu
