@@ -283,8 +283,9 @@ def test_a_row_whose_configuration_changed_is_trained_again(tmp_path, trained):
     assert names == ["baseline-0"]
 
 
-def test_quick_trains_the_headline_rows_with_cards_of_their_own(tmp_path, trained, capsys):
+def test_quick_trains_the_headline_rows_with_cards_of_their_own(tmp_path, trained, capsys, monkeypatch):
     names, _ = trained
+    monkeypatch.setattr(study, "committed", lambda size: tmp_path / f"nothing-{size}.jsonl")
     assert ask(tmp_path, "--quick") == 0
     assert names == [f"{name}-{study.QUICK_SEED}" for name, row in ROWS.items() if row.quick]
     assert "no runs to compare" in capsys.readouterr().out
